@@ -1,0 +1,1 @@
+"""Layer-parallel speculative decoding on JAX."""

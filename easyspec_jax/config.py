@@ -1,0 +1,259 @@
+"""Frozen configurations: what a model is, how to speculate, how to sample."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from easyspec_jax.errors import EasySpecError
+
+Method = Literal["vanilla", "sd", "tree", "easyspec"]
+Verifier = Literal["rejection", "coupled"]
+DraftTensorParallelSize = Literal["1", "all"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a `model_type` implies that its `config.json` does not say.
+
+    qkv_bias: query, key and value projections carry a bias.
+    rope_theta: the base where the configuration names none.
+    """
+
+    qkv_bias: bool
+    rope_theta: float = 10000.0
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(qkv_bias=False),
+    "qwen2": Family(qkv_bias=True),
+}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's frequency-dependent RoPE scaling; lengths in tokens."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer of the Llama or Qwen2 family; fields as in Hugging Face's `config.json`.
+
+    vocab_size counts embedding rows, which may exceed the tokenizer's ids. stop_ids ends a text.
+    """
+
+    model_type: str
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    stop_ids: tuple[int, ...]
+    dtype: str
+
+
+def read_model_config(directory: Path | str) -> ModelConfig:
+    """The configuration in `config.json` and `generation_config.json` of a checkpoint directory.
+
+    Raises EasySpecError if either file is unreadable or describes a model this package cannot run.
+    """
+    directory = Path(directory)
+    generation = directory / "generation_config.json"
+    return model_config(
+        read_json(directory / "config.json"),
+        read_json(generation) if generation.exists() else {},
+        origin=str(directory / "config.json"),
+    )
+
+
+def model_config(
+    config: dict[str, Any], generation: dict[str, Any] | None = None, origin: str = "config"
+) -> ModelConfig:
+    """A ModelConfig from the contents of `config.json` and `generation_config.json`.
+
+    origin names the source in error messages. Raises EasySpecError for unsupported or contradictory models.
+    """
+    model_type = config.get("model_type", "(none)")
+    family = FAMILIES.get(model_type)
+    _refuse_unsupported(config, model_type, origin)
+    assert family is not None  # _refuse_unsupported has looked
+    try:
+        heads = int(config["num_attention_heads"])
+        rope = _rope_parameters(config)
+        result = ModelConfig(
+            model_type=model_type,
+            num_hidden_layers=int(config["num_hidden_layers"]),
+            hidden_size=int(config["hidden_size"]),
+            intermediate_size=int(config["intermediate_size"]),
+            num_attention_heads=heads,
+            num_key_value_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // max(heads, 1)),
+            vocab_size=int(config["vocab_size"]),
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or family.rope_theta),
+            rope_scaling=_rope_scaling(rope, origin),
+            max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=family.qkv_bias,
+            stop_ids=_stop_ids(generation or {}) or _stop_ids(config),
+            dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
+        )
+    except KeyError as missing:
+        raise EasySpecError(f"{origin}: the field {missing} is missing; is this a complete checkpoint?") from None
+    except (TypeError, ValueError) as wrong:
+        if isinstance(wrong, EasySpecError):
+            raise
+        raise EasySpecError(f"{origin}: a field has the wrong type ({wrong})") from None
+    _check_sizes(result, origin)
+    return result
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises EasySpecError, naming the file, if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EasySpecError(f"{path} is missing; expected a checkpoint directory with a config.json") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise EasySpecError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise EasySpecError(f"{path} holds no JSON object")
+    return value
+
+
+def _refuse_unsupported(config: dict[str, Any], model_type: str, origin: str) -> None:
+    """Raises EasySpecError for any feature that would silently give other text."""
+    experts = next(
+        (name for name in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(name)), None
+    )
+    if experts or "moe" in model_type or model_type == "mixtral":
+        raise EasySpecError(f"{origin}: mixture-of-experts models (model_type {model_type!r}) are not supported")
+    if model_type not in FAMILIES:
+        raise EasySpecError(
+            f"{origin}: model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}"
+        )
+    window = model_type != "qwen2" and config.get("sliding_window")
+    if window or config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
+        raise EasySpecError(f"{origin}: sliding-window attention is not supported")
+    for name, supported in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
+        if config.get(name, supported) != supported:
+            raise EasySpecError(f"{origin}: {name}={config[name]!r} is not supported (only {supported!r})")
+
+
+def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
+    """Both spellings: `rope_parameters` (transformers 5) and `rope_scaling` beside `rope_theta`."""
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+
+def _rope_scaling(rope: dict[str, Any], origin: str) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise EasySpecError(f"{origin}: RoPE scaling {kind!r} is not supported; supported: default, llama3")
+    return RopeScaling(
+        factor=float(rope["factor"]),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+    )
+
+
+def _stop_ids(config: dict[str, Any]) -> tuple[int, ...]:
+    ids = config.get("eos_token_id")
+    if ids is None:
+        return ()
+    return tuple(int(i) for i in ids) if isinstance(ids, list) else (int(ids),)
+
+
+def _check_sizes(config: ModelConfig, origin: str) -> None:
+    for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+                 "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings"):  # fmt: skip
+        if getattr(config, name) < 1:
+            raise EasySpecError(f"{origin}: {name}={getattr(config, name)} must be at least 1")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise EasySpecError(
+            f"{origin}: {config.num_attention_heads} query heads do not divide into "
+            f"{config.num_key_value_heads} key-value heads"
+        )
+    if config.head_dim % 2:
+        raise EasySpecError(f"{origin}: head_dim={config.head_dim} must be even for rotary embeddings")
+
+
+@dataclass(frozen=True)
+class SpeculativeConfig:
+    """How a round drafts and verifies.
+
+    num_speculative_tokens: levels drafted per round. lp_size: layers a group, for the paper's grouping rule;
+    lp_strategy: explicit groups such as "0,1-3,4-7", which override lp_size. calibration: rebuild exact draft KV
+    every round. draft_tensor_parallel_size: whatever of the draft is not layer-parallel is replicated ("1") or
+    split over all devices ("all").
+    """
+
+    method: Method = "easyspec"
+    num_speculative_tokens: int = 5
+    lp_size: int = 4
+    lp_strategy: str | None = None
+    calibration: bool = True
+    draft_tensor_parallel_size: DraftTensorParallelSize = "all"
+    verifier: Verifier = "rejection"
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, get_args(Method))
+        check_choice("verifier", self.verifier, get_args(Verifier))
+        check_choice("draft-tensor-parallel-size", self.draft_tensor_parallel_size, get_args(DraftTensorParallelSize))
+        if self.method == "tree":
+            raise EasySpecError("--method tree is not available yet; use vanilla, sd or easyspec")
+        if self.verifier == "coupled":
+            raise EasySpecError("--verifier coupled is not available yet; use rejection")
+        if not 1 <= self.num_speculative_tokens <= 16:
+            raise EasySpecError(f"--num-speculative-tokens {self.num_speculative_tokens} must be from 1 to 16")
+        if self.lp_size < 1:
+            raise EasySpecError(f"--lp-size {self.lp_size} must be at least 1")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen; the distribution that speculation preserves.
+
+    temperature 0 is greedy. max_new_tokens counts generated tokens, the stop token included. seed: the request's
+    noise, 0 <= seed < 2**32.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    max_new_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise EasySpecError(f"--temperature {self.temperature} must be a finite number of at least 0")
+        if self.top_k != 0:
+            raise EasySpecError("--top-k is not available yet; leave it out")
+        if self.top_p != 1.0:
+            raise EasySpecError("--top-p is not available yet; leave it out")
+        if not 0 <= self.seed < 2**32:
+            raise EasySpecError(f"--seed {self.seed} must be from 0 to {2**32 - 1}")
+        if self.max_new_tokens < 1:
+            raise EasySpecError(f"--max-new-tokens {self.max_new_tokens} must be at least 1")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises EasySpecError if value is none of choices; name is the flag without dashes."""
+    if value not in choices:
+        raise EasySpecError(f"--{name} {value!r} is not one of {', '.join(choices)}")

