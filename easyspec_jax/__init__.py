@@ -1,1 +1,15 @@
-"""Layer-parallel speculative decoding on JAX."""
+"""EasySpec on JAX: layer-parallel speculative decoding with exactly the target model's distribution."""
+
+from easyspec_jax.config import SamplingParams, SpeculativeConfig
+from easyspec_jax.errors import EasySpecError
+
+__all__ = ["Completion", "EasySpecError", "Engine", "SamplingParams", "SpeculativeConfig", "open_model"]
+
+
+def __getattr__(name: str):
+    # The engine imports JAX, which a command's --help need not wait for.
+    if name in ("Completion", "Engine", "open_model"):
+        from easyspec_jax import engine
+
+        return getattr(engine, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

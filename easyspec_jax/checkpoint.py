@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import ml_dtypes  # noqa: F401  (teaches NumPy, and so safetensors, bfloat16)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -124,8 +125,12 @@ class SafetensorsSource:
         return self._shapes
 
     def read(self, name: str) -> np.ndarray:
-        with safe_open(self._files[name], framework="numpy") as file:
-            return file.get_tensor(name)
+        path = self._files[name]
+        try:
+            with safe_open(path, framework="numpy") as file:
+                return file.get_tensor(name)
+        except (AttributeError, TypeError, SafetensorError) as error:  # what NumPy lacks fails in either way
+            raise EasySpecError(f"{path}: {name} is stored in a type that is not supported ({error})") from None
 
 
 def _shards(directory: Path) -> Iterator[tuple[Path, set[str] | None]]:
@@ -195,12 +200,20 @@ def _unreadable(directory: Path, error: Exception) -> EasySpecError:
 
 
 def write_orbax(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes canonical tensors as an Orbax checkpoint at a path that must not exist."""
+    """Writes canonical tensors as an Orbax checkpoint at a path that must not exist.
+
+    Raises EasySpecError if the place cannot hold them.
+    """
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory.resolve(), dict(tensors))
-        checkpointer.wait_until_finished()
+    values = dict(tensors)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(directory.resolve(), values)
+            checkpointer.wait_until_finished()
+    except (OSError, ValueError) as error:  # a full disk is either, by the storage layer that meets it
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise EasySpecError(f"{directory.parent} cannot be written: {reason}") from None
 
 
 @contextmanager

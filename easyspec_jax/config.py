@@ -30,6 +30,9 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(qkv_bias=True),
 }
 
+_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+          "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")  # fmt: skip
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -87,9 +90,10 @@ def model_config(
 
     origin names the source in error messages. Raises EasySpecError for unsupported or contradictory models.
     """
-    model_type = config.get("model_type", "(none)")
+    model_type = str(config.get("model_type", "(none)"))
     family = FAMILIES.get(model_type)
     _refuse_unsupported(config, model_type, origin)
+    _check_types(config, origin)
     assert family is not None  # _refuse_unsupported has looked
     try:
         heads = int(config["num_attention_heads"])
@@ -106,7 +110,7 @@ def model_config(
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or family.rope_theta),
             rope_scaling=_rope_scaling(rope, origin),
-            max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
+            max_position_embeddings=int(config["max_position_embeddings"]),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=family.qkv_bias,
             stop_ids=_stop_ids(generation or {}) or _stop_ids(config),
@@ -154,9 +158,18 @@ def _refuse_unsupported(config: dict[str, Any], model_type: str, origin: str) ->
             raise EasySpecError(f"{origin}: {name}={config[name]!r} is not supported (only {supported!r})")
 
 
+def _check_types(config: dict[str, Any], origin: str) -> None:
+    """Raises EasySpecError where a conversion would hide a mistake: int(2.5) is 2, bool("false") is True."""
+    others: dict[str, type] = {"tie_word_embeddings": bool, "rope_scaling": dict, "rope_parameters": dict}
+    for name, kind in (dict.fromkeys(_SIZES, int) | others).items():
+        value = config.get(name)
+        if value is not None and type(value) is not kind:
+            raise EasySpecError(f"{origin}: {name}={value!r} has the wrong type; expected {kind.__name__}")
+
+
 def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """Both spellings: `rope_parameters` (transformers 5) and `rope_scaling` beside `rope_theta`."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """Both spellings: `rope_parameters` (transformers 5) and `rope_scaling` beside `rope_theta`, which wins."""
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
 
 
 def _rope_scaling(rope: dict[str, Any], origin: str) -> RopeScaling | None:
@@ -181,8 +194,7 @@ def _stop_ids(config: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _check_sizes(config: ModelConfig, origin: str) -> None:
-    for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
-                 "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings"):  # fmt: skip
+    for name in _SIZES:
         if getattr(config, name) < 1:
             raise EasySpecError(f"{origin}: {name}={getattr(config, name)} must be at least 1")
     if config.num_attention_heads % config.num_key_value_heads:

@@ -1,0 +1,51 @@
+"""Which layers go together. A new rule is a function from (num_layers, lp_size) to groups."""
+
+import itertools
+import re
+
+from easyspec_jax.errors import EasySpecError
+
+Group = range
+"""Consecutive layers that run at once; a group of one is an ordinary layer."""
+
+
+def paper_groups(num_layers: int, lp_size: int) -> tuple[Group, ...]:
+    """The paper's rule (EasySpec, arXiv 2502.02493): borders at multiples of lp_size, first and last layer alone."""
+    last = num_layers - 1
+    borders = sorted({0, min(1, last), last, *range(lp_size, last, lp_size), num_layers})
+    return tuple(range(a, b) for a, b in itertools.pairwise(borders))
+
+
+def parse_groups(strategy: str, num_layers: int) -> tuple[Group, ...]:
+    """Groups from "0,1-3,4-7,…", which must name each layer once, in order.
+
+    Raises EasySpecError, naming the layer, if they do not.
+    """
+    groups = tuple(_parse_group(part.strip(), strategy) for part in strategy.split(","))
+    expected = 0
+    for layer in (layer for group in groups for layer in group):
+        if layer >= num_layers:
+            raise EasySpecError(f"--lp-strategy {strategy!r} names layer {layer}; the draft has 0 to {num_layers - 1}")
+        if layer < expected:
+            raise EasySpecError(f"--lp-strategy {strategy!r} names layer {layer} twice or out of order")
+        if layer > expected:
+            break
+        expected += 1
+    if expected < num_layers:
+        raise EasySpecError(f"--lp-strategy {strategy!r} leaves out layer {expected} of 0 to {num_layers - 1}")
+    return groups
+
+
+def format_groups(groups: tuple[Group, ...]) -> str:
+    """The inverse of parse_groups."""
+    return ",".join(str(g.start) if len(g) == 1 else f"{g.start}-{g.stop - 1}" for g in groups)
+
+
+def _parse_group(part: str, strategy: str) -> Group:
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+    if match is None:
+        raise EasySpecError(f'--lp-strategy {strategy!r}: {part!r} is neither a layer nor a range such as "4-7"')
+    first, last = int(match[1]), int(match[2] or match[1])
+    if last < first:
+        raise EasySpecError(f"--lp-strategy {strategy!r}: the range {part!r} runs backwards")
+    return range(first, last + 1)

@@ -1,0 +1,1 @@
+"""The transformer decoder on a mesh; knows nothing of drafting."""

@@ -1,0 +1,133 @@
+"""Attention of one layer: rotary embeddings, grouped queries, a per-row cache."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from easyspec_jax.config import ModelConfig, RopeScaling
+from easyspec_jax.model.cache import KVCache, write
+from easyspec_jax.model.norm import rms_norm
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["start", "mask", "cos", "sin"], meta_fields=[])
+@dataclass(frozen=True)
+class Window:
+    """Where the tokens of one pass stand: row b's tokens take the cache entries from start[b] on.
+
+    mask[b, t, s]: token t may read entry s. cos, sin: the rotation of each token, in float32.
+    """
+
+    start: Int[Array, " batch"]
+    mask: Bool[Array, "batch tokens capacity"]
+    cos: Float[Array, "batch tokens half"]
+    sin: Float[Array, "batch tokens half"]
+
+
+def chain_window(start: Int[Array, " batch"], tokens: int, capacity: int, config: ModelConfig) -> Window:
+    """The window of consecutive tokens, each reading everything up to itself."""
+    positions = start[:, None] + jnp.arange(tokens, dtype=start.dtype)[None, :]
+    mask = jnp.arange(capacity, dtype=start.dtype)[None, None, :] <= positions[:, :, None]
+    frequencies = jnp.asarray(rope_frequencies(config))
+    angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
+    return Window(start, mask, jnp.cos(angles), jnp.sin(angles))
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians per position of each pair of channels, float32 [head_dim / 2], Llama 3's scaling applied."""
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    frequencies = config.rope_theta**-exponents
+    if config.rope_scaling is not None:
+        frequencies = _llama3_scaled(frequencies, config.rope_scaling)
+    return frequencies.astype(np.float32)
+
+
+def _llama3_scaled(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """Low frequencies slowed by the factor, high ones kept, a linear blend between (Llama 3.1's model card)."""
+    rotations = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    keep = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = np.clip(keep, 0.0, 1.0)
+    return frequencies * (keep + (1 - keep) / scaling.factor)
+
+
+def rotate(
+    x: Float[Array, "batch heads tokens head_dim"], window: Window
+) -> Float[Array, "batch heads tokens head_dim"]:
+    """Rotary position embedding in Hugging Face's layout: channel i pairs with channel i + head_dim / 2."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = window.cos[:, None], window.sin[:, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """One device's share of a layer's attention, its pre-norm included.
+
+    Queries, keys and values come from one product whose columns are [queries | keys | values] of this share, with
+    kv_heads keys and as many values for kv_heads * group queries. Leaves may carry a leading slot axis to `vmap` over.
+    """
+
+    def __init__(
+        self,
+        norm: Float[Array, "*slots hidden"],
+        qkv: Float[Array, "*slots hidden heads_dim"],
+        bias: Float[Array, "*slots heads_dim"] | None,
+        out: Float[Array, "*slots queries_dim hidden"],
+        *,
+        kv_heads: int,
+        group: int,
+        eps: float,
+    ) -> None:
+        self.norm = nnx.Param(norm)
+        self.qkv = nnx.Param(qkv)
+        self.bias = None if bias is None else nnx.Param(bias)
+        self.out = nnx.Param(out)
+        self.kv_heads, self.group, self.eps = kv_heads, group, eps
+
+    def __call__(
+        self,
+        h: Float[Array, "batch tokens hidden"],
+        cache: KVCache,
+        window: Window,
+        where: Bool[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "batch tokens hidden"], KVCache]:
+        """This share's addend of the attention output, and the cache with the window's entries written.
+
+        where: a scalar; where false, the cache stays as it is (the output is then meaningless).
+        """
+        q, k, v = self._project(h)
+        cache = write(cache, rotate(k, window), v, window.start, where)
+        return self._attend(rotate(q, window), cache, window.mask), cache
+
+    def init_cache(self, batch: int, capacity: int) -> KVCache:
+        """This share's part of an empty cache."""
+        width = self.qkv.shape[-1] // (self.kv_heads * (self.group + 2))
+        empty = jnp.zeros((batch, self.kv_heads, capacity, width), self.qkv.dtype)
+        return KVCache(empty, empty)
+
+    def _project(self, h: Float[Array, "batch tokens hidden"]) -> tuple[Array, Array, Array]:
+        """Queries [batch, kv_heads * group, tokens, head_dim], keys and values [batch, kv_heads, tokens, head_dim]."""
+        x = rms_norm(h, self.norm[...], self.eps) @ self.qkv[...]
+        if self.bias is not None:
+            x = x + self.bias[...][None, None, :]
+        heads = self.kv_heads * (self.group + 2)
+        x = x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+        queries = self.kv_heads * self.group
+        return x[:, :queries], x[:, queries : queries + self.kv_heads], x[:, queries + self.kv_heads :]
+
+    def _attend(self, q: Array, cache: KVCache, mask: Bool[Array, "batch tokens capacity"]) -> Array:
+        batch, _, tokens, head_dim = q.shape
+        # A key head's queries are extra rows of one product, so keys are read once.
+        q = q.reshape(batch, self.kv_heads, self.group * tokens, head_dim)
+        scores = jnp.einsum("bkqd,bksd->bkqs", q, cache.k, preferred_element_type=jnp.float32)
+        scores = scores.reshape(batch, self.kv_heads, self.group, tokens, -1) * np.float32(head_dim**-0.5)
+        scores = jnp.where(mask[:, None, None], scores, np.float32(-np.inf))
+        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+        weights = weights.reshape(batch, self.kv_heads, self.group * tokens, -1)
+        mixed = jnp.einsum("bkqs,bksd->bkqd", weights, cache.v)
+        mixed = mixed.reshape(batch, self.kv_heads * self.group, tokens, head_dim).transpose(0, 2, 1, 3)
+        return mixed.reshape(batch, tokens, -1) @ self.out[...]

@@ -1,0 +1,134 @@
+"""From a checkpoint's tensors to modules whose arrays lie on the mesh, one tensor in host memory at a time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from easyspec_jax.checkpoint import EMBEDDING, FINAL_NORM, HEAD, TensorSource
+from easyspec_jax.config import ModelConfig
+from easyspec_jax.mesh import LAYER, Axes, axes_size
+from easyspec_jax.model.attention import Attention
+from easyspec_jax.model.sharding import HeadLayout, head_layout
+from easyspec_jax.model.transformer import MLP, Block, Decoder, Layer
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Reads a checkpoint tensor by tensor and places it on the mesh in its final layout and dtype.
+
+    axes: what the model's dense parts are split over; vocab_rows: embedding rows after padding; num_ids: ids at and
+    above it never get probability.
+    """
+
+    source: TensorSource
+    config: ModelConfig
+    mesh: Mesh
+    axes: Axes
+    dtype: np.dtype
+    vocab_rows: int
+    num_ids: int
+
+    def decoder(self, blocks: Sequence[Block]) -> Decoder:
+        """The embedding, final norm and head around blocks."""
+        spec = P(self.axes or None, None)
+        tied = self.config.tie_word_embeddings
+        return Decoder(
+            embedding=self.place(self._vocabulary(EMBEDDING), spec),
+            blocks=blocks,
+            norm=self.place(self.source.read(FINAL_NORM), P(None)),
+            head=None if tied else self.place(self._vocabulary(HEAD), spec),
+            config=self.config,
+            axes=self.axes,
+            num_ids=self.num_ids,
+        )
+
+    def layer(self, index: int) -> Layer:
+        """One transformer layer, split over the dense axes."""
+        return Layer(self.attention([index], self.axes), self.mlp(index), axes=self.axes)
+
+    def attention(self, layers: Sequence[int], head_axes: Axes, slots: int | None = None) -> Attention:
+        """The attention of one layer, or with slots of several, stacked on a slot axis that is split over "layer".
+
+        Slots beyond the layers are zero.
+        """
+        layout = head_layout(
+            self.config.num_attention_heads, self.config.num_key_value_heads, axes_size(self.mesh, head_axes)
+        )
+        split = head_axes or None
+        parts = [self._attention_arrays(index, layout) for index in layers]
+        specs = (P(None), P(None, split), P(split), P(split, None))
+
+        def stacked(arrays: list[np.ndarray], spec: P) -> Array:
+            if slots is None:
+                return self.place(arrays[0], spec)
+            empty = [np.zeros_like(arrays[0])] * (slots - len(arrays))
+            return self.place(np.stack(arrays + empty), P(LAYER, *spec))
+
+        norm, qkv, bias, out = (
+            None if field[0] is None else stacked(list(field), spec)
+            for field, spec in zip(zip(*parts, strict=True), specs, strict=True)
+        )
+        assert norm is not None and qkv is not None and out is not None
+        return Attention(
+            norm, qkv, bias, out, kv_heads=layout.kv_heads, group=layout.group, eps=self.config.rms_norm_eps
+        )
+
+    def mlp(self, index: int) -> MLP:
+        """A layer's feed-forward part, its columns padded to whole shards."""
+        shards, split = axes_size(self.mesh, self.axes), self.axes or None
+        prefix = f"model.layers.{index}."
+        gate, up, down = (self.source.read(f"{prefix}mlp.{name}_proj.weight") for name in ("gate", "up", "down"))
+        rows = -(-gate.shape[0] // shards) * shards
+        gate, up, down = _pad_rows(gate, rows), _pad_rows(up, rows), _pad_rows(down.T, rows)
+        fused = np.stack([gate.reshape(shards, rows // shards, -1), up.reshape(shards, rows // shards, -1)], axis=1)
+        return MLP(
+            norm=self.place(self.source.read(f"{prefix}post_attention_layernorm.weight"), P(None)),
+            gate_up=self.place(fused.reshape(2 * rows, -1).T, P(None, split)),
+            down=self.place(down, P(split, None)),
+            eps=self.config.rms_norm_eps,
+        )
+
+    def place(self, array: np.ndarray, spec: P) -> Array:
+        """A host array on the mesh; each process hands over only the shards of its own devices."""
+        array = array.astype(self.dtype)
+        return jax.make_array_from_callback(array.shape, NamedSharding(self.mesh, spec), array.__getitem__)
+
+    def _vocabulary(self, name: str) -> np.ndarray:
+        return _pad_rows(self.source.read(name), self.vocab_rows)
+
+    def _attention_arrays(
+        self, index: int, layout: HeadLayout
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
+        """norm [hidden], qkv [hidden, shards * heads * head_dim] and bias, out [shards * queries_dim, hidden]."""
+        prefix = f"model.layers.{index}."
+        head_dim = self.config.head_dim
+
+        def fused(kind: str) -> np.ndarray:
+            """[shards * heads * head_dim, ...]: each shard's queries, keys and values side by side."""
+            q, k, v = (self.source.read(f"{prefix}self_attn.{name}_proj.{kind}") for name in "qkv")
+            indices = (layout.query_index, layout.kv_index, layout.kv_index)
+            parts = [_take_heads(x, i, head_dim) for x, i in zip((q, k, v), indices, strict=True)]
+            return np.concatenate(parts, axis=1).reshape(-1, *q.shape[1:])
+
+        out = self.source.read(f"{prefix}self_attn.o_proj.weight").T
+        return (
+            self.source.read(f"{prefix}input_layernorm.weight"),
+            fused("weight").T,
+            fused("bias") if self.config.qkv_bias else None,
+            _take_heads(out, layout.query_index, head_dim).reshape(-1, out.shape[-1]),
+        )
+
+
+def _take_heads(x: np.ndarray, index: np.ndarray, head_dim: int) -> np.ndarray:
+    """[heads * head_dim, ...] to [shards, chosen, head_dim, ...], zeros where the index is -1."""
+    heads = x.reshape(-1, head_dim, *x.shape[1:])
+    return np.concatenate([heads, np.zeros_like(heads[:1])])[index]
+
+
+def _pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
+    return np.concatenate([x, np.zeros((rows - x.shape[0], *x.shape[1:]), x.dtype)])

@@ -1,0 +1,14 @@
+"""Root-mean-square normalisation."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+def rms_norm(
+    x: Float[Array, "batch tokens hidden"], weight: Float[Array, " hidden"], eps: float
+) -> Float[Array, "batch tokens hidden"]:
+    """x over its root mean square, times weight; computed in float32, returned in x's dtype."""
+    wide = x.astype(jnp.float32)
+    scale = 1.0 / jnp.sqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + np.float32(eps))
+    return (wide * scale).astype(x.dtype) * weight[None, None, :]

@@ -1,0 +1,149 @@
+"""The decoder: embedding, blocks, head; every method computes one device's part inside `shard_map`."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from easyspec_jax.config import ModelConfig
+from easyspec_jax.mesh import Axes
+from easyspec_jax.model.attention import Attention, Window, chain_window
+from easyspec_jax.model.cache import KVCache
+from easyspec_jax.model.collectives import all_reduce, shard_index
+from easyspec_jax.model.norm import rms_norm
+
+Hidden = Float[Array, "batch tokens hidden"]
+Caches = tuple[KVCache, ...]
+"""One KVCache per block; a block of several layers stacks its own on a leading axis."""
+
+
+class MLP(nnx.Module):
+    """One device's share of a gated feed-forward part, its pre-norm included; gate and up are one product."""
+
+    def __init__(
+        self,
+        norm: Float[Array, " hidden"],
+        gate_up: Float[Array, "hidden twice_inner"],
+        down: Float[Array, "inner hidden"],
+        *,
+        eps: float,
+    ) -> None:
+        self.norm, self.gate_up, self.down = nnx.Param(norm), nnx.Param(gate_up), nnx.Param(down)
+        self.eps = eps
+
+    def __call__(self, h: Hidden) -> Hidden:
+        """This share's addend of the output."""
+        gate, up = jnp.split(rms_norm(h, self.norm[...], self.eps) @ self.gate_up[...], 2, axis=-1)
+        return (jax.nn.silu(gate) * up) @ self.down[...]
+
+
+class Layer(nnx.Module):
+    """A transformer layer under tensor parallelism over `axes`: two all-reduces."""
+
+    def __init__(self, attention: Attention, mlp: MLP, *, axes: Axes) -> None:
+        self.attention, self.mlp, self.axes = attention, mlp, axes
+
+    def __call__(self, h: Hidden, cache: KVCache, window: Window) -> tuple[Hidden, KVCache]:
+        attended, cache = self.attention(h, cache, window)
+        h = h + all_reduce(attended, self.axes)
+        return h + all_reduce(self.mlp(h), self.axes), cache
+
+    def init_cache(self, batch: int, capacity: int) -> KVCache:
+        """[batch, kv_heads, capacity, head_dim], zero."""
+        return self.attention.init_cache(batch, capacity)
+
+    def cache_spec(self) -> KVCache:
+        """Heads are split, rows are not."""
+        spec = P(None, self.axes or None, None, None)
+        return KVCache(spec, spec)  # pyright: ignore[reportArgumentType]
+
+
+class Block(Protocol):
+    """One or more layers that share a cache."""
+
+    def __call__(self, h: Hidden, cache: KVCache, window: Window) -> tuple[Hidden, KVCache]:
+        """The exact pass: hidden states after the block, and its cache with the window's entries written."""
+        ...
+
+    def init_cache(self, batch: int, capacity: int) -> KVCache:
+        """This device's part of an empty cache."""
+        ...
+
+    def cache_spec(self) -> KVCache:
+        """The PartitionSpec of each field of the cache."""
+        ...
+
+
+def run_exact(block: Block, h: Hidden, cache: KVCache, window: Window) -> tuple[Hidden, KVCache]:
+    """The exact pass through one block."""
+    return block(h, cache, window)
+
+
+class Decoder(nnx.Module):
+    """A causal language model whose embedding and head are split by vocabulary.
+
+    Ids at and above num_ids get no probability; ids without an embedding row embed as zero.
+    """
+
+    def __init__(
+        self,
+        embedding: Float[Array, "vocab hidden"],
+        blocks: Sequence[Block],
+        norm: Float[Array, " hidden"],
+        head: Float[Array, "vocab hidden"] | None,
+        *,
+        config: ModelConfig,
+        axes: Axes,
+        num_ids: int,
+    ) -> None:
+        self.embedding, self.norm = nnx.Param(embedding), nnx.Param(norm)
+        self.head = None if head is None else nnx.Param(head)
+        self.blocks = nnx.List(blocks)
+        self.config, self.axes, self.num_ids = config, axes, num_ids
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch tokens"],
+        caches: Caches,
+        start: Int[Array, " batch"],
+        run: Callable[[Block, Hidden, KVCache, Window], tuple[Hidden, KVCache]] = run_exact,
+    ) -> tuple[Hidden, Caches]:
+        """Final hidden states of consecutive tokens, and the caches with their entries written from start on.
+
+        run: how to go through a block; by default exactly.
+        """
+        window = chain_window(start, tokens.shape[1], caches[0].capacity, self.config)
+        h = self.embed(tokens)
+        written = []
+        for block, cache in zip(self.blocks, caches, strict=True):
+            h, cache = run(block, h, cache, window)
+            written.append(cache)
+        return rms_norm(h, self.norm[...], self.config.rms_norm_eps), tuple(written)
+
+    def embed(self, tokens: Int[Array, "batch tokens"]) -> Hidden:
+        """Rows of the embedding; one all-reduce where it is split."""
+        rows = self.embedding[...]
+        local = tokens - shard_index(self.axes) * rows.shape[0]
+        mine = (local >= 0) & (local < rows.shape[0])
+        found = rows[jnp.clip(local, 0, rows.shape[0] - 1)]
+        return all_reduce(jnp.where(mine[:, :, None], found, np.zeros((), rows.dtype)), self.axes)
+
+    def logits(self, h: Hidden) -> Float[Array, "batch tokens vocab_shard"]:
+        """This shard's logits in float32; -inf for ids that do not exist."""
+        rows = (self.embedding if self.head is None else self.head)[...]
+        logits = jnp.einsum("btd,vd->btv", h, rows, preferred_element_type=jnp.float32)
+        ids = shard_index(self.axes) * rows.shape[0] + jnp.arange(rows.shape[0], dtype=jnp.int32)
+        return jnp.where((ids < self.num_ids)[None, None, :], logits, np.float32(-np.inf))
+
+    def init_caches(self, batch: int, capacity: int) -> Caches:
+        """This device's part of empty caches for `capacity` tokens a row."""
+        return tuple(block.init_cache(batch, capacity) for block in self.blocks)
+
+    def cache_specs(self) -> Caches:
+        """The PartitionSpec of every cache array."""
+        return tuple(block.cache_spec() for block in self.blocks)

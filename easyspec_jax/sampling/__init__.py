@@ -1,0 +1,1 @@
+"""What draft and verifier both need: noise, warping, vocabulary shards."""

@@ -1,0 +1,89 @@
+"""Tokenizers: opening one, checking that two agree, and turning a growing list of ids into growing text."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from easyspec_jax.errors import EasySpecError
+
+Tokenizer = Any
+"""A transformers tokenizer; the library has no common base class worth naming."""
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint directory, offline and without running its code.
+
+    Raises EasySpecError if there is none.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the library raises for a broken or absent tokenizer
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise EasySpecError(f"{directory} has no usable tokenizer: {reason}") from None
+
+
+def check_same_ids(target: Tokenizer, draft: Tokenizer) -> None:
+    """Raises EasySpecError unless every token that both tokenizers know has one id, and every id one token."""
+    of_target, of_draft = target.get_vocab(), draft.get_vocab()
+    by_id = {number: token for token, number in of_target.items()}
+    for token, number in of_draft.items():
+        other = of_target.get(token, number)
+        if other != number:
+            raise EasySpecError(
+                f"target and draft give {token!r} different token ids ({other} and {number}); "
+                "choose a draft of the target's family"
+            )
+        if by_id.get(number, token) != token:
+            raise EasySpecError(
+                f"target and draft give token id {number} to different tokens ({by_id[number]!r} and {token!r}); "
+                "choose a draft of the target's family"
+            )
+
+
+def encode(tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:
+    """A prompt's ids: as one user message of the chat template, or plain with the tokenizer's own special tokens.
+
+    Raises EasySpecError for an empty prompt or a tokenizer without a chat template.
+    """
+    if not prompt:
+        raise EasySpecError("the prompt is empty; give at least one character")
+    if chat:
+        if not tokenizer.chat_template:
+            raise EasySpecError("this checkpoint has no chat template; leave out --chat")
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(prompt, add_special_tokens=not chat).input_ids
+    if not ids:
+        raise EasySpecError(f"the prompt {prompt!r} has no tokens")
+    return list(ids)
+
+
+class TextStream:
+    """Text that grows with its ids and never shows half a character."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def push(self, ids: Sequence[int]) -> str:
+        """The text that these further ids add, as far as it is certain."""
+        self._ids.extend(ids)
+        text = decode_text(self._tokenizer, self._ids)
+        if text.endswith("\ufffd"):
+            return ""
+        added, self._shown = text[self._shown :], len(text)
+        return added
+
+    def rest(self) -> str:
+        """What push() still held back when no more ids come."""
+        return decode_text(self._tokenizer, self._ids)[self._shown :]
+
+
+def decode_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Text without special tokens."""
+    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

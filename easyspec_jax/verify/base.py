@@ -1,0 +1,56 @@
+"""What a verifier is."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import jax
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from easyspec_jax.mesh import Axes
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["seed", "temperature", "round"], meta_fields=[])
+@dataclass(frozen=True)
+class Request:
+    """Each row's noise and distribution: its seed, its temperature and how many rounds it has had."""
+
+    seed: UInt32[Array, " batch"]
+    temperature: Float[Array, " batch"]
+    round: Int[Array, " batch"]
+
+
+class Verdict(NamedTuple):
+    """accept[b, i]: drafted token i passes if all before it did. token[b, i]: what follows if i is the first not to.
+
+    token has one column more, the bonus token after a draft that passed whole.
+    """
+
+    accept: Bool[Array, "batch levels"]
+    token: Int[Array, "batch levels_and_bonus"]
+
+
+class Verifier(Protocol):
+    """Called inside `shard_map`; hashable, because it is part of the compiled program."""
+
+    def propose(
+        self, logits: Float[Array, "batch vocab_shard"], position: Int[Array, " batch"], request: Request, axes: Axes
+    ) -> Int[Array, " batch"]:
+        """The draft's token for an absolute position; axes: what the draft's logits are split over."""
+        ...
+
+    def verify(
+        self,
+        target: Float[Array, "batch levels_and_bonus vocab_shard"],
+        draft: Float[Array, "batch levels draft_shard"],
+        drafted: Int[Array, "batch levels"],
+        position: Int[Array, " batch"],
+        request: Request,
+        draft_axes: Axes,
+    ) -> Verdict:
+        """Decides about drafted tokens, the first at the absolute position given.
+
+        target: logits before each drafted token and after the last, split over all devices; draft: those it was drawn
+        from, split over draft_axes. Without drafted tokens this is plain decoding.
+        """
+        ...

@@ -1,0 +1,34 @@
+"""Greedy decoding: a drafted token passes if it is the target's arg-max."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Array, Float, Int
+
+from easyspec_jax.mesh import ALL_AXES, Axes
+from easyspec_jax.sampling.shards import argmax
+from easyspec_jax.verify.base import Request, Verdict
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """The arg-max stays on vocabulary shards; no row moves."""
+
+    def propose(
+        self, logits: Float[Array, "batch vocab_shard"], position: Int[Array, " batch"], request: Request, axes: Axes
+    ) -> Int[Array, " batch"]:
+        """The draft's arg-max."""
+        return argmax(logits, axes)
+
+    def verify(
+        self,
+        target: Float[Array, "batch levels_and_bonus vocab_shard"],
+        draft: Float[Array, "batch levels draft_shard"],
+        drafted: Int[Array, "batch levels"],
+        position: Int[Array, " batch"],
+        request: Request,
+        draft_axes: Axes,
+    ) -> Verdict:
+        """Accepts the tokens that equal the target's arg-max."""
+        batch, columns, _ = target.shape
+        tokens = argmax(target.reshape(batch * columns, -1), ALL_AXES).reshape(batch, columns)
+        return Verdict(tokens[:, : drafted.shape[1]] == drafted, tokens)
