@@ -1,7 +1,12 @@
 """EasySpec on JAX: layer-parallel speculative decoding with exactly the target model's distribution."""
 
+from typing import TYPE_CHECKING
+
 from easyspec_jax.config import SamplingParams, SpeculativeConfig
 from easyspec_jax.errors import EasySpecError
+
+if TYPE_CHECKING:
+    from easyspec_jax.engine import Completion, Engine, open_model
 
 __all__ = ["Completion", "EasySpecError", "Engine", "SamplingParams", "SpeculativeConfig", "open_model"]
 

@@ -167,35 +167,40 @@ class OrbaxSource:
     """Tensors of a checkpoint that `convert` wrote.
 
     Reads Orbax's storage (zarr arrays in an OCDBT store) through tensorstore: a restore per tensor costs fifteen
-    times as much, a restore of all at once needs the whole model in host memory.
+    times as much, a restore of all at once needs the whole model in host memory, and Orbax answers a damaged store
+    with stack traces from its event loop.
     """
 
     def __init__(self, directory: Path) -> None:
-        import orbax.checkpoint as ocp
+        import tensorstore
 
-        self._directory = directory.resolve()
+        self._directory = directory
+        store = {"driver": "ocdbt", "base": directory.resolve().as_uri() + "/"}
         try:
-            metadata = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).metadata(self._directory).item_metadata
-            assert metadata is not None, "no tree metadata"
-            self._shapes = {name: tuple(leaf.shape) for name, leaf in metadata.tree.items()}
-        except Exception as error:  # Orbax raises whatever its storage layers raise
+            metadata = read_json(directory / "_METADATA")
+            driver = "zarr3" if metadata["use_zarr3"] else "zarr"
+            leaves = metadata["tree_metadata"].values()
+            names = [".".join(key["key"] for key in leaf["key_metadata"]) for leaf in leaves]
+            opening = {
+                name: tensorstore.open({"driver": driver, "kvstore": store | {"path": f"{name}/"}}, open=True)
+                for name in names
+            }
+            self._arrays = {name: future.result() for name, future in opening.items()}
+        except Exception as error:  # whatever the layers of the store raise
             raise _unreadable(directory, error) from None
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self._shapes
+        return {name: tuple(array.shape) for name, array in self._arrays.items()}
 
     def read(self, name: str) -> np.ndarray:
-        import tensorstore
-
-        store = {"driver": "ocdbt", "base": self._directory.as_uri() + "/", "path": f"{name}/"}
         try:
-            return tensorstore.open({"driver": "zarr", "kvstore": store}, open=True).result().read().result()
+            return self._arrays[name].read().result()
         except ValueError as error:
             raise _unreadable(self._directory, error) from None
 
 
 def _unreadable(directory: Path, error: Exception) -> EasySpecError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = (str(error).partition(" [tensorstore_spec")[0].splitlines() or [type(error).__name__])[0]
     return EasySpecError(f"{directory} is no readable Orbax checkpoint ({reason}); convert again")
 
 

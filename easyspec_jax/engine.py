@@ -17,7 +17,7 @@ from easyspec_jax.decode.round import Report, RoundConfig
 from easyspec_jax.draft.grouping import Group, paper_groups, parse_groups
 from easyspec_jax.draft.parallel import load_draft
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.mesh import ALL_AXES, Axes, Platform, open_mesh, parse_mesh
+from easyspec_jax.mesh import ALL_AXES, Axes, Platform, open_mesh, parse_mesh, request_cpu_devices
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import numpy_dtype, padded_vocab_size
 from easyspec_jax.model.transformer import Decoder
@@ -66,6 +66,7 @@ def open_model(
     """
     speculative = speculative or SpeculativeConfig()
     check_choice("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
+    request_cpu_devices(parse_mesh(mesh).size)
     opened = open_checkpoint(target)
     tokenizer = load_tokenizer(opened.directory)
     second, groups = None, ()

@@ -42,19 +42,29 @@ def parse_mesh(text: str, group_size: int = 1) -> MeshShape:
         devices = int(text)
         layer = max(n for n in range(1, min(group_size, devices) + 1) if devices % n == 0)
         return MeshShape(layer, devices // layer)
-    axes = dict(re.findall(r"(\w+)=([1-9]\d*)(?:,|$)", text))
+    axes = dict(re.findall(r"(?<![^,])(\w+)=([1-9]\d*)(?:,|\Z)", text))
     if set(axes) == set(ALL_AXES) and text.count(",") == 1:
         return MeshShape(int(axes[LAYER]), int(axes[TENSOR]))
     raise EasySpecError(f'--mesh {text!r} is neither a number of devices such as "8" nor "layer=4,tensor=2"')
 
 
+def request_cpu_devices(count: int) -> None:
+    """Asks for that many virtual CPU devices, which cost nothing where they are not used.
+
+    Must come before anything starts JAX's backends (Orbax does); later it changes nothing, as open_mesh will tell.
+    """
+    if jax.config.jax_num_cpu_devices < count:  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            jax.config.update("jax_num_cpu_devices", count)
+        except RuntimeError:
+            return
+
+
 def open_mesh(shape: MeshShape, platform: Platform | None = None) -> Mesh:
     """A mesh over the first devices of a platform (default: the fastest that JAX finds).
 
-    On a CPU, virtual devices are made as needed, which must happen before JAX is first used. Raises EasySpecError if
-    the platform is absent or has too few devices.
+    On a CPU they are virtual (request_cpu_devices). Raises EasySpecError if the platform is absent or has too few.
     """
-    _request_cpu_devices(shape.size)
     try:
         devices = jax.devices(platform)
     except RuntimeError:
@@ -71,12 +81,3 @@ def open_mesh(shape: MeshShape, platform: Platform | None = None) -> Mesh:
 def axes_size(mesh: Mesh, axes: Axes) -> int:
     """Number of shards that a dimension split over axes has."""
     return math.prod(mesh.shape[axis] for axis in axes)
-
-
-def _request_cpu_devices(count: int) -> None:
-    """Virtual CPU devices cost nothing where they are not used; too late once JAX has started, which is then seen."""
-    if jax.config.jax_num_cpu_devices < count:  # pyright: ignore[reportAttributeAccessIssue]
-        try:
-            jax.config.update("jax_num_cpu_devices", count)
-        except RuntimeError:
-            return

@@ -95,7 +95,7 @@ class Loader:
 
     def place(self, array: np.ndarray, spec: P) -> Array:
         """A host array on the mesh; each process hands over only the shards of its own devices."""
-        array = array.astype(self.dtype)
+        array = array.astype(self.dtype, copy=False)
         return jax.make_array_from_callback(array.shape, NamedSharding(self.mesh, spec), array.__getitem__)
 
     def _vocabulary(self, name: str) -> np.ndarray:
@@ -131,4 +131,5 @@ def _take_heads(x: np.ndarray, index: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def _pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
-    return np.concatenate([x, np.zeros((rows - x.shape[0], *x.shape[1:]), x.dtype)])
+    missing = rows - x.shape[0]
+    return np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)]) if missing else x

@@ -1,0 +1,173 @@
+"""Whole generations on tiny models: the same text as plain decoding, caches that are what they claim to be."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from easyspec_jax.checkpoint import open_checkpoint
+from easyspec_jax.config import SamplingParams
+from easyspec_jax.decode.loop import PREFILL_CHUNK, Programs, _prefill_all, decode
+from easyspec_jax.decode.round import RoundConfig
+from easyspec_jax.draft.grouping import paper_groups
+from easyspec_jax.draft.parallel import load_draft
+from easyspec_jax.mesh import ALL_AXES, MeshShape
+from easyspec_jax.verify import Greedy, Rejection
+from tests.models import LAYERS, load_target, loader, save_model
+
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(4, 300, size).tolist() for size in (PREFILL_CHUNK + 20, 3, 60)]
+LIMITS = [60, 90, 75]
+GREEDY = RoundConfig(levels=4, calibration=True, verifier=Greedy(), stop_ids=())
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A target, a draft that is the target with noise in its weights, and the target in transformers."""
+    target, draft = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("draft")
+    reference = save_model(target, "smollm2")
+    noisy = save_model(draft, "smollm2")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in noisy.parameters():
+            parameter.add_(0.1 * parameter.std() * torch.randn_like(parameter))
+    noisy.save_pretrained(draft)
+    return open_checkpoint(target), open_checkpoint(draft), reference
+
+
+@pytest.fixture(scope="module")
+def plain(pair):
+    """What transformers generates greedily."""
+    texts = []
+    for prompt, limit in zip(PROMPTS, LIMITS, strict=True):
+        ids = torch.tensor([prompt])
+        generated = pair[2].generate(ids, max_new_tokens=limit, do_sample=False, eos_token_id=None, pad_token_id=0)
+        texts.append(generated[0, len(prompt) :].tolist())
+    return texts
+
+
+def programs(pair, config, mesh=MeshShape(1, 1), axes=ALL_AXES, lp_size=3, own_draft=False) -> Programs:  # noqa: B008
+    target, draft, _ = pair
+    from_ = loader(target, mesh)
+    if config.levels == 0:
+        return Programs(from_.mesh, load_target(from_), None, config)
+    groups = paper_groups(LAYERS, lp_size)
+    return Programs(
+        from_.mesh, load_target(from_), load_draft(loader(target if own_draft else draft, mesh, axes), groups), config
+    )
+
+
+def texts(programs, prompts=PROMPTS, limits=LIMITS, sampling=SamplingParams()):  # noqa: B008
+    """Each row's tokens, and the totals of drafted and accepted levels."""
+    rows: list[list[int]] = [[] for _ in prompts]
+    drafted = accepted = 0
+    for report in decode(programs, prompts, limits, sampling):
+        for row, tokens in enumerate(rows):
+            tokens += report.tokens[row, : report.num_tokens[row]].tolist()
+        drafted, accepted = drafted + report.drafted.sum(), accepted + report.accepted.sum()
+    return rows, int(drafted), int(accepted)
+
+
+@pytest.mark.parametrize("mesh", [MeshShape(1, 1), MeshShape(2, 4)], ids=str)
+@pytest.mark.parametrize("levels, calibration, lp_size", [(0, False, 1), (4, False, 1), (4, True, 3), (1, False, 3)])
+def test_greedy_text_is_plain_decoding(pair, plain, mesh, levels, calibration, lp_size):
+    config = replace(GREEDY, levels=levels, calibration=calibration)
+    assert texts(programs(pair, config, mesh, lp_size=lp_size))[0] == plain
+
+
+def test_greedy_text_with_a_replicated_draft(pair, plain):
+    assert texts(programs(pair, GREEDY, MeshShape(2, 2), axes=()))[0] == plain
+
+
+def test_acceptance_falls_from_exact_to_fuzzy_and_without_calibration(pair):
+    """The target as its own draft: exact drafting passes whole, for what the text can reach."""
+
+    def rate(lp_size, calibration):
+        _, drafted, accepted = texts(
+            programs(pair, replace(GREEDY, calibration=calibration), lp_size=lp_size, own_draft=True)
+        )
+        return accepted / drafted
+
+    assert rate(1, calibration=False) == rate(1, calibration=True) == 1.0
+    assert 1.0 > rate(3, calibration=True) > rate(3, calibration=False) > 0.0
+
+
+@pytest.mark.parametrize("calibration", [True, False])
+def test_a_stop_token_ends_its_row_alone(pair, plain, calibration):
+    """A token from the middle of one text as stop token: rows end right behind its first occurrence."""
+    stop = plain[1][30]
+    config = replace(GREEDY, stop_ids=(stop, 299), calibration=calibration)
+    ended = [text[: text.index(stop) + 1] if stop in text else text for text in plain]
+    assert len(ended[1]) < len(plain[1])
+    assert texts(programs(pair, config))[0] == ended
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, 6])
+def test_limits_are_kept_to_the_token(pair, plain, limit):
+    rows, drafted, accepted = texts(programs(pair, GREEDY, own_draft=True, lp_size=1), limits=[limit] * 3)
+    assert rows == [text[:limit] for text in plain]
+    assert drafted == accepted
+
+
+@pytest.mark.parametrize("mesh", [MeshShape(1, 1), MeshShape(4, 2)], ids=str)
+@pytest.mark.parametrize("verifier", [Greedy(), Rejection()], ids=["greedy", "rejection"])
+def test_after_many_rounds_caches_equal_a_fresh_prefill(pair, mesh, verifier):
+    """More than 20 rounds with mixed acceptance; one row stops early and sits through the rest."""
+    config = replace(GREEDY, verifier=verifier)
+    run = programs(pair, config, mesh)
+    sampling, limits = SamplingParams(temperature=0.8), [60, 9, 110]
+    state = run.start(sampling, limits, capacity := run.capacity(PREFILL_CHUNK + 110))
+    state, report = _prefill_all(run, state, PROMPTS)
+    rows = [list(prompt) for prompt in PROMPTS]
+    rounds, accepted = 0, set()
+    while True:
+        for row, tokens in enumerate(rows):
+            tokens += np.asarray(report.tokens)[row, : report.num_tokens[row]].tolist()
+        if np.asarray(report.done).all():
+            break
+        state, report = run.round(state)
+        rounds, accepted = rounds + 1, accepted | set(np.asarray(report.accepted).tolist())
+    state, _ = run.round(state)  # a surplus round must change nothing
+    assert rounds > 20
+    assert len(accepted) > 2
+    assert np.asarray(state.length).tolist() == [len(row) - 1 for row in rows]
+
+    fresh, _ = _prefill_all(run, run.start(sampling, limits, capacity), rows)
+    for caches, expected, lengths in (
+        (state.target, fresh.target, state.length),
+        (state.draft, fresh.draft, state.draft_length),
+    ):
+        for leaf, reference in zip(jax.tree.leaves(caches), jax.tree.leaves(expected), strict=True):
+            for row, length in enumerate(np.asarray(lengths)):
+                entries = (np.asarray(x)[..., row, :, :length, :] for x in (leaf, reference))
+                np.testing.assert_allclose(*entries, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_row_does_not_depend_on_its_neighbours(pair, temperature):
+    """Alone, with the seed that its place in the batch gave it, each row becomes the same text."""
+    run = programs(pair, replace(GREEDY, verifier=Rejection() if temperature else Greedy()))
+    sampling = SamplingParams(temperature=temperature, seed=7)
+    together = texts(run, sampling=sampling)[0]
+    for row in range(3):
+        alone = texts(run, [PROMPTS[row]], [LIMITS[row]], replace(sampling, seed=7 + row))[0]
+        assert alone == [together[row]]
+
+
+def test_sampled_text_depends_on_the_seed_alone(pair):
+    run = programs(pair, replace(GREEDY, verifier=Rejection()), MeshShape(2, 2))
+    first, again, other = (texts(run, sampling=SamplingParams(temperature=1.0, seed=seed))[0] for seed in (1, 1, 9))
+    assert first == again != other
+
+
+def test_one_program_whose_state_is_donated(pair):
+    run = programs(pair, GREEDY, MeshShape(4, 2))
+    state, _ = _prefill_all(run, run.start(SamplingParams(), LIMITS, 256), PROMPTS)
+    for _ in range(5):
+        before = jax.tree.leaves((state.target, state.draft))
+        state, _ = run.round(state)
+        assert all(leaf.is_deleted() for leaf in before)
+    texts(run)
+    assert run._round._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]

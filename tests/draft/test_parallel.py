@@ -1,0 +1,135 @@
+"""A group on the layer axis: the fuzzy pass is the paper's Algorithm 2, the exact pass the model, at the promised cost."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.sharding import PartitionSpec as P
+
+from easyspec_jax.checkpoint import open_checkpoint
+from easyspec_jax.draft.parallel import LayerGroup, load_draft, run_fuzzy
+from easyspec_jax.mesh import ALL_AXES, MeshShape
+from easyspec_jax.model.sharding import partition_specs
+from easyspec_jax.model.transformer import run_exact
+from tests.models import forward, load_target, loader, save_model
+
+MESHES = [MeshShape(1, 1), MeshShape(4, 2), MeshShape(2, 4), MeshShape(8, 1)]
+GROUPS = [(range(0, 1), range(1, 4), range(4, 8)), (range(0, 1), range(1, 8))]
+TOKENS = np.random.default_rng(0).integers(0, 300, (2, 40))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A checkpoint of eight layers and its transformers model."""
+    directory = tmp_path_factory.mktemp("draft")
+    reference = save_model(directory, "smollm2", num_hidden_layers=8)
+    return open_checkpoint(directory), reference
+
+
+@torch.no_grad()
+def algorithm_2(reference, groups) -> np.ndarray:
+    """The paper's fuzzy pass out of transformers' own modules: attentions on the group's input, MLPs in order."""
+    model = reference.model
+    ids = torch.from_numpy(TOKENS)
+    h = model.embed_tokens(ids)
+    length = ids.shape[1]
+    positions = model.rotary_emb(h, torch.arange(length)[None])
+    mask = torch.triu(torch.full((length, length), -torch.inf), 1)[None, None]
+    for group in groups:
+        layers = [model.layers[index] for index in group]
+        attended = [
+            layer.self_attn(layer.input_layernorm(h), position_embeddings=positions, attention_mask=mask)[0]
+            for layer in layers
+        ]
+        for layer, output in zip(layers, attended, strict=True):
+            h = h + output
+            h = h + layer.mlp(layer.post_attention_layernorm(h))
+    return reference.lm_head(model.norm(h)).numpy()
+
+
+@pytest.mark.parametrize("axes", [ALL_AXES, ()], ids=["split", "replicated"])
+@pytest.mark.parametrize("groups", GROUPS, ids=["groups of 3 and 4", "group of 7"])
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_fuzzy_pass_is_algorithm_2(pair, mesh, groups, axes):
+    checkpoint, reference = pair
+    from_ = loader(checkpoint, mesh, axes)
+    logits = forward(load_draft(from_, groups), from_.mesh, TOKENS, run=run_fuzzy)
+    expected = algorithm_2(reference, groups)
+    np.testing.assert_allclose(logits[..., :300], expected, atol=1e-4, rtol=0)
+    exact = algorithm_2(reference, [range(i, i + 1) for i in range(8)])
+    assert np.abs(expected - exact).max() > 0.1, "the test could not tell fuzzy from exact"
+
+
+@pytest.mark.parametrize("branch", [True, False], ids=["branch", "mask"])
+@pytest.mark.parametrize("groups", GROUPS, ids=["groups of 3 and 4", "group of 7"])
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_exact_pass_is_the_model(pair, mesh, groups, branch):
+    checkpoint, reference = pair
+    from_ = loader(checkpoint, mesh)
+    draft = load_draft(from_, groups)
+    for block in draft.blocks:
+        if isinstance(block, LayerGroup):
+            block.branch = branch
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(forward(draft, from_.mesh, TOKENS)[..., :300], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("run", [run_exact, run_fuzzy], ids=["exact", "fuzzy"])
+@pytest.mark.parametrize("branch", [True, False], ids=["branch", "mask"])
+def test_kv_of_a_layer_lives_only_where_its_attention_does(pair, run, branch):
+    """Two tokens appended to an empty cache, then the cache of a group of three on four devices."""
+    checkpoint, _ = pair
+    from_ = loader(checkpoint, MeshShape(4, 2))
+    group = load_draft(from_, GROUPS[0]).blocks[1]
+    group.branch = branch
+    cache = _run(group, from_, run, tokens=2, capacity=4)[1]
+    written = np.abs(np.asarray(cache.k)).sum(axis=(1, 2, 4)) > 0
+    assert written.tolist() == [[True, True, False, False]] * 3 + [[False] * 4]
+
+
+@pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
+@pytest.mark.parametrize("size", [3, 4, 7])
+def test_collectives_of_a_group(pair, mesh, size):
+    """size + 1 all-reduces fuzzily, of which replicated MLPs leave one; twice the size exactly; nothing else."""
+    checkpoint, _ = pair
+    groups = (range(0, 1), range(1, 1 + size), *(range(i, i + 1) for i in range(1 + size, 8)))
+
+    def collectives(axes, run) -> dict[str, int]:
+        from_ = loader(checkpoint, mesh, axes)
+        group = load_draft(from_, groups).blocks[1]
+        text = _run(group, from_, run, tokens=1, capacity=8, compiled=True)
+        names = re.findall(r"= \S+ (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", text)
+        return {name: names.count(name) for name in set(names)}
+
+    assert collectives(ALL_AXES, run_fuzzy) == {"all-reduce": size + 1}
+    assert collectives(ALL_AXES, run_exact) == {"all-reduce": 2 * size}
+    assert collectives((), run_fuzzy) == {"all-reduce": 1}
+    assert collectives((), run_exact) == {"all-reduce": size}
+
+
+def _run(group, from_, run, tokens, capacity, compiled=False):
+    """Hidden states and cache of one pass through a group, or the optimised HLO of it."""
+    from easyspec_jax.model.attention import chain_window
+
+    @partial(jax.shard_map, mesh=from_.mesh, in_specs=(partition_specs(group), P()),
+             out_specs=(P(), group.cache_spec()), check_vma=False)  # fmt: skip
+    def body(group, h):
+        window = chain_window(jnp.zeros(1, jnp.int32), tokens, capacity, from_.config)
+        return run(group, h, group.init_cache(1, capacity), window)
+
+    h = np.random.default_rng(1).normal(size=(1, tokens, from_.config.hidden_size)).astype(np.float32)
+    program = jax.jit(body)
+    return program.lower(group, h).compile().as_text() if compiled else program(group, h)
+
+
+def test_single_layers_are_ordinary_layers(pair):
+    checkpoint, _ = pair
+    from_ = loader(checkpoint, MeshShape(4, 2))
+    singles = load_draft(from_, [range(i, i + 1) for i in range(8)])
+    fuzzy = forward(singles, from_.mesh, TOKENS, run=run_fuzzy)
+    np.testing.assert_array_equal(fuzzy, forward(load_target(from_), from_.mesh, TOKENS))

@@ -1,0 +1,96 @@
+"""Logits against transformers' own forward pass, for every family, on meshes that the heads do not divide."""
+
+import numpy as np
+import pytest
+import torch
+
+from easyspec_jax.checkpoint import open_checkpoint
+from easyspec_jax.draft.grouping import paper_groups
+from easyspec_jax.draft.parallel import load_draft
+from easyspec_jax.mesh import ALL_AXES, MeshShape
+from tests.models import FAMILIES, LAYERS, forward, load_target, loader, save_model
+
+MESHES = [MeshShape(1, 1), MeshShape(1, 2), MeshShape(4, 2), MeshShape(1, 8)]
+TOKENS = np.random.default_rng(0).integers(0, 300, (2, 90))
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def model(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp(request.param)
+    reference = save_model(directory, request.param)
+    with torch.no_grad():
+        logits = reference(torch.from_numpy(TOKENS)).logits.numpy()
+    return open_checkpoint(directory), logits
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_target_logits(model, mesh):
+    checkpoint, expected = model
+    from_ = loader(checkpoint, mesh)
+    logits = forward(load_target(from_), from_.mesh, TOKENS)
+    np.testing.assert_allclose(logits[..., :300], expected, atol=1e-4, rtol=0)
+    assert np.all(logits[..., 300:] == -np.inf)
+
+
+@pytest.mark.parametrize("axes", [ALL_AXES, ()], ids=["split", "replicated"])
+def test_exact_pass_of_layer_groups(model, axes):
+    checkpoint, expected = model
+    from_ = loader(checkpoint, MeshShape(4, 2), axes)
+    draft = load_draft(from_, paper_groups(LAYERS, 4))
+    np.testing.assert_allclose(forward(draft, from_.mesh, TOKENS)[..., :300], expected, atol=1e-4, rtol=0)
+
+
+def test_rows_of_different_lengths_continue_where_each_one_is(tmp_path):
+    """A chunk appended at per-row lengths gives the logits of the whole text."""
+    from functools import partial
+
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import PartitionSpec as P
+
+    from easyspec_jax.model.sharding import partition_specs
+
+    save_model(tmp_path, "smollm2")
+    from_ = loader(open_checkpoint(tmp_path), MeshShape(2, 4))
+    target = load_target(from_)
+    whole = forward(target, from_.mesh, TOKENS)
+    lengths = np.array([70, 40], np.int32)
+
+    @partial(jax.shard_map, mesh=from_.mesh, in_specs=(partition_specs(target), P()),
+             out_specs=P(None, None, ALL_AXES), check_vma=False)  # fmt: skip
+    def in_two_parts(target, lengths):
+        tokens = jnp.asarray(TOKENS, jnp.int32)
+        _, caches = target(tokens[:, :70], target.init_caches(2, 90), jnp.zeros(2, jnp.int32))
+        rest = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, 20))(tokens, lengths)
+        return target.logits(target(rest, caches, lengths)[0])
+
+    parts = np.asarray(jax.jit(in_two_parts)(target, lengths))
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(parts[row, :, :300], whole[row, length : length + 20, :300], atol=1e-4, rtol=0)
+
+
+def test_a_pair_whose_embedding_rows_differ(tmp_path):
+    """Ids that the draft lacks get no probability and embed as zero; its surplus rows get none either."""
+    save_model(tmp_path / "target", "qwen2", vocab_size=300)
+    reference = save_model(tmp_path / "draft", "qwen2", vocab_size=290)
+    save_model(tmp_path / "larger", "qwen2", vocab_size=400)
+    target, draft, larger = (open_checkpoint(tmp_path / name) for name in ("target", "draft", "larger"))
+    mesh = MeshShape(2, 2)
+    from_ = loader(draft, mesh, ALL_AXES, target)
+    logits = forward(load_target(from_), from_.mesh, np.minimum(TOKENS, 289))
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(np.minimum(TOKENS, 289))).logits.numpy()
+    np.testing.assert_allclose(logits[..., :290], expected, atol=1e-4, rtol=0)
+    assert np.all(logits[..., 290:] == -np.inf)
+
+    with torch.no_grad():
+        embedded = reference.model.embed_tokens(torch.from_numpy(np.minimum(TOKENS, 289)))
+        embedded[torch.from_numpy(TOKENS >= 290)] = 0
+        expected = reference(inputs_embeds=embedded).logits.numpy()
+    logits = forward(load_target(from_), from_.mesh, TOKENS)
+    np.testing.assert_allclose(logits[..., :290], expected, atol=1e-4, rtol=0)
+
+    surplus = loader(larger, mesh, ALL_AXES, target)
+    logits = forward(load_target(surplus), surplus.mesh, TOKENS)
+    assert np.all(np.isfinite(logits[..., :300]))
+    assert np.all(logits[..., 300:] == -np.inf)

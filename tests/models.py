@@ -1,0 +1,116 @@
+"""Tiny random models of every family, as Hugging Face directories, with transformers' own forward pass as reference."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+import transformers
+from jax.sharding import PartitionSpec as P
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from easyspec_jax.checkpoint import Checkpoint
+from easyspec_jax.mesh import ALL_AXES, Axes, MeshShape, open_mesh
+from easyspec_jax.model.loader import Loader
+from easyspec_jax.model.sharding import padded_vocab_size, partition_specs
+from easyspec_jax.model.transformer import Decoder
+
+transformers.utils.logging.disable_progress_bar()
+
+LAYERS = 6
+
+_SHAPE = dict(num_hidden_layers=LAYERS, intermediate_size=60, max_position_embeddings=1024, initializer_range=0.1)
+
+FAMILIES: dict[str, Callable[..., Any]] = {
+    "llama3": lambda **options: transformers.LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        **(_SHAPE | {"vocab_size": 300, "tie_word_embeddings": False} | options),
+    ),
+    "smollm2": lambda **options: transformers.LlamaConfig(
+        hidden_size=72,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        **(_SHAPE | {"vocab_size": 300, "tie_word_embeddings": True} | options),
+    ),
+    "qwen2": lambda **options: transformers.Qwen2Config(
+        hidden_size=112,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        **(_SHAPE | {"vocab_size": 300, "tie_word_embeddings": True} | options),
+    ),
+}
+
+
+def save_model(directory: Path, family: str, seed: int = 0, **options: Any) -> Any:
+    """Writes a random model of a family with its tokenizer; returns transformers' model in float32."""
+    torch.manual_seed(seed)
+    config = FAMILIES[family](eos_token_id=options.pop("eos_token_id", 2), bos_token_id=1, **options)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():  # biases and norms that are not at their neutral values
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.eval().save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return model
+
+
+def byte_tokenizer(order: int = 1) -> PreTrainedTokenizerFast:
+    """A tokenizer of 256 bytes behind four special tokens; order -1 numbers the bytes backwards."""
+    special = ["<unk>", "<bos>", "<eos>", "<pad>"]
+    vocab = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())[::order]])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+
+
+def loader(checkpoint: Checkpoint, mesh: MeshShape, axes: Axes = ALL_AXES, *others: Checkpoint) -> Loader:
+    """A float32 loader of one checkpoint, its vocabulary aligned with that of others."""
+    opened = open_mesh(mesh)
+    configs = [c.config for c in (checkpoint, *others)]
+    return Loader(
+        source=checkpoint.source,
+        config=checkpoint.config,
+        mesh=opened,
+        axes=axes,
+        dtype=np.dtype(np.float32),
+        vocab_rows=padded_vocab_size(opened, *configs),
+        num_ids=min(c.vocab_size for c in configs),
+    )
+
+
+def load_target(from_: Loader) -> Decoder:
+    """An ordinary decoder."""
+    return from_.decoder([from_.layer(index) for index in range(from_.config.num_hidden_layers)])
+
+
+def forward(model: Decoder, mesh: Any, tokens: Sequence[Sequence[int]], **options: Any) -> np.ndarray:
+    """Logits of whole texts from an empty cache: float32 [batch, tokens, padded vocabulary]."""
+    ids = np.asarray(tokens, np.int32)
+
+    def body(model: Decoder, ids: jax.Array) -> jax.Array:
+        caches = model.init_caches(ids.shape[0], ids.shape[1])
+        h, _ = model(ids, caches, jax.numpy.zeros(ids.shape[0], jax.numpy.int32), **options)
+        return model.logits(h)
+
+    specs = (partition_specs(model), P())
+    mapped = jax.shard_map(
+        body, mesh=mesh, in_specs=specs, out_specs=P(None, None, model.axes or None), check_vma=False
+    )
+    return np.asarray(jax.jit(mapped)(model, ids))

@@ -1,0 +1,179 @@
+"""The command line is a contract: what it prints, what it refuses, and with which exit code."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from easyspec_jax.generate import main
+from tests.models import LAYERS, byte_tokenizer, save_model
+
+STATS = {
+    "rounds", "drafted", "accepted", "acceptance_rate", "mean_acceptance_length", "accepted_per_position",
+    "prefill_seconds", "decode_seconds", "tokens_per_second",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny checkpoint whose text never ends by itself, and its transformers model."""
+    directory = tmp_path_factory.mktemp("model")
+    return directory, save_model(directory, "llama3", vocab_size=260, eos_token_id=3)
+
+
+@pytest.fixture
+def arguments(model):
+    return ["--target", str(model[0]), "--draft", str(model[0]), "--lp-size", "3", "--max-new-tokens", "12"]
+
+
+def refusal(capsys, *argv: str) -> str:
+    """The one line that a refused command leaves on stderr."""
+    assert main(argv) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1, output.err
+    assert output.err.startswith("easyspec_jax.generate: error: ")
+    return output.err
+
+
+def test_json_object(model, arguments, capsys):
+    assert main([*arguments, "--json", "--prompt", "Hello", "--prompt", "wörld"]) == 0
+    output = capsys.readouterr()
+    objects = [json.loads(line) for line in output.out.splitlines()]
+    assert [o["prompt"] for o in objects] == ["Hello", "wörld"]
+    tokenizer = byte_tokenizer()
+    for o in objects:
+        assert set(o) == {"prompt", "prompt_ids", "token_ids", "text", "finish_reason", "stats"}
+        assert set(o["stats"]) == STATS
+        assert o["prompt_ids"] == tokenizer(o["prompt"]).input_ids
+        expected = model[1].generate(
+            torch.tensor([o["prompt_ids"]]), max_new_tokens=12, do_sample=False, pad_token_id=0
+        )
+        assert o["token_ids"] == expected[0, len(o["prompt_ids"]) :].tolist()
+        assert o["text"] == tokenizer.decode(o["token_ids"], skip_special_tokens=True)
+        assert o["finish_reason"] == ("stop" if o["token_ids"][-1] == 3 else "length")
+        stats = o["stats"]
+        assert len(stats["accepted_per_position"]) == 5
+        assert sum(stats["accepted_per_position"]) == stats["accepted"] <= stats["drafted"] <= 5 * stats["rounds"]
+        assert stats["acceptance_rate"] == stats["accepted"] / stats["drafted"]
+        assert stats["mean_acceptance_length"] == 1 + stats["accepted"] / stats["rounds"]
+
+
+@pytest.mark.parametrize("streaming", [[], ["--no-stream"]])
+def test_text_on_stdout_and_one_summary_line_on_stderr(arguments, capsys, streaming):
+    assert main([*arguments, "--json", "--prompt", "Hello"]) == 0
+    text = json.loads(capsys.readouterr().out)["text"]
+    assert main([*arguments, *streaming, "--prompt", "Hello"]) == 0
+    output = capsys.readouterr()
+    assert output.out == text + "\n"
+    assert output.err.count("\n") == 1
+    for part in ("12 tokens", "tokens/s", "acceptance rate", "easyspec on layer=1,tensor=1"):
+        assert part in output.err
+
+
+def test_prompt_file(arguments, capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_text("first\n\nsecond\n", encoding="utf-8")
+    assert main([*arguments, "--method", "vanilla", "--json", "--prompt-file", str(tmp_path / "prompts.txt")]) == 0
+    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["first", "second"]
+
+
+def test_seed_makes_sampling_repeatable(arguments, capsys):
+    def text(seed: str) -> str:
+        assert main([*arguments, "--no-stream", "--temperature", "1", "--seed", seed, "--prompt", "a"]) == 0
+        return capsys.readouterr().out
+
+    assert text("1") == text("1") != text("2")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--method", "tree"], "--method tree is not available yet"),
+        (["--tree-width", "4"], "token trees are not available yet"),
+        (["--verifier", "coupled"], "--verifier coupled is not available yet"),
+        (["--top-k", "5"], "--top-k is not available yet"),
+        (["--top-p", "0.9"], "--top-p is not available yet"),
+        (["--temperature", "-1"], "--temperature -1.0 must be"),
+        (["--temperature", "nan"], "--temperature nan must be"),
+        (["--seed", "-1"], "--seed -1 must be"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0 must be at least 1"),
+        (["--num-speculative-tokens", "17"], "--num-speculative-tokens 17 must be from 1 to 16"),
+        (["--lp-size", "0"], "--lp-size 0 must be at least 1"),
+        (["--lp-size", "many"], "invalid int value: 'many'"),
+        (["--mesh", "0"], "--mesh '0' is neither"),
+        (["--mesh", "layer=2"], "--mesh 'layer=2' is neither"),
+        (["--mesh", "9"], "--mesh asks for 9 devices but there are 8"),
+        (["--platform", "gpu"], "--platform gpu: JAX finds no such device"),
+        (["--lp-strategy", "0,1-3,3,4,5"], "names layer 3 twice"),
+        (["--lp-strategy", f"0,1-{LAYERS}"], f"names layer {LAYERS}; the draft has 0 to {LAYERS - 1}"),
+        (["--lp-strategy", "0,2-5"], "leaves out layer 1"),
+        (["--max-length", "6"], "leaves no room within --max-length 6"),
+        (["--max-length", "1000000"], "--max-length 1000000 must be from 2 to"),
+        (["--chat"], "no chat template"),
+        (["--unknown"], "unrecognized arguments: --unknown"),
+    ],
+    ids=lambda value: value[0] + (value[1] if len(value) > 1 else "") if isinstance(value, list) else "",
+)
+def test_bad_flags_are_one_clear_line(arguments, capsys, flags, words):
+    assert words in refusal(capsys, *arguments, *flags, "--prompt", "some text")
+
+
+def test_bad_prompts_are_one_clear_line(arguments, capsys, tmp_path):
+    assert "the prompt is empty" in refusal(capsys, *arguments, "--prompt", "fine", "--prompt", "")
+    assert "no prompt" in refusal(capsys, *arguments)
+    assert "cannot be read" in refusal(capsys, *arguments, "--prompt-file", str(tmp_path / "absent"))
+    (tmp_path / "blank").write_text("\n\n", encoding="utf-8")
+    assert "holds no prompt" in refusal(capsys, *arguments, "--prompt-file", str(tmp_path / "blank"))
+
+
+def test_bad_checkpoints_are_one_clear_line(model, arguments, capsys, tmp_path):
+    directory = str(model[0])
+    prompt = ["--prompt", "text"]
+    assert "--target DIR is needed" in refusal(capsys, *prompt)
+    assert "needs --draft DIR" in refusal(capsys, "--target", directory, *prompt)
+    assert "is no directory" in refusal(capsys, "--target", str(tmp_path / "absent"), *prompt)
+
+    save_model(tmp_path / "other", "smollm2", vocab_size=260)
+    byte_tokenizer(order=-1).save_pretrained(tmp_path / "other")
+    other = ["--target", directory, "--draft", str(tmp_path / "other"), *prompt]
+    assert "different token ids" in refusal(capsys, *other)
+
+    weights = tmp_path / "other" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "truncated" in refusal(capsys, *other)
+    weights.unlink()
+    assert "holds no weights" in refusal(capsys, *other)
+
+    config = json.loads((model[0] / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"model_type": "gpt_neox"}))
+    assert "model_type 'gpt_neox' is not supported" in refusal(capsys, *other)
+
+
+def test_nothing_is_loaded_before_everything_is_checked(arguments, capsys, monkeypatch):
+    from easyspec_jax.engine import Engine
+
+    monkeypatch.setattr(Engine, "load", lambda self: pytest.fail("weights were loaded"))
+    refusal(capsys, *arguments, "--prompt", "fine", "--prompt", "")
+
+
+def test_as_a_program(model):
+    """With the virtual devices that the command makes itself, in a process of its own."""
+    command = [sys.executable, "-m", "easyspec_jax.generate", "--platform", "cpu", "--mesh", "8", "--json"]
+    command += ["--target", str(model[0]), "--draft", str(model[0]), "--prompt", "Hi", "--max-new-tokens", "3"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert len(json.loads(run.stdout)["token_ids"]) == 3
+    failed = subprocess.run([*command, "--seed", "x"], capture_output=True, text=True, check=False)
+    assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (2, "", 1)
+
+
+def test_five_lines_of_python(model):
+    """The README's example."""
+    from easyspec_jax import SamplingParams, open_model
+
+    engine = open_model(target=model[0], draft=model[0], mesh="8")
+    for completion in engine.generate(["Once upon a time"], SamplingParams(max_new_tokens=8)):
+        assert len(completion.token_ids) == 8
+        assert np.isfinite(completion.stats.tokens_per_second)
