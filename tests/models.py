@@ -1,6 +1,5 @@
 """Tiny random models of every family, as Hugging Face directories, with transformers' own forward pass as reference."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 import torch
 import transformers
 from jax.sharding import PartitionSpec as P
+from numpy.typing import ArrayLike
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -22,42 +22,53 @@ transformers.utils.logging.disable_progress_bar()
 
 LAYERS = 6
 
-_SHAPE = dict(num_hidden_layers=LAYERS, intermediate_size=60, max_position_embeddings=1024, initializer_range=0.1)
+_SHAPE: dict[str, Any] = {
+    "num_hidden_layers": LAYERS,
+    "intermediate_size": 60,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.1,
+    "vocab_size": 300,
+}
 
-FAMILIES: dict[str, Callable[..., Any]] = {
-    "llama3": lambda **options: transformers.LlamaConfig(
-        hidden_size=64,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
+FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama3": (
+        transformers.LlamaConfig,
+        {
+            "hidden_size": 64,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
         },
-        **(_SHAPE | {"vocab_size": 300, "tie_word_embeddings": False} | options),
     ),
-    "smollm2": lambda **options: transformers.LlamaConfig(
-        hidden_size=72,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        **(_SHAPE | {"vocab_size": 300, "tie_word_embeddings": True} | options),
+    "smollm2": (
+        transformers.LlamaConfig,
+        {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
     ),
-    "qwen2": lambda **options: transformers.Qwen2Config(
-        hidden_size=112,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        **(_SHAPE | {"vocab_size": 300, "tie_word_embeddings": True} | options),
+    "qwen2": (
+        transformers.Qwen2Config,
+        {"hidden_size": 112, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True},
     ),
 }
+
+
+def family_config(family: str, **options: Any) -> Any:
+    """A transformers configuration of a family, small enough for tests."""
+    kind, own = FAMILIES[family]
+    return kind(**(_SHAPE | own | options))
 
 
 def save_model(directory: Path, family: str, seed: int = 0, **options: Any) -> Any:
     """Writes a random model of a family with its tokenizer; returns transformers' model in float32."""
     torch.manual_seed(seed)
-    config = FAMILIES[family](eos_token_id=options.pop("eos_token_id", 2), bos_token_id=1, **options)
+    config = family_config(family, **({"eos_token_id": 2, "bos_token_id": 1} | options))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():  # biases and norms that are not at their neutral values
         for name, parameter in model.named_parameters():
@@ -100,7 +111,7 @@ def load_target(from_: Loader) -> Decoder:
     return from_.decoder([from_.layer(index) for index in range(from_.config.num_hidden_layers)])
 
 
-def forward(model: Decoder, mesh: Any, tokens: Sequence[Sequence[int]], **options: Any) -> np.ndarray:
+def forward(model: Decoder, mesh: Any, tokens: ArrayLike, **options: Any) -> np.ndarray:
     """Logits of whole texts from an empty cache: float32 [batch, tokens, padded vocabulary]."""
     ids = np.asarray(tokens, np.int32)
 

@@ -1,6 +1,7 @@
-"""SmolLM2-135M-Instruct end to end: converted from GGUF, drafted for by itself, against transformers' own GGUF loader."""
+"""SmolLM2-135M-Instruct end to end: converted from GGUF, its own draft, against transformers' own GGUF loader."""
 
 from functools import cache, lru_cache
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def open_engine(checkpoint):
 @pytest.fixture(scope="module")
 def plain(checkpoint, smollm2_gguf):
     """Prompt ids and greedy tokens of transformers on torch, which reads the GGUF file by code of its own."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)

@@ -22,17 +22,20 @@ def parse_groups(strategy: str, num_layers: int) -> tuple[Group, ...]:
     Raises EasySpecError, naming the layer, if they do not.
     """
     groups = tuple(_parse_group(part.strip(), strategy) for part in strategy.split(","))
-    expected = 0
-    for layer in (layer for group in groups for layer in group):
-        if layer >= num_layers:
-            raise EasySpecError(f"--lp-strategy {strategy!r} names layer {layer}; the draft has 0 to {num_layers - 1}")
-        if layer < expected:
-            raise EasySpecError(f"--lp-strategy {strategy!r} names layer {layer} twice or out of order")
-        if layer > expected:
-            break
-        expected += 1
-    if expected < num_layers:
-        raise EasySpecError(f"--lp-strategy {strategy!r} leaves out layer {expected} of 0 to {num_layers - 1}")
+    for group in groups:
+        if group.stop > num_layers:
+            raise EasySpecError(
+                f"--lp-strategy {strategy!r} names layer {group.stop - 1}; the draft has 0 to {num_layers - 1}"
+            )
+    named = [layer for group in groups for layer in group]
+    for layer in named:
+        if named.count(layer) > 1:
+            raise EasySpecError(f"--lp-strategy {strategy!r} names layer {layer} twice")
+    for layer in range(num_layers):
+        if layer not in named:
+            raise EasySpecError(f"--lp-strategy {strategy!r} leaves out layer {layer} of 0 to {num_layers - 1}")
+    if named != sorted(named):
+        raise EasySpecError(f"--lp-strategy {strategy!r} does not name the layers in order")
     return groups
 
 

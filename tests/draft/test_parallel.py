@@ -1,7 +1,8 @@
-"""A group on the layer axis: the fuzzy pass is the paper's Algorithm 2, the exact pass the model, at the promised cost."""
+"""A group on the layer axis: fuzzily the paper's Algorithm 2, exactly the model, each at its promised cost."""
 
 import re
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ def test_kv_of_a_layer_lives_only_where_its_attention_does(pair, run, branch):
     """Two tokens appended to an empty cache, then the cache of a group of three on four devices."""
     checkpoint, _ = pair
     from_ = loader(checkpoint, MeshShape(4, 2))
-    group = load_draft(from_, GROUPS[0]).blocks[1]
+    group: Any = load_draft(from_, GROUPS[0]).blocks[1]
     group.branch = branch
     cache = _run(group, from_, run, tokens=2, capacity=4)[1]
     written = np.abs(np.asarray(cache.k)).sum(axis=(1, 2, 4)) > 0
@@ -112,7 +113,7 @@ def test_collectives_of_a_group(pair, mesh, size):
     assert collectives((), run_exact) == {"all-reduce": size}
 
 
-def _run(group, from_, run, tokens, capacity, compiled=False):
+def _run(group, from_, run, tokens, capacity, compiled=False) -> Any:
     """Hidden states and cache of one pass through a group, or the optimised HLO of it."""
     from easyspec_jax.model.attention import chain_window
 

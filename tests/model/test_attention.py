@@ -9,12 +9,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from easyspec_jax.config import model_config
 from easyspec_jax.model.attention import chain_window, rope_frequencies, rotate
 from easyspec_jax.model.norm import rms_norm
-from tests.models import FAMILIES
+from tests.models import FAMILIES, family_config
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_rotation(family):
-    reference = FAMILIES[family]()
+    reference = family_config(family)
     config = model_config(reference.to_dict())
     x = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 3, 7, config.head_dim)).astype(np.float32))
     start = np.array([5, 900], np.int32)
@@ -27,13 +27,13 @@ def test_rotation(family):
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_frequencies(family):
-    reference = FAMILIES[family]()
+    reference = family_config(family)
     expected = LlamaRotaryEmbedding(reference).inv_freq.numpy()
     np.testing.assert_allclose(rope_frequencies(model_config(reference.to_dict())), expected, rtol=1e-6)
 
 
 def test_a_token_reads_itself_and_what_came_before():
-    window = chain_window(jnp.array([0, 3]), 2, 6, model_config(FAMILIES["smollm2"]().to_dict()))
+    window = chain_window(jnp.array([0, 3]), 2, 6, model_config(family_config("smollm2").to_dict()))
     assert window.mask.astype(int).tolist() == [
         [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]],
         [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]],
