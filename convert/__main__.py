@@ -1,0 +1,73 @@
+"""The command `python -m convert`. Heavy libraries wait until the arguments are known to be good."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from convert import DTYPES
+from easyspec_jax.errors import EasySpecError
+
+if TYPE_CHECKING:
+    from convert.stream import Result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code: 0, 2 for bad input, 130 if interrupted."""
+    arguments = _parser().parse_args(argv)
+    started = time.monotonic()
+    try:
+        result = _convert(arguments)
+    except (EasySpecError, OSError) as error:
+        print("convert: error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("convert: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    seconds = time.monotonic() - started
+    print(
+        f"{arguments.out}: {result.parameters / 1e6:,.1f} M parameters, {result.dtype}, "
+        f"{result.size / 1e9:.2f} GB, {seconds:.1f} s"
+    )
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> "Result":
+    from convert.stream import convert
+
+    if arguments.hf is not None:
+        from convert.huggingface import open_huggingface
+
+        model = open_huggingface(arguments.hf)
+    else:
+        from convert.gguf import open_gguf
+
+        model = open_gguf(arguments.gguf)
+    return convert(model, arguments.out, arguments.dtype)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convert",
+        description="Writes an Orbax checkpoint with its configuration and tokenizer, from a Llama or Qwen2 model.",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--hf", type=Path, metavar="DIR", help="a Hugging Face directory with safetensors")
+    source.add_argument("--gguf", type=Path, metavar="FILE", help="a GGUF file of architecture llama or qwen2")
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="the directory to create")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="what every tensor is written as; by default the type the embedding is stored in, "
+        "or bfloat16 where that is quantised",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    # Orbax starts a JAX backend, and copying files must not claim an accelerator's memory.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Opens a GGUF file for conversion: its tensors in NumPy, its metadata as a Hugging Face configuration."""
+
+from collections.abc import Mapping
+from math import pi
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFReader, ReaderTensor
+from gguf.quants import dequantize
+
+from convert.families import (
+    ARCHITECTURES,
+    OPTIONAL_FIELDS,
+    REQUIRED_FIELDS,
+    ROPE_FACTORS,
+    STOP_IDS,
+    TOKEN_IDS,
+    Architecture,
+    canonical_name,
+)
+from convert.gguf_tokenizer import build_tokenizer
+from convert.stream import Model, write_json
+from easyspec_jax.checkpoint import EMBEDDING, HEAD
+from easyspec_jax.config import ModelConfig, model_config
+from easyspec_jax.errors import EasySpecError
+
+_DTYPES = {"F32": "float32", "F16": "float16"}  # the rest is BF16, or loses more by its quantisation
+
+
+def open_gguf(path: Path) -> Model:
+    """A GGUF file that holds a whole Llama or Qwen2 model with its tokenizer.
+
+    Raises EasySpecError if the file is missing, damaged, one of several parts, or describes anything unsupported.
+    """
+    origin = str(path)
+    reader, metadata = _read(path)
+    architecture = _architecture(metadata, origin)
+    tensors = {canonical_name(tensor.name): tensor for tensor in reader.tensors}
+    if EMBEDDING not in tensors:
+        raise EasySpecError(f"{origin}: token_embd.weight is missing")
+    rope_factors = tensors.pop(ROPE_FACTORS, None)
+    config = _config(metadata, architecture, tensors, origin)
+    model = model_config(config, origin=origin)
+    _refuse_partial_rope(metadata, model, origin)
+    if rope_factors is not None:
+        config["rope_scaling"] = _llama3_scaling(rope_factors.data, model, origin)
+    tokenizer = build_tokenizer(metadata, architecture.model_type, origin)
+
+    def write_companions(directory: Path) -> None:
+        write_json(directory / "generation_config.json", _generation(metadata))
+        tokenizer.save_pretrained(str(directory))
+
+    heads = {"q_proj": model.num_attention_heads, "k_proj": model.num_key_value_heads}
+    source = GGUFSource(tensors, heads if architecture.permuted else {}, origin)
+    return Model(origin, config, source, source.stored_dtype(), write_companions)
+
+
+class GGUFSource:
+    """Canonical tensors of a GGUF file, dequantised to float32 when they are read.
+
+    permuted_heads: the number of heads of each projection whose rows are permuted.
+    """
+
+    def __init__(self, tensors: Mapping[str, ReaderTensor], permuted_heads: Mapping[str, int], origin: str) -> None:
+        self._tensors = tensors
+        self._permuted_heads = permuted_heads
+        self._origin = origin
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: _shape(tensor) for name, tensor in self._tensors.items()}
+
+    def stored_dtype(self) -> str:
+        """The floating-point type nearest to what the embedding is stored in."""
+        return _DTYPES.get(self._tensors[EMBEDDING].tensor_type.name, "bfloat16")
+
+    def read(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name]
+        try:
+            # A plain array: Orbax has no handler for the memory map it may be a view of.
+            values = np.asarray(dequantize(tensor.data, tensor.tensor_type)).reshape(_shape(tensor))
+        except NotImplementedError:
+            raise EasySpecError(
+                f"{self._origin}: {tensor.name} is stored as {tensor.tensor_type.name}, which is not supported"
+            ) from None
+        heads = self._permuted_heads.get(name.split(".")[-2])
+        return values if heads is None else unpermute(values, heads)
+
+
+def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Puts [heads * head_dim, ...] rows from llama.cpp's order (pairs side by side) into Hugging Face's (by halves)."""
+    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+class _Reader(GGUFReader):
+    """Stops at the end of the file; the library goes on with empty arrays, without end where a length is damaged."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
+        values = super()._get(offset, dtype, count, override_order)
+        if len(values) < count:
+            raise ValueError("it ends too early")
+        return values
+
+
+def _read(path: Path) -> tuple[GGUFReader, dict[str, Any]]:
+    try:
+        reader = _Reader(path)
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+    except FileNotFoundError:
+        raise EasySpecError(f"{path} is missing; expected a GGUF file") from None
+    except OSError as error:
+        raise EasySpecError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, IndexError, KeyError) as error:  # the reader indexes and decodes without looking
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise EasySpecError(f"{path} is no GGUF file") from None
+        raise EasySpecError(f"{path} is truncated or damaged ({error}); fetch it again") from None
+    if reader.byte_order != "I":
+        raise EasySpecError(f"{path} is stored in another byte order than this machine's; fetch the other variant")
+    return reader, metadata
+
+
+def _architecture(metadata: Mapping[str, Any], origin: str) -> Architecture:
+    name = str(metadata.get("general.architecture", "(none)"))
+    if name not in ARCHITECTURES:
+        supported = ", ".join(sorted(ARCHITECTURES))
+        raise EasySpecError(f"{origin}: GGUF architecture {name!r} is not supported; supported: {supported}")
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise EasySpecError(f"{origin} is one of {metadata['split.count']} parts; merge them with llama-gguf-split")
+    return ARCHITECTURES[name]
+
+
+def _config(
+    metadata: Mapping[str, Any], architecture: Architecture, tensors: Mapping[str, ReaderTensor], origin: str
+) -> dict[str, Any]:
+    """The contents of `config.json`, without a dtype."""
+    prefix = metadata["general.architecture"]
+    config: dict[str, Any] = {"architectures": [architecture.class_name], "model_type": architecture.model_type}
+    for field, key in (REQUIRED_FIELDS | OPTIONAL_FIELDS).items():
+        value = metadata.get(f"{prefix}.{key}")
+        if value is not None:
+            config[field] = _shortest(value)
+        elif field in REQUIRED_FIELDS:
+            raise EasySpecError(f"{origin}: the metadata field {prefix}.{key} is missing")
+    config["vocab_size"] = _shape(tensors[EMBEDDING])[0]
+    config["tie_word_embeddings"] = HEAD not in tensors
+    if (kind := _rope_type(metadata, prefix)) != "default":
+        config["rope_scaling"] = {"rope_type": kind}
+    return config | _token_ids(metadata)
+
+
+def _rope_type(metadata: Mapping[str, Any], prefix: str) -> str:
+    """The kind of RoPE scaling in the metadata, whose own default is linear scaling by 1."""
+    factor = metadata.get(f"{prefix}.rope.scaling.factor") or metadata.get(f"{prefix}.rope.scale_linear") or 1.0
+    kind = metadata.get(f"{prefix}.rope.scaling.type", "linear")
+    return "default" if kind == "none" or factor == 1.0 else kind
+
+
+def _refuse_partial_rope(metadata: Mapping[str, Any], model: ModelConfig, origin: str) -> None:
+    rotated = metadata.get(f"{metadata['general.architecture']}.rope.dimension_count", model.head_dim)
+    if rotated != model.head_dim:
+        raise EasySpecError(f"{origin}: RoPE over {rotated} of {model.head_dim} dimensions is not supported")
+
+
+def _shortest(value: Any) -> Any:
+    """A float as its shortest decimal: GGUF has 1e-5 in single precision."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{token}_id": metadata[key] for token, key in TOKEN_IDS.items() if key in metadata}
+
+
+def _generation(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents of `generation_config.json`: every id that ends a text."""
+    stop_ids = list(dict.fromkeys(metadata[key] for key in STOP_IDS if key in metadata))
+    if not stop_ids:
+        return _token_ids(metadata)
+    return _token_ids(metadata) | {"eos_token_id": stop_ids if len(stop_ids) > 1 else stop_ids[0]}
+
+
+def _llama3_scaling(factors: np.ndarray, model: ModelConfig, origin: str) -> dict[str, Any]:
+    """Llama 3's RoPE scaling, of which GGUF keeps what each of the head_dim / 2 frequencies is divided by.
+
+    Raises EasySpecError if the constants that every Llama 3 uses do not give these factors.
+    """
+    factor, low, high, length = float(factors.max()), 1.0, 4.0, 8192
+    wavelengths = 2 * pi * model.rope_theta ** (np.arange(0, model.head_dim, 2) / model.head_dim)
+    smooth = np.clip((length / wavelengths - low) / (high - low), 0.0, 1.0)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
+        raise EasySpecError(f"{origin}: {ROPE_FACTORS} holds a RoPE scaling other than Llama 3's; not supported")
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": length,
+    }
+
+
+def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
+    return tuple(int(size) for size in reversed(tensor.shape))

@@ -1,0 +1,37 @@
+"""Opens a Hugging Face directory for conversion."""
+
+import shutil
+from pathlib import Path
+
+from convert.stream import Model
+from easyspec_jax.checkpoint import EMBEDDING, open_checkpoint
+from easyspec_jax.config import read_json
+
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+)
+"""Patterns of the files that keep their name and contents."""
+
+
+def open_huggingface(directory: Path) -> Model:
+    """A directory with `config.json` and safetensors. Raises EasySpecError if it is damaged or unsupported."""
+    source = open_checkpoint(directory).source
+    return Model(
+        origin=str(directory),
+        config=read_json(directory / "config.json"),
+        source=source,
+        dtype=source.read(EMBEDDING).dtype.name,
+        write_companions=lambda out: _copy_companions(directory, out),
+    )
+
+
+def _copy_companions(directory: Path, out: Path) -> None:
+    for pattern in COMPANIONS:
+        for path in filter(Path.is_file, directory.glob(pattern)):
+            shutil.copyfile(path, out / path.name)

@@ -1,0 +1,132 @@
+"""Tiny models to convert: as Hugging Face directories and as GGUF files."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from tokenizers import pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+MERGES = ["h e", "l l", "he ll", "hell o", "Ġ t", "1 2", "12 3", "Ġ 1"]
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
+ADDED = {"<|bos|>": CONTROL, "<|end|>": CONTROL, "<|eot|>": CONTROL, "<tool>": USER_DEFINED, "[PAD]": UNUSED}
+TOKENS = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES), *ADDED]
+KINDS = [1] * (len(TOKENS) - len(ADDED)) + list(ADDED.values())
+TEMPLATE = "{% for message in messages %}<|bos|>{{ message['content'] }}<|end|>{% endfor %}"
+HEADS, KEY_HEADS = 4, 2
+
+TOKENIZER: dict[str, Any] = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.tokens": TOKENS,
+    "tokenizer.ggml.token_type": KINDS,
+    "tokenizer.ggml.merges": MERGES,
+    "tokenizer.ggml.bos_token_id": TOKENS.index("<|bos|>"),
+    "tokenizer.ggml.eos_token_id": TOKENS.index("<|end|>"),
+    "tokenizer.chat_template": TEMPLATE,
+}
+
+
+@pytest.fixture
+def tokenizer_metadata() -> dict[str, Any]:
+    """The tokenizer part of a tiny GGUF file's metadata."""
+    return dict(TOKENIZER)
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """Makes a random two-layer model, biases included, of `llama` or `qwen2`."""
+
+    def make(family: str = "llama", **fields: Any) -> PreTrainedModel:
+        torch.manual_seed(0)
+        sizes: dict[str, Any] = {
+            "vocab_size": len(TOKENS),
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": KEY_HEADS,
+            "max_position_embeddings": 128,
+        }
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes | fields))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_()
+        return model
+
+    return make
+
+
+@pytest.fixture
+def write_gguf(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a model as llama.cpp's converter does; metadata and tensors of the same name replace its own (None: none).
+
+    Matrices are stored as `stored`, vectors in float32.
+    """
+
+    def write(
+        model: PreTrainedModel,
+        stored: Type = Type.F32,
+        metadata: Mapping[str, Any] | None = None,
+        tensors: Mapping[str, np.ndarray | None] | None = None,
+    ) -> Path:
+        family = model.config.model_type
+        path = tmp_path / f"{family}-{stored.name}.gguf"
+        pre = {"tokenizer.ggml.pre": "qwen2" if family == "qwen2" else "gpt-2"}
+        writer = gguf.GGUFWriter(path, family)
+        for key, value in (model_metadata(model) | TOKENIZER | pre | dict(metadata or {})).items():
+            if value is not None:
+                writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+        for name, values in (gguf_tensors(model) | dict(tensors or {})).items():
+            if values is not None and values.dtype == np.int8:
+                writer.add_tensor(name, values)
+            elif values is not None:
+                kind = stored if values.ndim == 2 else Type.F32
+                writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(values), kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return write
+
+
+def model_metadata(model: PreTrainedModel) -> dict[str, Any]:
+    config = model.config
+    values = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": config.rope_parameters["rope_theta"],
+    }
+    return {f"{config.model_type}.{key}": value for key, value in values.items()}
+
+
+def gguf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
+    """GGUF's names, from the table in the gguf package, and llama.cpp's order of rows."""
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, model.config.model_type.upper()), 2)
+    heads = {"q_proj": HEADS, "k_proj": KEY_HEADS} if model.config.model_type == "llama" else {}
+    tensors = {}
+    for name, parameter in model.state_dict().items():
+        values, projection = parameter.float().numpy(), name.split(".")[-2]
+        if projection in heads:
+            values = permute(values, heads[projection])
+        if name != "lm_head.weight" or not model.config.tie_word_embeddings:
+            tensors[names.get_name(name, try_suffixes=(".weight", ".bias"))] = values
+    return tensors
+
+
+def permute(weights: np.ndarray, heads: int) -> np.ndarray:
+    """LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py."""
+    halves = weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weights.shape)

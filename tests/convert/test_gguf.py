@@ -1,0 +1,253 @@
+"""GGUF files give the tensors, the configuration and the tokenizer of the model they were made from."""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from convert.gguf import open_gguf, unpermute
+from convert.stream import Model, convert
+from easyspec_jax.checkpoint import open_checkpoint
+from easyspec_jax.config import RopeScaling, model_config, read_model_config
+from easyspec_jax.errors import EasySpecError
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_gguf) -> Model:
+    return open_gguf(smollm2_gguf)
+
+
+@pytest.mark.real
+def test_smollm2_has_the_tensors_transformers_reads(smollm2_gguf, smollm2):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**smollm2.config))
+    theirs = load_gguf_checkpoint(smollm2_gguf, return_tensors=True, model_to_load=model)["tensors"]
+    assert smollm2.source.shapes().keys() == theirs.keys()
+    for name, values in theirs.items():
+        # Names and row orders are transformers' own. Blocks go through the same gguf library, hence no tolerance.
+        np.testing.assert_array_equal(smollm2.source.read(name), values.numpy(), err_msg=name)
+
+
+@pytest.mark.real
+def test_smollm2_has_the_tokenizer_transformers_builds(smollm2_gguf, smollm2, tmp_path):
+    smollm2.write_companions(tmp_path)
+    ours = AutoTokenizer.from_pretrained(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
+    # transformers leaves out what `smollm` means: llama.cpp splits at every \p{N}, as SmolLM2's own tokenizer.json
+    # does. Merges join a space with the first byte of an Arabic digit, so without it " ٣" has other ids.
+    theirs.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
+    for text in (
+        "Hello world", " leading and trailing ", "a\n\n\nb\t\tc  d", "don't WE'LL I'd", "def f(x):\n    return x**2",
+        "日本語のテキスト", "中文 测试。", "안녕하세요", "Привет, мир!", "مرحبا ٣٤", "😀👍🏽 emoji", "café naïve ﬁ",
+        "1234567890", "3.14 and 2,718", "x²+y½=Ⅷ", "１２３ 4a5b6", "{'a': [1, 2], \"b\": null}", "https://a.bc/d?e=f&g",
+        "<|im_start|>user\nhi<|im_end|>\n", "<|endoftext|><|im_start|><| im_end |>", "\r\n \u00a0\u3000\u200b",
+    ):  # fmt: skip
+        assert ours(text).input_ids == theirs(text).input_ids, text
+        assert ours.decode(ours(text).input_ids) == text
+    assert ours.chat_template == theirs.chat_template
+    chat = ours.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n")
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == ours.eos_token_id
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    ("stored", "tolerance"),
+    # Of the largest magnitude: exact, 11 and 8 bits of mantissa, steps of 1/127 under an 11-bit scale.
+    [(Type.F32, 0.0), (Type.F16, 2**-11), (Type.BF16, 2**-8), (Type.Q8_0, 0.5 / 127 + 2**-11)],
+    ids=["F32", "F16", "BF16", "Q8_0"],
+)
+def test_tensors_are_those_of_the_original(tiny_model, write_gguf, family, stored, tolerance):
+    model = tiny_model(family)
+    source = open_gguf(write_gguf(model, stored)).source
+    expected = {name: values.numpy() for name, values in model.state_dict().items()}
+    assert source.shapes() == {name: values.shape for name, values in expected.items()}
+    for name, values in expected.items():
+        error = np.abs(source.read(name) - values).max()
+        assert error <= tolerance * np.abs(values).max(), name
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_converted_model_equals_the_original(tiny_model, write_gguf, tmp_path, family, tied):
+    fields = {"tie_word_embeddings": tied, "rms_norm_eps": 1e-5}
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    model = tiny_model(family, **fields, rope_parameters=rope)
+    result = convert(open_gguf(write_gguf(model)), tmp_path / "out")
+    opened = open_checkpoint(tmp_path / "out")
+    parameters = dict(model.named_parameters())  # a tied head appears once
+    assert set(opened.source.shapes()) == set(parameters)
+    for name, values in parameters.items():
+        np.testing.assert_array_equal(opened.source.read(name), values.detach().numpy(), err_msg=name)
+    assert result.parameters == model.num_parameters()
+    eos = AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id
+    expected = model.config.to_dict() | {"dtype": "float32", "eos_token_id": eos}
+    assert opened.config == model_config(expected)
+
+
+def test_unpermute_undoes_llama_cpp():
+    rows = np.arange(2 * 8 * 3).reshape(16, 3)
+    for values in (rows, rows[:, 0]):
+        halves = values.reshape(2, 2, 4, *values.shape[1:])
+        permuted = halves.swapaxes(1, 2).reshape(values.shape)
+        assert not np.array_equal(permuted, values)
+        np.testing.assert_array_equal(unpermute(permuted, heads=2), values)
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype"),
+    [(Type.F32, "float32"), (Type.F16, "float16"), (Type.BF16, "bfloat16"), (Type.Q8_0, "bfloat16")],
+    ids=["F32", "F16", "BF16", "Q8_0"],
+)
+def test_default_dtype_is_the_stored_one(tiny_model, write_gguf, stored, dtype):
+    assert open_gguf(write_gguf(tiny_model(), stored)).dtype == dtype
+
+
+def test_every_stop_id_of_the_metadata_is_kept(tiny_model, write_gguf, tokenizer_metadata, tmp_path):
+    eos, eot = (tokenizer_metadata["tokenizer.ggml.tokens"].index(token) for token in ("<|end|>", "<|eot|>"))
+    metadata = {"tokenizer.ggml.eot_token_id": eot, "tokenizer.ggml.eom_token_id": eos}
+    convert(open_gguf(write_gguf(tiny_model(), metadata=metadata)), tmp_path / "out")
+    assert read_model_config(tmp_path / "out").stop_ids == (eos, eot)
+
+
+def test_an_end_of_turn_alone_stops(tiny_model, write_gguf, tmp_path):
+    metadata = {"tokenizer.ggml.eos_token_id": None, "tokenizer.ggml.eot_token_id": 3}
+    convert(open_gguf(write_gguf(tiny_model(), metadata=metadata)), tmp_path / "out")
+    assert read_model_config(tmp_path / "out").stop_ids == (3,)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_scaling_is_recovered(tiny_model, write_gguf, factor):
+    scaling = RopeScaling(factor, 1.0, 4.0, 8192)
+    factors = llama3_factors(scaling, head_dim=16, theta=5e5)
+    model = tiny_model(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    path = write_gguf(model, tensors={"rope_freqs.weight": factors})
+    assert model_config(open_gguf(path).config).rope_scaling == scaling
+
+
+def test_other_rope_factors_are_refused(tiny_model, write_gguf):
+    factors = llama3_factors(RopeScaling(8.0, 1.0, 2.0, 8192), head_dim=16, theta=5e5)
+    model = tiny_model(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    for wrong in (factors, factors[:-1]):
+        with pytest.raises(EasySpecError, match=r"rope_freqs\.weight"):
+            open_gguf(write_gguf(model, tensors={"rope_freqs.weight": wrong}))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"general.architecture": "gemma3"}, "architecture 'gemma3' is not supported; supported: llama, qwen2"),
+        ({"llama.expert_count": 8}, "mixture-of-experts"),
+        ({"llama.attention.sliding_window": 4096}, "sliding-window"),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "RoPE scaling 'yarn'"),
+        ({"llama.rope.scaling.factor": 4.0}, "RoPE scaling 'linear'"),
+        ({"llama.rope.scale_linear": 2.0}, "RoPE scaling 'linear'"),
+        ({"llama.rope.dimension_count": 8}, "8 of 16 dimensions"),
+        ({"llama.block_count": None}, r"llama\.block_count is missing"),
+        ({"llama.attention.head_count_kv": [2, 1]}, "num_key_value_heads=.2, 1. has the wrong type"),
+        ({"split.count": 3}, "one of 3 parts"),
+        ({"tokenizer.ggml.model": "llama"}, "tokenizer model 'llama'"),
+    ],
+)
+def test_unsupported_metadata_is_refused_by_name(tiny_model, write_gguf, metadata, message):
+    with pytest.raises(EasySpecError, match=message):
+        open_gguf(write_gguf(tiny_model(), metadata=metadata))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{"llama.rope.scaling.type": "none"}, {"llama.rope.scaling.factor": 1.0}, {"llama.expert_count": 0}],
+)
+def test_metadata_without_effect_is_accepted(tiny_model, write_gguf, metadata):
+    assert model_config(open_gguf(write_gguf(tiny_model(), metadata=metadata)).config).rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"blk.1.attn_q.weight": None}, r"model\.layers\.1\.self_attn\.q_proj\.weight is missing"),
+        ({"token_embd.weight": None}, r"token_embd\.weight is missing"),
+        ({"blk.0.attn_rot.weight": np.zeros((2, 2), np.float32)}, r"blk\.0\.attn_rot\.weight is unknown"),
+        ({"blk.0.attn_q.bias": np.zeros(64, np.float32)}, r"q_proj\.bias is unknown"),
+        ({"blk.0.ffn_up.weight": np.zeros((2, 64), np.float32)}, r"up_proj\.weight has shape \(2, 64\)"),
+    ],
+)
+def test_other_tensors_are_refused_by_name(tiny_model, write_gguf, tmp_path, tensors, message):
+    with pytest.raises(EasySpecError, match=message):
+        convert(open_gguf(write_gguf(tiny_model(), tensors=tensors)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_integer_tensors_are_refused_by_name(tiny_model, write_gguf, tmp_path):
+    path = write_gguf(tiny_model(), tensors={"blk.1.ffn_up.weight": np.zeros((96, 64), np.int8)})
+    with pytest.raises(EasySpecError, match=r"blk\.1\.ffn_up\.weight is stored as I8, which is not supported"):
+        convert(open_gguf(path), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama-F32.gguf"]
+
+
+@pytest.mark.parametrize("kept", [0.999, 0.7, 0.05, 0.01, 0.001])
+def test_truncated_file_is_refused(tiny_model, write_gguf, kept):
+    path = write_gguf(tiny_model())
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * kept)])
+    with pytest.raises(EasySpecError, match="truncated or damaged"):
+        open_gguf(path)
+
+
+def test_damaged_length_is_refused(tiny_model, write_gguf):
+    path = write_gguf(tiny_model())
+    data, key = bytearray(path.read_bytes()), b"tokenizer.ggml.token_type"
+    length = data.index(key) + len(key) + 8  # behind the types of the value and of its elements
+    data[length : length + 8] = (2**60).to_bytes(8, "little")
+    path.write_bytes(data + bytes((length - len(data)) % 4))  # the file ends with a whole element
+    with pytest.raises(EasySpecError, match="ends too early"):
+        open_gguf(path)
+
+
+def test_another_byte_order_is_refused(tmp_path):
+    path = tmp_path / "big.gguf"
+    writer = gguf.GGUFWriter(path, "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(EasySpecError, match="byte order"):
+        open_gguf(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"GG", b"PK\x03\x04 something else", b"\x00" * 100])
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(EasySpecError, match="no GGUF file"):
+        open_gguf(path)
+
+
+def test_missing_file_and_directory_are_refused(tmp_path):
+    with pytest.raises(EasySpecError, match="is missing"):
+        open_gguf(Path(tmp_path / "absent.gguf"))
+    with pytest.raises(EasySpecError, match="cannot be read"):
+        open_gguf(tmp_path)
+
+
+def llama3_factors(scaling: RopeScaling, head_dim: int, theta: float) -> np.ndarray:
+    """The loop of LlamaModel.generate_extra_tensors in llama.cpp's convert_hf_to_gguf.py."""
+    factors = []
+    for index in range(0, head_dim, 2):
+        wavelength = 2 * np.pi * theta ** (index / head_dim)
+        if wavelength < scaling.original_max_position_embeddings / scaling.high_freq_factor:
+            factors.append(1.0)
+        elif wavelength > scaling.original_max_position_embeddings / scaling.low_freq_factor:
+            factors.append(scaling.factor)
+        else:
+            smooth = scaling.original_max_position_embeddings / wavelength - scaling.low_freq_factor
+            smooth /= scaling.high_freq_factor - scaling.low_freq_factor
+            factors.append(1 / ((1 - smooth) / scaling.factor + smooth))
+    return np.array(factors, np.float32)

@@ -1,0 +1,158 @@
+"""Tokenizers out of GGUF metadata split text as the originals do, and survive being saved and opened again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Regex, pre_tokenizers
+from transformers import AutoTokenizer, Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+from convert.gguf_tokenizer import build_tokenizer
+from easyspec_jax.errors import EasySpecError
+
+TEXTS = [
+    "hello the 123 hello",
+    "It's DON'T we'LL I'd",
+    "12345678 1,234.5 ½ ٣٤ Ⅷ",
+    "  two  spaces \n\n\t tab\r\nend   ",
+    "日本語のテキスト 안녕하세요 Привет",
+    "😀👍🏽 café café ﬁ",
+    "def f(x):\n    return x**2 != 3  # ok",
+    "a$b+c<d=e>f^g~h|i `code` …!?",
+    "<|bos|>hello<tool>the<|end|>",
+    "<| bos |><tool",
+]
+BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def split_by(pattern: str) -> Any:
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
+
+
+@pytest.mark.parametrize(
+    ("pre", "family", "original"),
+    [
+        ("gpt-2", "llama", BYTE_LEVEL),
+        ("smollm", "llama", pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTE_LEVEL])),
+        ("qwen2", "qwen2", Qwen2Tokenizer().backend_tokenizer.pre_tokenizer),
+        *((name, "llama", split_by(TikTokenConverter().pattern)) for name in ("llama-bpe", "llama3", "llama-v3")),
+    ],
+)
+def test_splits_text_as_the_original_tokenizer(tokenizer_metadata, pre, family, original):
+    ours = build(tokenizer_metadata | {"tokenizer.ggml.pre": pre}, family).backend_tokenizer.pre_tokenizer
+    for text in TEXTS:
+        spans = [span for _, span in ours.pre_tokenize_str(text)]
+        assert spans == [span for _, span in original.pre_tokenize_str(text)], text
+
+
+def test_default_splits_as_llama_cpp_does(tokenizer_metadata):
+    # llama.cpp's four expressions, which no Hugging Face tokenizer has.
+    pre = build(tokenizer_metadata | {"tokenizer.ggml.pre": "default"}).backend_tokenizer.pre_tokenizer
+    text = " ab!!c 12345"
+    pieces = [text[start:end] for _, (start, end) in pre.pre_tokenize_str(text)]
+    assert pieces == [" ab", "!!", "c", " ", "123", "45"]
+
+
+@pytest.mark.parametrize(("pre", "pieces"), [("gpt-2", ["123", "1"]), ("smollm", ["1", "2", "3", "1"])])
+def test_digits_merge_only_where_splitting_lets_them(tokenizer_metadata, pre, pieces):
+    assert build(tokenizer_metadata | {"tokenizer.ggml.pre": pre}).tokenize("1231") == pieces
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_opens_again_with_the_same_ids(tokenizer_metadata, tmp_path, family, add_bos):
+    pre = "qwen2" if family == "qwen2" else "smollm"
+    built = build(
+        tokenizer_metadata
+        | {
+            "tokenizer.ggml.pre": pre,
+            "tokenizer.ggml.add_bos_token": add_bos,
+            "tokenizer.ggml.add_eos_token": add_bos,
+        },
+        family,
+    )
+    opened = reopen(built, tmp_path, family)
+    bos, eos = opened.convert_tokens_to_ids(["<|bos|>", "<|end|>"])
+    for text in TEXTS:
+        ids = opened(text).input_ids
+        assert ids == built(text).input_ids, text
+        inner = ids[1:-1] if add_bos else ids
+        assert ids == ([bos, *inner, eos] if add_bos else inner)
+        assert opened(text, add_special_tokens=False).input_ids == inner
+        if family == "llama":  # Qwen2's normaliser composes characters, as it did in training
+            assert opened.decode(inner) == text
+    assert (opened.bos_token, opened.eos_token) == ("<|bos|>", "<|end|>")
+    assert opened.chat_template == tokenizer_metadata["tokenizer.chat_template"]
+
+
+def test_llama3_begins_with_bos_unless_told_otherwise(tokenizer_metadata):
+    metadata = tokenizer_metadata | {"tokenizer.ggml.pre": "llama-bpe"}
+    bos = metadata["tokenizer.ggml.bos_token_id"]
+    assert build(metadata)("hello").input_ids[0] == bos
+    assert bos not in build(metadata | {"tokenizer.ggml.add_bos_token": False})("hello").input_ids
+
+
+def test_llama3_needs_no_merges_for_a_whole_token(tokenizer_metadata):
+    merges = [merge for merge in tokenizer_metadata["tokenizer.ggml.merges"] if merge != "hell o"]
+    metadata = tokenizer_metadata | {"tokenizer.ggml.merges": merges}
+    assert build(metadata | {"tokenizer.ggml.pre": "gpt-2"}).tokenize("hello") == ["hell", "o"]
+    assert build(metadata | {"tokenizer.ggml.pre": "llama-bpe"}).tokenize("hello") == ["hello"]
+
+
+def test_qwen2_composes_unicode(tokenizer_metadata):
+    tokenizer = build(tokenizer_metadata | {"tokenizer.ggml.pre": "qwen2"}, "qwen2")
+    assert tokenizer("cafe\u0301").input_ids == tokenizer("caf\u00e9").input_ids
+
+
+def test_token_types_become_special_added_and_unused(tokenizer_metadata, tmp_path):
+    tokenizer = reopen(build(tokenizer_metadata), tmp_path, "llama")
+    ids = tokenizer("hello<tool>the<|eot|>").input_ids
+    assert tokenizer.convert_ids_to_tokens(ids)[1] == "<tool>"
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "hello<tool>the"
+    assert "[PAD]" not in tokenizer.get_vocab()
+    assert tokenizer("[PAD]").input_ids == [tokenizer_metadata["tokenizer.ggml.tokens"].index(c) for c in "[PAD]"]
+
+
+@pytest.mark.parametrize(
+    ("change", "family", "message"),
+    [
+        ({"tokenizer.ggml.model": "llama"}, "llama", "tokenizer model 'llama' is not supported"),
+        ({"tokenizer.ggml.pre": "tekken"}, "llama", "pre-tokenizer 'tekken' is not supported"),
+        ({"tokenizer.ggml.pre": "smollm"}, "qwen2", "pre-tokenizer 'smollm' is not supported for qwen2"),
+        ({"tokenizer.ggml.add_eos_token": True, "tokenizer.ggml.eos_token_id": 9999}, "llama", "damaged"),
+        ({"tokenizer.ggml.token_type": [1]}, "llama", "damaged"),
+        ({"tokenizer.ggml.merges": ["hello"]}, "llama", "damaged"),
+    ],
+)
+def test_refuses_by_name(tokenizer_metadata, change, family, message):
+    with pytest.raises(EasySpecError, match=message):
+        build(tokenizer_metadata | change, family)
+
+
+@pytest.mark.parametrize(
+    ("absent", "message"),
+    [
+        ("tokenizer.ggml.model", r"'\(none\)' is not supported"),
+        ("tokenizer.ggml.pre", r"'\(none\)' is not supported"),
+        ("tokenizer.ggml.merges", "merges' is missing"),
+        ("tokenizer.ggml.bos_token_id", "bos_token' is missing"),
+    ],
+)
+def test_names_what_is_missing(tokenizer_metadata, absent, message):
+    metadata = tokenizer_metadata | {"tokenizer.ggml.add_bos_token": True}
+    del metadata[absent]
+    with pytest.raises(EasySpecError, match=message):
+        build(metadata)
+
+
+def build(metadata: dict[str, Any], family: str = "llama") -> Any:
+    return build_tokenizer(metadata, family, "tiny.gguf")
+
+
+def reopen(tokenizer: Any, directory: Path, family: str) -> Any:
+    """As a checkpoint directory is opened: AutoTokenizer looks at `config.json` as well."""
+    tokenizer.save_pretrained(directory)
+    (directory / "config.json").write_text(json.dumps({"model_type": family}))
+    return AutoTokenizer.from_pretrained(directory)

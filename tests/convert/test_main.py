@@ -1,0 +1,104 @@
+"""The command: exit codes, one line for every error, and one line of summary."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from convert.__main__ import main
+from easyspec_jax.checkpoint import open_checkpoint
+from easyspec_jax.config import read_model_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_gguf_is_converted_with_one_line_of_summary(tiny_model, write_gguf, tmp_path, capsys):
+    model = tiny_model(tie_word_embeddings=True)
+    arguments = ["--gguf", write_gguf(model), "--out", tmp_path / "deep" / "out", "--dtype", "bfloat16"]
+    assert main([str(argument) for argument in arguments]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    assert f"{tmp_path / 'deep' / 'out'}: {model.num_parameters() / 1e6:.1f} M parameters, bfloat16, 0.00 GB" in printed
+    assert open_checkpoint(tmp_path / "deep" / "out").config.dtype == "bfloat16"
+
+
+def test_runs_as_a_module_and_prints_nothing_else(tiny_model, tmp_path):
+    tiny_model("qwen2").bfloat16().save_pretrained(tmp_path / "hf")  # which NumPy alone does not know
+    finished = run("-m", "convert", "--hf", tmp_path / "hf", "--out", tmp_path / "out")
+    assert (finished.returncode, finished.stderr, finished.stdout.count("\n")) == (0, "", 1)
+    assert read_model_config(tmp_path / "out") == read_model_config(tmp_path / "hf")
+
+
+def test_help_waits_for_no_heavy_library():
+    heavy = {"numpy", "jax", "transformers", "safetensors", "gguf", "tokenizers"}
+    finished = run("-c", "import sys; from convert.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: "
+                         f"sys.exit(', '.join({heavy!r} & set(sys.modules)) or 0)")  # fmt: skip
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert "bfloat16 where that is quantised" in " ".join(finished.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--out", "x"],
+        ["--hf", "x"],
+        ["--hf", "x", "--gguf", "y", "--out", "z"],
+        ["--hf", "x", "--out", "z", "--dtype", "int8"],
+    ],
+)
+def test_bad_arguments_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "convert: error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["--hf", "--gguf"])
+def test_missing_source_is_one_line(source, tmp_path, capsys):
+    check_error([source, tmp_path / "absent", "--out", tmp_path / "out"], "absent", capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_source_is_one_line(tmp_path, capsys):
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF\x03\x00\x00\x00\xff")
+    check_error(["--gguf", tmp_path / "broken.gguf", "--out", tmp_path / "out"], "truncated or damaged", capsys)
+
+
+def test_unusable_destination_is_one_line(tiny_model, tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "hf")
+    (tmp_path / "file").touch()
+    check_error(["--hf", tmp_path / "hf", "--out", tmp_path / "file" / "out"], "cannot be written", capsys)
+    check_error(["--hf", tmp_path / "hf", "--out", tmp_path / "file"], "exists already", capsys)
+    check_error(["--hf", tmp_path / "hf", "--out", tmp_path / "hf"], "exists already", capsys)
+
+
+def test_errors_of_the_system_are_one_line(monkeypatch, tmp_path, capsys):
+    def fail(path):
+        raise OSError(5, "Input/output error\nof a disk")
+
+    monkeypatch.setattr("convert.huggingface.open_huggingface", fail)
+    check_error(["--hf", tmp_path, "--out", tmp_path / "out"], "Input/output error of a disk", capsys)
+
+
+def test_interruption_is_one_line(monkeypatch, tmp_path, capsys):
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("convert.huggingface.open_huggingface", interrupt)
+    assert main(["--hf", str(tmp_path), "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "convert: interrupted; nothing was written\n"
+
+
+def check_error(arguments, message, capsys):
+    assert main([str(argument) for argument in arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    # Libraries' own lines (a progress bar of the model that was saved) come before ours.
+    last = printed.err.splitlines()[-1]
+    assert last.startswith("convert: error: ")
+    assert message in last
+
+
+def run(*arguments) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False, cwd=ROOT)

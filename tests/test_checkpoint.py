@@ -1,0 +1,278 @@
+"""Checkpoints are read bit for bit from either layout, and every kind of damage is one clear line."""
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from easyspec_jax.checkpoint import (
+    EMBEDDING,
+    HEAD,
+    WEIGHTS,
+    OrbaxSource,
+    SafetensorsSource,
+    check_tensors,
+    expected_shapes,
+    new_directory,
+    open_checkpoint,
+    write_orbax,
+)
+from easyspec_jax.config import model_config
+from easyspec_jax.errors import EasySpecError
+
+CONFIG = {
+    "model_type": "qwen2",
+    "num_hidden_layers": 1,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 10,
+    "max_position_embeddings": 32,
+}
+DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16)
+INDEX = "model.safetensors.index.json"
+
+
+def make_tensors(dtype=np.float32) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    shapes = expected_shapes(model_config(CONFIG))
+    return {name: random.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+
+
+def write_huggingface(directory: Path, shards: int = 1, dtype=np.float32) -> dict[str, np.ndarray]:
+    tensors = make_tensors(dtype)
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    if shards == 1:
+        save_file(tensors, directory / "model.safetensors")
+        return tensors
+    files = {name: f"model-{number % shards}.safetensors" for number, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, directory / file)
+    (directory / INDEX).write_text(json.dumps({"weight_map": files}))
+    return tensors
+
+
+def write_converted(directory: Path, dtype=np.float32) -> dict[str, np.ndarray]:
+    tensors = make_tensors(dtype)
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    write_orbax(directory / WEIGHTS, tensors.items())
+    return tensors
+
+
+def assert_holds(directory: Path, tensors: dict[str, np.ndarray]) -> None:
+    source = open_checkpoint(directory).source
+    assert source.shapes() == {name: values.shape for name, values in tensors.items()}
+    for name, values in tensors.items():
+        read = source.read(name)
+        assert read.dtype == values.dtype
+        np.testing.assert_array_equal(read, values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_safetensors_are_read_bit_for_bit(tmp_path, shards, dtype):
+    assert_holds(tmp_path, write_huggingface(tmp_path, shards, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_orbax_is_read_bit_for_bit(tmp_path, dtype):
+    assert_holds(tmp_path, write_converted(tmp_path, dtype))
+
+
+def test_orbax_comes_before_safetensors(tmp_path):
+    write_huggingface(tmp_path)
+    write_converted(tmp_path)
+    assert isinstance(open_checkpoint(tmp_path).source, OrbaxSource)
+
+
+def test_no_directory_and_no_weights(tmp_path):
+    with pytest.raises(EasySpecError, match="is no directory"):
+        open_checkpoint(tmp_path / "absent")
+    with pytest.raises(EasySpecError, match=r"config\.json is missing"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(EasySpecError, match="holds no weights"):
+        open_checkpoint(tmp_path)
+
+
+def test_missing_shard(tmp_path):
+    write_huggingface(tmp_path, shards=3)
+    (tmp_path / "model-1.safetensors").unlink()
+    with pytest.raises(EasySpecError, match=r"model-1\.safetensors is missing"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_truncated_shard(tmp_path, kept):
+    write_huggingface(tmp_path, shards=3)
+    shard = tmp_path / "model-2.safetensors"
+    shard.write_bytes(shard.read_bytes()[:kept])
+    with pytest.raises(EasySpecError, match=r"model-2\.safetensors is truncated or damaged"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["../model-0.safetensors", "/etc/passwd", "deep/model-0.safetensors", "."])
+def test_index_that_leads_out(tmp_path, place):
+    write_huggingface(tmp_path, shards=3)
+    edit_index(tmp_path, {EMBEDDING: place})
+    with pytest.raises(EasySpecError, match="leads out of the checkpoint directory"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["..", ""])
+def test_index_that_names_a_directory(tmp_path, place):
+    write_huggingface(tmp_path, shards=3)
+    edit_index(tmp_path, {EMBEDDING: place})
+    with pytest.raises(EasySpecError, match="truncated or damaged"):
+        open_checkpoint(tmp_path)
+
+
+def test_stale_index(tmp_path):
+    write_huggingface(tmp_path, shards=3)
+    edit_index(tmp_path, {"model.layers.9.mlp.up_proj.weight": "model-0.safetensors"})
+    with pytest.raises(
+        EasySpecError, match=r"model-0\.safetensors does not hold model\.layers\.9\.mlp\.up_proj\.weight"
+    ):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": ["a"]}, {"weight_map": {"a": 1}}])
+def test_index_without_a_map(tmp_path, content):
+    write_huggingface(tmp_path, shards=3)
+    (tmp_path / INDEX).write_text(json.dumps(content))
+    with pytest.raises(EasySpecError, match="has no weight_map"):
+        open_checkpoint(tmp_path)
+
+
+def test_tensors_the_index_omits_stay_out(tmp_path):
+    tensors = write_huggingface(tmp_path, shards=3)
+    save_file({**shard_of(tensors, 0, 3), "stray": np.zeros(1, np.float32)}, tmp_path / "model-0.safetensors")
+    assert_holds(tmp_path, tensors)
+
+
+def test_type_numpy_lacks_is_named(tmp_path):
+    header = json.dumps({"odd": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    source = SafetensorsSource(tmp_path)
+    with pytest.raises(EasySpecError, match="odd is stored in a type that is not supported"):
+        source.read("odd")
+
+
+def test_every_fault_of_the_tensors_is_listed():
+    config = model_config(CONFIG)
+    shapes = expected_shapes(config)
+    check_tensors(config, shapes, "here")
+    faulty = {name: shape for name, shape in shapes.items() if name != HEAD} | {"extra": (1,), EMBEDDING: (3, 3)}
+    with pytest.raises(EasySpecError) as error:
+        check_tensors(config, faulty, "here")
+    assert str(error.value) == (
+        "here: tensors do not match the configuration: lm_head.weight is missing; extra is unknown; "
+        "model.embed_tokens.weight has shape (3, 3) instead of (10, 8)"
+    )
+    with pytest.raises(EasySpecError, match=r"\(and 13 more\)$"):
+        check_tensors(config, {"extra": (1,)}, "here")
+
+
+def test_derived_buffers_and_a_tied_head_are_no_faults():
+    config = model_config(CONFIG | {"tie_word_embeddings": True})
+    shapes = expected_shapes(config)
+    assert HEAD not in shapes
+    check_tensors(config, shapes | {HEAD: (10, 8), "model.layers.0.self_attn.rotary_emb.inv_freq": (2,)}, "here")
+
+
+def test_damaged_orbax_tree(tmp_path):
+    write_converted(tmp_path)
+    (tmp_path / WEIGHTS / "_METADATA").write_text("{")
+    with pytest.raises(EasySpecError, match="is no readable Orbax checkpoint"):
+        open_checkpoint(tmp_path)
+
+
+def test_empty_orbax_directory(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / WEIGHTS).mkdir()
+    with pytest.raises(EasySpecError, match="is no readable Orbax checkpoint"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+@pytest.mark.parametrize("opened", [False, True])
+def test_damaged_orbax_data_is_noticed(tmp_path, damage, opened):
+    # Large enough that the data is not kept inside the index of the store.
+    write_orbax(tmp_path / WEIGHTS, [("large", np.random.default_rng(0).normal(size=(256, 256)))])
+    source = OrbaxSource(tmp_path / WEIGHTS) if opened else None
+    for path in list((tmp_path / WEIGHTS).glob("**/d/*")):
+        data = path.read_bytes()
+        if damage == "remove":
+            path.unlink()
+        else:
+            path.write_bytes(data[:-20] if damage == "truncate" else bytes(byte ^ 255 for byte in data))
+    with pytest.raises(EasySpecError, match="is no readable Orbax checkpoint") as error:
+        (source or OrbaxSource(tmp_path / WEIGHTS)).read("large")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), ValueError("RESOURCE_EXHAUSTED: disk\nmore")]
+)
+def test_full_disk_is_one_line(tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("orbax.checkpoint.StandardCheckpointer.save", fail)
+    with pytest.raises(EasySpecError, match=r"cannot be written: .*(space left on device|disk)$"):
+        write_orbax(tmp_path / WEIGHTS, [])
+
+
+def test_new_directory_appears_at_the_end(tmp_path):
+    path = tmp_path / "deep" / "new"
+    with new_directory(path) as directory:
+        (directory / "file").touch()
+        assert not path.exists()
+    assert [child.name for child in path.parent.iterdir()] == ["new"]
+    assert (path / "file").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, EasySpecError, SystemExit])
+def test_new_directory_leaves_nothing_after_an_error(tmp_path, error):
+    def fail() -> None:
+        with new_directory(tmp_path / "new") as directory:
+            (directory / "file").touch()
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert not list(tmp_path.iterdir())
+
+
+def test_new_directory_replaces_only_its_own_leftovers(tmp_path):
+    leftover = tmp_path / ".new.partial"
+    leftover.mkdir()
+    (leftover / "old").touch()
+    with new_directory(tmp_path / "new"):
+        pass
+    assert [child.name for child in tmp_path.iterdir()] == ["new"]
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_new_directory_keeps_what_exists(tmp_path):
+    (tmp_path / "file").touch()
+    for taken in (tmp_path, tmp_path / "file"):
+        with pytest.raises(EasySpecError, match="exists already"), new_directory(taken):
+            pass
+    with pytest.raises(EasySpecError, match="cannot be written"), new_directory(tmp_path / "file" / "new"):
+        pass
+
+
+def edit_index(directory: Path, places: dict[str, str]) -> None:
+    index = json.loads((directory / INDEX).read_text())
+    index["weight_map"] |= places
+    (directory / INDEX).write_text(json.dumps(index))
+
+
+def shard_of(tensors: dict[str, np.ndarray], number: int, shards: int) -> dict[str, np.ndarray]:
+    return {name: values for place, (name, values) in enumerate(tensors.items()) if place % shards == number}
