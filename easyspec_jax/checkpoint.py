@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from easyspec_jax.config import ModelConfig, read_json, read_model_config
-from easyspec_jax.errors import EasySpecError
+from easyspec_jax.errors import EasySpecError, first_line
 
 WEIGHTS = "weights"
 """Name of the Orbax checkpoint inside a directory of ours."""
@@ -200,7 +200,7 @@ class OrbaxSource:
 
 
 def _unreadable(directory: Path, error: Exception) -> EasySpecError:
-    reason = (str(error).partition(" [tensorstore_spec")[0].splitlines() or [type(error).__name__])[0]
+    reason = first_line(error).partition(" [tensorstore_spec")[0]
     return EasySpecError(f"{directory} is no readable Orbax checkpoint ({reason}); convert again")
 
 

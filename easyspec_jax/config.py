@@ -1,7 +1,7 @@
 """Frozen configurations: what a model is, how to speculate, how to sample."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -10,7 +10,9 @@ from easyspec_jax.errors import EasySpecError
 Method = Literal["vanilla", "sd", "tree", "easyspec"]
 Verifier = Literal["rejection", "coupled"]
 DraftTensorParallelSize = Literal["1", "all"]
+Platform = Literal["cpu", "gpu", "tpu"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(qkv_bias=True),
 }
 
+_INT32 = 2**31
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
           "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")  # fmt: skip
 
@@ -90,12 +93,10 @@ def model_config(
 
     origin names the source in error messages. Raises EasySpecError for unsupported or contradictory models.
     """
-    model_type = str(config.get("model_type", "(none)"))
-    family = FAMILIES.get(model_type)
-    _refuse_unsupported(config, model_type, origin)
-    _check_types(config, origin)
-    assert family is not None  # _refuse_unsupported has looked
     try:
+        model_type = str(config.get("model_type", "(none)"))
+        family = _supported_family(config, model_type, origin)
+        _check_types(config, origin)
         heads = int(config["num_attention_heads"])
         rope = _rope_parameters(config)
         result = ModelConfig(
@@ -113,16 +114,16 @@ def model_config(
             max_position_embeddings=int(config["max_position_embeddings"]),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=family.qkv_bias,
-            stop_ids=_stop_ids(generation or {}) or _stop_ids(config),
+            stop_ids=_stop_ids(generation or {}, origin) or _stop_ids(config, origin),
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
         )
     except KeyError as missing:
         raise EasySpecError(f"{origin}: the field {missing} is missing; is this a complete checkpoint?") from None
-    except (TypeError, ValueError) as wrong:
-        if isinstance(wrong, EasySpecError):
-            raise
+    except EasySpecError:
+        raise
+    except (TypeError, ValueError, OverflowError) as wrong:
         raise EasySpecError(f"{origin}: a field has the wrong type ({wrong})") from None
-    _check_sizes(result, origin)
+    _check_values(result, origin)
     return result
 
 
@@ -132,14 +133,14 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EasySpecError(f"{path} is missing; expected a checkpoint directory with a config.json") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EasySpecError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise EasySpecError(f"{path} holds no JSON object")
     return value
 
 
-def _refuse_unsupported(config: dict[str, Any], model_type: str, origin: str) -> None:
+def _supported_family(config: dict[str, Any], model_type: str, origin: str) -> Family:
     """Raises EasySpecError for any feature that would silently give other text."""
     experts = next(
         (name for name in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(name)), None
@@ -156,6 +157,7 @@ def _refuse_unsupported(config: dict[str, Any], model_type: str, origin: str) ->
     for name, supported in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if config.get(name, supported) != supported:
             raise EasySpecError(f"{origin}: {name}={config[name]!r} is not supported (only {supported!r})")
+    return FAMILIES[model_type]
 
 
 def _check_types(config: dict[str, Any], origin: str) -> None:
@@ -186,17 +188,22 @@ def _rope_scaling(rope: dict[str, Any], origin: str) -> RopeScaling | None:
     )
 
 
-def _stop_ids(config: dict[str, Any]) -> tuple[int, ...]:
+def _stop_ids(config: dict[str, Any], origin: str) -> tuple[int, ...]:
     ids = config.get("eos_token_id")
-    if ids is None:
-        return ()
-    return tuple(int(i) for i in ids) if isinstance(ids, list) else (int(ids),)
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if any(type(i) is not int or not 0 <= i < _INT32 for i in ids):
+        raise EasySpecError(
+            f"{origin} or the generation_config.json beside it: eos_token_id={config['eos_token_id']!r} is no token id "
+            "and no list of them"
+        )
+    return tuple(ids)
 
 
-def _check_sizes(config: ModelConfig, origin: str) -> None:
-    for name in _SIZES:
-        if getattr(config, name) < 1:
-            raise EasySpecError(f"{origin}: {name}={getattr(config, name)} must be at least 1")
+def _check_values(config: ModelConfig, origin: str) -> None:
+    limits = dict.fromkeys(_SIZES, _INT32) | {"num_hidden_layers": 10_000}
+    for name, limit in limits.items():
+        if not 1 <= getattr(config, name) < limit:
+            raise EasySpecError(f"{origin}: {name}={getattr(config, name)} must be at least 1 and below {limit}")
     if config.num_attention_heads % config.num_key_value_heads:
         raise EasySpecError(
             f"{origin}: {config.num_attention_heads} query heads do not divide into "
@@ -204,6 +211,12 @@ def _check_sizes(config: ModelConfig, origin: str) -> None:
         )
     if config.head_dim % 2:
         raise EasySpecError(f"{origin}: head_dim={config.head_dim} must be even for rotary embeddings")
+    scaling = {} if config.rope_scaling is None else asdict(config.rope_scaling)
+    for name, value in {"rms_norm_eps": config.rms_norm_eps, "rope_theta": config.rope_theta, **scaling}.items():
+        if not 0 < value < float("inf"):
+            raise EasySpecError(f"{origin}: {name}={value} must be positive and finite")
+    if scaling and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
+        raise EasySpecError(f"{origin}: low_freq_factor must be below high_freq_factor")
 
 
 @dataclass(frozen=True)
@@ -253,8 +266,8 @@ class SamplingParams:
     max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
-            raise EasySpecError(f"--temperature {self.temperature} must be a finite number of at least 0")
+        if self.temperature != 0 and not 1e-3 <= self.temperature < float("inf"):  # below, logits overflow float32
+            raise EasySpecError(f"--temperature {self.temperature} must be 0 (greedy) or a number of at least 0.001")
         if self.top_k != 0:
             raise EasySpecError("--top-k is not available yet; leave it out")
         if self.top_p != 1.0:
@@ -263,6 +276,21 @@ class SamplingParams:
             raise EasySpecError(f"--seed {self.seed} must be from 0 to {2**32 - 1}")
         if self.max_new_tokens < 1:
             raise EasySpecError(f"--max-new-tokens {self.max_new_tokens} must be at least 1")
+
+
+def resolve_dtype(requested: DType, platform: str, config: ModelConfig) -> str:
+    """The type to compute in: the one requested or, for "auto", the checkpoint's, but float32 on a CPU.
+
+    Raises EasySpecError if that is none of FLOAT_DTYPES.
+    """
+    if requested != "auto":
+        check_choice("dtype", requested, FLOAT_DTYPES)
+        return requested
+    if platform == "cpu":  # where XLA multiplies bfloat16 about eight times slower
+        return "float32"
+    if config.dtype not in FLOAT_DTYPES:
+        raise EasySpecError(f"the checkpoint's dtype {config.dtype!r} is not supported; give --dtype")
+    return config.dtype
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

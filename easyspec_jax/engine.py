@@ -6,18 +6,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from easyspec_jax.checkpoint import Checkpoint, open_checkpoint
-from easyspec_jax.config import DType, SamplingParams, SpeculativeConfig, check_choice
+from easyspec_jax.config import DType, Platform, SamplingParams, SpeculativeConfig, resolve_dtype
 from easyspec_jax.decode.loop import Programs, decode, warm_up
 from easyspec_jax.decode.metrics import Stats
 from easyspec_jax.decode.round import Report, RoundConfig
 from easyspec_jax.draft.grouping import Group, paper_groups, parse_groups
 from easyspec_jax.draft.parallel import load_draft
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.mesh import ALL_AXES, Axes, Platform, open_mesh, parse_mesh, request_cpu_devices
+from easyspec_jax.mesh import ALL_AXES, Axes, open_mesh, parse_mesh
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import numpy_dtype, padded_vocab_size
 from easyspec_jax.model.transformer import Decoder
@@ -65,8 +64,7 @@ def open_model(
     would not work.
     """
     speculative = speculative or SpeculativeConfig()
-    check_choice("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
-    request_cpu_devices(parse_mesh(mesh).size)
+    parse_mesh(mesh)  # a mistyped mesh should not wait for the checkpoints
     opened = open_checkpoint(target)
     tokenizer = load_tokenizer(opened.directory)
     second, groups = None, ()
@@ -76,19 +74,22 @@ def open_model(
         second = open_checkpoint(draft)
         check_same_ids(tokenizer, load_tokenizer(second.directory))
         groups = _groups(speculative, second.config.num_hidden_layers)
-    positions = min(c.config.max_position_embeddings for c in (opened, second) if c is not None)
+    smallest = min((c for c in (opened, second) if c is not None), key=lambda c: c.config.max_position_embeddings)
+    positions = smallest.config.max_position_embeddings
     if max_length is not None and not 2 <= max_length <= positions:
-        raise EasySpecError(f"--max-length {max_length} must be from 2 to the model's {positions} positions")
-    shape = parse_mesh(mesh, group_size=max(map(len, groups), default=1))
+        raise EasySpecError(
+            f"--max-length {max_length} must be from 2 to the {positions} positions of {smallest.directory}"
+        )
+    devices = open_mesh(parse_mesh(mesh, group_size=max(map(len, groups), default=1)), platform)
     return Engine(
         target=opened,
         draft=second,
         tokenizer=tokenizer,
         groups=groups,
-        mesh=open_mesh(shape, platform),
+        mesh=devices,
         speculative=speculative,
         max_length=max_length or positions,
-        dtype=dtype,
+        dtype=resolve_dtype(dtype, devices.devices.flat[0].platform, opened.config),
     )
 
 
@@ -112,7 +113,7 @@ class Engine:
         mesh: Mesh,
         speculative: SpeculativeConfig,
         max_length: int,
-        dtype: DType,
+        dtype: str,
     ) -> None:
         self.target, self.draft, self.tokenizer, self.groups = target, draft, tokenizer, groups
         self.mesh, self.speculative, self.max_length, self.dtype = mesh, speculative, max_length, dtype
@@ -122,8 +123,6 @@ class Engine:
     def load(self) -> tuple[Decoder, Decoder | None]:
         """Target and draft on the mesh; read on the first call."""
         if self._models is None:
-            if self._dtype_name() == "float32":  # else a GPU rounds products to TF32 and a TPU to bfloat16
-                jax.config.update("jax_default_matmul_precision", "highest")
             target = self._loader(self.target, ALL_AXES)
             layers = [target.layer(index) for index in range(self.target.config.num_hidden_layers)]
             draft = None
@@ -138,8 +137,8 @@ class Engine:
         ids = encode(self.tokenizer, prompt, chat)
         if len(ids) >= self.max_length:
             raise EasySpecError(
-                f"the prompt has {len(ids)} tokens, which leaves no room within --max-length {self.max_length}; "
-                "shorten it or raise --max-length"
+                f"the prompt has {len(ids)} tokens, which leaves no room within --max-length {self.max_length} "
+                "(by default what both models were made for); shorten it"
             )
         if max(ids) >= self.target.config.vocab_size:
             raise EasySpecError(f"the tokenizer gives id {max(ids)}, for which the target has no embedding")
@@ -158,6 +157,8 @@ class Engine:
         Prompt i draws its noise from seed + i. on_text is given each piece of text as it is made. Raises EasySpecError
         for any bad prompt before anything is generated.
         """
+        if isinstance(prompts, str):
+            raise EasySpecError("generate() takes a list of prompts, not one string")
         sampling = sampling or SamplingParams()
         encoded = [self.encode(prompt, chat) for prompt in prompts]
         return (
@@ -182,8 +183,8 @@ class Engine:
 
     def compile(self, prompts: Sequence[str], sampling: SamplingParams, chat: bool = False) -> None:
         """Compiles what generate() would use for these prompts, so that its times are times of decoding."""
-        programs = self.programs(sampling.temperature)
         encoded = [self.encode(prompt, chat) for prompt in prompts]
+        programs = self.programs(sampling.temperature)
         for capacity in sorted({programs.capacity(len(ids) + self._limit(ids, sampling)) for ids in encoded}):
             warm_up(programs, capacity)
 
@@ -216,12 +217,6 @@ class Engine:
     def _limit(self, ids: Sequence[int], sampling: SamplingParams) -> int:
         return min(sampling.max_new_tokens, self.max_length - len(ids))
 
-    def _dtype_name(self) -> str:
-        if self.dtype != "auto":
-            return self.dtype
-        # XLA's CPU backend multiplies bfloat16 about eight times slower than float32.
-        return "float32" if self.mesh.devices.flat[0].platform == "cpu" else self.target.config.dtype
-
     def _loader(self, checkpoint: Checkpoint, axes: Axes) -> Loader:
         configs = [c.config for c in (self.target, self.draft) if c is not None]
         return Loader(
@@ -229,7 +224,7 @@ class Engine:
             config=checkpoint.config,
             mesh=self.mesh,
             axes=axes,
-            dtype=numpy_dtype(self._dtype_name()),
+            dtype=numpy_dtype(self.dtype),
             vocab_rows=padded_vocab_size(self.mesh, *configs),
             num_ids=min(self.target.config.vocab_size, checkpoint.config.vocab_size),
         )

@@ -1,15 +1,24 @@
 """`python -m easyspec_jax.generate`: text from a target model, sped up by a draft on a device mesh."""
 
 import argparse
+import io
 import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, get_args
 
-from easyspec_jax.config import SamplingParams, SpeculativeConfig
+from easyspec_jax.config import (
+    DraftTensorParallelSize,
+    DType,
+    Method,
+    Platform,
+    SamplingParams,
+    SpeculativeConfig,
+    Verifier,
+)
 from easyspec_jax.errors import EasySpecError
 
 if TYPE_CHECKING:  # importing JAX takes a second, which --help and a mistyped flag need not wait for
@@ -25,6 +34,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # text goes through any terminal's encoding
     try:
         return _run(_parser().parse_args(argv))
     except EasySpecError as error:
@@ -33,9 +45,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader has had enough; keep the interpreter from flushing into the void
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has had enough
+        _abandon_stdout()
         return 0
+    except OSError as error:
+        _abandon_stdout()
+        print(f"{PROGRAM}: error: {str(error)[:200]}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        advice = "use more devices, a smaller --dtype, or lower --max-new-tokens"
+        print(f"{PROGRAM}: error: the devices' memory does not suffice; {advice}", file=sys.stderr)
+        return 2
+
+
+def _abandon_stdout() -> None:
+    """Keeps the interpreter from flushing what nobody can take."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--target", metavar="DIR", help="converted or Hugging Face checkpoint of the model to speak")
     models.add_argument("--draft", metavar="DIR", help="a smaller model of the same family")
     models.add_argument("--mesh", default="1", help='devices: "8", or "layer=4,tensor=2" (default: %(default)s)')
-    models.add_argument("--platform", choices=("cpu", "gpu", "tpu"), help="default: the fastest one present")
-    models.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+    models.add_argument("--platform", choices=get_args(Platform), help="default: the fastest one present")
+    models.add_argument("--dtype", default="auto", choices=get_args(DType),
                         help="default: float32 on a CPU, else the checkpoint's")  # fmt: skip
     models.add_argument("--max-length", type=int, metavar="L", help="prompt and generated tokens together")
 
@@ -57,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
     default = SpeculativeConfig()
     drafting = parser.add_argument_group("speculation")
-    drafting.add_argument("--method", default=default.method, choices=("vanilla", "sd", "tree", "easyspec"),
+    drafting.add_argument("--method", default=default.method, choices=get_args(Method),
                           help="default: %(default)s")  # fmt: skip
     drafting.add_argument("--num-speculative-tokens", type=int, default=default.num_speculative_tokens, metavar="N",
                           help="tokens drafted per round (default: %(default)s)")  # fmt: skip
@@ -67,9 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     drafting.add_argument("--lp-strategy", metavar="S", help='explicit groups, such as "0,1-3,4-7,8"')
     drafting.add_argument("--no-calibration", action="store_true", help="keep the fuzzy KV of accepted tokens")
     drafting.add_argument("--draft-tensor-parallel-size", default=default.draft_tensor_parallel_size,
-                          choices=("1", "all"), help="what of the draft is not layer-parallel is replicated or split "
-                          "over all devices (default: %(default)s)")  # fmt: skip
-    drafting.add_argument("--verifier", default=default.verifier, choices=("rejection", "coupled"),
+                          choices=get_args(DraftTensorParallelSize),
+                          help="what of the draft is not layer-parallel is replicated or split over all devices "
+                          "(default: %(default)s)")  # fmt: skip
+    drafting.add_argument("--verifier", default=default.verifier, choices=get_args(Verifier),
                           help="default: %(default)s")  # fmt: skip
 
     sampling = parser.add_argument_group("sampling")
@@ -123,7 +152,12 @@ def _run(args: argparse.Namespace) -> int:
         engine.load()
     with _status("compiling"):
         engine.compile(prompts, sampling, args.chat)
-    completions = _json(engine, prompts, sampling, args) if args.json else _text(engine, prompts, sampling, args)
+    completions = []
+    stream = None if args.json or args.no_stream else _show
+    for completion in engine.generate(prompts, sampling, chat=args.chat, on_text=stream):
+        whole = json.dumps(completion.as_dict()) if args.json else completion.text
+        print("" if stream else whole, flush=True)
+        completions.append(completion)
     if not args.json:
         _print_summary(completions, engine)
     return 0
@@ -135,36 +169,17 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt_file is None:
         raise EasySpecError("no prompt; give --prompt TEXT or --prompt-file FILE")
     try:
-        lines = Path(args.prompt_file).read_text(encoding="utf-8").splitlines()
+        lines = Path(args.prompt_file).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise EasySpecError(f"--prompt-file {args.prompt_file} cannot be read: {error}") from None
-    prompts = [line for line in lines if line.strip()]
+    prompts = [line.rstrip("\r") for line in lines if line.strip()]
     if not prompts:
         raise EasySpecError(f"--prompt-file {args.prompt_file} holds no prompt")
     return prompts
 
 
-def _json(
-    engine: "Engine", prompts: list[str], sampling: SamplingParams, args: argparse.Namespace
-) -> list["Completion"]:
-    completions = []
-    for completion in engine.generate(prompts, sampling, chat=args.chat):
-        print(json.dumps(completion.as_dict(), ensure_ascii=False), flush=True)
-        completions.append(completion)
-    return completions
-
-
-def _text(
-    engine: "Engine", prompts: list[str], sampling: SamplingParams, args: argparse.Namespace
-) -> list["Completion"]:
-    def show(piece: str) -> None:
-        print(piece, end="", flush=True)
-
-    completions = []
-    for completion in engine.generate(prompts, sampling, chat=args.chat, on_text=None if args.no_stream else show):
-        print(completion.text if args.no_stream else "", flush=True)
-        completions.append(completion)
-    return completions
+def _show(piece: str) -> None:
+    print(piece, end="", flush=True)
 
 
 def _print_summary(completions: list["Completion"], engine: "Engine") -> None:
@@ -200,8 +215,10 @@ def _cache_compilations() -> None:
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "easyspec_jax" / "xla"))
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "easyspec_jax" / "xla"
+        with suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 if __name__ == "__main__":

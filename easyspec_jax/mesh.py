@@ -2,13 +2,14 @@
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from easyspec_jax.config import Platform
 from easyspec_jax.errors import EasySpecError
 
 LAYER, TENSOR = "layer", "tensor"
@@ -17,7 +18,8 @@ ALL_AXES = (LAYER, TENSOR)
 Axes = tuple[str, ...]
 """Mesh axes that a dimension is split over; empty: replicated."""
 
-Platform = Literal["cpu", "gpu", "tpu"]
+MAX_VIRTUAL_DEVICES = 256
+"""Of a CPU; each takes memory and threads, used or not."""
 
 
 @dataclass(frozen=True)
@@ -38,44 +40,44 @@ def parse_mesh(text: str, group_size: int = 1) -> MeshShape:
     A bare number is split so that a group of group_size layers fills the layer axis: its length is the largest divisor
     of the number that is at most group_size. Raises EasySpecError for anything else.
     """
-    if text.isdecimal() and int(text) > 0:
+    if re.fullmatch(r"[1-9]\d{0,5}", text):
         devices = int(text)
         layer = max(n for n in range(1, min(group_size, devices) + 1) if devices % n == 0)
         return MeshShape(layer, devices // layer)
-    axes = dict(re.findall(r"(?<![^,])(\w+)=([1-9]\d*)(?:,|\Z)", text))
+    axes = dict(re.findall(r"(?<![^,])(\w+)=([1-9]\d{0,5})(?:,|\Z)", text))
     if set(axes) == set(ALL_AXES) and text.count(",") == 1:
         return MeshShape(int(axes[LAYER]), int(axes[TENSOR]))
-    raise EasySpecError(f'--mesh {text!r} is neither a number of devices such as "8" nor "layer=4,tensor=2"')
-
-
-def request_cpu_devices(count: int) -> None:
-    """Asks for that many virtual CPU devices, which cost nothing where they are not used.
-
-    Must come before anything starts JAX's backends (Orbax does); later it changes nothing, as open_mesh will tell.
-    """
-    if jax.config.jax_num_cpu_devices < count:  # pyright: ignore[reportAttributeAccessIssue]
-        try:
-            jax.config.update("jax_num_cpu_devices", count)
-        except RuntimeError:
-            return
+    raise EasySpecError(f'--mesh {text[:40]!r} is neither a number of devices such as "8" nor "layer=4,tensor=2"')
 
 
 def open_mesh(shape: MeshShape, platform: Platform | None = None) -> Mesh:
     """A mesh over the first devices of a platform (default: the fastest that JAX finds).
 
-    On a CPU they are virtual (request_cpu_devices). Raises EasySpecError if the platform is absent or has too few.
+    On a CPU they are virtual, made here if JAX has not started yet. Raises EasySpecError if the platform is absent or
+    has too few.
     """
+    if shape.size <= MAX_VIRTUAL_DEVICES:
+        _request_cpu_devices(shape.size)
     try:
         devices = jax.devices(platform)
-    except RuntimeError:
-        raise EasySpecError(f"--platform {platform}: JAX finds no such device here") from None
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise EasySpecError(f"--platform {platform or '(default)'}: JAX finds no such device here ({reason})") from None
     if len(devices) < shape.size:
+        kind = devices[0].platform
+        advice = "use a smaller mesh" + ("" if kind == "cpu" else " or --platform cpu (virtual devices)")
         raise EasySpecError(
-            f"--mesh asks for {shape.size} devices but there are {len(devices)} of platform "
-            f"{devices[0].platform}; use a smaller mesh or --platform cpu (virtual devices)"
+            f"--mesh asks for {shape.size} devices but there are {len(devices)} of platform {kind}; {advice}"
         )
     grid = np.asarray(devices[: shape.size]).reshape(shape.layer, shape.tensor)
     return Mesh(grid, ALL_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def _request_cpu_devices(count: int) -> None:
+    """Too late once JAX has started; open_mesh then counts what there is."""
+    if jax.config.jax_num_cpu_devices < count:  # pyright: ignore[reportAttributeAccessIssue]
+        with suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", count)
 
 
 def axes_size(mesh: Mesh, axes: Axes) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from easyspec_jax.errors import EasySpecError
+from easyspec_jax.errors import EasySpecError, first_line
 
 Tokenizer = Any
 """A transformers tokenizer; the library has no common base class worth naming."""
@@ -22,26 +22,33 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the library raises for a broken or absent tokenizer
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise EasySpecError(f"{directory} has no usable tokenizer: {reason}") from None
+        raise EasySpecError(f"{directory} has no usable tokenizer: {first_line(error)}") from None
 
 
 def check_same_ids(target: Tokenizer, draft: Tokenizer) -> None:
-    """Raises EasySpecError unless every token that both tokenizers know has one id, and every id one token."""
+    """Raises EasySpecError unless every token that both tokenizers know has one id, and every id one token.
+
+    Special tokens may differ in name, as between Llama 3 and 3.1: the target verifies them like any other.
+    """
     of_target, of_draft = target.get_vocab(), draft.get_vocab()
     by_id = {number: token for token, number in of_target.items()}
+    special = _special_ids(target), _special_ids(draft)
     for token, number in of_draft.items():
         other = of_target.get(token, number)
-        if other != number:
+        if other != number and not (other in special[0] and number in special[1]):
             raise EasySpecError(
                 f"target and draft give {token!r} different token ids ({other} and {number}); "
                 "choose a draft of the target's family"
             )
-        if by_id.get(number, token) != token:
+        if by_id.get(number, token) != token and not (number in special[0] and number in special[1]):
             raise EasySpecError(
                 f"target and draft give token id {number} to different tokens ({by_id[number]!r} and {token!r}); "
                 "choose a draft of the target's family"
             )
+
+
+def _special_ids(tokenizer: Tokenizer) -> set[int]:
+    return {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def encode(tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:
@@ -51,15 +58,26 @@ def encode(tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:
     """
     if not prompt:
         raise EasySpecError("the prompt is empty; give at least one character")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise EasySpecError("the prompt is no valid Unicode; save or type it as UTF-8") from None
     if chat:
-        if not tokenizer.chat_template:
-            raise EasySpecError("this checkpoint has no chat template; leave out --chat")
-        messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(prompt, add_special_tokens=not chat).input_ids
+        prompt = _from_template(tokenizer, prompt)
+    ids = tokenizer(prompt, add_special_tokens=not chat, verbose=False).input_ids
     if not ids:
         raise EasySpecError(f"the prompt {prompt!r} has no tokens")
     return list(ids)
+
+
+def _from_template(tokenizer: Tokenizer, prompt: str) -> str:
+    if not tokenizer.chat_template:
+        raise EasySpecError("this checkpoint has no chat template; leave out --chat")
+    messages = [{"role": "user", "content": prompt}]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program, and fails like one
+        raise EasySpecError(f"the checkpoint's chat template fails ({first_line(error)}); leave out --chat") from None
 
 
 class TextStream:

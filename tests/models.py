@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from easyspec_jax.checkpoint import Checkpoint
 from easyspec_jax.mesh import ALL_AXES, Axes, MeshShape, open_mesh
 from easyspec_jax.model.loader import Loader
-from easyspec_jax.model.sharding import padded_vocab_size, partition_specs
+from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import Decoder
 
 transformers.utils.logging.disable_progress_bar()
@@ -109,6 +109,11 @@ def loader(checkpoint: Checkpoint, mesh: MeshShape, axes: Axes = ALL_AXES, *othe
 def load_target(from_: Loader) -> Decoder:
     """An ordinary decoder."""
     return from_.decoder([from_.layer(index) for index in range(from_.config.num_hidden_layers)])
+
+
+def partition_specs(tree: Any) -> Any:
+    """The PartitionSpec of every array in a pytree of placed arrays."""
+    return jax.tree.map(lambda x: x.sharding.spec, tree)
 
 
 def forward(model: Decoder, mesh: Any, tokens: ArrayLike, **options: Any) -> np.ndarray:

@@ -16,6 +16,7 @@ from easyspec_jax.config import (
     model_config,
     read_json,
     read_model_config,
+    resolve_dtype,
 )
 from easyspec_jax.errors import EasySpecError
 
@@ -168,7 +169,12 @@ def test_a_configuration_without_a_type_is_refused():
         ({"rms_norm_eps": "small"}, "wrong type"),
         ({"rope_scaling": "llama3"}, "rope_scaling='llama3' has the wrong type"),
         ({"rope_parameters": [1e6]}, "rope_parameters"),
-        ({"eos_token_id": "</s>"}, "wrong type"),
+        ({"eos_token_id": "</s>"}, "eos_token_id='</s>' is no token id"),
+        ({"eos_token_id": [2, None]}, "is no token id"),
+        ({"eos_token_id": 2.7}, "is no token id"),
+        ({"eos_token_id": 2**40}, "is no token id"),
+        ({"layer_types": 5}, "wrong type"),
+        ({"rms_norm_eps": 10**400}, "wrong type"),
     ],
 )
 def test_names_a_field_of_the_wrong_type(change, message):
@@ -184,6 +190,13 @@ def test_names_a_field_of_the_wrong_type(change, message):
         ({"vocab_size": -1}, "vocab_size=-1 must be at least 1"),
         ({"num_key_value_heads": 4}, "6 query heads do not divide into 4 key-value heads"),
         ({"head_dim": 7}, "head_dim=7 must be even"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 must be at least 1 and below 10000"),
+        ({"vocab_size": 2**31}, "vocab_size=2147483648 must be"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps=-1e-05 must be positive"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan must be positive"),
+        ({"rope_theta": -1.0}, "rope_theta=-1.0 must be positive"),
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "factor": 0.0}}, "factor=0.0 must be positive"),
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor must be below"),
     ],
 )
 def test_refuses_impossible_sizes(change, message):
@@ -198,6 +211,8 @@ def test_refuses_impossible_sizes(change, message):
         (b"{", "cannot be read as JSON"),
         (b"\xff\xfe\x00", "cannot be read as JSON"),
         (b"[1, 2]", "holds no JSON object"),
+        (b'{"vocab_size": ' + b"9" * 5000 + b"}", "cannot be read as JSON"),
+        (b"[" * 100_000, "cannot be read as JSON"),
     ],
 )
 def test_unreadable_json_names_the_file(tmp_path, content, message):
@@ -230,6 +245,7 @@ def test_speculative_config_names_the_flag(field, value, message):
         ("temperature", -0.1, "--temperature"),
         ("temperature", float("inf"), "--temperature"),
         ("temperature", float("nan"), "--temperature"),
+        ("temperature", 1e-40, "--temperature"),
         ("seed", -1, "--seed"),
         ("seed", 2**32, "--seed"),
         ("max_new_tokens", 0, "--max-new-tokens"),
@@ -241,7 +257,19 @@ def test_sampling_params_name_the_flag(field, value, flag):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("temperature", 0.0), ("seed", 0), ("seed", 2**32 - 1), ("max_new_tokens", 1)]
+    ("field", "value"),
+    [("temperature", 0.0), ("temperature", 1e-3), ("seed", 0), ("seed", 2**32 - 1), ("max_new_tokens", 1)],
 )
 def test_sampling_params_accept_their_bounds(field, value):
     assert getattr(SamplingParams(**{field: value}), field) == value
+
+
+def test_automatic_dtype_is_the_checkpoints_but_wide_on_a_cpu():
+    config = model_config({"model_type": "llama", "dtype": "bfloat16"} | SIZES)
+    assert resolve_dtype("auto", "gpu", config) == "bfloat16"
+    assert resolve_dtype("auto", "cpu", config) == "float32"
+    assert resolve_dtype("float16", "cpu", config) == "float16"
+    quantised = model_config({"model_type": "llama", "dtype": "int8"} | SIZES)
+    assert resolve_dtype("float32", "gpu", quantised) == "float32"
+    with pytest.raises(EasySpecError, match="dtype 'int8' is not supported; give --dtype"):
+        resolve_dtype("auto", "gpu", quantised)

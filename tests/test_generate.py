@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,9 +76,9 @@ def test_text_on_stdout_and_one_summary_line_on_stderr(arguments, capsys, stream
 
 
 def test_prompt_file(arguments, capsys, tmp_path):
-    (tmp_path / "prompts.txt").write_text("first\n\nsecond\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_bytes("\ufefffirst\n\nsec\u2028ond\r\n".encode())
     assert main([*arguments, "--method", "vanilla", "--json", "--prompt-file", str(tmp_path / "prompts.txt")]) == 0
-    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["first", "second"]
+    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["first", "sec\u2028ond"]
 
 
 def test_seed_makes_sampling_repeatable(arguments, capsys):
@@ -105,6 +106,8 @@ def test_seed_makes_sampling_repeatable(arguments, capsys):
         (["--lp-size", "many"], "invalid int value: 'many'"),
         (["--mesh", "0"], "--mesh '0' is neither"),
         (["--mesh", "layer=2"], "--mesh 'layer=2' is neither"),
+        (["--mesh", "99999"], "--mesh asks for 99999 devices but there are 8"),
+        (["--temperature", "1e-40"], "--temperature 1e-40 must be"),
         (["--mesh", "9"], "--mesh asks for 9 devices but there are 8"),
         (["--platform", "gpu"], "--platform gpu: JAX finds no such device"),
         (["--lp-strategy", "0,1-3,3,4,5"], "names layer 3 twice"),
@@ -124,6 +127,8 @@ def test_bad_flags_are_one_clear_line(arguments, capsys, flags, words):
 def test_bad_prompts_are_one_clear_line(arguments, capsys, tmp_path):
     assert "the prompt is empty" in refusal(capsys, *arguments, "--prompt", "fine", "--prompt", "")
     assert "no prompt" in refusal(capsys, *arguments)
+    assert "no valid Unicode" in refusal(capsys, *arguments, "--prompt", "\udcff")
+    assert "leaves no room within --max-length 1024" in refusal(capsys, *arguments, "--prompt", "long" * 1000)
     assert "cannot be read" in refusal(capsys, *arguments, "--prompt-file", str(tmp_path / "absent"))
     (tmp_path / "blank").write_text("\n\n", encoding="utf-8")
     assert "holds no prompt" in refusal(capsys, *arguments, "--prompt-file", str(tmp_path / "blank"))
@@ -135,6 +140,7 @@ def test_bad_checkpoints_are_one_clear_line(model, arguments, capsys, tmp_path):
     assert "--target DIR is needed" in refusal(capsys, *prompt)
     assert "needs --draft DIR" in refusal(capsys, "--target", directory, *prompt)
     assert "is no directory" in refusal(capsys, "--target", str(tmp_path / "absent"), *prompt)
+    refusal(capsys, "--target", "x" * 5000, *prompt)
 
     save_model(tmp_path / "other", "smollm2", vocab_size=260)
     byte_tokenizer(order=-1).save_pretrained(tmp_path / "other")
@@ -169,11 +175,42 @@ def test_as_a_program(model):
     assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (2, "", 1)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_an_output_that_cannot_be_written_is_one_line(model):
+    command = [
+        sys.executable,
+        "-m",
+        "easyspec_jax.generate",
+        "--target",
+        str(model[0]),
+        "--method",
+        "vanilla",
+        "--json",
+    ]
+    with open("/dev/full", "w") as full:
+        run = subprocess.run([*command, "--prompt", "a"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr.count("\n") == 1, run.stderr
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("sampling", [[], ["--temperature", "0.8"]], ids=["greedy", "sampled"])
+def test_narrow_types_with_a_replicated_draft(arguments, capsys, dtype, sampling):
+    """Strict promotion is on: an operand that is silently widened raises."""
+    flags = ["--dtype", dtype, "--mesh", "4", "--draft-tensor-parallel-size", "1", "--json", "--prompt", "a"]
+    assert main([*arguments, *flags, *sampling]) == 0
+    output = json.loads(capsys.readouterr().out)
+    assert len(output["token_ids"]) == 12
+    assert output["stats"]["acceptance_rate"] > 0.2
+
+
 def test_five_lines_of_python(model):
     """The README's example."""
-    from easyspec_jax import SamplingParams, open_model
+    from easyspec_jax import EasySpecError, SamplingParams, open_model
 
     engine = open_model(target=model[0], draft=model[0], mesh="8")
     for completion in engine.generate(["Once upon a time"], SamplingParams(max_new_tokens=8)):
         assert len(completion.token_ids) == 8
         assert np.isfinite(completion.stats.tokens_per_second)
+    with pytest.raises(EasySpecError, match="a list of prompts"):
+        engine.generate("one string")

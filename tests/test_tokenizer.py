@@ -49,8 +49,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def vocabulary(**ids: int) -> SimpleNamespace:
-    return SimpleNamespace(get_vocab=lambda: ids)
+def vocabulary(special: tuple[str, ...] = (), **ids: int) -> SimpleNamespace:
+    added = {ids[token]: SimpleNamespace(special=True) for token in special}
+    return SimpleNamespace(get_vocab=lambda: ids, added_tokens_decoder=added)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,16 @@ def test_tokens_known_to_both_may_be_any_part_of_the_vocabularies(draft):
     target = vocabulary(a=0, b=1, c=2)
     check_same_ids(target, vocabulary(**draft))
     check_same_ids(vocabulary(**draft), target)
+
+
+def test_special_tokens_may_be_renamed_and_moved():
+    """As between Llama 3, a common target, and Llama 3.2, whose small models are its drafts."""
+    target = vocabulary(special=("eot", "reserved_2", "reserved_3"), a=0, eot=9, reserved_2=4, reserved_3=5)
+    draft = vocabulary(special=("eot", "pad", "reserved_2"), a=0, eot=9, pad=4, reserved_2=5)
+    check_same_ids(target, draft)
+    check_same_ids(draft, target)
+    with pytest.raises(EasySpecError):
+        check_same_ids(target, vocabulary(special=("eot",), a=0, eot=9, pad=4))
 
 
 @pytest.mark.parametrize(
@@ -130,7 +141,7 @@ def test_a_chat_needs_a_template(tokenizer, monkeypatch):
 
 
 def test_a_prompt_that_becomes_no_tokens_is_refused():
-    def silent(text: str, add_special_tokens: bool) -> SimpleNamespace:
+    def silent(text: str, **options: bool) -> SimpleNamespace:
         return SimpleNamespace(input_ids=[])
 
     with pytest.raises(EasySpecError, match="has no tokens"):
@@ -167,3 +178,24 @@ def test_a_stream_that_breaks_off_inside_a_character_holds_it_back_to_the_end(to
 def test_spaces_are_left_as_they_are(tokenizer):
     text = "it 's here , he said ."  # what clean_up_tokenization_spaces would tidy, and so change text already shown
     assert decode_text(tokenizer, encode(tokenizer, text, chat=False)) == text
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{% if %}", "{{ messages[7]['role'] }}"])
+def test_a_template_that_fails_is_one_line(template):
+    broken = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), chat_template=template)
+    with pytest.raises(EasySpecError, match="chat template fails") as refusal:
+        encode(broken, "hello", chat=True)
+    assert "\n" not in str(refusal.value)
+
+
+def test_lone_surrogates_are_refused(tokenizer):
+    with pytest.raises(EasySpecError, match="no valid Unicode"):
+        encode(tokenizer, "a\udcffb", chat=False)
+
+
+def test_a_text_longer_than_the_tokenizer_expects_is_no_warning(tokenizer, caplog):
+    """Whoever asks for the ids checks their number."""
+    short = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, model_max_length=4)
+    with caplog.at_level("WARNING"):
+        assert len(encode(short, "the cat sat on the mat", chat=False)) > 4
+    assert not caplog.records

@@ -6,14 +6,12 @@ from functools import cached_property, partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from easyspec_jax.config import SamplingParams
 from easyspec_jax.decode.round import Report, RoundConfig, State, init_state, prefill, speculative_round
-from easyspec_jax.model.sharding import partition_specs
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.verify import Request
 
@@ -49,23 +47,24 @@ class Programs:
             temperature=self._replicated(np.full(len(limits), sampling.temperature, np.float32)),
             round=self._replicated(np.zeros(len(limits), np.int32)),
         )
-        return self._start(self.target, self.draft, request, self._replicated(np.asarray(limits, np.int32)), capacity)
+        return self._start(self._leaves, request, self._replicated(np.asarray(limits, np.int32)), capacity)
 
     def prefill(self, state: State, tokens: np.ndarray, count: np.ndarray, last: np.ndarray) -> tuple[State, Report]:
         """One chunk of every row's prompt; int32 [batch, PREFILL_CHUNK], int32 and bool [batch]."""
         arrays = (self._replicated(x) for x in (tokens, count, last))
-        return self._prefill(self.target, self.draft, state, *arrays)
+        return self._prefill(self._leaves, state, *arrays)
 
     def round(self, state: State) -> tuple[State, Report]:
         """One round of every row."""
-        return self._round(self.target, self.draft, state)
+        return self._round(self._leaves, state)
 
     def _replicated(self, x: np.ndarray) -> jax.Array:
         return jax.device_put(x, NamedSharding(self.mesh, P()))
 
-    @property
-    def _model_specs(self) -> tuple[Any, Any]:
-        return partition_specs(self.target), partition_specs(self.draft)
+    @cached_property
+    def _leaves(self) -> list[jax.Array]:
+        """The arrays of both models: flattening their modules at every call would cost more than a small round."""
+        return jax.tree.leaves((self.target, self.draft))
 
     @property
     def _state_spec(self) -> Any:
@@ -77,29 +76,40 @@ class Programs:
 
     @cached_property
     def _start(self) -> Callable[..., State]:
-        def body(target: Decoder, draft: Decoder | None, request: Request, limit: jax.Array, capacity: int) -> State:
-            return init_state(target, draft, request, limit, capacity, self.config.pending_size)
+        def program(leaves: list[jax.Array], request: Request, limit: jax.Array, capacity: int) -> State:
+            body = partial(init_state, capacity=capacity, size=self.config.pending_size)
+            return self._mapped(body, (P(), P()), self._state_spec)(leaves, request, limit)
 
-        def program(target: Decoder, draft: Decoder | None, request: Request, limit: jax.Array, capacity: int) -> State:
-            mapped = self._mapped(partial(body, capacity=capacity), (*self._model_specs, P(), P()), self._state_spec)
-            return mapped(target, draft, request, limit)
-
-        return jax.jit(program, static_argnums=4)
+        return jax.jit(program, static_argnums=3)
 
     @cached_property
     def _prefill(self) -> Callable[..., tuple[State, Report]]:
-        body = partial(prefill, config=self.config)
-        specs = (*self._model_specs, self._state_spec, P(), P(), P())
-        return jax.jit(self._mapped(body, specs, (self._state_spec, P())), donate_argnums=2)
+        body = self._mapped(partial(prefill, config=self.config), (self._state_spec, P(), P(), P()), self._results)
+        return jax.jit(body, donate_argnums=1)
 
     @cached_property
     def _round(self) -> Callable[..., tuple[State, Report]]:
-        body = partial(speculative_round, config=self.config)
-        specs = (*self._model_specs, self._state_spec)
-        return jax.jit(self._mapped(body, specs, (self._state_spec, P())), donate_argnums=2)
+        body = self._mapped(partial(speculative_round, config=self.config), (self._state_spec,), self._results)
+        return jax.jit(body, donate_argnums=1)
 
-    def _mapped(self, body: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        return jax.shard_map(body, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    @property
+    def _results(self) -> Any:
+        return self._state_spec, P()
+
+    def _mapped(self, body: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any) -> Callable[..., Any]:
+        """body(target, draft, …) on every device of the mesh, as a function of the models' leaves."""
+        models = jax.tree.structure((self.target, self.draft))
+        # Otherwise a GPU rounds float32 products to TF32 and a TPU to bfloat16.
+        precision = "highest" if self.target.embedding.dtype == np.float32 else "default"
+
+        def on_device(leaves: list[jax.Array], *args: Any) -> Any:
+            with jax.default_matmul_precision(precision):
+                return body(*jax.tree.unflatten(models, leaves), *args)
+
+        specs = [leaf.sharding.spec for leaf in self._leaves]  # pyright: ignore[reportAttributeAccessIssue]
+        return jax.shard_map(
+            on_device, mesh=self.mesh, in_specs=(specs, *in_specs), out_specs=out_specs, check_vma=False
+        )
 
 
 def decode(
@@ -112,15 +122,15 @@ def decode(
     """
     longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
     state = programs.start(sampling, limits, programs.capacity(longest))
-    state, report = _prefill_all(programs, state, prompts)
+    state, chunks = prefill_all(programs, state, prompts)
     try:
-        while True:
+        state, report = programs.round(state)
+        now = first_tokens(chunks)
+        yield now
+        while not now.done.all():
             state, ahead = programs.round(state)
-            now = jax.device_get(report)
+            now, report = jax.device_get(report), ahead
             yield now
-            if now.done.all():
-                return
-            report = ahead
     finally:
         # Two programs with collectives at once could starve each other of the CPU's threads.
         jax.block_until_ready(state.length)
@@ -129,15 +139,19 @@ def decode(
 def warm_up(programs: Programs, capacity: int) -> None:
     """Compiles what decode() uses for one row and this cache capacity, by decoding a row that is finished."""
     state = programs.start(SamplingParams(), [0], capacity)
-    state, _ = _prefill_all(programs, state, [[0]])
+    state, _ = prefill_all(programs, state, [[0]])
     state, _ = programs.round(state)
     jax.block_until_ready(state.length)
 
 
-def _prefill_all(programs: Programs, state: State, prompts: Sequence[Sequence[int]]) -> tuple[State, Report]:
-    """The state after all prompts, and the report with every row's first token."""
+Chunk = tuple[np.ndarray, Report]
+"""Which rows' prompts end with a chunk, bool [batch], and what its prefill reported."""
+
+
+def prefill_all(programs: Programs, state: State, prompts: Sequence[Sequence[int]]) -> tuple[State, list[Chunk]]:
+    """The state after all prompts, and what first_tokens needs."""
     lengths = np.asarray([len(prompt) for prompt in prompts])
-    first: Report | None = None
+    chunks = []
     for start in range(0, int(lengths.max()), PREFILL_CHUNK):
         count = np.clip(lengths - start, 0, PREFILL_CHUNK).astype(np.int32)
         tokens = np.zeros((len(prompts), PREFILL_CHUNK), np.int32)
@@ -145,10 +159,17 @@ def _prefill_all(programs: Programs, state: State, prompts: Sequence[Sequence[in
             tokens[row, : count[row]] = prompt[start : start + PREFILL_CHUNK]
         last = (count > 0) & (lengths <= start + PREFILL_CHUNK)
         state, report = programs.prefill(state, tokens, count, last)
-        first = report if first is None else jax.tree.map(partial(_where_rows, jnp.asarray(last)), report, first)
-    assert first is not None
-    return state, first
+        chunks.append((last, report))
+    return state, chunks
 
 
-def _where_rows(rows: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    return jnp.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+def first_tokens(chunks: list[Chunk]) -> Report:
+    """Each row's report from the chunk its prompt ended with, as NumPy arrays."""
+    (_, merged), *others = jax.device_get(chunks)
+    for last, report in others:
+        merged = jax.tree.map(partial(_choose_rows, last), report, merged)
+    return merged
+
+
+def _choose_rows(rows: np.ndarray, new: np.ndarray, old: np.ndarray) -> np.ndarray:
+    return np.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from easyspec_jax.draft.parallel import run_fuzzy
 from easyspec_jax.mesh import ALL_AXES
+from easyspec_jax.model.collectives import from_first_device
 from easyspec_jax.model.transformer import Caches, Decoder, run_exact
 from easyspec_jax.verify import Request, Verdict, Verifier
 
@@ -68,7 +69,7 @@ class Report(NamedTuple):
     Levels that the text cannot reach, past a stop token or the limit, count as neither drafted nor accepted.
     """
 
-    tokens: Int[Array, "batch levels_and_bonus"]
+    tokens: Int[Array, "batch levels+1"]
     num_tokens: Int[Array, " batch"]
     drafted: Int[Array, " batch"]
     accepted: Int[Array, " batch"]
@@ -155,8 +156,8 @@ def speculative_round(
     )
     live = state.remaining > 0
     report, remaining = _accept(verdict, drafted.tokens, state.remaining, live, config)
-    caches = replace(state, target=target_caches, draft=drafted.caches, remaining=remaining)
-    return _commit(caches, report, live, config), report
+    verified = replace(state, target=target_caches, draft=drafted.caches, remaining=remaining)
+    return _commit(verified, report, live, config), report
 
 
 def draft_chain(draft: Decoder, state: State, config: RoundConfig) -> Draft:
@@ -181,6 +182,8 @@ def draft_chain(draft: Decoder, state: State, config: RoundConfig) -> Draft:
         jnp.concatenate([x[:, None], jnp.swapaxes(xs, 0, 1)], axis=1)
         for x, xs in zip((token, logits), later, strict=True)
     )
+    if not draft.axes:  # each device has drafted for itself, and kernels need not round alike
+        tokens = from_first_device(tokens, ALL_AXES)
     return Draft(tokens, logits, caches)
 
 
@@ -199,7 +202,7 @@ def _accept(
     """The longest accepted prefix and one token more, cut at a stop token and the limit; and what then remains."""
     levels = drafted.shape[1]
     columns = jnp.arange(levels + 1, dtype=jnp.int32)[None, :]
-    passed = jnp.sum(jnp.cumprod(verdict.accept.astype(jnp.int32), axis=1), axis=1)
+    passed = jnp.sum(jnp.cumprod(verdict.accept, axis=1, dtype=jnp.int32), axis=1, dtype=jnp.int32)
     tokens = jnp.where(columns < passed[:, None], jnp.pad(drafted, [(0, 0), (0, 1)]), verdict.token)
 
     reach = jnp.minimum(passed + 1, remaining)

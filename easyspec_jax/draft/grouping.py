@@ -45,7 +45,7 @@ def format_groups(groups: tuple[Group, ...]) -> str:
 
 
 def _parse_group(part: str, strategy: str) -> Group:
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+    match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part)
     if match is None:
         raise EasySpecError(f'--lp-strategy {strategy!r}: {part!r} is neither a layer nor a range such as "4-7"')
     first, last = int(match[1]), int(match[2] or match[1])

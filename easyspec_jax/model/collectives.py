@@ -20,3 +20,8 @@ def shard_index(axes: Axes) -> Int[Array, ""]:
 def shard_count(axes: Axes) -> int:
     """Number of shards along axes."""
     return jax.lax.axis_size(axes) if axes else 1
+
+
+def from_first_device(x: Shaped[Array, "*shape"], axes: Axes) -> Shaped[Array, "*shape"]:
+    """The first device's value on every device; one all-reduce."""
+    return all_reduce(jnp.where(shard_index(axes) == 0, x, jnp.zeros_like(x)), axes)

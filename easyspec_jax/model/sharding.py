@@ -1,9 +1,7 @@
 """How weights lie on the mesh: heads padded to any shard count, vocabularies aligned."""
 
 from dataclasses import dataclass
-from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
@@ -62,8 +60,3 @@ def padded_vocab_size(mesh: Mesh, *configs: ModelConfig) -> int:
 def numpy_dtype(name: str) -> np.dtype:
     """float32, float16 or bfloat16 by name."""
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
-
-
-def partition_specs(tree: Any) -> Any:
-    """The PartitionSpec of every array in a pytree of placed arrays."""
-    return jax.tree.map(lambda x: x.sharding.spec, tree)

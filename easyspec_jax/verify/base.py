@@ -27,7 +27,7 @@ class Verdict(NamedTuple):
     """
 
     accept: Bool[Array, "batch levels"]
-    token: Int[Array, "batch levels_and_bonus"]
+    token: Int[Array, "batch levels+1"]
 
 
 class Verifier(Protocol):
@@ -41,7 +41,7 @@ class Verifier(Protocol):
 
     def verify(
         self,
-        target: Float[Array, "batch levels_and_bonus vocab_shard"],
+        target: Float[Array, "batch levels+1 vocab_shard"],
         draft: Float[Array, "batch levels draft_shard"],
         drafted: Int[Array, "batch levels"],
         position: Int[Array, " batch"],

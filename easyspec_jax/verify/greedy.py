@@ -21,7 +21,7 @@ class Greedy:
 
     def verify(
         self,
-        target: Float[Array, "batch levels_and_bonus vocab_shard"],
+        target: Float[Array, "batch levels+1 vocab_shard"],
         draft: Float[Array, "batch levels draft_shard"],
         drafted: Int[Array, "batch levels"],
         position: Int[Array, " batch"],

@@ -9,7 +9,7 @@ import torch
 
 from easyspec_jax.checkpoint import open_checkpoint
 from easyspec_jax.config import SamplingParams
-from easyspec_jax.decode.loop import PREFILL_CHUNK, Programs, _prefill_all, decode
+from easyspec_jax.decode.loop import PREFILL_CHUNK, Programs, decode, first_tokens, prefill_all
 from easyspec_jax.decode.round import RoundConfig
 from easyspec_jax.draft.grouping import paper_groups
 from easyspec_jax.draft.parallel import load_draft
@@ -119,7 +119,8 @@ def test_after_many_rounds_caches_equal_a_fresh_prefill(pair, mesh, verifier):
     run = programs(pair, config, mesh)
     sampling, limits = SamplingParams(temperature=0.8), [60, 9, 110]
     state = run.start(sampling, limits, capacity := run.capacity(PREFILL_CHUNK + 110))
-    state, report = _prefill_all(run, state, PROMPTS)
+    state, chunks = prefill_all(run, state, PROMPTS)
+    report = first_tokens(chunks)
     rows = [list(prompt) for prompt in PROMPTS]
     rounds, accepted = 0, set()
     while True:
@@ -134,7 +135,7 @@ def test_after_many_rounds_caches_equal_a_fresh_prefill(pair, mesh, verifier):
     assert len(accepted) > 2
     assert np.asarray(state.length).tolist() == [len(row) - 1 for row in rows]
 
-    fresh, _ = _prefill_all(run, run.start(sampling, limits, capacity), rows)
+    fresh, _ = prefill_all(run, run.start(sampling, limits, capacity), rows)
     for caches, expected, lengths in (
         (state.target, fresh.target, state.length),
         (state.draft, fresh.draft, state.draft_length),
@@ -162,9 +163,16 @@ def test_sampled_text_depends_on_the_seed_alone(pair):
     assert first == again != other
 
 
-def test_one_program_whose_state_is_donated(pair):
+@pytest.mark.parametrize("x64", [False, True])
+def test_one_program_whose_state_is_donated(pair, x64):
+    """Also where a process has made 64 bits JAX's default: a state of other types would compile a second round."""
+    with jax.enable_x64(x64):
+        check_one_program(pair)
+
+
+def check_one_program(pair):
     run = programs(pair, GREEDY, MeshShape(4, 2))
-    state, _ = _prefill_all(run, run.start(SamplingParams(), LIMITS, 256), PROMPTS)
+    state, _ = prefill_all(run, run.start(SamplingParams(), LIMITS, 256), PROMPTS)
     for _ in range(5):
         before = jax.tree.leaves((state.target, state.draft))
         state, _ = run.round(state)

@@ -14,9 +14,8 @@ from jax.sharding import PartitionSpec as P
 from easyspec_jax.checkpoint import open_checkpoint
 from easyspec_jax.draft.parallel import LayerGroup, load_draft, run_fuzzy
 from easyspec_jax.mesh import ALL_AXES, MeshShape
-from easyspec_jax.model.sharding import partition_specs
 from easyspec_jax.model.transformer import run_exact
-from tests.models import forward, load_target, loader, save_model
+from tests.models import forward, load_target, loader, partition_specs, save_model
 
 MESHES = [MeshShape(1, 1), MeshShape(4, 2), MeshShape(2, 4), MeshShape(8, 1)]
 GROUPS = [(range(0, 1), range(1, 4), range(4, 8)), (range(0, 1), range(1, 8))]

@@ -8,7 +8,7 @@ from easyspec_jax.checkpoint import open_checkpoint
 from easyspec_jax.draft.grouping import paper_groups
 from easyspec_jax.draft.parallel import load_draft
 from easyspec_jax.mesh import ALL_AXES, MeshShape
-from tests.models import FAMILIES, LAYERS, forward, load_target, loader, save_model
+from tests.models import FAMILIES, LAYERS, forward, load_target, loader, partition_specs, save_model
 
 MESHES = [MeshShape(1, 1), MeshShape(1, 2), MeshShape(4, 2), MeshShape(1, 8)]
 TOKENS = np.random.default_rng(0).integers(0, 300, (2, 90))
@@ -47,8 +47,6 @@ def test_rows_of_different_lengths_continue_where_each_one_is(tmp_path):
     import jax
     import jax.numpy as jnp
     from jax.sharding import PartitionSpec as P
-
-    from easyspec_jax.model.sharding import partition_specs
 
     save_model(tmp_path, "smollm2")
     from_ = loader(open_checkpoint(tmp_path), MeshShape(2, 4))
