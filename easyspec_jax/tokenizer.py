@@ -8,7 +8,7 @@ from typing import Any
 from easyspec_jax.errors import EasySpecError, first_line
 
 Tokenizer = Any
-"""A transformers tokenizer; the library has no common base class worth naming."""
+"""A transformers tokenizer, whatever its class."""
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:

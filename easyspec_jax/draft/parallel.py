@@ -104,7 +104,7 @@ def _load_group(loader: Loader, group: Group) -> LayerGroup:
     layer_axis = loader.mesh.shape[LAYER]
     slots = -(-len(group) // layer_axis)
     return LayerGroup(
-        loader.attention(group, (TENSOR,), slots=slots * layer_axis),
+        loader.stacked_attention(group, slots=slots * layer_axis),
         [loader.mlp(index) for index in group],
         slots=slots,
         axes=loader.axes,

@@ -1,7 +1,8 @@
-"""From a checkpoint's tensors to modules whose arrays lie on the mesh, one tensor in host memory at a time."""
+"""From a checkpoint's tensors to modules whose arrays lie on the mesh, one block in host memory at a time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from jaxtyping import Array
 
 from easyspec_jax.checkpoint import EMBEDDING, FINAL_NORM, HEAD, TensorSource
 from easyspec_jax.config import ModelConfig
-from easyspec_jax.mesh import LAYER, Axes, axes_size
+from easyspec_jax.mesh import LAYER, TENSOR, Axes, axes_size
 from easyspec_jax.model.attention import Attention
 from easyspec_jax.model.sharding import HeadLayout, head_layout
 from easyspec_jax.model.transformer import MLP, Block, Decoder, Layer
@@ -19,7 +20,7 @@ from easyspec_jax.model.transformer import MLP, Block, Decoder, Layer
 
 @dataclass(frozen=True)
 class Loader:
-    """Reads a checkpoint tensor by tensor and places it on the mesh in its final layout and dtype.
+    """Reads a checkpoint block by block and places it on the mesh in its final layout and dtype.
 
     axes: what the model's dense parts are split over; vocab_rows: embedding rows after padding; num_ids: ids at and
     above it never get probability.
@@ -49,34 +50,23 @@ class Loader:
 
     def layer(self, index: int) -> Layer:
         """One transformer layer, split over the dense axes."""
-        return Layer(self.attention([index], self.axes), self.mlp(index), axes=self.axes)
+        return Layer(self.attention(index), self.mlp(index), axes=self.axes)
 
-    def attention(self, layers: Sequence[int], head_axes: Axes, slots: int | None = None) -> Attention:
-        """The attention of one layer, or with slots of several, stacked on a slot axis that is split over "layer".
+    def attention(self, index: int) -> Attention:
+        """One layer's attention, its heads split over the dense axes."""
+        layout = self._head_layout(self.axes)
+        return self._place_attention(self._attention_arrays(index, layout), layout, self.axes)
 
-        Slots beyond the layers are zero.
+    def stacked_attention(self, layers: Sequence[int], slots: int) -> Attention:
+        """The attention of several layers on an axis of `slots` that is split over "layer", heads over "tensor".
+
+        slots counts those of all devices; the ones beyond the layers are zero.
         """
-        layout = head_layout(
-            self.config.num_attention_heads, self.config.num_key_value_heads, axes_size(self.mesh, head_axes)
-        )
-        split = head_axes or None
+        layout = self._head_layout((TENSOR,))
         parts = [self._attention_arrays(index, layout) for index in layers]
-        specs = (P(None), P(None, split), P(split), P(split, None))
-
-        def stacked(arrays: list[np.ndarray], spec: P) -> Array:
-            if slots is None:
-                return self.place(arrays[0], spec)
-            empty = [np.zeros_like(arrays[0])] * (slots - len(arrays))
-            return self.place(np.stack(arrays + empty), P(LAYER, *spec))
-
-        norm, qkv, bias, out = (
-            None if field[0] is None else stacked(list(field), spec)
-            for field, spec in zip(zip(*parts, strict=True), specs, strict=True)
-        )
-        assert norm is not None and qkv is not None and out is not None
-        return Attention(
-            norm, qkv, bias, out, kv_heads=layout.kv_heads, group=layout.group, eps=self.config.rms_norm_eps
-        )
+        empty = [jax.tree.map(np.zeros_like, parts[0])] * (slots - len(parts))
+        stacked = jax.tree.map(lambda *fields: np.stack(fields), *parts, *empty)
+        return self._place_attention(stacked, layout, (TENSOR,), LAYER)
 
     def mlp(self, index: int) -> MLP:
         """A layer's feed-forward part, its columns padded to whole shards."""
@@ -101,10 +91,25 @@ class Loader:
     def _vocabulary(self, name: str) -> np.ndarray:
         return _pad_rows(self.source.read(name), self.vocab_rows)
 
-    def _attention_arrays(
-        self, index: int, layout: HeadLayout
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
-        """norm [hidden], qkv [hidden, shards * heads * head_dim] and bias, out [shards * queries_dim, hidden]."""
+    def _head_layout(self, axes: Axes) -> HeadLayout:
+        shards = axes_size(self.mesh, axes)
+        return head_layout(self.config.num_attention_heads, self.config.num_key_value_heads, shards)
+
+    def _place_attention(
+        self, arrays: "_AttentionArrays", layout: HeadLayout, head_axes: Axes, *slot_axis: str
+    ) -> Attention:
+        split = head_axes or None
+        return Attention(
+            norm=self.place(arrays.norm, P(*slot_axis, None)),
+            qkv=self.place(arrays.qkv, P(*slot_axis, None, split)),
+            bias=None if arrays.bias is None else self.place(arrays.bias, P(*slot_axis, split)),
+            out=self.place(arrays.out, P(*slot_axis, split, None)),
+            kv_heads=layout.kv_heads,
+            group=layout.group,
+            eps=self.config.rms_norm_eps,
+        )
+
+    def _attention_arrays(self, index: int, layout: HeadLayout) -> "_AttentionArrays":
         prefix = f"model.layers.{index}."
         head_dim = self.config.head_dim
 
@@ -116,12 +121,21 @@ class Loader:
             return np.concatenate(parts, axis=1).reshape(-1, *q.shape[1:])
 
         out = self.source.read(f"{prefix}self_attn.o_proj.weight").T
-        return (
-            self.source.read(f"{prefix}input_layernorm.weight"),
-            fused("weight").T,
-            fused("bias") if self.config.qkv_bias else None,
-            _take_heads(out, layout.query_index, head_dim).reshape(-1, out.shape[-1]),
+        return _AttentionArrays(
+            norm=self.source.read(f"{prefix}input_layernorm.weight"),
+            qkv=fused("weight").T,
+            bias=fused("bias") if self.config.qkv_bias else None,
+            out=_take_heads(out, layout.query_index, head_dim).reshape(-1, out.shape[-1]),
         )
+
+
+class _AttentionArrays(NamedTuple):
+    """A layer's attention as Attention has it, all shards side by side, in host memory."""
+
+    norm: np.ndarray
+    qkv: np.ndarray
+    bias: np.ndarray | None
+    out: np.ndarray
 
 
 def _take_heads(x: np.ndarray, index: np.ndarray, head_dim: int) -> np.ndarray:
