@@ -165,6 +165,29 @@ def test_nothing_is_loaded_before_everything_is_checked(arguments, capsys, monke
     refusal(capsys, *arguments, "--prompt", "fine", "--prompt", "")
 
 
+@pytest.mark.parametrize(
+    ("fault", "code", "lines"),
+    [
+        (KeyboardInterrupt(), 130, ["\n"]),
+        (BrokenPipeError(), 0, [""]),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 2, ["memory does not suffice", "--max-new-tokens"]),
+        (OSError(5, "Input/output error"), 2, ["Input/output error"]),
+    ],
+    ids=["interrupted", "reader gone", "out of memory", "output broken"],
+)
+def test_how_it_ends_when_it_cannot_go_on(arguments, capsys, monkeypatch, fault, code, lines):
+    from easyspec_jax.engine import Engine
+
+    def fail(self):
+        raise fault
+
+    monkeypatch.setattr(Engine, "load", fail)
+    assert main([*arguments, "--prompt", "a"]) == code
+    err = capsys.readouterr().err
+    assert err.count("\n") <= 1
+    assert all(line in err for line in lines)
+
+
 def test_as_a_program(model):
     """With the virtual devices that the command makes itself, in a process of its own."""
     command = [sys.executable, "-m", "easyspec_jax.generate", "--platform", "cpu", "--mesh", "8", "--json"]
