@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convert import DTYPES
+from easyspec_jax.config import FLOAT_DTYPES
 from easyspec_jax.errors import EasySpecError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="the directory to create")
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=FLOAT_DTYPES,
         help="what every tensor is written as; by default the type the embedding is stored in, "
         "or bfloat16 where that is quantised",
     )

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from convert import DTYPES
 from easyspec_jax.checkpoint import (
     WEIGHTS,
     TensorSource,
@@ -18,7 +17,7 @@ from easyspec_jax.checkpoint import (
     new_directory,
     write_orbax,
 )
-from easyspec_jax.config import model_config
+from easyspec_jax.config import FLOAT_DTYPES, model_config
 from easyspec_jax.errors import EasySpecError
 
 
@@ -53,7 +52,7 @@ def convert(model: Model, out: Path, dtype: str | None = None) -> Result:
     Raises EasySpecError if the model is unsupported or incomplete, a value does not fit dtype, or out is unusable.
     """
     dtype = dtype or model.dtype
-    if dtype not in DTYPES:
+    if dtype not in FLOAT_DTYPES:
         raise EasySpecError(f"{model.origin}: the embedding is stored as {dtype}; choose a --dtype to write")
     config = {name: value for name, value in model.config.items() if name != "torch_dtype"} | {"dtype": dtype}
     parsed = model_config(config, origin=model.origin)

@@ -217,8 +217,7 @@ def write_orbax(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> N
             checkpointer.save(directory.resolve(), values)
             checkpointer.wait_until_finished()
     except (OSError, ValueError) as error:  # a full disk is either, by the storage layer that meets it
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise EasySpecError(f"{directory.parent} cannot be written: {reason}") from None
+        raise EasySpecError(f"{directory.parent} cannot be written: {first_line(error)}") from None
 
 
 @contextmanager

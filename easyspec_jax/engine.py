@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from easyspec_jax.checkpoint import Checkpoint, open_checkpoint
@@ -18,7 +19,7 @@ from easyspec_jax.draft.parallel import load_draft
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.mesh import ALL_AXES, Axes, open_mesh, parse_mesh
 from easyspec_jax.model.loader import Loader
-from easyspec_jax.model.sharding import numpy_dtype, padded_vocab_size
+from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.tokenizer import TextStream, Tokenizer, check_same_ids, decode_text, encode, load_tokenizer
 from easyspec_jax.verify import choose
@@ -182,7 +183,10 @@ class Engine:
         return self._programs[config]
 
     def compile(self, prompts: Sequence[str], sampling: SamplingParams, chat: bool = False) -> None:
-        """Compiles what generate() would use for these prompts, so that its times are times of decoding."""
+        """Loads and compiles what generate() would use for these prompts, so that its times are times of decoding.
+
+        Raises EasySpecError for any bad prompt before any weight is read.
+        """
         encoded = [self.encode(prompt, chat) for prompt in prompts]
         programs = self.programs(sampling.temperature)
         for capacity in sorted({programs.capacity(len(ids) + self._limit(ids, sampling)) for ids in encoded}):
@@ -224,7 +228,7 @@ class Engine:
             config=checkpoint.config,
             mesh=self.mesh,
             axes=axes,
-            dtype=numpy_dtype(self.dtype),
+            dtype=np.dtype(self.dtype),
             vocab_rows=padded_vocab_size(self.mesh, *configs),
             num_ids=min(self.target.config.vocab_size, checkpoint.config.vocab_size),
         )

@@ -146,11 +146,7 @@ def _run(args: argparse.Namespace) -> int:
         max_length=args.max_length,
         dtype=args.dtype,
     )
-    for prompt in prompts:
-        engine.encode(prompt, args.chat)
-    with _status("loading weights"):
-        engine.load()
-    with _status("compiling"):
+    with _status("loading and compiling"):
         engine.compile(prompts, sampling, args.chat)
     completions = []
     stream = None if args.json or args.no_stream else _show

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
@@ -55,8 +54,3 @@ def padded_vocab_size(mesh: Mesh, *configs: ModelConfig) -> int:
     """Rows that the embeddings of models which share token ids get, so that their shards hold the same ids."""
     step = VOCAB_BLOCK * mesh.size
     return -(-max(config.vocab_size for config in configs) // step) * step
-
-
-def numpy_dtype(name: str) -> np.dtype:
-    """float32, float16 or bfloat16 by name."""
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
