@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from easyspec_jax.command import Parser
 from easyspec_jax.config import FLOAT_DTYPES
 from easyspec_jax.errors import EasySpecError
 
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 0, 2 for bad input, 130 if interrupted."""
-    arguments = _parser().parse_args(argv)
     started = time.monotonic()
     try:
+        arguments = _parser().parse_args(argv)
         result = _convert(arguments)
     except (EasySpecError, OSError) as error:
         print("convert: error:", " ".join(str(error).splitlines()), file=sys.stderr)
@@ -50,7 +51,7 @@ def _convert(arguments: argparse.Namespace) -> "Result":
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="convert",
         description="Writes an Orbax checkpoint with its configuration and tokenizer, from a Llama or Qwen2 model.",
     )

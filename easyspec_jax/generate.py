@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, get_args
+from typing import TYPE_CHECKING, get_args
 
+from easyspec_jax.command import Parser
 from easyspec_jax.config import (
     DraftTensorParallelSize,
     DType,
@@ -25,11 +26,6 @@ if TYPE_CHECKING:  # importing JAX takes a second, which --help and a mistyped f
     from easyspec_jax.engine import Completion, Engine
 
 PROGRAM = "easyspec_jax.generate"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise EasySpecError(f"{message} (see --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +63,7 @@ def _abandon_stdout() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=f"python -m {PROGRAM}", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__, allow_abbrev=False)
     models = parser.add_argument_group("models and devices")
     models.add_argument("--target", metavar="DIR", help="converted or Hugging Face checkpoint of the model to speak")
     models.add_argument("--draft", metavar="DIR", help="a smaller model of the same family")

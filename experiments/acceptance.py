@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, open_model
+from easyspec_jax.command import Parser
 from easyspec_jax.draft.grouping import format_groups
 
 HERE = Path(__file__).parent
@@ -63,7 +64,7 @@ def measure(args: argparse.Namespace, variant: Variant, prompts: list[str]) -> d
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--target", required=True)
     parser.add_argument("--draft", required=True)
     parser.add_argument("--mesh", default="1")
@@ -76,31 +77,34 @@ def main() -> int:
     parser.add_argument("--chat", action="store_true")
     parser.add_argument("--prompt-file", type=Path, default=HERE / "prompts.txt")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "acceptance.json")
-    args = parser.parse_args()
+    try:
+        run(parser.parse_args())
+    except (EasySpecError, OSError) as error:
+        print(f"experiments.acceptance: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
+
+def run(args: argparse.Namespace) -> None:
+    """Measures every variant, prints the table and writes the JSON."""
     prompts = [line for line in args.prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
     table = Table("draft", "accepted / drafted", "acceptance rate", "tokens a round", "accepted per position")
     rows = []
-    try:
-        for variant in variants(args.lp_sizes):
-            rows.append(row := measure(args, variant, prompts))
-            table.add_row(
-                row["draft"],
-                f"{row['accepted']} / {row['drafted']}",
-                f"{row['acceptance_rate']:.3f}",
-                f"{row['mean_acceptance_length']:.2f}",
-                " ".join(map(str, row["accepted_per_position"])),
-            )
-    except EasySpecError as error:
-        print(f"experiments.acceptance: error: {error}", file=sys.stderr)
-        return 2
+    for variant in variants(args.lp_sizes):
+        rows.append(row := measure(args, variant, prompts))
+        table.add_row(
+            row["draft"],
+            f"{row['accepted']} / {row['drafted']}",
+            f"{row['acceptance_rate']:.3f}",
+            f"{row['mean_acceptance_length']:.2f}",
+            " ".join(map(str, row["accepted_per_position"])),
+        )
     Console().print(table)
     settings = {
         name: value for name, value in vars(args).items() if name not in ("target", "draft", "out", "prompt_file")
     }
     models = {name: Path(getattr(args, name)).name for name in ("target", "draft")}
     args.out.write_text(json.dumps({**models, **settings, "prompts": prompts, "results": rows}, indent=1) + "\n")
-    return 0
 
 
 if __name__ == "__main__":
