@@ -37,27 +37,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> "Result":
-    from convert.stream import convert
+    from convert.stream import HUGGING_FACE, ORBAX, convert
 
-    if arguments.hf is not None:
-        from convert.huggingface import open_huggingface
-
-        model = open_huggingface(arguments.hf)
-    else:
+    if arguments.gguf is not None:
         from convert.gguf import open_gguf
 
         model = open_gguf(arguments.gguf)
-    return convert(model, arguments.out, arguments.dtype)
+    else:
+        from convert.huggingface import open_huggingface
+
+        model = open_huggingface(arguments.hf or arguments.to_hf)
+    return convert(model, arguments.out, arguments.dtype, ORBAX if arguments.to_hf is None else HUGGING_FACE)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="convert",
-        description="Writes an Orbax checkpoint with its configuration and tokenizer, from a Llama or Qwen2 model.",
+        description="Writes an Orbax checkpoint with its configuration and tokenizer, from a Llama or Qwen2 model; "
+        "or a Hugging Face directory from such a checkpoint.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--hf", type=Path, metavar="DIR", help="a Hugging Face directory with safetensors")
     source.add_argument("--gguf", type=Path, metavar="FILE", help="a GGUF file of architecture llama or qwen2")
+    source.add_argument(
+        "--to-hf", type=Path, metavar="DIR", help="a checkpoint of either kind, to export as a Hugging Face directory"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="the directory to create")
     parser.add_argument(
         "--dtype",

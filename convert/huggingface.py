@@ -1,4 +1,4 @@
-"""Opens a Hugging Face directory for conversion."""
+"""Opens a directory for conversion: a Hugging Face checkpoint, or one of ours."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,10 @@ COMPANIONS = (
 
 
 def open_huggingface(directory: Path) -> Model:
-    """A directory with `config.json` and safetensors. Raises EasySpecError if it is damaged or unsupported."""
+    """A directory with `config.json` and safetensors, or a converted one.
+
+    Raises EasySpecError if it is damaged or unsupported.
+    """
     source = open_checkpoint(directory).source
     return Model(
         origin=str(directory),

@@ -1,7 +1,7 @@
-"""From any opened model to a directory of ours."""
+"""From any opened model to a directory of ours, or of Hugging Face's."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 
 from easyspec_jax.checkpoint import (
+    SAFETENSORS,
     WEIGHTS,
     TensorSource,
     check_tensors,
     expected_shapes,
     new_directory,
     write_orbax,
+    write_safetensors,
 )
 from easyspec_jax.config import FLOAT_DTYPES, model_config
 from easyspec_jax.errors import EasySpecError
+from easyspec_jax.progress import Advance, bar
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,18 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Format:
+    """How a directory keeps its tensors: under which name, and what writes them there."""
+
+    weights: str
+    write: Callable[[Path, Iterable[tuple[str, np.ndarray]]], None]
+
+
+ORBAX = Format(WEIGHTS, write_orbax)
+HUGGING_FACE = Format(SAFETENSORS, write_safetensors)
+
+
+@dataclass(frozen=True)
 class Result:
     """What was written; size is that of the tensors, in bytes."""
 
@@ -46,7 +61,7 @@ class Result:
     size: int
 
 
-def convert(model: Model, out: Path, dtype: str | None = None) -> Result:
+def convert(model: Model, out: Path, dtype: str | None = None, format: Format = ORBAX) -> Result:
     """Writes a model to a directory that must not exist; on any error, nothing is left of it.
 
     Raises EasySpecError if the model is unsupported or incomplete, a value does not fit dtype, or out is unusable.
@@ -58,12 +73,23 @@ def convert(model: Model, out: Path, dtype: str | None = None) -> Result:
     parsed = model_config(config, origin=model.origin)
     check_tensors(parsed, model.source.shapes(), model.origin)
     shapes = expected_shapes(parsed)  # a tied head is none of them
+    parameters = sum(prod(shape) for shape in shapes.values())
+    result = Result(parameters, dtype, parameters * np.dtype(dtype).itemsize)
     with new_directory(out) as directory:
         write_json(directory / "config.json", config)
         model.write_companions(directory)
-        write_orbax(directory / WEIGHTS, ((name, cast(name, model.source.read(name), dtype)) for name in shapes))
-    parameters = sum(prod(shape) for shape in shapes.values())
-    return Result(parameters, dtype, parameters * np.dtype(dtype).itemsize)
+        with bar("Reading", result.size, in_bytes=True) as advance:
+            tensors = dict(_read(model.source, shapes, dtype, advance))
+        with bar("Writing"):
+            format.write(directory / format.weights, tensors.items())
+    return result
+
+
+def _read(source: TensorSource, names: Iterable[str], dtype: str, advance: Advance) -> Iterator[tuple[str, np.ndarray]]:
+    for name in names:
+        values = cast(name, source.read(name), dtype)
+        advance(values.nbytes)
+        yield name, values
 
 
 def cast(name: str, values: np.ndarray, dtype: str) -> np.ndarray:

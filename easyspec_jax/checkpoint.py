@@ -15,12 +15,16 @@ from typing import Protocol
 import ml_dtypes  # noqa: F401  (teaches NumPy, and so safetensors, bfloat16)
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from easyspec_jax.config import ModelConfig, read_json, read_model_config
 from easyspec_jax.errors import EasySpecError, first_line
 
 WEIGHTS = "weights"
 """Name of the Orbax checkpoint inside a directory of ours."""
+
+SAFETENSORS = "model.safetensors"
+"""Name of the weights inside a Hugging Face directory, where they are one file."""
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
@@ -144,11 +148,11 @@ def _shards(directory: Path) -> Iterator[tuple[Path, set[str] | None]]:
             if Path(file).name != file:
                 raise EasySpecError(f"{index}: {file!r} leads out of the checkpoint directory")
             yield directory / file, {name for name, place in weight_map.items() if place == file}
-    elif (directory / "model.safetensors").exists():
-        yield directory / "model.safetensors", None
+    elif (directory / SAFETENSORS).exists():
+        yield directory / SAFETENSORS, None
     else:
         raise EasySpecError(
-            f"{directory} holds no weights; expected model.safetensors, model.safetensors.index.json "
+            f"{directory} holds no weights; expected {SAFETENSORS}, model.safetensors.index.json "
             f"or a converted checkpoint ({WEIGHTS}/)"
         )
 
@@ -218,6 +222,22 @@ def write_orbax(directory: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> N
             checkpointer.wait_until_finished()
     except (OSError, ValueError) as error:  # a full disk is either, by the storage layer that meets it
         raise EasySpecError(f"{directory.parent} cannot be written: {first_line(error)}") from None
+
+
+def write_safetensors(path: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Writes canonical tensors as a safetensors file that transformers reads.
+
+    Raises EasySpecError if the place cannot hold them.
+    """
+    # The library copies memory as it lies, whatever the strides say.
+    values = {name: np.ascontiguousarray(tensor) for name, tensor in tensors}
+    try:
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(values, path, metadata={"format": "pt"})
+        path.chmod(mode)  # the library's file is readable by its owner only
+    except (OSError, SafetensorError) as error:
+        raise EasySpecError(f"{path.parent} cannot be written: {first_line(error)}") from None
 
 
 @contextmanager

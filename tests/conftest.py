@@ -20,6 +20,17 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+@pytest.fixture
+def terminal(capsys, monkeypatch) -> pytest.CaptureFixture[str]:
+    """capsys, whose streams are terminals."""
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda stream: True)  # pytest makes a new one for every phase
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    return capsys
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct as GGUF, out of a Python wheel whose own dependencies are not needed."""

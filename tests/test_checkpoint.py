@@ -6,11 +6,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from easyspec_jax.checkpoint import (
     EMBEDDING,
     HEAD,
+    SAFETENSORS,
     WEIGHTS,
     OrbaxSource,
     SafetensorsSource,
@@ -19,6 +20,7 @@ from easyspec_jax.checkpoint import (
     new_directory,
     open_checkpoint,
     write_orbax,
+    write_safetensors,
 )
 from easyspec_jax.config import model_config
 from easyspec_jax.errors import EasySpecError
@@ -226,6 +228,14 @@ def test_full_disk_is_one_line(tmp_path, monkeypatch, error):
     monkeypatch.setattr("orbax.checkpoint.StandardCheckpointer.save", fail)
     with pytest.raises(EasySpecError, match=r"cannot be written: .*(space left on device|disk)$"):
         write_orbax(tmp_path / WEIGHTS, [])
+
+
+def test_safetensors_are_written_as_they_index_and_for_all_to_read(tmp_path):
+    (tmp_path / "other").touch()
+    by_columns = np.arange(6.0).reshape(2, 3).T
+    write_safetensors(tmp_path / SAFETENSORS, [("w", by_columns)])
+    np.testing.assert_array_equal(load_file(tmp_path / SAFETENSORS)["w"], by_columns)
+    assert (tmp_path / SAFETENSORS).stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_new_directory_appears_at_the_end(tmp_path):

@@ -23,6 +23,28 @@ def test_gguf_is_converted_with_one_line_of_summary(tiny_model, write_gguf, tmp_
     assert open_checkpoint(tmp_path / "deep" / "out").config.dtype == "bfloat16"
 
 
+def test_converted_model_is_exported_with_one_line_of_summary(tiny_model, tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "hf")
+    assert main(["--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "orbax")]) == 0
+    capsys.readouterr()
+    assert main(["--to-hf", str(tmp_path / "orbax"), "--out", str(tmp_path / "out"), "--dtype", "float16"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert printed.out.startswith(f"{tmp_path / 'out'}: 0.1 M parameters, float16, 0.00 GB")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_progress_is_shown_on_a_terminal_and_the_summary_elsewhere(tiny_model, tmp_path, terminal):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "hf")
+    for source, place, out in (("--hf", "hf", "orbax"), ("--to-hf", "orbax", "out")):
+        assert main([source, str(tmp_path / place), "--out", str(tmp_path / out)]) == 0
+        printed, size = terminal.readouterr(), f"{4 * model.num_parameters() / 1e3:.1f}"
+        assert f"{size}/{size} kB" in printed.err
+        assert "Writing" in printed.err
+        assert printed.out.count("\n") == 1
+
+
 def test_runs_as_a_module_and_prints_nothing_else(tiny_model, tmp_path):
     tiny_model("qwen2").bfloat16().save_pretrained(tmp_path / "hf")  # which NumPy alone does not know
     finished = run("-m", "convert", "--hf", tmp_path / "hf", "--out", tmp_path / "out")
@@ -44,6 +66,8 @@ def test_help_waits_for_no_heavy_library():
         ["--out", "x"],
         ["--hf", "x"],
         ["--hf", "x", "--gguf", "y", "--out", "z"],
+        ["--hf", "x", "--to-hf", "y", "--out", "z"],
+        ["--gguf", "x", "--to-hf", "y", "--out", "z"],
         ["--hf", "x", "--out", "z", "--dtype", "int8"],
     ],
 )
@@ -55,7 +79,12 @@ def test_bad_arguments_are_one_line(arguments, capsys):
     assert printed.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("source", ["--hf", "--gguf"])
+def test_file_is_no_checkpoint_to_export(tmp_path, capsys):
+    (tmp_path / "model.gguf").touch()
+    check_error(["--to-hf", tmp_path / "model.gguf", "--out", tmp_path / "out"], "model.gguf is no directory", capsys)
+
+
+@pytest.mark.parametrize("source", ["--hf", "--gguf", "--to-hf"])
 def test_missing_source_is_one_line(source, tmp_path, capsys):
     check_error([source, tmp_path / "absent", "--out", tmp_path / "out"], "absent", capsys)
     assert not list(tmp_path.iterdir())
@@ -72,6 +101,8 @@ def test_unusable_destination_is_one_line(tiny_model, tmp_path, capsys):
     check_error(["--hf", tmp_path / "hf", "--out", tmp_path / "file" / "out"], "cannot be written", capsys)
     check_error(["--hf", tmp_path / "hf", "--out", tmp_path / "file"], "exists already", capsys)
     check_error(["--hf", tmp_path / "hf", "--out", tmp_path / "hf"], "exists already", capsys)
+    check_error(["--to-hf", tmp_path / "hf", "--out", tmp_path / "hf"], "exists already", capsys)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "hf"}
 
 
 def test_errors_of_the_system_are_one_line(monkeypatch, tmp_path, capsys):

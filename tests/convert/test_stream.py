@@ -1,0 +1,148 @@
+"""What was converted comes back as a Hugging Face directory with the same bits, or not at all."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from convert.gguf import open_gguf
+from convert.huggingface import open_huggingface
+from convert.stream import HUGGING_FACE, convert
+from easyspec_jax.checkpoint import EMBEDDING, HEAD, SAFETENSORS, WEIGHTS
+from easyspec_jax.config import read_model_config
+from easyspec_jax.errors import EasySpecError
+from tests.models import FAMILIES, byte_tokenizer, save_model
+
+IDS = torch.arange(4, 68).reshape(2, 32)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_round_trip_keeps_every_bit(tmp_path, family, dtype):
+    save_model(tmp_path / "hf", family).to(getattr(torch, dtype)).save_pretrained(tmp_path / "hf")
+    model = load(tmp_path / "hf")
+    convert(open_huggingface(tmp_path / "hf"), tmp_path / "orbax")
+    result = convert(open_huggingface(tmp_path / "orbax"), tmp_path / "out", format=HUGGING_FACE)
+    assert (result.dtype, result.parameters) == (dtype, model.num_parameters())
+    assert_loads_as(tmp_path / "out", model)
+    assert read_config(tmp_path / "out") == read_config(tmp_path / "hf")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("cat").input_ids == byte_tokenizer()("cat").input_ids
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_model_out_of_a_gguf_file_loads_in_transformers(tiny_model, write_gguf, tmp_path, family, tied):
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    model = tiny_model(family, tie_word_embeddings=tied, rms_norm_eps=1e-5, rope_parameters=rope)
+    convert(open_gguf(write_gguf(model)), tmp_path / "orbax")
+    convert(open_huggingface(tmp_path / "orbax"), tmp_path / "out", format=HUGGING_FACE)
+    assert_loads_as(tmp_path / "out", model)
+
+
+def test_shards_of_a_hugging_face_directory_become_one_file(tiny_model, tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
+    convert(open_huggingface(tmp_path / "hf"), tmp_path / "out", format=HUGGING_FACE)
+    assert_loads_as(tmp_path / "out", model)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors",
+    }  # fmt: skip
+
+
+def test_file_is_marked_for_transformers_and_has_no_tied_head(tmp_path):
+    save_model(tmp_path / "hf", "smollm2")
+    convert(open_huggingface(tmp_path / "hf"), tmp_path / "out", format=HUGGING_FACE)
+    with safe_open(tmp_path / "out" / SAFETENSORS, framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert EMBEDDING in file.keys()  # noqa: SIM118
+        assert HEAD not in file.keys()  # noqa: SIM118
+
+
+def test_dtype_casts_and_is_recorded(tmp_path):
+    save_model(tmp_path / "hf", "qwen2")
+    convert(open_huggingface(tmp_path / "hf"), tmp_path / "orbax")
+    convert(open_huggingface(tmp_path / "orbax"), tmp_path / "out", "bfloat16", HUGGING_FACE)
+    assert_loads_as(tmp_path / "out", load(tmp_path / "hf", dtype=torch.bfloat16))
+
+
+def test_every_field_and_every_stop_id_comes_back(tmp_path):
+    save_model(tmp_path / "hf", "llama3")
+    GenerationConfig(eos_token_id=[2, 5]).save_pretrained(tmp_path / "hf")
+    config = read_config(tmp_path / "hf") | {"pretraining_tp": 1, "of_ours": {"ünknown": [1e-05, None]}}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    convert(open_huggingface(tmp_path / "hf"), tmp_path / "orbax", "float16")
+    convert(open_huggingface(tmp_path / "orbax"), tmp_path / "out", format=HUGGING_FACE)
+    assert read_config(tmp_path / "out") == config | {"dtype": "float16"}
+    assert read_model_config(tmp_path / "out").stop_ids == (2, 5)
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, MemoryError, EasySpecError])
+def test_interrupted_export_leaves_nothing(tmp_path, interruption):
+    class Interrupted:
+        def shapes(self):
+            return model.source.shapes()
+
+        def read(self, name):
+            raise interruption
+
+    save_model(tmp_path / "hf", "qwen2")
+    model = open_huggingface(tmp_path / "hf")
+    with pytest.raises(interruption):
+        convert(replace(model, source=Interrupted()), tmp_path / "out", format=HUGGING_FACE)
+    assert remaining(tmp_path) == ["hf"]
+
+
+def test_damaged_checkpoint_leaves_nothing(tmp_path):
+    save_model(tmp_path / "hf", "llama3")
+    convert(open_huggingface(tmp_path / "hf"), tmp_path / "orbax")
+    model = open_huggingface(tmp_path / "orbax")
+    for path in (tmp_path / "orbax" / WEIGHTS).glob("**/d/*"):
+        path.write_bytes(bytes(byte ^ 255 for byte in path.read_bytes()))
+    with pytest.raises(EasySpecError, match="is no readable Orbax checkpoint"):
+        convert(model, tmp_path / "out", format=HUGGING_FACE)
+    assert remaining(tmp_path) == ["hf", "orbax"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: full\n...")])
+def test_full_disk_leaves_nothing(tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    save_model(tmp_path / "hf", "qwen2")
+    monkeypatch.setattr("easyspec_jax.checkpoint.save_file", fail)
+    with pytest.raises(EasySpecError, match=r"cannot be written: .*(device|full)$"):
+        convert(open_huggingface(tmp_path / "hf"), tmp_path / "out", format=HUGGING_FACE)
+    assert remaining(tmp_path) == ["hf"]
+
+
+def assert_loads_as(directory: Path, model: Any) -> None:
+    """transformers finds every tensor of the model in the directory, none else, and computes the same with them."""
+    loaded, report = load(directory, output_loading_info=True)
+    assert not any(report.values()), report
+    assert loaded.dtype == model.dtype
+    stored = load_file(directory / SAFETENSORS)
+    assert stored.keys() == dict(model.named_parameters()).keys()  # a tied head appears in neither
+    for name, values in model.named_parameters():
+        assert stored[name].dtype == values.dtype
+        assert torch.equal(stored[name], values), name
+        assert torch.equal(loaded.get_parameter(name), values), name
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def load(directory: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(directory, **options)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "config.json").read_text(encoding="utf-8"))
+
+
+def remaining(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
