@@ -256,7 +256,7 @@ class SamplingParams:
     """How tokens are chosen; the distribution that speculation preserves.
 
     temperature 0 is greedy. max_new_tokens counts generated tokens, the stop token included. seed: the request's
-    noise, 0 <= seed < 2**32.
+    noise, 0 <= seed < 2**32. stop: strings that end the text, which is cut before the first of them.
     """
 
     temperature: float = 0.0
@@ -264,6 +264,7 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int = 0
     max_new_tokens: int = 128
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.temperature != 0 and not 1e-3 <= self.temperature < float("inf"):  # below, logits overflow float32
@@ -276,6 +277,8 @@ class SamplingParams:
             raise EasySpecError(f"--seed {self.seed} must be from 0 to {2**32 - 1}")
         if self.max_new_tokens < 1:
             raise EasySpecError(f"--max-new-tokens {self.max_new_tokens} must be at least 1")
+        if not all(self.stop):
+            raise EasySpecError("--stop '' would end every text; give at least one character")
 
 
 def resolve_dtype(requested: DType, platform: str, config: ModelConfig) -> str:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from easyspec_jax import demo
 from easyspec_jax.checkpoint import Checkpoint, open_checkpoint
 from easyspec_jax.config import DType, Platform, SamplingParams, SpeculativeConfig, resolve_dtype
 from easyspec_jax.decode.loop import Programs, decode, warm_up
@@ -21,15 +23,20 @@ from easyspec_jax.mesh import ALL_AXES, Axes, open_mesh, parse_mesh
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import Decoder
-from easyspec_jax.tokenizer import TextStream, Tokenizer, check_same_ids, decode_text, encode, load_tokenizer
+from easyspec_jax.progress import Bar, no_bar
+from easyspec_jax.tokenizer import Prompt, TextStream, Tokenizer, check_same_ids, encode, load_tokenizer
 from easyspec_jax.verify import choose
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What one prompt became. token_ids: generated ids, a stop token included; finish_reason: "stop" or "length"."""
+    """What one prompt became.
 
-    prompt: str
+    token_ids: generated ids, a stop token included, or up to the one that completed a stop string; text ends before
+    either. finish_reason: "stop" or "length".
+    """
+
+    prompt: Prompt
     prompt_ids: list[int]
     token_ids: list[int]
     text: str
@@ -49,7 +56,7 @@ class Completion:
 
 
 def open_model(
-    target: str | Path,
+    target: str | Path | None = None,
     draft: str | Path | None = None,
     *,
     mesh: str = "1",
@@ -60,12 +67,18 @@ def open_model(
 ) -> "Engine":
     """Opens and checks a target and its draft; weights are read by Engine.load or the first Engine.generate.
 
+    Without a target it is the bundled demo pair, which runs on virtual CPU devices where accelerators are too few.
     mesh: "8" or "layer=4,tensor=2". max_length: prompt and generated tokens together, by default what both models were
     made for. dtype "auto" is float32 on a CPU and otherwise the checkpoint's. Raises EasySpecError for anything that
     would not work.
     """
     speculative = speculative or SpeculativeConfig()
     parse_mesh(mesh)  # a mistyped mesh should not wait for the checkpoints
+    bundled = target is None
+    if target is None:
+        if draft is not None:
+            raise EasySpecError("--draft needs --target DIR; leave both out for the bundled pair")
+        target, draft = demo.TARGET, demo.DRAFT
     opened = open_checkpoint(target)
     tokenizer = load_tokenizer(opened.directory)
     second, groups = None, ()
@@ -81,7 +94,8 @@ def open_model(
         raise EasySpecError(
             f"--max-length {max_length} must be from 2 to the {positions} positions of {smallest.directory}"
         )
-    devices = open_mesh(parse_mesh(mesh, group_size=max(map(len, groups), default=1)), platform)
+    shape = parse_mesh(mesh, group_size=max(map(len, groups), default=1))
+    devices = open_mesh(shape, platform, or_cpu=bundled)
     return Engine(
         target=opened,
         draft=second,
@@ -120,20 +134,41 @@ class Engine:
         self.mesh, self.speculative, self.max_length, self.dtype = mesh, speculative, max_length, dtype
         self._models: tuple[Decoder, Decoder | None] | None = None
         self._programs: dict[RoundConfig, Programs] = {}
+        self._compiled: set[tuple[RoundConfig, int]] = set()
 
-    def load(self) -> tuple[Decoder, Decoder | None]:
+    def load(self, bar: Bar = no_bar) -> tuple[Decoder, Decoder | None]:
         """Target and draft on the mesh; read on the first call."""
         if self._models is None:
             target = self._loader(self.target, ALL_AXES)
-            layers = [target.layer(index) for index in range(self.target.config.num_hidden_layers)]
+            with bar("Loading target", self.target.config.num_hidden_layers) as advance:
+                layers = []
+                for index in range(self.target.config.num_hidden_layers):
+                    layers.append(target.layer(index))
+                    advance(1)
             draft = None
             if self.draft is not None:
                 axes = ALL_AXES if self.speculative.draft_tensor_parallel_size == "all" else ()
-                draft = load_draft(self._loader(self.draft, axes), self.groups)
+                with bar("Loading draft"):
+                    draft = load_draft(self._loader(self.draft, axes), self.groups)
             self._models = target.decoder(layers), draft
         return self._models
 
-    def encode(self, prompt: str, chat: bool = False) -> list[int]:
+    def baseline(self) -> "Engine":
+        """Plain decoding of the same target on the same mesh; its weights are shared."""
+        engine = Engine(
+            self.target,
+            None,
+            self.tokenizer,
+            (),
+            self.mesh,
+            replace(self.speculative, method="vanilla"),
+            self.max_length,
+            self.dtype,
+        )
+        engine._models = self.load()[0], None
+        return engine
+
+    def encode(self, prompt: Prompt, chat: bool = False) -> list[int]:
         """A prompt's token ids. Raises EasySpecError if it is empty or leaves no room in max_length."""
         ids = encode(self.tokenizer, prompt, chat)
         if len(ids) >= self.max_length:
@@ -147,7 +182,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         sampling: SamplingParams | None = None,
         *,
         chat: bool = False,
@@ -155,8 +190,8 @@ class Engine:
     ) -> Iterator[Completion]:
         """One Completion per prompt, in order, each as soon as it is done.
 
-        Prompt i draws its noise from seed + i. on_text is given each piece of text as it is made. Raises EasySpecError
-        for any bad prompt before anything is generated.
+        Prompt i draws its noise from seed + i. chat: prompts that are text are put as a user's. on_text is given each
+        piece of text as it is made. Raises EasySpecError for any bad prompt before anything is generated.
         """
         if isinstance(prompts, str):
             raise EasySpecError("generate() takes a list of prompts, not one string")
@@ -182,41 +217,55 @@ class Engine:
             self._programs[config] = Programs(self.mesh, target, draft, config)
         return self._programs[config]
 
-    def compile(self, prompts: Sequence[str], sampling: SamplingParams, chat: bool = False) -> None:
+    def compile(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, chat: bool = False, bar: Bar = no_bar
+    ) -> list[int]:
         """Loads and compiles what generate() would use for these prompts, so that its times are times of decoding.
 
-        Raises EasySpecError for any bad prompt before any weight is read.
+        Returns the cache sizes, in tokens, that they need. Raises EasySpecError for any bad prompt before any weight
+        is read.
         """
         encoded = [self.encode(prompt, chat) for prompt in prompts]
+        self.load(bar)
         programs = self.programs(sampling.temperature)
-        for capacity in sorted({programs.capacity(len(ids) + self._limit(ids, sampling)) for ids in encoded}):
-            warm_up(programs, capacity)
+        capacities = sorted({programs.capacity(len(ids) + self._limit(ids, sampling)) for ids in encoded})
+        missing = [capacity for capacity in capacities if (programs.config, capacity) not in self._compiled]
+        if missing:
+            with bar("Compiling", len(missing)) as advance:
+                for capacity in missing:
+                    warm_up(programs, capacity)
+                    self._compiled.add((programs.config, capacity))
+                    advance(1)
+        return capacities
 
     def _complete(
-        self, prompt: str, ids: list[int], sampling: SamplingParams, on_text: Callable[[str], None] | None
+        self, prompt: Prompt, ids: list[int], sampling: SamplingParams, on_text: Callable[[str], None] | None
     ) -> Completion:
         programs = self.programs(sampling.temperature)
-        text = TextStream(self.tokenizer)
-        tokens: list[int] = []
+        text = TextStream(self.tokenizer, sampling.stop)
         stats = Stats(accepted_per_position=(0,) * programs.config.levels)
         begun = time.perf_counter()
-        for number, report in enumerate(decode(programs, [ids], [self._limit(ids, sampling)], sampling)):
-            new = _row(report, 0)
-            tokens += new
-            if number == 0:
-                first = time.perf_counter()
-                stats = replace(stats, prefill_seconds=first - begun)
-            else:
-                stats = stats.with_round(len(new), int(report.drafted[0]), int(report.accepted[0]))
-                stats = replace(stats, decode_seconds=time.perf_counter() - begun - stats.prefill_seconds)
-            if on_text is not None:
-                on_text(text.push(new))
+        with closing(decode(programs, [ids], [self._limit(ids, sampling)], sampling)) as reports:
+            for number, report in enumerate(reports):
+                before, new = len(text.ids), _row(report, 0)
+                piece = text.push(new)
+                kept = len(text.ids) - before
+                if number == 0:
+                    stats = replace(stats, prefill_seconds=time.perf_counter() - begun)
+                else:
+                    # What lies past a stop string counts as little as what lies past a stop token.
+                    drafted, accepted = int(report.drafted[0]), int(report.accepted[0])
+                    cut = (kept, kept) if kept < len(new) else (drafted, accepted)
+                    stats = stats.with_round(kept, *cut)
+                    stats = replace(stats, decode_seconds=time.perf_counter() - begun - stats.prefill_seconds)
+                if on_text is not None:
+                    on_text(piece)
+                if text.stopped:
+                    break
         if on_text is not None:
             on_text(text.rest())
-        stopped = tokens[-1] in self.target.config.stop_ids
-        return Completion(
-            prompt, ids, tokens, decode_text(self.tokenizer, tokens), "stop" if stopped else "length", stats
-        )
+        stopped = text.stopped or text.ids[-1] in self.target.config.stop_ids
+        return Completion(prompt, ids, text.ids, text.text, "stop" if stopped else "length", stats)
 
     def _limit(self, ids: Sequence[int], sampling: SamplingParams) -> int:
         return min(sampling.max_new_tokens, self.max_length - len(ids))

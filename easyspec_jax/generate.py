@@ -6,10 +6,11 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+from easyspec_jax import demo
 from easyspec_jax.command import Parser
 from easyspec_jax.config import (
     DraftTensorParallelSize,
@@ -24,6 +25,7 @@ from easyspec_jax.errors import EasySpecError
 
 if TYPE_CHECKING:  # importing JAX takes a second, which --help and a mistyped flag need not wait for
     from easyspec_jax.engine import Completion, Engine
+    from easyspec_jax.progress import Bar
 
 PROGRAM = "easyspec_jax.generate"
 
@@ -65,7 +67,8 @@ def _abandon_stdout() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__, allow_abbrev=False)
     models = parser.add_argument_group("models and devices")
-    models.add_argument("--target", metavar="DIR", help="converted or Hugging Face checkpoint of the model to speak")
+    models.add_argument("--target", metavar="DIR", help="converted or Hugging Face checkpoint of the model to speak "
+                        "(default: a small bundled pair that completes Python)")  # fmt: skip
     models.add_argument("--draft", metavar="DIR", help="a smaller model of the same family")
     models.add_argument("--mesh", default="1", help='devices: "8", or "layer=4,tensor=2" (default: %(default)s)')
     models.add_argument("--platform", choices=get_args(Platform), help="default: the fastest one present")
@@ -75,9 +78,12 @@ def _parser() -> argparse.ArgumentParser:
 
     prompts = parser.add_argument_group("prompts")
     source = prompts.add_mutually_exclusive_group()
-    source.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated")
+    source.add_argument("--prompt", action="append", metavar="TEXT",
+                        help="may be repeated (default: an example, for the bundled pair)")  # fmt: skip
     source.add_argument("--prompt-file", metavar="FILE", help="one prompt a line")
-    prompts.add_argument("--chat", action="store_true", help="wrap each prompt in the checkpoint's chat template")
+    prompts.add_argument("--chat", action="store_true",
+                         help="wrap each prompt in the checkpoint's chat template; "
+                         "without a prompt, hold a conversation")  # fmt: skip
 
     default = SpeculativeConfig()
     drafting = parser.add_argument_group("speculation")
@@ -106,15 +112,22 @@ def _parser() -> argparse.ArgumentParser:
     sampling.add_argument("--seed", type=int, default=chosen.seed, help="prompt i uses seed + i")
     sampling.add_argument("--max-new-tokens", type=int, default=chosen.max_new_tokens, metavar="M",
                           help="default: %(default)s")  # fmt: skip
+    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                          help="ends the text before it; may be repeated")  # fmt: skip
 
     output = parser.add_argument_group("output")
     output.add_argument("--no-stream", action="store_true", help="print each text when it is complete")
     output.add_argument("--json", action="store_true", help="print one JSON object a prompt and nothing else")
+    output.add_argument(
+        "--compare", action="store_true", help="decode each prompt plainly too, and show what was gained"
+    )
+    output.add_argument("--verbose", action="store_true", help="show the mesh, the groups and each device's memory")
     return parser
 
 
 def _run(args: argparse.Namespace) -> int:
-    sampling = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens)
+    sampling = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens,
+                              tuple(args.stop))  # fmt: skip
     speculative = SpeculativeConfig(
         method=args.method,
         num_speculative_tokens=args.num_speculative_tokens,
@@ -126,11 +139,10 @@ def _run(args: argparse.Namespace) -> int:
     )
     if args.tree_width != 1:
         raise EasySpecError("--tree-width: token trees are not available yet; leave it out")
-    if args.target is None:
-        raise EasySpecError("--target DIR is needed; there is no bundled model yet")
     prompts = _prompts(args)
 
     from easyspec_jax.engine import open_model
+    from easyspec_jax.progress import bar, no_bar
 
     _cache_compilations()
     engine = open_model(
@@ -142,24 +154,79 @@ def _run(args: argparse.Namespace) -> int:
         max_length=args.max_length,
         dtype=args.dtype,
     )
-    with _status("loading and compiling"):
-        engine.compile(prompts, sampling, args.chat)
-    completions = []
-    stream = None if args.json or args.no_stream else _show
-    for completion in engine.generate(prompts, sampling, chat=args.chat, on_text=stream):
-        whole = json.dumps(completion.as_dict()) if args.json else completion.text
-        print("" if stream else whole, flush=True)
-        completions.append(completion)
-    if not args.json:
-        _print_summary(completions, engine)
+    _note_missing_accelerators(args, engine)
+    bars = no_bar if args.json else bar
+    if prompts:
+        _complete(args, engine, prompts, sampling, bars)
+    else:
+        from easyspec_jax.chat import converse
+
+        converse(engine, sampling, bars)
     return 0
 
 
+def _complete(
+    args: argparse.Namespace, engine: "Engine", prompts: list[str], sampling: SamplingParams, bar: "Bar"
+) -> None:
+    """Completes every prompt, and with --compare once more by plain decoding."""
+    from easyspec_jax import terminal
+    from easyspec_jax.progress import no_bar
+
+    capacities = engine.compile(prompts, sampling, args.chat, bar)
+    baseline = engine.baseline() if args.compare else None
+    if baseline is not None:
+        baseline.compile(prompts, sampling, args.chat, bar)
+    if args.verbose:
+        terminal.print_devices(engine, sampling, capacities[-1])
+    stream = None if args.json or args.no_stream else _show
+    texts = engine.generate(prompts, sampling, chat=args.chat, on_text=stream)
+    plain_texts = baseline.generate(prompts, sampling, chat=args.chat) if baseline is not None else None
+    completions, plain = [], []
+    for number in range(len(prompts)):
+        # A bar beside streaming text would garble both.
+        with (no_bar if stream else bar)("Generating", len(prompts)) as advance:
+            advance(number)
+            completions.append(next(texts))
+        if not args.json:
+            print("" if stream else completions[-1].text, flush=True)
+        if plain_texts is not None:
+            with bar("Decoding plainly", len(prompts)) as advance:
+                advance(number)
+                plain.append(next(plain_texts))
+        if args.json:
+            print(json.dumps(_as_dict(completions[-1:], plain[-1:])), flush=True)
+    if args.json:
+        return
+    if baseline is not None:
+        terminal.print_comparison(completions, plain, engine)
+    else:
+        terminal.print_summary(completions, engine)
+
+
+def _as_dict(completion: list["Completion"], plain: list["Completion"]) -> dict[str, Any]:
+    """A completion as `--json` prints it, beside its plain counterpart if there is one."""
+    from easyspec_jax.terminal import speedup
+
+    printed = completion[0].as_dict()
+    if plain:
+        printed["plain"] = {
+            "stats": plain[0].stats.as_dict(),
+            "same_tokens": plain[0].token_ids == completion[0].token_ids,
+            "speedup": speedup(completion, plain),
+        }
+    return printed
+
+
 def _prompts(args: argparse.Namespace) -> list[str]:
+    """What is to be completed; nothing if a conversation is wanted instead."""
     if args.prompt is not None:
         return args.prompt
     if args.prompt_file is None:
-        raise EasySpecError("no prompt; give --prompt TEXT or --prompt-file FILE")
+        if args.chat and not (args.json or args.compare):
+            return []
+        if args.target is None:
+            return [demo.PROMPT]
+        raise EasySpecError("no prompt; give --prompt TEXT or --prompt-file FILE, or only --chat for a conversation")
     try:
         lines = Path(args.prompt_file).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -174,32 +241,18 @@ def _show(piece: str) -> None:
     print(piece, end="", flush=True)
 
 
-def _print_summary(completions: list["Completion"], engine: "Engine") -> None:
-    """One line on stderr, so that stdout stays the text."""
-    from rich.console import Console
+def _note_missing_accelerators(args: argparse.Namespace, engine: "Engine") -> None:
+    import jax
 
-    stats = sum((completion.stats for completion in completions[1:]), completions[0].stats)
-    mesh = ",".join(f"{axis}={size}" for axis, size in engine.mesh.shape.items())
-    fields = [
-        f"{sum(len(completion.token_ids) for completion in completions)} tokens",
-        f"[bold green]{stats.tokens_per_second:.1f} tokens/s[/]",
-    ]
-    if stats.drafted:
-        fields += [
-            f"[bold]{stats.mean_acceptance_length:.2f}[/] tokens a round",
-            f"acceptance rate {stats.acceptance_rate:.2f}",
-        ]
-    fields += [f"prefill {stats.prefill_seconds:.2f} s", f"{engine.speculative.method} on {mesh}"]
-    Console(stderr=True, highlight=False, soft_wrap=True).print("[dim]—[/] " + " · ".join(fields))
+    from easyspec_jax.terminal import print_note
 
-
-def _status(what: str):
-    """A spinner on a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        return nullcontext()
-    from rich.console import Console
-
-    return Console(stderr=True).status(what)
+    used, best = engine.mesh.devices.flat[0].platform, jax.default_backend()
+    if args.platform is None and used != best:
+        count = jax.device_count()
+        print_note(
+            f"{args.mesh} devices were asked for and there are {count} of platform {best}: "
+            f"the bundled pair runs on virtual CPU devices; --mesh {count} uses the {best}"
+        )
 
 
 def _cache_compilations() -> None:

@@ -50,11 +50,11 @@ def parse_mesh(text: str, group_size: int = 1) -> MeshShape:
     raise EasySpecError(f'--mesh {text[:40]!r} is neither a number of devices such as "8" nor "layer=4,tensor=2"')
 
 
-def open_mesh(shape: MeshShape, platform: Platform | None = None) -> Mesh:
+def open_mesh(shape: MeshShape, platform: Platform | None = None, or_cpu: bool = False) -> Mesh:
     """A mesh over the first devices of a platform (default: the fastest that JAX finds).
 
-    On a CPU they are virtual, made here if JAX has not started yet. Raises EasySpecError if the platform is absent or
-    has too few.
+    On a CPU they are virtual, made here if JAX has not started yet. or_cpu: take a CPU's if the default platform has
+    too few. Raises EasySpecError if the platform is absent or has too few.
     """
     if shape.size <= MAX_VIRTUAL_DEVICES:
         _request_cpu_devices(shape.size)
@@ -63,9 +63,11 @@ def open_mesh(shape: MeshShape, platform: Platform | None = None) -> Mesh:
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise EasySpecError(f"--platform {platform or '(default)'}: JAX finds no such device here ({reason})") from None
+    if len(devices) < shape.size and or_cpu and platform is None:
+        devices = jax.devices("cpu")
     if len(devices) < shape.size:
         kind = devices[0].platform
-        advice = "use a smaller mesh" + ("" if kind == "cpu" else " or --platform cpu (virtual devices)")
+        advice = f"use --mesh {len(devices)}" + ("" if kind == "cpu" else " or --platform cpu (virtual devices)")
         raise EasySpecError(
             f"--mesh asks for {shape.size} devices but there are {len(devices)} of platform {kind}; {advice}"
         )

@@ -1,7 +1,7 @@
 """Tokenizers: opening one, checking that two agree, and turning a growing list of ids into growing text."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,12 @@ from easyspec_jax.errors import EasySpecError, first_line
 
 Tokenizer = Any
 """A transformers tokenizer, whatever its class."""
+
+Message = Mapping[str, str]
+"""One turn of a conversation: its "role" ("system", "user", "assistant") and its "content"."""
+
+Prompt = str | Sequence[Message]
+"""Text to go on from, or a conversation to answer."""
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -51,55 +57,102 @@ def _special_ids(tokenizer: Tokenizer) -> set[int]:
     return {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
-def encode(tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:
-    """A prompt's ids: as one user message of the chat template, or plain with the tokenizer's own special tokens.
+def encode(tokenizer: Tokenizer, prompt: Prompt, chat: bool = False) -> list[int]:
+    """A prompt's ids: a conversation through the chat template, text with the tokenizer's own special tokens.
 
-    Raises EasySpecError for an empty prompt or a tokenizer without a chat template.
+    chat: text is a conversation of one user message. Raises EasySpecError for an empty prompt, invalid Unicode or a
+    tokenizer without a chat template.
     """
-    if not prompt:
+    if isinstance(prompt, str):
+        _check_text(prompt)
+        if not chat:
+            return _ids(tokenizer, prompt, special=True)
+        prompt = [{"role": "user", "content": prompt}]
+    for message in prompt:
+        _check_text(message["content"])
+    return _ids(tokenizer, _from_template(tokenizer, prompt), special=False)
+
+
+def _check_text(text: str) -> None:
+    if not text:
         raise EasySpecError("the prompt is empty; give at least one character")
     try:
-        prompt.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError:
         raise EasySpecError("the prompt is no valid Unicode; save or type it as UTF-8") from None
-    if chat:
-        prompt = _from_template(tokenizer, prompt)
-    ids = tokenizer(prompt, add_special_tokens=not chat, verbose=False).input_ids
+
+
+def _ids(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:
+    ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
     if not ids:
-        raise EasySpecError(f"the prompt {prompt!r} has no tokens")
+        raise EasySpecError(f"the prompt {text!r} has no tokens")
     return list(ids)
 
 
-def _from_template(tokenizer: Tokenizer, prompt: str) -> str:
+def _from_template(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
     if not tokenizer.chat_template:
         raise EasySpecError("this checkpoint has no chat template; leave out --chat")
-    messages = [{"role": "user", "content": prompt}]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program, and fails like one
         raise EasySpecError(f"the checkpoint's chat template fails ({first_line(error)}); leave out --chat") from None
 
 
 class TextStream:
-    """Text that grows with its ids and never shows half a character."""
+    """Text that grows with its ids, never shows half a character, and ends before the stop string completed first.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._shown = 0
+    ids: the ids taken so far; those after the one that completed a stop string are dropped.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self.ids: list[int] = []
+        self.stopped = False
+        self._tokenizer, self._stop, self._text = tokenizer, stop, ""
+        # Ids from _context to _read give the decoder what it needs to spell the ids after them.
+        self._context = self._read = self._shown = 0
+
+    @property
+    def text(self) -> str:
+        """What the ids say, certain or not."""
+        return self._text + self._spelled(len(self.ids))
 
     def push(self, ids: Sequence[int]) -> str:
         """The text that these further ids add, as far as it is certain."""
-        self._ids.extend(ids)
-        text = decode_text(self._tokenizer, self._ids)
-        if text.endswith("\ufffd"):
+        self.ids.extend(ids)
+        added = self._spelled(len(self.ids))
+        if added.endswith("\ufffd"):
             return ""
-        added, self._shown = text[self._shown :], len(text)
-        return added
+        text = self._text + added
+        found = [(place + len(stop), place) for stop in self._stop if (place := text.find(stop, self._shown)) >= 0]
+        if found:
+            self.stopped = True
+            self._drop_ids_after_stop()
+            _, place = min(found)  # the stop string that ends first, however many ids come at once
+            text = text[:place]
+        self._text, self._context, self._read = text, self._read, len(self.ids)
+        shown, self._shown = self._shown, len(text) - (0 if self.stopped else self._withheld())
+        return text[shown : self._shown]
 
     def rest(self) -> str:
-        """What push() still held back when no more ids come."""
-        return decode_text(self._tokenizer, self._ids)[self._shown :]
+        """What push() still holds back, when no more ids come."""
+        return self.text[self._shown :]
+
+    def _spelled(self, end: int) -> str:
+        """The text of ids[_read:end]."""
+        known = decode_text(self._tokenizer, self.ids[self._context : self._read])
+        return decode_text(self._tokenizer, self.ids[self._context : end])[len(known) :]
+
+    def _drop_ids_after_stop(self) -> None:
+        for end in range(self._read + 1, len(self.ids)):
+            text = self._text + self._spelled(end)
+            if any(stop in text[self._shown :] for stop in self._stop):
+                del self.ids[end:]
+                return
+
+    def _withheld(self) -> int:
+        """Length of the longest end of the text that may yet become a stop string."""
+        starts = (stop[:length] for stop in self._stop for length in range(1, len(stop)))
+        return max((len(start) for start in starts if self._text.endswith(start)), default=0)
 
 
 def decode_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

@@ -116,6 +116,7 @@ def test_seed_makes_sampling_repeatable(arguments, capsys):
         (["--max-length", "6"], "leaves no room within --max-length 6"),
         (["--max-length", "1000000"], "--max-length 1000000 must be from 2 to"),
         (["--chat"], "no chat template"),
+        (["--stop", ""], "--stop '' would end every text"),
         (["--unknown"], "unrecognized arguments: --unknown"),
     ],
     ids=lambda value: value[0] + (value[1] if len(value) > 1 else "") if isinstance(value, list) else "",
@@ -137,7 +138,7 @@ def test_bad_prompts_are_one_clear_line(arguments, capsys, tmp_path):
 def test_bad_checkpoints_are_one_clear_line(model, arguments, capsys, tmp_path):
     directory = str(model[0])
     prompt = ["--prompt", "text"]
-    assert "--target DIR is needed" in refusal(capsys, *prompt)
+    assert "--draft needs --target DIR" in refusal(capsys, "--draft", directory, *prompt)
     assert "needs --draft DIR" in refusal(capsys, "--target", directory, *prompt)
     assert "is no directory" in refusal(capsys, "--target", str(tmp_path / "absent"), *prompt)
     refusal(capsys, "--target", "x" * 5000, *prompt)
@@ -161,7 +162,7 @@ def test_bad_checkpoints_are_one_clear_line(model, arguments, capsys, tmp_path):
 def test_nothing_is_loaded_before_everything_is_checked(arguments, capsys, monkeypatch):
     from easyspec_jax.engine import Engine
 
-    monkeypatch.setattr(Engine, "load", lambda self: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(Engine, "load", lambda self, bar: pytest.fail("weights were loaded"))
     refusal(capsys, *arguments, "--prompt", "fine", "--prompt", "")
 
 
@@ -178,7 +179,7 @@ def test_nothing_is_loaded_before_everything_is_checked(arguments, capsys, monke
 def test_how_it_ends_when_it_cannot_go_on(arguments, capsys, monkeypatch, fault, code, lines):
     from easyspec_jax.engine import Engine
 
-    def fail(self):
+    def fail(self, bar):
         raise fault
 
     monkeypatch.setattr(Engine, "load", fail)
@@ -237,3 +238,68 @@ def test_five_lines_of_python(model):
         assert np.isfinite(completion.stats.tokens_per_second)
     with pytest.raises(EasySpecError, match="a list of prompts"):
         engine.generate("one string")
+
+
+def test_a_stop_string_ends_the_text_the_same_way_for_every_method(model, arguments, capsys):
+    """And what lies past it counts neither as drafted nor as accepted."""
+
+    def output(*flags: str):
+        assert main([*arguments, "--json", "--prompt", "Hello", *flags]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    whole = output()
+    text = whole["text"]
+    stop = text[5:7]
+    plain = output("--stop", stop, "--stop", "never there", "--method", "vanilla")
+    assert plain["text"] == text[: text.index(stop)]
+    assert plain["finish_reason"] == "stop"
+    assert len(plain["token_ids"]) < len(whole["token_ids"])
+    assert plain["token_ids"] == whole["token_ids"][: len(plain["token_ids"])]
+    for method in ("sd", "easyspec"):
+        cut = output("--stop", stop, "--method", method)
+        assert (cut["text"], cut["token_ids"]) == (plain["text"], plain["token_ids"])
+        stats = cut["stats"]
+        assert stats["accepted"] <= stats["drafted"]
+        assert stats["accepted"] + stats["rounds"] <= whole["stats"]["accepted"] + whole["stats"]["rounds"]
+        assert stats["accepted"] <= len(cut["token_ids"]) - 1
+    assert main([*arguments, "--prompt", "Hello", "--stop", stop]) == 0
+    assert capsys.readouterr().out == plain["text"] + "\n"
+
+
+def test_compare_decodes_the_same_prompts_plainly(arguments, capsys):
+    prompts = ["--prompt", "Hello", "--prompt", "wörld"]
+    assert main([*arguments, "--compare", "--json", *prompts]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        o = json.loads(line)
+        assert o["plain"]["same_tokens"] is True
+        assert o["plain"]["stats"]["rounds"] == len(o["token_ids"]) - 1
+        assert set(o["plain"]["stats"]) == STATS
+        assert o["plain"]["speedup"] == o["stats"]["tokens_per_second"] / o["plain"]["stats"]["tokens_per_second"]
+    assert main([*arguments, "--compare", *prompts]) == 0
+    output = capsys.readouterr()
+    table = output.err.splitlines()
+    assert len(table) == 4
+    assert "same tokens for 2 of 2 prompts" in table[3]
+    assert "× plain decoding" in table[3]
+    assert [line.split()[0] for line in table[1:3]] == ["easyspec", "vanilla"]
+
+
+def test_verbose_shows_which_layers_live_where(arguments, capsys):
+    assert main([*arguments, "--verbose", "--mesh", "layer=3,tensor=2", "--json", "--prompt", "a"]) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)["text"]
+    heading, columns, *rows = output.err.splitlines()
+    assert "layer=3,tensor=2 of virtual CPU devices" in heading
+    assert "groups 0,1-2,3-4,5" in heading
+    assert "KV of 128 tokens" in columns
+    assert [row.split()[1:3] for row in rows] == [["1", "3"]] * 2 + [["2", "4"]] * 2 + [["–", rows[5].split()[2]]] * 2
+    assert all(row.count("MiB") == 3 for row in rows)
+
+
+def test_progress_and_text_share_a_terminal(arguments, terminal):
+    assert main([*arguments, "--no-stream", "--compare", "--prompt", "a", "--prompt", "b"]) == 0
+    output = terminal.readouterr()
+    for bar in ("Loading target", "Generating", "Decoding plainly"):
+        assert bar in output.err
+    assert main([*arguments, "--json", "--prompt", "a"]) == 0
+    assert terminal.readouterr().err == ""

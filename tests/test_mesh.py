@@ -1,5 +1,7 @@
 """A mesh comes from a few characters of text, or is refused in one line."""
 
+from types import SimpleNamespace
+
 import jax
 import pytest
 
@@ -64,6 +66,22 @@ def test_too_few_devices_are_refused_even_when_asked_for_too_late():
     for devices in (here + 1, 10**11):
         with pytest.raises(EasySpecError, match=rf"asks for {devices} devices but there are {here} of platform cpu"):
             open_mesh(MeshShape(1, devices))
+
+
+def test_a_mesh_that_may_fall_back_to_a_cpu_does_so_only_where_accelerators_are_too_few(monkeypatch):
+    real = jax.devices
+    one = [SimpleNamespace(platform="gpu")]
+    monkeypatch.setattr(jax, "devices", lambda platform=None: one if platform in (None, "gpu") else real(platform))
+    assert list(open_mesh(MeshShape(4, 2), or_cpu=True).devices.flat) == real("cpu")[:8]
+    for shape, platform, or_cpu in (
+        (MeshShape(4, 2), None, False),
+        (MeshShape(4, 2), "gpu", True),
+        (MeshShape(1, 10**4), None, True),
+    ):
+        with pytest.raises(EasySpecError, match="--mesh asks for"):
+            open_mesh(shape, platform, or_cpu)
+    with pytest.raises(EasySpecError, match=r"use --mesh 1 or --platform cpu \(virtual devices\)"):
+        open_mesh(MeshShape(4, 2))
 
 
 def test_an_absent_platform_is_refused():

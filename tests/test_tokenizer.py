@@ -199,3 +199,40 @@ def test_a_text_longer_than_the_tokenizer_expects_is_no_warning(tokenizer, caplo
     with caplog.at_level("WARNING"):
         assert len(encode(short, "the cat sat on the mat", chat=False)) > 4
     assert not caplog.records
+
+
+def test_a_conversation_goes_through_the_template(tokenizer):
+    turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+    ids = encode(tokenizer, [*turns, {"role": "user", "content": "on"}])
+    assert tokenizer.decode(ids) == f"{BOS}[user]the cat{EOS}[assistant]sat{EOS}[user]on{EOS}[bot]"
+    with pytest.raises(EasySpecError, match="the prompt is empty"):
+        encode(tokenizer, [*turns, {"role": "user", "content": ""}])
+
+
+@pytest.mark.parametrize("stop", [["mat"], ["cat", "on the"], ["t s", "at sat on"], ["the mat."], ["\n", "mat"]])
+@pytest.mark.parametrize("longest", [1, 3, 1000])
+def test_a_stream_ends_before_the_first_stop_string(tokenizer, stop, longest):
+    text = TEXTS["ascii"] + ", and so on"
+    found = sorted((text.index(s) + len(s), text.index(s)) for s in stop if s in text)
+    expected = text[: found[0][1]] if found else text
+    ids = encode(tokenizer, text)
+    chance, stream, shown, start = random.Random(0), TextStream(tokenizer, stop), "", 0
+    while start < len(ids) and not stream.stopped:
+        count = chance.randint(1, longest)
+        shown += stream.push(ids[start : start + count])
+        start += count
+        assert expected.startswith(shown)
+    assert shown + stream.rest() == expected == stream.text
+    assert stream.stopped == bool(found)
+    kept = decode_text(tokenizer, stream.ids)
+    assert any(s in kept for s in stop) == bool(found)
+    assert not any(s in decode_text(tokenizer, stream.ids[:-1]) for s in stop)  # not one id more than it takes
+
+
+def test_a_stop_string_across_characters_of_many_bytes(tokenizer):
+    text = TEXTS["cjk"]
+    for longest in (1, 4):
+        stream = TextStream(tokenizer, [text[5:7]])
+        ids = encode(tokenizer, text)
+        shown = "".join(stream.push(ids[i : i + longest]) for i in range(0, len(ids), longest) if not stream.stopped)
+        assert shown + stream.rest() == text[:5]

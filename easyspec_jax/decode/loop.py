@@ -1,6 +1,6 @@
 """The host's side of decoding: compile once per cache size, dispatch one round ahead, hand out reports."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -114,7 +114,7 @@ class Programs:
 
 def decode(
     programs: Programs, prompts: Sequence[Sequence[int]], limits: Sequence[int], sampling: SamplingParams
-) -> Iterator[Report]:
+) -> Generator[Report]:
     """Generates up to limits[i] tokens after prompts[i] (token ids, none empty).
 
     Yields a Report of NumPy arrays for the prefill and for each round, until every row is done. The next round is

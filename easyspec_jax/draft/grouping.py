@@ -52,3 +52,13 @@ def _parse_group(part: str, strategy: str) -> Group:
     if last < first:
         raise EasySpecError(f"--lp-strategy {strategy!r}: the range {part!r} runs backwards")
     return range(first, last + 1)
+
+
+def slots_per_device(group: Group, layer_axis: int) -> int:
+    """Attentions of a group that each position of the layer axis holds, the last ones' perhaps empty."""
+    return -(-len(group) // layer_axis)
+
+
+def position_of(layer: int, group: Group, layer_axis: int) -> int:
+    """The position on the layer axis that holds the attention of one of a group's layers."""
+    return (layer - group.start) // slots_per_device(group, layer_axis)

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from easyspec_jax.draft.grouping import Group
+from easyspec_jax.draft.grouping import Group, slots_per_device
 from easyspec_jax.mesh import ALL_AXES, LAYER, TENSOR, Axes
 from easyspec_jax.model.attention import Attention, Window
 from easyspec_jax.model.cache import KVCache
@@ -102,7 +102,7 @@ def load_draft(loader: Loader, groups: Sequence[Group]) -> Decoder:
 
 def _load_group(loader: Loader, group: Group) -> LayerGroup:
     layer_axis = loader.mesh.shape[LAYER]
-    slots = -(-len(group) // layer_axis)
+    slots = slots_per_device(group, layer_axis)
     return LayerGroup(
         loader.stacked_attention(group, slots=slots * layer_axis),
         [loader.mlp(index) for index in group],

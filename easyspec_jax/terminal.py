@@ -1,0 +1,108 @@
+"""What people see beside the text, all of it on stderr: the summary line, the comparison, the devices."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from easyspec_jax.config import SamplingParams
+from easyspec_jax.decode.metrics import Stats
+from easyspec_jax.draft.grouping import format_groups, position_of
+from easyspec_jax.mesh import LAYER, TENSOR
+
+if TYPE_CHECKING:
+    from easyspec_jax.engine import Completion, Engine
+
+
+def total(completions: Sequence["Completion"]) -> Stats:
+    """The figures of all of them together; there is at least one."""
+    return sum((completion.stats for completion in completions[1:]), completions[0].stats)
+
+
+def print_summary(completions: Sequence["Completion"], engine: "Engine") -> None:
+    """One line: how fast, and what speculation had to do with it."""
+    stats = total(completions)
+    fields = [
+        f"{sum(len(completion.token_ids) for completion in completions)} tokens",
+        f"[bold green]{stats.tokens_per_second:.1f} tokens/s[/]",
+    ]
+    if stats.drafted:
+        fields += [
+            f"[bold]{stats.mean_acceptance_length:.2f}[/] tokens a round",
+            f"acceptance rate {stats.acceptance_rate:.2f}",
+        ]
+    fields += [f"prefill {stats.prefill_seconds:.2f} s", f"{engine.speculative.method} on {_mesh(engine)}"]
+    _console().print("[dim]—[/] " + " · ".join(fields))
+
+
+def print_comparison(completions: Sequence["Completion"], plain: Sequence["Completion"], engine: "Engine") -> None:
+    """The same prompts by both ways of decoding, side by side, and the gain."""
+    table = Table("", "tokens/s", "tokens a round", "acceptance rate", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, stats in ((engine.speculative.method, total(completions)), ("vanilla", total(plain))):
+        drafted = [f"{stats.mean_acceptance_length:.2f}", f"{stats.acceptance_rate:.2f}"] if stats.drafted else []
+        table.add_row(name, f"{stats.tokens_per_second:.1f}", *drafted)
+    console = _console()
+    console.print(table)
+    ratio = speedup(completions, plain)
+    colour = "green" if ratio > 1 else "yellow"
+    same = sum(a.token_ids == b.token_ids for a, b in zip(completions, plain, strict=True))
+    if len(plain) > 1:
+        tokens = f"same tokens for {same} of {len(plain)} prompts"
+    else:
+        tokens = "same tokens" if same else "other tokens"
+    console.print(f"[dim]—[/] [bold {colour}]{ratio:.2f} ×[/] plain decoding · {tokens} · {_mesh(engine)}")
+
+
+def speedup(completions: Sequence["Completion"], plain: Sequence["Completion"]) -> float:
+    """Tokens per second over those of plain decoding; 0 where there was nothing to decode."""
+    baseline = total(plain).tokens_per_second
+    return total(completions).tokens_per_second / baseline if baseline else 0.0
+
+
+def print_devices(engine: "Engine", sampling: SamplingParams, capacity: int) -> None:
+    """Mesh, groups, and for each device which draft layers' attention and how many bytes it holds."""
+    state = engine.programs(sampling.temperature).start(sampling, [1], capacity)
+    target, draft = engine.load()
+    columns = [_bytes_per_device(tree) for tree in (target, draft, (state.target, state.draft))]
+    table = Table("device", "grouped draft layers", "target", "draft", f"KV of {capacity} tokens", box=None)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for place, device in enumerate(engine.mesh.devices.flat):
+        layers = _layers_at(place // engine.mesh.shape[TENSOR], engine)
+        sizes = [f"{column[device] / 2**20:.1f} MiB" for column in columns]
+        table.add_row(f"{device.platform}:{device.id}", " ".join(map(str, layers)) or "–", *sizes)
+    console = _console()
+    console.print(f"mesh {_mesh(engine)} · {engine.dtype} · groups {format_groups(engine.groups) or 'none'}")
+    console.print(table)
+
+
+def print_note(text: str) -> None:
+    """One line that is neither text nor an error."""
+    _console().print(f"[dim]—[/] {text}", markup=True)
+
+
+def _layers_at(position: int, engine: "Engine") -> list[int]:
+    """The grouped layers whose attention lives at a position of the layer axis."""
+    axis = engine.mesh.shape[LAYER]
+    groups = [group for group in engine.groups if len(group) > 1]
+    return [layer for group in groups for layer in group if position_of(layer, group, axis) == position]
+
+
+def _bytes_per_device(tree: Any) -> Counter[Any]:
+    shards = (shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards)
+    return sum((Counter({shard.device: shard.data.nbytes}) for shard in shards), Counter())
+
+
+def _mesh(engine: "Engine") -> str:
+    devices = engine.mesh.devices
+    virtual = " of virtual CPU devices" if devices.size > 1 and devices.flat[0].platform == "cpu" else ""
+    return ",".join(f"{axis}={size}" for axis, size in engine.mesh.shape.items()) + virtual
+
+
+def _console() -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True)
