@@ -21,7 +21,8 @@ def converse(engine: Engine, sampling: SamplingParams, bar: Bar, read: Callable[
     Turn i draws its noise from seed + i. Ctrl-C cuts an answer short, which is then remembered as far as it came.
     Raises EasySpecError if the target is not made for conversations.
     """
-    engine.encode([{"role": "user", "content": "Hello"}])
+    # Whoever has typed a question should not wait for the weights.
+    engine.compile([[{"role": "user", "content": "Hello"}]], sampling, bar=bar)
     with suppress(ImportError):
         import readline  # noqa: F401  (lines can then be edited and called back)
     if sys.stdin.isatty():

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -53,6 +54,15 @@ class Completion:
             "finish_reason": self.finish_reason,
             "stats": self.stats.as_dict(),
         }
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What compile() did: cache sizes in tokens, and seconds spent on weights and on programs."""
+
+    capacities: list[int]
+    load_seconds: float
+    compile_seconds: float
 
 
 def open_model(
@@ -219,14 +229,15 @@ class Engine:
 
     def compile(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, chat: bool = False, bar: Bar = no_bar
-    ) -> list[int]:
+    ) -> Preparation:
         """Loads and compiles what generate() would use for these prompts, so that its times are times of decoding.
 
-        Returns the cache sizes, in tokens, that they need. Raises EasySpecError for any bad prompt before any weight
-        is read.
+        Raises EasySpecError for any bad prompt before any weight is read.
         """
         encoded = [self.encode(prompt, chat) for prompt in prompts]
-        self.load(bar)
+        begun = time.perf_counter()
+        jax.block_until_ready(jax.tree.leaves(self.load(bar)))
+        loaded = time.perf_counter()
         programs = self.programs(sampling.temperature)
         capacities = sorted({programs.capacity(len(ids) + self._limit(ids, sampling)) for ids in encoded})
         missing = [capacity for capacity in capacities if (programs.config, capacity) not in self._compiled]
@@ -236,7 +247,7 @@ class Engine:
                     warm_up(programs, capacity)
                     self._compiled.add((programs.config, capacity))
                     advance(1)
-        return capacities
+        return Preparation(capacities, loaded - begun, time.perf_counter() - loaded)
 
     def _complete(
         self, prompt: Prompt, ids: list[int], sampling: SamplingParams, on_text: Callable[[str], None] | None

@@ -172,12 +172,12 @@ def _complete(
     from easyspec_jax import terminal
     from easyspec_jax.progress import no_bar
 
-    capacities = engine.compile(prompts, sampling, args.chat, bar)
+    prepared = engine.compile(prompts, sampling, args.chat, bar)
     baseline = engine.baseline() if args.compare else None
     if baseline is not None:
         baseline.compile(prompts, sampling, args.chat, bar)
     if args.verbose:
-        terminal.print_devices(engine, sampling, capacities[-1])
+        terminal.print_devices(engine, sampling, prepared)
     stream = None if args.json or args.no_stream else _show
     texts = engine.generate(prompts, sampling, chat=args.chat, on_text=stream)
     plain_texts = baseline.generate(prompts, sampling, chat=args.chat) if baseline is not None else None

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from easyspec_jax.config import SamplingParams
@@ -14,7 +15,7 @@ from easyspec_jax.draft.grouping import format_groups, position_of
 from easyspec_jax.mesh import LAYER, TENSOR
 
 if TYPE_CHECKING:
-    from easyspec_jax.engine import Completion, Engine
+    from easyspec_jax.engine import Completion, Engine, Preparation
 
 
 def total(completions: Sequence["Completion"]) -> Stats:
@@ -64,8 +65,9 @@ def speedup(completions: Sequence["Completion"], plain: Sequence["Completion"]) 
     return total(completions).tokens_per_second / baseline if baseline else 0.0
 
 
-def print_devices(engine: "Engine", sampling: SamplingParams, capacity: int) -> None:
-    """Mesh, groups, and for each device which draft layers' attention and how many bytes it holds."""
+def print_devices(engine: "Engine", sampling: SamplingParams, prepared: "Preparation") -> None:
+    """Mesh, groups, times, and for each device which draft layers' attention and how many bytes it holds."""
+    capacity = prepared.capacities[-1]
     state = engine.programs(sampling.temperature).start(sampling, [1], capacity)
     target, draft = engine.load()
     columns = [_bytes_per_device(tree) for tree in (target, draft, (state.target, state.draft))]
@@ -78,12 +80,13 @@ def print_devices(engine: "Engine", sampling: SamplingParams, capacity: int) -> 
         table.add_row(f"{device.platform}:{device.id}", " ".join(map(str, layers)) or "–", *sizes)
     console = _console()
     console.print(f"mesh {_mesh(engine)} · {engine.dtype} · groups {format_groups(engine.groups) or 'none'}")
+    console.print(f"loaded in {prepared.load_seconds:.2f} s · compiled in {prepared.compile_seconds:.2f} s")
     console.print(table)
 
 
 def print_note(text: str) -> None:
     """One line that is neither text nor an error."""
-    _console().print(f"[dim]—[/] {text}", markup=True)
+    _console().print(f"[dim]—[/] {escape(text)}")
 
 
 def _layers_at(position: int, engine: "Engine") -> list[int]:

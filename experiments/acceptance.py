@@ -1,4 +1,4 @@
-"""Acceptance of exact, fuzzy and uncalibrated drafts: `python -m experiments.acceptance --target DIR --draft DIR`.
+"""Acceptance of exact, fuzzy and uncalibrated drafts: `python -m experiments.acceptance`.
 
 Prints a table and writes JSON. No figure here is a time.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, open_model
+from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, demo, open_model
 from easyspec_jax.command import Parser
 from easyspec_jax.draft.grouping import format_groups
 
@@ -65,8 +65,8 @@ def measure(args: argparse.Namespace, variant: Variant, prompts: list[str]) -> d
 
 def main() -> int:
     parser = Parser(description=__doc__)
-    parser.add_argument("--target", required=True)
-    parser.add_argument("--draft", required=True)
+    parser.add_argument("--target", help="default: the bundled pair")
+    parser.add_argument("--draft")
     parser.add_argument("--mesh", default="1")
     parser.add_argument("--platform")
     parser.add_argument("--lp-sizes", type=int, nargs="+", default=[1, 2, 4])
@@ -75,7 +75,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--chat", action="store_true")
-    parser.add_argument("--prompt-file", type=Path, default=HERE / "prompts.txt")
+    parser.add_argument("--prompt-file", type=Path, help="default: questions, or code for the bundled pair")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "acceptance.json")
     try:
         run(parser.parse_args())
@@ -87,7 +87,8 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Measures every variant, prints the table and writes the JSON."""
-    prompts = [line for line in args.prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompt_file = args.prompt_file or HERE / ("prompts.txt" if args.target else "code_prompts.txt")
+    prompts = [line for line in prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
     table = Table("draft", "accepted / drafted", "acceptance rate", "tokens a round", "accepted per position")
     rows = []
     for variant in variants(args.lp_sizes):
@@ -103,7 +104,8 @@ def run(args: argparse.Namespace) -> None:
     settings = {
         name: value for name, value in vars(args).items() if name not in ("target", "draft", "out", "prompt_file")
     }
-    models = {name: Path(getattr(args, name)).name for name in ("target", "draft")}
+    bundled = {"target": demo.TARGET, "draft": demo.DRAFT}
+    models = {name: Path(getattr(args, name) or path).name for name, path in bundled.items()}
     args.out.write_text(json.dumps({**models, **settings, "prompts": prompts, "results": rows}, indent=1) + "\n")
 
 

@@ -1,6 +1,7 @@
 """The command line is a contract: what it prints, what it refuses, and with which exit code."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -288,9 +289,10 @@ def test_verbose_shows_which_layers_live_where(arguments, capsys):
     assert main([*arguments, "--verbose", "--mesh", "layer=3,tensor=2", "--json", "--prompt", "a"]) == 0
     output = capsys.readouterr()
     assert json.loads(output.out)["text"]
-    heading, columns, *rows = output.err.splitlines()
+    heading, times, columns, *rows = output.err.splitlines()
     assert "layer=3,tensor=2 of virtual CPU devices" in heading
     assert "groups 0,1-2,3-4,5" in heading
+    assert re.fullmatch(r"loaded in \d+\.\d\d s · compiled in \d+\.\d\d s", times)
     assert "KV of 128 tokens" in columns
     assert [row.split()[1:3] for row in rows] == [["1", "3"]] * 2 + [["2", "4"]] * 2 + [["–", rows[5].split()[2]]] * 2
     assert all(row.count("MiB") == 3 for row in rows)
