@@ -178,6 +178,8 @@ def _complete(
         baseline.compile(prompts, sampling, args.chat, bar)
     if args.verbose:
         terminal.print_devices(engine, sampling, prepared)
+    if prompts == [demo.PROMPT] and not args.json:
+        terminal.print_example(demo.PROMPT)
     stream = None if args.json or args.no_stream else _show
     texts = engine.generate(prompts, sampling, chat=args.chat, on_text=stream)
     plain_texts = baseline.generate(prompts, sampling, chat=args.chat) if baseline is not None else None

@@ -89,6 +89,11 @@ def print_note(text: str) -> None:
     _console().print(f"[dim]—[/] {escape(text)}")
 
 
+def print_example(prompt: str) -> None:
+    """What the bundled pair is about to go on from, for whoever has not given it anything."""
+    _console().print(f"[dim]{escape(prompt)}[/]", end="")
+
+
 def _layers_at(position: int, engine: "Engine") -> list[int]:
     """The grouped layers whose attention lives at a position of the layer axis."""
     axis = engine.mesh.shape[LAYER]

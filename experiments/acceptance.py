@@ -76,7 +76,9 @@ def main() -> int:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--chat", action="store_true")
     parser.add_argument("--prompt-file", type=Path, help="default: questions, or code for the bundled pair")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "acceptance.json")
+    parser.add_argument(
+        "--out", type=Path, help="default: results/acceptance.json, or …_demo.json for the bundled pair"
+    )
     try:
         run(parser.parse_args())
     except (EasySpecError, OSError) as error:
@@ -106,7 +108,8 @@ def run(args: argparse.Namespace) -> None:
     }
     bundled = {"target": demo.TARGET, "draft": demo.DRAFT}
     models = {name: Path(getattr(args, name) or path).name for name, path in bundled.items()}
-    args.out.write_text(json.dumps({**models, **settings, "prompts": prompts, "results": rows}, indent=1) + "\n")
+    out = args.out or HERE / "results" / ("acceptance.json" if args.target else "acceptance_demo.json")
+    out.write_text(json.dumps({**models, **settings, "prompts": prompts, "results": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

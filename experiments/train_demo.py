@@ -24,10 +24,10 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array, Float, Int
 from ml_dtypes import bfloat16
 from rich.console import Console
-from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, open_model
+from easyspec_jax.checkpoint import SAFETENSORS, write_safetensors
 from easyspec_jax.command import Parser
 from easyspec_jax.decode.loop import decode
 from experiments import demo_corpus
@@ -189,7 +189,7 @@ def save_model(directory: Path, shape: Shape, params: Params, tokenizer: Path) -
     """A Hugging Face directory in bfloat16."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.astype(bfloat16) for name, tensor in checkpoint(shape, params).items()}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    write_safetensors(directory / SAFETENSORS, tensors.items())
     (directory / "config.json").write_text(json.dumps(shape.config(LENGTH), indent=2) + "\n")
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(directory)
 

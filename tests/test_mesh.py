@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from easyspec_jax.config import Platform
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.mesh import ALL_AXES, LAYER, TENSOR, MeshShape, axes_size, open_mesh, parse_mesh
 
@@ -73,11 +74,12 @@ def test_a_mesh_that_may_fall_back_to_a_cpu_does_so_only_where_accelerators_are_
     one = [SimpleNamespace(platform="gpu")]
     monkeypatch.setattr(jax, "devices", lambda platform=None: one if platform in (None, "gpu") else real(platform))
     assert list(open_mesh(MeshShape(4, 2), or_cpu=True).devices.flat) == real("cpu")[:8]
-    for shape, platform, or_cpu in (
+    cases: list[tuple[MeshShape, Platform | None, bool]] = [
         (MeshShape(4, 2), None, False),
         (MeshShape(4, 2), "gpu", True),
         (MeshShape(1, 10**4), None, True),
-    ):
+    ]
+    for shape, platform, or_cpu in cases:
         with pytest.raises(EasySpecError, match="--mesh asks for"):
             open_mesh(shape, platform, or_cpu)
     with pytest.raises(EasySpecError, match=r"use --mesh 1 or --platform cpu \(virtual devices\)"):

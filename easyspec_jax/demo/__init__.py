@@ -1,0 +1,12 @@
+"""The bundled demo pair: a target and a draft that complete Python code; README.md beside this is its model card."""
+
+from pathlib import Path
+
+TARGET = Path(__file__).parent / "target"
+DRAFT = Path(__file__).parent / "draft"
+
+PROMPT = '''\
+def read_config(filename):
+    """Read a configuration file and return a dictionary."""
+    with open(filename) as'''
+"""What is completed where no prompt is given."""
