@@ -1,6 +1,7 @@
 """All stages on a tiny pair, stopped in the middle and continued."""
 
 import json
+from functools import partial
 
 import jax
 import numpy as np
@@ -19,13 +20,15 @@ def tiny(monkeypatch, tmp_path):
     """Models and a library small enough for a test; a state saved after every step."""
     library = tmp_path / "library"
     library.mkdir()
-    for number in range(60):
-        (library / f"module_{number}.py").write_text(f"def function_{number}(x):\n    return x + {number}\n\n\n" * 20)
+    for number in range(200):
+        (library / f"module_{number}.py").write_text(f"def function_{number}(x):\n    return x + {number}\n\n\n" * 5)
     files = demo_corpus.library_files
     monkeypatch.setattr(demo_corpus, "library_files", lambda: files(library))
     monkeypatch.setattr(train_demo, "TARGET", Shape(32, 2, 48, 2, 1, 16, vocab_size=300))
     monkeypatch.setattr(train_demo, "DRAFT", Shape(16, 3, 24, 2, 1, 8, vocab_size=300))
-    monkeypatch.setattr(train_demo.Schedule, "save_seconds", 0.0)
+    monkeypatch.setattr(train_demo, "LENGTH", 128)
+    monkeypatch.setattr(train_demo, "PROMPT", 16)
+    monkeypatch.setattr(train_demo, "Schedule", partial(train_demo.Schedule, save_seconds=0.0))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as the optimizer's library needs
         yield tmp_path
 
