@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds = time.monotonic() - started
     print(
         f"{arguments.out}: {result.parameters / 1e6:,.1f} M parameters, {result.dtype}, "
-        f"{result.size / 1e9:.2f} GB, {seconds:.1f} s"
+        f"{result.size / 1e6:,.1f} MB, {seconds:.1f} s"
     )
     return 0
 

@@ -19,7 +19,9 @@ def test_gguf_is_converted_with_one_line_of_summary(tiny_model, write_gguf, tmp_
     assert main([str(argument) for argument in arguments]) == 0
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1
-    assert f"{tmp_path / 'deep' / 'out'}: {model.num_parameters() / 1e6:.1f} M parameters, bfloat16, 0.00 GB" in printed
+    count = model.num_parameters()
+    figures = f"{count / 1e6:.1f} M parameters, bfloat16, {count * 2 / 1e6:.1f} MB"
+    assert f"{tmp_path / 'deep' / 'out'}: {figures}" in printed
     assert open_checkpoint(tmp_path / "deep" / "out").config.dtype == "bfloat16"
 
 
@@ -30,7 +32,7 @@ def test_converted_model_is_exported_with_one_line_of_summary(tiny_model, tmp_pa
     assert main(["--to-hf", str(tmp_path / "orbax"), "--out", str(tmp_path / "out"), "--dtype", "float16"]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    assert printed.out.startswith(f"{tmp_path / 'out'}: 0.1 M parameters, float16, 0.00 GB")
+    assert printed.out.startswith(f"{tmp_path / 'out'}: 0.1 M parameters, float16, 0.2 MB")
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
