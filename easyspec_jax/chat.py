@@ -15,22 +15,24 @@ from easyspec_jax.tokenizer import Message
 HELP = "/clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C cuts an answer short"
 
 
+GREETING: list[Message] = [{"role": "user", "content": "Hello"}]
+"""What a model is loaded and compiled for before anybody has said anything."""
+
+
 def converse(engine: Engine, sampling: SamplingParams, bar: Bar, read: Callable[[str], str] = input) -> None:
     """Answers what read() brings, each time with all that was said before, until it brings "/exit" or EOFError.
 
     Turn i draws its noise from seed + i. Ctrl-C cuts an answer short, which is then remembered as far as it came.
-    Raises EasySpecError if the target is not made for conversations.
     """
-    # Whoever has typed a question should not wait for the weights.
-    engine.compile([[{"role": "user", "content": "Hello"}]], sampling, bar=bar)
     with suppress(ImportError):
         import readline  # noqa: F401  (lines can then be edited and called back)
-    if sys.stdin.isatty():
+    people = sys.stdin.isatty() and sys.stdout.isatty()
+    if people:
         print_note(HELP)
     messages: list[Message] = []
     while True:
         try:
-            text = read("\n> " if sys.stdin.isatty() else "").strip()
+            text = read("\n> " if people else "").strip()
         except EOFError:
             return
         if text == "/exit":
@@ -42,7 +44,7 @@ def converse(engine: Engine, sampling: SamplingParams, bar: Bar, read: Callable[
 
 
 def _answer(engine: Engine, messages: list[Message], sampling: SamplingParams, bar: Bar) -> list[Message]:
-    """The conversation with its answer, or without its last message if that cannot be answered."""
+    """The conversation with its answer, or without its last message if that gets none."""
     turn = replace(sampling, seed=(sampling.seed + len(messages) // 2) % 2**32)
     pieces: list[str] = []
 
@@ -60,4 +62,5 @@ def _answer(engine: Engine, messages: list[Message], sampling: SamplingParams, b
     except EasySpecError as error:
         print_note(f"{error}, or /clear")
         return messages[:-1]
-    return [*messages, {"role": "assistant", "content": "".join(pieces)}]
+    answer = "".join(pieces)
+    return [*messages, {"role": "assistant", "content": answer}] if answer else messages[:-1]

@@ -1,6 +1,7 @@
 """What the commands share."""
 
 import argparse
+from pathlib import Path
 from typing import NoReturn
 
 from easyspec_jax.errors import EasySpecError
@@ -11,3 +12,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise EasySpecError(f"{message} (see --help)")
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The lines of a file that are not blank. Raises EasySpecError if there are none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EasySpecError(f"--prompt-file {path} cannot be read: {error}") from None
+    prompts = [line.rstrip("\r") for line in lines if line.strip()]
+    if not prompts:
+        raise EasySpecError(f"--prompt-file {path} holds no prompt")
+    return prompts

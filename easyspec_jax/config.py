@@ -256,7 +256,7 @@ class SamplingParams:
     """How tokens are chosen; the distribution that speculation preserves.
 
     temperature 0 is greedy. max_new_tokens counts generated tokens, the stop token included. seed: the request's
-    noise, 0 <= seed < 2**32. stop: strings that end the text, which is cut before the first of them.
+    noise, 0 <= seed < 2**32. stop: strings that end the text, which is cut before the one completed first.
     """
 
     temperature: float = 0.0
@@ -277,6 +277,8 @@ class SamplingParams:
             raise EasySpecError(f"--seed {self.seed} must be from 0 to {2**32 - 1}")
         if self.max_new_tokens < 1:
             raise EasySpecError(f"--max-new-tokens {self.max_new_tokens} must be at least 1")
+        if isinstance(self.stop, str):
+            raise EasySpecError("stop takes several strings: put one into a tuple")
         if not all(self.stop):
             raise EasySpecError("--stop '' would end every text; give at least one character")
 

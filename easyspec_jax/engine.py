@@ -1,7 +1,7 @@
 """From two checkpoint directories to text: `open_model` checks everything, `Engine.generate` speaks."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -205,6 +205,8 @@ class Engine:
         """
         if isinstance(prompts, str):
             raise EasySpecError("generate() takes a list of prompts, not one string")
+        if any(isinstance(prompt, Mapping) for prompt in prompts):
+            raise EasySpecError("generate() takes a list of prompts; put one conversation into a list")
         sampling = sampling or SamplingParams()
         encoded = [self.encode(prompt, chat) for prompt in prompts]
         return (

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from easyspec_jax import demo
-from easyspec_jax.command import Parser
+from easyspec_jax.command import Parser, read_prompts
 from easyspec_jax.config import (
     DraftTensorParallelSize,
     DType,
@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # text goes through any terminal's encoding
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is refused as a prompt, in one line
     try:
         return _run(_parser().parse_args(argv))
     except EasySpecError as error:
@@ -117,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
 
     output = parser.add_argument_group("output")
     output.add_argument("--no-stream", action="store_true", help="print each text when it is complete")
-    output.add_argument("--json", action="store_true", help="print one JSON object a prompt and nothing else")
+    output.add_argument("--json", action="store_true", help="print one JSON object a prompt, and no text")
     output.add_argument(
         "--compare", action="store_true", help="decode each prompt plainly too, and show what was gained"
     )
@@ -159,9 +161,7 @@ def _run(args: argparse.Namespace) -> int:
     if prompts:
         _complete(args, engine, prompts, sampling, bars)
     else:
-        from easyspec_jax.chat import converse
-
-        converse(engine, sampling, bars)
+        _converse(args, engine, sampling, bars)
     return 0
 
 
@@ -178,9 +178,9 @@ def _complete(
         baseline.compile(prompts, sampling, args.chat, bar)
     if args.verbose:
         terminal.print_devices(engine, sampling, prepared)
-    if prompts == [demo.PROMPT] and not args.json:
-        terminal.print_example(demo.PROMPT)
     stream = None if args.json or args.no_stream else _show
+    if stream and prompts == [demo.PROMPT]:
+        terminal.print_example(demo.PROMPT)
     texts = engine.generate(prompts, sampling, chat=args.chat, on_text=stream)
     plain_texts = baseline.generate(prompts, sampling, chat=args.chat) if baseline is not None else None
     completions, plain = [], []
@@ -205,6 +205,17 @@ def _complete(
         terminal.print_summary(completions, engine)
 
 
+def _converse(args: argparse.Namespace, engine: "Engine", sampling: SamplingParams, bar: "Bar") -> None:
+    """Whoever has typed a question should not wait for the weights: they are loaded before."""
+    from easyspec_jax.chat import GREETING, converse
+    from easyspec_jax.terminal import print_devices
+
+    prepared = engine.compile([GREETING], sampling, bar=bar)
+    if args.verbose:
+        print_devices(engine, sampling, prepared)
+    converse(engine, sampling, bar)
+
+
 def _as_dict(completion: list["Completion"], plain: list["Completion"]) -> dict[str, Any]:
     """A completion as `--json` prints it, beside its plain counterpart if there is one."""
     from easyspec_jax.terminal import speedup
@@ -224,19 +235,12 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt is not None:
         return args.prompt
     if args.prompt_file is None:
-        if args.chat and not (args.json or args.compare):
+        if args.chat and not (args.json or args.compare or args.no_stream):
             return []
         if args.target is None:
             return [demo.PROMPT]
         raise EasySpecError("no prompt; give --prompt TEXT or --prompt-file FILE, or only --chat for a conversation")
-    try:
-        lines = Path(args.prompt_file).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EasySpecError(f"--prompt-file {args.prompt_file} cannot be read: {error}") from None
-    prompts = [line.rstrip("\r") for line in lines if line.strip()]
-    if not prompts:
-        raise EasySpecError(f"--prompt-file {args.prompt_file} holds no prompt")
-    return prompts
+    return read_prompts(args.prompt_file)
 
 
 def _show(piece: str) -> None:
@@ -252,7 +256,7 @@ def _note_missing_accelerators(args: argparse.Namespace, engine: "Engine") -> No
     if args.platform is None and used != best:
         count = jax.device_count()
         print_note(
-            f"{args.mesh} devices were asked for and there are {count} of platform {best}: "
+            f"{engine.mesh.size} devices were asked for and there are {count} of platform {best}: "
             f"the bundled pair runs on virtual CPU devices; --mesh {count} uses the {best}"
         )
 
@@ -262,8 +266,8 @@ def _cache_compilations() -> None:
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "easyspec_jax" / "xla"
-        with suppress(OSError):
+        with suppress(OSError, RuntimeError):  # somebody without a home does without
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "easyspec_jax" / "xla"
             cache.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(cache))
 

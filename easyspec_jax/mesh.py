@@ -4,6 +4,7 @@ import math
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -58,13 +59,9 @@ def open_mesh(shape: MeshShape, platform: Platform | None = None, or_cpu: bool =
     """
     if shape.size <= MAX_VIRTUAL_DEVICES:
         _request_cpu_devices(shape.size)
-    try:
-        devices = jax.devices(platform)
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise EasySpecError(f"--platform {platform or '(default)'}: JAX finds no such device here ({reason})") from None
+    devices = _devices(platform)
     if len(devices) < shape.size and or_cpu and platform is None:
-        devices = jax.devices("cpu")
+        devices = _devices("cpu")
     if len(devices) < shape.size:
         kind = devices[0].platform
         advice = f"use --mesh {len(devices)}" + ("" if kind == "cpu" else " or --platform cpu (virtual devices)")
@@ -73,6 +70,14 @@ def open_mesh(shape: MeshShape, platform: Platform | None = None, or_cpu: bool =
         )
     grid = np.asarray(devices[: shape.size]).reshape(shape.layer, shape.tensor)
     return Mesh(grid, ALL_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def _devices(platform: Platform | None) -> list[Any]:
+    try:
+        return jax.devices(platform)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise EasySpecError(f"--platform {platform or '(default)'}: JAX finds no such device here ({reason})") from None
 
 
 def _request_cpu_devices(count: int) -> None:

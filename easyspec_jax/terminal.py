@@ -56,7 +56,8 @@ def print_comparison(completions: Sequence["Completion"], plain: Sequence["Compl
         tokens = f"same tokens for {same} of {len(plain)} prompts"
     else:
         tokens = "same tokens" if same else "other tokens"
-    console.print(f"[dim]—[/] [bold {colour}]{ratio:.2f} ×[/] plain decoding · {tokens} · {_mesh(engine)}")
+    gain = [f"[bold {colour}]{ratio:.2f} ×[/] plain decoding"] if ratio else []
+    console.print("[dim]—[/] " + " · ".join([*gain, tokens, _mesh(engine)]))
 
 
 def speedup(completions: Sequence["Completion"], plain: Sequence["Completion"]) -> float:

@@ -120,15 +120,15 @@ class TextStream:
         """The text that these further ids add, as far as it is certain."""
         self.ids.extend(ids)
         added = self._spelled(len(self.ids))
-        if added.endswith("\ufffd"):
-            return ""
-        text = self._text + added
+        text = self._text + added.rstrip("\ufffd")
         found = [(place + len(stop), place) for stop in self._stop if (place := text.find(stop, self._shown)) >= 0]
         if found:
             self.stopped = True
             self._drop_ids_after_stop()
             _, place = min(found)  # the stop string that ends first, however many ids come at once
             text = text[:place]
+        elif added.endswith("\ufffd"):
+            return ""
         self._text, self._context, self._read = text, self._read, len(self.ids)
         shown, self._shown = self._shown, len(text) - (0 if self.stopped else self._withheld())
         return text[shown : self._shown]

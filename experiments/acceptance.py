@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, demo, open_model
-from easyspec_jax.command import Parser
+from easyspec_jax.command import Parser, read_prompts
 from easyspec_jax.draft.grouping import format_groups
 
 HERE = Path(__file__).parent
@@ -69,11 +69,11 @@ def main() -> int:
     parser.add_argument("--draft")
     parser.add_argument("--mesh", default="1")
     parser.add_argument("--platform")
-    parser.add_argument("--lp-sizes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--lp-sizes", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6])
     parser.add_argument("--num-speculative-tokens", type=int, default=5)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--chat", action="store_true")
     parser.add_argument("--prompt-file", type=Path, help="default: questions, or code for the bundled pair")
     parser.add_argument(
@@ -90,7 +90,7 @@ def main() -> int:
 def run(args: argparse.Namespace) -> None:
     """Measures every variant, prints the table and writes the JSON."""
     prompt_file = args.prompt_file or HERE / ("prompts.txt" if args.target else "code_prompts.txt")
-    prompts = [line for line in prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts = read_prompts(prompt_file)
     table = Table("draft", "accepted / drafted", "acceptance rate", "tokens a round", "accepted per position")
     rows = []
     for variant in variants(args.lp_sizes):

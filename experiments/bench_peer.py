@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, demo, open_model
-from easyspec_jax.command import Parser
+from easyspec_jax.command import Parser, read_prompts
 from easyspec_jax.config import Method
 
 HERE = Path(__file__).parent
@@ -82,7 +82,9 @@ def peers(args: argparse.Namespace, directory: Path) -> dict[str, Complete]:
 
 def measure(args: argparse.Namespace, directory: Path) -> list[Way]:
     """All ways, each timed `repeats` times, one after the other; a first pass of each is not timed."""
-    prompts = [line for line in args.prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if args.repeats < 1:
+        raise EasySpecError(f"--repeats {args.repeats} must be at least 1")
+    prompts = read_prompts(args.prompt_file)
     methods: tuple[Method, ...] = ("vanilla", "sd", "easyspec")
     completes = {method: ours(args, method) for method in methods} | peers(args, directory)
     ways = [Way(name, complete, [], []) for name, complete in completes.items()]

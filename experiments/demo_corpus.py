@@ -79,6 +79,8 @@ def build(directory: Path, vocab_size: int) -> Corpus:
         tokenizer = train_tokenizer(train, vocab_size)
         tokenizer.save_pretrained(directory / "tokenizer")
         size = sum(len(text.encode()) for text in heldout)
-        np.savez(packed, train=pack(tokenizer, train), heldout=pack(tokenizer, heldout), heldout_bytes=size)
+        partial = directory / "partial.npz"
+        np.savez(partial, train=pack(tokenizer, train), heldout=pack(tokenizer, heldout), heldout_bytes=size)
+        partial.rename(packed)
     with np.load(packed) as arrays:
         return Corpus(arrays["train"], arrays["heldout"], int(arrays["heldout_bytes"]))

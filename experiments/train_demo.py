@@ -114,6 +114,8 @@ def train(shape: Shape, loss: Loss, windows: Windows, schedule: Schedule, direct
     losses, earlier = [], 0.0
     with ocp.CheckpointManager(directory.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=1)) as manager:
         start = manager.latest_step() or 0
+        if start > schedule.steps:
+            raise EasySpecError(f"{directory} has had {start} steps; ask for as many, or choose another --work")
         if start:
             content = {"state": state, "losses": np.zeros(start), "seconds": np.zeros(())}
             content = manager.restore(start, args=ocp.args.StandardRestore(content))
@@ -206,6 +208,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (EasySpecError, OSError) as error:
         print(f"experiments.train_demo: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("experiments.train_demo: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -223,7 +228,9 @@ def run(args: argparse.Namespace) -> None:
 
     texts = args.work / "written.npy"
     if not texts.exists():
-        np.save(texts, write_texts(args.out / "target", corpus.train, rows=64, batches=args.written_batches))
+        partial_texts = args.work / "partial.npy"
+        np.save(partial_texts, write_texts(args.out / "target", corpus.train, rows=64, batches=args.written_batches))
+        partial_texts.rename(texts)
     written = np.load(texts)
 
     schedule = Schedule(args.draft_steps)

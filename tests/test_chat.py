@@ -7,7 +7,6 @@ import pytest
 from easyspec_jax.chat import converse
 from easyspec_jax.config import SamplingParams, SpeculativeConfig
 from easyspec_jax.engine import Engine, open_model
-from easyspec_jax.errors import EasySpecError
 from easyspec_jax.generate import main
 from easyspec_jax.progress import no_bar
 from tests.models import byte_tokenizer, save_model
@@ -99,11 +98,25 @@ def test_ctrl_c_cuts_an_answer_short_and_keeps_what_was_said(engine, asked, caps
     assert asked[1][0] == f"[user]one[assistant]{''.join(shown[:2])}[user]two[assistant]"
 
 
-def test_a_model_that_is_not_made_for_it_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
+def test_an_answer_that_never_came_is_not_remembered(engine, asked, capsys, monkeypatch):
+    generate, interrupted = Engine.generate, []
+
+    def interrupt_once(self, prompts, sampling, **options):
+        if not interrupted:
+            interrupted.append(prompts)
+            raise KeyboardInterrupt
+        return generate(self, prompts, sampling, **options)
+
+    monkeypatch.setattr(Engine, "generate", interrupt_once)
+    converse(engine, SAMPLING, no_bar, reader("one", "two"))
+    assert asked == [("[user]two[assistant]", 7)]
+
+
+def test_a_model_that_is_not_made_for_it_is_refused_before_it_is_loaded(tmp_path, monkeypatch, capsys):
     save_model(tmp_path, "llama3", vocab_size=260)
     monkeypatch.setattr(Engine, "load", lambda self, bar: pytest.fail("weights were loaded"))
-    with pytest.raises(EasySpecError, match="no chat template"):
-        converse(open_model(tmp_path, speculative=SpeculativeConfig(method="vanilla")), SAMPLING, no_bar, reader("one"))
+    assert main(["--target", str(tmp_path), "--method", "vanilla", "--chat"]) == 2
+    assert "no chat template" in capsys.readouterr().err
 
 
 def test_as_a_command(directory, capsys, monkeypatch):
@@ -114,3 +127,6 @@ def test_as_a_command(directory, capsys, monkeypatch):
     assert output.out.count("\n") == 1
     assert "acceptance rate" in output.err
     assert main([*flags, "--json"]) == 2
+    monkeypatch.setattr("sys.stdin", StringIO(""))
+    assert main([*flags, "--verbose"]) == 0
+    assert "grouped draft layers" in capsys.readouterr().err

@@ -229,6 +229,23 @@ def test_a_stream_ends_before_the_first_stop_string(tokenizer, stop, longest):
     assert not any(s in decode_text(tokenizer, stream.ids[:-1]) for s in stop)  # not one id more than it takes
 
 
+@pytest.mark.parametrize("cut", range(1, 6))
+def test_a_stop_string_before_half_a_character_is_found_at_once(tokenizer, cut):
+    """Whatever the ids that complete it say beside it; no id of an earlier push is ever taken back."""
+    text = TEXTS["ascii"] + TEXTS["emoji"]
+    ids = encode(tokenizer, text)[: len(encode(tokenizer, TEXTS["ascii"])) + 2 + cut]
+    assert decode_text(tokenizer, ids).startswith(TEXTS["ascii"])
+    for first in range(1, len(ids)):
+        stream = TextStream(tokenizer, ["mat"])
+        stream.push(ids[:first])
+        kept = len(stream.ids)
+        if not stream.stopped:
+            stream.push(ids[first:])
+            assert len(stream.ids) > kept
+        assert stream.stopped
+        assert stream.text == TEXTS["ascii"][:-3]
+
+
 def test_a_stop_string_across_characters_of_many_bytes(tokenizer):
     text = TEXTS["cjk"]
     for longest in (1, 4):

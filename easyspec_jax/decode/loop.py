@@ -122,8 +122,8 @@ def decode(
     """
     longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
     state = programs.start(sampling, limits, programs.capacity(longest))
-    state, chunks = prefill_all(programs, state, prompts)
     try:
+        state, chunks = prefill_all(programs, state, prompts)
         state, report = programs.round(state)
         now = first_tokens(chunks)
         yield now
@@ -133,7 +133,8 @@ def decode(
             yield now
     finally:
         # Two programs with collectives at once could starve each other of the CPU's threads.
-        jax.block_until_ready(state.length)
+        if not state.length.is_deleted():  # as it is if Ctrl-C came between a call and its result
+            jax.block_until_ready(state.length)
 
 
 def warm_up(programs: Programs, capacity: int) -> None:

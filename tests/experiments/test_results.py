@@ -1,0 +1,56 @@
+"""What the documents say was measured is what the results hold."""
+
+import json
+import re
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+import experiments
+from easyspec_jax import demo
+from experiments import draw_round
+
+ROOT = Path(experiments.__file__).parents[1]
+RESULTS = ROOT / "experiments" / "results"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CARD = (demo.TARGET.parent / "README.md").read_text(encoding="utf-8")
+
+
+def rates(name):
+    results = json.loads((RESULTS / f"{name}.json").read_text())["results"]
+    return {row["draft"]: row["acceptance_rate"] for row in results}
+
+
+def test_the_readme_has_the_acceptance_that_was_measured():
+    rows = re.findall(r"^\| (?:fuzzy, )?(exact|N = .*?) \| (\S+) \| (\S*) ?\|$", README, re.MULTILINE)
+    assert len(rows) == 7
+    pair, smollm2 = rates("acceptance_demo"), rates("acceptance")
+    for draft, bundled, other in rows:
+        assert bundled == f"{pair[draft]:.3f}"
+        assert other == (f"{smollm2[draft]:.3f}" if draft in smollm2 else "")
+
+
+def test_the_model_card_has_the_acceptance_that_was_measured():
+    for draft, rate in rates("acceptance_demo").items():
+        assert f"| {draft} | {rate:.3f} |" in CARD
+
+
+@pytest.mark.parametrize(
+    ("way", "row"),
+    [
+        ("easyspec", "easyspec, N = 4"),
+        ("sd", "an ordinary draft (`--method sd`)"),
+        ("transformers", "transformers, plain"),
+        ("transformers, assisted", "transformers, assisted generation"),
+    ],
+)
+def test_the_readme_has_the_speeds_that_were_measured(way, row):
+    results = json.loads((RESULTS / "bench_peer.json").read_text())["results"]
+    (ratios,) = (result["over_vanilla"] for result in results if result["name"] == way)
+    assert f"| {row} | {median(ratios):.2f} |" in README
+
+
+def test_the_picture_is_of_the_round_that_is_drawn_today():
+    shape = draw_round.Round(draw_round.paper_groups(12, 4), draw_round.parse_mesh("4", 4), 5)
+    assert shape.title in (ROOT / "docs" / "round.svg").read_text(encoding="utf-8")
