@@ -243,8 +243,6 @@ class SpeculativeConfig:
         check_choice("draft-tensor-parallel-size", self.draft_tensor_parallel_size, get_args(DraftTensorParallelSize))
         if self.method == "tree":
             raise EasySpecError("--method tree is not available yet; use vanilla, sd or easyspec")
-        if self.verifier == "coupled":
-            raise EasySpecError("--verifier coupled is not available yet; use rejection")
         if not 1 <= self.num_speculative_tokens <= 16:
             raise EasySpecError(f"--num-speculative-tokens {self.num_speculative_tokens} must be from 1 to 16")
         if self.lp_size < 1:
@@ -255,8 +253,9 @@ class SpeculativeConfig:
 class SamplingParams:
     """How tokens are chosen; the distribution that speculation preserves.
 
-    temperature 0 is greedy. max_new_tokens counts generated tokens, the stop token included. seed: the request's
-    noise, 0 <= seed < 2**32. stop: strings that end the text, which is cut before the one completed first.
+    temperature 0 is greedy. top_k and then top_p keep only the likeliest ids; 0 and 1 keep all. max_new_tokens counts
+    generated tokens, the stop token included. seed: the request's noise, 0 <= seed < 2**32. stop: strings that end the
+    text, which is cut before the one completed first.
     """
 
     temperature: float = 0.0
@@ -269,10 +268,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.temperature != 0 and not 1e-3 <= self.temperature < float("inf"):  # below, logits overflow float32
             raise EasySpecError(f"--temperature {self.temperature} must be 0 (greedy) or a number of at least 0.001")
-        if self.top_k != 0:
-            raise EasySpecError("--top-k is not available yet; leave it out")
-        if self.top_p != 1.0:
-            raise EasySpecError("--top-p is not available yet; leave it out")
+        if not 0 <= self.top_k < 2**31:
+            raise EasySpecError(f"--top-k {self.top_k} must be 0 (all) or a positive number of ids")
+        if not 0 < self.top_p <= 1:
+            raise EasySpecError(f"--top-p {self.top_p} must be a probability above 0, up to 1 (all)")
         if not 0 <= self.seed < 2**32:
             raise EasySpecError(f"--seed {self.seed} must be from 0 to {2**32 - 1}")
         if self.max_new_tokens < 1:

@@ -1,11 +1,11 @@
 """From two checkpoint directories to text: `open_model` checks everything, `Engine.generate` speaks."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -13,10 +13,11 @@ from jax.sharding import Mesh
 
 from easyspec_jax import demo
 from easyspec_jax.checkpoint import Checkpoint, open_checkpoint
+from easyspec_jax.completion import Completion, Row
 from easyspec_jax.config import DType, Platform, SamplingParams, SpeculativeConfig, resolve_dtype
 from easyspec_jax.decode.loop import Programs, decode, warm_up
 from easyspec_jax.decode.metrics import Stats
-from easyspec_jax.decode.round import Report, RoundConfig
+from easyspec_jax.decode.round import RoundConfig
 from easyspec_jax.draft.grouping import Group, paper_groups, parse_groups
 from easyspec_jax.draft.parallel import load_draft
 from easyspec_jax.errors import EasySpecError
@@ -27,33 +28,6 @@ from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.progress import Bar, no_bar
 from easyspec_jax.tokenizer import Prompt, TextStream, Tokenizer, check_same_ids, encode, load_tokenizer
 from easyspec_jax.verify import choose
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What one prompt became.
-
-    token_ids: generated ids, a stop token included, or up to the one that completed a stop string; text ends before
-    either. finish_reason: "stop" or "length".
-    """
-
-    prompt: Prompt
-    prompt_ids: list[int]
-    token_ids: list[int]
-    text: str
-    finish_reason: str
-    stats: Stats
-
-    def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        return {
-            "prompt": self.prompt,
-            "prompt_ids": self.prompt_ids,
-            "token_ids": self.token_ids,
-            "text": self.text,
-            "finish_reason": self.finish_reason,
-            "stats": self.stats.as_dict(),
-        }
 
 
 @dataclass(frozen=True)
@@ -144,7 +118,7 @@ class Engine:
         self.mesh, self.speculative, self.max_length, self.dtype = mesh, speculative, max_length, dtype
         self._models: tuple[Decoder, Decoder | None] | None = None
         self._programs: dict[RoundConfig, Programs] = {}
-        self._compiled: set[tuple[RoundConfig, int]] = set()
+        self._compiled: set[tuple[RoundConfig, int, int]] = set()
 
     def load(self, bar: Bar = no_bar) -> tuple[Decoder, Decoder | None]:
         """Target and draft on the mesh; read on the first call."""
@@ -196,32 +170,41 @@ class Engine:
         sampling: SamplingParams | None = None,
         *,
         chat: bool = False,
+        batch_size: int = 1,
         on_text: Callable[[str], None] | None = None,
     ) -> Iterator[Completion]:
-        """One Completion per prompt, in order, each as soon as it is done.
+        """One Completion per prompt, in order, each as soon as its batch is done.
 
-        Prompt i draws its noise from seed + i. chat: prompts that are text are put as a user's. on_text is given each
-        piece of text as it is made. Raises EasySpecError for any bad prompt before anything is generated.
+        Prompt i draws its noise from seed + i. chat: prompts that are text are put as a user's. batch_size: prompts
+        decoded together, which changes no text in float32. on_text is given each piece of text as it is made, one
+        prompt at a time. Raises EasySpecError for any bad prompt before anything is generated.
         """
         if isinstance(prompts, str):
             raise EasySpecError("generate() takes a list of prompts, not one string")
         if any(isinstance(prompt, Mapping) for prompt in prompts):
             raise EasySpecError("generate() takes a list of prompts; put one conversation into a list")
+        if on_text is not None and batch_size > 1:
+            raise EasySpecError("texts of one batch cannot be streamed at once; leave out on_text or batch_size")
         sampling = sampling or SamplingParams()
-        encoded = [self.encode(prompt, chat) for prompt in prompts]
-        return (
-            self._complete(prompt, ids, replace(sampling, seed=(sampling.seed + i) % 2**32), on_text)
-            for i, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True))
+        encoded = [(prompt, self.encode(prompt, chat)) for prompt in prompts]
+        return itertools.chain.from_iterable(
+            self._complete(
+                encoded[first : first + batch_size],
+                replace(sampling, seed=(sampling.seed + first) % 2**32),
+                batch_size,
+                on_text or _ignore,
+            )
+            for first in range(0, len(encoded), batch_size)
         )
 
-    def programs(self, temperature: float) -> Programs:
-        """The compiled steps for a temperature; all positive ones share theirs."""
+    def programs(self, sampling: SamplingParams) -> Programs:
+        """The compiled steps for a way of sampling; its numbers are arguments of theirs."""
         levels = 0 if self.draft is None else self.speculative.num_speculative_tokens
         config = RoundConfig(
             levels=levels,
             # An exact draft's own KV is exact already: there is nothing to calibrate.
             calibration=self.speculative.calibration and self.speculative.method == "easyspec",
-            verifier=choose(temperature),
+            verifier=choose(self.speculative.verifier, sampling),
             stop_ids=self.target.config.stop_ids,
         )
         if config not in self._programs:
@@ -230,55 +213,60 @@ class Engine:
         return self._programs[config]
 
     def compile(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, chat: bool = False, bar: Bar = no_bar
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        *,
+        chat: bool = False,
+        batch_size: int = 1,
+        bar: Bar = no_bar,
     ) -> Preparation:
         """Loads and compiles what generate() would use for these prompts, so that its times are times of decoding.
 
         Raises EasySpecError for any bad prompt before any weight is read.
         """
-        encoded = [self.encode(prompt, chat) for prompt in prompts]
+        lengths = [len(ids) + self._limit(ids, sampling) for ids in (self.encode(prompt, chat) for prompt in prompts)]
+        batches = [lengths[first : first + batch_size] for first in range(0, len(lengths), batch_size)]
         begun = time.perf_counter()
         jax.block_until_ready(jax.tree.leaves(self.load(bar)))
         loaded = time.perf_counter()
-        programs = self.programs(sampling.temperature)
-        capacities = sorted({programs.capacity(len(ids) + self._limit(ids, sampling)) for ids in encoded})
-        missing = [capacity for capacity in capacities if (programs.config, capacity) not in self._compiled]
+        programs = self.programs(sampling)
+        capacities = sorted({programs.capacity(max(batch)) for batch in batches})
+        wanted = [(programs.config, capacity, batch_size) for capacity in capacities]
+        missing = [program for program in wanted if program not in self._compiled]
         if missing:
             with bar("Compiling", len(missing)) as advance:
-                for capacity in missing:
-                    warm_up(programs, capacity)
-                    self._compiled.add((programs.config, capacity))
+                for _, capacity, rows in missing:
+                    warm_up(programs, capacity, rows)
                     advance(1)
+            self._compiled.update(missing)
         return Preparation(capacities, loaded - begun, time.perf_counter() - loaded)
 
     def _complete(
-        self, prompt: Prompt, ids: list[int], sampling: SamplingParams, on_text: Callable[[str], None] | None
-    ) -> Completion:
-        programs = self.programs(sampling.temperature)
-        text = TextStream(self.tokenizer, sampling.stop)
-        stats = Stats(accepted_per_position=(0,) * programs.config.levels)
+        self,
+        prompts: Sequence[tuple[Prompt, list[int]]],
+        sampling: SamplingParams,
+        batch_size: int,
+        on_text: Callable[[str], None],
+    ) -> Iterator[Completion]:
+        """The completions of one batch; what it lacks in prompts are rows that are finished from the start."""
+        programs = self.programs(sampling)
+        levels = Stats(accepted_per_position=(0,) * programs.config.levels)
+        rows = [Row(prompt, ids, TextStream(self.tokenizer, sampling.stop), levels) for prompt, ids in prompts]
+        missing = batch_size - len(rows)
+        encoded = [row.prompt_ids for row in rows] + [[0]] * missing
+        limits = [self._limit(row.prompt_ids, sampling) for row in rows] + [0] * missing
         begun = time.perf_counter()
-        with closing(decode(programs, [ids], [self._limit(ids, sampling)], sampling)) as reports:
+        with closing(decode(programs, encoded, limits, sampling)) as reports:
             for number, report in enumerate(reports):
-                before, new = len(text.ids), _row(report, 0)
-                piece = text.push(new)
-                kept = len(text.ids) - before
-                if number == 0:
-                    stats = replace(stats, prefill_seconds=time.perf_counter() - begun)
-                else:
-                    # What lies past a stop string counts as little as what lies past a stop token.
-                    drafted, accepted = int(report.drafted[0]), int(report.accepted[0])
-                    cut = (kept, kept) if kept < len(new) else (drafted, accepted)
-                    stats = stats.with_round(kept, *cut)
-                    stats = replace(stats, decode_seconds=time.perf_counter() - begun - stats.prefill_seconds)
-                if on_text is not None:
-                    on_text(piece)
-                if text.stopped:
+                seconds = time.perf_counter() - begun
+                for place, row in enumerate(rows):
+                    if not row.finished:
+                        on_text((row.advanced if number else row.prefilled)(report, place, seconds))
+                if all(row.finished for row in rows):
                     break
-        if on_text is not None:
-            on_text(text.rest())
-        stopped = text.stopped or text.ids[-1] in self.target.config.stop_ids
-        return Completion(prompt, ids, text.ids, text.text, "stop" if stopped else "length", stats)
+        on_text(rows[0].text.rest())
+        yield from (row.completion(self.target.config.stop_ids) for row in rows)
 
     def _limit(self, ids: Sequence[int], sampling: SamplingParams) -> int:
         return min(sampling.max_new_tokens, self.max_length - len(ids))
@@ -296,5 +284,5 @@ class Engine:
         )
 
 
-def _row(report: Report, row: int) -> list[int]:
-    return [int(token) for token in report.tokens[row, : report.num_tokens[row]]]
+def _ignore(piece: str) -> None:
+    """For whoever does not watch the text grow."""

@@ -83,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--prompt", action="append", metavar="TEXT",
                         help="may be repeated (default: an example, for the bundled pair)")  # fmt: skip
     source.add_argument("--prompt-file", metavar="FILE", help="one prompt a line")
+    prompts.add_argument("--batch-size", type=int, default=1, metavar="B",
+                         help="prompts decoded together (default: %(default)s)")  # fmt: skip
     prompts.add_argument("--chat", action="store_true",
                          help="wrap each prompt in the checkpoint's chat template; "
                          "without a prompt, hold a conversation")  # fmt: skip
@@ -141,6 +143,8 @@ def _run(args: argparse.Namespace) -> int:
     )
     if args.tree_width != 1:
         raise EasySpecError("--tree-width: token trees are not available yet; leave it out")
+    if args.batch_size < 1:
+        raise EasySpecError(f"--batch-size {args.batch_size} must be at least 1")
     prompts = _prompts(args)
 
     from easyspec_jax.engine import open_model
@@ -172,17 +176,18 @@ def _complete(
     from easyspec_jax import terminal
     from easyspec_jax.progress import no_bar
 
-    prepared = engine.compile(prompts, sampling, args.chat, bar)
+    together = {"chat": args.chat, "batch_size": args.batch_size}
+    prepared = engine.compile(prompts, sampling, **together, bar=bar)
     baseline = engine.baseline() if args.compare else None
     if baseline is not None:
-        baseline.compile(prompts, sampling, args.chat, bar)
+        baseline.compile(prompts, sampling, **together, bar=bar)
     if args.verbose:
         terminal.print_devices(engine, sampling, prepared)
-    stream = None if args.json or args.no_stream else _show
+    stream = None if args.json or args.no_stream or args.batch_size > 1 else _show
     if stream and prompts == [demo.PROMPT]:
         terminal.print_example(demo.PROMPT)
-    texts = engine.generate(prompts, sampling, chat=args.chat, on_text=stream)
-    plain_texts = baseline.generate(prompts, sampling, chat=args.chat) if baseline is not None else None
+    texts = engine.generate(prompts, sampling, **together, on_text=stream)
+    plain_texts = baseline.generate(prompts, sampling, **together) if baseline is not None else None
     completions, plain = [], []
     for number in range(len(prompts)):
         # A bar beside streaming text would garble both.
@@ -196,13 +201,13 @@ def _complete(
                 advance(number)
                 plain.append(next(plain_texts))
         if args.json:
-            print(json.dumps(_as_dict(completions[-1:], plain[-1:])), flush=True)
+            print(json.dumps(_as_dict(completions[-1], plain[-1] if plain else None)), flush=True)
     if args.json:
         return
     if baseline is not None:
-        terminal.print_comparison(completions, plain, engine)
+        terminal.print_comparison(completions, plain, engine, args.batch_size)
     else:
-        terminal.print_summary(completions, engine)
+        terminal.print_summary(completions, engine, args.batch_size)
 
 
 def _converse(args: argparse.Namespace, engine: "Engine", sampling: SamplingParams, bar: "Bar") -> None:
@@ -216,16 +221,16 @@ def _converse(args: argparse.Namespace, engine: "Engine", sampling: SamplingPara
     converse(engine, sampling, bar)
 
 
-def _as_dict(completion: list["Completion"], plain: list["Completion"]) -> dict[str, Any]:
+def _as_dict(completion: "Completion", plain: "Completion | None") -> dict[str, Any]:
     """A completion as `--json` prints it, beside its plain counterpart if there is one."""
     from easyspec_jax.terminal import speedup
 
-    printed = completion[0].as_dict()
-    if plain:
+    printed = completion.as_dict()
+    if plain is not None:
         printed["plain"] = {
-            "stats": plain[0].stats.as_dict(),
-            "same_tokens": plain[0].token_ids == completion[0].token_ids,
-            "speedup": speedup(completion, plain),
+            "stats": plain.stats.as_dict(),
+            "same_tokens": plain.token_ids == completion.token_ids,
+            "speedup": speedup(completion.stats, plain.stats),
         }
     return printed
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,14 +19,16 @@ if TYPE_CHECKING:
     from easyspec_jax.engine import Completion, Engine, Preparation
 
 
-def total(completions: Sequence["Completion"]) -> Stats:
-    """The figures of all of them together; there is at least one."""
-    return sum((completion.stats for completion in completions[1:]), completions[0].stats)
+def total(completions: Sequence["Completion"], batch_size: int = 1) -> Stats:
+    """The figures of all of them together; there is at least one. Those of a batch ran at once."""
+    stats = [completion.stats for completion in completions]
+    batches = [stats[first : first + batch_size] for first in range(0, len(stats), batch_size)]
+    return reduce(Stats.__add__, (reduce(Stats.beside, batch) for batch in batches))
 
 
-def print_summary(completions: Sequence["Completion"], engine: "Engine") -> None:
+def print_summary(completions: Sequence["Completion"], engine: "Engine", batch_size: int = 1) -> None:
     """One line: how fast, and what speculation had to do with it."""
-    stats = total(completions)
+    stats = total(completions, batch_size)
     fields = [
         f"{sum(len(completion.token_ids) for completion in completions)} tokens",
         f"[bold green]{stats.tokens_per_second:.1f} tokens/s[/]",
@@ -39,17 +42,20 @@ def print_summary(completions: Sequence["Completion"], engine: "Engine") -> None
     _console().print("[dim]—[/] " + " · ".join(fields))
 
 
-def print_comparison(completions: Sequence["Completion"], plain: Sequence["Completion"], engine: "Engine") -> None:
+def print_comparison(
+    completions: Sequence["Completion"], plain: Sequence["Completion"], engine: "Engine", batch_size: int = 1
+) -> None:
     """The same prompts by both ways of decoding, side by side, and the gain."""
     table = Table("", "tokens/s", "tokens a round", "acceptance rate", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
-    for name, stats in ((engine.speculative.method, total(completions)), ("vanilla", total(plain))):
+    ways = ((engine.speculative.method, total(completions, batch_size)), ("vanilla", total(plain, batch_size)))
+    for name, stats in ways:
         drafted = [f"{stats.mean_acceptance_length:.2f}", f"{stats.acceptance_rate:.2f}"] if stats.drafted else []
         table.add_row(name, f"{stats.tokens_per_second:.1f}", *drafted)
     console = _console()
     console.print(table)
-    ratio = speedup(completions, plain)
+    ratio = speedup(*(stats for _, stats in ways))
     colour = "green" if ratio > 1 else "yellow"
     same = sum(a.token_ids == b.token_ids for a, b in zip(completions, plain, strict=True))
     if len(plain) > 1:
@@ -60,16 +66,15 @@ def print_comparison(completions: Sequence["Completion"], plain: Sequence["Compl
     console.print("[dim]—[/] " + " · ".join([*gain, tokens, _mesh(engine)]))
 
 
-def speedup(completions: Sequence["Completion"], plain: Sequence["Completion"]) -> float:
+def speedup(stats: Stats, plain: Stats) -> float:
     """Tokens per second over those of plain decoding; 0 where there was nothing to decode."""
-    baseline = total(plain).tokens_per_second
-    return total(completions).tokens_per_second / baseline if baseline else 0.0
+    return stats.tokens_per_second / plain.tokens_per_second if plain.tokens_per_second else 0.0
 
 
 def print_devices(engine: "Engine", sampling: SamplingParams, prepared: "Preparation") -> None:
     """Mesh, groups, times, and for each device which draft layers' attention and how many bytes it holds."""
     capacity = prepared.capacities[-1]
-    state = engine.programs(sampling.temperature).start(sampling, [1], capacity)
+    state = engine.programs(sampling).start(sampling, [1], capacity)
     target, draft = engine.load()
     columns = [_bytes_per_device(tree) for tree in (target, draft, (state.target, state.draft))]
     table = Table("device", "grouped draft layers", "target", "draft", f"KV of {capacity} tokens", box=None)

@@ -180,7 +180,7 @@ def write_texts(target: Path, tokens: np.ndarray, rows: int, batches: int) -> np
         sampling = SamplingParams(temperature=0.8 * (batch % 2), seed=batch * rows)
         limits = [LENGTH - PROMPT - 2] * rows
         written = prompts
-        for report in decode(engine.programs(sampling.temperature), prompts, limits, sampling):
+        for report in decode(engine.programs(sampling), prompts, limits, sampling):
             written = [text + report.tokens[row, : report.num_tokens[row]].tolist() for row, text in enumerate(written)]
         texts += written
         console.print(f"written {batch + 1}/{batches}")

@@ -95,9 +95,10 @@ def test_seed_makes_sampling_repeatable(arguments, capsys):
     [
         (["--method", "tree"], "--method tree is not available yet"),
         (["--tree-width", "4"], "token trees are not available yet"),
-        (["--verifier", "coupled"], "--verifier coupled is not available yet"),
-        (["--top-k", "5"], "--top-k is not available yet"),
-        (["--top-p", "0.9"], "--top-p is not available yet"),
+        (["--verifier", "other"], "invalid choice: 'other'"),
+        (["--top-k", "-1"], "--top-k -1 must be 0 (all) or"),
+        (["--top-p", "0"], "--top-p 0.0 must be a probability"),
+        (["--top-p", "nan"], "--top-p nan must be a probability"),
         (["--temperature", "-1"], "--temperature -1.0 must be"),
         (["--temperature", "nan"], "--temperature nan must be"),
         (["--seed", "-1"], "--seed -1 must be"),
@@ -117,6 +118,7 @@ def test_seed_makes_sampling_repeatable(arguments, capsys):
         (["--max-length", "6"], "leaves no room within --max-length 6"),
         (["--max-length", "1000000"], "--max-length 1000000 must be from 2 to"),
         (["--chat"], "no chat template"),
+        (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (["--stop", ""], "--stop '' would end every text"),
         (["--unknown"], "unrecognized arguments: --unknown"),
     ],
@@ -305,3 +307,39 @@ def test_progress_and_text_share_a_terminal(arguments, terminal):
         assert bar in output.err
     assert main([*arguments, "--json", "--prompt", "a"]) == 0
     assert terminal.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--method", "vanilla"], ["--method", "easyspec", "--temperature", "0.8", "--top-k", "50"]],
+    ids=["plain", "sampled"],
+)
+def test_a_batch_changes_no_text(arguments, capsys, flags):
+    """Five prompts of different lengths, one of which ends early, alone and in batches of 3, the last one short."""
+    prompts = ["a", "b" * 150, "Hello", "wörld", "x y z"]
+    flags = [*flags, *(flag for prompt in prompts for flag in ("--prompt", prompt))]
+
+    def objects(batch_size):
+        assert main([*arguments, *flags, "--json", "--batch-size", batch_size]) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    alone = objects("1")
+    assert [o["prompt"] for o in alone] == prompts
+    flags += ["--stop", alone[2]["text"][3:5]]
+    alone = objects("1")
+    assert len({len(o["token_ids"]) for o in alone}) > 1
+    for one, together in zip(alone, objects("3"), strict=True):
+        for key in ("prompt", "token_ids", "text", "finish_reason"):
+            assert one[key] == together[key]
+        for key in ("rounds", "drafted", "accepted"):
+            assert one["stats"][key] == together["stats"][key]
+
+
+def test_a_batch_is_printed_in_order_and_timed_once(arguments, capsys):
+    flags = ["--prompt", "Hello", "--prompt", "b"]
+    assert main([*arguments, *flags, "--no-stream"]) == 0
+    texts = capsys.readouterr().out
+    assert main([*arguments, *flags, "--batch-size", "2"]) == 0
+    output = capsys.readouterr()
+    assert output.out == texts
+    assert "24 tokens" in output.err

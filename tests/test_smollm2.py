@@ -69,7 +69,7 @@ def batch(open_engine, plain):
     def generate(mesh: str, method: Method, calibration: bool = True) -> tuple[list[list[int]], int, int]:
         rows: list[list[int]] = [[] for _ in PROMPTS]
         drafted = accepted = 0
-        programs = open_engine(mesh, method, calibration).programs(temperature=0.0)
+        programs = open_engine(mesh, method, calibration).programs(SamplingParams())
         for report in decode(programs, plain[0], [NEW_TOKENS] * len(PROMPTS), SamplingParams()):
             for row, tokens in enumerate(rows):
                 tokens += report.tokens[row, : report.num_tokens[row]].tolist()

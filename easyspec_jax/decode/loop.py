@@ -41,11 +41,14 @@ class Programs:
 
     def start(self, sampling: SamplingParams, limits: Sequence[int], capacity: int) -> State:
         """Empty rows, one per limit (tokens to generate). Row i's noise is that of seed + i."""
-        seeds = (sampling.seed + np.arange(len(limits))) % 2**32
+        rows = len(limits)
+        seeds = (sampling.seed + np.arange(rows)) % 2**32
         request = Request(
             seed=self._replicated(seeds.astype(np.uint32)),
-            temperature=self._replicated(np.full(len(limits), sampling.temperature, np.float32)),
-            round=self._replicated(np.zeros(len(limits), np.int32)),
+            round=self._replicated(np.zeros(rows, np.int32)),
+            temperature=self._replicated(np.full(rows, sampling.temperature, np.float32)),
+            top_k=self._replicated(np.full(rows, sampling.top_k, np.int32)),
+            top_p=self._replicated(np.full(rows, sampling.top_p, np.float32)),
         )
         return self._start(self._leaves, request, self._replicated(np.asarray(limits, np.int32)), capacity)
 
@@ -137,10 +140,10 @@ def decode(
             jax.block_until_ready(state.length)
 
 
-def warm_up(programs: Programs, capacity: int) -> None:
-    """Compiles what decode() uses for one row and this cache capacity, by decoding a row that is finished."""
-    state = programs.start(SamplingParams(), [0], capacity)
-    state, _ = prefill_all(programs, state, [[0]])
+def warm_up(programs: Programs, capacity: int, rows: int = 1) -> None:
+    """Compiles what decode() uses for so many rows and this cache capacity, by decoding rows that are finished."""
+    state = programs.start(SamplingParams(), [0] * rows, capacity)
+    state, _ = prefill_all(programs, state, [[0]] * rows)
     state, _ = programs.round(state)
     jax.block_until_ready(state.length)
 

@@ -46,8 +46,16 @@ class Stats:
             decoded_tokens=self.decoded_tokens + tokens,
         )
 
+    def beside(self, other: Self) -> Self:
+        """The figures of both together, where both ran at once: times are those of the longer one."""
+        return replace(
+            self + other,
+            prefill_seconds=max(self.prefill_seconds, other.prefill_seconds),
+            decode_seconds=max(self.decode_seconds, other.decode_seconds),
+        )
+
     def __add__(self, other: Self) -> Self:
-        """The figures of both together, as if one followed the other."""
+        """The figures of both together, where one followed the other."""
         pairs = zip(self.accepted_per_position, other.accepted_per_position, strict=True)
         return replace(
             self,

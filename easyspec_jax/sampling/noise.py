@@ -18,6 +18,7 @@ class Purpose(IntEnum):
     DRAFT = 0
     ACCEPT = 1
     RESIDUAL = 2
+    TOKEN = 3
 
 
 def noise_keys(

@@ -3,13 +3,18 @@
 A new verifier is one module with the two methods of `Verifier` and one line in `choose`.
 """
 
+from easyspec_jax.config import SamplingParams
 from easyspec_jax.verify.base import Request, Verdict, Verifier
+from easyspec_jax.verify.coupled import Coupled
 from easyspec_jax.verify.greedy import Greedy
 from easyspec_jax.verify.rejection import Rejection
 
-__all__ = ["Greedy", "Rejection", "Request", "Verdict", "Verifier", "choose"]
+__all__ = ["Coupled", "Greedy", "Rejection", "Request", "Verdict", "Verifier", "choose"]
 
 
-def choose(temperature: float) -> Verifier:
-    """The verifier for a temperature: at 0 every one is the same comparison with the arg-max."""
-    return Greedy() if temperature == 0 else Rejection()
+def choose(name: str, sampling: SamplingParams) -> Verifier:
+    """The verifier of a name for what is asked: at temperature 0 every one is the same comparison with the arg-max."""
+    if sampling.temperature == 0:
+        return Greedy()
+    truncates = sampling.top_k > 0 or sampling.top_p < 1
+    return {"rejection": Rejection, "coupled": Coupled}[name](truncates)

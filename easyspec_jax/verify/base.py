@@ -2,22 +2,31 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import jax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from easyspec_jax.mesh import Axes
+from easyspec_jax.sampling.warp import shard_cutoff, warp
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["seed", "temperature", "round"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["seed", "round", "temperature", "top_k", "top_p"], meta_fields=[]
+)
 @dataclass(frozen=True)
 class Request:
-    """Each row's noise and distribution: its seed, its temperature and how many rounds it has had."""
+    """Each row's noise and distribution: its seed, how many rounds it has had, its temperature, top-k and top-p."""
 
     seed: UInt32[Array, " batch"]
-    temperature: Float[Array, " batch"]
     round: Int[Array, " batch"]
+    temperature: Float[Array, " batch"]
+    top_k: Int[Array, " batch"]
+    top_p: Float[Array, " batch"]
+
+    def take(self, rows: Int[Array, " rows"]) -> Self:
+        """The same for some of the rows, perhaps several times."""
+        return jax.tree.map(lambda x: x[rows], self)
 
 
 class Verdict(NamedTuple):
@@ -28,6 +37,14 @@ class Verdict(NamedTuple):
 
     accept: Bool[Array, "batch levels"]
     token: Int[Array, "batch levels+1"]
+
+
+def warp_shards(
+    logits: Float[Array, "rows vocab_shard"], request: Request, axes: Axes, truncates: bool
+) -> Float[Array, "rows vocab_shard"]:
+    """The rows' warped logits, whose vocabulary is split over axes. truncates: some row asks for top-k or top-p."""
+    cut = shard_cutoff(logits, request.temperature, request.top_k, request.top_p, axes) if truncates else None
+    return warp(logits, request.temperature, cut)
 
 
 class Verifier(Protocol):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from easyspec_jax.mesh import ALL_AXES, Axes
@@ -28,7 +29,10 @@ class Greedy:
         request: Request,
         draft_axes: Axes,
     ) -> Verdict:
-        """Accepts the tokens that equal the target's arg-max."""
+        """Accepts the tokens that the target would have proposed in the draft's place."""
         batch, columns, _ = target.shape
-        tokens = argmax(target.reshape(batch * columns, -1), ALL_AXES).reshape(batch, columns)
+        positions = position[:, None] + jnp.arange(columns, dtype=position.dtype)[None, :]
+        rows = jnp.repeat(jnp.arange(batch), columns)
+        tokens = self.propose(target.reshape(batch * columns, -1), positions.reshape(-1), request.take(rows), ALL_AXES)
+        tokens = tokens.reshape(batch, columns)
         return Verdict(tokens[:, : drafted.shape[1]] == drafted, tokens)

@@ -13,13 +13,17 @@ from easyspec_jax.mesh import ALL_AXES, Axes
 from easyspec_jax.model.collectives import shard_index
 from easyspec_jax.sampling.noise import Keys, Purpose, gumbel, noise_keys, uniform
 from easyspec_jax.sampling.shards import argmax, gather_rows, own_rows, whole_rows
-from easyspec_jax.sampling.warp import warp
-from easyspec_jax.verify.base import Request, Verdict
+from easyspec_jax.verify.base import Request, Verdict, warp_shards
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """The draft samples from its own warped distribution q; the target accepts with min(1, p / q)."""
+    """The draft samples from its own warped distribution q; the target accepts with min(1, p / q).
+
+    truncates: some request asks for top-k or top-p.
+    """
+
+    truncates: bool = False
 
     def propose(
         self, logits: Float[Array, "batch vocab_shard"], position: Int[Array, " batch"], request: Request, axes: Axes
@@ -28,7 +32,7 @@ class Rejection:
         keys = noise_keys(request.seed, position[:, None], request.round, Purpose.DRAFT)[:, 0]
         size = logits.shape[-1]
         noise = gumbel(keys, shard_index(axes) * size, size)
-        return argmax(warp(logits, request.temperature) + noise, axes)
+        return argmax(warp_shards(logits, request, axes, self.truncates) + noise, axes)
 
     def verify(
         self,
@@ -44,14 +48,15 @@ class Rejection:
         rows = batch * columns
         bonus = [(0, 0), (0, 1)]  # a column without a draft
         positions = position[:, None] + jnp.arange(columns, dtype=position.dtype)[None, :]
-        temperature = own_rows(jnp.repeat(request.temperature, columns), ALL_AXES)
+        of_row = request.take(jnp.repeat(jnp.arange(batch), columns))
+        own = jax.tree.map(lambda x: own_rows(x, ALL_AXES), of_row)
 
         def keys(purpose: Purpose) -> Keys:
             return own_rows(noise_keys(request.seed, positions, request.round, purpose).reshape(rows), ALL_AXES)
 
         logits = jnp.pad(draft, [*bonus, (0, 0)]).reshape(rows, -1)
-        p = jax.nn.softmax(warp(whole_rows(target.reshape(rows, -1), ALL_AXES), temperature), axis=-1)
-        q = jax.nn.softmax(warp(whole_rows(logits, ALL_AXES, split=bool(draft_axes)), temperature), axis=-1)
+        p = self._distribution(whole_rows(target.reshape(rows, -1), ALL_AXES), own)
+        q = self._distribution(whole_rows(logits, ALL_AXES, split=bool(draft_axes)), own)
         token = own_rows(jnp.pad(drafted, bonus).reshape(rows), ALL_AXES)
         has_draft = own_rows(jnp.pad(jnp.ones_like(drafted, bool), bonus).reshape(rows), ALL_AXES)
 
@@ -61,6 +66,9 @@ class Rejection:
         passed = gather_rows(passed, rows, ALL_AXES).reshape(batch, columns)
         instead = gather_rows(instead, rows, ALL_AXES).reshape(batch, columns)
         return Verdict(passed[:, : columns - 1], instead)
+
+    def _distribution(self, logits: Float[Array, "rows vocab"], request: Request) -> Float[Array, "rows vocab"]:
+        return jax.nn.softmax(warp_shards(logits, request, (), self.truncates), axis=-1)
 
 
 def accept(

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from easyspec_jax.config import SamplingParams
 from easyspec_jax.mesh import ALL_AXES, MeshShape
-from easyspec_jax.verify import Greedy, Rejection, Request, Verdict, choose
+from easyspec_jax.verify import Coupled, Greedy, Rejection, Request, Verdict, choose
 from tests.helpers import on_mesh
 
 BATCH, VOCAB = 32, 48
@@ -20,7 +21,7 @@ def test_a_token_passes_if_it_is_the_targets_argmax(mesh, levels, draft_axes):
     target = random.integers(-9, 3, size=(BATCH, levels + 1, VOCAB)).astype(np.float32)  # many ties
     draft = target[:, :levels] + random.integers(0, 2, size=(BATCH, levels, VOCAB)).astype(np.float32)
     zeros = np.zeros(BATCH, np.int32)
-    request = Request(seed=zeros.astype(np.uint32), temperature=zeros.astype(np.float32), round=zeros)  # pyright: ignore[reportArgumentType]
+    request = Request(zeros.astype(np.uint32), zeros, zeros.astype(np.float32), zeros, zeros.astype(np.float32))  # pyright: ignore[reportArgumentType]
 
     def body(target: jax.Array, draft: jax.Array, request: Request) -> tuple[jax.Array, Verdict]:
         verifier, position = Greedy(), request.round
@@ -38,7 +39,11 @@ def test_a_token_passes_if_it_is_the_targets_argmax(mesh, levels, draft_axes):
         assert 0 < np.sum(verdict.accept) < verdict.accept.size
 
 
-def test_the_temperature_chooses_the_verifier():
-    assert choose(0.0) == Greedy()
-    assert choose(0.7) == choose(1.0) == Rejection()
-    assert len({Greedy(), Greedy(), Rejection(), Rejection()}) == 2  # as static arguments they must not recompile
+def test_name_and_sampling_choose_the_verifier():
+    for name, sampled in (("rejection", Rejection), ("coupled", Coupled)):
+        assert choose(name, SamplingParams(top_k=5)) == Greedy()
+        assert choose(name, SamplingParams(temperature=0.7)) == choose(name, SamplingParams(temperature=1)) == sampled()
+        assert choose(name, SamplingParams(temperature=1, top_k=5)) == sampled(truncates=True)
+        assert choose(name, SamplingParams(temperature=1, top_p=0.5)) == sampled(truncates=True)
+    # As static arguments they must not recompile, and must not be taken for one another.
+    assert len({Greedy(), Greedy(), Rejection(), Rejection(), Coupled(), Coupled(True), Rejection(True)}) == 5

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from easyspec_jax.mesh import ALL_AXES, Axes, MeshShape
 from easyspec_jax.sampling import noise
 from easyspec_jax.sampling.noise import Purpose
-from easyspec_jax.verify import Rejection, Request, Verdict, rejection
+from easyspec_jax.verify import Rejection, Request, Verdict, Verifier, rejection
 from tests.helpers import goodness_of_fit, on_mesh
 
 BLOCK = 16
@@ -60,6 +60,16 @@ def make_pairs() -> dict[str, Pair]:
     }
 
 
+class Truncation(NamedTuple):
+    """What sampling keeps."""
+
+    top_k: int
+    top_p: float
+
+
+NONE = Truncation(0, 1.0)
+TRUNCATIONS = (Truncation(3, 1.0), Truncation(0, 0.8), Truncation(6, 0.9))
+REJECTION = Rejection()
 PAIRS = make_pairs()
 TEMPERATURES = (0.7, 1.0)
 CASES = [(mesh, name, temperature) for mesh in CHAINS for name in PAIRS for temperature in TEMPERATURES]
@@ -75,15 +85,12 @@ class Chains(NamedTuple):
 
 
 @cache
-def program(mesh: MeshShape, draft_axes: Axes, planted: bool = False) -> Any:
-    """Drafts and verifies one chain per seed; with planted, under one of FAULTS by number."""
+def program(mesh: MeshShape, draft_axes: Axes, planted: bool = False, verifier: Verifier = REJECTION) -> Any:
+    """Drafts and verifies one chain per request; with planted, under one of FAULTS by number."""
 
-    def body(
-        pair: Pair, ids: jax.Array, temperature: jax.Array, seeds: jax.Array, fault: jax.Array
-    ) -> tuple[jax.Array, Verdict]:
-        batch, verifier = seeds.shape, Rejection()
+    def body(pair: Pair, ids: jax.Array, request: Request, fault: jax.Array) -> tuple[jax.Array, Verdict]:
+        batch = request.seed.shape
         start = jnp.full(batch, POSITION, jnp.int32)
-        request = Request(seeds, temperature, jnp.zeros(batch, jnp.int32))
         tokens = [jnp.full(batch, ids[0])]
         p, q = [], []
         for level in range(LEVELS + 1):
@@ -97,15 +104,21 @@ def program(mesh: MeshShape, draft_axes: Axes, planted: bool = False) -> Any:
         return drafted, verdict
 
     def faulty(*args: jax.Array) -> tuple[jax.Array, Verdict]:
-        with planting(fault=args[-1], temperature=args[2][0]):
+        with planting(fault=args[-1], temperature=args[2].temperature[0]):  # pyright: ignore[reportAttributeAccessIssue]
             return body(*args)  # pyright: ignore[reportArgumentType]
 
-    specs = (Pair(P(None, None, ALL_AXES), P(None, None, draft_axes or None)), P(), P(), P(), P())  # pyright: ignore[reportArgumentType]
+    specs = (Pair(P(None, None, ALL_AXES), P(None, None, draft_axes or None)), P(), P(), P())  # pyright: ignore[reportArgumentType]
     return on_mesh(mesh, faulty if planted else body, specs, P())
 
 
 def draw(
-    program: Any, pair: Pair, temperature: float | np.ndarray, seeds: np.ndarray, devices: int = 1, fault: int = 0
+    program: Any,
+    pair: Pair,
+    temperature: float | np.ndarray,
+    seeds: np.ndarray,
+    devices: int = 1,
+    fault: int = 0,
+    truncation: Truncation = NONE,
 ) -> Chains:
     """Chains over the ids of a vocabulary for that many devices, in which the tokens are spread out."""
     vocab = devices * BLOCK
@@ -113,8 +126,8 @@ def draw(
     spread = Pair(*(np.full((*logits.shape[:-1], vocab), -np.inf, np.float32) for logits in pair))
     for wide, logits in zip(spread, pair, strict=True):
         wide[..., ids] = logits
-    temperatures = np.broadcast_to(np.float32(temperature), seeds.shape)
-    drafted, verdict = jax.device_get(program(spread, ids, temperatures, seeds.astype(np.uint32), np.int32(fault)))
+    request = make_request(seeds, temperature, truncation)
+    drafted, verdict = jax.device_get(program(spread, ids, request, np.int32(fault)))
     accepted = np.cumprod(verdict.accept, axis=1).sum(axis=1)
     columns = np.arange(LEVELS + 1)
     tokens = np.where(columns < accepted[:, None], np.pad(drafted, [(0, 0), (0, 1)]), verdict.token)
@@ -122,9 +135,18 @@ def draw(
     return Chains(np.searchsorted(ids, tokens), accepted)
 
 
-def p_values(chains: Chains, pair: Pair, temperature: float) -> list[float]:
+def make_request(seeds: np.ndarray, temperature: float | np.ndarray, truncation: Truncation = NONE) -> Request:
+    """Rows of their own seeds, and of one or their own temperatures."""
+    return jax.tree.map(
+        lambda value, dtype: np.broadcast_to(np.asarray(value, dtype), seeds.shape),
+        Request(seeds, 0, temperature, *truncation),  # pyright: ignore[reportArgumentType]
+        Request(np.uint32, np.int32, np.float32, np.int32, np.float32),  # pyright: ignore[reportArgumentType]
+    )
+
+
+def p_values(chains: Chains, pair: Pair, temperature: float, truncation: Truncation = NONE) -> list[float]:
     """Of the acceptance rate of the first draft, and of each level's tokens given the token before."""
-    p, q = (softmax(logits / temperature) for logits in pair)
+    p, q = (truncated(softmax(logits / temperature), truncation) for logits in pair)
     overlap = np.minimum(p[0, 0], q[0, 0]).sum()
     result = [goodness_of_fit(np.bincount(chains.accepted > 0, minlength=2)[None], np.array([[1 - overlap, overlap]]))]
     before = np.zeros(len(chains.tokens), int)
@@ -142,6 +164,17 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
+def truncated(probabilities: np.ndarray, truncation: Truncation) -> np.ndarray:
+    """Top-k and then top-p, spelled out row by row."""
+    result = np.zeros_like(probabilities)
+    for row in np.ndindex(*probabilities.shape[:-1]):
+        order = np.argsort(-probabilities[row], kind="stable")[: truncation.top_k or None]
+        among = probabilities[row][order] / probabilities[row][order].sum()
+        kept = order[: 1 + np.searchsorted(np.cumsum(among), truncation.top_p)]
+        result[row][kept] = probabilities[row][kept]
+    return result / result.sum(axis=-1, keepdims=True)
+
+
 @pytest.mark.parametrize(
     ("mesh", "name", "temperature"), CASES, ids=lambda x: f"{x.layer}x{x.tensor}" if isinstance(x, MeshShape) else None
 )
@@ -151,20 +184,33 @@ def test_emitted_tokens_follow_the_target(mesh, name, temperature):
     assert min(p_values(chains, PAIRS[name], temperature)) > ALPHA
 
 
+@pytest.mark.parametrize("mesh", CHAINS, ids=str)
+@pytest.mark.parametrize("name", ["good", "bad"])  # cut, the other drafts share too few ids with the target to go on
+@pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
+def test_truncated_tokens_follow_the_truncated_target(mesh, name, truncation):
+    """-inf logits and all; draft and target are cut each by its own probabilities."""
+    seeds = np.arange(CHAINS[mesh]) + 10**8
+    cutting = program(mesh, ALL_AXES, verifier=Rejection(truncates=True))
+    chains = draw(cutting, PAIRS[name], 1.0, seeds, mesh.size, truncation=truncation)
+    assert min(p_values(chains, PAIRS[name], 1.0, truncation)) > ALPHA
+    whole = truncated(softmax(PAIRS[name].target), NONE)
+    assert (truncated(whole, truncation) == 0).sum() > (whole == 0).sum()
+
+
 def test_plain_decoding_follows_the_target():
     """Without a draft the verifier samples the target."""
     pair, temperature = PAIRS["good"], 0.7
     logits = np.full(BLOCK, -np.inf, np.float32)
     logits[:TOKENS] = pair.target[0, 0]
 
-    def body(logits: jax.Array, seeds: jax.Array) -> Verdict:
-        batch = len(seeds)
+    def body(logits: jax.Array, request: Request) -> Verdict:
+        batch = len(request.seed)
         row = jnp.broadcast_to(logits, (batch, 1, *logits.shape))
         zeros = jnp.zeros(batch, jnp.int32)
-        request = Request(seeds, jnp.full(batch, temperature, jnp.float32), zeros)
         return Rejection().verify(row, row[:, :0], jnp.zeros((batch, 0), jnp.int32), zeros, request, ALL_AXES)
 
-    verdict = on_mesh(ONE, body, (P(ALL_AXES), P()), P())(logits, np.arange(CHAINS[ONE], dtype=np.uint32))
+    request = make_request(np.arange(CHAINS[ONE]), temperature)
+    verdict = on_mesh(ONE, body, (P(ALL_AXES), P()), P())(logits, request)
     assert verdict.accept.shape == (CHAINS[ONE], 0)
     counts = np.bincount(verdict.token[:, 0], minlength=TOKENS)[None]
     assert goodness_of_fit(counts, softmax(pair.target[:1, 0] / temperature)) > ALPHA
