@@ -2,11 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from easyspec_jax.decode.metrics import Stats
 from easyspec_jax.decode.round import Report
+from easyspec_jax.errors import EasySpecError
 from easyspec_jax.tokenizer import Prompt, TextStream
+
+Item = TypeVar("Item")
+
+
+def batched(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """Consecutive items, so many at a time, the last ones perhaps fewer. Raises EasySpecError if size < 1."""
+    if size < 1:
+        raise EasySpecError(f"--batch-size {size} must be at least 1")
+    return [items[first : first + size] for first in range(0, len(items), size)]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from easyspec_jax import demo
 from easyspec_jax.checkpoint import Checkpoint, open_checkpoint
-from easyspec_jax.completion import Completion, Row
+from easyspec_jax.completion import Completion, Row, batched
 from easyspec_jax.config import DType, Platform, SamplingParams, SpeculativeConfig, resolve_dtype
 from easyspec_jax.decode.loop import Programs, decode, warm_up
 from easyspec_jax.decode.metrics import Stats
@@ -186,15 +186,15 @@ class Engine:
         if on_text is not None and batch_size > 1:
             raise EasySpecError("texts of one batch cannot be streamed at once; leave out on_text or batch_size")
         sampling = sampling or SamplingParams()
-        encoded = [(prompt, self.encode(prompt, chat)) for prompt in prompts]
+        batches = batched([(prompt, self.encode(prompt, chat)) for prompt in prompts], batch_size)
         return itertools.chain.from_iterable(
             self._complete(
-                encoded[first : first + batch_size],
-                replace(sampling, seed=(sampling.seed + first) % 2**32),
+                batch,
+                replace(sampling, seed=(sampling.seed + number * batch_size) % 2**32),
                 batch_size,
                 on_text or _ignore,
             )
-            for first in range(0, len(encoded), batch_size)
+            for number, batch in enumerate(batches)
         )
 
     def programs(self, sampling: SamplingParams) -> Programs:
@@ -226,7 +226,7 @@ class Engine:
         Raises EasySpecError for any bad prompt before any weight is read.
         """
         lengths = [len(ids) + self._limit(ids, sampling) for ids in (self.encode(prompt, chat) for prompt in prompts)]
-        batches = [lengths[first : first + batch_size] for first in range(0, len(lengths), batch_size)]
+        batches = batched(lengths, batch_size)
         begun = time.perf_counter()
         jax.block_until_ready(jax.tree.leaves(self.load(bar)))
         loaded = time.perf_counter()

@@ -143,8 +143,6 @@ def _run(args: argparse.Namespace) -> int:
     )
     if args.tree_width != 1:
         raise EasySpecError("--tree-width: token trees are not available yet; leave it out")
-    if args.batch_size < 1:
-        raise EasySpecError(f"--batch-size {args.batch_size} must be at least 1")
     prompts = _prompts(args)
 
     from easyspec_jax.engine import open_model

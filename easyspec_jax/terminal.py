@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from easyspec_jax.completion import batched
 from easyspec_jax.config import SamplingParams
 from easyspec_jax.decode.metrics import Stats
 from easyspec_jax.draft.grouping import format_groups, position_of
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
 def total(completions: Sequence["Completion"], batch_size: int = 1) -> Stats:
     """The figures of all of them together; there is at least one. Those of a batch ran at once."""
     stats = [completion.stats for completion in completions]
-    batches = [stats[first : first + batch_size] for first in range(0, len(stats), batch_size)]
-    return reduce(Stats.__add__, (reduce(Stats.beside, batch) for batch in batches))
+    return reduce(Stats.__add__, (reduce(Stats.beside, batch) for batch in batched(stats, batch_size)))
 
 
 def print_summary(completions: Sequence["Completion"], engine: "Engine", batch_size: int = 1) -> None:

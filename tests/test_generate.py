@@ -241,6 +241,8 @@ def test_five_lines_of_python(model):
         assert np.isfinite(completion.stats.tokens_per_second)
     with pytest.raises(EasySpecError, match="a list of prompts"):
         engine.generate("one string")
+    with pytest.raises(EasySpecError, match="must be at least 1"):
+        engine.generate(["a"], batch_size=0)
 
 
 def test_a_stop_string_ends_the_text_the_same_way_for_every_method(model, arguments, capsys):
