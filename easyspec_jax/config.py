@@ -32,6 +32,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(qkv_bias=True),
 }
 
+MAX_WIDTH = 64
 _INT32 = 2**31
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
           "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")  # fmt: skip
@@ -223,14 +224,17 @@ def _check_values(config: ModelConfig, origin: str) -> None:
 class SpeculativeConfig:
     """How a round drafts and verifies.
 
-    num_speculative_tokens: levels drafted per round. lp_size: layers a group, for the paper's grouping rule;
-    lp_strategy: explicit groups such as "0,1-3,4-7", which override lp_size. calibration: rebuild exact draft KV
-    every round. draft_tensor_parallel_size: whatever of the draft is not layer-parallel is replicated ("1") or
-    split over all devices ("all").
+    num_speculative_tokens: levels drafted per round. tree_width: nodes a level, of which the best tree_nodes are
+    verified; None stands for a chain, or 4 with method "tree", and for all of them. lp_size: layers a group, for the
+    paper's grouping rule; lp_strategy: explicit groups such as "0,1-3,4-7", which override lp_size. calibration:
+    rebuild exact draft KV every round. draft_tensor_parallel_size: whatever of the draft is not layer-parallel is
+    replicated ("1") or split over all devices ("all").
     """
 
     method: Method = "easyspec"
     num_speculative_tokens: int = 5
+    tree_width: int | None = None
+    tree_nodes: int | None = None
     lp_size: int = 4
     lp_strategy: str | None = None
     calibration: bool = True
@@ -241,12 +245,22 @@ class SpeculativeConfig:
         check_choice("method", self.method, get_args(Method))
         check_choice("verifier", self.verifier, get_args(Verifier))
         check_choice("draft-tensor-parallel-size", self.draft_tensor_parallel_size, get_args(DraftTensorParallelSize))
-        if self.method == "tree":
-            raise EasySpecError("--method tree is not available yet; use vanilla, sd or easyspec")
         if not 1 <= self.num_speculative_tokens <= 16:
             raise EasySpecError(f"--num-speculative-tokens {self.num_speculative_tokens} must be from 1 to 16")
+        if not 1 <= self.width <= MAX_WIDTH:
+            raise EasySpecError(f"--tree-width {self.tree_width} must be from 1 to {MAX_WIDTH}")
+        if self.method == "sd" and self.width > 1:
+            raise EasySpecError(f"--method sd drafts chains; --tree-width {self.width} needs --method tree or easyspec")
+        most = self.num_speculative_tokens * self.width
+        if self.tree_nodes is not None and not 1 <= self.tree_nodes <= most:
+            raise EasySpecError(f"--tree-nodes {self.tree_nodes} must be from 1 to the {most} nodes of the whole tree")
         if self.lp_size < 1:
             raise EasySpecError(f"--lp-size {self.lp_size} must be at least 1")
+
+    @property
+    def width(self) -> int:
+        """Nodes drafted a level."""
+        return self.tree_width if self.tree_width is not None else 4 if self.method == "tree" else 1
 
 
 @dataclass(frozen=True)

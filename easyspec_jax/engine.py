@@ -93,7 +93,7 @@ def open_model(
 
 
 def _groups(speculative: SpeculativeConfig, num_layers: int) -> tuple[Group, ...]:
-    if speculative.method == "sd":
+    if speculative.method in ("sd", "tree"):
         return tuple(range(layer, layer + 1) for layer in range(num_layers))
     if speculative.lp_strategy is not None:
         return parse_groups(speculative.lp_strategy, num_layers)
@@ -206,6 +206,8 @@ class Engine:
             calibration=self.speculative.calibration and self.speculative.method == "easyspec",
             verifier=choose(self.speculative.verifier, sampling),
             stop_ids=self.target.config.stop_ids,
+            width=self.speculative.width,
+            nodes=self.speculative.tree_nodes,
         )
         if config not in self._programs:
             target, draft = self.load()

@@ -94,8 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     drafting.add_argument("--method", default=default.method, choices=get_args(Method),
                           help="default: %(default)s")  # fmt: skip
     drafting.add_argument("--num-speculative-tokens", type=int, default=default.num_speculative_tokens, metavar="N",
-                          help="tokens drafted per round (default: %(default)s)")  # fmt: skip
-    drafting.add_argument("--tree-width", type=int, default=1, metavar="W", help="nodes a level (1: a chain)")
+                          help="depth of the draft of a round (default: %(default)s)")  # fmt: skip
+    drafting.add_argument("--tree-width", type=int, metavar="W",
+                          help="tokens drafted at each depth (default: 1, a chain; 4 for --method tree)")  # fmt: skip
+    drafting.add_argument("--tree-nodes", type=int, metavar="M",
+                          help="how many of them, the best, the target verifies (default: all)")  # fmt: skip
     drafting.add_argument("--lp-size", type=int, default=default.lp_size, metavar="N",
                           help="layers that run at once (default: %(default)s)")  # fmt: skip
     drafting.add_argument("--lp-strategy", metavar="S", help='explicit groups, such as "0,1-3,4-7,8"')
@@ -135,14 +138,14 @@ def _run(args: argparse.Namespace) -> int:
     speculative = SpeculativeConfig(
         method=args.method,
         num_speculative_tokens=args.num_speculative_tokens,
+        tree_width=args.tree_width,
+        tree_nodes=args.tree_nodes,
         lp_size=args.lp_size,
         lp_strategy=args.lp_strategy,
         calibration=not args.no_calibration,
         draft_tensor_parallel_size=args.draft_tensor_parallel_size,
         verifier=args.verifier,
     )
-    if args.tree_width != 1:
-        raise EasySpecError("--tree-width: token trees are not available yet; leave it out")
     prompts = _prompts(args)
 
     from easyspec_jax.engine import open_model

@@ -36,7 +36,7 @@ class Programs:
 
         Behind the text there is room for one round's padding and drafts.
         """
-        needed = max(tokens + self.config.levels + 2, PREFILL_CHUNK)
+        needed = max(tokens + self.config.scratch + 1, PREFILL_CHUNK)
         return 1 << (needed - 1).bit_length()
 
     def start(self, sampling: SamplingParams, limits: Sequence[int], capacity: int) -> State:

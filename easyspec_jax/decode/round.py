@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
+from easyspec_jax.decode.drafting import draft_tree
 from easyspec_jax.draft.parallel import run_fuzzy
-from easyspec_jax.mesh import ALL_AXES
-from easyspec_jax.model.collectives import from_first_device
+from easyspec_jax.model.attention import Nodes
+from easyspec_jax.model.cache import move
 from easyspec_jax.model.transformer import Caches, Decoder, run_exact
+from easyspec_jax.tree import Tree, bare_root, path_to, prune
 from easyspec_jax.verify import Request, Verdict, Verifier
 
 
@@ -22,21 +24,30 @@ from easyspec_jax.verify import Request, Verdict, Verifier
 class RoundConfig:
     """What a compiled round is specialised to.
 
-    levels: drafted tokens, 0 for plain decoding. calibration: the draft's KV of accepted tokens is rebuilt exactly
-    every round; otherwise what drafting wrote is kept. stop_ids end a text.
+    levels: of the drafted tree, 0 for plain decoding; width: nodes a level, 1 for a chain; nodes: how many of all nodes
+    are verified, None for all.
+    calibration: the draft's KV of accepted tokens is rebuilt exactly every round; otherwise what drafting wrote is
+    kept. stop_ids end a text.
     """
 
     levels: int
     calibration: bool
     verifier: Verifier
     stop_ids: tuple[int, ...]
+    width: int = 1
+    nodes: int | None = None
 
     @property
     def pending_size(self) -> int:
         """The most tokens that the draft's cache can lack at the start of a round."""
         if self.calibration or self.levels == 0:
             return self.levels + 1
-        return 2  # drafting writes no KV for its last token, and none for the bonus token
+        return 2  # drafting writes no KV for its last level, and none for the bonus token
+
+    @property
+    def scratch(self) -> int:
+        """Cache entries that a round may write behind a text's last token."""
+        return max(self.levels * self.width, self.pending_size)
 
 
 @partial(
@@ -76,14 +87,6 @@ class Report(NamedTuple):
     done: Bool[Array, " batch"]
 
 
-class Draft(NamedTuple):
-    """A drafted chain, and the logits each token was drawn from."""
-
-    tokens: Int[Array, "batch levels"]
-    logits: Float[Array, "batch levels vocab_shard"]
-    caches: Caches
-
-
 def init_state(
     target: Decoder, draft: Decoder | None, request: Request, limit: Int[Array, " batch"], capacity: int, size: int
 ) -> State:
@@ -118,13 +121,12 @@ def prefill(
     """
     h, target_caches = target(tokens, state.target, state.length)
     draft_caches = () if draft is None else draft(tokens, state.draft, state.draft_length)[1]
-    logits = target.logits(_take(h, jnp.maximum(count - 1, 0))[:, None])
-    nothing = _no_draft(target, tokens.shape[0])
-    verdict = config.verifier.verify(
-        logits, nothing.logits, nothing.tokens, state.length + count, state.request, draft_axes=ALL_AXES
-    )
-    report, remaining = _accept(verdict, nothing.tokens, state.remaining, last & (state.remaining > 0), config)
-    first = jnp.pad(report.tokens, [(0, 0), (0, config.pending_size - 1)])
+    end = jnp.maximum(count - 1, 0)
+    logits = target.logits(_take(h, end)[:, None])
+    tree = bare_root(_take(tokens, end))
+    verdict = config.verifier.verify(logits, tree, state.length + count, state.request)
+    report, remaining, _ = _accept(verdict, tree, state.remaining, last & (state.remaining > 0), config, 0)
+    first = jnp.broadcast_to(report.tokens[:, :1], state.pending.shape)
     appended = replace(
         state,
         target=target_caches,
@@ -142,68 +144,41 @@ def speculative_round(
     target: Decoder, draft: Decoder | None, state: State, config: RoundConfig
 ) -> tuple[State, Report]:
     """Drafts, verifies and commits up to config.levels + 1 tokens a row (EasySpec, arXiv 2502.02493)."""
-    bonus = _take(state.pending, state.pending_count - 1)
-    drafted = _no_draft(target, bonus.shape[0]) if draft is None else draft_chain(draft, state, config)
-    tokens = jnp.concatenate([bonus[:, None], drafted.tokens], axis=1)
-    h, target_caches = target(tokens, state.target, state.length)
-    verdict = config.verifier.verify(
-        target.logits(h),
-        drafted.logits,
-        drafted.tokens,
-        state.length + 1,
-        state.request,
-        draft_axes=ALL_AXES if draft is None else draft.axes,
-    )
+    root = _take(state.pending, state.pending_count - 1)
+    tree, draft_caches = (bare_root(root), ()) if draft is None else _draft(draft, root, state, config)
+    nodes = Nodes(state.length, state.length, tree.depth, tree.ancestors)
+    h, target_caches = target(tree.tokens, state.target, nodes)
+    verdict = config.verifier.verify(target.logits(h), tree, state.length + 1, state.request)
     live = state.remaining > 0
-    report, remaining = _accept(verdict, drafted.tokens, state.remaining, live, config)
-    verified = replace(state, target=target_caches, draft=drafted.caches, remaining=remaining)
-    return _commit(verified, report, live, config), report
+    report, remaining, path = _accept(verdict, tree, state.remaining, live, config, config.levels)
+    verified = replace(state, target=target_caches, draft=draft_caches, remaining=remaining)
+    return _commit(_move_path(verified, tree, path, config), report, live, config), report
 
 
-def draft_chain(draft: Decoder, state: State, config: RoundConfig) -> Draft:
-    """Drafts config.levels tokens a row: the first from the pass over the pending tokens, the rest fuzzily."""
+def _draft(draft: Decoder, root: Int[Array, " batch"], state: State, config: RoundConfig) -> tuple[Tree, Caches]:
+    """The pass over the pending tokens, and the tree that grows from its last hidden state."""
     h, caches = draft(state.pending, state.draft, state.draft_length, run_exact if config.calibration else run_fuzzy)
-    start = state.draft_length + state.pending_count
-
-    def choose(h: Float[Array, "batch hidden"], level: Int[Array, ""]) -> tuple[Array, Array]:
-        logits = draft.logits(h[:, None])[:, 0]
-        return config.verifier.propose(logits, state.length + 1 + level, state.request, draft.axes), logits
-
-    def extend(carry: tuple[Array, Caches], level: Int[Array, ""]) -> tuple[tuple[Array, Caches], tuple[Array, Array]]:
-        token, caches = carry
-        h, caches = draft(token[:, None], caches, start + (level - 1), run_fuzzy)
-        token, logits = choose(h[:, 0], level)
-        return (token, caches), (token, logits)
-
-    token, logits = choose(_take(h, state.pending_count - 1), jnp.zeros((), jnp.int32))
-    # A loop, because its body compiles once however many levels there are.
-    (_, caches), later = jax.lax.scan(extend, (token, caches), jnp.arange(1, config.levels, dtype=jnp.int32))
-    tokens, logits = (
-        jnp.concatenate([x[:, None], jnp.swapaxes(xs, 0, 1)], axis=1)
-        for x, xs in zip((token, logits), later, strict=True)
+    h = _take(h, state.pending_count - 1)
+    tree, caches = draft_tree(
+        draft, h, caches, root, state.length, state.request, config.verifier, config.levels, config.width
     )
-    if not draft.axes:  # each device has drafted for itself, and kernels need not round alike
-        tokens = from_first_device(tokens, ALL_AXES)
-    return Draft(tokens, logits, caches)
-
-
-def _no_draft(target: Decoder, batch: int) -> Draft:
-    vocab_shard = target.embedding.shape[0]
-    return Draft(jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch, 0, vocab_shard), jnp.float32), ())
+    return (tree if config.nodes is None else prune(tree, config.nodes)), caches
 
 
 def _accept(
     verdict: Verdict,
-    drafted: Int[Array, "batch levels"],
+    tree: Tree,
     remaining: Int[Array, " batch"],
     live: Bool[Array, " batch"],
     config: RoundConfig,
-) -> tuple[Report, Int[Array, " batch"]]:
-    """The longest accepted prefix and one token more, cut at a stop token and the limit; and what then remains."""
-    levels = drafted.shape[1]
+    levels: int,
+) -> tuple[Report, Int[Array, " batch"], Int[Array, "batch levels+1"]]:
+    """The accepted path and one token more, cut at a stop token and the limit; what then remains; the path's nodes."""
     columns = jnp.arange(levels + 1, dtype=jnp.int32)[None, :]
-    passed = jnp.sum(jnp.cumprod(verdict.accept, axis=1, dtype=jnp.int32), axis=1, dtype=jnp.int32)
-    tokens = jnp.where(columns < passed[:, None], jnp.pad(drafted, [(0, 0), (0, 1)]), verdict.token)
+    passed = _take(tree.depth, verdict.leaf)
+    path = path_to(tree, verdict.leaf, levels)
+    drafted = jnp.take_along_axis(tree.tokens, jnp.roll(path, -1, axis=1), axis=1)
+    tokens = jnp.where(columns < passed[:, None], drafted, verdict.token[:, None])
 
     reach = jnp.minimum(passed + 1, remaining)
     is_stop = jnp.isin(tokens, jnp.asarray(config.stop_ids, jnp.int32)) & (columns < reach[:, None])
@@ -213,7 +188,19 @@ def _accept(
 
     count, offered, accepted = (jnp.where(live, x, 0) for x in (count, offered, jnp.minimum(passed, count)))
     remaining = jnp.where(live & stopped, 0, remaining - count)
-    return Report(tokens, count, offered, accepted, remaining == 0), remaining
+    return Report(tokens, count, offered, accepted, remaining == 0), remaining, path
+
+
+def _move_path(state: State, tree: Tree, path: Int[Array, "batch levels+1"], config: RoundConfig) -> State:
+    """The state with the accepted path's entries right behind the text, where those of a chain are from the start."""
+    if config.width == 1:
+        return state
+    draft, start = state.draft, state.length
+    if not config.calibration:
+        entries = start[:, None] + jnp.take_along_axis(tree.entry, path, axis=1)
+        draft = tuple(move(cache, entries, start) for cache in draft)
+    target = tuple(move(cache, start[:, None] + path, start) for cache in state.target)
+    return replace(state, target=target, draft=draft)
 
 
 def _commit(state: State, report: Report, live: Bool[Array, " batch"], config: RoundConfig) -> State:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,37 @@ def chain_window(start: Int[Array, " batch"], tokens: int, capacity: int, config
     """The window of consecutive tokens, each reading everything up to itself."""
     positions = start[:, None] + jnp.arange(tokens, dtype=start.dtype)[None, :]
     mask = jnp.arange(capacity, dtype=start.dtype)[None, None, :] <= positions[:, :, None]
+    return _window(start, mask, positions, config)
+
+
+class Nodes(NamedTuple):
+    """Where some nodes of token trees stand: they take the cache entries from start[b] on.
+
+    Node i of row b's tree has the entry root[b] + i, behind everything that all nodes may read. depth: levels below
+    the root; ancestors[b, t, i]: token t may read node i.
+    """
+
+    start: Int[Array, " batch"]
+    root: Int[Array, " batch"]
+    depth: Int[Array, "batch tokens"]
+    ancestors: Bool[Array, "batch tokens nodes"]
+
+
+def tree_window(nodes: Nodes, capacity: int, config: ModelConfig) -> Window:
+    """The window of nodes, each reading the text and its own path."""
+    start, root, depth, ancestors = nodes
+    before = jnp.arange(capacity, dtype=root.dtype)[None, None, :] < root[:, None, None]
+    before = jnp.broadcast_to(before, (*depth.shape, capacity))
+    put = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
+    return _window(start, put(before, ancestors, root), root[:, None] + depth, config)
+
+
+def _window(
+    start: Int[Array, " batch"],
+    mask: Bool[Array, "batch tokens capacity"],
+    positions: Int[Array, "batch tokens"],
+    config: ModelConfig,
+) -> Window:
     frequencies = jnp.asarray(rope_frequencies(config))
     angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
     return Window(start, mask, jnp.cos(angles), jnp.sin(angles))

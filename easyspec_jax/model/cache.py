@@ -43,3 +43,17 @@ def write(
         return jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=1)
 
     return KVCache(jax.vmap(put)(cache.k, k, start), jax.vmap(put)(cache.v, v, start))
+
+
+def move(cache: KVCache, source: Int[Array, "batch entries"], start: Int[Array, " batch"]) -> KVCache:
+    """The cache with row b's entries source[b] copied to start[b] and on; leading axes may come before the batch's."""
+
+    def put(
+        row: Float[Array, "kv_heads capacity head_dim"], entries: Int[Array, " entries"], at: Int[Array, ""]
+    ) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(row, row[:, entries], at, axis=1)
+
+    rows = jax.vmap(put)
+    for _ in range(cache.k.ndim - 4):
+        rows = jax.vmap(rows, in_axes=(0, None, None))
+    return KVCache(rows(cache.k, source, start), rows(cache.v, source, start))

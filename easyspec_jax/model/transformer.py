@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.mesh import Axes
-from easyspec_jax.model.attention import Attention, Window, chain_window
+from easyspec_jax.model.attention import Attention, Nodes, Window, chain_window, tree_window
 from easyspec_jax.model.cache import KVCache
 from easyspec_jax.model.collectives import all_reduce, shard_index
 from easyspec_jax.model.norm import rms_norm
@@ -110,14 +110,19 @@ class Decoder(nnx.Module):
         self,
         tokens: Int[Array, "batch tokens"],
         caches: Caches,
-        start: Int[Array, " batch"],
+        where: Int[Array, " batch"] | Nodes,
         run: Callable[[Block, Hidden, KVCache, Window], tuple[Hidden, KVCache]] = run_exact,
     ) -> tuple[Hidden, Caches]:
-        """Final hidden states of consecutive tokens, and the caches with their entries written from start on.
+        """Final hidden states of tokens, and the caches with their entries written.
 
-        run: how to go through a block; by default exactly.
+        where: the first entry, and position, of each row's consecutive tokens; or nodes of trees. run: how to go
+        through a block; by default exactly.
         """
-        window = chain_window(start, tokens.shape[1], caches[0].capacity, self.config)
+        capacity = caches[0].capacity
+        if isinstance(where, Nodes):
+            window = tree_window(where, capacity, self.config)
+        else:
+            window = chain_window(where, tokens.shape[1], capacity, self.config)
         h = self.embed(tokens)
         written = []
         for block, cache in zip(self.blocks, caches, strict=True):

@@ -1,12 +1,12 @@
 """Noise that depends on the request and the position in its text, never on the mesh or the batch."""
 
 from enum import IntEnum
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
-
-from easyspec_jax.model.sharding import VOCAB_BLOCK
 
 Keys = Array
 """Typed JAX random keys."""
@@ -39,21 +39,24 @@ def noise_keys(
     return jax.vmap(per_token)(seeds, positions, rounds)
 
 
-def gumbel(keys: Keys, first_id: Int[Array, ""] | int, size: int) -> Float[Array, "rows ids"]:
-    """Gumbel noise for ids [first_id, first_id + size), both multiples of VOCAB_BLOCK, and a vector of keys.
+def numbered(keys: Keys, count: int) -> Keys:
+    """`count` independent keys for each one: [*rows, count]."""
+    return jnp.vectorize(
+        lambda key: jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(count, dtype=jnp.int32)), signature="()->(n)"
+    )(keys)
 
-    Drawn block by block, so a shard of the vocabulary draws just its own part of the row. mode="high" because the
-    default truncates the tail.
+
+def gumbel(keys: Keys, ids: Int[Array, "*rows ids"]) -> Float[Array, "*rows ids"]:
+    """Gumbel noise of each id under its row's key, whichever ids are asked for together; keys: [*rows].
+
+    Folding an id into a key hashes it to 64 bits. They make one uniform number: 32 bits alone would truncate the tail.
     """
-    blocks = first_id // VOCAB_BLOCK + jnp.arange(size // VOCAB_BLOCK)
-
-    def block(key: Keys, number: Array) -> Array:
-        return jax.random.gumbel(jax.random.fold_in(key, number), (VOCAB_BLOCK,), jnp.float32, mode="high")
-
-    drawn = jax.vmap(jax.vmap(block, in_axes=(None, 0)), in_axes=(0, None))(keys, blocks)
-    return drawn.reshape(drawn.shape[0], -1)
+    folded = jnp.vectorize(lambda key, row: jax.vmap(partial(jax.random.fold_in, key))(row), signature="(),(i)->(i)")
+    words = jax.random.key_data(folded(keys, ids)).astype(jnp.float32)
+    u = words[..., 0] * np.float32(2.0**-32) + words[..., 1] * np.float32(2.0**-64)
+    return -jnp.log(-jnp.log1p(-jnp.minimum(u, np.float32(1 - 2.0**-24))))
 
 
-def uniform(keys: Keys) -> Float[Array, " rows"]:
-    """One number in [0, 1) per key of a vector."""
-    return jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(keys)
+def uniform(keys: Keys) -> Float[Array, "*rows"]:
+    """One number in [0, 1) per key."""
+    return jnp.vectorize(lambda key: jax.random.uniform(key, (), jnp.float32))(keys)

@@ -1,15 +1,15 @@
 """Verifiers: how a draft proposes tokens and how the target's distribution decides about them.
 
-A new verifier is one module with the two methods of `Verifier` and one line in `choose`.
+A new verifier is one module with the methods of `Verifier` and one line in `choose`.
 """
 
 from easyspec_jax.config import SamplingParams
-from easyspec_jax.verify.base import Request, Verdict, Verifier
+from easyspec_jax.verify.base import Branches, Request, Verdict, Verifier
 from easyspec_jax.verify.coupled import Coupled
 from easyspec_jax.verify.greedy import Greedy
 from easyspec_jax.verify.rejection import Rejection
 
-__all__ = ["Coupled", "Greedy", "Rejection", "Request", "Verdict", "Verifier", "choose"]
+__all__ = ["Branches", "Coupled", "Greedy", "Rejection", "Request", "Verdict", "Verifier", "choose"]
 
 
 def choose(name: str, sampling: SamplingParams) -> Verifier:

@@ -5,10 +5,11 @@ from functools import partial
 from typing import NamedTuple, Protocol, Self
 
 import jax
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 from easyspec_jax.mesh import Axes
 from easyspec_jax.sampling.warp import shard_cutoff, warp
+from easyspec_jax.tree import Tree
 
 
 @partial(
@@ -24,50 +25,76 @@ class Request:
     top_k: Int[Array, " batch"]
     top_p: Float[Array, " batch"]
 
-    def take(self, rows: Int[Array, " rows"]) -> Self:
-        """The same for some of the rows, perhaps several times."""
-        return jax.tree.map(lambda x: x[rows], self)
+    def repeat(self, times: int) -> Self:
+        """Each row so many times in succession."""
+        return jax.tree.map(lambda x: x.repeat(times), self)
+
+
+CANDIDATES = 64
+"""Ids that may follow a node: the draft's likeliest, as many of them as matter."""
+
+
+class Branches(NamedTuple):
+    """What each of the tokens that may follow a node is worth.
+
+    score: decides which become nodes and which nodes are verified, best first; never above the parent's, -inf for
+    never. log_prob: of the path from the root, under the draft. q: the token's probability after its parent.
+    """
+
+    score: Float[Array, "batch frontier ids"]
+    log_prob: Float[Array, "batch frontier ids"]
+    q: Float[Array, "batch frontier ids"]
 
 
 class Verdict(NamedTuple):
-    """accept[b, i]: drafted token i passes if all before it did. token[b, i]: what follows if i is the first not to.
+    """The last accepted node (0, the root, if none is) and the token that follows it."""
 
-    token has one column more, the bonus token after a draft that passed whole.
-    """
-
-    accept: Bool[Array, "batch levels"]
-    token: Int[Array, "batch levels+1"]
+    leaf: Int[Array, " batch"]
+    token: Int[Array, " batch"]
 
 
-def warp_shards(
-    logits: Float[Array, "rows vocab_shard"], request: Request, axes: Axes, truncates: bool
-) -> Float[Array, "rows vocab_shard"]:
-    """The rows' warped logits, whose vocabulary is split over axes. truncates: some row asks for top-k or top-p."""
-    cut = shard_cutoff(logits, request.temperature, request.top_k, request.top_p, axes) if truncates else None
-    return warp(logits, request.temperature, cut)
+def warp_rows(
+    logits: Float[Array, "batch some vocab_shard"], request: Request, axes: Axes, truncates: bool
+) -> Float[Array, "batch some vocab_shard"]:
+    """Warped logits, whose vocabulary is split over axes. truncates: some row asks for top-k or top-p."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    of_row = request.repeat(logits.shape[1])
+    cut = shard_cutoff(rows, of_row.temperature, of_row.top_k, of_row.top_p, axes) if truncates else None
+    return warp(rows, of_row.temperature, cut).reshape(logits.shape)
 
 
 class Verifier(Protocol):
     """Called inside `shard_map`; hashable, because it is part of the compiled program."""
 
-    def propose(
-        self, logits: Float[Array, "batch vocab_shard"], position: Int[Array, " batch"], request: Request, axes: Axes
-    ) -> Int[Array, " batch"]:
-        """The draft's token for an absolute position; axes: what the draft's logits are split over."""
+    def candidates(self, width: int) -> int:
+        """How many ids, the draft's likeliest, branch() wants to see after each node of a tree of so many a level."""
+        ...
+
+    def branch(
+        self,
+        logits: Float[Array, "batch frontier ids"],
+        ids: Int[Array, "batch frontier ids"],
+        score: Float[Array, "batch frontier"],
+        log_prob: Float[Array, "batch frontier"],
+        position: Int[Array, " batch"],
+        request: Request,
+    ) -> Branches:
+        """Rates the tokens at an absolute position, each of which may follow each node of the level before.
+
+        logits: the draft's greatest after each of those nodes, in descending order, and their ids; score, log_prob: of
+        those nodes, as Branches has them.
+        """
         ...
 
     def verify(
         self,
-        target: Float[Array, "batch levels+1 vocab_shard"],
-        draft: Float[Array, "batch levels draft_shard"],
-        drafted: Int[Array, "batch levels"],
+        target: Float[Array, "batch nodes vocab_shard"],
+        tree: Tree,
         position: Int[Array, " batch"],
         request: Request,
-        draft_axes: Axes,
     ) -> Verdict:
-        """Decides about drafted tokens, the first at the absolute position given.
+        """Decides about a tree whose root is followed by the absolute position given.
 
-        target: logits before each drafted token and after the last, split over all devices; draft: those it was drawn
-        from, split over draft_axes. Without drafted tokens this is plain decoding.
+        target: logits after each node, split over all devices. With a bare root this is plain decoding.
         """
         ...

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from jaxtyping import Array, Float, Int
 
 from easyspec_jax.mesh import Axes
-from easyspec_jax.model.collectives import shard_index
 from easyspec_jax.sampling.noise import Purpose, gumbel, noise_keys
-from easyspec_jax.sampling.shards import argmax
-from easyspec_jax.verify.base import Request, warp_shards
+from easyspec_jax.verify.base import CANDIDATES, Request, warp_rows
 from easyspec_jax.verify.greedy import Greedy
 
 
@@ -26,11 +24,18 @@ class Coupled(Greedy):
 
     truncates: bool = False
 
-    def propose(
-        self, logits: Float[Array, "batch vocab_shard"], position: Int[Array, " batch"], request: Request, axes: Axes
-    ) -> Int[Array, " batch"]:
-        """The draft's arg-max under the position's noise."""
-        keys = noise_keys(request.seed, position[:, None], 0 * request.round, Purpose.TOKEN)[:, 0]
-        size = logits.shape[-1]
-        noise = gumbel(keys, shard_index(axes) * size, size)
-        return argmax(warp_shards(logits, request, axes, self.truncates) + noise, axes)
+    def candidates(self, width: int) -> int:
+        """Noise may prefer any of them."""
+        return max(width, CANDIDATES)
+
+    def preference(
+        self,
+        logits: Float[Array, "batch some ids"],
+        ids: Int[Array, "batch some ids"],
+        position: Int[Array, "batch some"],
+        request: Request,
+        axes: Axes,
+    ) -> Float[Array, "batch some ids"]:
+        """Warped logits under the positions' noise."""
+        keys = noise_keys(request.seed, position, 0 * request.round, Purpose.TOKEN)
+        return warp_rows(logits, request, axes, self.truncates) + gumbel(keys, ids)

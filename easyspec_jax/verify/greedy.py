@@ -2,37 +2,61 @@
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from easyspec_jax.mesh import ALL_AXES, Axes
-from easyspec_jax.sampling.shards import argmax
-from easyspec_jax.verify.base import Request, Verdict
+from easyspec_jax.sampling.shards import argmax, shard_ids
+from easyspec_jax.tree import Tree, deepest
+from easyspec_jax.verify.base import CANDIDATES, Branches, Request, Verdict
 
 
 @dataclass(frozen=True)
 class Greedy:
-    """The arg-max stays on vocabulary shards; no row moves."""
+    """The draft keeps the likeliest paths (a beam). The target's arg-max stays on shards; no row of logits moves."""
 
-    def propose(
-        self, logits: Float[Array, "batch vocab_shard"], position: Int[Array, " batch"], request: Request, axes: Axes
-    ) -> Int[Array, " batch"]:
-        """The draft's arg-max."""
-        return argmax(logits, axes)
+    def candidates(self, width: int) -> int:
+        """A chain takes the best; to compare paths, their probabilities must be known."""
+        return 1 if width == 1 else max(width, CANDIDATES)
+
+    def branch(
+        self,
+        logits: Float[Array, "batch frontier ids"],
+        ids: Int[Array, "batch frontier ids"],
+        score: Float[Array, "batch frontier"],
+        log_prob: Float[Array, "batch frontier"],
+        position: Int[Array, " batch"],
+        request: Request,
+    ) -> Branches:
+        """A path's score is the log-probability that it agrees with the target if the draft is right."""
+        positions = jnp.broadcast_to(position[:, None], logits.shape[:2])
+        own = jax.nn.log_softmax(self.preference(logits, ids, positions, request, ()), axis=-1)
+        paths = score[:, :, None] + jnp.minimum(own, 0.0)
+        return Branches(paths, paths, jnp.exp(own))
 
     def verify(
         self,
-        target: Float[Array, "batch levels+1 vocab_shard"],
-        draft: Float[Array, "batch levels draft_shard"],
-        drafted: Int[Array, "batch levels"],
+        target: Float[Array, "batch nodes vocab_shard"],
+        tree: Tree,
         position: Int[Array, " batch"],
         request: Request,
-        draft_axes: Axes,
     ) -> Verdict:
-        """Accepts the tokens that the target would have proposed in the draft's place."""
-        batch, columns, _ = target.shape
-        positions = position[:, None] + jnp.arange(columns, dtype=position.dtype)[None, :]
-        rows = jnp.repeat(jnp.arange(batch), columns)
-        tokens = self.propose(target.reshape(batch * columns, -1), positions.reshape(-1), request.take(rows), ALL_AXES)
-        tokens = tokens.reshape(batch, columns)
-        return Verdict(tokens[:, : drafted.shape[1]] == drafted, tokens)
+        """Accepts what the target prefers, wherever it is in the tree."""
+        rows = target.reshape(-1, target.shape[-1])
+        ids = shard_ids(rows, ALL_AXES).reshape(target.shape)
+        preferred = self.preference(target, ids, position[:, None] + tree.depth, request, ALL_AXES)
+        tokens = argmax(preferred.reshape(rows.shape), ALL_AXES).reshape(tree.tokens.shape)
+        leaf = deepest(tree, tree.tokens == jnp.take_along_axis(tokens, tree.parent, axis=1))
+        return Verdict(leaf, jnp.take_along_axis(tokens, leaf[:, None], axis=1)[:, 0])
+
+    def preference(
+        self,
+        logits: Float[Array, "batch some ids"],
+        ids: Int[Array, "batch some ids"],
+        position: Int[Array, "batch some"],
+        request: Request,
+        axes: Axes,
+    ) -> Float[Array, "batch some ids"]:
+        """What a model's choice at absolute positions is the arg-max of; axes: what the ids are split over."""
+        return logits
