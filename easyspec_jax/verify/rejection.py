@@ -124,12 +124,9 @@ def accept_children(
     accepted with min(1, p(k) / q(k)); if not, p <- norm(max(0, p - q)) and q <- q without k, renormalised. Composed,
     the subtractions are one with a growing factor, so nothing but that factor is kept of a rejection.
     """
-    outside = jnp.maximum(1.0 - jnp.sum(p, axis=-1), 0.0)
-
     def try_child(trial: Trial, child: Int[Array, "batch nodes"]) -> tuple[Trial, None]:
         rank = jnp.take_along_axis(tree.rank, child, axis=1)[:, :, None]
-        target, draft = target_left(p, tree.q, trial), draft_left(tree.q, trial)
-        target_norm, draft_norm = outside + jnp.sum(target, axis=-1), jnp.sum(draft, axis=-1)
+        (target, target_norm), (draft, draft_norm) = target_left(p, tree.q, trial), draft_left(tree.q, trial)
         target_at, draft_at = (jnp.take_along_axis(x, rank, axis=-1)[:, :, 0] for x in (target, draft))
         passes = jnp.take_along_axis(u, child, axis=1) * draft_at * target_norm < target_at * draft_norm
         tried = (child > 0) & (trial.accepted == 0)
@@ -147,21 +144,25 @@ def accept_children(
     end, _ = jax.lax.scan(try_child, start, jnp.moveaxis(children(tree), 2, 0))
     own = jnp.arange(nodes[1], dtype=jnp.int32)[None, :]
     accept = jnp.take_along_axis(end.accepted, tree.parent, axis=1) == own
-    rest = target_left(p, tree.q, end)
-    nothing = outside + jnp.sum(rest, axis=-1) < ROUNDING
-    return accept, jnp.where(nothing[:, :, None], p, rest)
+    rest, norm = target_left(p, tree.q, end)
+    return accept, jnp.where(norm[:, :, None] < ROUNDING, p, rest)
 
 
 def target_left(
     p: Float[Array, "batch nodes ids"], q: Float[Array, "batch nodes ids"], trial: Trial
-) -> Float[Array, "batch nodes ids"]:
-    """What rejections have left of the target's distribution, not normalised."""
-    return jnp.where(trial.left, jnp.maximum(p - trial.spent[:, :, None] * q, 0.0), 0.0)
+) -> tuple[Float[Array, "batch nodes ids"], Float[Array, "batch nodes"]]:
+    """What rejections have left of the target's distribution, and its sum over the whole vocabulary."""
+    rest = jnp.where(trial.left, jnp.maximum(p - trial.spent[:, :, None] * q, 0.0), 0.0)
+    outside = jnp.maximum(1.0 - jnp.sum(p, axis=-1), 0.0)
+    return rest, outside + jnp.sum(rest, axis=-1)
 
 
-def draft_left(q: Float[Array, "batch nodes ids"], trial: Trial) -> Float[Array, "batch nodes ids"]:
-    """What rejections have left of the draft's distribution, not normalised."""
-    return jnp.where(trial.left, q, 0.0)
+def draft_left(
+    q: Float[Array, "batch nodes ids"], trial: Trial
+) -> tuple[Float[Array, "batch nodes ids"], Float[Array, "batch nodes"]]:
+    """What rejections have left of the draft's distribution, and its sum."""
+    rest = jnp.where(trial.left, q, 0.0)
+    return rest, jnp.sum(rest, axis=-1)
 
 
 def _replace(

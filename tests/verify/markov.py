@@ -1,0 +1,165 @@
+"""Models small enough to enumerate: the next token depends on the last one alone, and whole texts are counted."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from easyspec_jax.decode.round import RoundConfig, State, init_state, speculative_round
+from easyspec_jax.mesh import ALL_AXES, Axes, MeshShape
+from easyspec_jax.verify import Request
+from tests.helpers import on_mesh
+
+TOKENS, LENGTH = 11, 3
+"""Of the vocabulary, and of the texts that are counted."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["logits_after"], meta_fields=["axes"])
+@dataclass(frozen=True)
+class Markov:
+    """Stands in for a Decoder; its hidden state is the last token, so it needs no cache."""
+
+    logits_after: Any
+    axes: Axes = ALL_AXES
+
+    def __call__(
+        self, tokens: jax.Array, caches: tuple[()], where: Any, run: Any = None
+    ) -> tuple[jax.Array, tuple[()]]:
+        return tokens[..., None].astype(jnp.float32), caches
+
+    def logits(self, h: jax.Array) -> jax.Array:
+        return self.logits_after[h[..., 0].astype(jnp.int32)]
+
+    def init_caches(self, batch: int, capacity: int) -> tuple[()]:
+        return ()
+
+
+class Pair(NamedTuple):
+    """Logits of target and draft by the token before: [TOKENS, TOKENS]."""
+
+    target: np.ndarray
+    draft: np.ndarray
+
+
+def make_pairs() -> dict[str, Pair]:
+    """Drafts near and far from the target, one blind for what the target likes most, one that likes the impossible."""
+    random = np.random.default_rng(0)
+    target, other = random.normal(size=(2, TOKENS, TOKENS)) * 1.5
+    target_likes, draft_likes = (x >= np.sort(x, axis=-1)[:, -2:-1] for x in (target, other))
+    return {
+        "good": Pair(target, target + 0.3 * other),
+        "bad": Pair(target, other),
+        "blind": Pair(target, np.where(target_likes, -np.inf, target)),
+        "wishful": Pair(np.where(draft_likes, -np.inf, target), other),
+    }
+
+
+class Truncation(NamedTuple):
+    """What sampling keeps."""
+
+    top_k: int
+    top_p: float
+
+
+NO_TRUNCATION = Truncation(0, 1.0)
+
+
+def make_request(seeds: np.ndarray, temperature: float, truncation: Truncation = NO_TRUNCATION) -> Request:
+    """Rows with seeds of their own."""
+    values = ((0, np.int32), (temperature, np.float32), (truncation.top_k, np.int32), (truncation.top_p, np.float32))
+    return Request(seeds.astype(np.uint32), *(np.full(seeds.shape, x, dtype) for x, dtype in values))  # pyright: ignore[reportArgumentType]
+
+
+def program(
+    config: RoundConfig,
+    mesh: MeshShape,
+    draft_axes: Axes = ALL_AXES,
+    rounds: int = LENGTH,
+    planting: Callable[[jax.Array], AbstractContextManager[None]] = nullcontext,
+) -> Callable[..., jax.Array]:
+    """Texts of up to LENGTH tokens after a first token, a row per seed of a request: int32 [rows, LENGTH], else -1.
+
+    planting: makes the fault of a number, which is the program's last argument.
+    """
+
+    def body(target: Markov, draft: Markov, request: Request, first: jax.Array, fault: jax.Array) -> jax.Array:
+        with planting(fault):
+            return texts(target, draft, request, first)
+
+    def texts(target: Markov, draft: Markov, request: Request, first: jax.Array) -> jax.Array:
+        limit = jnp.full(request.seed.shape, LENGTH, jnp.int32)
+        state = init_state(target, draft, request, limit, 0, config.pending_size)  # pyright: ignore[reportArgumentType]
+        pending = jnp.broadcast_to(first, state.pending.shape)
+        state = replace(state, pending=pending, pending_count=jnp.ones_like(limit))
+
+        def step(carry: tuple[State, jax.Array], _: None) -> tuple[tuple[State, jax.Array], None]:
+            state, texts = carry
+            state, report = speculative_round(target, draft, state, config)  # pyright: ignore[reportArgumentType]
+            columns = jnp.arange(report.tokens.shape[1], dtype=jnp.int32)[None, :]
+            places = (state.length - report.num_tokens)[:, None] + columns
+            places = jnp.where(columns < report.num_tokens[:, None], places, LENGTH)
+            put = jax.vmap(lambda text, place, tokens: text.at[place].set(tokens, mode="drop"))
+            return (state, put(texts, places, report.tokens)), None
+
+        empty = jnp.full((*limit.shape, LENGTH), -1, jnp.int32)
+        (_, written), _ = jax.lax.scan(step, (state, empty), None, length=rounds)
+        return written
+
+    specs = tuple(Markov(P(None, axes or None), axes) for axes in (ALL_AXES, draft_axes))
+    return on_mesh(mesh, body, (*specs, P(), P(), P()), P())
+
+
+def draw_texts(
+    run: Callable[..., jax.Array],
+    pair: Pair,
+    request: Request,
+    vocab: int = 16,
+    draft_axes: Axes = ALL_AXES,
+    fault: int = 0,
+) -> np.ndarray:
+    """A text per row of a request, in tokens from 0 to TOKENS - 1; among the ids of a vocabulary they are spread out."""
+    ids = np.arange(TOKENS, dtype=np.int32) * (vocab // TOKENS)
+    tables = np.full((2, vocab, vocab), -np.inf, np.float32)
+    tables[:, ids[:, None], ids[None, :]] = np.stack(pair)
+    models = (Markov(table, axes) for table, axes in zip(tables, (ALL_AXES, draft_axes), strict=True))
+    texts = np.asarray(run(*models, request, ids[0], np.int32(fault)))
+    assert np.isin(texts, ids).all(), "a token without probability under the target, or too few tokens"
+    return np.searchsorted(ids, texts)
+
+
+def count(texts: np.ndarray) -> np.ndarray:
+    """How often each text came: [TOKENS] * LENGTH."""
+    counts = np.zeros((TOKENS,) * LENGTH, int)
+    np.add.at(counts, tuple(texts.T), 1)
+    return counts
+
+
+def joint(pair: Pair, temperature: float, truncation: Truncation = NO_TRUNCATION) -> np.ndarray:
+    """The target's probability of every text, enumerated: [TOKENS] * LENGTH."""
+    after = truncated(softmax(pair.target / temperature), truncation)
+    texts = after[0]
+    for _ in range(LENGTH - 1):
+        texts = texts[..., None] * after
+    return texts
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def truncated(probabilities: np.ndarray, truncation: Truncation) -> np.ndarray:
+    """Top-k and then top-p, spelled out row by row."""
+    result = np.zeros_like(probabilities)
+    for row, whole in enumerate(probabilities):
+        order = np.argsort(-whole, kind="stable")[: truncation.top_k or None]
+        among = whole[order] / whole[order].sum()
+        kept = order[: 1 + np.searchsorted(np.cumsum(among), truncation.top_p)]
+        result[row][kept] = whole[kept]
+    return result / result.sum(axis=-1, keepdims=True)

@@ -1,0 +1,238 @@
+"""Texts follow the target's joint distribution, enumerated exactly; and these tests would notice if they did not.
+
+Whole rounds on models that are tables: drafted, pruned, verified, committed. `pytest -m exhaustive` takes every case
+with 400,000 draws; by default each width, verifier, temperature, truncation and draft comes up with a tenth of them.
+"""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from easyspec_jax.decode import round as round_
+from easyspec_jax.decode.round import RoundConfig
+from easyspec_jax.mesh import ALL_AXES, Axes, MeshShape
+from easyspec_jax.sampling.noise import Purpose
+from easyspec_jax.tree import Tree
+from easyspec_jax.verify import Coupled, Rejection, Request, rejection
+from easyspec_jax.verify.rejection import Trial
+from tests.helpers import goodness_of_fit
+from tests.verify.markov import (
+    NO_TRUNCATION,
+    Pair,
+    Truncation,
+    count,
+    draw_texts,
+    joint,
+    make_pairs,
+    make_request,
+    program,
+)
+
+ONE, EIGHT = MeshShape(1, 1), MeshShape(4, 2)
+CHUNK = 20_000
+LEVELS = 2
+PAIRS = make_pairs()
+TRUNCATIONS = (NO_TRUNCATION, Truncation(6, 0.9))
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is drawn, and by what: nodes None verifies the whole tree."""
+
+    verifier: type[Rejection] | type[Coupled]
+    width: int
+    temperature: float
+    truncation: Truncation
+    pair: str
+    nodes: int | None = None
+
+    def __str__(self) -> str:
+        tree = f"{self.width}" + (f"of{self.nodes}" if self.nodes else "")
+        cut = "whole" if self.truncation == NO_TRUNCATION else "cut"
+        return f"{self.verifier.__name__.lower()}-{tree}-{self.temperature}-{cut}-{self.pair}"
+
+    def counts(self, chunks: int) -> np.ndarray:
+        """How often each text has come after each chunk of draws, which no other case has: [chunks, *texts]."""
+        start = EVERY_CASE.index(self) * 10**7
+        run = compiled(self.verifier(self.truncation != NO_TRUNCATION), self.width, self.nodes)
+        requests = (self.request(start + i * CHUNK) for i in range(chunks))
+        return np.cumsum([count(draw_texts(run, PAIRS[self.pair], request)) for request in requests], axis=0)
+
+    def request(self, start: int) -> Request:
+        return make_request(np.arange(start, start + CHUNK), self.temperature, self.truncation)
+
+    def probabilities(self) -> np.ndarray:
+        return joint(PAIRS[self.pair], self.temperature, self.truncation)
+
+
+@cache
+def compiled(verifier: Any, width: int, nodes: int | None, mesh: MeshShape = ONE, draft_axes: Axes = ALL_AXES) -> Any:
+    config = RoundConfig(LEVELS, True, verifier, (), width, nodes)
+    return program(config, mesh, draft_axes)
+
+
+def p_value(counts: np.ndarray, probabilities: np.ndarray) -> float:
+    return goodness_of_fit(counts.reshape(1, -1), probabilities.reshape(1, -1))
+
+
+EVERY_CASE = [
+    Case(verifier, width, temperature, truncation, pair, nodes)
+    for verifier, (width, nodes), temperature, truncation in itertools.product(
+        (Rejection, Coupled), ((1, None), (4, None), (4, 5), (8, None), (12, None)), (0.7, 1.0), TRUNCATIONS
+    )
+    # Cut, the other drafts share too few tokens with the target for there to be much to see.
+    for pair in (PAIRS if truncation == NO_TRUNCATION else ("good", "bad"))
+]
+# Holm's procedure at 1 % rejects anything at all only if the smallest p-value is below this.
+ALPHA = 0.01 / len(EVERY_CASE)
+
+_FEW = [
+    *itertools.product((Rejection,), (1,), (0.7, 1.0), (0,), PAIRS),
+    *itertools.product((Rejection,), (4,), (0.7, 1.0), (1,), ("good", "bad")),
+    *[(Rejection, 8, 1.0, 0, "blind"), (Rejection, 12, 0.7, 0, "bad"), (Rejection, 12, 1.0, 0, "wishful")],
+    *itertools.product((Coupled,), (1,), (0.7, 1.0), (0,), ("good", "bad")),
+    *[(Coupled, 4, 0.7, 1, "good"), (Coupled, 4, 1.0, 1, "bad"), (Coupled, 12, 1.0, 0, "blind")],
+]
+FEW_CASES = [Case(v, width, t, TRUNCATIONS[cut], pair) for v, width, t, cut, pair in _FEW]
+
+
+@pytest.mark.parametrize("case", FEW_CASES, ids=str)
+def test_texts_follow_the_target(case):
+    assert p_value(case.counts(2)[-1], case.probabilities()) > ALPHA
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", EVERY_CASE, ids=str)
+def test_texts_follow_the_target_closer_and_closer(case):
+    """The distance to the target is what as many draws of the target itself would have: it shrinks with their root."""
+    counts, probabilities = case.counts(20), case.probabilities()
+    assert p_value(counts[-1], probabilities) > ALPHA
+    for some in counts[[0, 4, 19]]:
+        draws = some.sum()
+        distance = np.abs(some / draws - probabilities).sum() / 2
+        of_cells = draws * probabilities
+        expected = np.sum(of_cells * stats.poisson.pmf(np.floor(of_cells), of_cells)) / draws  # mean deviations
+        assert 0.9 < distance / expected < 1.1, f"{draws} draws"
+
+
+def test_the_mesh_changes_nothing():
+    """Neither for a split draft nor for one that every device has whole."""
+    request = make_request(np.arange(1000), 0.7)
+    one, *others = (
+        draw_texts(compiled(Rejection(), 4, None, *layout), PAIRS["good"], request, EIGHT.size * 16, layout[1])
+        for layout in ((ONE, ALL_AXES), (EIGHT, ALL_AXES), (EIGHT, ()))
+    )
+    for other in others:
+        np.testing.assert_array_equal(other, one)
+
+
+@pytest.mark.parametrize("verifier", [Rejection(), Coupled()], ids=repr)
+def test_a_text_depends_on_its_own_request_alone(verifier):
+    """Neither on its place in the batch nor on its neighbours' seeds, temperatures and truncations."""
+    run = compiled(replace(verifier, truncates=True), 4, None)
+    seeds, pair = np.arange(CHUNK), PAIRS["bad"]
+    alone = [make_request(seeds, *how) for how in ((0.7, TRUNCATIONS[0]), (1.0, TRUNCATIONS[1]))]
+    texts = [draw_texts(run, pair, request) for request in alone]
+    even = seeds % 2 == 0
+    mixed = jax.tree.map(lambda a, b: np.where(even, a, b)[::-1], *alone)
+    expected = np.where(even[:, None], *texts)
+    np.testing.assert_array_equal(draw_texts(run, pair, mixed)[::-1], expected)
+    assert (texts[0] != texts[1]).any()
+
+
+def test_a_draft_equal_to_the_target_is_never_rejected():
+    """Whatever the dice say, one round makes the whole text."""
+    pair = Pair(PAIRS["good"].target, PAIRS["good"].target)
+    run = program(RoundConfig(LEVELS, True, Rejection(), (), width=4), ONE, rounds=1)
+    assert (draw_texts(run, pair, make_request(np.arange(CHUNK), 0.7)) >= 0).all()
+
+
+FAULTS = (
+    "none",
+    "what is left of the target is not normalised",
+    "what is left of the draft is all of it",
+    "children are the likeliest",
+    "children are pruned by probability",
+    "probabilities are those of another node",
+    "requests share their noise",
+    "positions share their noise",
+    "a rejected token is replaced by one of the target",
+    "no dice",
+)
+IN_TREES = FAULTS[1:3] + FAULTS[4:5] + FAULTS[7:8]  # a chain has no siblings, and too few accepted pairs
+
+
+@contextmanager
+def planting(fault: jax.Array) -> Iterator[None]:
+    """The verifier with the fault of that number, an array: so that all of them compile once."""
+    names = ("target_left", "draft_left", "gumbel", "noise_keys", "uniform", "accept_children")
+    real = {name: getattr(rejection, name) for name in names}
+    real_prune = round_.prune
+
+    def has(name: str) -> jax.Array:
+        return fault == FAULTS.index(name)
+
+    def target_left(p: jax.Array, q: jax.Array, trial: Trial) -> tuple[jax.Array, jax.Array]:
+        rest, norm = real["target_left"](p, q, trial)
+        return rest, jnp.where(has("what is left of the target is not normalised"), 1.0, norm)
+
+    def draft_left(q: jax.Array, trial: Trial) -> tuple[jax.Array, jax.Array]:
+        here = has("what is left of the draft is all of it")
+        return tuple(jnp.where(here, x, y) for x, y in zip((q, 1.0), real["draft_left"](q, trial), strict=True))  # pyright: ignore[reportReturnType]
+
+    def gumbel(keys: jax.Array, ids: jax.Array) -> jax.Array:
+        drafting = ids.ndim == 3
+        return jnp.where(has("children are the likeliest") & drafting, 0.0, real["gumbel"](keys, ids))
+
+    def accept_children(p: jax.Array, tree: Tree, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+        other = jnp.where(has("probabilities are those of another node"), jnp.roll(tree.q, 1, axis=1), tree.q)
+        accept, rest = real["accept_children"](p, replace(tree, q=other), u)
+        return accept, jnp.where(has("a rejected token is replaced by one of the target"), p, rest)
+
+    def prune(tree: Tree, nodes: int) -> Tree:
+        of_parent = jnp.take_along_axis(tree.q, tree.parent[:, :, None], axis=1)
+        own = jnp.take_along_axis(of_parent, tree.rank[:, :, None], axis=2)[:, :, 0].at[:, 0].set(1.0)
+        path = jnp.sum(jnp.where(tree.ancestors, jnp.log(own)[:, None, :], 0.0), axis=2)
+        wrong = has("children are pruned by probability") & tree.exists
+        return real_prune(replace(tree, score=jnp.where(wrong, path, tree.score)), nodes)
+
+    def noise_keys(seeds: jax.Array, positions: jax.Array, rounds: jax.Array, purpose: Purpose) -> jax.Array:
+        seeds = jnp.where(has("requests share their noise"), seeds % 500, seeds)
+        positions = jnp.where(has("positions share their noise"), 0, positions)
+        return real["noise_keys"](seeds, positions, rounds, purpose)
+
+    def uniform(keys: jax.Array) -> jax.Array:
+        return jnp.where(has("no dice"), 0.0, real["uniform"](keys))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for function in (target_left, draft_left, gumbel, accept_children, noise_keys, uniform):
+            patch.setattr(rejection, function.__name__, function)
+        patch.setattr(round_, "prune", prune)
+        yield
+
+
+@pytest.mark.parametrize(
+    "width, nodes, fault",
+    [(1, 1, fault) for fault in FAULTS if fault not in IN_TREES] + [(4, 5, fault) for fault in FAULTS],
+)
+def test_planted_faults_are_noticed(width, nodes, fault):
+    run = with_faults(width, nodes)
+    case = Case(Rejection, width, 0.7, NO_TRUNCATION, "bad", nodes)
+    requests = (case.request(3 * 10**9 + i * CHUNK) for i in range(3))
+    texts = [draw_texts(run, PAIRS["bad"], request, fault=FAULTS.index(fault)) for request in requests]
+    noticed = p_value(count(np.concatenate(texts)), case.probabilities())
+    assert noticed > ALPHA if fault == "none" else noticed < 1e-9
+
+
+@cache
+def with_faults(width: int, nodes: int) -> Any:
+    return program(RoundConfig(LEVELS, True, Rejection(), (), width, nodes), ONE, planting=planting)
