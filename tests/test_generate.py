@@ -93,8 +93,9 @@ def test_seed_makes_sampling_repeatable(arguments, capsys):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--method", "tree"], "--method tree is not available yet"),
-        (["--tree-width", "4"], "token trees are not available yet"),
+        (["--method", "sd", "--tree-width", "4"], "--method sd drafts chains; --tree-width 4 needs --method tree"),
+        (["--tree-width", "65"], "--tree-width 65 must be from 1 to 64"),
+        (["--tree-width", "4", "--tree-nodes", "21"], "--tree-nodes 21 must be from 1 to the 20 nodes"),
         (["--verifier", "other"], "invalid choice: 'other'"),
         (["--top-k", "-1"], "--top-k -1 must be 0 (all) or"),
         (["--top-p", "0"], "--top-p 0.0 must be a probability"),

@@ -123,7 +123,7 @@ def draw_texts(
     draft_axes: Axes = ALL_AXES,
     fault: int = 0,
 ) -> np.ndarray:
-    """A text per row of a request, in tokens from 0 to TOKENS - 1; among the ids of a vocabulary they are spread out."""
+    """A text per row of a request, in tokens from 0 to TOKENS - 1; spread out among the ids of a vocabulary."""
     ids = np.arange(TOKENS, dtype=np.int32) * (vocab // TOKENS)
     tables = np.full((2, vocab, vocab), -np.inf, np.float32)
     tables[:, ids[:, None], ids[None, :]] = np.stack(pair)

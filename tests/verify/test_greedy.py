@@ -1,42 +1,69 @@
 """At temperature 0 a drafted token passes if it is the target's arg-max, on any mesh."""
 
+from dataclasses import replace
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from easyspec_jax.config import SamplingParams
 from easyspec_jax.mesh import ALL_AXES, MeshShape
+from easyspec_jax.tree import Tree, bare_root
 from easyspec_jax.verify import Coupled, Greedy, Rejection, Request, Verdict, choose
 from tests.helpers import on_mesh
+from tests.test_tree import random_tree
+from tests.verify.markov import make_request
 
-BATCH, VOCAB = 32, 48
+BATCH, VOCAB = 48, 48
 
 
-@pytest.mark.parametrize("mesh", [MeshShape(1, 1), MeshShape(4, 2)])
-@pytest.mark.parametrize("levels", [0, 1, 3])
-@pytest.mark.parametrize("draft_axes", [(), ALL_AXES])
-def test_a_token_passes_if_it_is_the_targets_argmax(mesh, levels, draft_axes):
-    random = np.random.default_rng(levels)
-    target = random.integers(-9, 3, size=(BATCH, levels + 1, VOCAB)).astype(np.float32)  # many ties
-    draft = target[:, :levels] + random.integers(0, 2, size=(BATCH, levels, VOCAB)).astype(np.float32)
-    zeros = np.zeros(BATCH, np.int32)
-    request = Request(zeros.astype(np.uint32), zeros, zeros.astype(np.float32), zeros, zeros.astype(np.float32))  # pyright: ignore[reportArgumentType]
+def with_tokens(tree: Tree, best: np.ndarray) -> Tree:
+    """Tokens for the nodes, never the same for two siblings: more often than not some node has the target's best."""
+    random = np.random.default_rng(0)
+    tokens = np.zeros_like(tree.tokens)
+    for row, parents in enumerate(np.asarray(tree.parent).tolist()):
+        taken = set()
+        for node, parent in enumerate(parents[1:], 1):
+            token = best[row, parent] if random.random() < 0.6 else random.integers(VOCAB)
+            while (parent, token) in taken:
+                token = random.integers(VOCAB)
+            taken.add((parent, token))
+            tokens[row, node] = token
+    return replace(tree, tokens=tokens)
 
-    def body(target: jax.Array, draft: jax.Array, request: Request) -> tuple[jax.Array, Verdict]:
-        verifier, position = Greedy(), request.round
-        columns = [verifier.propose(draft[:, level], position, request, draft_axes) for level in range(levels)]
-        drafted = jax.numpy.stack(columns, axis=1) if levels else jax.numpy.zeros((BATCH, 0), np.int32)
-        return drafted, verifier.verify(target, draft, drafted, position, request, draft_axes)
 
-    specs = (P(None, None, ALL_AXES), P(None, None, draft_axes or None), P())
-    drafted, verdict = on_mesh(mesh, body, specs, P())(target, draft, request)
+def walk(tree: Tree, best: np.ndarray, row: int) -> int:
+    """The last node on the way that the target takes from the root."""
+    node = 0
+    while True:
+        steps = (tree.parent[row] == node) & (tree.tokens[row] == best[row, node]) & tree.exists[row]
+        following = [i for i in np.flatnonzero(steps).tolist() if i > 0]
+        if not following:
+            return node
+        (node,) = following
+
+
+@pytest.mark.parametrize("mesh", [MeshShape(1, 1), MeshShape(4, 2)], ids=str)
+@pytest.mark.parametrize("width", [0, 1, 3])
+def test_the_targets_argmax_passes_wherever_it_is(mesh, width):
+    levels = 4 if width else 0
+    tree = random_tree(0, BATCH, levels, width) if width else bare_root(jnp.zeros(BATCH, jnp.int32))
+    target = np.random.default_rng(1).integers(-9, 3, size=(*tree.parent.shape, VOCAB)).astype(np.float32)  # many ties
     best = np.argmax(target, axis=-1)
-    np.testing.assert_array_equal(drafted, np.argmax(draft, axis=-1))
-    np.testing.assert_array_equal(verdict.token, best)
-    np.testing.assert_array_equal(verdict.accept, drafted == best[:, :levels])
-    if levels:
-        assert 0 < np.sum(verdict.accept) < verdict.accept.size
+    tree = with_tokens(tree, best)
+
+    def body(target: jax.Array, tree: Tree, request: Request) -> Verdict:
+        return Greedy().verify(target, tree, request.round, request)
+
+    request = make_request(np.arange(BATCH), 0.0)
+    verdict = on_mesh(mesh, body, (P(None, None, ALL_AXES), P(), P()), P())(target, tree, request)
+    expected = [walk(tree, best, row) for row in range(BATCH)]
+    assert verdict.leaf.dtype == verdict.token.dtype == np.int32
+    assert verdict.leaf.tolist() == expected
+    assert verdict.token.tolist() == best[np.arange(BATCH), expected].tolist()
+    assert set(tree.depth[np.arange(BATCH), expected].tolist()) == set(range(levels + 1))
 
 
 def test_name_and_sampling_choose_the_verifier():
