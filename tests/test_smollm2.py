@@ -43,12 +43,17 @@ def open_engine(checkpoint):
     return open_
 
 
-@pytest.fixture(scope="module")
-def plain(checkpoint, smollm2_gguf):
-    """Prompt ids and greedy tokens of transformers on torch, which reads the GGUF file by code of its own."""
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+def reference_model(smollm2_gguf) -> Any:
+    """transformers' model, read from the GGUF file by code of its own."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
         smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
     )
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoint, smollm2_gguf):
+    """Prompt ids and greedy tokens of transformers on torch."""
+    model = reference_model(smollm2_gguf)
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     ids, texts = [], []
     for prompt in PROMPTS:
@@ -104,3 +109,60 @@ def test_calibration_lifts_the_acceptance_of_fuzzy_drafts(batch, plain):
     rows, drafted_without, accepted_without = batch("1", "easyspec", calibration=False)
     assert rows == plain[1]
     assert 0.9 > accepted / drafted > accepted_without / drafted_without + 0.05
+
+
+@pytest.fixture(scope="module")
+def drafts(checkpoint, smollm2_gguf, tmp_path_factory):
+    """The target itself, its first 20 layers, and the target with noise in its weights."""
+    directory = tmp_path_factory.mktemp("drafts")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    for name in ("shallow", "noisy"):
+        model = reference_model(smollm2_gguf)
+        if name == "shallow":
+            model.model.layers = model.model.layers[:20]
+            model.config.num_hidden_layers = 20
+        else:
+            torch.manual_seed(0)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.05 * parameter.std() * torch.randn_like(parameter))
+        model.save_pretrained(directory / name)
+        tokenizer.save_pretrained(directory / name)
+    return {"itself": checkpoint, "shallow": directory / "shallow", "noisy": directory / "noisy"}
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "sd": {"method": "sd"},
+    "tree-4": {"method": "tree", "tree_width": 4},
+    "tree-8": {"method": "tree", "tree_width": 8},
+    "N=2": {"lp_size": 2},
+    "N=4": {"lp_size": 4},
+    "N=6-tree-4": {"lp_size": 6, "tree_width": 4},
+}
+EVERY_WAY = [(draft, "1", way) for draft in ("itself", "shallow", "noisy") for way in WAYS] + [
+    ("noisy", mesh, way) for mesh in ("2", "8") for way in WAYS
+]
+
+
+def texts(engine: Engine, temperature: float, batch_size: int) -> list[list[int]]:
+    """Every prompt under three seeds: as many rows, each with noise of its own."""
+    sampling = SamplingParams(temperature=temperature, seed=11, max_new_tokens=NEW_TOKENS)
+    completions = engine.generate(3 * PROMPTS, sampling, chat=True, batch_size=batch_size)
+    return [completion.token_ids for completion in completions]
+
+
+@pytest.fixture(scope="module")
+def plainly(checkpoint):
+    """By plain decoding, one prompt after another."""
+    engine = open_model(checkpoint, platform="cpu", speculative=SpeculativeConfig(method="vanilla", verifier="coupled"))
+    return cache(lambda temperature: texts(engine, temperature, batch_size=1))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("draft, mesh, way", EVERY_WAY)
+def test_one_seed_is_one_text(checkpoint, drafts, plainly, draft, mesh, way):
+    """At every temperature, and in batches of mixed lengths."""
+    speculative = SpeculativeConfig(**WAYS[way], verifier="coupled")
+    engine = open_model(checkpoint, drafts[draft], mesh=mesh, platform="cpu", speculative=speculative)
+    for temperature in (0.0, 0.8, 1.0):
+        assert texts(engine, temperature, batch_size=5) == plainly(temperature)

@@ -30,7 +30,7 @@ class Request:
         return jax.tree.map(lambda x: x.repeat(times), self)
 
 
-CANDIDATES = 64
+CANDIDATES = 128
 """Ids that may follow a node: the draft's likeliest, as many of them as matter."""
 
 

@@ -1,15 +1,21 @@
 """Each part of attention against transformers' module of the same name."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import PartitionSpec as P
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from easyspec_jax.checkpoint import open_checkpoint
 from easyspec_jax.config import model_config
-from easyspec_jax.model.attention import chain_window, rope_frequencies, rotate
+from easyspec_jax.mesh import ALL_AXES, MeshShape
+from easyspec_jax.model.attention import Nodes, chain_window, rope_frequencies, rotate, tree_window
 from easyspec_jax.model.norm import rms_norm
-from tests.models import FAMILIES, family_config
+from easyspec_jax.model.transformer import Decoder
+from tests.helpers import on_mesh
+from tests.models import FAMILIES, family_config, forward, load_target, loader, partition_specs, save_model
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -38,6 +44,65 @@ def test_a_token_reads_itself_and_what_came_before():
         [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]],
         [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]],
     ]
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_chain_of_nodes_stands_where_a_chain_does(first):
+    """Its nodes from `first` on, behind texts of different lengths; the capacity has room for more."""
+    config, text, nodes = model_config(family_config("llama3").to_dict()), np.array([0, 5], np.int32), 4
+    depth = np.tile(np.arange(nodes, dtype=np.int32), (2, 1))[:, first:]
+    ancestors = np.tile(np.tri(nodes, dtype=bool), (2, 1, 1))[:, first:]
+    window = tree_window(jax.tree.map(jnp.asarray, Nodes(text + first, text, depth, ancestors)), 12, config)  # pyright: ignore[reportArgumentType]
+    expected = chain_window(jnp.asarray(text + first), nodes - first, 12, config)
+    jax.tree.map(np.testing.assert_array_equal, window, expected)
+
+
+def test_a_node_reads_the_text_and_its_own_path():
+    ancestors = jnp.asarray([[[True, False, False], [True, True, False], [True, False, True]]])
+    nodes = Nodes(jnp.array([2]), jnp.array([2]), jnp.array([[0, 1, 1]]), ancestors)
+    window = tree_window(nodes, 6, model_config(family_config("smollm2").to_dict()))
+    assert window.mask.astype(int).tolist() == [[[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 1, 0]]]
+
+
+PATHS = ((0,), (0, 1), (0, 2), (0, 2, 3), (0, 1, 4), (0, 2, 5), (0, 2, 5, 6))
+"""Of a tree's nodes, in their order."""
+
+
+def test_a_node_of_a_tree_is_the_end_of_a_chain(tmp_path):
+    """Logits after every node are those after its path as plain text, be they verified at once or drafted by levels."""
+    save_model(tmp_path, "smollm2", num_hidden_layers=2)
+    from_ = loader(open_checkpoint(tmp_path), MeshShape(1, 1))
+    model, random = load_target(from_), np.random.default_rng(0)
+    lengths, size = np.array([9, 5], np.int32), len(PATHS)
+    text, tokens = (random.integers(0, 300, size=(2, n)).astype(np.int32) for n in (9, size))
+    depth = np.array([len(path) - 1 for path in PATHS], np.int32)
+    ancestors = np.array([[node in path for node in range(size)] for path in PATHS])
+
+    def body(model: Decoder, text: jax.Array, tokens: jax.Array, lengths: jax.Array) -> list[jax.Array]:
+        def in_passes(*counts: int) -> jax.Array:
+            _, caches = model(text, model.init_caches(2, 9 + size), jnp.zeros(2, jnp.int32))
+            logits, first = [], 0
+            for count in counts:
+                here = slice(first, first + count)
+                where = (jnp.broadcast_to(x[here], (2, *x[here].shape)) for x in (depth, ancestors))
+                h, caches = model(tokens[:, here], caches, Nodes(lengths + first, lengths, *where))
+                logits.append(model.logits(h))
+                first += count
+            return jnp.concatenate(logits, axis=1)
+
+        return [in_passes(7), in_passes(1, 2, 3, 1)]
+
+    specs = (partition_specs(model), P(), P(), P())
+    results = on_mesh(MeshShape(1, 1), body, specs, P(None, None, ALL_AXES))(model, text, tokens, lengths)
+
+    chains = np.zeros((2, size, 9 + max(map(len, PATHS))), np.int32)
+    for row, length in enumerate(lengths):
+        for node, path in enumerate(PATHS):
+            chains[row, node, : length + len(path)] = [*text[row, :length], *tokens[row, list(path)]]
+    expected = forward(model, from_.mesh, chains.reshape(2 * size, -1)).reshape(2, size, chains.shape[2], -1)
+    expected = expected[np.arange(2)[:, None], np.arange(size), lengths[:, None] + depth]
+    for logits in results:
+        np.testing.assert_allclose(logits[..., :300], expected[..., :300], atol=1e-4, rtol=0)
 
 
 def test_norm():

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from easyspec_jax.model.sharding import VOCAB_BLOCK
-from easyspec_jax.sampling.noise import Purpose, gumbel, noise_keys, uniform
+from easyspec_jax.sampling.noise import Purpose, gumbel, noise_keys, numbered, uniform
 
 # A batch of every seed in every round, and always the same number of positions: each new shape would compile anew.
 BATCH = list(itertools.product((0, 1, 2, 3, 7, 8, 1000, 2**32 - 1), range(8)))
 POSITIONS = (*range(14), 1000, 100_000)
-SHARDS = 8
+VOCAB = 1024
 ALPHA = 0.01 / 2  # two Kolmogorov-Smirnov tests at 1 % together
+
+make_children = jax.jit(numbered, static_argnums=1)
 
 
 def keys(
@@ -34,7 +35,9 @@ def keys(
 @pytest.fixture(scope="module")
 def draws() -> np.ndarray:
     """A million Gumbel draws: whole rows of a vocabulary, a row per key."""
-    return np.asarray(gumbel(keys().reshape(-1), 0, SHARDS * VOCAB_BLOCK))
+    rows = keys().reshape(-1)
+    ids = jnp.arange(VOCAB, dtype=jnp.int32)
+    return np.asarray(gumbel(rows, jnp.broadcast_to(ids, (*rows.shape, VOCAB))))
 
 
 def test_every_seed_position_round_and_purpose_has_its_own_key():
@@ -47,15 +50,39 @@ def test_a_key_does_not_depend_on_its_place_in_the_batch():
     np.testing.assert_array_equal(data, backwards[::-1, ::-1])
 
 
-def test_the_noise_of_shards_is_the_noise_of_the_row(draws):
-    shard = jax.jit(gumbel, static_argnums=2)  # the first id is an array, as on a mesh
-    parts = [shard(keys().reshape(-1), i * VOCAB_BLOCK, VOCAB_BLOCK) for i in range(SHARDS)]
-    np.testing.assert_array_equal(np.concatenate(parts, axis=1), draws)
+@pytest.mark.parametrize("count", [1, 64, VOCAB])
+def test_an_id_has_its_noise_in_whatever_company(draws, count):
+    """So a draft that sees its likeliest ids, a shard, and the whole row agree; jitted, as the product runs it."""
+    rows = keys().reshape(-1)[::8]
+    ids = np.random.default_rng(count).permuted(np.tile(np.arange(VOCAB, dtype=np.int32), (len(rows), 1)), axis=1)
+    found = jax.jit(gumbel)(rows, jnp.asarray(ids[:, :count]))
+    np.testing.assert_array_equal(found, np.take_along_axis(draws[::8], ids[:, :count], axis=1))
 
 
-def test_no_block_and_no_row_repeats_another(draws):
-    blocks = draws.reshape(-1, VOCAB_BLOCK)
-    assert len(np.unique(blocks, axis=0)) == len(blocks)
+def test_rows_of_ids_may_have_any_shape(draws):
+    ids = jnp.broadcast_to(jnp.arange(4, dtype=jnp.int32), (len(BATCH), len(POSITIONS), 4))
+    np.testing.assert_array_equal(gumbel(keys(), ids), draws[:, :4].reshape(ids.shape))
+
+
+def test_no_id_and_no_key_repeats_another(draws):
+    """Nor does any stretch of a row: single numbers do, there are not enough of them in float32."""
+    assert len(np.unique(draws.reshape(-1, 8), axis=0)) == draws.size // 8
+    assert len(np.unique(draws[:8], axis=1).T) == VOCAB
+
+
+def test_numbered_keys_are_all_different():
+    parents = keys()
+    children = make_children(parents, 5)
+    assert children.shape == (*parents.shape, 5)
+    words = np.concatenate([np.asarray(jax.random.key_data(x)).reshape(-1, 2) for x in (parents, children)])
+    assert len(np.unique(words, axis=0)) == parents.size * 6
+
+
+def test_a_numbered_key_depends_on_its_parent_and_number_alone():
+    """Not on its parent's place, nor on how many there are."""
+    data = jax.random.key_data(make_children(keys(), 5))
+    fewer = make_children(keys(batch=BATCH[::-1], positions=POSITIONS[::-1]).reshape(-1), 3)
+    np.testing.assert_array_equal(jax.random.key_data(fewer), data[::-1, ::-1, :3].reshape(-1, 3, 2))
 
 
 def test_gumbel_draws_follow_the_gumbel_distribution(draws):
@@ -81,3 +108,15 @@ def test_the_upper_tail_is_fine_grained(draws):
 
     assert np.sum(draws > 7) == pytest.approx(draws.size * stats.gumbel_r.sf(7), rel=0.15)
     assert repeats(draws) < 5 < 20 < repeats(coarse)
+
+
+@pytest.mark.parametrize("word", [0, 2**32 - 1])
+def test_the_ends_are_finite_and_the_upper_one_goes_on_behind_32_bits(monkeypatch, word):
+    """What a draw in four billion would show: the first 32 of its 64 bits are all equal."""
+    real = jax.random.key_data
+    monkeypatch.setattr(jax.random, "key_data", lambda keys: real(keys).at[..., 0].set(jnp.uint32(word)))
+    noise = np.asarray(gumbel(keys()[:1, :1], jnp.arange(64, dtype=jnp.int32)[None, None]))
+    assert np.isfinite(noise).all()
+    if word == 0:
+        assert noise.min() > -np.log(2.0**-32)
+        assert len(np.unique(noise)) > 60

@@ -1,0 +1,284 @@
+"""The tree that a draft grows is the beam that it means, on any mesh; a sampled one is a sample without replacement."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from easyspec_jax.decode.drafting import draft_tree
+from easyspec_jax.mesh import ALL_AXES, Axes, MeshShape
+from easyspec_jax.model.attention import Nodes
+from easyspec_jax.model.collectives import shard_index
+from easyspec_jax.tree import Tree
+from easyspec_jax.verify import Branches, Greedy, Rejection, Request, Verifier
+from tests.helpers import goodness_of_fit, on_mesh
+from tests.verify.markov import make_request, softmax
+
+ONE, EIGHT = MeshShape(1, 1), MeshShape(4, 2)
+VOCAB = 16
+TOKENS = np.setdiff1d(np.arange(VOCAB), [0, 5, 6, 11, 15])
+"""The only ids with a finite logit."""
+POSITIONS = np.asarray([0, 3, 9, 4], np.int32)
+ROOTS = np.asarray([1, 14, 5, 7], np.int32)
+SCRATCH = 999
+"""In cache entries that nobody has written."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["table"], meta_fields=["axes"])
+@dataclass(frozen=True)
+class Table:
+    """Stands in for a Decoder: logits are a row of a table, which depends on the whole path and on the depth.
+
+    A node finds the tokens of its path where a real draft does: in the cache, through its ancestors.
+    """
+
+    table: Any
+    axes: Axes = ALL_AXES
+
+    def __call__(self, tokens: jax.Array, caches: Any, where: Nodes, run: Any) -> tuple[jax.Array, Any]:
+        cache = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))(
+            caches, tokens, where.start
+        )
+        size = where.ancestors.shape[2]
+        entries = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (size,)))(cache, where.root)
+        path = jnp.sum(jnp.where(where.ancestors, entries[:, None, :], 0), axis=-1)
+        return (path + 3 * where.depth)[..., None].astype(jnp.float32), cache
+
+    def logits(self, h: jax.Array) -> jax.Array:
+        return self.table[h[..., 0].astype(jnp.int32) % VOCAB]
+
+
+def logits_after(table: np.ndarray, path: tuple[int, ...]) -> np.ndarray:
+    """Table's logits, of the path from the root on."""
+    return table[(sum(path) + 3 * (len(path) - 1)) % VOCAB]
+
+
+def make_table(tokens: np.ndarray = TOKENS) -> np.ndarray:
+    table = np.full((VOCAB, VOCAB), -np.inf, np.float32)
+    table[:, tokens] = np.random.default_rng(0).normal(size=(VOCAB, len(tokens))) * 1.5
+    return table
+
+
+TABLE = make_table()
+
+
+@cache
+def program(verifier: Verifier, levels: int, width: int, mesh: MeshShape, axes: Axes, disagree: bool) -> Any:
+    """draft_tree on a mesh, compiled once for all the tests that want it."""
+
+    def body(draft: Any, cache: Any, root: jax.Array, position: jax.Array, request: Request) -> Any:
+        if disagree:
+            draft = Table(jnp.roll(draft.table, shard_index(ALL_AXES), axis=0), draft.axes)
+        h = root[:, None].astype(jnp.float32)
+        grown = draft_tree(draft, h, cache, root, position, request, verifier, levels, width)
+        return jax.tree.map(lambda x: x[None], grown)
+
+    split: Any = Table(P(None, axes or None), axes)
+    return on_mesh(mesh, body, (split, P(), P(), P(), P()), P(ALL_AXES))
+
+
+def grow(
+    verifier: Verifier,
+    levels: int,
+    width: int,
+    mesh: MeshShape = ONE,
+    axes: Axes = ALL_AXES,
+    disagree: bool = False,
+    table: np.ndarray = TABLE,
+    roots: np.ndarray = ROOTS,
+    positions: np.ndarray = POSITIONS,
+) -> tuple[Tree, np.ndarray]:
+    """Each device's tree, and cache afterwards, on a leading axis. disagree: all but the first have another table."""
+    entries = np.full((len(roots), int(positions.max()) + 1 + levels * width), SCRATCH, np.int32)
+    entries[np.arange(len(roots)), positions] = roots
+    run = program(verifier, levels, width, mesh, axes, disagree)
+    return jax.device_get(run(Table(table, axes), entries, roots, positions, make_request(np.arange(len(roots)), 0.7)))
+
+
+class Node(NamedTuple):
+    path: tuple[int, ...]
+    score: float
+    parent: int
+
+
+def beam(table: np.ndarray, root: int, levels: int, width: int) -> list[list[Node]]:
+    """The likeliest `width` paths of every length, spelled out; a chain's only candidate is certain."""
+    result = [[Node((root,), 0.0, 0)]]
+    for level in range(levels):
+        first, grown = max(1 + (level - 1) * width, 0), []
+        for number, node in enumerate(result[-1], first):
+            logits = logits_after(table, node.path).astype(np.float64)
+            ids = np.argsort(-logits, kind="stable")[: 1 if width == 1 else VOCAB]
+            log_q = np.log(softmax(logits)[ids]) if width > 1 else [0.0]
+            grown += [Node((*node.path, int(i)), node.score + own, number) for i, own in zip(ids, log_q, strict=True)]
+        possible = [node for node in grown if node.score > -np.inf]
+        result.append(sorted(possible, key=lambda node: -node.score)[:width])
+    return result
+
+
+def paths(tree: Tree, row: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Each existing node's number and path, found by its parents."""
+    found: dict[int, tuple[int, ...]] = {0: (int(tree.tokens[row, 0]),)}
+    for node in np.flatnonzero(tree.exists[row])[1:].tolist():
+        found[node] = (*found[int(tree.parent[row, node])], int(tree.tokens[row, node]))
+    yield from found.items()
+
+
+@pytest.fixture(autouse=True)
+def quiet_logarithms() -> Iterator[None]:
+    """The references take logarithms of probability zero."""
+    with np.errstate(divide="ignore"):
+        yield
+
+
+@pytest.mark.parametrize(("width", "levels"), [(1, 1), (1, 4), (3, 1), (3, 4), (5, 2), (13, 2)])
+def test_a_greedy_tree_is_a_beam(width, levels):
+    """Of 13 nodes a level only as many exist as there are tokens to fill them."""
+    tree, cache = grow(Greedy(), levels, width)
+    tree, cache = jax.tree.map(lambda x: x[0], (tree, cache))
+    assert tree.width == width
+    np.testing.assert_array_equal(tree.depth, [[0] + [1 + i // width for i in range(levels * width)]] * len(ROOTS))
+    np.testing.assert_array_equal(tree.entry, [range(1 + levels * width)] * len(ROOTS))
+    for row, (root, position) in enumerate(zip(ROOTS.tolist(), POSITIONS.tolist(), strict=True)):
+        expected = beam(TABLE, root, levels, width)
+        for level, nodes in enumerate(expected):
+            first = max(1 + (level - 1) * width, 0)
+            here = slice(first, first + len(nodes))
+            assert tree.tokens[row, here].tolist() == [node.path[-1] for node in nodes]
+            assert tree.parent[row, here].tolist() == [node.parent for node in nodes]
+            np.testing.assert_allclose(tree.score[row, here], [node.score for node in nodes], rtol=1e-5)
+            assert not tree.exists[row, here.stop : 1 + level * width].any()
+        # What was drafted but for the last level is in the cache, and nothing else was written.
+        written = tree.tokens[row, : 1 + (levels - 1) * width]
+        behind = cache.shape[1] - position - len(written)
+        np.testing.assert_array_equal(cache[row], [*[SCRATCH] * position, *written, *[SCRATCH] * behind])
+    assert np.all(tree.exists) == (width <= len(TOKENS))
+
+
+@pytest.mark.parametrize("verifier", [Greedy(), Rejection()], ids=str)
+def test_a_tree_agrees_with_itself(verifier):
+    """Parents, ancestors and ranks tell of the same paths, and candidates and q are the draft's after each of them."""
+    levels, width = 3, 4
+    tree: Tree = jax.tree.map(lambda x: x[0], grow(verifier, levels, width)[0])
+    temperature = 0.7 if verifier == Rejection() else 1.0
+    assert tree.candidates.shape[2] == min(verifier.candidates(width), VOCAB)
+    assert not tree.q[:, 1 + (levels - 1) * width :].any()
+    for row in range(len(ROOTS)):
+        above: dict[int, set[int]] = {0: {0}}
+        for node, path in paths(tree, row):
+            parent = int(tree.parent[row, node])
+            if node:
+                above[node] = above[parent] | {node}
+                assert tree.depth[row, node] == tree.depth[row, parent] + 1 == len(path) - 1
+                assert tree.score[row, node] <= tree.score[row, parent]
+                assert tree.candidates[row, parent, tree.rank[row, node]] == tree.tokens[row, node]
+                assert tree.q[row, parent, tree.rank[row, node]] > 0
+            assert set(np.flatnonzero(tree.ancestors[row, node])) == above[node]
+            if len(path) <= levels:
+                ids = tree.candidates[row, node]
+                logits = logits_after(TABLE, path)[ids]
+                assert len(set(ids.tolist())) == len(ids)
+                assert np.all(logits[:-1] >= logits[1:])
+                np.testing.assert_allclose(tree.q[row, node], softmax(logits / temperature), rtol=1e-5)
+        pairs = [path for _, path in paths(tree, row)]
+        assert len(set(pairs)) == len(pairs), "no path is drafted twice"
+        for scores in np.split(tree.score[row, 1:], levels):
+            assert np.all(scores[:-1] >= scores[1:])
+
+
+def same_everywhere(eight: Any, one: Any) -> None:
+    """Each of eight devices has what one device has for itself."""
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y.repeat(8, axis=0), rtol=1e-5), eight, one)
+
+
+@pytest.mark.parametrize("verifier", [Greedy(), Rejection()], ids=str)
+def test_the_mesh_changes_nothing(verifier):
+    same_everywhere(grow(verifier, 3, 4, EIGHT), grow(verifier, 3, 4))
+
+
+def test_devices_that_draft_for_themselves_follow_the_first():
+    """Where the draft is replicated nothing else keeps them together; here all but the first have another one."""
+    (eight, _), (one, _) = grow(Greedy(), 3, 4, EIGHT, (), disagree=True), grow(Greedy(), 3, 4)
+    same_everywhere(eight, one)
+    mine, *others = (beam(np.roll(TABLE, device, axis=0), int(ROOTS[0]), 1, 4) for device in range(8))
+    assert all(other != mine for other in others)
+
+
+DRAWS, ALPHA = 40_000, 0.01 / 4
+"""Requests with seeds of their own, and the level of each of the four distributions that are tested."""
+
+
+def without_replacement(q: np.ndarray) -> np.ndarray:
+    """The probability that two draws from q without replacement are a and then b."""
+    pairs = np.outer(q, q) / (1 - q)[:, None]
+    return pairs * (1 - np.eye(len(q)))
+
+
+def count_pairs(first: np.ndarray, second: np.ndarray, kinds: int) -> np.ndarray:
+    return np.bincount(first * kinds + second, minlength=kinds * kinds)[None]
+
+
+class Branched(NamedTuple):
+    """What Rejection.branch makes of three nodes, the last of which does not exist, for every request."""
+
+    q: np.ndarray
+    score: np.ndarray
+    branches: Branches
+
+
+@pytest.fixture(scope="module")
+def branched() -> Branched:
+    logits = -np.sort(-TABLE[:3], axis=1)
+    ids = np.argsort(-TABLE[:3], axis=1).astype(np.int32)
+    score = np.tile(np.asarray([-0.5, -2.0, -np.inf], np.float32), (DRAWS, 1))
+    log_prob = np.tile(np.asarray([-1.5, -0.3, -1.0], np.float32), (DRAWS, 1))
+    position = np.full(DRAWS, 7, np.int32)
+    many = (np.broadcast_to(x, (DRAWS, *x.shape)) for x in (logits, ids))
+    branches = jax.jit(Rejection().branch)(*many, score, log_prob, position, make_request(np.arange(DRAWS), 0.7))
+    return Branched(softmax(logits / 0.7), score, jax.device_get(branches))
+
+
+def test_children_are_drawn_without_replacement(branched):
+    q = branched.q
+    best = np.argsort(-branched.branches.score[:, :2], axis=-1, kind="stable")
+    for node in range(2):
+        counts = count_pairs(best[:, node, 0], best[:, node, 1], VOCAB)
+        assert goodness_of_fit(counts, without_replacement(q[node]).reshape(1, -1)) > ALPHA
+    counts = count_pairs(best[:, 0, 0], best[:, 1, 0], VOCAB)
+    assert goodness_of_fit(counts, np.outer(q[0], q[1]).reshape(1, -1)) > ALPHA, "nodes are independent"
+
+
+def test_scores_fall_from_parent_to_child(branched):
+    _, score, branches = branched
+    assert not np.isnan(branches.score).any()
+    np.testing.assert_array_equal(branches.score.max(axis=-1), score)
+    assert np.all(branches.score <= score[:, :, None])
+
+
+def test_what_is_impossible_never_becomes_a_node(branched):
+    q, score, branches = branched
+    np.testing.assert_allclose(branches.q, np.broadcast_to(q, branches.q.shape), rtol=1e-5)
+    np.testing.assert_array_equal(branches.score > -np.inf, (branches.q > 0) & (score > -np.inf)[:, :, None])
+    assert np.sum(q == 0) == 3 * (VOCAB - len(TOKENS))
+    np.testing.assert_allclose(branches.log_prob[0, :2], np.log(q[:2]) + np.asarray([[-1.5], [-0.3]]), rtol=1e-4)
+
+
+def test_paths_are_drawn_without_replacement():
+    """A stochastic beam: not only siblings, all paths of a level are a sample of the draft's distribution of paths."""
+    few = TOKENS[:3]
+    table = make_table(few)
+    tree, _ = grow(Rejection(), 2, 2, table=table, roots=np.ones(DRAWS, np.int32), positions=np.zeros(DRAWS, np.int32))
+    tree = jax.tree.map(lambda x: x[0], tree)
+    assert tree.exists.all()
+    first = np.take_along_axis(tree.tokens, tree.parent, axis=1)
+    number = 3 * np.searchsorted(few, first[:, 3:]) + np.searchsorted(few, tree.tokens[:, 3:])
+    after_root, *after_first = (softmax(logits_after(table, (1, *path)) / 0.7)[few] for path in [(), *few[:, None]])
+    q = (after_root[:, None] * np.stack(after_first)).reshape(-1)
+    counts = count_pairs(number[:, 0], number[:, 1], len(q))
+    assert goodness_of_fit(counts, without_replacement(q).reshape(1, -1)) > ALPHA
