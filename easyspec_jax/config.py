@@ -228,7 +228,8 @@ class SpeculativeConfig:
     verified; None stands for a chain, or 4 with method "tree", and for all of them. lp_size: layers a group, for the
     paper's grouping rule; lp_strategy: explicit groups such as "0,1-3,4-7", which override lp_size. calibration:
     rebuild exact draft KV every round. draft_tensor_parallel_size: whatever of the draft is not layer-parallel is
-    replicated ("1") or split over all devices ("all").
+    replicated ("1") or split over all devices ("all"). verifier: None stands for rejection sampling of chains and
+    coupled sampling of trees, where each was measured to accept more.
     """
 
     method: Method = "easyspec"
@@ -239,11 +240,11 @@ class SpeculativeConfig:
     lp_strategy: str | None = None
     calibration: bool = True
     draft_tensor_parallel_size: DraftTensorParallelSize = "all"
-    verifier: Verifier = "rejection"
+    verifier: Verifier | None = None
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, get_args(Method))
-        check_choice("verifier", self.verifier, get_args(Verifier))
+        check_choice("verifier", self.decides, get_args(Verifier))
         check_choice("draft-tensor-parallel-size", self.draft_tensor_parallel_size, get_args(DraftTensorParallelSize))
         if not 1 <= self.num_speculative_tokens <= 16:
             raise EasySpecError(f"--num-speculative-tokens {self.num_speculative_tokens} must be from 1 to 16")
@@ -261,6 +262,11 @@ class SpeculativeConfig:
     def width(self) -> int:
         """Nodes drafted a level."""
         return self.tree_width if self.tree_width is not None else 4 if self.method == "tree" else 1
+
+    @property
+    def decides(self) -> Verifier:
+        """The verifier where the temperature is above 0."""
+        return self.verifier or ("rejection" if self.width == 1 else "coupled")
 
 
 @dataclass(frozen=True)

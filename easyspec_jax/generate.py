@@ -107,8 +107,8 @@ def _parser() -> argparse.ArgumentParser:
                           choices=get_args(DraftTensorParallelSize),
                           help="what of the draft is not layer-parallel is replicated or split over all devices "
                           "(default: %(default)s)")  # fmt: skip
-    drafting.add_argument("--verifier", default=default.verifier, choices=get_args(Verifier),
-                          help="default: %(default)s")  # fmt: skip
+    drafting.add_argument("--verifier", choices=get_args(Verifier),
+                          help="default: rejection for chains, coupled for trees")  # fmt: skip
 
     sampling = parser.add_argument_group("sampling")
     chosen = SamplingParams()

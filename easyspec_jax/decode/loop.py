@@ -50,27 +50,27 @@ class Programs:
             top_k=self._replicated(np.full(rows, sampling.top_k, np.int32)),
             top_p=self._replicated(np.full(rows, sampling.top_p, np.float32)),
         )
-        return self._start(self._leaves, request, self._replicated(np.asarray(limits, np.int32)), capacity)
+        return self._start(self.leaves, request, self._replicated(np.asarray(limits, np.int32)), capacity)
 
     def prefill(self, state: State, tokens: np.ndarray, count: np.ndarray, last: np.ndarray) -> tuple[State, Report]:
         """One chunk of every row's prompt; int32 [batch, PREFILL_CHUNK], int32 and bool [batch]."""
         arrays = (self._replicated(x) for x in (tokens, count, last))
-        return self._prefill(self._leaves, state, *arrays)
+        return self._prefill(self.leaves, state, *arrays)
 
     def round(self, state: State) -> tuple[State, Report]:
         """One round of every row."""
-        return self._round(self._leaves, state)
+        return self._round(self.leaves, state)
 
     def _replicated(self, x: np.ndarray) -> jax.Array:
         return jax.device_put(x, NamedSharding(self.mesh, P()))
 
     @cached_property
-    def _leaves(self) -> list[jax.Array]:
+    def leaves(self) -> list[jax.Array]:
         """The arrays of both models: flattening their modules at every call would cost more than a small round."""
         return jax.tree.leaves((self.target, self.draft))
 
     @property
-    def _state_spec(self) -> Any:
+    def state_spec(self) -> Any:
         return State(
             target=self.target.cache_specs(),
             draft=() if self.draft is None else self.draft.cache_specs(),
@@ -81,25 +81,25 @@ class Programs:
     def _start(self) -> Callable[..., State]:
         def program(leaves: list[jax.Array], request: Request, limit: jax.Array, capacity: int) -> State:
             body = partial(init_state, capacity=capacity, size=self.config.pending_size)
-            return self._mapped(body, (P(), P()), self._state_spec)(leaves, request, limit)
+            return self.mapped(body, (P(), P()), self.state_spec)(leaves, request, limit)
 
         return jax.jit(program, static_argnums=3)
 
     @cached_property
     def _prefill(self) -> Callable[..., tuple[State, Report]]:
-        body = self._mapped(partial(prefill, config=self.config), (self._state_spec, P(), P(), P()), self._results)
+        body = self.mapped(partial(prefill, config=self.config), (self.state_spec, P(), P(), P()), self._results)
         return jax.jit(body, donate_argnums=1)
 
     @cached_property
     def _round(self) -> Callable[..., tuple[State, Report]]:
-        body = self._mapped(partial(speculative_round, config=self.config), (self._state_spec,), self._results)
+        body = self.mapped(partial(speculative_round, config=self.config), (self.state_spec,), self._results)
         return jax.jit(body, donate_argnums=1)
 
     @property
     def _results(self) -> Any:
-        return self._state_spec, P()
+        return self.state_spec, P()
 
-    def _mapped(self, body: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any) -> Callable[..., Any]:
+    def mapped(self, body: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any) -> Callable[..., Any]:
         """body(target, draft, …) on every device of the mesh, as a function of the models' leaves."""
         models = jax.tree.structure((self.target, self.draft))
         # Otherwise a GPU rounds float32 products to TF32 and a TPU to bfloat16.
@@ -109,7 +109,7 @@ class Programs:
             with jax.default_matmul_precision(precision):
                 return body(*jax.tree.unflatten(models, leaves), *args)
 
-        specs = [leaf.sharding.spec for leaf in self._leaves]  # pyright: ignore[reportAttributeAccessIssue]
+        specs = [leaf.sharding.spec for leaf in self.leaves]  # pyright: ignore[reportAttributeAccessIssue]
         return jax.shard_map(
             on_device, mesh=self.mesh, in_specs=(specs, *in_specs), out_specs=out_specs, check_vma=False
         )

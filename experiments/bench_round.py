@@ -1,0 +1,148 @@
+"""Where a round's time goes: `python -m experiments.bench_round --target DIR --draft DIR --tree-width 8`.
+
+The same passes of both models with nothing between them (no choice of nodes, no verdict, no commit) alternate with
+whole rounds from the same state; what a round takes beyond its passes is bookkeeping.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+from rich.table import Table
+
+from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, demo, open_model
+from easyspec_jax.command import Parser
+from easyspec_jax.config import Verifier
+from easyspec_jax.decode.loop import Programs, prefill_all
+from easyspec_jax.decode.round import RoundConfig, State
+from easyspec_jax.draft.parallel import run_fuzzy
+from easyspec_jax.mesh import ALL_AXES
+from easyspec_jax.model.attention import Nodes
+from easyspec_jax.model.transformer import Decoder, run_exact
+
+HERE = Path(__file__).parent
+WARM_UP = 3
+
+
+def passes(target: Decoder, draft: Decoder, state: State, config: RoundConfig) -> Any:
+    """The state and the logits after a round's passes, over tokens that are not chosen but merely there."""
+    h, caches = draft(state.pending, state.draft, state.draft_length, run_exact if config.calibration else run_fuzzy)
+    batch, width, nodes = h.shape[0], config.width, 1 + (config.nodes or config.levels * config.width)
+    first = draft.logits(h[:, :1])
+
+    def deepen(carry: Any, depth: jax.Array) -> Any:
+        caches, tokens = carry
+        ancestors = jnp.ones((batch, width, 1 + config.levels * width), bool)
+        depths = jnp.broadcast_to(depth, tokens.shape)
+        at = Nodes(state.length + 1 + (depth - 1) * width, state.length, depths, ancestors)
+        h, caches = draft(tokens, caches, at, run_fuzzy)
+        return (caches, tokens + (h[..., 0] > 1e30).astype(jnp.int32)), draft.logits(h)
+
+    start = (caches, jnp.broadcast_to(state.pending[:, :1], (batch, width)))
+    (caches, _), later = jax.lax.scan(deepen, start, jnp.arange(1, config.levels, dtype=jnp.int32))
+    tree = Nodes(
+        state.length,
+        state.length,
+        jnp.zeros((batch, nodes), jnp.int32),
+        jnp.ones((batch, nodes, nodes), bool),
+    )
+    h, target_caches = target(jnp.broadcast_to(state.pending[:, :1], (batch, nodes)), state.target, tree)
+    return replace(state, target=target_caches, draft=caches), (first, later, target.logits(h))
+
+
+def compiled_passes(programs: Programs) -> Any:
+    """passes() as a program of its own, whose state is donated like a round's."""
+    draft = programs.draft
+    assert draft is not None, "rounds without a draft have no bookkeeping to speak of"
+    spec, split = programs.state_spec, draft.axes or None
+    logits = (P(None, None, split), P(None, None, None, split), P(None, None, ALL_AXES))
+    body = programs.mapped(partial(passes, config=programs.config), (spec,), (spec, logits))
+    return jax.jit(body, donate_argnums=1)
+
+
+def measure(programs: Programs, prompt: list[int], sampling: SamplingParams, repeats: int) -> dict[str, list[float]]:
+    """Seconds of passes and of rounds, in turn; the first few of each are not timed."""
+    bare = compiled_passes(programs)
+    capacity = programs.capacity(len(prompt) + sampling.max_new_tokens)
+    state, _ = prefill_all(programs, programs.start(sampling, [sampling.max_new_tokens], capacity), [prompt])
+    seconds: dict[str, list[float]] = {"passes": [], "round": []}
+    for _ in range(repeats + WARM_UP):
+        _, spent = timed(partial(bare, programs.leaves), jax.tree.map(jnp.copy, state))
+        seconds["passes"].append(spent)
+        (state, _), spent = timed(programs.round, state)
+        seconds["round"].append(spent)
+    return {name: times[WARM_UP:] for name, times in seconds.items()}
+
+
+def timed(run: Callable[[State], Any], state: State) -> tuple[Any, float]:
+    """What run makes of a state, and the seconds it takes."""
+    jax.block_until_ready(state)
+    begun = time.perf_counter()
+    result = jax.block_until_ready(run(state))
+    return result, time.perf_counter() - begun
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m experiments.bench_round", description=__doc__)
+    parser.add_argument("--target", help="default: the bundled pair")
+    parser.add_argument("--draft")
+    parser.add_argument("--mesh", default="1")
+    parser.add_argument("--lp-size", type=int, default=4)
+    parser.add_argument("--num-speculative-tokens", type=int, default=5)
+    parser.add_argument("--tree-width", type=int, default=8)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])
+    parser.add_argument("--verifiers", nargs="+", choices=get_args(Verifier), default=get_args(Verifier))
+    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "bench_round.json")
+    try:
+        report(parser.parse_args(argv))
+    except (EasySpecError, OSError) as error:
+        print(f"experiments.bench_round: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def report(args: argparse.Namespace) -> None:
+    """Measures each way of sampling, prints the table and writes the JSON."""
+    ways: list[tuple[Verifier | None, float]] = [(None, 0.0)] if 0.0 in args.temperatures else []
+    ways += [(verifier, t) for t in args.temperatures if t > 0 for verifier in args.verifiers]
+    table = Table("verifier", "T", "round, ms", "passes, ms", "bookkeeping")
+    rows = []
+    for verifier, temperature in ways:
+        speculative = SpeculativeConfig(
+            num_speculative_tokens=args.num_speculative_tokens,
+            tree_width=args.tree_width,
+            lp_size=args.lp_size,
+            verifier=verifier,
+        )
+        engine = open_model(args.target, args.draft, mesh=args.mesh, speculative=speculative)
+        sampling = SamplingParams(
+            temperature=temperature, max_new_tokens=(args.num_speculative_tokens + 1) * (args.repeats + WARM_UP)
+        )
+        prompt = engine.encode(demo.PROMPT)
+        seconds = measure(engine.programs(sampling), prompt, sampling, args.repeats)
+        # Within each pair: a shared machine drifts.
+        shares = [1 - bare / whole for bare, whole in zip(seconds["passes"], seconds["round"], strict=True)]
+        name = verifier or "greedy"
+        rows.append({"verifier": name, "temperature": temperature, "bookkeeping": median(shares)} | seconds)
+        figures = (f"{1e3 * median(seconds[part]):.1f}" for part in ("round", "passes"))
+        table.add_row(name, f"{temperature:g}", *figures, f"{100 * median(shares):.1f} %")
+    Console().print(table)
+    models = {name: Path(getattr(args, name) or getattr(demo, name.upper())).name for name in ("target", "draft")}
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    args.out.write_text(json.dumps(settings | models | {"results": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
