@@ -1,0 +1,86 @@
+"""The grid is complete, and what is written agrees with itself."""
+
+import json
+from dataclasses import astuple
+
+import pytest
+
+from experiments import draw_acceptance
+from experiments.acceptance import main, variants
+from tests.models import save_model
+
+PAIR = ("rejection", "coupled")
+
+
+def test_every_variant_of_the_grid_comes_once():
+    grid = variants((0.0, 0.8), PAIR, (1, 4), (1, 2, 3))
+    ways = [(0.0, "greedy"), (0.8, "rejection"), (0.8, "coupled")]
+    drafts = [(1, True), (2, True), (2, False), (3, True), (3, False)]
+    assert [astuple(variant) for variant in grid] == [
+        (*way, width, *draft) for way in ways for width in (1, 4) for draft in drafts
+    ]
+    assert variants((0.0, 0.8, 0.8), PAIR * 2, (1, 4, 1), (1, 2, 3, 2)) == grid
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A directory with the results of two variants of a tiny model that drafts for itself."""
+    pytest.importorskip("matplotlib")
+    directory = tmp_path_factory.mktemp("acceptance")
+    save_model(directory / "model", "smollm2")
+    (directory / "prompts.txt").write_text("one\ntwo\n")
+    pair = ["--target", str(directory / "model"), "--draft", str(directory / "model")]
+    texts = ["--prompt-file", str(directory / "prompts.txt"), "--max-new-tokens", "12", "--batch-size", "2"]
+    grid = ["--widths", "2", "--lp-sizes", "2", "--temperatures", "0"]
+    assert main([*pair, *texts, *grid, "--num-speculative-tokens", "2", "--out", str(directory)]) == 0
+    return directory
+
+
+def test_rows_agree_with_themselves(measured):
+    results = json.loads((measured / "acceptance.json").read_text())["results"]
+    assert [row["draft"] for row in results] == ["N = 2", "N = 2, no calibration"]
+    for row in results:
+        assert row["groups"] == "0,1,2-3,4,5"
+        assert row["accepted"] == sum(row["accepted_per_position"])
+        assert 0 < row["accepted"] <= row["drafted"] <= 2 * row["rounds"]
+        assert row["acceptance_rate"] == row["accepted"] / row["drafted"]
+        assert row["mean_acceptance_length"] == 1 + row["accepted"] / row["rounds"]
+    assert not list(measured.glob("*.partial"))
+
+
+def test_the_same_results_are_the_same_picture(measured, tmp_path):
+    again = tmp_path / "again.png"
+    assert draw_acceptance.main([str(measured / "acceptance.json"), "--out", str(again)]) == 0
+    assert again.read_bytes() == (measured / "acceptance.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--widths", "1", "65"], "--tree-width 65 must be from 1 to 64"),
+        (["--lp-sizes", "0"], "--lp-size 0 must be at least 1"),
+        (["--temperatures", "-1"], "--temperature -1.0 must be 0 (greedy)"),
+        (["--verifiers", "typical"], "invalid choice: 'typical'"),
+        (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["--out", "absent/acceptance.json"], "--out absent/acceptance.json is neither"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, complaint, capsys):
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("experiments.acceptance: error: ")
+    assert complaint in printed.err
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"), [("{}", "holds no 'results'"), ("nothing", "cannot be read as JSON")]
+)
+def test_what_is_no_result_is_not_drawn(content, complaint, tmp_path, capsys):
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    assert draw_acceptance.main([str(path)]) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
