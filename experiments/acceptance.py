@@ -1,58 +1,101 @@
-"""Acceptance of exact, fuzzy and uncalibrated drafts: `python -m experiments.acceptance`.
+"""How far drafts see ahead, by tree width and layer-parallel size: `python -m experiments.acceptance`.
 
-Prints a table and writes JSON. No figure here is a time.
+The grid of the paper's Figure 4, for several temperatures and verifiers. Prints tables, writes JSON and draws it.
+No figure here is a time.
 """
 
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from rich.console import Console
 from rich.table import Table
 
-from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, demo, open_model
+from easyspec_jax import EasySpecError, Engine, SamplingParams, SpeculativeConfig, demo, open_model
 from easyspec_jax.command import Parser, read_prompts
+from easyspec_jax.config import Verifier
 from easyspec_jax.draft.grouping import format_groups
+from easyspec_jax.generate import _cache_compilations
+from easyspec_jax.progress import bar
+from experiments.draw_acceptance import Row, draw
 
 HERE = Path(__file__).parent
+GREEDY = "greedy"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to draft; lp_size 1 is the exact draft, whose KV needs no calibration."""
+    """A way to sample, verify and draft; lp_size 1 is the exact draft, whose KV needs no calibration."""
 
+    temperature: float
+    verifier: Verifier | Literal["greedy"]
+    tree_width: int
     lp_size: int
     calibration: bool
 
     @property
-    def name(self) -> str:
+    def draft(self) -> str:
         if self.lp_size == 1:
             return "exact"
         return f"N = {self.lp_size}" + ("" if self.calibration else ", no calibration")
 
+    def speculative(self, num_speculative_tokens: int) -> SpeculativeConfig:
+        """The engine's configuration. Raises EasySpecError if there is none."""
+        return SpeculativeConfig(
+            num_speculative_tokens=num_speculative_tokens,
+            tree_width=self.tree_width,
+            lp_size=self.lp_size,
+            calibration=self.calibration,
+            verifier=SpeculativeConfig.verifier if self.verifier == GREEDY else self.verifier,
+        )
 
-def variants(lp_sizes: list[int]) -> list[Variant]:
-    """Each size with and without calibration."""
-    return [Variant(n, calibration) for n in lp_sizes for calibration in ((True, False) if n > 1 else (True,))]
 
-
-def measure(args: argparse.Namespace, variant: Variant, prompts: list[str]) -> dict[str, Any]:
-    """Acceptance of one variant over all prompts."""
-    speculative = SpeculativeConfig(
-        method="easyspec",
-        num_speculative_tokens=args.num_speculative_tokens,
-        lp_size=variant.lp_size,
-        calibration=variant.calibration,
+def variants(
+    temperatures: Sequence[float], verifiers: Sequence[Verifier], widths: Sequence[int], lp_sizes: Sequence[int]
+) -> list[Variant]:
+    """The grid, every variant once: at temperature 0 all verifiers are one comparison."""
+    grid = (
+        Variant(temperature, verifier if temperature else GREEDY, width, lp_size, calibration)
+        for temperature in temperatures
+        for verifier in verifiers
+        for width in widths
+        for lp_size in lp_sizes
+        for calibration in ((True, False) if lp_size > 1 else (True,))
     )
-    engine = open_model(args.target, args.draft, mesh=args.mesh, platform=args.platform, speculative=speculative)
-    sampling = SamplingParams(temperature=args.temperature, seed=args.seed, max_new_tokens=args.max_new_tokens)
-    completions = list(engine.generate(prompts, sampling, chat=args.chat))
+    return list(dict.fromkeys(grid))
+
+
+def measure_grid(args: argparse.Namespace, prompts: Sequence[str]) -> list[Row]:
+    """Every variant's acceptance. Raises EasySpecError for an impossible one before any is measured."""
+    grid = variants(args.temperatures, args.verifiers, args.widths, args.lp_sizes)
+    configs = {variant: variant.speculative(args.num_speculative_tokens) for variant in grid}
+    sampling = {t: SamplingParams(t, seed=args.seed, max_new_tokens=args.max_new_tokens) for t in args.temperatures}
+    rows: dict[Variant, Row] = {}
+    with bar("Measuring", len(grid)) as advance:
+        for lp_size in dict.fromkeys(args.lp_sizes):
+            same_groups = [variant for variant in grid if variant.lp_size == lp_size]
+            first = configs[same_groups[0]]
+            engine = open_model(args.target, args.draft, mesh=args.mesh, platform=args.platform, speculative=first)
+            for variant in same_groups:
+                engine.speculative = configs[variant]  # the weights depend on the groups alone
+                measured = measure(engine, sampling[variant.temperature], prompts, args)
+                rows[variant] = {"draft": variant.draft} | asdict(variant) | measured
+                advance(1)
+    return [rows[variant] for variant in grid]
+
+
+def measure(
+    engine: Engine, sampling: SamplingParams, prompts: Sequence[str], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Acceptance over all prompts."""
+    completions = list(engine.generate(prompts, sampling, chat=args.chat, batch_size=args.batch_size))
     stats = sum((completion.stats for completion in completions[1:]), completions[0].stats)
     return {
-        "draft": variant.name,
         "groups": format_groups(engine.groups),
         "rounds": stats.rounds,
         "drafted": stats.drafted,
@@ -63,53 +106,82 @@ def measure(args: argparse.Namespace, variant: Variant, prompts: list[str]) -> d
     }
 
 
-def main() -> int:
-    parser = Parser(description=__doc__)
+def print_tables(rows: Sequence[Row]) -> None:
+    """Tokens a round and acceptance rate: a table for every way of sampling, tree widths to the right."""
+    for (temperature, verifier), same in groupby(rows, key=lambda row: (row["temperature"], row["verifier"])):
+        cells = {(row["draft"], row["tree_width"]): row for row in same}
+        drafts, widths = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
+        table = Table(
+            "draft", *(f"width {width}" for width in widths), title=f"temperature {temperature:g}, {verifier}"
+        )
+        for draft in drafts:
+            found = (cells[draft, width] for width in widths)
+            table.add_row(draft, *(f"{r['mean_acceptance_length']:.2f}  {r['acceptance_rate']:.3f}" for r in found))
+        Console().print(table)
+    Console().print("tokens a round, acceptance rate")
+
+
+def as_json(fields: dict[str, Any], rows: Sequence[Row]) -> str:
+    """One line for every field and every row."""
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
+    results = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    return "{\n " + ",\n ".join([*lines, f'"results": [\n{results}\n ]']) + "\n}\n"
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures the grid, prints it, writes the JSON and draws it."""
+    prompts = read_prompts(args.prompt_file or HERE / ("prompts.txt" if args.target else "code_prompts.txt"))
+    out = destination(args)
+    rows = measure_grid(args, prompts)
+    print_tables(rows)
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "prompt_file")}
+    models = {name: Path(getattr(args, name) or getattr(demo, name.upper())).name for name in ("target", "draft")}
+    fields = settings | models | {"bundled": args.target is None, "prompts": prompts}
+    partial = out.with_name(out.name + ".partial")
+    partial.write_text(as_json(fields, rows), encoding="utf-8")
+    partial.replace(out)
+    draw(fields | {"results": rows}, out.with_suffix(".png"))
+
+
+def destination(args: argparse.Namespace) -> Path:
+    """The JSON to write. Raises EasySpecError, before hours of measuring, if there is no directory for it."""
+    out = args.out or HERE / "results"
+    if out.is_dir():
+        return out / ("acceptance.json" if args.target else "acceptance_demo.json")
+    if not out.parent.is_dir() or out.suffix != ".json":
+        raise EasySpecError(f"--out {out} is neither a directory nor a .json file in one")
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m experiments.acceptance", description=__doc__)
     parser.add_argument("--target", help="default: the bundled pair")
     parser.add_argument("--draft")
     parser.add_argument("--mesh", default="1")
     parser.add_argument("--platform")
-    parser.add_argument("--lp-sizes", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6])
+    parser.add_argument("--widths", type=int, nargs="+", default=[1, 4, 8, 12], help="of the drafted tree")
+    parser.add_argument("--lp-sizes", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6], help="1 is the exact draft")
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])
+    parser.add_argument("--verifiers", nargs="+", choices=get_args(Verifier), default=get_args(Verifier))
     parser.add_argument("--num-speculative-tokens", type=int, default=5)
-    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=1, help="prompts decoded together")
     parser.add_argument("--chat", action="store_true")
     parser.add_argument("--prompt-file", type=Path, help="default: questions, or code for the bundled pair")
     parser.add_argument(
         "--out", type=Path, help="default: results/acceptance.json, or …_demo.json for the bundled pair"
     )
     try:
-        run(parser.parse_args())
+        args = parser.parse_args(argv)
+        _cache_compilations()
+        run(args)
     except (EasySpecError, OSError) as error:
         print(f"experiments.acceptance: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
-
-
-def run(args: argparse.Namespace) -> None:
-    """Measures every variant, prints the table and writes the JSON."""
-    prompt_file = args.prompt_file or HERE / ("prompts.txt" if args.target else "code_prompts.txt")
-    prompts = read_prompts(prompt_file)
-    table = Table("draft", "accepted / drafted", "acceptance rate", "tokens a round", "accepted per position")
-    rows = []
-    for variant in variants(args.lp_sizes):
-        rows.append(row := measure(args, variant, prompts))
-        table.add_row(
-            row["draft"],
-            f"{row['accepted']} / {row['drafted']}",
-            f"{row['acceptance_rate']:.3f}",
-            f"{row['mean_acceptance_length']:.2f}",
-            " ".join(map(str, row["accepted_per_position"])),
-        )
-    Console().print(table)
-    settings = {
-        name: value for name, value in vars(args).items() if name not in ("target", "draft", "out", "prompt_file")
-    }
-    bundled = {"target": demo.TARGET, "draft": demo.DRAFT}
-    models = {name: Path(getattr(args, name) or path).name for name, path in bundled.items()}
-    out = args.out or HERE / "results" / ("acceptance.json" if args.target else "acceptance_demo.json")
-    out.write_text(json.dumps({**models, **settings, "prompts": prompts, "results": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
