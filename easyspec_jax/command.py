@@ -1,6 +1,8 @@
 """What the commands share."""
 
 import argparse
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,3 +26,14 @@ def read_prompts(path: str | Path) -> list[str]:
     if not prompts:
         raise EasySpecError(f"--prompt-file {path} holds no prompt")
     return prompts
+
+
+def cache_compilations() -> None:
+    """A second run of the same models and mesh starts at once, unless JAX is told of another cache."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+        with suppress(OSError, RuntimeError):  # somebody without a home does without
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "easyspec_jax" / "xla"
+            cache.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(cache))

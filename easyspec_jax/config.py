@@ -244,14 +244,14 @@ class SpeculativeConfig:
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, get_args(Method))
-        check_choice("verifier", self.decides, get_args(Verifier))
+        check_choice("verifier", self.chosen_verifier, get_args(Verifier))
         check_choice("draft-tensor-parallel-size", self.draft_tensor_parallel_size, get_args(DraftTensorParallelSize))
         if not 1 <= self.num_speculative_tokens <= 16:
             raise EasySpecError(f"--num-speculative-tokens {self.num_speculative_tokens} must be from 1 to 16")
         if not 1 <= self.width <= MAX_WIDTH:
             raise EasySpecError(f"--tree-width {self.tree_width} must be from 1 to {MAX_WIDTH}")
-        if self.method == "sd" and self.width > 1:
-            raise EasySpecError(f"--method sd drafts chains; --tree-width {self.width} needs --method tree or easyspec")
+        if self.method in ("vanilla", "sd") and (self.width > 1 or self.tree_nodes is not None):
+            raise EasySpecError(f"--method {self.method} grows no trees: leave out --tree-width and --tree-nodes")
         most = self.num_speculative_tokens * self.width
         if self.tree_nodes is not None and not 1 <= self.tree_nodes <= most:
             raise EasySpecError(f"--tree-nodes {self.tree_nodes} must be from 1 to the {most} nodes of the whole tree")
@@ -264,9 +264,11 @@ class SpeculativeConfig:
         return self.tree_width if self.tree_width is not None else 4 if self.method == "tree" else 1
 
     @property
-    def decides(self) -> Verifier:
+    def chosen_verifier(self) -> Verifier:
         """The verifier where the temperature is above 0."""
-        return self.verifier or ("rejection" if self.width == 1 else "coupled")
+        if self.verifier is not None:
+            return self.verifier
+        return "rejection" if self.width == 1 else "coupled"
 
 
 @dataclass(frozen=True)

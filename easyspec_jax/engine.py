@@ -145,7 +145,7 @@ class Engine:
             self.tokenizer,
             (),
             self.mesh,
-            replace(self.speculative, method="vanilla"),
+            SpeculativeConfig(method="vanilla", verifier=self.speculative.chosen_verifier),
             self.max_length,
             self.dtype,
         )
@@ -204,7 +204,7 @@ class Engine:
             levels=levels,
             # An exact draft's own KV is exact already: there is nothing to calibrate.
             calibration=self.speculative.calibration and self.speculative.method == "easyspec",
-            verifier=choose(self.speculative.decides, sampling),
+            verifier=choose(self.speculative.chosen_verifier, sampling),
             stop_ids=self.target.config.stop_ids,
             width=self.speculative.width,
             nodes=self.speculative.tree_nodes,

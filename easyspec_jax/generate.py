@@ -7,11 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from easyspec_jax import demo
-from easyspec_jax.command import Parser, read_prompts
+from easyspec_jax.command import Parser, cache_compilations, read_prompts
 from easyspec_jax.config import (
     DraftTensorParallelSize,
     DType,
@@ -151,7 +150,7 @@ def _run(args: argparse.Namespace) -> int:
     from easyspec_jax.engine import open_model
     from easyspec_jax.progress import bar, no_bar
 
-    _cache_compilations()
+    cache_compilations()
     engine = open_model(
         args.target,
         args.draft,
@@ -265,17 +264,6 @@ def _note_missing_accelerators(args: argparse.Namespace, engine: "Engine") -> No
             f"{engine.mesh.size} devices were asked for and there are {count} of platform {best}: "
             f"the bundled pair runs on virtual CPU devices; --mesh {count} uses the {best}"
         )
-
-
-def _cache_compilations() -> None:
-    """A second run of the same models and mesh starts at once, unless JAX is told of another cache."""
-    import jax
-
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        with suppress(OSError, RuntimeError):  # somebody without a home does without
-            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "easyspec_jax" / "xla"
-            cache.mkdir(parents=True, exist_ok=True)
-            jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 if __name__ == "__main__":

@@ -17,10 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from easyspec_jax import EasySpecError, Engine, SamplingParams, SpeculativeConfig, demo, open_model
-from easyspec_jax.command import Parser, read_prompts
+from easyspec_jax.command import Parser, cache_compilations, read_prompts
 from easyspec_jax.config import Verifier
 from easyspec_jax.draft.grouping import format_groups
-from easyspec_jax.generate import _cache_compilations
 from easyspec_jax.progress import bar
 from experiments.draw_acceptance import Row, draw
 
@@ -51,7 +50,7 @@ class Variant:
             tree_width=self.tree_width,
             lp_size=self.lp_size,
             calibration=self.calibration,
-            verifier=SpeculativeConfig.verifier if self.verifier == GREEDY else self.verifier,
+            verifier=None if self.verifier == GREEDY else self.verifier,
         )
 
 
@@ -107,18 +106,16 @@ def measure(
 
 
 def print_tables(rows: Sequence[Row]) -> None:
-    """Tokens a round and acceptance rate: a table for every way of sampling, tree widths to the right."""
+    """A table for every way of sampling: drafts downward, tree widths to the right."""
     for (temperature, verifier), same in groupby(rows, key=lambda row: (row["temperature"], row["verifier"])):
         cells = {(row["draft"], row["tree_width"]): row for row in same}
         drafts, widths = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
-        table = Table(
-            "draft", *(f"width {width}" for width in widths), title=f"temperature {temperature:g}, {verifier}"
-        )
+        title, caption = f"temperature {temperature:g}, {verifier}", "tokens a round, acceptance rate"
+        table = Table("draft", *(f"width {width}" for width in widths), title=title, caption=caption)
         for draft in drafts:
             found = (cells[draft, width] for width in widths)
-            table.add_row(draft, *(f"{r['mean_acceptance_length']:.2f}  {r['acceptance_rate']:.3f}" for r in found))
+            table.add_row(draft, *(f"{r['mean_acceptance_length']:.2f} {r['acceptance_rate']:.3f}" for r in found))
         Console().print(table)
-    Console().print("tokens a round, acceptance rate")
 
 
 def as_json(fields: dict[str, Any], rows: Sequence[Row]) -> str:
@@ -174,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         args = parser.parse_args(argv)
-        _cache_compilations()
+        cache_compilations()
         run(args)
     except (EasySpecError, OSError) as error:
         print(f"experiments.acceptance: error: {error}", file=sys.stderr)

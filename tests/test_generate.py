@@ -93,7 +93,7 @@ def test_seed_makes_sampling_repeatable(arguments, capsys):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--method", "sd", "--tree-width", "4"], "--method sd drafts chains; --tree-width 4 needs --method tree"),
+        (["--method", "sd", "--tree-width", "4"], "--method sd grows no trees: leave out --tree-width"),
         (["--tree-width", "65"], "--tree-width 65 must be from 1 to 64"),
         (["--tree-width", "4", "--tree-nodes", "21"], "--tree-nodes 21 must be from 1 to the 20 nodes"),
         (["--verifier", "other"], "invalid choice: 'other'"),

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from easyspec_jax.config import ModelConfig
 
 VOCAB_BLOCK = 128
-"""Vocabulary shards are whole blocks of this many ids, so that noise drawn per block is the same on every mesh."""
+"""Vocabulary shards are whole blocks of this many ids, as accelerators lay out arrays."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from easyspec_jax.verify.base import CANDIDATES, Branches, Request, Verdict, war
 
 ROUNDING = 1e-6
 """A probability below which float32 cannot tell what is left of a distribution from nothing."""
+NEGLIGIBLE = 60.0
+"""Nats below the draft's likeliest id: what lies further down is never drafted, which costs exactness nothing."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,10 @@ class Rejection:
         In descending order of score a node's children are a sample without replacement of q, and which of them become
         nodes depends on scores alone, never on their own tokens. That is what the verifier's exactness rests on.
         """
-        log_q = jax.nn.log_softmax(warp_rows(logits, request, (), self.truncates), axis=-1)
+        warped = warp_rows(logits, request, (), self.truncates)
+        # What exists must have a probability that float32 can hold and divide by.
+        warped = jnp.where(warped > jnp.max(warped, axis=-1, keepdims=True) - NEGLIGIBLE, warped, -jnp.inf)
+        log_q = jax.nn.log_softmax(warped, axis=-1)
         keys = noise_keys(request.seed, position[:, None], request.round, Purpose.DRAFT)[:, 0]
         noise = gumbel(numbered(keys, logits.shape[1]), ids)
         return Branches(

@@ -139,7 +139,7 @@ def test_limits_are_kept_to_the_token(pair, plain, limit):
     [
         (MeshShape(1, 1), Rejection(), 1, None, 3),
         (MeshShape(4, 2), Greedy(), 1, None, 3),
-        (MeshShape(1, 1), Greedy(), 4, 9, 1),
+        (MeshShape(1, 1), Rejection(), 4, 6, 1),
         (MeshShape(4, 2), Rejection(), 4, None, 3),
         (MeshShape(1, 1), Coupled(), 4, 9, 3),
     ],

@@ -167,6 +167,18 @@ def test_a_draft_equal_to_the_target_is_never_rejected():
     assert (draw_texts(run, pair, make_request(np.arange(CHUNK), 0.7)) >= 0).all()
 
 
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("temperature", [0.01, 0.1])
+def test_a_sure_draft_that_is_wrong_does_no_harm(width, temperature):
+    """At low temperature the draft's other tokens have probabilities that float32 cannot hold."""
+    target, draft = np.zeros((2, TOKENS, TOKENS))
+    target[:, 7], target[:, 3], draft[:, 3] = 10, -5, 10
+    texts = draw_texts(
+        compiled(Rejection(), width, None), Pair(target, draft), make_request(np.arange(200), temperature)
+    )
+    assert (texts == 7).all()
+
+
 FAULTS = (
     "none",
     "what is left of the target is not normalised",

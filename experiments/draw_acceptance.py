@@ -1,0 +1,145 @@
+"""Draws what experiments.acceptance measured: `python -m experiments.draw_acceptance JSON [--out PNG]`.
+
+As the paper's Figure 4, with what one pass of the target yields in the place of throughput.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from easyspec_jax import EasySpecError
+from easyspec_jax.command import Parser
+from easyspec_jax.config import read_json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = dict[str, Any]
+"""What was measured of one variant."""
+
+PANELS = {"mean_acceptance_length": "Tokens per target pass", "acceptance_rate": "Acceptance rate"}
+
+INK, SOFT, FAINT, WHITE = "#1f1f1f", "#5a5a5a", "#e4e4e4", "#ffffff"
+COLORS = ("#000000", "#0072b2", "#009e73", "#d55e00", "#cc79a7", "#e69f00")
+MARKERS = "osD^vP"
+"""Both by tree width; the colours are those of Okabe and Ito."""
+
+CALIBRATION = {True: "calibrated", False: "not calibrated"}
+STROKES = {True: {"linestyle": "-"}, False: {"linestyle": (0, (4, 2)), "markerfacecolor": WHITE}}
+
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "text.color": INK,
+    "axes.edgecolor": SOFT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.grid": True,
+    "grid.color": FAINT,
+    "lines.markersize": 5,
+    "figure.constrained_layout.h_pad": 0.08,
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A tree width with or without calibration, over N; both start at the exact draft."""
+
+    width: int
+    calibration: bool
+    style: dict[str, Any]
+
+    def has(self, row: Row) -> bool:
+        return row["tree_width"] == self.width and (row["lp_size"] == 1 or row["calibration"] == self.calibration)
+
+
+def lines_of(widths: Sequence[int]) -> list[Line]:
+    """Two lines a width, of one colour."""
+    return [
+        Line(width, calibration, {"color": color, "marker": marker} | STROKES[calibration])
+        for width, color, marker in zip(widths, cycle(COLORS), cycle(MARKERS), strict=False)
+        for calibration in CALIBRATION
+    ]
+
+
+def draw(measured: dict[str, Any], out: Path) -> None:
+    """Writes the picture as PNG; the same figures give the same bytes. Raises EasySpecError without matplotlib."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise EasySpecError("drawing needs matplotlib: pip install -e '.[experiments]'") from None
+
+    results = measured["results"]
+    ways = {way: [row for row in results if way_of(row) == way] for way in map(way_of, results)}
+    lines = lines_of(sorted({row["tree_width"] for row in results}))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 1.2 + 3 * len(ways)), dpi=120, layout="constrained")
+        figure.suptitle(title_of(measured), weight="bold", size=13)
+        panels = figure.subplots(len(ways), len(PANELS), squeeze=False)
+        for (way, rows), beside in zip(ways.items(), panels, strict=True):
+            for (name, title), axes in zip(PANELS.items(), beside, strict=True):
+                axes.set_title(f"{title}: {way}")
+                draw_panel(axes, lines, rows, name)
+        for axes in panels[-1]:
+            axes.set_xlabel("N, draft layers that run at once")
+        draw_legend(figure, lines)
+        figure.savefig(out, metadata={"Software": None})
+
+
+def way_of(row: Row) -> str:
+    """How the row's tokens were chosen."""
+    return "greedy" if row["temperature"] == 0 else f"temperature {row['temperature']:g}, {row['verifier']}"
+
+
+def draw_panel(axes: "Axes", lines: Sequence[Line], rows: Sequence[Row], name: str) -> None:
+    """One figure over N."""
+    for line in reversed(lines):  # calibrated ones come last, on top
+        points = sorted((row["lp_size"], row[name]) for row in rows if line.has(row))
+        axes.plot(*zip(*points, strict=True), **line.style)
+    axes.set_xticks(sorted({row["lp_size"] for row in rows}))
+    axes.tick_params(colors=SOFT, labelcolor=INK)
+
+
+def draw_legend(figure: "Figure", lines: Sequence[Line]) -> None:
+    """What colours and strokes mean, below the panels."""
+    from matplotlib.lines import Line2D
+
+    widths = [Line2D([], [], **line.style, label=f"tree width {line.width}") for line in lines if line.calibration]
+    strokes = [Line2D([], [], color=SOFT, **STROKES[on], marker="o", label=name) for on, name in CALIBRATION.items()]
+    figure.legend(handles=[*widths, *strokes], loc="outside lower center", ncols=len(widths) + len(strokes))
+
+
+def title_of(measured: dict[str, Any]) -> str:
+    """The pair, and what was decoded."""
+    target, draft = measured["target"], measured["draft"]
+    pair = f"{target} drafting for itself" if target == draft else f"{target}, drafted by {draft}"
+    texts = f"{len(measured['prompts'])} prompts of up to {measured['max_new_tokens']} tokens"
+    levels = f"{measured['num_speculative_tokens']} levels a round"
+    return f"{'The bundled pair' if measured['bundled'] else pair}: {levels}, {texts}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m experiments.draw_acceptance", description=__doc__)
+    parser.add_argument("measured", type=Path, metavar="JSON", help="what experiments.acceptance wrote")
+    parser.add_argument("--out", type=Path, help="default: the same name, as .png")
+    try:
+        args = parser.parse_args(argv)
+        draw(read_json(args.measured), args.out or args.measured.with_suffix(".png"))
+    except KeyError as missing:
+        print(f"experiments.draw_acceptance: error: the JSON holds no {missing}", file=sys.stderr)
+        return 2
+    except (EasySpecError, OSError) as error:
+        print(f"experiments.draw_acceptance: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
