@@ -27,6 +27,7 @@ from easyspec_jax.verify.rejection import Trial
 from tests.helpers import goodness_of_fit
 from tests.verify.markov import (
     NO_TRUNCATION,
+    TOKENS,
     Pair,
     Truncation,
     count,
