@@ -4,6 +4,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, Shaped
 
 from easyspec_jax.mesh import Axes
@@ -27,9 +28,22 @@ def shard_count(axes: Axes) -> int:
 
 
 def from_first_device(tree: T, axes: Axes) -> T:
-    """The first device's arrays on every device; one all-reduce for all of them."""
+    """The first device's arrays, float32, int32 or bool, on every device; one all-reduce for all of them."""
     if not axes:
         return tree
-    first = shard_index(axes) == 0
-    sums = jax.lax.psum(jax.tree.map(lambda x: jnp.where(first, x, jnp.zeros_like(x)), tree), axes)
-    return jax.tree.map(lambda x, total: total.astype(x.dtype), tree, sums)  # sums of bool are integers
+    leaves, structure = jax.tree.flatten(tree)
+    words = jnp.concatenate([_words(leaf).reshape(-1) for leaf in leaves])
+    words = all_reduce(jnp.where(shard_index(axes) == 0, words, jnp.zeros_like(words)), axes)
+    parts = jnp.split(words, np.cumsum([leaf.size for leaf in leaves])[:-1])
+    arrays = (_from_words(part.reshape(leaf.shape), leaf.dtype) for part, leaf in zip(parts, leaves, strict=True))
+    return jax.tree.unflatten(structure, arrays)
+
+
+def _words(x: Array) -> Int[Array, "*shape"]:
+    """Each entry as an integer that holds its bits."""
+    return jax.lax.bitcast_convert_type(x, jnp.int32) if x.dtype == jnp.float32 else x.astype(jnp.int32)
+
+
+def _from_words(words: Int[Array, "*shape"], dtype: jnp.dtype) -> Array:
+    """The inverse of _words()."""
+    return jax.lax.bitcast_convert_type(words, jnp.float32) if dtype == jnp.float32 else words.astype(dtype)
