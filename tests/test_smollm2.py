@@ -43,17 +43,12 @@ def open_engine(checkpoint):
     return open_
 
 
-def reference_model(smollm2_gguf) -> Any:
-    """transformers' model, read from the GGUF file by code of its own."""
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
-    )
-
-
 @pytest.fixture(scope="module")
 def plain(checkpoint, smollm2_gguf):
-    """Prompt ids and greedy tokens of transformers on torch."""
-    model = reference_model(smollm2_gguf)
+    """Prompt ids and greedy tokens of transformers on torch, which reads the GGUF file by code of its own."""
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     ids, texts = [], []
     for prompt in PROMPTS:
@@ -112,12 +107,13 @@ def test_calibration_lifts_the_acceptance_of_fuzzy_drafts(batch, plain):
 
 
 @pytest.fixture(scope="module")
-def drafts(checkpoint, smollm2_gguf, tmp_path_factory):
+def drafts(checkpoint, tmp_path_factory):
     """The target itself, its first 20 layers, and the target with noise in its weights."""
     directory = tmp_path_factory.mktemp("drafts")
+    assert convert(["--to-hf", str(checkpoint), "--out", str(directory / "whole")]) == 0
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     for name in ("shallow", "noisy"):
-        model = reference_model(smollm2_gguf)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(directory / "whole", dtype=torch.float32)
         if name == "shallow":
             model.model.layers = model.model.layers[:20]
             model.config.num_hidden_layers = 20

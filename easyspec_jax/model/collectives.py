@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 def all_reduce(x: Shaped[Array, "*shape"], axes: Axes) -> Shaped[Array, "*shape"]:
     """The sum of every shard's addend; one all-reduce."""
-    return jax.lax.psum(x, axes) if axes else x
+    return jax.lax.psum(x, axes) if shard_count(axes) > 1 else x
 
 
 def shard_index(axes: Axes) -> Int[Array, ""]:
@@ -29,7 +29,7 @@ def shard_count(axes: Axes) -> int:
 
 def from_first_device(tree: T, axes: Axes) -> T:
     """The first device's arrays, float32, int32 or bool, on every device; one all-reduce for all of them."""
-    if not axes:
+    if shard_count(axes) == 1:
         return tree
     leaves, structure = jax.tree.flatten(tree)
     words = jnp.concatenate([_words(leaf).reshape(-1) for leaf in leaves])

@@ -16,7 +16,7 @@ LOWEST = np.finfo(np.float32).min
 def argmax(scores: Float[Array, "rows vocab_shard"], axes: Axes) -> Int[Array, " rows"]:
     """The id of each row's greatest score, ties to the lowest id; one all-gather of two words a row and shard."""
     best = _argmax(scores)
-    if not axes:
+    if shard_count(axes) == 1:
         return best
     score = jnp.take_along_axis(scores, best[:, None], axis=-1)[:, 0]
     ids = best + shard_index(axes) * scores.shape[-1]
@@ -44,7 +44,7 @@ def top(
     One all-gather of as many pairs from each shard.
     """
     best, local = jax.lax.top_k(scores, min(k, scores.shape[-1]))
-    if not axes:
+    if shard_count(axes) == 1:
         return best, local
     ids = local + shard_index(axes) * scores.shape[-1]
     words = jnp.stack([jax.lax.bitcast_convert_type(best, jnp.int32), ids])
@@ -70,7 +70,7 @@ def normaliser(
     """
     greatest = jnp.max(x, axis=-1, keepdims=True)
     total = jnp.sum(jnp.exp(x - jnp.maximum(greatest, LOWEST)), axis=-1, keepdims=True)
-    if not axes:
+    if shard_count(axes) == 1:
         return greatest, total
     greatests, totals = jax.lax.all_gather((greatest, total), axes)
     greatest = jnp.max(greatests, axis=0)
@@ -91,7 +91,9 @@ def padded_rows(rows: int, axes: Axes) -> int:
 
 def whole_rows(x: Float[Array, "rows vocab_shard"], axes: Axes) -> Float[Array, "rows_per_device vocab"]:
     """Rows dealt out to the devices of axes, whole, by one all-to-all."""
-    return jax.lax.all_to_all(_pad(x, axes), axes, split_axis=0, concat_axis=1, tiled=True) if axes else x
+    if shard_count(axes) == 1:
+        return x
+    return jax.lax.all_to_all(_pad(x, axes), axes, split_axis=0, concat_axis=1, tiled=True)
 
 
 def own_rows(x: Shaped[Array, "rows *rest"], axes: Axes) -> Shaped[Array, "rows_per_device *rest"]:
@@ -102,7 +104,7 @@ def own_rows(x: Shaped[Array, "rows *rest"], axes: Axes) -> Shaped[Array, "rows_
 
 def gather_rows(x: Shaped[Array, "rows_per_device *rest"], rows: int, axes: Axes) -> Shaped[Array, "rows *rest"]:
     """The inverse of own_rows; one all-gather."""
-    return jax.lax.all_gather(x, axes, tiled=True)[:rows]
+    return jax.lax.all_gather(x, axes, tiled=True)[:rows] if shard_count(axes) > 1 else x
 
 
 def _pad(x: Shaped[Array, "rows *rest"], axes: Axes) -> Shaped[Array, "padded *rest"]:

@@ -124,6 +124,7 @@ def accept_children(
     accepted with min(1, p(k) / q(k)); if not, p <- norm(max(0, p - q)) and q <- q without k, renormalised. Composed,
     the subtractions are one with a growing factor, so nothing but that factor is kept of a rejection.
     """
+
     def try_child(trial: Trial, child: Int[Array, "batch nodes"]) -> tuple[Trial, None]:
         rank = jnp.take_along_axis(tree.rank, child, axis=1)[:, :, None]
         (target, target_norm), (draft, draft_norm) = target_left(p, tree.q, trial), draft_left(tree.q, trial)
