@@ -81,7 +81,7 @@ def _pre_tokenizer(metadata: Mapping[str, Any], model_type: str, origin: str) ->
         )
     name = metadata.get("tokenizer.ggml.pre", "(none)")
     # AutoTokenizer gives every qwen2 directory Qwen2's own splitting, whatever its tokenizer.json says.
-    known = [pre for pre in sorted(PRE_TOKENIZERS) if model_type != "qwen2" or PRE_TOKENIZERS[pre].nfc]
+    known = [pre for pre in sorted(PRE_TOKENIZERS) if not model_type.startswith("qwen") or PRE_TOKENIZERS[pre].nfc]
     if name not in known:
         raise EasySpecError(
             f"{origin}: pre-tokenizer {name!r} is not supported for {model_type}; supported: {', '.join(known)}"

@@ -81,6 +81,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{prefix}self_attn.{projection}_proj.weight"] = (size, hidden)
             if config.qkv_bias:
                 shapes[f"{prefix}self_attn.{projection}_proj.bias"] = (size,)
+        if config.qk_norm:
+            shapes |= {f"{prefix}self_attn.{name}_norm.weight": (config.head_dim,) for name in "qk"}
         shapes[f"{prefix}self_attn.o_proj.weight"] = (hidden, queries)
         shapes[f"{prefix}mlp.gate_proj.weight"] = (inner, hidden)
         shapes[f"{prefix}mlp.up_proj.weight"] = (inner, hidden)

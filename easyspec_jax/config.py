@@ -19,17 +19,20 @@ FLOAT_DTYPES = get_args(DType)[1:]
 class Family:
     """What a `model_type` implies that its `config.json` does not say.
 
-    qkv_bias: query, key and value projections carry a bias.
-    rope_theta: the base where the configuration names none.
+    qkv_bias: query, key and value projections carry a bias. qk_norm: each query and key head is normalised.
+    rope_theta: the base where the configuration names none. head_dim: likewise; None is hidden_size over heads.
     """
 
-    qkv_bias: bool
+    qkv_bias: bool = False
+    qk_norm: bool = False
     rope_theta: float = 10000.0
+    head_dim: int | None = None
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(qkv_bias=False),
+    "llama": Family(),
     "qwen2": Family(qkv_bias=True),
+    "qwen3": Family(qk_norm=True, head_dim=128),
 }
 
 MAX_WIDTH = 64
@@ -50,7 +53,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer of the Llama or Qwen2 family; fields as in Hugging Face's `config.json`.
+    """A decoder-only transformer of the Llama, Qwen2 or Qwen3 family; fields as in Hugging Face's `config.json`.
 
     vocab_size counts embedding rows, which may exceed the tokenizer's ids. stop_ids ends a text.
     """
@@ -69,6 +72,7 @@ class ModelConfig:
     max_position_embeddings: int
     tie_word_embeddings: bool
     qkv_bias: bool
+    qk_norm: bool
     stop_ids: tuple[int, ...]
     dtype: str
 
@@ -107,7 +111,7 @@ def model_config(
             intermediate_size=int(config["intermediate_size"]),
             num_attention_heads=heads,
             num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // max(heads, 1)),
+            head_dim=int(config.get("head_dim") or family.head_dim or int(config["hidden_size"]) // max(heads, 1)),
             vocab_size=int(config["vocab_size"]),
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or family.rope_theta),
@@ -115,6 +119,7 @@ def model_config(
             max_position_embeddings=int(config["max_position_embeddings"]),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
             stop_ids=_stop_ids(generation or {}, origin) or _stop_ids(config, origin),
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
         )
@@ -152,7 +157,7 @@ def _supported_family(config: dict[str, Any], model_type: str, origin: str) -> F
         raise EasySpecError(
             f"{origin}: model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}"
         )
-    window = model_type != "qwen2" and config.get("sliding_window")
+    window = not model_type.startswith("qwen") and config.get("sliding_window")  # Qwen's counts if it is used
     if window or config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
         raise EasySpecError(f"{origin}: sliding-window attention is not supported")
     for name, supported in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):

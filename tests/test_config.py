@@ -63,7 +63,7 @@ SPELLINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_agrees_with_transformers(family, spelling, tmp_path):
     config = {"model_type": family} | SIZES | SPELLINGS[spelling]
-    if family == "qwen2":
+    if family.startswith("qwen"):
         config |= {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_model_config(tmp_path) == as_transformers_reads(tmp_path)
@@ -98,6 +98,7 @@ def as_transformers_reads(directory: Path) -> ModelConfig:
         max_position_embeddings=config.max_position_embeddings,
         tie_word_embeddings=config.tie_word_embeddings,
         qkv_bias=config.model_type == "qwen2",
+        qk_norm=config.model_type == "qwen3",
         stop_ids=tuple(eos) if isinstance(eos, list) else (eos,),
         dtype=str(config.dtype).removeprefix("torch."),
     )

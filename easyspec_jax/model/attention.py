@@ -100,7 +100,8 @@ class Attention(nnx.Module):
     """One device's share of a layer's attention, its pre-norm included.
 
     Queries, keys and values come from one product whose columns are [queries | keys | values] of this share, with
-    kv_heads keys and as many values for kv_heads * group queries. Leaves may carry a leading slot axis to `vmap` over.
+    kv_heads keys and as many values for kv_heads * group queries. head_norms: what each query's and each key's norm is
+    scaled by, in families that have one. Leaves may carry a leading slot axis to `vmap` over.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Attention(nnx.Module):
         qkv: Float[Array, "*slots hidden heads_dim"],
         bias: Float[Array, "*slots heads_dim"] | None,
         out: Float[Array, "*slots queries_dim hidden"],
+        head_norms: tuple[Float[Array, "*slots head_dim"], Float[Array, "*slots head_dim"]] | None,
         *,
         kv_heads: int,
         group: int,
@@ -118,6 +120,7 @@ class Attention(nnx.Module):
         self.qkv = nnx.Param(qkv)
         self.bias = None if bias is None else nnx.Param(bias)
         self.out = nnx.Param(out)
+        self.query_norm, self.key_norm = (None, None) if head_norms is None else map(nnx.Param, head_norms)
         self.kv_heads, self.group, self.eps = kv_heads, group, eps
 
     def __call__(
@@ -149,7 +152,10 @@ class Attention(nnx.Module):
         heads = self.kv_heads * (self.group + 2)
         x = x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
         queries = self.kv_heads * self.group
-        return x[:, :queries], x[:, queries : queries + self.kv_heads], x[:, queries + self.kv_heads :]
+        q, k, v = jnp.split(x, [queries, queries + self.kv_heads], axis=1)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = rms_norm(q, self.query_norm[...], self.eps), rms_norm(k, self.key_norm[...], self.eps)
+        return q, k, v
 
     def _attend(self, q: Array, cache: KVCache, mask: Bool[Array, "batch tokens capacity"]) -> Array:
         batch, _, tokens, head_dim = q.shape

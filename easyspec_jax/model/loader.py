@@ -99,11 +99,15 @@ class Loader:
         self, arrays: "_AttentionArrays", layout: HeadLayout, head_axes: Axes, *slot_axis: str
     ) -> Attention:
         split = head_axes or None
+        norms = arrays.head_norms
+        if norms is not None:
+            norms = self.place(norms[0], P(*slot_axis, None)), self.place(norms[1], P(*slot_axis, None))
         return Attention(
             norm=self.place(arrays.norm, P(*slot_axis, None)),
             qkv=self.place(arrays.qkv, P(*slot_axis, None, split)),
             bias=None if arrays.bias is None else self.place(arrays.bias, P(*slot_axis, split)),
             out=self.place(arrays.out, P(*slot_axis, split, None)),
+            head_norms=norms,
             kv_heads=layout.kv_heads,
             group=layout.group,
             eps=self.config.rms_norm_eps,
@@ -120,12 +124,16 @@ class Loader:
             parts = [_take_heads(x, i, head_dim) for x, i in zip((q, k, v), indices, strict=True)]
             return np.concatenate(parts, axis=1).reshape(-1, *q.shape[1:])
 
+        def read(name: str) -> np.ndarray:
+            return self.source.read(f"{prefix}self_attn.{name}_norm.weight")
+
         out = self.source.read(f"{prefix}self_attn.o_proj.weight").T
         return _AttentionArrays(
             norm=self.source.read(f"{prefix}input_layernorm.weight"),
             qkv=fused("weight").T,
             bias=fused("bias") if self.config.qkv_bias else None,
             out=_take_heads(out, layout.query_index, head_dim).reshape(-1, out.shape[-1]),
+            head_norms=(read("q"), read("k")) if self.config.qk_norm else None,
         )
 
 
@@ -136,6 +144,7 @@ class _AttentionArrays(NamedTuple):
     qkv: np.ndarray
     bias: np.ndarray | None
     out: np.ndarray
+    head_norms: tuple[np.ndarray, np.ndarray] | None
 
 
 def _take_heads(x: np.ndarray, index: np.ndarray, head_dim: int) -> np.ndarray:

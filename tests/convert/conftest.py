@@ -40,7 +40,7 @@ def tokenizer_metadata() -> dict[str, Any]:
 
 @pytest.fixture
 def tiny_model() -> Callable[..., PreTrainedModel]:
-    """Makes a random two-layer model, biases included, of `llama` or `qwen2`."""
+    """Makes a random two-layer model, biases included, of any family."""
 
     def make(family: str = "llama", **fields: Any) -> PreTrainedModel:
         torch.manual_seed(0)
@@ -77,7 +77,7 @@ def write_gguf(tmp_path: Path) -> Callable[..., Path]:
     ) -> Path:
         family = model.config.model_type
         path = tmp_path / f"{family}-{stored.name}.gguf"
-        pre = {"tokenizer.ggml.pre": "qwen2" if family == "qwen2" else "gpt-2"}
+        pre = {"tokenizer.ggml.pre": "qwen2" if family.startswith("qwen") else "gpt-2"}
         writer = gguf.GGUFWriter(path, family)
         for key, value in (model_metadata(model) | TOKENIZER | pre | dict(metadata or {})).items():
             if value is not None:

@@ -57,7 +57,7 @@ def test_smollm2_has_the_tokenizer_transformers_builds(smollm2_gguf, smollm2, tm
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == ours.eos_token_id
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize(
     ("stored", "tolerance"),
     # Of the largest magnitude: exact, 11 and 8 bits of mantissa, steps of 1/127 under an 11-bit scale.
@@ -74,7 +74,7 @@ def test_tensors_are_those_of_the_original(tiny_model, write_gguf, family, store
         assert error <= tolerance * np.abs(values).max(), name
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_converted_model_equals_the_original(tiny_model, write_gguf, tmp_path, family, tied):
     fields = {"tie_word_embeddings": tied, "rms_norm_eps": 1e-5}

@@ -31,7 +31,7 @@ def save(tmp_path: Path) -> Callable[..., Path]:
     return save
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize(("max_shard_size", "several"), [("40KB", True), ("1GB", False)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_tensors_are_bit_equal(tiny_model, save, tmp_path, family, max_shard_size, several, dtype):

@@ -35,7 +35,7 @@ def test_round_trip_keeps_every_bit(tmp_path, family, dtype):
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("cat").input_ids == byte_tokenizer()("cat").input_ids
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_model_out_of_a_gguf_file_loads_in_transformers(tiny_model, write_gguf, tmp_path, family, tied):
     rope = {"rope_type": "default", "rope_theta": 5e5}

@@ -64,6 +64,16 @@ def test_fuzzy_pass_is_algorithm_2(pair, mesh, groups, axes):
     assert np.abs(expected - exact).max() > 0.1, "the test could not tell fuzzy from exact"
 
 
+@pytest.mark.parametrize("run", [run_exact, run_fuzzy], ids=["exact", "fuzzy"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_biases_and_head_norms_go_with_their_layers(tmp_path, family, run):
+    reference = save_model(tmp_path, family, num_hidden_layers=8)
+    from_ = loader(open_checkpoint(tmp_path), MeshShape(4, 2))
+    logits = forward(load_draft(from_, GROUPS[0]), from_.mesh, TOKENS, run=run)
+    expected = algorithm_2(reference, GROUPS[0] if run is run_fuzzy else [range(i, i + 1) for i in range(8)])
+    np.testing.assert_allclose(logits[..., :300], expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("branch", [True, False], ids=["branch", "mask"])
 @pytest.mark.parametrize("groups", GROUPS, ids=["groups of 3 and 4", "group of 7"])
 @pytest.mark.parametrize("mesh", MESHES, ids=str)

@@ -1,0 +1,91 @@
+"""Models without weights: the very modules that a checkpoint becomes, with shapes where arrays would be."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from easyspec_jax.checkpoint import expected_shapes
+from easyspec_jax.config import ModelConfig
+from easyspec_jax.decode.loop import Programs
+from easyspec_jax.decode.round import State, init_state
+from easyspec_jax.draft.grouping import Group
+from easyspec_jax.draft.parallel import load_draft
+from easyspec_jax.mesh import ALL_AXES, Axes
+from easyspec_jax.model.attention import Attention
+from easyspec_jax.model.loader import Loader
+from easyspec_jax.model.sharding import padded_vocab_size
+from easyspec_jax.model.transformer import MLP, Decoder
+from easyspec_jax.verify import Request
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A checkpoint's tensors as its configuration implies them; one byte stands for all that is read."""
+
+    config: ModelConfig
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return expected_shapes(self.config)
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def read(self, name: str) -> np.ndarray:
+        return np.broadcast_to(np.zeros((), np.bool_), self._shapes[name])
+
+
+class ShapeLoader(Loader):
+    """A Loader that places nothing. A model's layers are alike, so the first stands for all."""
+
+    def place(self, array: np.ndarray, spec: P) -> jax.Array:
+        """The array's shape, type and sharding."""
+        return jax.ShapeDtypeStruct(array.shape, self.dtype, sharding=NamedSharding(self.mesh, spec))  # pyright: ignore[reportReturnType]
+
+    @cached_property
+    def _first(self) -> tuple[Attention, MLP]:
+        return super().attention(0), super().mlp(0)
+
+    def attention(self, index: int) -> Attention:
+        """One layer's attention."""
+        return self._first[0]
+
+    def mlp(self, index: int) -> MLP:
+        """A layer's feed-forward part."""
+        return self._first[1]
+
+
+def abstract_pair(
+    target: ModelConfig,
+    draft: ModelConfig | None,
+    mesh: Mesh | AbstractMesh,
+    groups: Sequence[Group],
+    draft_axes: Axes,
+    dtype: np.dtype,
+) -> tuple[Decoder, Decoder | None]:
+    """Target and draft as the engine would load them, with a jax.ShapeDtypeStruct for every array."""
+
+    def loader(config: ModelConfig, axes: Axes) -> ShapeLoader:
+        configs = [c for c in (target, draft) if c is not None]
+        rows = padded_vocab_size(mesh, *configs)  # pyright: ignore[reportArgumentType]
+        return ShapeLoader(Shapes(config), config, mesh, axes, dtype, rows, config.vocab_size)  # pyright: ignore[reportArgumentType]
+
+    of_target = loader(target, ALL_AXES)
+    layers = [of_target.layer(index) for index in range(target.num_hidden_layers)]
+    of_draft = None if draft is None else load_draft(loader(draft, draft_axes), groups)
+    return of_target.decoder(layers), of_draft
+
+
+def abstract_state(programs: Programs, rows: int, capacity: int) -> State:
+    """The state that `programs` would start with, with a jax.ShapeDtypeStruct for every array."""
+    everywhere = NamedSharding(programs.mesh, P())
+    types = (np.uint32, np.int32, np.float32, np.int32, np.float32)
+    request = Request(*(jax.ShapeDtypeStruct((rows,), dtype, sharding=everywhere) for dtype in types))  # pyright: ignore[reportArgumentType]
+    limits = jax.ShapeDtypeStruct((rows,), np.int32, sharding=everywhere)
+    body = partial(init_state, capacity=capacity, size=programs.config.pending_size)
+    return jax.eval_shape(programs.mapped(body, (P(), P()), programs.state_spec), programs.leaves, request, limits)
