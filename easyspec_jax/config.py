@@ -234,7 +234,7 @@ class SpeculativeConfig:
     paper's grouping rule; lp_strategy: explicit groups such as "0,1-3,4-7", which override lp_size. calibration:
     rebuild exact draft KV every round. draft_tensor_parallel_size: whatever of the draft is not layer-parallel is
     replicated ("1") or split over all devices ("all"). verifier: None stands for rejection sampling of chains and
-    coupled sampling of trees, where each was measured to accept more.
+    coupled sampling of trees, which accept more on average.
     """
 
     method: Method = "easyspec"

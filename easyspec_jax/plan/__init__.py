@@ -1,1 +1,1 @@
-"""What a pair of models costs on a mesh, told without weights: collectives, bytes, memory, time."""
+"""What a pair of models costs on a mesh, told without weights: so far what it sends between devices."""
