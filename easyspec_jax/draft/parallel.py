@@ -56,13 +56,13 @@ class LayerGroup(nnx.Module):
         return h, cache
 
     def init_cache(self, batch: int, capacity: int) -> KVCache:
-        """[slots, batch, kv_heads, capacity, head_dim], zero."""
+        """This device's part of an empty cache, slots in front."""
         one = self.attention.init_cache(batch, capacity)
         return jax.tree.map(lambda x: jnp.repeat(x[None], self.slots, axis=0), one)
 
     def cache_spec(self) -> KVCache:
         """A layer's KV lives where its attention does."""
-        spec = P(LAYER, None, TENSOR, None, None)
+        spec = P(LAYER, TENSOR, None, None)
         return KVCache(spec, spec)  # pyright: ignore[reportArgumentType]
 
     def _addend(self, parts: Float[Array, "slots batch tokens hidden"], layer: int) -> Hidden:
@@ -73,18 +73,13 @@ class LayerGroup(nnx.Module):
     def _attend_in_turn(self, layer: int, h: Hidden, cache: KVCache, window: Window) -> tuple[Hidden, KVCache]:
         owner, slot = divmod(layer, self.slots)
         attention = jax.tree.map(lambda w: w[slot], self.attention)
-        mine = jax.lax.axis_index(LAYER) == owner
-        before = KVCache(cache.k[slot], cache.v[slot])
         if jax.lax.axis_size(LAYER) == 1:
-            attended, after = attention(h, before, window)
-        elif self.branch:
-            attended, after = jax.lax.cond(
-                mine, lambda c: attention(h, c, window), lambda c: (jnp.zeros_like(h), c), before
-            )
-        else:
-            attended, after = attention(h, before, window, where=mine)
-            attended = jnp.where(mine, attended, jnp.zeros_like(attended))
-        return attended, KVCache(cache.k.at[slot].set(after.k), cache.v.at[slot].set(after.v))
+            return attention(h, cache, window, slot)
+        mine = jax.lax.axis_index(LAYER) == owner
+        if self.branch:
+            return jax.lax.cond(mine, lambda c: attention(h, c, window, slot), lambda c: (jnp.zeros_like(h), c), cache)
+        attended, cache = attention(h, cache, window, slot, where=mine)
+        return jnp.where(mine, attended, jnp.zeros_like(attended)), cache
 
 
 def run_fuzzy(block: Block, h: Hidden, cache: KVCache, window: Window) -> tuple[Hidden, KVCache]:

@@ -128,20 +128,23 @@ class Attention(nnx.Module):
         h: Float[Array, "batch tokens hidden"],
         cache: KVCache,
         window: Window,
+        slot: int | None = None,
         where: Bool[Array, ""] | None = None,
     ) -> tuple[Float[Array, "batch tokens hidden"], KVCache]:
         """This share's addend of the attention output, and the cache with the window's entries written.
 
-        where: a scalar; where false, the cache stays as it is (the output is then meaningless).
+        slot: this layer's place if the cache is a stack of several. where: a scalar; where false, the cache stays as it
+        is (the output is then meaningless).
         """
         q, k, v = self._project(h)
-        cache = write(cache, rotate(k, window), v, window.start, where)
-        return self._attend(rotate(q, window), cache, window.mask), cache
+        cache = write(cache, rotate(k, window), v, window.start, slot, where)
+        own = cache if slot is None else KVCache(cache.k[slot], cache.v[slot])
+        return self._attend(rotate(q, window), own, window.mask), cache
 
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """This share's part of an empty cache."""
         width = self.qkv.shape[-1] // (self.kv_heads * (self.group + 2))
-        empty = jnp.zeros((batch, self.kv_heads, capacity, width), self.qkv.dtype)
+        empty = jnp.zeros((batch * self.kv_heads, capacity, width), self.qkv.dtype)
         return KVCache(empty, empty)
 
     def _project(self, h: Float[Array, "batch tokens hidden"]) -> tuple[Array, Array, Array]:
@@ -160,12 +163,12 @@ class Attention(nnx.Module):
     def _attend(self, q: Array, cache: KVCache, mask: Bool[Array, "batch tokens capacity"]) -> Array:
         batch, _, tokens, head_dim = q.shape
         # A key head's queries are extra rows of one product, so keys are read once.
-        q = q.reshape(batch, self.kv_heads, self.group * tokens, head_dim)
-        scores = jnp.einsum("bkqd,bksd->bkqs", q, cache.k, preferred_element_type=jnp.float32)
+        q = q.reshape(batch * self.kv_heads, self.group * tokens, head_dim)
+        scores = jnp.einsum("kqd,ksd->kqs", q, cache.k, preferred_element_type=jnp.float32)
         scores = scores.reshape(batch, self.kv_heads, self.group, tokens, -1) * np.float32(head_dim**-0.5)
         scores = jnp.where(mask[:, None, None], scores, np.float32(-np.inf))
         weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-        weights = weights.reshape(batch, self.kv_heads, self.group * tokens, -1)
-        mixed = jnp.einsum("bkqs,bksd->bkqd", weights, cache.v)
+        weights = weights.reshape(batch * self.kv_heads, self.group * tokens, -1)
+        mixed = jnp.einsum("kqs,ksd->kqd", weights, cache.v)
         mixed = mixed.reshape(batch, self.kv_heads * self.group, tokens, head_dim).transpose(0, 2, 1, 3)
         return mixed.reshape(batch, tokens, -1) @ self.out[...]

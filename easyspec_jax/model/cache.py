@@ -1,5 +1,6 @@
 """Key-value caches with a length of their own per row: rolling back is an integer change elsewhere."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -8,13 +9,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class KVCache(NamedTuple):
-    """Keys and values of one layer: [batch, kv_heads, capacity, head_dim].
+    """Keys and values of one device's share of a layer: [batch * kv_heads, capacity, head_dim], a row's heads together.
 
-    Entries at and behind a row's length are scratch: drafts, padding and rejected tokens are written there.
+    Batch and heads are one axis because the products of attention would make them one, and where a step has but one
+    token, XLA then copied the whole cache. Layers of one group are stacked in front. Entries at and behind a row's
+    length are scratch: drafts, padding and rejected tokens are written there.
     """
 
-    k: Float[Array, "batch kv_heads capacity head_dim"]
-    v: Float[Array, "batch kv_heads capacity head_dim"]
+    k: Float[Array, "*slots batch_heads capacity head_dim"]
+    v: Float[Array, "*slots batch_heads capacity head_dim"]
 
     @property
     def capacity(self) -> int:
@@ -26,34 +29,48 @@ def write(
     k: Float[Array, "batch kv_heads tokens head_dim"],
     v: Float[Array, "batch kv_heads tokens head_dim"],
     start: Int[Array, " batch"],
+    slot: int | None = None,
     where: Bool[Array, ""] | None = None,
 ) -> KVCache:
     """The cache with row b's entries [start[b], start[b] + tokens) replaced, or left alone where `where` is false.
 
-    The caller keeps start + tokens within the capacity: XLA would clamp the window onto committed entries.
+    slot: the layer to replace them in, if the cache is a stack of several. The caller keeps start + tokens within the
+    capacity: XLA would clamp the window onto committed entries.
     """
+    zero = jnp.zeros((), start.dtype)
+    layer = () if slot is None else (zero + slot,)
 
     def put(
-        row: Float[Array, "kv_heads capacity head_dim"],
+        row: Float[Array, "*slots kv_heads capacity head_dim"],
         new: Float[Array, "kv_heads tokens head_dim"],
         at: Int[Array, ""],
     ) -> Array:
+        here = (*layer, zero, at, zero)
+        new = new.reshape((1,) * len(layer) + new.shape)
         if where is not None:
-            new = jnp.where(where, new, jax.lax.dynamic_slice_in_dim(row, at, new.shape[1], axis=1))
-        return jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=1)
+            new = jnp.where(where, new, jax.lax.dynamic_slice(row, here, new.shape))
+        return jax.lax.dynamic_update_slice(row, new, here)
 
-    return KVCache(jax.vmap(put)(cache.k, k, start), jax.vmap(put)(cache.v, v, start))
+    return KVCache(_by_row(put, cache.k, k, start), _by_row(put, cache.v, v, start))
 
 
 def move(cache: KVCache, source: Int[Array, "batch entries"], start: Int[Array, " batch"]) -> KVCache:
-    """The cache with row b's entries source[b] copied to start[b] and on; leading axes may come before the batch's."""
+    """The cache with row b's entries source[b] copied to start[b] and on, in every layer of a stack."""
 
     def put(
-        row: Float[Array, "kv_heads capacity head_dim"], entries: Int[Array, " entries"], at: Int[Array, ""]
+        row: Float[Array, "*slots kv_heads capacity head_dim"], entries: Int[Array, " entries"], at: Int[Array, ""]
     ) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(row, row[:, entries], at, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(row, row[..., entries, :], at, axis=-2)
 
-    rows = jax.vmap(put)
-    for _ in range(cache.k.ndim - 4):
-        rows = jax.vmap(rows, in_axes=(0, None, None))
-    return KVCache(rows(cache.k, source, start), rows(cache.v, source, start))
+    return KVCache(_by_row(put, cache.k, source, start), _by_row(put, cache.v, source, start))
+
+
+def _by_row(
+    put: Callable[..., Array], x: Float[Array, "*slots batch_heads capacity head_dim"], *of_rows: Array
+) -> Float[Array, "*slots batch_heads capacity head_dim"]:
+    """put(row, …) of every row of a cache, with the row's part of each other argument."""
+    batch, axis = len(of_rows[0]), x.ndim - 3
+    if batch == 1:  # an update at one place; under vmap it would be a scatter, around which XLA makes copies
+        return put(x, *(y[0] for y in of_rows))
+    rows = x.reshape(*x.shape[:axis], batch, -1, *x.shape[-2:])
+    return jax.vmap(put, in_axes=(axis, *(0,) * len(of_rows)), out_axes=axis)(rows, *of_rows).reshape(x.shape)

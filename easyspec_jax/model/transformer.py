@@ -54,12 +54,12 @@ class Layer(nnx.Module):
         return h + all_reduce(self.mlp(h), self.axes), cache
 
     def init_cache(self, batch: int, capacity: int) -> KVCache:
-        """[batch, kv_heads, capacity, head_dim], zero."""
+        """This device's part of an empty cache."""
         return self.attention.init_cache(batch, capacity)
 
     def cache_spec(self) -> KVCache:
-        """Heads are split, rows are not."""
-        spec = P(None, self.axes or None, None, None)
+        """Heads are split; a device's rows and heads are one axis."""
+        spec = P(self.axes or None, None, None)
         return KVCache(spec, spec)  # pyright: ignore[reportArgumentType]
 
 
