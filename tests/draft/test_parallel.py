@@ -107,11 +107,10 @@ def test_kv_of_a_layer_lives_only_where_its_attention_does(pair, run, branch):
 def test_collectives_of_a_group(pair, mesh, size):
     """size + 1 all-reduces fuzzily, of which replicated MLPs leave one; twice the size exactly; nothing else."""
     checkpoint, _ = pair
-    groups = (range(0, 1), range(1, 1 + size), *(range(i, i + 1) for i in range(1 + size, 8)))
 
     def collectives(axes, run) -> dict[str, int]:
         from_ = loader(checkpoint, mesh, axes)
-        group = load_draft(from_, groups).blocks[1]
+        group = load_draft(from_, single_out(size)).blocks[1]
         text = _run(group, from_, run, tokens=1, capacity=8, compiled=True)
         names = re.findall(r"= \S+ (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", text)
         return {name: names.count(name) for name in set(names)}
@@ -120,6 +119,24 @@ def test_collectives_of_a_group(pair, mesh, size):
     assert collectives(ALL_AXES, run_exact) == {"all-reduce": 2 * size}
     assert collectives((), run_fuzzy) == {"all-reduce": 1}
     assert collectives((), run_exact) == {"all-reduce": size}
+
+
+@pytest.mark.parametrize("size", [3, 4, 7])
+def test_one_device_computes_a_groups_attentions_by_batched_products(pair, size):
+    """Fuzzily four for all of them (queries, keys and values; scores; mixtures; outputs); exactly, four for each."""
+    from_ = loader(pair[0], MeshShape(1, 1))
+    group = load_draft(from_, single_out(size)).blocks[1]
+
+    def products(run) -> int:
+        return str(jax.make_jaxpr(partial(_run, group, from_, run, tokens=1, capacity=8))()).count("dot_general[")
+
+    assert products(run_fuzzy) == 4 + 2 * size
+    assert products(run_exact) == 4 * size + 2 * size
+
+
+def single_out(size: int) -> tuple[range, ...]:
+    """Groups of the eight layers, of which the second has `size` and the others one."""
+    return (range(0, 1), range(1, 1 + size), *(range(i, i + 1) for i in range(1 + size, 8)))
 
 
 def _run(group, from_, run, tokens, capacity, compiled=False) -> Any:
