@@ -41,7 +41,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Way:
-    """A way of decoding. draft_tensor_parallel_size: as in SpeculativeConfig; lp_size: 1 where no layers are grouped."""
+    """A way of decoding. draft_tensor_parallel_size: as in SpeculativeConfig; lp_size: 1 without groups."""
 
     method: Method
     lp_size: int = 1
