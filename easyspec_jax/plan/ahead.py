@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from easyspec_jax.decode.loop import Programs
 from easyspec_jax.errors import EasySpecError, first_line
 from easyspec_jax.mesh import ALL_AXES, MeshShape, open_mesh
-from easyspec_jax.plan.machines import Topology
+from easyspec_jax.plan.machines import Topology, target_config
 from easyspec_jax.plan.shapes import abstract_state
 from easyspec_jax.plan.traffic import in_jaxpr
 
@@ -64,31 +65,28 @@ def topology_mesh(topology: Topology, shape: MeshShape) -> Mesh:
 
     Raises EasySpecError for a topology that does not exist, and CannotCompile.
     """
-    platform = topology.machine.platform
-    if platform == "tpu":
-        devices = np.asarray(_tpu_devices(topology.name), object)
-        if len(devices) != topology.devices:
-            raise CannotCompile(f"libtpu makes {len(devices)} devices of {topology.name}")
-        return Mesh(devices.reshape(shape.layer, shape.tensor), ALL_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    machine = topology.machine
+    if machine.platform == "cpu":
+        return open_mesh(shape, "cpu")
+    if machine.platform == "tpu":
+        devices = _absent_devices(topology.name, "tpu", ("libtpu",), "plan")
+    else:
+        options = {"target_config": target_config(machine), "topology": f"1x1x{topology.devices}"}
+        devices = _absent_devices("", "cuda", ("jax_cuda12_pjrt", "jax_cuda13_pjrt"), "cuda12", **options)
+    grid = np.asarray(devices, object).reshape(shape.layer, shape.tensor)
+    return Mesh(grid, ALL_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def _absent_devices(name: str, platform: str, modules: tuple[str, ...], extra: str, **options: str) -> list[Any]:
+    """Devices to compile for, if one of the modules, a compiler, is there; an extra of this package installs it."""
+    if not any(find_spec(module) for module in modules):
+        raise CannotCompile(f"memory and compile time need a compiler: pip install '.[{extra}]'")
     try:
-        return open_mesh(shape, platform)
-    except EasySpecError:
-        if platform == "cpu":
-            raise
-    raise CannotCompile(f"XLA compiles for GPUs only where they are, and here are no {topology.devices}")
-
-
-def _tpu_devices(name: str) -> list[Any]:
-    from jax.experimental import topologies
-
-    if find_spec("libtpu") is None:
-        raise CannotCompile("memory and compile time need libtpu: pip install '.[plan]'")
-    try:
-        return list(topologies.get_topology_desc(name, platform="tpu").devices)
-    except Exception as error:  # libtpu's own reasons, as whatever JAX makes of them
-        if "lockfile" in str(error):
-            raise CannotCompile(f"another process holds libtpu ({first_line(error)})") from None
-        raise EasySpecError(f"--topology {name}: libtpu knows no such slice ({first_line(error)[:200]})") from None
+        return list(topologies.get_topology_desc(name, platform=platform, **options).devices)
+    except Exception as error:  # the compiler's own reasons, as whatever JAX makes of them
+        if "INVALID_ARGUMENT" in str(error):
+            raise EasySpecError(f"--topology {name}: there is no such slice ({first_line(error)[:200]})") from None
+        raise CannotCompile(f"the compiler for {platform} does not start: {first_line(error)[:200]}") from None
 
 
 def compile_round(programs: Programs, max_length: int) -> Compiled | TooLarge:

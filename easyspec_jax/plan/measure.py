@@ -14,14 +14,8 @@ from jax.sharding import PartitionSpec as P
 from easyspec_jax.mesh import ALL_AXES
 from easyspec_jax.plan.machines import Machine
 
-COPIED = {"cpu": 2**26, "gpu": 2**30, "tpu": 2**30}
-"""Bytes that each device copies: more than its caches hold."""
-
-SIDE = {"cpu": 1024, "gpu": 8192, "tpu": 8192}
-"""Of the square matrices that are multiplied."""
-
-SHORT, LONG = 16, 144
-"""Dependent operations in a program: what one costs is the difference over their number."""
+SIDE = {"cpu": 4096, "gpu": 16384, "tpu": 16384}
+"""Of the square matrix that is read, one on each device: more than its caches hold."""
 
 SMALL, LARGE = 2**12, 2**22
 """Elements that are all-reduced, for latency and for bandwidth."""
@@ -29,20 +23,21 @@ SMALL, LARGE = 2**12, 2**22
 
 def measured(machine: Machine, mesh: Mesh, dtype: np.dtype) -> Machine:
     """The machine with what its devices, all at once, reach here. memory stays what the table says."""
-    put = partial(_on_every_device, mesh, dtype)
-    copied, side = COPIED[machine.platform] // dtype.itemsize, SIDE[machine.platform]
-    copy = _seconds(_mapped(mesh, lambda x: x * 2), put(copied))
-    product = _seconds(_mapped(mesh, lambda x: x.reshape(side, side) @ x.reshape(side, side)), put(side * side))
-    launch = _each(mesh, lambda x: x @ x, put(128, 128))
+    put, side = partial(_on_every_device, mesh, dtype), SIDE[machine.platform]
+    matrix, square = put(side, side), put(side // 4, side // 4)
+    # As decoding reads weights. A copy would measure how fast a CPU's pages are made.
+    read = _seconds(_mapped(mesh, lambda x: x @ jnp.ones(side, dtype)), matrix)
+    product = _seconds(_mapped(mesh, lambda x: x @ x), square)
+    launch = _each(mesh, lambda x: x @ x, put(32, 32))
     latency, link = 0.0, machine.link_bandwidth
     if mesh.size > 1:
         latency = _each(mesh, _all_reduce, put(SMALL))
         sent = 2 * LARGE * dtype.itemsize * (mesh.size - 1) / mesh.size
-        link = sent / max(_each(mesh, _all_reduce, put(LARGE)) - latency, 1e-9)
+        link = sent / max(_each(mesh, _all_reduce, put(LARGE), lengths=(2, 10)) - latency, 1e-9)
     return replace(
         machine,
-        bandwidth=2 * copied * dtype.itemsize / copy,
-        flops=2 * side**3 / product,
+        bandwidth=matrix.nbytes / mesh.size / read,
+        flops=2 * (side // 4) ** 3 / product,
         link_bandwidth=link,
         latency=latency,
         launch=launch,
@@ -66,16 +61,18 @@ def _all_reduce(x: jax.Array) -> jax.Array:
     return jax.lax.psum(x, ALL_AXES)
 
 
-def _each(mesh: Mesh, operation: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
-    """Seconds of one operation among many that wait for each other."""
+def _each(
+    mesh: Mesh, operation: Callable[[jax.Array], jax.Array], x: jax.Array, lengths: tuple[int, int] = (16, 144)
+) -> float:
+    """Seconds of one operation among others that wait for each other: what a longer chain of them takes more."""
 
     def chain(length: int, x: jax.Array) -> jax.Array:
         for _ in range(length):
             x = operation(x)
         return x
 
-    short, long = (_seconds(_mapped(mesh, partial(chain, length)), x) for length in (SHORT, LONG))
-    return max(long - short, 0.0) / (LONG - SHORT)
+    short, long = (_seconds(_mapped(mesh, partial(chain, length)), x) for length in lengths)
+    return max(long - short, 0.0) / (lengths[1] - lengths[0])
 
 
 def _seconds(program: Callable[[jax.Array], jax.Array], x: jax.Array, repeats: int = 7) -> float:
