@@ -89,7 +89,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _prepare_jax(topology: Topology, measure: bool) -> None:
-    """What must be said before JAX starts: a plan for TPUs that are not here must not look for them."""
+    """What must be said before JAX starts: a plan for devices that are not here must not look for them."""
     if measure:
         return
     quiet = {
@@ -98,6 +98,7 @@ def _prepare_jax(topology: Topology, measure: bool) -> None:
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_HOST_BOUNDS": "1,1,1",
         "TPU_LOG_DIR": "disabled",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
         # Otherwise two commands at once would fight over a lock of a TPU that neither has.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }

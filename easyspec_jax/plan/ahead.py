@@ -72,7 +72,7 @@ def topology_mesh(topology: Topology, shape: MeshShape) -> Mesh:
         devices = _absent_devices(topology.name, "tpu", ("libtpu",), "plan")
     else:
         options = {"target_config": target_config(machine), "topology": f"1x1x{topology.devices}"}
-        devices = _absent_devices("", "cuda", ("jax_cuda12_pjrt", "jax_cuda13_pjrt"), "cuda12", **options)
+        devices = _absent_devices("", "cuda", ("jax_cuda12_plugin", "jax_cuda13_plugin"), "cuda12", **options)
     grid = np.asarray(devices, object).reshape(shape.layer, shape.tensor)
     return Mesh(grid, ALL_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
