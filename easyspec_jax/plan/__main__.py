@@ -16,8 +16,9 @@ from easyspec_jax.errors import EasySpecError
 from easyspec_jax.plan.machines import MACHINES, Topology, parse_topology
 
 if TYPE_CHECKING:  # importing JAX takes a second, which --help and a mistyped flag need not wait for
+    from easyspec_jax.plan.ahead import Compiled, TooLarge
     from easyspec_jax.plan.report import Plan
-    from easyspec_jax.plan.steps import Pair
+    from easyspec_jax.plan.steps import Pair, Way
 
 PROGRAM = "easyspec_jax.plan"
 LP_SIZES = (2, 4, 7)
@@ -28,15 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     try:
         _run(_parser().parse_args(argv))
-    except EasySpecError as error:
+    except BrokenPipeError:  # the reader has had enough
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (EasySpecError, OSError) as error:
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader has had enough
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -107,11 +108,10 @@ def _prepare_jax(topology: Topology, measure: bool) -> None:
 
 
 def _plan(args: argparse.Namespace, topology: Topology) -> "Plan":
-    from easyspec_jax.plan.ahead import CannotCompile, compile_round, topology_mesh
     from easyspec_jax.plan.configurations import check_pair, find_config
     from easyspec_jax.plan.report import Plan
     from easyspec_jax.plan.shapes import absent_mesh
-    from easyspec_jax.plan.steps import Way, costs, programs, verification_cost, ways
+    from easyspec_jax.plan.steps import Way, costs, verification_cost, ways
     from easyspec_jax.progress import bar, no_bar
 
     target_name, target = find_config(args.target_config, "--target-config")
@@ -119,28 +119,31 @@ def _plan(args: argparse.Namespace, topology: Topology) -> "Plan":
     check_pair(target, draft)
     pair = _pair(args, topology, target, draft)
     way = Way("easyspec", args.lp_size, args.draft_tensor_parallel_size)
-    absent = partial(absent_mesh, platform=topology.machine.platform)
-    compiled = "--no-compile"
-    real = None
-    if not args.no_compile:
-        try:  # a slice that does not exist should not wait for the counting
-            real = programs(pair, way, partial(topology_mesh, topology))
-        except CannotCompile as reason:
-            compiled = str(reason)
+    show = no_bar if args.json else bar
     if args.measure:
         topology = _measured(topology, pair)
-    show = no_bar if args.json else bar
-    counted = []
-    candidates = ways(sorted({*LP_SIZES, args.lp_size}), pair.tree_width)
+    compiled = "--no-compile"
+    if not args.no_compile:  # before the counting, which need not wait for a slice that does not exist
+        with show("Compiling"):
+            compiled = _compile(pair, way, topology)
+    absent = partial(absent_mesh, platform=topology.machine.platform)
+    candidates, counted = ways(sorted({*LP_SIZES, args.lp_size}), pair.tree_width), []
     with show("Counting", len(candidates)) as advance:
         for candidate in candidates:
             counted.append(costs(pair, candidate, absent))
             advance(1)
-    if real is not None:
-        with show("Compiling"):
-            compiled = compile_round(real, pair.max_length)
     verification = verification_cost(pair, absent)
     return Plan(target_name, draft_name, pair, topology, verification, counted, way, compiled)
+
+
+def _compile(pair: "Pair", way: "Way", topology: Topology) -> "Compiled | TooLarge | str":
+    from easyspec_jax.plan.ahead import CannotCompile, compile_round, topology_mesh
+    from easyspec_jax.plan.steps import programs
+
+    try:
+        return compile_round(programs(pair, way, partial(topology_mesh, topology)), pair.max_length)
+    except CannotCompile as reason:
+        return str(reason)
 
 
 def _pair(args: argparse.Namespace, topology: Topology, target: ModelConfig, draft: ModelConfig) -> "Pair":

@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import re
+from contextlib import redirect_stdout
+from unittest import mock
 
 import pytest
 from rich.console import Console
@@ -17,10 +20,12 @@ def arguments(configs, environment):
     return ["--target-config", str(configs["target"]), "--draft-config", str(configs["draft"]), "--max-length", "400"]
 
 
-@pytest.fixture
-def printed(arguments, capsys):
-    assert main(["--topology", "v5p:2x2x2", "--no-compile", "--json", *arguments]) == 0
-    return json.loads(capsys.readouterr().out)
+@pytest.fixture(scope="module")
+def printed(configs):
+    models = ["--target-config", str(configs["target"]), "--draft-config", str(configs["draft"])]
+    with mock.patch.dict(os.environ), redirect_stdout(io.StringIO()) as output:
+        assert main(["--topology", "v5p:2x2x2", "--no-compile", "--json", "--max-length", "400", *models]) == 0
+    return json.loads(output.getvalue())
 
 
 def rows(printed: dict) -> list[list[str]]:
