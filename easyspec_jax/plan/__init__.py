@@ -1,1 +1,1 @@
-"""What a pair of models costs on a mesh, told without weights: so far what it sends between devices."""
+"""What a pair of models will cost on a machine, told without weights and without the machine."""

@@ -3,24 +3,42 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from math import prod
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from easyspec_jax.checkpoint import expected_shapes
-from easyspec_jax.config import ModelConfig
+from easyspec_jax.config import ModelConfig, Platform
 from easyspec_jax.decode.loop import Programs
 from easyspec_jax.decode.round import State, init_state
 from easyspec_jax.draft.grouping import Group
 from easyspec_jax.draft.parallel import load_draft
-from easyspec_jax.mesh import ALL_AXES, Axes
+from easyspec_jax.mesh import ALL_AXES, Axes, MeshShape
 from easyspec_jax.model.attention import Attention
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import MLP, Decoder
 from easyspec_jax.verify import Request
+
+
+@dataclass(frozen=True)
+class AbsentDevice:
+    """Enough of a device for a mesh to trace programs on that will never run."""
+
+    id: int
+    platform: Platform
+    device_kind: str = "absent"
+    process_index: int = 0
+
+
+def absent_mesh(shape: MeshShape, platform: Platform) -> Mesh:
+    """As easyspec_jax.mesh.open_mesh, of devices that need not be there."""
+    devices = np.asarray([AbsentDevice(index, platform) for index in range(shape.size)], object)
+    return Mesh(devices.reshape(shape.layer, shape.tensor), ALL_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
 @dataclass(frozen=True)
@@ -43,6 +61,9 @@ class Shapes:
 class ShapeLoader(Loader):
     """A Loader that places nothing. A model's layers are alike, so the first stands for all."""
 
+    def _vocabulary(self, name: str) -> np.ndarray:
+        return np.broadcast_to(np.zeros((), np.bool_), (self.vocab_rows, self.config.hidden_size))
+
     def place(self, array: np.ndarray, spec: P) -> jax.Array:
         """The array's shape, type and sharding."""
         return jax.ShapeDtypeStruct(array.shape, self.dtype, sharding=NamedSharding(self.mesh, spec))  # pyright: ignore[reportReturnType]
@@ -63,7 +84,7 @@ class ShapeLoader(Loader):
 def abstract_pair(
     target: ModelConfig,
     draft: ModelConfig | None,
-    mesh: Mesh | AbstractMesh,
+    mesh: Mesh,
     groups: Sequence[Group],
     draft_axes: Axes,
     dtype: np.dtype,
@@ -72,7 +93,7 @@ def abstract_pair(
 
     def loader(config: ModelConfig, axes: Axes) -> ShapeLoader:
         configs = [c for c in (target, draft) if c is not None]
-        rows = padded_vocab_size(mesh, *configs)  # pyright: ignore[reportArgumentType]
+        rows = padded_vocab_size(mesh, *configs)
         return ShapeLoader(Shapes(config), config, mesh, axes, dtype, rows, config.vocab_size)  # pyright: ignore[reportArgumentType]
 
     of_target = loader(target, ALL_AXES)
@@ -88,4 +109,16 @@ def abstract_state(programs: Programs, rows: int, capacity: int) -> State:
     request = Request(*(jax.ShapeDtypeStruct((rows,), dtype, sharding=everywhere) for dtype in types))  # pyright: ignore[reportArgumentType]
     limits = jax.ShapeDtypeStruct((rows,), np.int32, sharding=everywhere)
     body = partial(init_state, capacity=capacity, size=programs.config.pending_size)
-    return jax.eval_shape(programs.mapped(body, (P(), P()), programs.state_spec), programs.leaves, request, limits)
+    state = jax.eval_shape(programs.mapped(body, (P(), P()), programs.state_spec), programs.leaves, request, limits)
+
+    def placed(spec: P, part: Any) -> Any:
+        sharding = NamedSharding(programs.mesh, spec)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
+
+    return jax.tree.map(placed, programs.state_spec, state, is_leaf=lambda x: isinstance(x, P))
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Of a pytree of arrays, or of jax.ShapeDtypeStructs that say how they are sharded."""
+    leaves = jax.tree.leaves(tree)
+    return sum(prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

@@ -19,28 +19,36 @@ class Collective:
     bytes: int
     devices: int
 
+    @property
+    def wire_bytes(self) -> float:
+        """That each device sends, in a ring."""
+        times = 2 if self.kind == "all-reduce" else 1
+        return times * self.bytes * (self.devices - 1) / self.devices
+
 
 def collectives(function: Callable[..., Any], *args: Any, mesh_shape: Mapping[str, int]) -> list[Collective]:
     """Those that one call issues, in order; a loop's as often as it runs. args may be jax.ShapeDtypeStruct.
 
     Axes of size 1 need no communication. Raises ValueError where the number of iterations is not known.
     """
-    return list(_in_jaxpr(jax.make_jaxpr(function)(*args).jaxpr, mesh_shape))
+    return list(in_jaxpr(jax.make_jaxpr(function)(*args).jaxpr, mesh_shape))
 
 
-def _in_jaxpr(jaxpr: Jaxpr, sizes: Mapping[str, int]) -> Iterator[Collective]:
+def in_jaxpr(jaxpr: Jaxpr, sizes: Mapping[str, int], once: bool = False) -> Iterator[Collective]:
+    """Those of a trace; sizes: of the mesh's axes; once: a loop's count as if it ran once, as in a program's text."""
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         if name in KINDS:
             yield from _of(equation, sizes)
         elif name == "scan":
-            yield from equation.params["length"] * list(_in_jaxpr(equation.params["jaxpr"].jaxpr, sizes))
+            times = 1 if once else equation.params["length"]
+            yield from times * list(in_jaxpr(equation.params["jaxpr"].jaxpr, sizes, once))
         else:
-            inner = [found for inner in _inner(equation) for found in [list(_in_jaxpr(inner, sizes))]]
-            if name == "while" and any(inner):
+            parts = [list(in_jaxpr(part, sizes, once)) for part in inner(equation)]
+            if name == "while" and any(parts):
                 raise ValueError("a loop of unknown length communicates")
             # Branches never communicate: devices take different ones.
-            yield from (collective for found in inner for collective in found)
+            yield from (collective for part in parts for collective in part)
 
 
 def _of(equation: JaxprEqn, sizes: Mapping[str, int]) -> Iterator[Collective]:
@@ -52,7 +60,8 @@ def _of(equation: JaxprEqn, sizes: Mapping[str, int]) -> Iterator[Collective]:
         yield Collective(KINDS[equation.primitive.name], size, devices)
 
 
-def _inner(equation: JaxprEqn) -> Iterator[Jaxpr]:
+def inner(equation: JaxprEqn) -> Iterator[Jaxpr]:
+    """The traces within an equation: a call's, a loop's, all branches."""
     for value in equation.params.values():
         for one in value if isinstance(value, tuple | list) else (value,):
             if isinstance(one, ClosedJaxpr):

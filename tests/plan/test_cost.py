@@ -1,0 +1,88 @@
+"""Costs of programs small enough to count by hand, and the latency model on round numbers."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from easyspec_jax.mesh import ALL_AXES, MeshShape
+from easyspec_jax.plan.cost import Cost, cost
+from easyspec_jax.plan.machines import Machine
+from easyspec_jax.plan.shapes import absent_mesh
+from easyspec_jax.plan.traffic import Collective
+
+MESH = absent_mesh(MeshShape(4, 2), "tpu")
+X = jax.ShapeDtypeStruct((2, 16), np.float32)
+W = jax.ShapeDtypeStruct((16, 8), np.float32)
+PRODUCT = 4 * (2 * 16 + 16 * 8 + 2 * 8)
+
+
+def of(body: Any, *args: Any) -> Cost:
+    mapped = jax.shard_map(body, mesh=MESH, in_specs=P(), out_specs=P(), check_vma=False)
+    return cost(mapped, *args, mesh_shape=MESH.shape)
+
+
+def test_a_product_between_element_wise_work_and_an_all_reduce():
+    found = of(lambda x, w: jax.lax.psum(jnp.tanh(x * 2).T.reshape(2, 16) @ w, ALL_AXES), X, W)
+    reduced = 4 * 2 * 8
+    assert found == Cost(
+        kernels=3,  # the stretch before the product, the product, the all-reduce
+        collectives=1,
+        wire_bytes=2 * reduced * 7 / 8,
+        bytes=PRODUCT + reduced,
+        flops=2 * 2 * 16 * 8,
+    )
+
+
+def test_what_is_written_is_the_update_not_the_cache():
+    def body(x: jax.Array) -> jax.Array:
+        cache = jnp.zeros((1000, 16))
+        return jax.lax.dynamic_update_slice_in_dim(cache, x, jnp.int32(3), 0)
+
+    found = of(body, X)
+    assert found.bytes == 2 * 4 * 2 * 16
+    assert (found.collectives, found.flops) == (0, 0)
+
+
+def test_loops_count_as_often_as_they_run_and_branches_by_the_costliest():
+    def loop(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda carry, _: (carry, carry @ w), x, None, length=5)[1]
+
+    def branches(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: jnp.zeros((2, 8)))
+
+    assert (of(loop, X, W).bytes, of(loop, X, W).kernels) == (5 * PRODUCT, 5)
+    assert of(branches, X, W).bytes == PRODUCT
+
+
+def test_a_product_in_a_loop_of_unknown_length_is_refused():
+    def body(x: jax.Array) -> jax.Array:
+        return jax.lax.while_loop(lambda y: y[0, 0] < 9, lambda y: y @ jnp.ones((16, 16)), x)
+
+    with pytest.raises(ValueError, match="unknown length"):
+        of(body, X)
+
+
+def test_an_axis_of_one_device_sends_nothing():
+    mesh = absent_mesh(MeshShape(1, 1), "tpu")
+    body = jax.shard_map(lambda x: jax.lax.psum(x, ALL_AXES), mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    assert cost(body, X, mesh_shape=mesh.shape) == Cost()
+
+
+def test_bytes_on_the_wire_are_those_of_a_ring():
+    assert Collective("all-reduce", 800, 8).wire_bytes == 1400
+    assert Collective("all-gather", 800, 8).wire_bytes == 700
+    assert Collective("all-to-all", 800, 8).wire_bytes == 700
+
+
+def test_the_latency_model():
+    machine = Machine("toy", "tpu", None, bandwidth=100.0, flops=1000.0, link_bandwidth=10.0, latency=0.5, launch=0.25,
+                      dimensions=0, source="made up")  # fmt: skip
+    read = Cost(kernels=4, collectives=2, wire_bytes=20.0, bytes=300, flops=1000)
+    assert read.seconds(machine) == 3 + 2 + 1 + 1
+    computed = Cost(flops=5000, bytes=300)
+    assert computed.seconds(machine) == 5
+    assert (read + computed) * 2 == Cost(8, 4, 40.0, 1200, 12000)

@@ -1,0 +1,120 @@
+"""The command line is a contract: what it prints, what it refuses, and with which exit code."""
+
+import io
+import json
+import os
+import re
+from contextlib import redirect_stdout
+from unittest import mock
+
+import pytest
+from rich.console import Console
+
+from easyspec_jax.plan import ahead
+from easyspec_jax.plan.__main__ import main
+from easyspec_jax.plan.report import RATES, print_plan
+
+
+@pytest.fixture
+def arguments(configs, environment):
+    return ["--target-config", str(configs["target"]), "--draft-config", str(configs["draft"]), "--max-length", "400"]
+
+
+@pytest.fixture(scope="module")
+def printed(configs):
+    models = ["--target-config", str(configs["target"]), "--draft-config", str(configs["draft"])]
+    with mock.patch.dict(os.environ), redirect_stdout(io.StringIO()) as output:
+        assert main(["--topology", "v5p:2x2x2", "--no-compile", "--json", "--max-length", "400", *models]) == 0
+    return json.loads(output.getvalue())
+
+
+def rows(printed: dict) -> list[list[str]]:
+    """The lines of the tables, cut into cells."""
+    stream = io.StringIO()
+    print_plan(printed, Console(file=stream, width=160, highlight=False))
+    return [re.split(r"\s{2,}", line.strip()) for line in stream.getvalue().splitlines()]
+
+
+def test_json_is_what_the_tables_show(printed):
+    assert printed["estimates"] is True
+    assert (printed["topology"], printed["devices"], printed["dtype"]) == ("v5p:2x2x2", 8, "bfloat16")
+    assert [way["lp_size"] for way in printed["ways"]] == [1, 1, 1, 2, 2, 4, 4, 7, 7]
+    lines = rows(printed)
+    for way in printed["ways"]:
+        mine = [line[1:] for line in lines if line[0] == way["label"]]
+        for step in filter(None, way["steps"].values()):
+            if way["method"] == "vanilla" and step is way["steps"]["step"]:
+                continue  # the plain step has a row of its own
+            start = [str(step["kernels"]), str(step["collectives"])]
+            time = f"{step['seconds'] * 1e3:.3g} ms"
+            assert any(cells[:2] == start and cells[-1] == time for cells in mine)
+        speeds = [f"{way['tokens_per_second'][str(rate)]:.1f}" for rate in RATES]
+        assert any([cell.removeprefix("*") for cell in cells] == speeds for cells in mine)
+        assert any(cells[1] == f"{way['memory']['target'] / 2**30:.2f} GiB" for cells in mine)
+
+
+def test_the_best_of_every_column_is_marked(printed):
+    speeds = [line for line in rows(printed) if any(cell.startswith("*") for cell in line[1:])]
+    marked = [[float(cell[1:]) for cell in column if cell.startswith("*")]
+              for column in zip(*(line[1:] for line in speeds), strict=True)]  # fmt: skip
+    best = [max(way["tokens_per_second"][str(rate)] for way in printed["ways"]) for rate in RATES]
+    assert [column[0] for column in marked] == [float(f"{speed:.1f}") for speed in best]
+
+
+def test_speeds_follow_from_rounds(printed):
+    for way in printed["ways"]:
+        levels = 0 if way["method"] == "vanilla" else printed["num_speculative_tokens"]
+        for rate, speed in way["tokens_per_second"].items():
+            assert speed == pytest.approx((1 + float(rate) * levels) / way["steps"]["round"]["seconds"])
+        assert way["time_to_first_token"] == way["steps"]["prefill"]["seconds"]
+
+
+def test_without_a_compiler_the_counting_still_answers(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(ahead, "find_spec", lambda name: None)
+    assert main(["--topology", "v5e:2x4", "--lp-size", "2", *arguments]) == 0
+    output = capsys.readouterr().out
+    assert "easyspec N=2, draft TP all not compiled: " in output
+    assert "pip install '.[plan]'" in output
+    assert "estimated tokens/s" in output
+
+
+def test_a_compiled_cpu_round_stands_beside_its_trace(arguments, capsys):
+    assert main(["--topology", "cpu:4", "--json", *arguments]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    compiled = printed["compiled"]
+    assert printed["dtype"] == "float32"
+    assert compiled["way"] == "easyspec N=4, draft TP all"
+    assert compiled["collectives"] == compiled["traced_collectives"]
+    assert compiled["fits"] is None  # nobody knows the host's memory
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--topology", "v9:2x4"], "no machine 'v9'; there are v5e"),
+        (["--target-config", "Llama-9"], "--target-config 'Llama-9' is no file.*Llama-3.3-70B"),
+        (["--draft-config", "OTHER"], "the target has 300 embedding rows and the draft 400"),
+        (["--mesh", "layer=2,tensor=2"], "--mesh layer=2,tensor=2 has 4 devices, but v5e:2x4 has 8"),
+        (["--mesh", "eight"], "--mesh 'eight' is neither"),
+        (["--lp-size", "7"], "--lp-size 7 must be from 1 to the draft's 6 layers"),
+        (["--lp-size", "0"], "--lp-size 0 must be at least 1"),
+        (["--num-speculative-tokens", "17"], "must be from 1 to 16"),
+        (["--tree-width", "65"], "must be from 1 to 64"),
+        (["--max-length", "5000"], "--max-length 5000 must be from 2 to the 1024 positions"),
+        (["--max-length", "1"], "must be from 2"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--topology", "h100:2", "--measure"], "--platform gpu: JAX finds no such device here"),
+    ],
+)
+def test_refusals(options, message, arguments, configs, capsys):
+    options = [str(configs["other"]) if option == "OTHER" else option for option in options]
+    assert main(["--topology", "v5e:2x4", "--no-compile", *arguments, *options]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert re.match(rf"easyspec_jax\.plan: error: .*{message}", output.err), output.err
+
+
+def test_the_topology_is_required(arguments, capsys):
+    assert main(arguments) == 2
+    assert "--topology" in capsys.readouterr().err

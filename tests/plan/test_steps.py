@@ -1,0 +1,104 @@
+"""Every way's steps cost what the method promises, and a round is its steps and a little choosing."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from easyspec_jax.config import model_config
+from easyspec_jax.mesh import MeshShape, open_mesh
+from easyspec_jax.plan.cost import Cost
+from easyspec_jax.plan.shapes import absent_mesh
+from easyspec_jax.plan.steps import Costs, Pair, Way, costs, verification_cost, ways
+from tests.models import family_config
+
+TARGET_LAYERS, DRAFT_LAYERS, LEVELS = 3, 8, 4
+
+
+def pair(tree_width: int = 1) -> Pair:
+    target, draft = (
+        model_config(family_config("llama3", num_hidden_layers=layers).to_dict())
+        for layers in (TARGET_LAYERS, DRAFT_LAYERS)
+    )
+    return Pair(target, draft, np.dtype(np.float32), "8", LEVELS, tree_width, prompt_length=300, max_length=400)
+
+
+def absent(shape: MeshShape) -> jax.sharding.Mesh:
+    return absent_mesh(shape, "tpu")
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[str, Costs]:
+    return {way.label: costs(pair(), way, absent) for way in ways([2, 4, 7], 1)}
+
+
+def test_ways_compare_both_placements_of_everything(counted):
+    assert list(counted) == [
+        "vanilla", "sd, draft TP 1", "sd, draft TP all",
+        "easyspec N=2, draft TP 1", "easyspec N=2, draft TP all",
+        "easyspec N=4, draft TP 1", "easyspec N=4, draft TP all",
+        "easyspec N=7, draft TP 1", "easyspec N=7, draft TP all",
+    ]  # fmt: skip
+    assert [way.method for way in ways([2], 4)] == ["vanilla", "tree", "tree", "easyspec", "easyspec"]
+
+
+def test_collectives_by_formula(counted):
+    assert counted["vanilla"].step.collectives == 2 * TARGET_LAYERS + 1
+    assert verification_cost(pair(), absent).collectives == 2 * TARGET_LAYERS + 1
+    assert counted["sd, draft TP 1"].step.collectives == 0
+    assert counted["sd, draft TP all"].step.collectives == 2 * DRAFT_LAYERS + 1
+    for size in (2, 4, 7):
+        split, replicated = (counted[f"easyspec N={size}, draft TP {tp}"] for tp in ("all", "1"))
+        groups = split.way.groups(DRAFT_LAYERS)
+        grouped = [group for group in groups if len(group) > 1]
+        assert split.step.collectives == len(groups) + DRAFT_LAYERS + 1
+        assert replicated.step.collectives == len(grouped)
+        assert split.calibration.collectives == 2 * DRAFT_LAYERS + 1
+        assert replicated.calibration.collectives == sum(map(len, grouped))
+
+
+def test_a_round_is_its_steps_and_a_little_choosing(counted):
+    verification = verification_cost(pair(), absent)
+    for found in counted.values():
+        if found.calibration is None:
+            continue
+        steps = found.calibration + found.step * (LEVELS - 1) + verification
+        rest = found.round.collectives - steps.collectives
+        assert 0 < rest <= 2 * LEVELS + 2, found.way
+        # The rest: 128 candidates a level, no pass through a model.
+        assert 0 <= found.round.bytes - steps.bytes < 0.1 * steps.bytes, found.way
+
+
+def test_prefill_goes_chunk_by_chunk(counted):
+    one = costs(replace(pair(), prompt_length=100), Way("vanilla"), absent)
+    assert counted["vanilla"].prefill == one.prefill * 3  # 300 tokens in chunks of 128
+
+
+def test_a_replicated_draft_is_held_whole(counted):
+    replicated, split = counted["sd, draft TP 1"], counted["sd, draft TP all"]
+    assert replicated.target_bytes == split.target_bytes == counted["vanilla"].target_bytes
+    assert replicated.draft_bytes > 6 * split.draft_bytes
+    assert counted["vanilla"].draft_bytes == 0
+    assert replicated.memory == replicated.target_bytes + replicated.draft_bytes + replicated.cache_bytes
+
+
+def test_meshes_are_split_as_for_generate(counted):
+    assert counted["vanilla"].mesh == counted["sd, draft TP 1"].mesh == MeshShape(1, 8)
+    assert counted["easyspec N=2, draft TP all"].mesh == MeshShape(2, 4)
+    assert counted["easyspec N=7, draft TP all"].mesh == MeshShape(4, 2)
+
+
+def test_absent_devices_count_as_present_ones():
+    """On a CPU, where the exact pass branches, too."""
+    way = Way("easyspec", 4)
+    there = costs(pair(), way, lambda shape: open_mesh(shape, "cpu"))
+    assert there == costs(pair(), way, lambda shape: absent_mesh(shape, "cpu"))
+    assert isinstance(there.round, Cost)
+
+
+def test_trees_widen_steps_and_verification():
+    chain, tree = (costs(pair(width), Way("easyspec", 4), absent) for width in (1, 3))
+    assert tree.step.flops > 2.5 * chain.step.flops
+    assert tree.step.collectives == chain.step.collectives
+    assert verification_cost(pair(3), absent).flops > 2 * verification_cost(pair(), absent).flops
