@@ -123,27 +123,28 @@ def pass_case(
     loops: passes in a loop on the device.
     """
     spec = programs.target.cache_specs(), P()
+    # An argument, as in a round: XLA would simplify what it knows.
+    at = jax.device_put(np.full(1, context, np.int32), NamedSharding(programs.mesh, P()))
 
-    def once(model: Decoder, carry: tuple[Caches, Int[Array, "1 tokens"]]) -> tuple[Caches, Array]:
+    def once(model: Decoder, at: Array, carry: tuple[Caches, Int[Array, "1 tokens"]]) -> tuple[Caches, Array]:
         caches, ids = carry
-        at = jnp.full((1,), context, jnp.int32)
         depth = jnp.arange(tokens, dtype=jnp.int32)[None]
         h, caches = model(ids, caches, Nodes(at, at, depth, jnp.tri(tokens, dtype=bool)[None]), run)
         logits = model.logits(h[:, tokens - (scored or tokens) :])
         best = argmax(logits[0], model.axes)
         return caches, jnp.broadcast_to(best[None], ids.shape)
 
-    def body(model: Decoder, _: None, carry: tuple[Caches, Array]) -> tuple[Caches, Array]:
+    def body(model: Decoder, _: None, carry: tuple[Caches, Array], at: Array) -> tuple[Caches, Array]:
         if loops == 1:
-            return once(model, carry)
-        return jax.lax.fori_loop(0, loops, lambda _, carry: once(model, carry), carry)
+            return once(model, at, carry)
+        return jax.lax.fori_loop(0, loops, lambda _, carry: once(model, at, carry), carry)
 
     def start(model: Decoder, _: None) -> tuple[Caches, Array]:
         return model.init_caches(1, capacity), jnp.zeros((1, tokens), jnp.int32)
 
     state = jax.jit(programs.mapped(start, (), spec))(programs.leaves)
-    step = jax.jit(programs.mapped(body, (spec,), spec), donate_argnums=1)
-    return Case(name, partial(step, programs.leaves), state, bytes, loops)
+    step = jax.jit(programs.mapped(body, (spec, P()), spec), donate_argnums=1)
+    return Case(name, lambda state: step(programs.leaves, state, at), state, bytes, loops)
 
 
 def round_case(name: str, programs: Programs, bytes: int, *, context: int, capacity: int) -> Case:
