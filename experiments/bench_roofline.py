@@ -23,7 +23,7 @@ from easyspec_jax.command import Parser, cache_compilations
 from easyspec_jax.config import read_json, resolve_dtype
 from experiments.roofline_models import SHAPES
 from experiments.roofline_parts import PARTS, Bench, Row
-from experiments.roofline_texts import cores
+from experiments.roofline_texts import cores, torch_device
 
 HERE = Path(__file__).parent
 
@@ -80,10 +80,14 @@ def saved(out: Path, shape: str) -> dict[str, Any]:
 
 
 def opened(args: argparse.Namespace) -> Bench:
-    """The devices, and the type to compute in. Raises EasySpecError if there are too few."""
+    """The devices, and the type to compute in. Raises EasySpecError if something is missing."""
     bench = Bench(args, np.dtype(np.float32), "cpu")
     platform = bench.mesh().devices.flat[0].platform
-    return Bench(args, np.dtype(resolve_dtype("auto", platform, bench.configs[0])), platform)
+    bench = Bench(args, np.dtype(resolve_dtype("auto", platform, bench.configs[0])), platform)
+    bench.check_memory()
+    if "peers" in args.only:
+        torch_device(platform)
+    return bench
 
 
 def machine(bench: Bench) -> dict[str, Any]:
@@ -99,14 +103,12 @@ def machine(bench: Bench) -> dict[str, Any]:
 
 
 def print_table(title: str, rows: Sequence[Row]) -> None:
-    """One line a row, with every number but bytes; times in milliseconds."""
-    hidden = {"name", "bytes", "repeats"}
+    """One line a row, with its medians; times in milliseconds."""
+    hidden = {"name", "bytes", "repeats", "alternating"}
     columns = list(dict.fromkeys(key for row in rows for key in row if key not in hidden))
     table = Table("", title=title)
     for column in columns:
-        table.add_column(
-            column.replace("floor_seconds", "floor, ms").replace("_", " ") if column != "seconds" else "ms"
-        )
+        table.add_column({"seconds": "ms", "floor_seconds": "floor, ms"}.get(column, column.replace("_", " ")))
     for row in rows:
         table.add_row(row["name"], *(shown(column, row.get(column)) for column in columns))
     Console().print(table)
@@ -116,7 +118,7 @@ def shown(column: str, value: float | None) -> str:
     """A cell."""
     if value is None:
         return ""
-    if column.endswith("seconds"):
+    if column in ("seconds", "floor_seconds"):
         return f"{1e3 * value:.2f}"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 

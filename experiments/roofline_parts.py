@@ -14,6 +14,7 @@ from easyspec_jax.decode.loop import Programs
 from easyspec_jax.decode.round import RoundConfig
 from easyspec_jax.draft.grouping import paper_groups
 from easyspec_jax.draft.parallel import run_fuzzy
+from easyspec_jax.errors import EasySpecError
 from easyspec_jax.mesh import open_mesh, parse_mesh
 from easyspec_jax.model.transformer import Decoder, run_exact
 from easyspec_jax.verify import Greedy, Verifier
@@ -39,7 +40,13 @@ class Timings:
     def row(self, name: str, bytes: int, **ratios: np.ndarray) -> Row:
         """Medians of ratios that were each taken within a repeat, because a shared machine drifts."""
         seconds = self.seconds[name]
-        figures = {"seconds": seconds, "floor_seconds": bytes / self.rate, "over_floor": seconds * self.rate / bytes}
+        floor = bytes / self.rate
+        figures = {
+            "seconds": seconds,
+            "floor_seconds": floor,
+            "over_floor": seconds / floor,
+            "share_of_bandwidth": floor / seconds,
+        }
         medians = {key: float(np.median(values)) for key, values in (figures | ratios).items()}
         return {"name": name} | medians | {"bytes": bytes, "repeats": seconds.tolist()}
 
@@ -76,6 +83,19 @@ class Bench:
         """Of the text, and of every cache: a power of two, as in decoding."""
         needed = self.args.context + self.args.calls * (LEVELS + 1) + max(VERIFIED) + 1
         return {"context": self.args.context, "capacity": 1 << (needed - 1).bit_length()}
+
+    def check_memory(self) -> None:
+        """Raises EasySpecError if the devices cannot hold the weights of both models."""
+        devices = self.mesh().devices.flat
+        stats = devices[0].memory_stats() or {}
+        # Virtual devices share the host's memory.
+        held = len(devices) * stats["bytes_limit"] if "bytes_limit" in stats else texts.host_memory()
+        if sum(self.bytes) > held:
+            needed = f"{sum(self.bytes) / 2**30:.1f} GiB for its weights in {self.dtype.name}"
+            raise EasySpecError(
+                f"--shape {self.args.shape} needs {needed} and there are {held / 2**30:.1f}; "
+                "choose another shape, or more devices"
+            )
 
     def mesh(self, lp_size: int = LP_SIZE) -> Mesh:
         """The mesh on which the engine would run groups of so many layers."""
@@ -219,7 +239,7 @@ def peers(bench: Bench) -> list[Row]:
     others = {"plain": measured["plain"], "assisted": measured["transformers, assisted"]}
     for name, of_way in measured.items():
         same = sum(text.tokens == plan for text, plan in zip(of_way.texts, planned, strict=True))
-        rows.append(speed_row(name, of_way, others) | {"texts_as_planned": same, "alternating": together})
+        rows.append(speed_row(name, of_way, others) | {"as_planned": same, "alternating": together})
     return rows
 
 

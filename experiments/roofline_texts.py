@@ -157,7 +157,7 @@ def fit_together(device: str, size: int) -> bool:
         return True
     import torch
 
-    return 2.2 * size < torch.cuda.get_device_properties(0).total_memory  # a tenth for caches and temporaries
+    return 2.5 * size < torch.cuda.get_device_properties(0).total_memory  # the half more for all that is no weight
 
 
 def release(device: str) -> None:
@@ -172,3 +172,8 @@ def release(device: str) -> None:
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
