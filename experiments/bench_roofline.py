@@ -106,7 +106,8 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
     """One line a row, with its medians; times in milliseconds."""
     hidden = {"name", "bytes", "repeats", "alternating"}
     columns = list(dict.fromkeys(key for row in rows for key in row if key not in hidden))
-    table = Table("", title=title)
+    table = Table(title=title)
+    table.add_column(no_wrap=True)
     for column in columns:
         table.add_column({"seconds": "ms", "floor_seconds": "floor, ms"}.get(column, column.replace("_", " ")))
     for row in rows:
