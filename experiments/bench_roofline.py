@@ -146,7 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="default: results/bench_roofline_<shape>.json")
     # Torch needs memory too, and a large target more than JAX's three quarters.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name, which excludes the newer
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
     try:
         args = parser.parse_args(argv)
         cache_compilations()
