@@ -1,7 +1,7 @@
 """Speed of one stream against transformers on the same weights: `python -m experiments.bench_peer`.
 
 Every way of decoding completes the same prompts in turn, several times over in one run: a shared machine drifts.
-What is compared is the whole time of a completion, its prompt included.
+What is compared is the whole time of a completion, its prompt included. Both engines run on the CPU.
 """
 
 import argparse
@@ -49,7 +49,9 @@ def ours(args: argparse.Namespace, method: Method) -> Complete:
     speculative = SpeculativeConfig(
         method=method, num_speculative_tokens=args.num_speculative_tokens, lp_size=args.lp_size
     )
-    engine = open_model(args.target, args.draft, mesh=args.mesh, speculative=speculative, dtype="float32")
+    engine = open_model(
+        args.target, args.draft, mesh=args.mesh, platform="cpu", speculative=speculative, dtype="float32"
+    )
     sampling = SamplingParams(max_new_tokens=args.max_new_tokens)
     return lambda prompt: next(engine.generate([prompt], sampling)).token_ids
 

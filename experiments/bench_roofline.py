@@ -1,0 +1,164 @@
+"""Speed against the machine's memory and against transformers: `python -m experiments.bench_roofline --shape cpu`.
+
+Weights are made on the spot, so nothing is downloaded. A pass of a model cannot take less than its floor: the bytes of
+its weights, and of the keys and values of the text so far, over the bandwidth measured beside it. What is compared
+alternates within one part of one run; parts can be run one by one (--only), and each replaces its own results.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from easyspec_jax import EasySpecError
+from easyspec_jax.command import Parser, cache_compilations
+from easyspec_jax.config import read_json, resolve_dtype
+from experiments.roofline_models import SHAPES
+from experiments.roofline_parts import PARTS, Bench, Row
+from experiments.roofline_texts import cores, torch_device
+
+HERE = Path(__file__).parent
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures part after part; prints and saves each as soon as it is done."""
+    check(args)
+    out = args.out or HERE / "results" / f"bench_roofline_{args.shape}.json"
+    parts = saved(out, args.shape)
+    partial = out.with_name(out.name + ".partial")
+    partial.touch()  # rather than fail after minutes of measuring
+    try:
+        bench = opened(args)
+        settings = {name: value for name, value in vars(args).items() if name not in ("out", "only", "shape")}
+        told = {"machine": machine(bench), "dtype": bench.dtype.name, "settings": settings}
+        Console().print(", ".join(f"{name} {value}" for name, value in told["machine"].items()))
+        for name in (name for name in PARTS if name in args.only):
+            rows = PARTS[name](bench)
+            print_table(f"{args.shape}, {name}", rows)
+            parts[name] = told | {"results": rows}
+            partial.write_text(json.dumps({"shape": args.shape, "parts": parts}, indent=1) + "\n", encoding="utf-8")
+            partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises EasySpecError for what cannot be measured."""
+    for name in ("repeats", "calls", "context", "max_new_tokens", "memory_mib"):
+        if getattr(args, name) < 1:
+            raise EasySpecError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    for name, shares in (("synthetic-acceptance", args.synthetic_acceptance), ("agreement", [args.agreement])):
+        for share in shares:
+            if not 0 <= share <= 1:
+                raise EasySpecError(f"--{name} {share} must be from 0 to 1")
+    positions = min(fields["max_position_embeddings"] for fields in SHAPES[args.shape])
+    if args.context + args.max_new_tokens > positions:
+        raise EasySpecError(f"--context and --max-new-tokens exceed the {positions} positions of --shape {args.shape}")
+
+
+def saved(out: Path, shape: str) -> dict[str, Any]:
+    """The parts that a file of results holds already; none if there is no file.
+
+    Raises EasySpecError if it holds anything else, or its directory is missing.
+    """
+    if not out.parent.is_dir() or out.suffix != ".json" or out.is_dir():
+        raise EasySpecError(f"--out {out} is no .json file in a directory that exists")
+    if not out.exists():
+        return {}
+    held = read_json(out)
+    if held.get("shape") != shape or not isinstance(held.get("parts"), dict):
+        raise EasySpecError(f"--out {out} holds no results of --shape {shape}; remove it or choose another")
+    return held["parts"]
+
+
+def opened(args: argparse.Namespace) -> Bench:
+    """The devices, and the type to compute in. Raises EasySpecError if something is missing."""
+    bench = Bench(args, np.dtype(np.float32), "cpu")
+    platform = bench.mesh().devices.flat[0].platform
+    bench = Bench(args, np.dtype(resolve_dtype("auto", platform, bench.configs[0])), platform)
+    bench.check_memory()
+    if "peers" in args.only:
+        torch_device(platform)
+    return bench
+
+
+def machine(bench: Bench) -> dict[str, Any]:
+    """What the times are times of."""
+    devices = bench.mesh().devices
+    packages = {}
+    for name in ("jax", "torch", "transformers"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "absent"
+    return {"devices": devices.size, "device_kind": devices.flat[0].device_kind, "cpu_cores": cores()} | packages
+
+
+def print_table(title: str, rows: Sequence[Row]) -> None:
+    """One line a row, with its medians; times in milliseconds."""
+    hidden = {"name", "bytes", "repeats", "alternating"}
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in hidden))
+    table = Table(title=title)
+    table.add_column(no_wrap=True)
+    for column in columns:
+        table.add_column({"seconds": "ms", "floor_seconds": "floor, ms"}.get(column, column.replace("_", " ")))
+    for row in rows:
+        table.add_row(row["name"], *(shown(column, row.get(column)) for column in columns))
+    Console().print(table)
+
+
+def shown(column: str, value: float | None) -> str:
+    """A cell."""
+    if value is None:
+        return ""
+    if column in ("seconds", "floor_seconds"):
+        return f"{1e3 * value:.2f}"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m experiments.bench_roofline", description=__doc__)
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="cpu", help="target and draft")
+    parser.add_argument("--mesh", default="1")
+    parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS), help="some of the parts")
+    parser.add_argument("--repeats", type=int, default=7, help="samples of each case, and texts of each way")
+    parser.add_argument("--calls", type=int, default=8, help="dispatched in a row for a sample")
+    parser.add_argument("--context", type=int, default=256, help="tokens of the text so far")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="of texts")
+    parser.add_argument(
+        "--synthetic-acceptance",
+        type=float,
+        nargs="+",
+        default=[0.6, 0.8],
+        metavar="A",
+        help="probabilities with which a drafted level passes if the one above it does",
+    )
+    parser.add_argument("--agreement", type=float, default=0.8, help="share of ids on which peers' drafts are right")
+    parser.add_argument("--memory-mib", type=int, default=1024, help="read to measure bandwidth; far above any cache")
+    parser.add_argument("--out", type=Path, help="default: results/bench_roofline_<shape>.json")
+    # Torch needs memory too, and a large target more than JAX's three quarters.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name, which excludes the newer
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
+    try:
+        args = parser.parse_args(argv)
+        cache_compilations()
+        run(args)
+    except (EasySpecError, OSError) as error:
+        print(f"experiments.bench_roofline: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

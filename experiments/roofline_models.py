@@ -1,0 +1,239 @@
+"""Models for benchmarks: shapes of known models with weights made on the spot, for this package and transformers.
+
+Random weights, or weights that make a text of known acceptance at full cost: attention and feed-forward outputs are
+zero, so a token's hidden state is its embedding, and the head maps it to the one token that follows.
+"""
+
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import jax
+import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16)
+import numpy as np
+from jax.sharding import Mesh
+
+from easyspec_jax.checkpoint import EMBEDDING, HEAD, expected_shapes
+from easyspec_jax.config import ModelConfig, model_config
+from easyspec_jax.draft.grouping import Group
+from easyspec_jax.draft.parallel import load_draft
+from easyspec_jax.mesh import ALL_AXES
+from easyspec_jax.model.attention import Attention
+from easyspec_jax.model.loader import Loader
+from easyspec_jax.model.sharding import padded_vocab_size
+from easyspec_jax.model.transformer import MLP, Decoder
+
+Fields = dict[str, Any]
+"""The content of a config.json."""
+
+
+def _llama(theta: float, **sizes: Any) -> Fields:
+    rope = {"rope_type": "default", "rope_theta": theta}
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    return {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_parameters": rope} | ends | sizes
+
+
+def _qwen(**sizes: Any) -> Fields:
+    # As many ids for the draft as for the target (152,064 instead of 151,936), as assisted generation asks for.
+    others = {"vocab_size": 152064, "max_position_embeddings": 32768, "dtype": "bfloat16", "rms_norm_eps": 1e-6}
+    return _llama(1e6, head_dim=128, **others, **sizes) | {"model_type": "qwen2"}
+
+
+_LLAMA3 = {"vocab_size": 128256, "max_position_embeddings": 131072, "dtype": "bfloat16", "num_key_value_heads": 8}
+_SMOLLM2 = {"vocab_size": 49152, "max_position_embeddings": 8192, "dtype": "float32", "tie_word_embeddings": True}
+
+LLAMA_8B = _llama(5e5, num_hidden_layers=32, hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
+                  head_dim=128, tie_word_embeddings=False, **_LLAMA3)  # fmt: skip
+LLAMA_1B = _llama(5e5, num_hidden_layers=16, hidden_size=2048, intermediate_size=8192, num_attention_heads=32,
+                  head_dim=64, tie_word_embeddings=True, **_LLAMA3)  # fmt: skip
+QWEN_32B = _qwen(num_hidden_layers=64, hidden_size=5120, intermediate_size=27648, num_attention_heads=40,
+                 num_key_value_heads=8, tie_word_embeddings=False)  # fmt: skip
+QWEN_1_5B = _qwen(num_hidden_layers=28, hidden_size=1536, intermediate_size=8960, num_attention_heads=12,
+                  num_key_value_heads=2, tie_word_embeddings=True)  # fmt: skip
+SMOLLM2_135M = _llama(1e5, num_hidden_layers=30, hidden_size=576, intermediate_size=1536, num_attention_heads=9,
+                      num_key_value_heads=3, head_dim=64, **_SMOLLM2)  # fmt: skip
+SMALL = _llama(1e5, num_hidden_layers=12, hidden_size=256, intermediate_size=768, num_attention_heads=4,
+               num_key_value_heads=2, head_dim=64, **_SMOLLM2)  # fmt: skip
+
+SHAPES: dict[str, tuple[Fields, Fields]] = {
+    "cpu": (SMOLLM2_135M, SMALL),
+    "h200-8b-1b": (LLAMA_8B, LLAMA_1B),
+    "h200-32b-1.5b": (QWEN_32B, QWEN_1_5B),
+}
+"""Target and draft, which share their ids."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A text in which every token has one successor, and a draft that knows some of them.
+
+    order: all ids, each followed by its successor, the last by the first; agrees[t]: the draft knows t's.
+    """
+
+    order: np.ndarray
+    agrees: np.ndarray
+
+    @classmethod
+    def of(cls, vocab_size: int, agreement: float, seed: int = 0) -> "Walk":
+        """A random order of all ids, on about the given share of which target and draft agree."""
+        rng = np.random.default_rng(seed)
+        agrees = rng.random(vocab_size) < agreement
+        if np.sum(~agrees) == 1:  # its successor is the only one left
+            agrees[:] = True
+        return cls(rng.permutation(vocab_size), agrees)
+
+    def text(self, start: int, count: int) -> list[int]:
+        """`count` tokens of the text from its start-th on."""
+        return self.order[np.arange(start, start + count) % len(self.order)].tolist()
+
+    @property
+    def target(self) -> np.ndarray:
+        """Each id's successor."""
+        successor = np.empty_like(self.order)
+        successor[self.order] = np.roll(self.order, -1)
+        return successor
+
+    @property
+    def draft(self) -> np.ndarray:
+        """What the draft takes for it: a permutation too, wrong wherever it does not agree."""
+        successor, (wrong,) = self.target, np.nonzero(~self.agrees)
+        successor[wrong] = np.roll(successor[wrong], 1)
+        return successor
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """A TensorSource of made-up tensors, the same in every layer.
+
+    successor: None for random weights throughout; otherwise the greedy choice after every id, by an untied head.
+    """
+
+    config: ModelConfig
+    dtype: np.dtype
+    successor: np.ndarray | None = None
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return expected_shapes(self.config)
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def read(self, name: str) -> np.ndarray:
+        shape = self._shapes[name]
+        if "norm" in name:
+            return np.ones(shape, self.dtype)
+        if self.successor is not None:
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                return np.zeros(shape, self.dtype)
+            if name in (EMBEDDING, HEAD):
+                signs = self._signs
+                # The row that agrees with an embedding in every sign is that of the token to come.
+                return (signs if name == EMBEDDING else signs[np.argsort(self.successor)]).astype(self.dtype)
+        rng = np.random.default_rng(zlib.crc32(re.sub(r"layers\.\d+", "layers", name).encode()))
+        scale = shape[-1] ** -0.5
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            scale *= (2 * self.config.num_hidden_layers) ** -0.5
+        # A million numbers over and over, and a few more, so that rows differ: billions of draws would take minutes.
+        block = scale * rng.standard_normal(min(prod(shape), 1_000_003), np.float32)
+        return np.resize(block.astype(self.dtype), shape)
+
+    @property
+    def _signs(self) -> np.ndarray:
+        """An embedding of -1 and 1: exact in every type, and of unit mean square."""
+        draws = np.random.default_rng(0).integers(0, 2, self._shapes[EMBEDDING], np.int8)
+        return 2 * draws - 1
+
+
+class AlikeLoader(Loader):
+    """A Loader for models whose layers are alike: one is read, the others are copied on the devices."""
+
+    @cached_property
+    def _first(self) -> tuple[Attention, MLP]:
+        return super().attention(0), super().mlp(0)
+
+    @cached_property
+    def _stacks(self) -> dict[tuple[int, int], Attention]:
+        return {}
+
+    def attention(self, index: int) -> Attention:
+        """One layer's attention."""
+        return copied(self._first[0])
+
+    def mlp(self, index: int) -> MLP:
+        """A layer's feed-forward part."""
+        return copied(self._first[1])
+
+    def stacked_attention(self, layers: Sequence[int], slots: int) -> Attention:
+        """The attention of several layers."""
+        kind = len(layers), slots
+        if kind not in self._stacks:
+            self._stacks[kind] = super().stacked_attention(layers, slots)
+        return copied(self._stacks[kind])
+
+
+def copied(module: Any) -> Any:
+    """A module with buffers of its own, under the very same shardings."""
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding, may_alias=False), module)
+
+
+def load(source: Synthetic, mesh: Mesh, groups: Sequence[Group] | None = None) -> Decoder:
+    """A target or, with groups, a draft; split over all devices."""
+    config = source.config
+    rows = padded_vocab_size(mesh, config)
+    loader = AlikeLoader(source, config, mesh, ALL_AXES, source.dtype, rows, config.vocab_size)
+    if groups is None:
+        return loader.decoder([loader.layer(index) for index in range(config.num_hidden_layers)])
+    return load_draft(loader, groups)
+
+
+def random_source(fields: Fields, dtype: str) -> Synthetic:
+    """Random weights of a shape."""
+    return Synthetic(model_config(fields), np.dtype(dtype))
+
+
+def constructed_source(fields: Fields, dtype: str, successor: np.ndarray) -> Synthetic:
+    """Weights by which `successor` follows.
+
+    The head is a matrix of its own even if the shape ties it to the embedding, which can encode no such successor.
+    That costs memory and no time: of an embedding only the tokens' rows are read, a head is read whole either way.
+    """
+    config = replace(model_config(fields), tie_word_embeddings=False)
+    return Synthetic(config, np.dtype(dtype), successor)
+
+
+def weight_bytes(config: ModelConfig, dtype: np.dtype) -> int:
+    """Of all weights that a pass reads: everything but an embedding that is not the head as well."""
+    sizes = {name: prod(shape) for name, shape in expected_shapes(config).items()}
+    if not config.tie_word_embeddings:
+        del sizes[EMBEDDING]
+    return sum(sizes.values()) * dtype.itemsize
+
+
+def kv_bytes(config: ModelConfig, dtype: np.dtype, tokens: int) -> int:
+    """Of all layers' keys and values of so many tokens."""
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return per_token * tokens * dtype.itemsize
+
+
+def torch_model(fields: Fields, source: Synthetic, device: str) -> Any:
+    """transformers' model of a shape with the same tensors."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = fields | {"tie_word_embeddings": source.config.tie_word_embeddings}
+    config = AutoConfig.for_model(**fields)
+    dtype = getattr(torch, source.dtype.name)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in source.shapes():
+            words = source.read(name).view(f"int{8 * source.dtype.itemsize}")  # torch knows no NumPy bfloat16
+            parameters.pop(name).copy_(torch.from_numpy(words).view(dtype))
+    assert not parameters, f"{next(iter(parameters))} was not set"
+    return model.eval()

@@ -1,0 +1,272 @@
+"""The parts of bench_roofline: what each measures, as rows of medians, ratios and raw repeats."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from easyspec_jax.config import ModelConfig, model_config
+from easyspec_jax.decode.loop import Programs
+from easyspec_jax.decode.round import RoundConfig
+from easyspec_jax.draft.grouping import paper_groups
+from easyspec_jax.draft.parallel import run_fuzzy
+from easyspec_jax.errors import EasySpecError
+from easyspec_jax.mesh import open_mesh, parse_mesh
+from easyspec_jax.model.transformer import Decoder, run_exact
+from easyspec_jax.verify import Greedy, Verifier
+from experiments import roofline_models as models
+from experiments import roofline_texts as texts
+from experiments.roofline_timing import Case, alone, alternate, memory_cases, pass_case, round_case
+
+VERIFIED = (1, 2, 4, 6, 8, 16, 21, 32, 64)
+LP_SIZES = (1, 2, 4, 7)
+WIDTHS = (1, 4, 8)
+LEVELS, LP_SIZE = 5, 4
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """In every repeat: the seconds of each case, and the bytes a second at which memory was read fastest."""
+
+    seconds: dict[str, np.ndarray]
+    rate: np.ndarray
+
+    def row(self, name: str, bytes: int, **ratios: np.ndarray) -> Row:
+        """Medians of ratios that were each taken within a repeat, because a shared machine drifts."""
+        seconds = self.seconds[name]
+        floor = bytes / self.rate
+        figures = {
+            "seconds": seconds,
+            "floor_seconds": floor,
+            "over_floor": seconds / floor,
+            "share_of_bandwidth": floor / seconds,
+        }
+        medians = {key: float(np.median(values)) for key, values in (figures | ratios).items()}
+        return {"name": name} | medians | {"bytes": bytes, "repeats": seconds.tolist()}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all parts share: the arguments, and what follows from them."""
+
+    args: argparse.Namespace
+    dtype: np.dtype
+    platform: str
+
+    @property
+    def pair(self) -> tuple[models.Fields, models.Fields]:
+        """The shapes of target and draft."""
+        return models.SHAPES[self.args.shape]
+
+    @property
+    def configs(self) -> tuple[ModelConfig, ModelConfig]:
+        """The same as configurations of this package."""
+        return model_config(self.pair[0]), model_config(self.pair[1])
+
+    @property
+    def bytes(self) -> tuple[int, int]:
+        """What one pass of the target, and one of the draft, cannot but read."""
+        target, draft = (
+            models.weight_bytes(config, self.dtype) + models.kv_bytes(config, self.dtype, self.args.context)
+            for config in self.configs
+        )
+        return target, draft
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Of the text, and of every cache: a power of two, as in decoding."""
+        needed = self.args.context + self.args.calls * (LEVELS + 1) + max(VERIFIED) + 1
+        return {"context": self.args.context, "capacity": 1 << (needed - 1).bit_length()}
+
+    def check_memory(self) -> None:
+        """Raises EasySpecError if the devices cannot hold the weights of both models."""
+        devices = self.mesh().devices.flat
+        stats = devices[0].memory_stats() or {}
+        # Virtual devices share the host's memory.
+        held = len(devices) * stats["bytes_limit"] if "bytes_limit" in stats else texts.host_memory()
+        if sum(self.bytes) > held:
+            needed = f"{sum(self.bytes) / 2**30:.1f} GiB for its weights in {self.dtype.name}"
+            raise EasySpecError(
+                f"--shape {self.args.shape} needs {needed} and there are {held / 2**30:.1f}; "
+                "choose another shape, or more devices"
+            )
+
+    def mesh(self, lp_size: int = LP_SIZE) -> Mesh:
+        """The mesh on which the engine would run groups of so many layers."""
+        return open_mesh(parse_mesh(self.args.mesh, group_size=lp_size))
+
+    def target(self, mesh: Mesh) -> Decoder:
+        """With random weights."""
+        return models.load(models.random_source(self.pair[0], self.dtype.name), mesh)
+
+    def draft(self, mesh: Mesh, lp_size: int = LP_SIZE) -> Decoder:
+        """With random weights, in groups of so many layers."""
+        source = models.random_source(self.pair[1], self.dtype.name)
+        return models.load(source, mesh, paper_groups(source.config.num_hidden_layers, lp_size))
+
+    def measure(self, cases: Sequence[Case]) -> Timings:
+        """All cases in turn, and ways to read memory among them."""
+        memory = memory_cases(self.mesh(), self.dtype, self.args.memory_mib * 2**20)
+        measured = alternate([*memory, *cases], self.args.repeats, self.args.calls)
+        seconds = {name: np.asarray(samples) for name, samples in measured.items()}
+        return Timings(seconds, np.max([case.bytes / seconds[case.name] for case in memory], axis=0))
+
+
+def bandwidth(bench: Bench) -> list[Row]:
+    """How fast memory is read, and written."""
+    cases = memory_cases(bench.mesh(), bench.dtype, bench.args.memory_mib * 2**20)
+    timings = bench.measure([])
+    rows = []
+    for case in cases:
+        speeds = case.bytes / timings.seconds[case.name] / 1e9
+        rows.append({"name": case.name, "GB_per_second": float(np.median(speeds)), "repeats": speeds.tolist()})
+    return rows
+
+
+def target(bench: Bench) -> list[Row]:
+    """A plain step as decoding dispatches it, and verification of more and more tokens."""
+    programs = alone(bench.mesh(), bench.target(bench.mesh()))
+    size = bench.bytes[0]
+    cases = [round_case("plain step", programs, size, **bench.lengths)]
+    cases += [pass_case(f"{n} tokens", programs, n, run_exact, size, **bench.lengths) for n in VERIFIED]
+    timings = bench.measure(cases)
+    plain = timings.seconds["plain step"]
+    return [timings.row(case.name, size, over_plain=timings.seconds[case.name] / plain) for case in cases]
+
+
+def draft(bench: Bench) -> list[Row]:
+    """Exact and fuzzy steps of one token by groups of N layers, in a loop on the device as in a round.
+
+    gap_over_exact: of a step's time above its floor, over that of an ordinary draft.
+    """
+    size, cases = bench.bytes[1], []
+    for n in LP_SIZES:
+        mesh = bench.mesh(n)
+        programs = alone(mesh, bench.draft(mesh, n))
+        runs = {"exact": run_exact, "fuzzy": run_fuzzy} if n > 1 else {"exact": run_exact}
+        step = partial(pass_case, programs=programs, tokens=1, bytes=size, loops=LEVELS - 1, **bench.lengths)
+        cases += [step(f"{kind}, N = {n}", run=run) for kind, run in runs.items()]
+    timings = bench.measure(cases)
+    floor = size / timings.rate
+    gap = timings.seconds["exact, N = 1"] - floor
+    return [timings.row(case.name, size, gap_over_exact=(timings.seconds[case.name] - floor) / gap) for case in cases]
+
+
+def rounds(bench: Bench) -> list[Row]:
+    """Whole rounds as decoding dispatches them, beside the passes that they consist of."""
+    mesh = bench.mesh()
+    target, draft = bench.target(mesh), bench.draft(mesh)
+    of_target, of_draft = alone(mesh, target), alone(mesh, draft)
+    size, small = bench.bytes
+    calibration = pass_case("calibration", of_draft, LEVELS + 1, run_exact, small, scored=1, **bench.lengths)
+    cases, parts = [calibration], {}
+    for width in WIDTHS:
+        config = RoundConfig(LEVELS, calibration=True, verifier=Greedy(), stop_ids=(), width=width)
+        nodes = 1 + LEVELS * width
+        steps = pass_case(f"fuzzy, width {width}", of_draft, width, run_fuzzy, small, loops=LEVELS - 1, **bench.lengths)
+        check = pass_case(f"verification, {nodes} tokens", of_target, nodes, run_exact, size, **bench.lengths)
+        whole = round_case(
+            f"round, width {width}", Programs(mesh, target, draft, config), size + LEVELS * small, **bench.lengths
+        )
+        cases += [steps, check, whole]
+        parts[whole.name] = (calibration.name, steps.name, check.name)
+    timings = bench.measure(cases)
+    rows = []
+    for case in cases:
+        ratios = {}
+        if case.name in parts:
+            once, step, check = (timings.seconds[name] for name in parts[case.name])
+            ratios["over_parts"] = timings.seconds[case.name] / (once + (LEVELS - 1) * step + check)
+        rows.append(timings.row(case.name, case.bytes, **ratios))
+    return rows
+
+
+def synthetic(bench: Bench) -> list[Row]:
+    """End to end at prescribed rates of acceptance: chains, N = 4, random weights."""
+    mesh = bench.mesh()
+    target, draft = bench.target(mesh), bench.draft(mesh)
+    ways = {"plain": texts.ours(alone(mesh, target))}
+    for rate in bench.args.synthetic_acceptance:
+        verifier = texts.SyntheticAcceptance(rate)
+        ways[f"acceptance {rate:g}"] = texts.ours(speculative(mesh, target, draft, verifier))
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(bench.configs[0].vocab_size, size=(bench.args.repeats + 1, bench.args.context)).tolist()
+    measured = texts.alternate_texts(ways, prompts, bench.args.max_new_tokens)
+    return [speed_row(name, of_way, {"plain": measured["plain"]}) for name, of_way in measured.items()]
+
+
+def peers(bench: Bench) -> list[Row]:
+    """This package and transformers on the same weights, by which target and draft agree on a share of all tokens.
+
+    Where a device cannot hold them twice, transformers comes first and leaves: JAX keeps what memory it once had.
+    """
+    device = texts.torch_device(bench.platform)
+    walk = models.Walk.of(bench.configs[0].vocab_size, bench.args.agreement)
+    successors = walk.target, walk.draft
+    of_target, of_draft = (
+        models.constructed_source(fields, bench.dtype.name, successor)
+        for fields, successor in zip(bench.pair, successors, strict=True)
+    )
+
+    def ours() -> dict[str, texts.Complete]:
+        mesh = bench.mesh()
+        target = models.load(of_target, mesh)
+        draft = models.load(of_draft, mesh, paper_groups(of_draft.config.num_hidden_layers, LP_SIZE))
+        programs = {"plain": alone(mesh, target), "easyspec": speculative(mesh, target, draft, Greedy())}
+        return {name: texts.ours(own) for name, own in programs.items()}
+
+    def theirs() -> dict[str, texts.Complete]:
+        return texts.theirs(bench.pair, (of_target, of_draft), device, LEVELS)
+
+    context, count = bench.args.context, bench.args.max_new_tokens
+    starts = [number * (context + count) for number in range(bench.args.repeats + 1)]
+    prompts = [walk.text(start, context) for start in starts]
+    planned = [walk.text(start + context, count) for start in starts[1:]]
+    together = texts.fit_together(device, sum(bench.bytes))
+    measured: dict[str, texts.Measured] = {}
+    for engines in [(ours, theirs)] if together else [(theirs,), (ours,)]:
+        measured |= texts.alternate_texts(
+            {name: way for engine in engines for name, way in engine().items()}, prompts, count
+        )
+        texts.release(device)
+    rows = []
+    others = {"plain": measured["plain"], "assisted": measured["transformers, assisted"]}
+    for name, of_way in measured.items():
+        same = sum(text.tokens == plan for text, plan in zip(of_way.texts, planned, strict=True))
+        rows.append(speed_row(name, of_way, others) | {"as_planned": same, "alternating": together})
+    return rows
+
+
+def speculative(mesh: Mesh, target: Decoder, draft: Decoder, verifier: Verifier) -> Programs:
+    """Programs of the default method: calibrated chains."""
+    return Programs(mesh, target, draft, RoundConfig(LEVELS, calibration=True, verifier=verifier, stop_ids=()))
+
+
+def speed_row(name: str, measured: texts.Measured, others: dict[str, texts.Measured]) -> Row:
+    """Tokens a second of whole completions, and how many times those of others."""
+    seconds, made = np.asarray(measured.seconds), measured.texts
+    speeds = np.asarray([len(text.tokens) for text in made]) / seconds
+    row = {"name": name, "tokens_per_second": float(np.median(speeds))}
+    row |= {f"over_{key}": float(np.median(np.asarray(other.seconds) / seconds)) for key, other in others.items()}
+    row["tokens_per_pass"] = sum(len(text.tokens) for text in made) / sum(text.passes for text in made)
+    drafted = sum(text.drafted or 0 for text in made)
+    if drafted:
+        row["acceptance_rate"] = sum(text.accepted or 0 for text in made) / drafted
+    return row | {"repeats": measured.seconds}
+
+
+PARTS = {
+    "bandwidth": bandwidth,
+    # First of those with weights, see there.
+    "peers": peers,
+    "target": target,
+    "draft": draft,
+    "round": rounds,
+    "synthetic": synthetic,
+}

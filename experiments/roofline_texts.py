@@ -1,0 +1,179 @@
+"""Whole texts in turn, by this package and by transformers; and speculation at a prescribed rate of acceptance."""
+
+import gc
+import os
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from easyspec_jax.config import SamplingParams
+from easyspec_jax.decode.loop import Programs, decode
+from easyspec_jax.errors import EasySpecError
+from easyspec_jax.mesh import ALL_AXES
+from easyspec_jax.progress import bar
+from easyspec_jax.sampling.noise import Purpose, noise_keys, uniform
+from easyspec_jax.sampling.shards import argmax
+from easyspec_jax.tree import Tree, deepest
+from easyspec_jax.verify import Greedy, Request, Verdict
+from experiments.roofline_models import Fields, Synthetic, torch_model
+
+
+@dataclass(frozen=True)
+class SyntheticAcceptance(Greedy):
+    """Accepts each drafted level with a given probability, whatever was drafted, at the cost of a greedy verdict.
+
+    For benchmarks alone: the text is neither model's. Whether a level passes, if the one above it does, depends on the
+    request's seed and the absolute position.
+    """
+
+    acceptance: float = 1.0
+
+    def verify(
+        self,
+        target: Float[Array, "batch nodes vocab_shard"],
+        tree: Tree,
+        position: Int[Array, " batch"],
+        request: Request,
+    ) -> Verdict:
+        """Goes down the path to the first of the deepest nodes, and on with the target's choice."""
+        tokens = argmax(target.reshape(-1, target.shape[-1]), ALL_AXES).reshape(tree.tokens.shape)
+        end = jnp.argmax(jnp.where(tree.exists, tree.depth, -1), axis=1)
+        on_path = jnp.take_along_axis(tree.ancestors, end[:, None, None], axis=1)[:, 0]
+        keys = noise_keys(request.seed, position[:, None] + tree.depth - 1, 0 * request.round, Purpose.ACCEPT)
+        leaf = deepest(tree, on_path & (uniform(keys) < self.acceptance))
+        return Verdict(leaf, jnp.take_along_axis(tokens, leaf[:, None], axis=1)[:, 0])
+
+
+@dataclass(frozen=True)
+class Text:
+    """Generated ids. passes: of the target, the first included; drafted, accepted: levels, where they are known."""
+
+    tokens: list[int]
+    passes: int
+    drafted: int | None = None
+    accepted: int | None = None
+
+
+Complete = Callable[[Sequence[int], int], Text]
+"""From a prompt and a number of tokens to the text."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one way of decoding: seconds and text of each timed completion, its prompt included."""
+
+    seconds: list[float] = field(default_factory=list)
+    texts: list[Text] = field(default_factory=list)
+
+
+def alternate_texts(ways: Mapping[str, Complete], prompts: Sequence[Sequence[int]], count: int) -> dict[str, Measured]:
+    """Lets every way complete each prompt by `count` tokens, all ways in turn; the first prompt is not timed."""
+    measured = {name: Measured() for name in ways}
+    with bar("Generating", len(prompts) * len(ways)) as advance:
+        for number, prompt in enumerate(prompts):
+            for name, complete in ways.items():
+                begun = time.perf_counter()
+                text = complete(prompt, count)
+                if number:
+                    measured[name].seconds.append(time.perf_counter() - begun)
+                    measured[name].texts.append(text)
+                advance(1)
+    return measured
+
+
+def ours(programs: Programs) -> Complete:
+    """Greedy decoding by this package, round by round as the engine does it; a prompt's seed is its checksum."""
+
+    def complete(prompt: Sequence[int], count: int) -> Text:
+        tokens, passes, drafted, accepted = [], 0, 0, 0
+        sampling = SamplingParams(seed=zlib.crc32(np.asarray(prompt, np.int32).tobytes()))
+        with closing(decode(programs, [prompt], [count], sampling)) as reports:
+            for report in reports:
+                tokens += report.tokens[0, : report.num_tokens[0]].tolist()
+                passes += 1
+                drafted += int(report.drafted[0])
+                accepted += int(report.accepted[0])
+        return Text(tokens, passes, drafted, accepted)
+
+    return complete
+
+
+def theirs(
+    pair: tuple[Fields, Fields], sources: tuple[Synthetic, Synthetic], device: str, num_assistant_tokens: int
+) -> dict[str, Complete]:
+    """Plain and assisted generation by transformers, with as many drafted tokens a round as ours, whatever happens."""
+    import torch
+
+    if device == "cpu":
+        torch.set_num_threads(cores())
+    target, draft = (torch_model(fields, source, device) for fields, source in zip(pair, sources, strict=True))
+    settings = draft.generation_config
+    settings.num_assistant_tokens, settings.num_assistant_tokens_schedule = num_assistant_tokens, "constant"
+    settings.assistant_confidence_threshold = 0.0  # otherwise drafts end where the assistant is unsure
+    calls: list[None] = []
+    target.register_forward_hook(lambda *_: calls.append(None))
+
+    def completed(prompt: Sequence[int], count: int, **options: Any) -> Text:
+        calls.clear()
+        ids = torch.tensor([list(prompt)], device=device)
+        made = target.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0, **options
+        )
+        return Text(made[0, len(prompt) :].tolist(), len(calls))
+
+    def assisted(prompt: Sequence[int], count: int) -> Text:
+        return completed(prompt, count, assistant_model=draft)
+
+    return {"transformers": completed, "transformers, assisted": assisted}
+
+
+def torch_device(platform: str) -> str:
+    """Torch's name of the device that JAX runs on. Raises EasySpecError if torch or that device is missing."""
+    try:
+        import torch
+        import transformers
+    except ImportError as missing:
+        raise EasySpecError(
+            f"peers need torch and transformers ({missing}); install .[test], or leave out peers"
+        ) from None
+    transformers.utils.logging.set_verbosity_error()
+    if platform == "cpu":
+        return "cpu"
+    if platform == "gpu" and torch.cuda.is_available():
+        return "cuda"
+    raise EasySpecError(f"torch {torch.__version__} cannot use the {platform} that JAX runs on; leave out peers")
+
+
+def fit_together(device: str, size: int) -> bool:
+    """Whether one device can hold `size` bytes of weights for either engine at once."""
+    if device == "cpu":
+        return True
+    import torch
+
+    return 2.5 * size < torch.cuda.get_device_properties(0).total_memory  # the half more for all that is no weight
+
+
+def release(device: str) -> None:
+    """Gives freed memory back."""
+    gc.collect()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
