@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from easyspec_jax.checkpoint import EMBEDDING, HEAD, expected_shapes
-from easyspec_jax.config import ModelConfig, model_config
+from easyspec_jax.config import ModelConfig, model_config, read_json
 from easyspec_jax.draft.grouping import Group
 from easyspec_jax.draft.parallel import load_draft
 from easyspec_jax.mesh import ALL_AXES
@@ -26,43 +26,29 @@ from easyspec_jax.model.attention import Attention
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import MLP, Decoder
+from easyspec_jax.plan.configurations import BUNDLED
 
 Fields = dict[str, Any]
 """The content of a config.json."""
 
 
-def _llama(theta: float, **sizes: Any) -> Fields:
-    rope = {"rope_type": "default", "rope_theta": theta}
-    ends = {"bos_token_id": None, "eos_token_id": None}
-    return {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_parameters": rope} | ends | sizes
+def _bundled(name: str, **others: Any) -> Fields:
+    """A bundled configuration, without the tokens that would end a text."""
+    return read_json(BUNDLED)[name] | {"eos_token_id": None} | others
 
 
-def _qwen(**sizes: Any) -> Fields:
-    # As many ids for the draft as for the target (152,064 instead of 151,936), as assisted generation asks for.
-    others = {"vocab_size": 152064, "max_position_embeddings": 32768, "dtype": "bfloat16", "rms_norm_eps": 1e-6}
-    return _llama(1e6, head_dim=128, **others, **sizes) | {"model_type": "qwen2"}
-
-
-_LLAMA3 = {"vocab_size": 128256, "max_position_embeddings": 131072, "dtype": "bfloat16", "num_key_value_heads": 8}
-_SMOLLM2 = {"vocab_size": 49152, "max_position_embeddings": 8192, "dtype": "float32", "tie_word_embeddings": True}
-
-LLAMA_8B = _llama(5e5, num_hidden_layers=32, hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
-                  head_dim=128, tie_word_embeddings=False, **_LLAMA3)  # fmt: skip
-LLAMA_1B = _llama(5e5, num_hidden_layers=16, hidden_size=2048, intermediate_size=8192, num_attention_heads=32,
-                  head_dim=64, tie_word_embeddings=True, **_LLAMA3)  # fmt: skip
-QWEN_32B = _qwen(num_hidden_layers=64, hidden_size=5120, intermediate_size=27648, num_attention_heads=40,
-                 num_key_value_heads=8, tie_word_embeddings=False)  # fmt: skip
-QWEN_1_5B = _qwen(num_hidden_layers=28, hidden_size=1536, intermediate_size=8960, num_attention_heads=12,
-                  num_key_value_heads=2, tie_word_embeddings=True)  # fmt: skip
-SMOLLM2_135M = _llama(1e5, num_hidden_layers=30, hidden_size=576, intermediate_size=1536, num_attention_heads=9,
-                      num_key_value_heads=3, head_dim=64, **_SMOLLM2)  # fmt: skip
-SMALL = _llama(1e5, num_hidden_layers=12, hidden_size=256, intermediate_size=768, num_attention_heads=4,
-               num_key_value_heads=2, head_dim=64, **_SMOLLM2)  # fmt: skip
+SMOLLM2_135M = {"model_type": "llama", "num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536,
+                "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152,
+                "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+                "rope_theta": 1e5, "bos_token_id": None, "eos_token_id": None}  # fmt: skip
+SMALL = SMOLLM2_135M | {"num_hidden_layers": 12, "hidden_size": 256, "intermediate_size": 768,
+                        "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
 
 SHAPES: dict[str, tuple[Fields, Fields]] = {
     "cpu": (SMOLLM2_135M, SMALL),
-    "h200-8b-1b": (LLAMA_8B, LLAMA_1B),
-    "h200-32b-1.5b": (QWEN_32B, QWEN_1_5B),
+    "h200-8b-1b": (_bundled("Llama-3.1-8B"), _bundled("Llama-3.2-1B")),
+    # As many ids for the draft as for the target (152,064 instead of 151,936), as assisted generation asks for.
+    "h200-32b-1.5b": (_bundled("Qwen2.5-32B"), _bundled("Qwen2.5-1.5B", vocab_size=152064)),
 }
 """Target and draft, which share their ids."""
 

@@ -27,9 +27,9 @@ from experiments.roofline_timing import alone, memory_cases, pass_case, round_ca
 from tests.models import forward
 
 LEVELS, VOCAB = 5, 384
-TARGET = models._llama(1e4, num_hidden_layers=1, hidden_size=64, intermediate_size=96, num_attention_heads=4,
-                       num_key_value_heads=2, head_dim=16, vocab_size=VOCAB, max_position_embeddings=256,
-                       tie_word_embeddings=True, dtype="float32")  # fmt: skip
+TARGET = models.SMOLLM2_135M | {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 96,
+                                "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+                                "vocab_size": VOCAB, "max_position_embeddings": 256}  # fmt: skip
 DRAFT = TARGET | {"num_hidden_layers": 4, "hidden_size": 48}
 QWEN = TARGET | {"model_type": "qwen2", "tie_word_embeddings": False}
 WALK = models.Walk.of(VOCAB, 0.7)
