@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from easyspec_jax.command import Parser
-from easyspec_jax.config import FLOAT_DTYPES
 from easyspec_jax.errors import EasySpecError
+from easyspec_jax.options import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from convert.stream import Result

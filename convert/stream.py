@@ -19,8 +19,9 @@ from easyspec_jax.checkpoint import (
     write_orbax,
     write_safetensors,
 )
-from easyspec_jax.config import FLOAT_DTYPES, model_config
+from easyspec_jax.config import model_config
 from easyspec_jax.errors import EasySpecError
+from easyspec_jax.options import FLOAT_DTYPES
 from easyspec_jax.progress import Advance, bar
 
 

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from easyspec_jax.config import SamplingParams, SpeculativeConfig
 from easyspec_jax.errors import EasySpecError
+from easyspec_jax.options import SamplingParams, SpeculativeConfig
 
 if TYPE_CHECKING:
     from easyspec_jax.engine import Completion, Engine, open_model

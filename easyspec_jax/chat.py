@@ -5,9 +5,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
-from easyspec_jax.config import SamplingParams
 from easyspec_jax.engine import Engine
 from easyspec_jax.errors import EasySpecError
+from easyspec_jax.options import SamplingParams
 from easyspec_jax.progress import Bar
 from easyspec_jax.terminal import print_note, print_summary
 from easyspec_jax.tokenizer import Message

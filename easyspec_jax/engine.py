@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from easyspec_jax import demo
 from easyspec_jax.checkpoint import Checkpoint, open_checkpoint
 from easyspec_jax.completion import Completion, Row, batched
-from easyspec_jax.config import DType, Platform, SamplingParams, SpeculativeConfig, resolve_dtype
 from easyspec_jax.decode.loop import Programs, decode, warm_up
 from easyspec_jax.decode.metrics import Stats
 from easyspec_jax.decode.round import RoundConfig
@@ -25,6 +24,7 @@ from easyspec_jax.mesh import ALL_AXES, Axes, open_mesh, parse_mesh
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import Decoder
+from easyspec_jax.options import DType, Platform, SamplingParams, SpeculativeConfig, resolve_dtype
 from easyspec_jax.progress import Bar, no_bar
 from easyspec_jax.tokenizer import Prompt, TextStream, Tokenizer, check_same_ids, encode, load_tokenizer
 from easyspec_jax.verify import choose

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from easyspec_jax import demo
 from easyspec_jax.command import Parser, cache_compilations, read_prompts
-from easyspec_jax.config import (
+from easyspec_jax.errors import EasySpecError
+from easyspec_jax.options import (
     DraftTensorParallelSize,
     DType,
     Method,
@@ -20,7 +21,6 @@ from easyspec_jax.config import (
     SpeculativeConfig,
     Verifier,
 )
-from easyspec_jax.errors import EasySpecError
 
 if TYPE_CHECKING:  # importing JAX takes a second, which --help and a mistyped flag need not wait for
     from easyspec_jax.engine import Completion, Engine

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from easyspec_jax.config import Platform
 from easyspec_jax.errors import EasySpecError
+from easyspec_jax.options import Platform
 
 LAYER, TENSOR = "layer", "tensor"
 ALL_AXES = (LAYER, TENSOR)

@@ -11,10 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from easyspec_jax.completion import batched
-from easyspec_jax.config import SamplingParams
 from easyspec_jax.decode.metrics import Stats
 from easyspec_jax.draft.grouping import format_groups, position_of
 from easyspec_jax.mesh import LAYER, TENSOR
+from easyspec_jax.options import SamplingParams
 
 if TYPE_CHECKING:
     from easyspec_jax.engine import Completion, Engine, Preparation

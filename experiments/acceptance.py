@@ -18,8 +18,8 @@ from rich.table import Table
 
 from easyspec_jax import EasySpecError, Engine, SamplingParams, SpeculativeConfig, demo, open_model
 from easyspec_jax.command import Parser, cache_compilations, read_prompts
-from easyspec_jax.config import Verifier
 from easyspec_jax.draft.grouping import format_groups
+from easyspec_jax.options import Verifier
 from easyspec_jax.progress import bar
 from experiments.draw_acceptance import Row, draw
 

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, demo, open_model
 from easyspec_jax.command import Parser, read_prompts
-from easyspec_jax.config import Method
+from easyspec_jax.options import Method
 
 HERE = Path(__file__).parent
 

@@ -20,7 +20,8 @@ from rich.table import Table
 
 from easyspec_jax import EasySpecError
 from easyspec_jax.command import Parser, cache_compilations
-from easyspec_jax.config import read_json, resolve_dtype
+from easyspec_jax.config import read_json
+from easyspec_jax.options import resolve_dtype
 from experiments.roofline_models import SHAPES
 from experiments.roofline_parts import PARTS, Bench, Row
 from experiments.roofline_texts import cores, torch_device

@@ -23,13 +23,13 @@ from rich.table import Table
 
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, demo, open_model
 from easyspec_jax.command import Parser
-from easyspec_jax.config import Verifier
 from easyspec_jax.decode.loop import Programs, prefill_all
 from easyspec_jax.decode.round import RoundConfig, State
 from easyspec_jax.draft.parallel import run_fuzzy
 from easyspec_jax.mesh import ALL_AXES
 from easyspec_jax.model.attention import Nodes
 from easyspec_jax.model.transformer import Decoder, run_exact
+from easyspec_jax.options import Verifier
 
 HERE = Path(__file__).parent
 WARM_UP = 3

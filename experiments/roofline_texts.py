@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from easyspec_jax.config import SamplingParams
 from easyspec_jax.decode.loop import Programs, decode
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.mesh import ALL_AXES
+from easyspec_jax.options import SamplingParams
 from easyspec_jax.progress import bar
 from easyspec_jax.sampling.noise import Purpose, noise_keys, uniform
 from easyspec_jax.sampling.shards import argmax

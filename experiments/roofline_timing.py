@@ -13,12 +13,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
-from easyspec_jax.config import SamplingParams
 from easyspec_jax.decode.loop import Programs
 from easyspec_jax.decode.round import RoundConfig, State
 from easyspec_jax.mesh import ALL_AXES
 from easyspec_jax.model.attention import Nodes
 from easyspec_jax.model.transformer import Caches, Decoder
+from easyspec_jax.options import SamplingParams
 from easyspec_jax.progress import bar
 from easyspec_jax.sampling.shards import argmax
 from easyspec_jax.verify import Greedy

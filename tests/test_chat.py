@@ -5,9 +5,9 @@ from io import StringIO
 import pytest
 
 from easyspec_jax.chat import converse
-from easyspec_jax.config import SamplingParams, SpeculativeConfig
 from easyspec_jax.engine import Engine, open_model
 from easyspec_jax.generate import main
+from easyspec_jax.options import SamplingParams, SpeculativeConfig
 from easyspec_jax.progress import no_bar
 from tests.models import byte_tokenizer, save_model
 

@@ -95,9 +95,9 @@ def test_seed_makes_sampling_repeatable(arguments, capsys):
     [
         (["--method", "sd", "--tree-width", "4"], "--method sd grows no trees: leave out --tree-width"),
         (["--tree-width", "65"], "--tree-width 65 must be from 1 to 64"),
-        (["--tree-width", "4", "--tree-nodes", "21"], "--tree-nodes 21 must be from 1 to the 20 nodes"),
+        (["--tree-width", "4", "--tree-nodes", "21"], "--tree-nodes 21 must be from 5 to 20: one node a level"),
         (["--verifier", "other"], "invalid choice: 'other'"),
-        (["--top-k", "-1"], "--top-k -1 must be 0 (all) or"),
+        (["--top-k", "-1"], "--top-k -1 must be from 0 to 2147483647 ids (0: all)"),
         (["--top-p", "0"], "--top-p 0.0 must be a probability"),
         (["--top-p", "nan"], "--top-p nan must be a probability"),
         (["--temperature", "-1"], "--temperature -1.0 must be"),

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from easyspec_jax.config import Platform
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.mesh import ALL_AXES, LAYER, TENSOR, MeshShape, axes_size, open_mesh, parse_mesh
+from easyspec_jax.options import Platform
 
 
 @pytest.mark.parametrize(

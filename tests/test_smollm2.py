@@ -9,8 +9,8 @@ import transformers
 
 from convert.__main__ import main as convert
 from easyspec_jax import Engine, SamplingParams, SpeculativeConfig, open_model
-from easyspec_jax.config import Method
 from easyspec_jax.decode.loop import decode
+from easyspec_jax.options import Method
 
 PROMPTS = [
     "Write a Python function that checks whether a number is prime.",

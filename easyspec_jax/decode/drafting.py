@@ -58,7 +58,7 @@ def draft_tree(
         best, ids = (x.reshape(*h.shape[:2], -1) for x in (best, ids))
         branches = verifier.branch(best, ids, level.score, level.log_prob, position + depth, request)
         first, above = first_node(depth, width), first_node(depth - 1, width)
-        return choose(level, ids, branches, first, above, width), Candidates(ids, branches.q)
+        return best_branches(level, ids, branches, first, above, width), Candidates(ids, branches.q)
 
     def deepen(carry: tuple[Level, Caches], depth: Array) -> tuple[tuple[Level, Caches], tuple[Level, Candidates]]:
         level, caches = carry
@@ -82,7 +82,7 @@ def first_node(depth: Array, width: int) -> Array:
     return jnp.maximum(1 + (depth - 1) * width, 0)
 
 
-def choose(
+def best_branches(
     level: Level, ids: Int[Array, "batch some ids"], branches: Branches, first: Array, above: Array, width: int
 ) -> Level:
     """The best `width` branches of a level as the next level; first, above: numbers of both levels' first nodes."""

@@ -10,9 +10,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from easyspec_jax.config import SamplingParams
 from easyspec_jax.decode.round import Report, RoundConfig, State, init_state, prefill, speculative_round
 from easyspec_jax.model.transformer import Decoder
+from easyspec_jax.options import SamplingParams
 from easyspec_jax.verify import Request
 
 PREFILL_CHUNK = 128

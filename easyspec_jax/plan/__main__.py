@@ -11,8 +11,9 @@ from functools import partial
 from typing import TYPE_CHECKING, get_args
 
 from easyspec_jax.command import Parser
-from easyspec_jax.config import DraftTensorParallelSize, DType, ModelConfig, SpeculativeConfig, resolve_dtype
+from easyspec_jax.config import ModelConfig
 from easyspec_jax.errors import EasySpecError
+from easyspec_jax.options import DraftTensorParallelSize, DType, SpeculativeConfig, resolve_dtype
 from easyspec_jax.plan.machines import MACHINES, Topology, parse_topology
 
 if TYPE_CHECKING:  # importing JAX takes a second, which --help and a mistyped flag need not wait for

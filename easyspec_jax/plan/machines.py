@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-from easyspec_jax.config import Platform
 from easyspec_jax.errors import EasySpecError
+from easyspec_jax.options import Platform
 
 Origin = Literal["table", "measured"]
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from easyspec_jax.checkpoint import expected_shapes
-from easyspec_jax.config import ModelConfig, Platform
+from easyspec_jax.config import ModelConfig
 from easyspec_jax.decode.loop import Programs
 from easyspec_jax.decode.round import State, init_state
 from easyspec_jax.draft.grouping import Group
@@ -22,6 +22,7 @@ from easyspec_jax.model.attention import Attention
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import MLP, Decoder
+from easyspec_jax.options import Platform
 from easyspec_jax.verify import Request
 
 

@@ -3,7 +3,7 @@
 A new verifier is one module with the methods of `Verifier` and one line in `choose`.
 """
 
-from easyspec_jax.config import SamplingParams
+from easyspec_jax.options import SamplingParams
 from easyspec_jax.verify.base import Branches, Request, Verdict, Verifier
 from easyspec_jax.verify.coupled import Coupled
 from easyspec_jax.verify.greedy import Greedy

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from easyspec_jax.checkpoint import open_checkpoint
-from easyspec_jax.config import SamplingParams
 from easyspec_jax.decode import loop
 from easyspec_jax.decode.loop import PREFILL_CHUNK, Programs, decode, first_tokens, prefill_all
 from easyspec_jax.decode.round import RoundConfig
 from easyspec_jax.draft.grouping import paper_groups
 from easyspec_jax.draft.parallel import load_draft
 from easyspec_jax.mesh import ALL_AXES, MeshShape
+from easyspec_jax.options import SamplingParams
 from easyspec_jax.verify import Coupled, Greedy, Rejection
 from tests.models import LAYERS, load_target, loader, save_model
 

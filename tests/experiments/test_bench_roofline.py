@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from easyspec_jax.config import SamplingParams, model_config
+from easyspec_jax.config import model_config
 from easyspec_jax.decode.loop import Programs, decode
 from easyspec_jax.decode.round import RoundConfig
 from easyspec_jax.draft.grouping import paper_groups
@@ -18,6 +18,7 @@ from easyspec_jax.mesh import ALL_AXES, MeshShape, open_mesh
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import run_exact
+from easyspec_jax.options import SamplingParams
 from easyspec_jax.verify import Greedy
 from experiments import roofline_models as models
 from experiments import roofline_parts, roofline_texts

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from easyspec_jax.config import SamplingParams
 from easyspec_jax.mesh import ALL_AXES, MeshShape
+from easyspec_jax.options import SamplingParams
 from easyspec_jax.tree import Tree, bare_root
 from easyspec_jax.verify import Coupled, Greedy, Rejection, Request, Verdict, choose
 from tests.helpers import on_mesh

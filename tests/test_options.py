@@ -1,0 +1,63 @@
+"""Choices are checked where they are made, and named as their flags are."""
+
+import pytest
+
+from easyspec_jax.config import model_config
+from easyspec_jax.errors import EasySpecError
+from easyspec_jax.options import SamplingParams, SpeculativeConfig, resolve_dtype
+from tests.test_config import SIZES
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("method", "medusa", "--method 'medusa' is not one of vanilla, sd, tree, easyspec"),
+        ("verifier", "hopeful", "--verifier 'hopeful' is not one of"),
+        ("draft_tensor_parallel_size", "2", "--draft-tensor-parallel-size '2' is not one of 1, all"),
+        ("num_speculative_tokens", 0, "--num-speculative-tokens 0 must be"),
+        ("num_speculative_tokens", 17, "--num-speculative-tokens 17 must be"),
+        ("lp_size", 0, "--lp-size 0 must be at least 1"),
+        ("tree_width", "4", "--tree-width '4' must be a whole number"),
+        ("tree_nodes", 4, "--tree-nodes 4 must be from 5 to 5: one node a level to all"),
+    ],
+)
+def test_speculative_config_names_the_flag(field, value, message):
+    with pytest.raises(EasySpecError, match=message):
+        SpeculativeConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "flag"),
+    [
+        ("temperature", -0.1, "--temperature"),
+        ("temperature", float("inf"), "--temperature"),
+        ("temperature", float("nan"), "--temperature"),
+        ("temperature", 1e-40, "--temperature"),
+        ("seed", -1, "--seed"),
+        ("seed", 0.5, "--seed 0.5 must be a whole number"),
+        ("seed", 2**32, "--seed"),
+        ("max_new_tokens", 0, "--max-new-tokens"),
+    ],
+)
+def test_sampling_params_name_the_flag(field, value, flag):
+    with pytest.raises(EasySpecError, match=flag):
+        SamplingParams(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("temperature", 0.0), ("temperature", 1e-3), ("seed", 0), ("seed", 2**32 - 1), ("max_new_tokens", 1)],
+)
+def test_sampling_params_accept_their_bounds(field, value):
+    assert getattr(SamplingParams(**{field: value}), field) == value
+
+
+def test_automatic_dtype_is_the_checkpoints_but_wide_on_a_cpu():
+    config = model_config({"model_type": "llama", "dtype": "bfloat16"} | SIZES)
+    assert resolve_dtype("auto", "gpu", config) == "bfloat16"
+    assert resolve_dtype("auto", "cpu", config) == "float32"
+    assert resolve_dtype("float16", "cpu", config) == "float16"
+    quantised = model_config({"model_type": "llama", "dtype": "int8"} | SIZES)
+    assert resolve_dtype("float32", "gpu", quantised) == "float32"
+    with pytest.raises(EasySpecError, match="dtype 'int8' is not supported; give --dtype"):
+        resolve_dtype("auto", "gpu", quantised)
