@@ -74,12 +74,12 @@ class Loader:
         prefix = f"model.layers.{index}."
         gate, up, down = (self.source.read(f"{prefix}mlp.{name}_proj.weight") for name in ("gate", "up", "down"))
         rows = -(-gate.shape[0] // shards) * shards
-        gate, up, down = _pad_rows(gate, rows), _pad_rows(up, rows), _pad_rows(down.T, rows)
+        gate, up, down = _pad(gate, rows), _pad(up, rows), _pad(down, rows, axis=1)
         fused = np.stack([gate.reshape(shards, rows // shards, -1), up.reshape(shards, rows // shards, -1)], axis=1)
         return MLP(
             norm=self.place(self.source.read(f"{prefix}post_attention_layernorm.weight"), P(None)),
             gate_up=self.place(fused.reshape(2 * rows, -1).T, P(None, split)),
-            down=self.place(down, P(split, None)),
+            down=self.place(down, P(None, split)),
             eps=self.config.rms_norm_eps,
         )
 
@@ -89,7 +89,7 @@ class Loader:
         return jax.make_array_from_callback(array.shape, NamedSharding(self.mesh, spec), array.__getitem__)
 
     def _vocabulary(self, name: str) -> np.ndarray:
-        return _pad_rows(self.source.read(name), self.vocab_rows)
+        return _pad(self.source.read(name), self.vocab_rows)
 
     def _head_layout(self, axes: Axes) -> HeadLayout:
         shards = axes_size(self.mesh, axes)
@@ -153,6 +153,7 @@ def _take_heads(x: np.ndarray, index: np.ndarray, head_dim: int) -> np.ndarray:
     return np.concatenate([heads, np.zeros_like(heads[:1])])[index]
 
 
-def _pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
-    missing = rows - x.shape[0]
-    return np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)]) if missing else x
+def _pad(x: np.ndarray, size: int, axis: int = 0) -> np.ndarray:
+    """x with zeros behind it along an axis."""
+    missing = size - x.shape[axis]
+    return np.pad(x, [(0, missing if dim == axis else 0) for dim in range(x.ndim)]) if missing else x
