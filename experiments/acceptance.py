@@ -22,6 +22,7 @@ from easyspec_jax.draft.grouping import format_groups
 from easyspec_jax.options import Verifier
 from easyspec_jax.progress import bar
 from experiments.draw_acceptance import Row, draw
+from experiments.output import check_destination, save
 
 HERE = Path(__file__).parent
 GREEDY = "greedy"
@@ -134,19 +135,16 @@ def run(args: argparse.Namespace) -> None:
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "prompt_file")}
     models = {name: Path(getattr(args, name) or getattr(demo, name.upper())).name for name in ("target", "draft")}
     fields = settings | models | {"bundled": args.target is None, "prompts": prompts}
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(as_json(fields, rows), encoding="utf-8")
-    partial.replace(out)
+    save(out, as_json(fields, rows))
     draw(fields | {"results": rows}, out.with_suffix(".png"))
 
 
 def destination(args: argparse.Namespace) -> Path:
-    """The JSON to write. Raises EasySpecError, before hours of measuring, if there is no directory for it."""
+    """The JSON to write. Raises EasySpecError, before hours of measuring, if it cannot be written."""
     out = args.out or HERE / "results"
     if out.is_dir():
-        return out / ("acceptance.json" if args.target else "acceptance_demo.json")
-    if not out.parent.is_dir() or out.suffix != ".json":
-        raise EasySpecError(f"--out {out} is neither a directory nor a .json file in one")
+        out = out / ("acceptance.json" if args.target else "acceptance_demo.json")
+    check_destination(out)
     return out
 
 

@@ -21,6 +21,7 @@ from rich.table import Table
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, demo, open_model
 from easyspec_jax.command import Parser, read_prompts
 from easyspec_jax.options import Method
+from experiments.output import check_destination, save
 
 HERE = Path(__file__).parent
 
@@ -86,6 +87,7 @@ def measure(args: argparse.Namespace, directory: Path) -> list[Way]:
     """All ways, each timed `repeats` times, one after the other; a first pass of each is not timed."""
     if args.repeats < 1:
         raise EasySpecError(f"--repeats {args.repeats} must be at least 1")
+    check_destination(args.out)
     prompts = read_prompts(args.prompt_file)
     methods: tuple[Method, ...] = ("vanilla", "sd", "easyspec")
     completes = {method: ours(args, method) for method in methods} | peers(args, directory)
@@ -135,7 +137,7 @@ def report(ways: list[Way], args: argparse.Namespace) -> None:
     Console().print(table)
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "prompt_file")}
     models = {name: Path(getattr(args, name) or getattr(demo, name.upper())).name for name in ("target", "draft")}
-    args.out.write_text(json.dumps(settings | models | {"results": rows}, indent=1) + "\n", encoding="utf-8")
+    save(args.out, json.dumps(settings | models | {"results": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

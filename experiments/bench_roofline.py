@@ -22,6 +22,7 @@ from easyspec_jax import EasySpecError
 from easyspec_jax.command import Parser, cache_compilations
 from easyspec_jax.config import read_json
 from easyspec_jax.options import resolve_dtype
+from experiments.output import check_destination, save
 from experiments.roofline_models import SHAPES
 from experiments.roofline_parts import PARTS, Bench, Row
 from experiments.roofline_texts import cores, torch_device
@@ -34,21 +35,15 @@ def run(args: argparse.Namespace) -> None:
     check(args)
     out = args.out or HERE / "results" / f"bench_roofline_{args.shape}.json"
     parts = saved(out, args.shape)
-    partial = out.with_name(out.name + ".partial")
-    partial.touch()  # rather than fail after minutes of measuring
-    try:
-        bench = opened(args)
-        settings = {name: value for name, value in vars(args).items() if name not in ("out", "only", "shape")}
-        told = {"machine": machine(bench), "dtype": bench.dtype.name, "settings": settings}
-        Console().print(", ".join(f"{name} {value}" for name, value in told["machine"].items()))
-        for name in (name for name in PARTS if name in args.only):
-            rows = PARTS[name](bench)
-            print_table(f"{args.shape}, {name}", rows)
-            parts[name] = told | {"results": rows}
-            partial.write_text(json.dumps({"shape": args.shape, "parts": parts}, indent=1) + "\n", encoding="utf-8")
-            partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    bench = opened(args)
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "only", "shape")}
+    told = {"machine": machine(bench), "dtype": bench.dtype.name, "settings": settings}
+    Console().print(", ".join(f"{name} {value}" for name, value in told["machine"].items()))
+    for name in (name for name in PARTS if name in args.only):
+        rows = PARTS[name](bench)
+        print_table(f"{args.shape}, {name}", rows)
+        parts[name] = told | {"results": rows}
+        save(out, json.dumps({"shape": args.shape, "parts": parts}, indent=1) + "\n")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -70,8 +65,7 @@ def saved(out: Path, shape: str) -> dict[str, Any]:
 
     Raises EasySpecError if it holds anything else, or its directory is missing.
     """
-    if not out.parent.is_dir() or out.suffix != ".json" or out.is_dir():
-        raise EasySpecError(f"--out {out} is no .json file in a directory that exists")
+    check_destination(out)
     if not out.exists():
         return {}
     held = read_json(out)

@@ -62,7 +62,7 @@ def test_the_same_results_are_the_same_picture(measured, tmp_path):
         (["--temperatures", "-1"], "--temperature -1.0 must be 0 (greedy)"),
         (["--verifiers", "typical"], "invalid choice: 'typical'"),
         (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
-        (["--out", "absent/acceptance.json"], "--out absent/acceptance.json is neither"),
+        (["--out", "absent/acceptance.json"], "--out absent/acceptance.json is no .json file"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, complaint, capsys):
