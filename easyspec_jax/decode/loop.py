@@ -83,21 +83,28 @@ class Programs:
             body = partial(init_state, capacity=capacity, size=self.config.pending_size)
             return self.mapped(body, (P(), P()), self.state_spec)(leaves, request, limit)
 
-        return jax.jit(program, static_argnums=3)
+        return jax.jit(program, static_argnums=3, out_shardings=self._shardings[0])
 
     @cached_property
     def _prefill(self) -> Callable[..., tuple[State, Report]]:
         body = self.mapped(partial(prefill, config=self.config), (self.state_spec, P(), P(), P()), self._results)
-        return jax.jit(body, donate_argnums=1)
+        return jax.jit(body, donate_argnums=1, out_shardings=self._shardings)
 
     @cached_property
     def _round(self) -> Callable[..., tuple[State, Report]]:
         body = self.mapped(partial(speculative_round, config=self.config), (self.state_spec,), self._results)
-        return jax.jit(body, donate_argnums=1)
+        return jax.jit(body, donate_argnums=1, out_shardings=self._shardings)
 
     @property
     def _results(self) -> Any:
         return self.state_spec, P()
+
+    @property
+    def _shardings(self) -> Any:
+        """Of the results, spelled out: JAX spells what it infers in several ways, and each would compile anew."""
+        return jax.tree.map(
+            lambda spec: NamedSharding(self.mesh, spec), self._results, is_leaf=lambda x: isinstance(x, P)
+        )
 
     def mapped(self, body: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any) -> Callable[..., Any]:
         """body(target, draft, …) on every device of the mesh, as a function of the models' leaves."""
