@@ -102,9 +102,7 @@ class Programs:
     @property
     def _shardings(self) -> Any:
         """Of the results, spelled out: JAX spells what it infers in several ways, and each would compile anew."""
-        return jax.tree.map(
-            lambda spec: NamedSharding(self.mesh, spec), self._results, is_leaf=lambda x: isinstance(x, P)
-        )
+        return jax.tree.map(partial(NamedSharding, self.mesh), self._results)
 
     def mapped(self, body: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any) -> Callable[..., Any]:
         """body(target, draft, …) on every device of the mesh, as a function of the models' leaves."""
