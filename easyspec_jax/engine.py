@@ -94,7 +94,7 @@ def open_model(
 
 def _groups(speculative: SpeculativeConfig, num_layers: int) -> tuple[Group, ...]:
     if speculative.method in ("sd", "tree"):
-        return tuple(range(layer, layer + 1) for layer in range(num_layers))
+        return paper_groups(num_layers, 1)
     if speculative.lp_strategy is not None:
         return parse_groups(speculative.lp_strategy, num_layers)
     return paper_groups(num_layers, speculative.lp_size)

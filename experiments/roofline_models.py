@@ -6,7 +6,7 @@ zero, so a token's hidden state is its embedding, and the head maps it to the on
 
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -27,6 +27,7 @@ from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import MLP, Decoder
 from easyspec_jax.plan.configurations import BUNDLED
+from easyspec_jax.plan.shapes import Shapes
 
 Fields = dict[str, Any]
 """The content of a config.json."""
@@ -92,22 +93,14 @@ class Walk:
 
 
 @dataclass(frozen=True)
-class Synthetic:
+class Synthetic(Shapes):
     """A TensorSource of made-up tensors, the same in every layer.
 
     successor: None for random weights throughout; otherwise the greedy choice after every id, by an untied head.
     """
 
-    config: ModelConfig
     dtype: np.dtype
     successor: np.ndarray | None = None
-
-    @cached_property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return expected_shapes(self.config)
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self._shapes
 
     def read(self, name: str) -> np.ndarray:
         shape = self._shapes[name]

@@ -112,11 +112,10 @@ def abstract_state(programs: Programs, rows: int, capacity: int) -> State:
     body = partial(init_state, capacity=capacity, size=programs.config.pending_size)
     state = jax.eval_shape(programs.mapped(body, (P(), P()), programs.state_spec), programs.leaves, request, limits)
 
-    def placed(spec: P, part: Any) -> Any:
-        sharding = NamedSharding(programs.mesh, spec)
+    def placed(sharding: NamedSharding, part: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
 
-    return jax.tree.map(placed, programs.state_spec, state, is_leaf=lambda x: isinstance(x, P))
+    return jax.tree.map(placed, programs._shardings[0], state)
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -57,9 +57,7 @@ class Way:
 
     def groups(self, num_layers: int) -> tuple[Group, ...]:
         """Of the draft's layers."""
-        if self.method == "easyspec":
-            return paper_groups(num_layers, self.lp_size)
-        return tuple(range(layer, layer + 1) for layer in range(num_layers))
+        return paper_groups(num_layers, self.lp_size)
 
 
 def ways(lp_sizes: Sequence[int], tree_width: int) -> list[Way]:
