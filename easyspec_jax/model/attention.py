@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from easyspec_jax.config import ModelConfig, RopeScaling
 from easyspec_jax.model.cache import KVCache, write
 from easyspec_jax.model.norm import rms_norm
+from easyspec_jax.model.projection import Projection
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["start", "mask", "cos", "sin"], meta_fields=[])
@@ -99,29 +100,23 @@ def rotate(
 class Attention(nnx.Module):
     """One device's share of a layer's attention, its pre-norm included.
 
-    Queries, keys and values come from one product whose columns are [queries | keys | values] of this share, with
-    kv_heads keys and as many values for kv_heads * group queries. head_norms: what each query's and each key's norm is
-    scaled by, in families that have one. Leaves may carry a leading slot axis to `vmap` over.
+    Columns of the projection are [queries | keys | values] of this share, with kv_heads keys and as many values for
+    kv_heads * group queries. head_norms: what each query's and each key's norm is scaled by, in families that have one.
+    Leaves may carry a leading slot axis to `vmap` over.
     """
 
     def __init__(
         self,
-        norm: Float[Array, "*slots hidden"],
-        qkv: Float[Array, "*slots hidden heads_dim"],
-        bias: Float[Array, "*slots heads_dim"] | None,
+        qkv: Projection,
         out: Float[Array, "*slots queries_dim hidden"],
         head_norms: tuple[Float[Array, "*slots head_dim"], Float[Array, "*slots head_dim"]] | None,
         *,
         kv_heads: int,
         group: int,
-        eps: float,
     ) -> None:
-        self.norm = nnx.Param(norm)
-        self.qkv = nnx.Param(qkv)
-        self.bias = None if bias is None else nnx.Param(bias)
-        self.out = nnx.Param(out)
+        self.qkv, self.out = qkv, nnx.Param(out)
         self.query_norm, self.key_norm = (None, None) if head_norms is None else map(nnx.Param, head_norms)
-        self.kv_heads, self.group, self.eps = kv_heads, group, eps
+        self.kv_heads, self.group = kv_heads, group
 
     def __call__(
         self,
@@ -136,28 +131,26 @@ class Attention(nnx.Module):
         slot: this layer's place if the cache is a stack of several. where: a scalar; where false, the cache stays as it
         is (the output is then meaningless).
         """
-        q, k, v = self._project(h)
+        q, k, v = self._heads(self.qkv(h))
         cache = write(cache, rotate(k, window), v, window.start, slot, where)
         own = cache if slot is None else KVCache(cache.k[slot], cache.v[slot])
         return self._attend(rotate(q, window), own, window.mask), cache
 
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """This share's part of an empty cache."""
-        width = self.qkv.shape[-1] // (self.kv_heads * (self.group + 2))
-        empty = jnp.zeros((batch * self.kv_heads, capacity, width), self.qkv.dtype)
+        weight = self.qkv.weight
+        width = weight.shape[-1] // (self.kv_heads * (self.group + 2))
+        empty = jnp.zeros((batch * self.kv_heads, capacity, width), weight.dtype)
         return KVCache(empty, empty)
 
-    def _project(self, h: Float[Array, "batch tokens hidden"]) -> tuple[Array, Array, Array]:
+    def _heads(self, x: Float[Array, "batch tokens heads_dim"]) -> tuple[Array, Array, Array]:
         """Queries [batch, kv_heads * group, tokens, head_dim], keys and values [batch, kv_heads, tokens, head_dim]."""
-        x = rms_norm(h, self.norm[...], self.eps) @ self.qkv[...]
-        if self.bias is not None:
-            x = x + self.bias[...][None, None, :]
         heads = self.kv_heads * (self.group + 2)
         x = x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
         queries = self.kv_heads * self.group
         q, k, v = jnp.split(x, [queries, queries + self.kv_heads], axis=1)
         if self.query_norm is not None and self.key_norm is not None:
-            q, k = rms_norm(q, self.query_norm[...], self.eps), rms_norm(k, self.key_norm[...], self.eps)
+            q, k = rms_norm(q, self.query_norm[...], self.qkv.eps), rms_norm(k, self.key_norm[...], self.qkv.eps)
         return q, k, v
 
     def _attend(self, q: Array, cache: KVCache, mask: Bool[Array, "batch tokens capacity"]) -> Array:

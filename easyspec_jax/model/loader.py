@@ -14,6 +14,7 @@ from easyspec_jax.checkpoint import EMBEDDING, FINAL_NORM, HEAD, TensorSource
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.mesh import LAYER, TENSOR, Axes, axes_size
 from easyspec_jax.model.attention import Attention
+from easyspec_jax.model.projection import Projection
 from easyspec_jax.model.sharding import HeadLayout, head_layout
 from easyspec_jax.model.transformer import MLP, Block, Decoder, Layer
 
@@ -77,10 +78,13 @@ class Loader:
         gate, up, down = _pad(gate, rows), _pad(up, rows), _pad(down, rows, axis=1)
         fused = np.stack([gate.reshape(shards, rows // shards, -1), up.reshape(shards, rows // shards, -1)], axis=1)
         return MLP(
-            norm=self.place(self.source.read(f"{prefix}post_attention_layernorm.weight"), P(None)),
-            gate_up=self.place(fused.reshape(2 * rows, -1).T, P(None, split)),
+            Projection(
+                norm=self.place(self.source.read(f"{prefix}post_attention_layernorm.weight"), P(None)),
+                weight=self.place(fused.reshape(2 * rows, -1).T, P(None, split)),
+                bias=None,
+                eps=self.config.rms_norm_eps,
+            ),
             down=self.place(down, P(None, split)),
-            eps=self.config.rms_norm_eps,
         )
 
     def place(self, array: np.ndarray, spec: P) -> Array:
@@ -103,14 +107,16 @@ class Loader:
         if norms is not None:
             norms = self.place(norms[0], P(*slot_axis, None)), self.place(norms[1], P(*slot_axis, None))
         return Attention(
-            norm=self.place(arrays.norm, P(*slot_axis, None)),
-            qkv=self.place(arrays.qkv, P(*slot_axis, None, split)),
-            bias=None if arrays.bias is None else self.place(arrays.bias, P(*slot_axis, split)),
+            Projection(
+                norm=self.place(arrays.norm, P(*slot_axis, None)),
+                weight=self.place(arrays.qkv, P(*slot_axis, None, split)),
+                bias=None if arrays.bias is None else self.place(arrays.bias, P(*slot_axis, split)),
+                eps=self.config.rms_norm_eps,
+            ),
             out=self.place(arrays.out, P(*slot_axis, split, None)),
             head_norms=norms,
             kv_heads=layout.kv_heads,
             group=layout.group,
-            eps=self.config.rms_norm_eps,
         )
 
     def _attention_arrays(self, index: int, layout: HeadLayout) -> "_AttentionArrays":

@@ -17,6 +17,7 @@ from easyspec_jax.model.attention import Attention, Nodes, Window, chain_window,
 from easyspec_jax.model.cache import KVCache
 from easyspec_jax.model.collectives import all_reduce, shard_index
 from easyspec_jax.model.norm import rms_norm
+from easyspec_jax.model.projection import Projection
 
 Hidden = Float[Array, "batch tokens hidden"]
 Caches = tuple[KVCache, ...]
@@ -24,22 +25,14 @@ Caches = tuple[KVCache, ...]
 
 
 class MLP(nnx.Module):
-    """One device's share of a gated feed-forward part, its pre-norm included; gate and up are one product."""
+    """One device's share of a gated feed-forward part, its pre-norm included; gate and up are one projection."""
 
-    def __init__(
-        self,
-        norm: Float[Array, " hidden"],
-        gate_up: Float[Array, "hidden twice_inner"],
-        down: Float[Array, "hidden inner"],
-        *,
-        eps: float,
-    ) -> None:
-        self.norm, self.gate_up, self.down = nnx.Param(norm), nnx.Param(gate_up), nnx.Param(down)
-        self.eps = eps
+    def __init__(self, gate_up: Projection, down: Float[Array, "hidden inner"]) -> None:
+        self.gate_up, self.down = gate_up, nnx.Param(down)
 
     def __call__(self, h: Hidden) -> Hidden:
         """This share's addend of the output."""
-        gate, up = jnp.split(rms_norm(h, self.norm[...], self.eps) @ self.gate_up[...], 2, axis=-1)
+        gate, up = jnp.split(self.gate_up(h), 2, axis=-1)
         return _product(self.down[...], jax.nn.silu(gate) * up)
 
 

@@ -59,7 +59,7 @@ def test_attentions_are_where_the_draft_has_them(mesh, tmp_path):
     devices = list(from_.mesh.devices.flat)
     loaded: Any = load_draft(from_, groups).blocks
     for group, block in zip(groups, loaded, strict=True):
-        norms = block.attention.norm[...].addressable_shards
+        norms = block.attention.qkv.norm[...].addressable_shards
         for layer in group:
             norm = from_.source.read(f"model.layers.{layer}.input_layernorm.weight")
             holding = {devices.index(s.device) for s in norms if (np.atleast_2d(s.data) == norm).all(axis=1).any()}
