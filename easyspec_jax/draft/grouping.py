@@ -2,11 +2,20 @@
 
 import itertools
 import re
+from dataclasses import dataclass
 
 from easyspec_jax.errors import EasySpecError
 
 Group = range
 """Consecutive layers that run at once; a group of one is an ordinary layer."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What of a draft runs at once: the attentions of each group, and mlp_lp_size of its MLPs at a time."""
+
+    groups: tuple[Group, ...]
+    mlp_lp_size: int = 1
 
 
 def paper_groups(num_layers: int, lp_size: int) -> tuple[Group, ...]:

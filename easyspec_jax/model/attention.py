@@ -125,13 +125,14 @@ class Attention(nnx.Module):
         window: Window,
         slot: int | None = None,
         where: Bool[Array, ""] | None = None,
+        qkv: Projection | None = None,
     ) -> tuple[Float[Array, "batch tokens hidden"], KVCache]:
         """This share's addend of the attention output, and the cache with the window's entries written.
 
         slot: this layer's place if the cache is a stack of several. where: a scalar; where false, the cache stays as it
-        is (the output is then meaningless).
+        is (the output is then meaningless). qkv: another projection than the layer's own.
         """
-        q, k, v = self._heads(self.qkv(h))
+        q, k, v = self.heads((qkv or self.qkv)(h))
         cache = write(cache, rotate(k, window), v, window.start, slot, where)
         own = cache if slot is None else KVCache(cache.k[slot], cache.v[slot])
         return self._attend(rotate(q, window), own, window.mask), cache
@@ -143,7 +144,7 @@ class Attention(nnx.Module):
         empty = jnp.zeros((batch * self.kv_heads, capacity, width), weight.dtype)
         return KVCache(empty, empty)
 
-    def _heads(self, x: Float[Array, "batch tokens heads_dim"]) -> tuple[Array, Array, Array]:
+    def heads(self, x: Float[Array, "batch tokens heads_dim"]) -> tuple[Array, Array, Array]:
         """Queries [batch, kv_heads * group, tokens, head_dim], keys and values [batch, kv_heads, tokens, head_dim]."""
         heads = self.kv_heads * (self.group + 2)
         x = x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)

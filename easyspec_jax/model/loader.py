@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -64,28 +64,42 @@ class Loader:
         slots counts those of all devices; the ones beyond the layers are zero.
         """
         layout = self._head_layout((TENSOR,))
-        parts = [self._attention_arrays(index, layout) for index in layers]
-        empty = [jax.tree.map(np.zeros_like, parts[0])] * (slots - len(parts))
-        stacked = jax.tree.map(lambda *fields: np.stack(fields), *parts, *empty)
-        return self._place_attention(stacked, layout, (TENSOR,), LAYER)
+        parts = _stacked([self._attention_arrays(index, layout) for index in layers], slots)
+        return self._place_attention(parts, layout, (TENSOR,), LAYER)
+
+    def stacked_qkv(self, layers: Sequence[int], slots: int) -> Projection:
+        """The projection of stacked_attention() alone; biases that only some layers have are zero in the others."""
+        layout = self._head_layout((TENSOR,))
+        parts = [self._qkv_arrays(index, layout) for index in layers]
+        bias = next((part.bias for part in parts if part.bias is not None), None)
+        if bias is not None:
+            parts = [part._replace(bias=np.zeros_like(bias)) if part.bias is None else part for part in parts]
+        return self._place_projection(_stacked(parts, slots), (TENSOR,), LAYER)
 
     def mlp(self, index: int) -> MLP:
         """A layer's feed-forward part, its columns padded to whole shards."""
-        shards, split = axes_size(self.mesh, self.axes), self.axes or None
-        prefix = f"model.layers.{index}."
-        gate, up, down = (self.source.read(f"{prefix}mlp.{name}_proj.weight") for name in ("gate", "up", "down"))
-        rows = -(-gate.shape[0] // shards) * shards
-        gate, up, down = _pad(gate, rows), _pad(up, rows), _pad(down, rows, axis=1)
-        fused = np.stack([gate.reshape(shards, rows // shards, -1), up.reshape(shards, rows // shards, -1)], axis=1)
-        return MLP(
-            Projection(
-                norm=self.place(self.source.read(f"{prefix}post_attention_layernorm.weight"), P(None)),
-                weight=self.place(fused.reshape(2 * rows, -1).T, P(None, split)),
-                bias=None,
-                eps=self.config.rms_norm_eps,
-            ),
-            down=self.place(down, P(None, split)),
+        down = self.source.read(f"model.layers.{index}.mlp.down_proj.weight")
+        shards = axes_size(self.mesh, self.axes)
+        down = _pad(down, -(-down.shape[1] // shards) * shards, axis=1)
+        return MLP(self.gate_up(index), down=self.place(down, P(None, self.axes or None)))
+
+    def gate_up(self, index: int) -> Projection:
+        """The projection of mlp() alone."""
+        shards, prefix = axes_size(self.mesh, self.axes), f"model.layers.{index}."
+
+        def fused(kind: str) -> np.ndarray:
+            """[2 * inner, ...]: each shard's gate and up side by side."""
+            gate, up = (self.source.read(f"{prefix}mlp.{name}_proj.{kind}") for name in ("gate", "up"))
+            rows = -(-gate.shape[0] // shards) * shards
+            parts = [_pad(x, rows).reshape(shards, rows // shards, *x.shape[1:]) for x in (gate, up)]
+            return np.stack(parts, axis=1).reshape(2 * rows, *gate.shape[1:])
+
+        arrays = _ProjectionArrays(
+            norm=self.source.read(f"{prefix}post_attention_layernorm.weight"),
+            weight=fused("weight").T,
+            bias=fused("bias") if f"{prefix}mlp.gate_proj.bias" in self.source.shapes() else None,
         )
+        return self._place_projection(arrays, self.axes)
 
     def place(self, array: np.ndarray, spec: P) -> Array:
         """A host array on the mesh; each process hands over only the shards of its own devices."""
@@ -99,21 +113,23 @@ class Loader:
         shards = axes_size(self.mesh, axes)
         return head_layout(self.config.num_attention_heads, self.config.num_key_value_heads, shards)
 
+    def _place_projection(self, arrays: "_ProjectionArrays", axes: Axes, *slot_axis: str) -> Projection:
+        return Projection(
+            norm=self.place(arrays.norm, P(*slot_axis, None)),
+            weight=self.place(arrays.weight, P(*slot_axis, None, axes or None)),
+            bias=None if arrays.bias is None else self.place(arrays.bias, P(*slot_axis, axes or None)),
+            eps=self.config.rms_norm_eps,
+        )
+
     def _place_attention(
         self, arrays: "_AttentionArrays", layout: HeadLayout, head_axes: Axes, *slot_axis: str
     ) -> Attention:
-        split = head_axes or None
         norms = arrays.head_norms
         if norms is not None:
             norms = self.place(norms[0], P(*slot_axis, None)), self.place(norms[1], P(*slot_axis, None))
         return Attention(
-            Projection(
-                norm=self.place(arrays.norm, P(*slot_axis, None)),
-                weight=self.place(arrays.qkv, P(*slot_axis, None, split)),
-                bias=None if arrays.bias is None else self.place(arrays.bias, P(*slot_axis, split)),
-                eps=self.config.rms_norm_eps,
-            ),
-            out=self.place(arrays.out, P(*slot_axis, split, None)),
+            self._place_projection(arrays.qkv, head_axes, *slot_axis),
+            out=self.place(arrays.out, P(*slot_axis, head_axes or None, None)),
             head_norms=norms,
             kv_heads=layout.kv_heads,
             group=layout.group,
@@ -121,36 +137,57 @@ class Loader:
 
     def _attention_arrays(self, index: int, layout: HeadLayout) -> "_AttentionArrays":
         prefix = f"model.layers.{index}."
-        head_dim = self.config.head_dim
-
-        def fused(kind: str) -> np.ndarray:
-            """[shards * heads * head_dim, ...]: each shard's queries, keys and values side by side."""
-            q, k, v = (self.source.read(f"{prefix}self_attn.{name}_proj.{kind}") for name in "qkv")
-            indices = (layout.query_index, layout.kv_index, layout.kv_index)
-            parts = [_take_heads(x, i, head_dim) for x, i in zip((q, k, v), indices, strict=True)]
-            return np.concatenate(parts, axis=1).reshape(-1, *q.shape[1:])
 
         def read(name: str) -> np.ndarray:
             return self.source.read(f"{prefix}self_attn.{name}_norm.weight")
 
         out = self.source.read(f"{prefix}self_attn.o_proj.weight").T
         return _AttentionArrays(
-            norm=self.source.read(f"{prefix}input_layernorm.weight"),
-            qkv=fused("weight").T,
-            bias=fused("bias") if self.config.qkv_bias else None,
-            out=_take_heads(out, layout.query_index, head_dim).reshape(-1, out.shape[-1]),
+            qkv=self._qkv_arrays(index, layout),
+            out=_take_heads(out, layout.query_index, self.config.head_dim).reshape(-1, out.shape[-1]),
             head_norms=(read("q"), read("k")) if self.config.qk_norm else None,
         )
+
+    def _qkv_arrays(self, index: int, layout: HeadLayout) -> "_ProjectionArrays":
+        prefix = f"model.layers.{index}."
+
+        def fused(kind: str) -> np.ndarray:
+            """[shards * heads * head_dim, ...]: each shard's queries, keys and values side by side."""
+            q, k, v = (self.source.read(f"{prefix}self_attn.{name}_proj.{kind}") for name in "qkv")
+            indices = (layout.query_index, layout.kv_index, layout.kv_index)
+            parts = [_take_heads(x, i, self.config.head_dim) for x, i in zip((q, k, v), indices, strict=True)]
+            return np.concatenate(parts, axis=1).reshape(-1, *q.shape[1:])
+
+        return _ProjectionArrays(
+            norm=self.source.read(f"{prefix}input_layernorm.weight"),
+            weight=fused("weight").T,
+            bias=fused("bias") if f"{prefix}self_attn.q_proj.bias" in self.source.shapes() else None,
+        )
+
+
+class _ProjectionArrays(NamedTuple):
+    """A projection as Projection has it, all shards side by side, in host memory."""
+
+    norm: np.ndarray
+    weight: np.ndarray
+    bias: np.ndarray | None
 
 
 class _AttentionArrays(NamedTuple):
     """A layer's attention as Attention has it, all shards side by side, in host memory."""
 
-    norm: np.ndarray
-    qkv: np.ndarray
-    bias: np.ndarray | None
+    qkv: _ProjectionArrays
     out: np.ndarray
     head_norms: tuple[np.ndarray, np.ndarray] | None
+
+
+T = TypeVar("T", _ProjectionArrays, _AttentionArrays)
+
+
+def _stacked(parts: Sequence[T], slots: int) -> T:
+    """The parts on a leading axis of so many slots, the last ones perhaps zero."""
+    empty = [jax.tree.map(np.zeros_like, parts[0])] * (slots - len(parts))
+    return jax.tree.map(lambda *fields: np.stack(fields), *parts, *empty)
 
 
 def _take_heads(x: np.ndarray, index: np.ndarray, head_dim: int) -> np.ndarray:

@@ -30,9 +30,9 @@ class MLP(nnx.Module):
     def __init__(self, gate_up: Projection, down: Float[Array, "hidden inner"]) -> None:
         self.gate_up, self.down = gate_up, nnx.Param(down)
 
-    def __call__(self, h: Hidden) -> Hidden:
-        """This share's addend of the output."""
-        gate, up = jnp.split(self.gate_up(h), 2, axis=-1)
+    def __call__(self, h: Hidden, gate_up: Projection | None = None) -> Hidden:
+        """This share's addend of the output. gate_up: another projection than the layer's own."""
+        gate, up = jnp.split((gate_up or self.gate_up)(h), 2, axis=-1)
         return _product(self.down[...], jax.nn.silu(gate) * up)
 
 
@@ -104,25 +104,28 @@ class Decoder(nnx.Module):
         self,
         tokens: Int[Array, "batch tokens"],
         caches: Caches,
-        where: Int[Array, " batch"] | Nodes,
+        where: Int[Array, " batch"] | Nodes | Window,
         run: Callable[[Block, Hidden, KVCache, Window], tuple[Hidden, KVCache]] = run_exact,
     ) -> tuple[Hidden, Caches]:
         """Final hidden states of tokens, and the caches with their entries written.
 
-        where: the first entry, and position, of each row's consecutive tokens; or nodes of trees. run: how to go
-        through a block; by default exactly.
+        where: the first entry, and position, of each row's consecutive tokens; or nodes of trees; or any window. run:
+        how to go through a block; by default exactly.
         """
-        capacity = caches[0].capacity
-        if isinstance(where, Nodes):
-            window = tree_window(where, capacity, self.config)
-        else:
-            window = chain_window(where, tokens.shape[1], capacity, self.config)
+        window = self._window(where, tokens.shape[1], caches[0].capacity)
         h = self.embed(tokens)
         written = []
         for block, cache in zip(self.blocks, caches, strict=True):
             h, cache = run(block, h, cache, window)
             written.append(cache)
         return rms_norm(h, self.norm[...], self.config.rms_norm_eps), tuple(written)
+
+    def _window(self, where: Int[Array, " batch"] | Nodes | Window, tokens: int, capacity: int) -> Window:
+        if isinstance(where, Window):
+            return where
+        if isinstance(where, Nodes):
+            return tree_window(where, capacity, self.config)
+        return chain_window(where, tokens, capacity, self.config)
 
     def embed(self, tokens: Int[Array, "batch tokens"]) -> Hidden:
         """Rows of the embedding; one all-reduce where it is split."""

@@ -1,0 +1,99 @@
+"""Where a refit lies: beside the weights it was made from, and good for those alone."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from easyspec_jax.checkpoint import Checkpoint, TensorSource, expected_shapes
+from easyspec_jax.draft.grouping import Layout, format_groups
+from easyspec_jax.errors import EasySpecError, first_line
+from easyspec_jax.options import FLOAT_DTYPES
+
+DIRECTORY = "refit"
+"""Inside a draft's directory, where refits are looked for."""
+
+
+def path_of(directory: Path, layout: Layout) -> Path:
+    """The file that holds a layout's refit."""
+    name = format_groups(layout.groups)
+    if len(name) > 100:  # file names end somewhere
+        name = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return directory / f"{name}{f'_mlp{layout.mlp_lp_size}' if layout.mlp_lp_size > 1 else ''}.safetensors"
+
+
+def save(path: Path, tensors: Mapping[str, np.ndarray], layout: Layout, draft: Checkpoint) -> None:
+    """Writes a refit, whole or not at all, in the draft's own dtype. Raises EasySpecError if it cannot."""
+    dtype = draft.config.dtype if draft.config.dtype in FLOAT_DTYPES else "float32"
+    values = {name: np.ascontiguousarray(tensor.astype(dtype)) for name, tensor in tensors.items()}
+    metadata = _described(layout) | {"draft": fingerprint(draft.source, expected_shapes(draft.config))}
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(values, temporary, metadata=metadata)
+        temporary.chmod(mode)  # the library's file is readable by its owner only
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise EasySpecError(f"{path} cannot be written: {first_line(error)}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def find(directory: Path, layout: Layout, draft: Checkpoint) -> TensorSource | None:
+    """The refit of a layout, if the directory holds one.
+
+    Raises EasySpecError if it is damaged, or was made from other weights than the draft's.
+    """
+    path = path_of(directory, layout)
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:
+        raise EasySpecError(f"{path} is damaged ({first_line(error)}); run easyspec_jax.refit again") from None
+    if metadata.get("draft") != fingerprint(draft.source, expected_shapes(draft.config)):
+        raise EasySpecError(
+            f"{path} was made from other weights than those of {draft.directory}; run easyspec_jax.refit again, "
+            "or use --no-refit"
+        )
+    if {name: metadata.get(name) for name in _described(layout)} != _described(layout):
+        raise EasySpecError(f"{path} is for other groups than its name says; run easyspec_jax.refit again")
+    return Held(held)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Tensors in host memory, as a TensorSource."""
+
+    tensors: Mapping[str, np.ndarray]
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self.tensors[name]
+
+
+def fingerprint(source: TensorSource, names: Mapping[str, object]) -> str:
+    """A hash of these tensors as they are stored; the same for a converted copy of the same dtype."""
+
+    def digest(name: str) -> bytes:
+        tensor = np.ascontiguousarray(source.read(name))
+        return hashlib.sha256(f"{name} {tensor.dtype} {tensor.shape} ".encode() + tensor.view(np.uint8).data).digest()
+
+    with ThreadPoolExecutor() as pool:
+        return hashlib.sha256(b"".join(pool.map(digest, sorted(names)))).hexdigest()
+
+
+def _described(layout: Layout) -> dict[str, str]:
+    return {"lp_strategy": format_groups(layout.groups), "mlp_lp_size": str(layout.mlp_lp_size)}

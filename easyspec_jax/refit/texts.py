@@ -1,0 +1,52 @@
+"""Texts to fit on: a file's, or the draft's own."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from easyspec_jax.decode.loop import Programs, decode
+from easyspec_jax.errors import EasySpecError
+from easyspec_jax.options import SamplingParams
+from easyspec_jax.progress import Bar, no_bar
+from easyspec_jax.tokenizer import Tokenizer, encode
+
+LENGTH = 240
+"""Tokens of a text."""
+
+ROWS = 32
+"""Texts that are written together."""
+
+_QUESTION = "\x00question\x00"
+
+
+def read_texts(path: Path, tokenizer: Tokenizer, count: int) -> Int[np.ndarray, "texts tokens"]:
+    """Up to `count` texts, one after another out of a file. Raises EasySpecError if it does not hold one."""
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EasySpecError(f"--text {path} cannot be read: {error}") from None
+    ids = encode(tokenizer, content) if content else []
+    found = min(count, len(ids) // LENGTH)
+    if found == 0:
+        raise EasySpecError(f"--text {path} holds {len(ids)} tokens; give at least {LENGTH}")
+    return np.asarray(ids[: found * LENGTH], np.int32).reshape(found, LENGTH)
+
+
+def write_texts(
+    programs: Programs, tokenizer: Tokenizer, count: int, sampling: SamplingParams, bar: Bar = no_bar
+) -> Int[np.ndarray, "texts tokens"]:
+    """Texts that the programs' target writes, conversations if it has a chat template. Programs must stop at no token."""
+    start = opening(tokenizer)
+    texts = []
+    with bar("Writing texts", count) as advance:
+        for first in range(0, count, ROWS):
+            rows = min(ROWS, count - first)
+            chosen = sampling if first == 0 else _reseeded(sampling, first)
+            written = [list(start) for _ in range(rows)]
+            for report in decode(programs, written, [LENGTH - len(start)] * rows, chosen):
+                for row, text in enumerate(written):
+                    text.extend(report.tokens[row, : report.num_tokens[row]])
+            texts += written
+            advance(rows)
+    return np.asarray(texts, np.int32)
