@@ -10,12 +10,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from easyspec_jax.checkpoint import EMBEDDING, FINAL_NORM, HEAD, TensorSource
+from easyspec_jax.checkpoint import EMBEDDING, FINAL_NORM, HEAD
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.mesh import LAYER, TENSOR, Axes, axes_size
 from easyspec_jax.model.attention import Attention
 from easyspec_jax.model.sharding import HeadLayout, head_layout
 from easyspec_jax.model.transformer import MLP, Block, Decoder, Layer
+from easyspec_jax.sources import TensorSource
 
 
 @dataclass(frozen=True)
