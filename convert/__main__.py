@@ -1,7 +1,7 @@
 """The command `python -m convert`. Heavy libraries wait until the arguments are known to be good."""
 
 import argparse
-import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -26,18 +26,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("convert: error:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("convert: interrupted; nothing was written", file=sys.stderr)
+        print("convert: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     seconds = time.monotonic() - started
+    notes = f", {result.reused / 1e6:,.1f} MB of it from an interrupted run" if result.reused else ""
+    notes += ", verified" if arguments.verify else ""
     print(
         f"{arguments.out}: {result.parameters / 1e6:,.1f} M parameters, {result.dtype}, "
-        f"{result.size / 1e6:,.1f} MB, {seconds:.1f} s"
+        f"{result.size / 1e6:,.1f} MB, {seconds:.1f} s{notes}"
     )
     return 0
 
 
 def _convert(arguments: argparse.Namespace) -> "Result":
-    from convert.stream import HUGGING_FACE, ORBAX, convert
+    from convert.orbax import ORBAX
+    from convert.shards import HUGGING_FACE
+    from convert.stream import convert, verify
 
     if arguments.gguf is not None:
         from convert.gguf import open_gguf
@@ -47,7 +51,11 @@ def _convert(arguments: argparse.Namespace) -> "Result":
         from convert.huggingface import open_huggingface
 
         model = open_huggingface(arguments.hf or arguments.to_hf)
-    return convert(model, arguments.out, arguments.dtype, ORBAX if arguments.to_hf is None else HUGGING_FACE)
+    memory = arguments.memory
+    if arguments.verify and arguments.dtype is None and arguments.out.is_dir():
+        return verify(model, arguments.out, memory)
+    format = ORBAX if arguments.to_hf is None else HUGGING_FACE
+    return convert(model, arguments.out, arguments.dtype, format, memory=memory, verify=arguments.verify)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,10 +77,28 @@ def _parser() -> argparse.ArgumentParser:
         help="what every tensor is written as; by default the type the embedding is stored in, "
         "or bfloat16 where that is quantised",
     )
+    parser.add_argument(
+        "--memory",
+        type=_bytes,
+        default="2GiB",
+        metavar="SIZE",
+        help="what the process may take, such as 700MB or 2GiB (the default); more is faster, up to a point",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read everything again and compare it with the source; alone if --out exists already",
+    )
     return parser
 
 
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?(?:([kMGT]?)(i?)B)?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no size such as 700MB or 2GiB")
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix or " "))
+
+
 if __name__ == "__main__":
-    # Orbax starts a JAX backend, and copying files must not claim an accelerator's memory.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     sys.exit(main())

@@ -1,12 +1,14 @@
 """Opens a GGUF file for conversion: its tensors in NumPy, its metadata as a Hugging Face configuration."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 from math import pi
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, ReaderTensor
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 
 from convert.families import (
@@ -20,10 +22,12 @@ from convert.families import (
     canonical_name,
 )
 from convert.gguf_tokenizer import build_tokenizer
-from convert.stream import Model, write_json
+from convert.stores import write_json
+from convert.stream import Model
 from easyspec_jax.checkpoint import EMBEDDING, HEAD
 from easyspec_jax.config import ModelConfig, model_config
-from easyspec_jax.errors import EasySpecError
+from easyspec_jax.errors import EasySpecError, first_line
+from easyspec_jax.sources import Window, read_bytes
 
 _DTYPES = {"F32": "float32", "F16": "float16"}  # the rest is BF16, or loses more by its quantisation
 
@@ -44,7 +48,7 @@ def open_gguf(path: Path) -> Model:
     model = model_config(config, origin=origin)
     _refuse_partial_rope(metadata, model, origin)
     if rope_factors is not None:
-        config["rope_scaling"] = _llama3_scaling(rope_factors.data, model, origin)
+        config["rope_scaling"] = _llama3_scaling(np.array(rope_factors.data), model, origin)
     tokenizer = build_tokenizer(metadata, architecture.model_type, origin)
 
     def write_companions(directory: Path) -> None:
@@ -52,8 +56,8 @@ def open_gguf(path: Path) -> Model:
         tokenizer.save_pretrained(str(directory))
 
     heads = {"q_proj": model.num_attention_heads, "k_proj": model.num_key_value_heads}
-    source = GGUFSource(tensors, heads if architecture.permuted else {}, origin)
-    return Model(origin, config, source, source.stored_dtype(), write_companions)
+    source = GGUFSource(path, tensors, heads if architecture.permuted else {})
+    return Model(origin, config, source, source.stored_dtype(), (path,), write_companions)
 
 
 class GGUFSource:
@@ -62,29 +66,70 @@ class GGUFSource:
     permuted_heads: the number of heads of each projection whose rows are permuted.
     """
 
-    def __init__(self, tensors: Mapping[str, ReaderTensor], permuted_heads: Mapping[str, int], origin: str) -> None:
-        self._tensors = tensors
-        self._permuted_heads = permuted_heads
-        self._origin = origin
+    def __init__(self, path: Path, tensors: Mapping[str, ReaderTensor], permuted_heads: Mapping[str, int]) -> None:
+        self._path, self._permuted_heads = path, permuted_heads
+        self._places = {
+            name: _Place(tensor.name, tensor.tensor_type, _shape(tensor), int(tensor.data_offset), int(tensor.n_bytes))
+            for name, tensor in tensors.items()
+        }
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: _shape(tensor) for name, tensor in self._tensors.items()}
+        return {name: place.shape for name, place in self._places.items()}
+
+    def dtypes(self) -> Mapping[str, str]:
+        return {name: "float32" if place.readable else place.kind.name for name, place in self._places.items()}
 
     def stored_dtype(self) -> str:
         """The floating-point type nearest to what the embedding is stored in."""
-        return _DTYPES.get(self._tensors[EMBEDDING].tensor_type.name, "bfloat16")
+        return _DTYPES.get(self._places[EMBEDDING].kind.name, "bfloat16")
 
-    def read(self, name: str) -> np.ndarray:
-        tensor = self._tensors[name]
+    def read(self, name: str, window: Window = ()) -> np.ndarray:
+        place, heads = self._places[name], self._permuted_heads.get(name.split(".")[-2])
+        rows = window[0] if window else slice(0, place.shape[0])
+        unit = 1 if heads is None else place.shape[0] // heads
+        whole = slice(rows.start // unit * unit, -(-rows.stop // unit) * unit)
+        values = self._read_rows(place, whole)
+        if heads is not None:
+            values = unpermute(values, len(values) // unit)
+        return values[(slice(rows.start - whole.start, rows.stop - whole.start), *window[1:])]
+
+    def _read_rows(self, place: "_Place", rows: slice) -> np.ndarray:
+        if len(place.shape) == 1:  # one row of blocks
+            return self._read_blocks(place, 0, 1, place.size)[0, rows]
+        return self._read_blocks(place, rows.start, rows.stop, place.size // place.shape[0])
+
+    def _read_blocks(self, place: "_Place", start: int, stop: int, row: int) -> np.ndarray:
+        stored = np.empty((stop - start, row), np.uint8)
         try:
-            # A plain array: Orbax has no handler for the memory map it may be a view of.
-            values = np.asarray(dequantize(tensor.data, tensor.tensor_type)).reshape(_shape(tensor))
-        except NotImplementedError:
-            raise EasySpecError(
-                f"{self._origin}: {tensor.name} is stored as {tensor.tensor_type.name}, which is not supported"
-            ) from None
-        heads = self._permuted_heads.get(name.split(".")[-2])
-        return values if heads is None else unpermute(values, heads)
+            with self._path.open("rb", buffering=0) as file:
+                read_bytes(file.fileno(), stored, place.offset + start * row)
+        except (OSError, EOFError) as error:
+            raise EasySpecError(f"{self._path} cannot be read ({first_line(error)}); fetch it again") from None
+        return dequantize(stored, place.kind)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies in a GGUF file, under which name, how quantised; offset and size in bytes."""
+
+    name: str
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+    @property
+    def readable(self) -> bool:
+        return _readable(self.kind)
+
+
+@cache
+def _readable(kind: GGMLQuantizationType) -> bool:
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:

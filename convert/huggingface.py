@@ -29,7 +29,8 @@ def open_huggingface(directory: Path) -> Model:
         origin=str(directory),
         config=read_json(directory / "config.json"),
         source=source,
-        dtype=source.read(EMBEDDING).dtype.name,
+        dtype=source.dtypes()[EMBEDDING],
+        files=tuple(path for path in directory.rglob("*") if path.is_file()),
         write_companions=lambda out: _copy_companions(directory, out),
     )
 

@@ -70,7 +70,7 @@ def encode(tokenizer: Tokenizer, prompt: Prompt, chat: bool = False) -> list[int
         prompt = [{"role": "user", "content": prompt}]
     for message in prompt:
         _check_text(message["content"])
-    return _ids(tokenizer, _from_template(tokenizer, prompt), special=False)
+    return _ids(tokenizer, from_template(tokenizer, prompt), special=False)
 
 
 def _check_text(text: str) -> None:
@@ -89,7 +89,8 @@ def _ids(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:
     return list(ids)
 
 
-def _from_template(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
+def from_template(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
+    """A conversation as its text, up to where the assistant answers. Raises EasySpecError if there is no template."""
     if not tokenizer.chat_template:
         raise EasySpecError("this checkpoint has no chat template; leave out --chat")
     try:

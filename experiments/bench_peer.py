@@ -63,7 +63,8 @@ def peers(args: argparse.Namespace, directory: Path) -> dict[str, Complete]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from convert.huggingface import open_huggingface
-    from convert.stream import HUGGING_FACE, convert
+    from convert.shards import HUGGING_FACE
+    from convert.stream import convert
 
     models: list[Any] = []
     for name, source in (("target", args.target or demo.TARGET), ("draft", args.draft or demo.DRAFT)):

@@ -28,6 +28,7 @@ from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import MLP, Decoder
 from easyspec_jax.plan.configurations import BUNDLED
 from easyspec_jax.plan.shapes import Shapes
+from easyspec_jax.sources import Window
 
 Fields = dict[str, Any]
 """The content of a config.json."""
@@ -102,26 +103,41 @@ class Synthetic(Shapes):
     dtype: np.dtype
     successor: np.ndarray | None = None
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, window: Window = ()) -> np.ndarray:
         shape = self._shapes[name]
+        rows = window[0] if window else slice(0, shape[0])
+        return self._rows(name, shape, rows)[(slice(None), *window[1:])]
+
+    def _rows(self, name: str, shape: tuple[int, ...], rows: slice) -> np.ndarray:
+        chosen = (rows.stop - rows.start, *shape[1:])
         if "norm" in name:
-            return np.ones(shape, self.dtype)
+            return np.ones(chosen, self.dtype)
         if self.successor is not None:
             if name.endswith(("o_proj.weight", "down_proj.weight")):
-                return np.zeros(shape, self.dtype)
-            if name in (EMBEDDING, HEAD):
-                signs = self._signs
-                # The row that agrees with an embedding in every sign is that of the token to come.
-                return (signs if name == EMBEDDING else signs[np.argsort(self.successor)]).astype(self.dtype)
-        rng = np.random.default_rng(zlib.crc32(re.sub(r"layers\.\d+", "layers", name).encode()))
-        scale = shape[-1] ** -0.5
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            scale *= (2 * self.config.num_hidden_layers) ** -0.5
-        # A million numbers over and over, and a few more, so that rows differ: billions of draws would take minutes.
-        block = scale * rng.standard_normal(min(prod(shape), 1_000_003), np.float32)
-        return np.resize(block.astype(self.dtype), shape)
+                return np.zeros(chosen, self.dtype)
+            if name == EMBEDDING:
+                return self._signs[rows].astype(self.dtype)
+            if name == HEAD:  # the row that agrees with an embedding in every sign is that of the token to come
+                return self._signs[np.argsort(self.successor)[rows]].astype(self.dtype)
+        block = self._block(re.sub(r"layers\.\d+", "layers", name), shape)
+        return np.resize(np.roll(block, -rows.start * prod(shape[1:])), chosen)
 
-    @property
+    def _block(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A million numbers, for over and over, and a few more, so that rows differ: billions of draws take minutes."""
+        if name not in self._blocks:
+            rng = np.random.default_rng(zlib.crc32(name.encode()))
+            scale = shape[-1] ** -0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                scale *= (2 * self.config.num_hidden_layers) ** -0.5
+            block = scale * rng.standard_normal(min(prod(shape), 1_000_003), np.float32)
+            self._blocks[name] = block.astype(self.dtype)
+        return self._blocks[name]
+
+    @cached_property
+    def _blocks(self) -> dict[str, np.ndarray]:
+        return {}
+
+    @cached_property
     def _signs(self) -> np.ndarray:
         """An embedding of -1 and 1: exact in every type, and of unit mean square."""
         draws = np.random.default_rng(0).integers(0, 2, self._shapes[EMBEDDING], np.int8)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from easyspec_jax.checkpoint import TensorSource
+from easyspec_jax.sources import TensorSource, Window
 
 
 @dataclass(frozen=True)
@@ -18,5 +18,5 @@ class Overlay:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {**self.below.shapes(), **self.above.shapes()}
 
-    def read(self, name: str) -> np.ndarray:
-        return (self.above if name in self.above.shapes() else self.below).read(name)
+    def read(self, name: str, window: Window = ()) -> np.ndarray:
+        return (self.above if name in self.above.shapes() else self.below).read(name, window)

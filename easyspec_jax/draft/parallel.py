@@ -10,7 +10,6 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from easyspec_jax.checkpoint import TensorSource
 from easyspec_jax.draft.grouping import Group, slots_per_device
 from easyspec_jax.draft.overlay import Overlay
 from easyspec_jax.mesh import ALL_AXES, LAYER, TENSOR, Axes
@@ -20,6 +19,7 @@ from easyspec_jax.model.collectives import all_reduce
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.projection import Projection
 from easyspec_jax.model.transformer import MLP, Block, Decoder, Hidden, run_exact
+from easyspec_jax.sources import TensorSource
 
 
 class Refit(nnx.Module):

@@ -1,8 +1,15 @@
-"""From a checkpoint's tensors to modules whose arrays lie on the mesh, one block in host memory at a time."""
+"""From a checkpoint's tensors to modules whose arrays lie on the mesh, every shard read by itself.
 
-from collections.abc import Sequence
+A shard's memory is made once, in its final layout and type; what fills it is read in blocks of a few MiB. So no tensor
+is ever whole in host memory, unless a device is to have all of it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from functools import partial
+from itertools import pairwise
+from math import prod
 
 import jax
 import numpy as np
@@ -10,18 +17,31 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from easyspec_jax.checkpoint import EMBEDDING, FINAL_NORM, HEAD, TensorSource
+from easyspec_jax.checkpoint import EMBEDDING, FINAL_NORM, HEAD
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.mesh import LAYER, TENSOR, Axes, axes_size
 from easyspec_jax.model.attention import Attention
 from easyspec_jax.model.projection import Projection
 from easyspec_jax.model.sharding import HeadLayout, head_layout
 from easyspec_jax.model.transformer import MLP, Block, Decoder, Layer
+from easyspec_jax.sources import TensorSource, Window, read_into
+
+Fill = Callable[[np.ndarray, Window], None]
+"""Puts what is not zero of a shard into its memory: an array in its final layout and type, and where it lies."""
+
+FillLayer = Callable[[np.ndarray, Window, int], None]
+"""The same for what belongs to a layer, which is given too."""
+
+Place = Callable[[tuple[int, ...], P, FillLayer], Array]
+"""Puts an array on the mesh; knows which layers it has, and gives them a leading axis if they are several."""
+
+_ALIGNMENT = 64  # bytes; on a CPU XLA takes memory that starts at a multiple of this over, and copies any other
+_READERS = 8
 
 
 @dataclass(frozen=True)
 class Loader:
-    """Reads a checkpoint block by block and places it on the mesh in its final layout and dtype.
+    """Reads a checkpoint shard by shard and places it on the mesh in its final layout and dtype.
 
     axes: what the model's dense parts are split over; vocab_rows: embedding rows after padding; num_ids: ids at and
     above it never get probability.
@@ -37,13 +57,11 @@ class Loader:
 
     def decoder(self, blocks: Sequence[Block]) -> Decoder:
         """The embedding, final norm and head around blocks."""
-        spec = P(self.axes or None, None)
-        tied = self.config.tie_word_embeddings
         return Decoder(
-            embedding=self.place(self._vocabulary(EMBEDDING), spec),
+            embedding=self._vocabulary(EMBEDDING),
             blocks=blocks,
-            norm=self.place(self.source.read(FINAL_NORM), P(None)),
-            head=None if tied else self.place(self._vocabulary(HEAD), spec),
+            norm=self._vector(FINAL_NORM),
+            head=None if self.config.tie_word_embeddings else self._vocabulary(HEAD),
             config=self.config,
             axes=self.axes,
             num_ids=self.num_ids,
@@ -55,148 +73,196 @@ class Loader:
 
     def attention(self, index: int) -> Attention:
         """One layer's attention, its heads split over the dense axes."""
-        layout = self._head_layout(self.axes)
-        return self._place_attention(self._attention_arrays(index, layout), layout, self.axes)
+        return self._attention((index,), self.axes, self._place_layer(index))
 
     def stacked_attention(self, layers: Sequence[int], slots: int) -> Attention:
         """The attention of several layers on an axis of `slots` that is split over "layer", heads over "tensor".
 
         slots counts those of all devices; the ones beyond the layers are zero.
         """
-        layout = self._head_layout((TENSOR,))
-        parts = _stacked([self._attention_arrays(index, layout) for index in layers], slots)
-        return self._place_attention(parts, layout, (TENSOR,), LAYER)
+        return self._attention(layers, (TENSOR,), self._place_slots(layers, slots))
 
     def stacked_qkv(self, layers: Sequence[int], slots: int) -> Projection:
         """The projection of stacked_attention() alone; biases that only some layers have are zero in the others."""
-        layout = self._head_layout((TENSOR,))
-        parts = [self._qkv_arrays(index, layout) for index in layers]
-        bias = next((part.bias for part in parts if part.bias is not None), None)
-        if bias is not None:
-            parts = [part._replace(bias=np.zeros_like(bias)) if part.bias is None else part for part in parts]
-        return self._place_projection(_stacked(parts, slots), (TENSOR,), LAYER)
+        return self._qkv(layers, (TENSOR,), self._place_slots(layers, slots))
 
     def mlp(self, index: int) -> MLP:
         """A layer's feed-forward part, its columns padded to whole shards."""
-        down = self.source.read(f"model.layers.{index}.mlp.down_proj.weight")
-        shards = axes_size(self.mesh, self.axes)
-        down = _pad(down, -(-down.shape[1] // shards) * shards, axis=1)
-        return MLP(self.gate_up(index), down=self.place(down, P(None, self.axes or None)))
+        hidden, inner, width, shards = self._mlp_sizes()
+
+        def fill(out: np.ndarray, where: Window) -> None:
+            part = _clipped(where[1].start, width, inner)
+            self._read(out[:, : _length(part)], f"model.layers.{index}.mlp.down_proj.weight", slice(0, hidden), part)
+
+        down = self.place_shards((hidden, width * shards), P(None, self.axes or None), fill)
+        return MLP(self.gate_up(index), down)
 
     def gate_up(self, index: int) -> Projection:
         """The projection of mlp() alone."""
-        shards, prefix = axes_size(self.mesh, self.axes), f"model.layers.{index}."
+        hidden, inner, width, shards = self._mlp_sizes()
+        prefix, split = f"model.layers.{index}.", self.axes or None
 
-        def fused(kind: str) -> np.ndarray:
-            """[2 * inner, ...]: each shard's gate and up side by side."""
-            gate, up = (self.source.read(f"{prefix}mlp.{name}_proj.{kind}") for name in ("gate", "up"))
-            rows = -(-gate.shape[0] // shards) * shards
-            parts = [_pad(x, rows).reshape(shards, rows // shards, *x.shape[1:]) for x in (gate, up)]
-            return np.stack(parts, axis=1).reshape(2 * rows, *gate.shape[1:])
+        def fill(out: np.ndarray, start: int, kind: str) -> None:
+            """[2 * width, ...]: a shard's gate and up, one after another."""
+            part = _clipped(start // 2, width, inner)
+            for name, rows in (("gate", out[:width]), ("up", out[width:])):
+                self._read(rows[: _length(part)], f"{prefix}mlp.{name}_proj.{kind}", part)
 
-        arrays = _ProjectionArrays(
-            norm=self.source.read(f"{prefix}post_attention_layernorm.weight"),
-            weight=fused("weight").T,
-            bias=fused("bias") if f"{prefix}mlp.gate_proj.bias" in self.source.shapes() else None,
+        def fill_weight(out: np.ndarray, where: Window) -> None:
+            fill(out.T, where[1].start, "weight")
+
+        def fill_bias(out: np.ndarray, where: Window) -> None:
+            fill(out, where[0].start, "bias")
+
+        biased = f"{prefix}mlp.gate_proj.bias" in self.source.shapes()
+        return Projection(
+            norm=self._vector(f"{prefix}post_attention_layernorm.weight"),
+            weight=self.place_shards((hidden, 2 * width * shards), P(None, split), fill_weight),
+            bias=self.place_shards((2 * width * shards,), P(split), fill_bias) if biased else None,
+            eps=self.config.rms_norm_eps,
         )
-        return self._place_projection(arrays, self.axes)
 
     def place(self, array: np.ndarray, spec: P) -> Array:
         """A host array on the mesh; each process hands over only the shards of its own devices."""
-        array = array.astype(self.dtype, copy=False)
-        return jax.make_array_from_callback(array.shape, NamedSharding(self.mesh, spec), array.__getitem__)
+        return self.place_shards(array.shape, spec, lambda out, where: np.copyto(out, array[where], casting="unsafe"))
 
-    def _vocabulary(self, name: str) -> np.ndarray:
-        return _pad(self.source.read(name), self.vocab_rows)
+    def place_shards(self, shape: tuple[int, ...], spec: P, fill: Fill) -> Array:
+        """An array on the mesh, of which each process makes only the shards of its own devices."""
+        sharding = NamedSharding(self.mesh, spec)
+
+        def shard(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+            out = _aligned_zeros(tuple(stop - start for start, stop in bounds), self.dtype)
+            fill(out, tuple(slice(start, stop) for start, stop in bounds))
+            return out
+
+        places = {
+            device: tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
+            for device, index in sharding.addressable_devices_indices_map(shape).items()
+        }
+        distinct = list(dict.fromkeys(places.values()))
+        with ThreadPoolExecutor(_READERS) as pool:
+            shards = dict(zip(distinct, pool.map(shard, distinct), strict=True))
+        arrays = [jax.device_put(shards[place], device) for device, place in places.items()]
+        return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+    def _vocabulary(self, name: str) -> Array:
+        def fill(out: np.ndarray, where: Window) -> None:
+            rows = _clipped(where[0].start, len(out), self.config.vocab_size)
+            self._read(out[: _length(rows)], name, rows)
+
+        return self.place_shards((self.vocab_rows, self.config.hidden_size), P(self.axes or None, None), fill)
+
+    def _vector(self, name: str) -> Array:
+        return self.place_shards((self.config.hidden_size,), P(None), lambda out, where: self._read(out, name, *where))
+
+    def _place_layer(self, layer: int) -> Place:
+        """Puts what belongs to one layer on the mesh."""
+
+        def place(shape: tuple[int, ...], spec: P, fill: FillLayer) -> Array:
+            return self.place_shards(shape, spec, lambda out, where: fill(out, where, layer))
+
+        return place
+
+    def _place_slots(self, layers: Sequence[int], slots: int) -> Place:
+        """Puts what belongs to several layers on the mesh, stacked."""
+
+        def place(shape: tuple[int, ...], spec: P, fill: FillLayer) -> Array:
+            def fill_slots(out: np.ndarray, where: Window) -> None:
+                for part, index in zip(out, layers[where[0]], strict=False):
+                    fill(part, where[1:], index)
+
+            return self.place_shards((slots, *shape), P(LAYER, *spec), fill_slots)
+
+        return place
+
+    def _attention(self, layers: Sequence[int], head_axes: Axes, place: Place) -> Attention:
+        layout, head_dim, hidden = self._head_layout(head_axes), self.config.head_dim, self.config.hidden_size
+        queries = layout.query_index.shape[1] * head_dim
+
+        def fill_out(out: np.ndarray, where: Window, layer: int) -> None:
+            for rows, stored in _head_runs(layout.query_index[where[0].start // queries], head_dim):
+                self._read(out[rows].T, f"model.layers.{layer}.self_attn.o_proj.weight", slice(0, hidden), stored)
+
+        norm = partial(self._layer_vector, size=head_dim, place=place)
+        return Attention(
+            self._qkv(layers, head_axes, place),
+            out=place((len(layout.kv_index) * queries, hidden), P(head_axes or None, None), fill_out),
+            head_norms=(norm("self_attn.q_norm"), norm("self_attn.k_norm")) if self.config.qk_norm else None,
+            kv_heads=layout.kv_heads,
+            group=layout.group,
+        )
+
+    def _qkv(self, layers: Sequence[int], head_axes: Axes, place: Place) -> Projection:
+        layout, split = self._head_layout(head_axes), head_axes or None
+        shards, head_dim, hidden = len(layout.kv_index), self.config.head_dim, self.config.hidden_size
+        fused = (layout.query_index.shape[1] + 2 * layout.kv_heads) * head_dim
+        present = self.source.shapes()
+
+        def fill(out: np.ndarray, shard: int, layer: int, kind: str) -> None:
+            """[fused, ...]: a shard's queries, keys and values, one after another."""
+            indices = layout.query_index[shard], layout.kv_index[shard], layout.kv_index[shard]
+            start = 0
+            for name, heads in zip("qkv", indices, strict=True):
+                part = out[start : start + len(heads) * head_dim]
+                for rows, stored in _head_runs(heads, head_dim):
+                    self._read(part[rows], f"model.layers.{layer}.self_attn.{name}_proj.{kind}", stored)
+                start += len(part)
+
+        def fill_weight(out: np.ndarray, where: Window, layer: int) -> None:
+            fill(out.T, where[1].start // fused, layer, "weight")
+
+        def fill_bias(out: np.ndarray, where: Window, layer: int) -> None:
+            if f"model.layers.{layer}.self_attn.q_proj.bias" in present:
+                fill(out, where[0].start // fused, layer, "bias")
+
+        biased = any(f"model.layers.{layer}.self_attn.q_proj.bias" in present for layer in layers)
+        return Projection(
+            norm=self._layer_vector("input_layernorm", hidden, place),
+            weight=place((hidden, shards * fused), P(None, split), fill_weight),
+            bias=place((shards * fused,), P(split), fill_bias) if biased else None,
+            eps=self.config.rms_norm_eps,
+        )
+
+    def _layer_vector(self, name: str, size: int, place: Place) -> Array:
+        def fill(out: np.ndarray, where: Window, layer: int) -> None:
+            self._read(out, f"model.layers.{layer}.{name}.weight", *where)
+
+        return place((size,), P(None), fill)
+
+    def _mlp_sizes(self) -> tuple[int, int, int, int]:
+        """Of the hidden state, of the inner one, of a shard's part of it, and how many shards there are."""
+        shards, inner = axes_size(self.mesh, self.axes), self.config.intermediate_size
+        return self.config.hidden_size, inner, -(-inner // shards), shards
 
     def _head_layout(self, axes: Axes) -> HeadLayout:
         shards = axes_size(self.mesh, axes)
         return head_layout(self.config.num_attention_heads, self.config.num_key_value_heads, shards)
 
-    def _place_projection(self, arrays: "_ProjectionArrays", axes: Axes, *slot_axis: str) -> Projection:
-        return Projection(
-            norm=self.place(arrays.norm, P(*slot_axis, None)),
-            weight=self.place(arrays.weight, P(*slot_axis, None, axes or None)),
-            bias=None if arrays.bias is None else self.place(arrays.bias, P(*slot_axis, axes or None)),
-            eps=self.config.rms_norm_eps,
-        )
-
-    def _place_attention(
-        self, arrays: "_AttentionArrays", layout: HeadLayout, head_axes: Axes, *slot_axis: str
-    ) -> Attention:
-        norms = arrays.head_norms
-        if norms is not None:
-            norms = self.place(norms[0], P(*slot_axis, None)), self.place(norms[1], P(*slot_axis, None))
-        return Attention(
-            self._place_projection(arrays.qkv, head_axes, *slot_axis),
-            out=self.place(arrays.out, P(*slot_axis, head_axes or None, None)),
-            head_norms=norms,
-            kv_heads=layout.kv_heads,
-            group=layout.group,
-        )
-
-    def _attention_arrays(self, index: int, layout: HeadLayout) -> "_AttentionArrays":
-        prefix = f"model.layers.{index}."
-
-        def read(name: str) -> np.ndarray:
-            return self.source.read(f"{prefix}self_attn.{name}_norm.weight")
-
-        out = self.source.read(f"{prefix}self_attn.o_proj.weight").T
-        return _AttentionArrays(
-            qkv=self._qkv_arrays(index, layout),
-            out=_take_heads(out, layout.query_index, self.config.head_dim).reshape(-1, out.shape[-1]),
-            head_norms=(read("q"), read("k")) if self.config.qk_norm else None,
-        )
-
-    def _qkv_arrays(self, index: int, layout: HeadLayout) -> "_ProjectionArrays":
-        prefix = f"model.layers.{index}."
-
-        def fused(kind: str) -> np.ndarray:
-            """[shards * heads * head_dim, ...]: each shard's queries, keys and values side by side."""
-            q, k, v = (self.source.read(f"{prefix}self_attn.{name}_proj.{kind}") for name in "qkv")
-            indices = (layout.query_index, layout.kv_index, layout.kv_index)
-            parts = [_take_heads(x, i, self.config.head_dim) for x, i in zip((q, k, v), indices, strict=True)]
-            return np.concatenate(parts, axis=1).reshape(-1, *q.shape[1:])
-
-        return _ProjectionArrays(
-            norm=self.source.read(f"{prefix}input_layernorm.weight"),
-            weight=fused("weight").T,
-            bias=fused("bias") if f"{prefix}self_attn.q_proj.bias" in self.source.shapes() else None,
-        )
+    def _read(self, out: np.ndarray, name: str, *window: slice) -> None:
+        read_into(out, self.source, name, window)
 
 
-class _ProjectionArrays(NamedTuple):
-    """A projection as Projection has it, all shards side by side, in host memory."""
-
-    norm: np.ndarray
-    weight: np.ndarray
-    bias: np.ndarray | None
-
-
-class _AttentionArrays(NamedTuple):
-    """A layer's attention as Attention has it, all shards side by side, in host memory."""
-
-    qkv: _ProjectionArrays
-    out: np.ndarray
-    head_norms: tuple[np.ndarray, np.ndarray] | None
+def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = prod(shape) * dtype.itemsize
+    memory = np.zeros(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
-T = TypeVar("T", _ProjectionArrays, _AttentionArrays)
+def _clipped(start: int, size: int, limit: int) -> slice:
+    """What of start to start + size there is below the limit; beyond it is padding."""
+    return slice(min(start, limit), min(start + size, limit))
 
 
-def _stacked(parts: Sequence[T], slots: int) -> T:
-    """The parts on a leading axis of so many slots, the last ones perhaps zero."""
-    empty = [jax.tree.map(np.zeros_like, parts[0])] * (slots - len(parts))
-    return jax.tree.map(lambda *fields: np.stack(fields), *parts, *empty)
+def _length(part: slice) -> int:
+    return part.stop - part.start
 
 
-def _take_heads(x: np.ndarray, index: np.ndarray, head_dim: int) -> np.ndarray:
-    """[heads * head_dim, ...] to [shards, chosen, head_dim, ...], zeros where the index is -1."""
-    heads = x.reshape(-1, head_dim, *x.shape[1:])
-    return np.concatenate([heads, np.zeros_like(heads[:1])])[index]
-
-
-def _pad(x: np.ndarray, size: int, axis: int = 0) -> np.ndarray:
-    """x with zeros behind it along an axis."""
-    missing = size - x.shape[axis]
-    return np.pad(x, [(0, missing if dim == axis else 0) for dim in range(x.ndim)]) if missing else x
+def _head_runs(heads: np.ndarray, head_dim: int) -> Iterator[tuple[slice, slice]]:
+    """Rows of a shard and the stored rows that they are, for each run of heads that follow each other; not for -1."""
+    starts = [0, *(np.flatnonzero(np.diff(heads) != 1) + 1), len(heads)]
+    for start, stop in pairwise(starts):
+        run = [head for head in heads[start:stop] if head >= 0]
+        if run:
+            first = stop - len(run)
+            yield slice(first * head_dim, stop * head_dim), slice(run[0] * head_dim, (run[-1] + 1) * head_dim)

@@ -19,10 +19,11 @@ from easyspec_jax.draft.grouping import Group
 from easyspec_jax.draft.parallel import load_draft
 from easyspec_jax.mesh import ALL_AXES, Axes, MeshShape
 from easyspec_jax.model.attention import Attention
-from easyspec_jax.model.loader import Loader
+from easyspec_jax.model.loader import Fill, Loader
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import MLP, Decoder
 from easyspec_jax.options import Platform
+from easyspec_jax.sources import Window
 from easyspec_jax.verify import Request
 
 
@@ -55,19 +56,16 @@ class Shapes:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
 
-    def read(self, name: str) -> np.ndarray:
-        return np.broadcast_to(np.zeros((), np.bool_), self._shapes[name])
+    def read(self, name: str, window: Window = ()) -> np.ndarray:
+        return np.broadcast_to(np.zeros((), np.bool_), self._shapes[name])[window]
 
 
 class ShapeLoader(Loader):
     """A Loader that places nothing. A model's layers are alike, so the first stands for all."""
 
-    def _vocabulary(self, name: str) -> np.ndarray:
-        return np.broadcast_to(np.zeros((), np.bool_), (self.vocab_rows, self.config.hidden_size))
-
-    def place(self, array: np.ndarray, spec: P) -> jax.Array:
+    def place_shards(self, shape: tuple[int, ...], spec: P, fill: Fill) -> jax.Array:
         """The array's shape, type and sharding."""
-        return jax.ShapeDtypeStruct(array.shape, self.dtype, sharding=NamedSharding(self.mesh, spec))  # pyright: ignore[reportReturnType]
+        return jax.ShapeDtypeStruct(shape, self.dtype, sharding=NamedSharding(self.mesh, spec))  # pyright: ignore[reportReturnType]
 
     @cached_property
     def _first(self) -> tuple[Attention, MLP]:

@@ -7,7 +7,7 @@ that run at once are treated alike. Closed-form replacements of whole blocks are
 arXiv 2505.21077; ReplaceMe, arXiv 2505.02819); these maps are what a group of layers needs to run at once.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path

@@ -11,10 +11,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from easyspec_jax.checkpoint import Checkpoint, TensorSource, expected_shapes
+from easyspec_jax.checkpoint import Checkpoint, expected_shapes
 from easyspec_jax.draft.grouping import Layout, format_groups
 from easyspec_jax.errors import EasySpecError, first_line
 from easyspec_jax.options import FLOAT_DTYPES
+from easyspec_jax.sources import TensorSource, Window
 
 DIRECTORY = "refit"
 """Inside a draft's directory, where refits are looked for."""
@@ -80,8 +81,8 @@ class Held:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self.tensors.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        return self.tensors[name]
+    def read(self, name: str, window: Window = ()) -> np.ndarray:
+        return self.tensors[name][window]
 
 
 def fingerprint(source: TensorSource, names: Mapping[str, object]) -> str:

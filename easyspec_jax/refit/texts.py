@@ -1,5 +1,6 @@
 """Texts to fit on: a file's, or the draft's own."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from easyspec_jax.decode.loop import Programs, decode
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.progress import Bar, no_bar
-from easyspec_jax.tokenizer import Tokenizer, encode
+from easyspec_jax.tokenizer import Tokenizer, encode, from_template
 
 LENGTH = 240
 """Tokens of a text."""
@@ -17,7 +18,7 @@ LENGTH = 240
 ROWS = 32
 """Texts that are written together."""
 
-_QUESTION = "\x00question\x00"
+_QUESTION = "{question}"
 
 
 def read_texts(path: Path, tokenizer: Tokenizer, count: int) -> Int[np.ndarray, "texts tokens"]:
@@ -36,13 +37,16 @@ def read_texts(path: Path, tokenizer: Tokenizer, count: int) -> Int[np.ndarray, 
 def write_texts(
     programs: Programs, tokenizer: Tokenizer, count: int, sampling: SamplingParams, bar: Bar = no_bar
 ) -> Int[np.ndarray, "texts tokens"]:
-    """Texts that the programs' target writes, conversations if it has a chat template. Programs must stop at no token."""
+    """Texts that the programs' target writes, conversations if it has a chat template.
+
+    The programs must stop at no token. Text i draws its noise from sampling's seed + i.
+    """
     start = opening(tokenizer)
     texts = []
     with bar("Writing texts", count) as advance:
         for first in range(0, count, ROWS):
             rows = min(ROWS, count - first)
-            chosen = sampling if first == 0 else _reseeded(sampling, first)
+            chosen = replace(sampling, seed=(sampling.seed + first) % 2**32)
             written = [list(start) for _ in range(rows)]
             for report in decode(programs, written, [LENGTH - len(start)] * rows, chosen):
                 for row, text in enumerate(written):
@@ -50,3 +54,13 @@ def write_texts(
             texts += written
             advance(rows)
     return np.asarray(texts, np.int32)
+
+
+def opening(tokenizer: Tokenizer) -> list[int]:
+    """The ids after which a text is the model's own: up to a user's question, or what begins texts."""
+    if tokenizer.chat_template:
+        before, found, _ = from_template(tokenizer, [{"role": "user", "content": _QUESTION}]).partition(_QUESTION)
+        if found:
+            return tokenizer(before, add_special_tokens=False).input_ids
+    first = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    return [first]

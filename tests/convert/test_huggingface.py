@@ -18,6 +18,7 @@ from convert.stream import convert
 from easyspec_jax.checkpoint import HEAD, open_checkpoint
 from easyspec_jax.config import read_model_config
 from easyspec_jax.errors import EasySpecError
+from easyspec_jax.sources import Window
 
 
 @pytest.fixture
@@ -103,13 +104,24 @@ def test_values_beyond_the_dtype_are_refused_by_name(tiny_model, save, tmp_path)
     convert(open_huggingface(source), tmp_path / "out", "bfloat16")
 
 
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, MemoryError, EasySpecError])
-def test_interrupted_conversion_leaves_nothing(tiny_model, save, tmp_path, interruption):
+@pytest.mark.parametrize("failure", [MemoryError, EasySpecError])
+def test_failed_conversion_leaves_nothing(tiny_model, save, tmp_path, failure):
     model = open_huggingface(save(tiny_model()))
-    broken = replace(model, source=Interrupted(model.source, interruption))
-    with pytest.raises(interruption):
+    broken = replace(model, source=Interrupted(model.source, failure))
+    with pytest.raises(failure):
         convert(broken, tmp_path / "out")
     assert remaining(tmp_path) == ["hf"]
+
+
+def test_interrupted_conversion_goes_on(tiny_model, save, tmp_path):
+    model = open_huggingface(save(tiny_model()))
+    broken = replace(model, source=Interrupted(model.source, KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        convert(broken, tmp_path / "out")
+    assert remaining(tmp_path) == [".out.partial", "hf"]
+    assert convert(model, tmp_path / "out").reused > 0
+    assert remaining(tmp_path) == ["hf", "out"]
+    assert_same(tmp_path / "out", tiny_model(), "float32")
 
 
 def test_existing_directory_is_kept(tiny_model, save, tmp_path):
@@ -159,8 +171,8 @@ def test_types_numpy_lacks_are_refused_by_name(tiny_model, save, tmp_path):
     tensors = load_file(shard)
     name = "model.layers.0.mlp.up_proj.weight"
     save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, shard)
-    with pytest.raises(EasySpecError, match=f"{name} is stored in a type that is not supported"):
-        convert(open_huggingface(source), tmp_path / "out")
+    with pytest.raises(EasySpecError, match=f"{name} is stored as F8_E4M3, which is not supported"):
+        open_huggingface(source)
     assert remaining(tmp_path) == ["hf"]
 
 
@@ -180,11 +192,14 @@ class Interrupted:
     def shapes(self):
         return self._source.shapes()
 
-    def read(self, name: str) -> np.ndarray:
+    def dtypes(self):
+        return self._source.dtypes()
+
+    def read(self, name: str, window: Window = ()) -> np.ndarray:
         self._left -= 1
         if self._left < 0:
             raise self._interruption
-        return self._source.read(name)
+        return self._source.read(name, window)
 
 
 def assert_same(directory: Path, model: PreTrainedModel, dtype: str) -> None:

@@ -43,7 +43,7 @@ def test_progress_is_shown_on_a_terminal_and_the_summary_elsewhere(tiny_model, t
         assert main([source, str(tmp_path / place), "--out", str(tmp_path / out)]) == 0
         printed, size = terminal.readouterr(), f"{4 * model.num_parameters() / 1e3:.1f}"
         assert f"{size}/{size} kB" in printed.err
-        assert "Writing" in printed.err
+        assert "Converting" in printed.err
         assert printed.out.count("\n") == 1
 
 
@@ -121,7 +121,7 @@ def test_interruption_is_one_line(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr("convert.huggingface.open_huggingface", interrupt)
     assert main(["--hf", str(tmp_path), "--out", str(tmp_path / "out")]) == 130
-    assert capsys.readouterr().err == "convert: interrupted; nothing was written\n"
+    assert capsys.readouterr().err == "convert: interrupted; the same command goes on from here\n"
 
 
 def check_error(arguments, message, capsys):

@@ -1,0 +1,102 @@
+"""Writes safetensors files in pieces."""
+
+import json
+import os
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.stores import Format, Shapes, write_json
+from easyspec_jax.errors import EasySpecError, first_line
+from easyspec_jax.sources import INDEX, SAFETENSORS, SafetensorsSource, read_bytes
+
+_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+class SafetensorsStore:
+    """Safetensors files that transformers reads: `model.safetensors`, or shards of `largest` bytes and an index."""
+
+    def __init__(self, directory: Path, shapes: Shapes, dtype: str, largest: int = 5 * 10**9) -> None:
+        self._directory, self._shapes, self._dtype = directory, shapes, np.dtype(dtype)
+        self._places: dict[str, tuple[Path, int]] = {}
+        shards = list(_grouped(shapes, self._dtype.itemsize, largest))
+        for number, names in enumerate(shards, 1):
+            several = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            path = directory / (SAFETENSORS if len(shards) == 1 else several)
+            header, offsets = self._header(names)
+            self._places |= {name: (path, offset) for name, offset in offsets.items()}
+            try:
+                with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
+                    file.write(header)
+            except OSError as error:
+                raise self._unwritable(error) from None
+
+    def rows(self, name: str) -> int:
+        return 1
+
+    def write(self, name: str, start: int, values: np.ndarray) -> None:
+        path, offset = self._at(name, start)
+        left = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+        try:
+            with path.open("r+b", buffering=0) as file:
+                while left:
+                    count = os.pwrite(file.fileno(), left, offset)
+                    left, offset = left[count:], offset + count
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        path, offset = self._at(name, start)
+        values = np.empty((stop - start, *self._shapes[name][1:]), self._dtype)
+        try:
+            with path.open("rb", buffering=0) as file:
+                read_bytes(file.fileno(), values, offset)
+        except (OSError, EOFError) as error:
+            raise EasySpecError(f"{path} is damaged: {first_line(error)}") from None
+        return values
+
+    def finish(self) -> None:
+        if len({path for path, _ in self._places.values()}) > 1:
+            total = sum(prod(shape) for shape in self._shapes.values()) * self._dtype.itemsize
+            weight_map = {name: path.name for name, (path, _) in self._places.items()}
+            write_json(self._directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+    def _header(self, names: list[str]) -> tuple[bytes, dict[str, int]]:
+        """The beginning of a file, and where in it each tensor starts."""
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offsets, end = {}, 0
+        for name in names:
+            offsets[name], shape = end, self._shapes[name]
+            end += prod(shape) * self._dtype.itemsize
+            dtype = _NAMES[self._dtype.name]
+            entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offsets[name], end]}
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        header = len(text).to_bytes(8, "little") + text
+        return header, {name: offset + len(header) for name, offset in offsets.items()}
+
+    def _at(self, name: str, row: int) -> tuple[Path, int]:
+        path, offset = self._places[name]
+        return path, offset + row * prod(self._shapes[name][1:]) * self._dtype.itemsize
+
+    def _unwritable(self, error: Exception) -> EasySpecError:
+        return EasySpecError(f"{self._directory} cannot be written: {first_line(error)}")
+
+
+def _grouped(shapes: Shapes, itemsize: int, largest: int) -> Iterator[list[str]]:
+    """Names in groups of at most so many bytes, unless one tensor is more."""
+    group, size = [], 0
+    for name, shape in shapes.items():
+        added = prod(shape) * itemsize
+        if group and size + added > largest:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += added
+    yield group
+
+
+HUGGING_FACE = Format("huggingface", SafetensorsStore, SafetensorsSource)

@@ -1,0 +1,48 @@
+"""What keeps a model's tensors in a directory while they come in pieces."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from easyspec_jax.sources import StoredSource
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of tensors, by name."""
+
+
+class Store(Protocol):
+    """Tensors of one dtype that are written in pieces of whole rows, by several threads."""
+
+    def rows(self, name: str) -> int:
+        """Pieces of a tensor begin at multiples of this row."""
+        ...
+
+    def write(self, name: str, start: int, values: np.ndarray) -> None:
+        """Puts a piece in its place, where it is when this returns. Raises EasySpecError if the disk takes it not."""
+        ...
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """A piece that was written. Raises EasySpecError if it is not whole."""
+        ...
+
+    def finish(self) -> None:
+        """Makes a checkpoint out of all that was written; may be repeated."""
+        ...
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a directory keeps its tensors: make opens a Store in it, read opens it once it is finished."""
+
+    name: str
+    make: Callable[[Path, Shapes, str], Store]
+    read: Callable[[Path], StoredSource]
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """A JSON file as Hugging Face writes them."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

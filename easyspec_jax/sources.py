@@ -1,0 +1,238 @@
+"""Tensors on disk, of which any window is read by its byte ranges: safetensors files and Orbax checkpoints.
+
+Files are read, never mapped: mapped pages count as memory of the process. Nothing is ever unpickled.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16)
+import numpy as np
+
+from easyspec_jax.config import read_json
+from easyspec_jax.errors import EasySpecError, first_line
+
+SAFETENSORS = "model.safetensors"
+"""Name of the weights inside a Hugging Face directory, where they are one file."""
+
+INDEX = "model.safetensors.index.json"
+"""Name of the file that says which tensor is in which, where they are several."""
+
+Window = tuple[slice, ...]
+"""Of a tensor's first one or two dimensions; of the others it has everything. Without steps, within bounds."""
+
+_BLOCK = 4 << 20  # bytes that are read at a time on their way into a larger array
+_LONGEST_HEADER = 100 << 20  # of a safetensors file, as its own library has it
+
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_OTHER_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+               "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64}  # fmt: skip
+
+
+class TensorSource(Protocol):
+    """Canonical tensors by name, read a window at a time."""
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every tensor, without reading any."""
+        ...
+
+    def read(self, name: str, window: Window = ()) -> np.ndarray:
+        """A window of one tensor in host memory, in its stored dtype; by default all of it."""
+        ...
+
+
+class StoredSource(TensorSource, Protocol):
+    """A TensorSource that knows how its tensors are stored."""
+
+    def dtypes(self) -> Mapping[str, str]:
+        """Each tensor's type: NumPy's name, or the file's own for a type that is not supported."""
+        ...
+
+
+def read_into(out: np.ndarray, source: TensorSource, name: str, window: Window = ()) -> None:
+    """Fills out, however its memory lies, with a window of a tensor in out's dtype; beside it lie a few MiB at most.
+
+    Rows are read in powers of two, so that reads begin and end where most stored chunks do.
+    """
+    rows = slice(0, out.shape[0]) if not window else window[0]
+    fitting = max(1, _BLOCK // max(1, 4 * prod(out.shape[1:])))
+    step = 1 << (fitting.bit_length() - 1)
+    for start in range(0, out.shape[0], step):
+        stop = min(start + step, out.shape[0])
+        out[start:stop] = source.read(name, (slice(rows.start + start, rows.start + stop), *window[1:]))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies in a safetensors file: `offset` bytes from its start, in row-major order."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class SafetensorsSource:
+    """Tensors of a Hugging Face directory: `model.safetensors`, or shards listed by an index.
+
+    wanted: the tensors that are needed; what the index says of others may be out of date. Raises EasySpecError on
+    construction for a missing, truncated or malformed shard.
+    """
+
+    def __init__(self, directory: Path, wanted: frozenset[str] | None = None) -> None:
+        self._places: dict[str, _Place] = {}
+        for path, listed in _shards(directory):
+            if listed is not None and wanted is not None and not listed & wanted and not path.is_file():
+                continue  # an entry from an older state of the directory
+            for name, place in _header(path).items():
+                if listed is None or name in listed:
+                    self._places[name] = place
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: place.shape for name, place in self._places.items()}
+
+    def dtypes(self) -> Mapping[str, str]:
+        return {name: _DTYPES.get(place.dtype, place.dtype) for name, place in self._places.items()}
+
+    def read(self, name: str, window: Window = ()) -> np.ndarray:
+        place = self._places[name]
+        if place.dtype not in _DTYPES:
+            raise EasySpecError(f"{place.path}: {name} is stored as {place.dtype}, which is not supported")
+        try:
+            with place.path.open("rb", buffering=0) as file:
+                return _read_window(file.fileno(), place, window)
+        except (OSError, EOFError) as error:
+            raise EasySpecError(f"{place.path} cannot be read ({first_line(error)}); fetch it again") from None
+
+
+def read_bytes(file: int, out: np.ndarray, offset: int) -> None:
+    """Fills a contiguous array from an open file. Raises EOFError if the file ends before."""
+    left = out.reshape(-1).view(np.uint8).data
+    while left:
+        count = os.preadv(file, [left], offset)
+        if not count:
+            raise EOFError("it ends too early")
+        left, offset = left[count:], offset + count
+
+
+def _read_window(file: int, place: _Place, window: Window) -> np.ndarray:
+    dtype = np.dtype(_DTYPES[place.dtype])
+    ranges = [(part.start, part.stop) for part in window] + [(0, size) for size in place.shape[len(window) :]]
+    out = np.empty([stop - start for start, stop in ranges], dtype)
+    row = prod(place.shape[1:]) * dtype.itemsize
+    if out.shape[1:] == place.shape[1:]:  # whole rows are one range
+        read_bytes(file, out, place.offset + (ranges[0][0] * row if ranges else 0))
+    else:
+        run = place.offset + ranges[1][0] * prod(place.shape[2:]) * dtype.itemsize
+        for number, part in enumerate(out, ranges[0][0]):
+            read_bytes(file, part, run + number * row)
+    return out
+
+
+def _shards(directory: Path) -> Iterator[tuple[Path, set[str] | None]]:
+    """Each safetensors file with the tensors the index places in it (None: all it holds)."""
+    index = directory / INDEX
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise EasySpecError(f"{index} has no weight_map from tensor names to files")
+        for file in sorted(set(weight_map.values())):
+            if Path(file).name != file or "\0" in file:
+                raise EasySpecError(f"{index}: {file!r} leads out of the checkpoint directory")
+            yield directory / file, {name for name, place in weight_map.items() if place == file}
+    elif (directory / SAFETENSORS).exists():
+        yield directory / SAFETENSORS, None
+    else:
+        raise EasySpecError(
+            f"{directory} holds no weights; expected {SAFETENSORS}, {INDEX} or a converted checkpoint (weights/)"
+        )
+
+
+def _header(path: Path) -> dict[str, _Place]:
+    """Where each tensor of a file lies; every byte of it belongs to exactly one."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            data = 8 + length
+            if not 2 <= length <= _LONGEST_HEADER or data > size:
+                raise ValueError("no header fits it")
+            entries = json.loads(file.read(length), object_pairs_hook=_unique)
+        entries.pop("__metadata__", None)
+        places = {name: _place(path, name, entry, data) for name, entry in entries.items()}
+        ranges = sorted(entry["data_offsets"] for entry in entries.values())
+        if any(first[1] != second[0] for first, second in pairwise([[0, 0], *ranges, [size - data, size - data]])):
+            raise ValueError("its tensors do not fill it")
+        return places
+    except FileNotFoundError:
+        raise EasySpecError(f"{path} is missing; fetch the whole checkpoint again") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, MemoryError) as error:
+        raise EasySpecError(f"{path} is truncated or damaged ({first_line(error)[:200]}); fetch it again") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError("a name appears twice in its header")
+    return entries
+
+
+def _place(path: Path, name: str, entry: dict[str, Any], data: int) -> _Place:
+    dtype, shape, (start, stop) = str(entry["dtype"]), entry["shape"], entry["data_offsets"]
+    if not all(type(number) is int and 0 <= number < 2**62 for number in (*shape, start, stop)):
+        raise ValueError(f"{name[:100]!r} has no proper place")
+    bits = 8 * np.dtype(_DTYPES[dtype]).itemsize if dtype in _DTYPES else _OTHER_BITS.get(dtype)
+    if bits is not None and prod(shape) * bits != 8 * (stop - start):
+        raise ValueError(f"{name[:100]!r} has another size than its shape")
+    return _Place(path, dtype, tuple(shape), data + start)
+
+
+class OrbaxSource:
+    """Tensors of a checkpoint that `convert` wrote.
+
+    Reads Orbax's storage (zarr arrays in an OCDBT store) through tensorstore: a restore per tensor costs fifteen
+    times as much, a restore of all at once needs the whole model in host memory, and Orbax answers a damaged store
+    with stack traces from its event loop. Chunks carry checksums, so damage is noticed by whoever reads it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        import tensorstore
+
+        self._directory = directory
+        store = {"driver": "ocdbt", "base": directory.resolve().as_uri() + "/"}
+        try:
+            metadata = read_json(directory / "_METADATA")
+            spec: dict[str, Any] = {"driver": "zarr3" if metadata["use_zarr3"] else "zarr"}
+            if metadata.get("store_array_data_equal_to_fill_value"):
+                spec["fill_missing_data_reads"] = False  # where zeros are stored as well, what is absent is lost
+            leaves = metadata["tree_metadata"].values()
+            names = [".".join(key["key"] for key in leaf["key_metadata"]) for leaf in leaves]
+            opening = {
+                name: tensorstore.open(spec | {"kvstore": store | {"path": f"{name}/"}}, open=True) for name in names
+            }
+            self._arrays = {name: future.result() for name, future in opening.items()}
+        except Exception as error:  # whatever the layers of the store raise
+            raise _unreadable(directory, error) from None
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: tuple(array.shape) for name, array in self._arrays.items()}
+
+    def dtypes(self) -> Mapping[str, str]:
+        return {name: array.dtype.name for name, array in self._arrays.items()}
+
+    def read(self, name: str, window: Window = ()) -> np.ndarray:
+        try:
+            return self._arrays[name][window].read().result()
+        except ValueError as error:
+            raise _unreadable(self._directory, error) from None
+
+
+def _unreadable(directory: Path, error: Exception) -> EasySpecError:
+    reason = first_line(error).partition(" [tensorstore_spec")[0]
+    return EasySpecError(f"{directory} is no readable Orbax checkpoint ({reason}); convert again")

@@ -1,0 +1,125 @@
+"""Shards are read by themselves: no tensor whole, nothing twice, into memory that the device then has."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from easyspec_jax.checkpoint import Checkpoint, open_checkpoint
+from easyspec_jax.mesh import MeshShape
+from easyspec_jax.model import loader as module
+from easyspec_jax.sources import TensorSource, Window, read_into
+from tests.models import FAMILIES, load_target, loader, save_model
+
+
+class Recorder:
+    """A source that counts how often each element is read, and notes the largest window."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self._source, self.reads, self.largest = source, dict[str, np.ndarray](), 0
+
+    def shapes(self) -> Any:
+        return self._source.shapes()
+
+    def read(self, name: str, window: Window = ()) -> np.ndarray:
+        values = self._source.read(name, window)
+        self.reads.setdefault(name, np.zeros(self.shapes()[name], int))[window] += 1
+        self.largest = max(self.largest, values.size)
+        return values
+
+
+def recorded(directory: Path, mesh: MeshShape) -> tuple[Recorder, Any]:
+    opened = open_checkpoint(directory)
+    source = Recorder(opened.source)
+    return source, loader(Checkpoint(directory, opened.config, source), mesh)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("mesh", [MeshShape(1, 1), MeshShape(4, 2)])
+def test_every_element_is_read_once_for_each_shard_that_has_it(tmp_path, family, mesh):
+    save_model(tmp_path, family)
+    source, from_ = recorded(tmp_path, mesh)
+    load_target(from_)
+    assert source.reads.keys() == source.shapes().keys()
+    layout = from_._head_layout(from_.axes)
+    for name, counts in source.reads.items():
+        expected = np.ones_like(counts)
+        if "k_proj" in name or "v_proj" in name:  # copied where queries of one head are split
+            copies = Counter(layout.kv_index.flat)
+            per_head = [copies[head] for head in range(from_.config.num_key_value_heads)]
+            expected *= np.repeat(per_head, from_.config.head_dim).reshape(-1, *[1] * (counts.ndim - 1))
+        np.testing.assert_array_equal(counts, expected, err_msg=name)
+
+
+def test_a_stack_reads_a_layer_for_its_own_devices_only(tmp_path):
+    save_model(tmp_path, "llama3")
+    source, from_ = recorded(tmp_path, MeshShape(4, 2))
+    from_.stacked_attention([1, 2, 3], slots=4)
+    weights = [name for name in source.reads if "proj" in name]
+    assert {name.split(".")[2] for name in weights} == {"1", "2", "3"}
+    assert all((source.reads[name] == 1).all() for name in weights)
+
+
+@pytest.mark.parametrize("stored", ["safetensors", "orbax"])
+def test_blocks_on_the_way_are_bounded(tmp_path, stored, monkeypatch):
+    from convert.huggingface import open_huggingface
+    from convert.stream import convert
+
+    monkeypatch.setattr("easyspec_jax.sources._BLOCK", 4096)
+    save_model(tmp_path / "hf", "llama3")
+    directory = tmp_path / "hf"
+    if stored == "orbax":
+        convert(open_huggingface(directory), tmp_path / "orbax")
+        directory = tmp_path / "orbax"
+    source, from_ = recorded(directory, MeshShape(1, 1))
+    down = from_.mlp(3).down[...]
+    assert source.largest * 4 <= 4096
+    whole = open_checkpoint(directory).source.read("model.layers.3.mlp.down_proj.weight")
+    np.testing.assert_array_equal(np.asarray(down)[:, : whole.shape[1]], whole)
+
+
+def test_devices_take_the_memory_that_was_filled(tmp_path, monkeypatch):
+    """Otherwise a CPU would hold every weight twice for a while."""
+    made: list[int] = []
+
+    def noted(shape, dtype):
+        array = aligned(shape, dtype)
+        made.append(array.ctypes.data)
+        return array
+
+    aligned = module._aligned_zeros
+    monkeypatch.setattr(module, "_aligned_zeros", noted)
+    save_model(tmp_path, "smollm2")
+    layer = loader(open_checkpoint(tmp_path), MeshShape(2, 2)).mlp(0)
+    used = {shard.data.unsafe_buffer_pointer() for x in jax.tree.leaves(layer) for shard in x.addressable_shards}
+    assert used == set(made)
+
+
+def test_a_host_array_is_placed_shard_by_shard(tmp_path):
+    save_model(tmp_path, "llama3")
+    from_ = loader(open_checkpoint(tmp_path), MeshShape(2, 4))
+    array = np.arange(16.0 * 3).reshape(16, 3)
+    placed = from_.place(array, jax.sharding.PartitionSpec(from_.axes))
+    assert placed.dtype == np.float32
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
+    np.testing.assert_array_equal(np.asarray(placed), array)
+
+
+def test_read_into_takes_any_layout_and_type():
+    class Source:
+        def shapes(self):
+            return {"w": (300, 7)}
+
+        def read(self, name, window=()):
+            return np.arange(2100.0).reshape(300, 7)[window]
+
+    whole = Source().read("w")
+    for out in (np.zeros((300, 7), np.float32), np.zeros((7, 300), np.float32).T, np.zeros((600, 14))[::2, ::2]):
+        read_into(out, Source(), "w")
+        np.testing.assert_array_equal(out, whole)
+    out = np.zeros((2, 20), np.float16)
+    read_into(out.T, Source(), "w", (slice(5, 25), slice(3, 5)))
+    np.testing.assert_array_equal(out, whole[5:25, 3:5].T)
