@@ -77,7 +77,7 @@ def pass_case(
     programs: Programs,
     tokens: int,
     run: Run,
-    bytes: int,
+    bytes: int = 0,
     *,
     context: int,
     capacity: int,
@@ -114,7 +114,7 @@ def pass_case(
     return Case(name, lambda state: step(programs.leaves, state, at), state, bytes, loops)
 
 
-def round_case(name: str, programs: Programs, bytes: int, *, context: int, capacity: int) -> Case:
+def round_case(name: str, programs: Programs, bytes: int = 0, *, context: int, capacity: int) -> Case:
     """Rounds as decoding dispatches them; every sample begins behind a text of `context` tokens.
 
     The caches hold no such text: what they hold costs nothing.

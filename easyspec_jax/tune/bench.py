@@ -1,0 +1,135 @@
+"""The measuring itself: passes as separate programs, acceptance by decoding."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+
+import jax
+import numpy as np
+
+from easyspec_jax.decode.round import RoundConfig
+from easyspec_jax.draft.parallel import run_fuzzy
+from easyspec_jax.engine import Engine
+from easyspec_jax.errors import EasySpecError
+from easyspec_jax.model.transformer import run_exact
+from easyspec_jax.options import SamplingParams, SpeculativeConfig
+from easyspec_jax.timing import Case, alone, pass_case, round_case
+from easyspec_jax.tokenizer import Prompt
+from easyspec_jax.tune.acceptance import accepted_by_width
+from easyspec_jax.tune.candidates import Draft
+
+REPEATS = 5
+"""Samples of a pass, each beside one of the plain step."""
+
+SAMPLE_SECONDS = 0.03
+"""A sample takes about this long at least, so that clocks and dispatch do not matter."""
+
+LOOPS = 3
+"""Draft steps in a loop on the device, as a round has them."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What acceptance is measured on. chat: prompts that are text are put as a user's."""
+
+    prompts: Sequence[Prompt]
+    sampling: SamplingParams
+    chat: bool = False
+
+
+class DeviceBench:
+    """Measures on the devices of an engine. The draft that was used last stays loaded.
+
+    levels, widths: the most levels, and the tree widths, that are asked for.
+    """
+
+    def __init__(self, engine: Engine, sample: Sample, levels: int, widths: Sequence[int]) -> None:
+        self.engine, self.sample, self.levels, self.widths = engine, sample, levels, widths
+        self._held: tuple[Draft, Engine] | None = None
+        self.baseline = engine.baseline()
+        plain = self.baseline.programs(SamplingParams())
+        widest = RoundConfig.of(
+            SpeculativeConfig(num_speculative_tokens=levels, tree_width=max(widths)), SamplingParams(), ()
+        )
+        prompt = max(len(engine.encode(prompt, sample.chat)) for prompt in sample.prompts)
+        text = min(prompt + sample.sampling.max_new_tokens, engine.max_length)
+        self._lengths = {
+            "context": min(prompt, text // 2),
+            "capacity": replace(plain, config=widest).capacity(text),
+        }
+        self._target = alone(engine.mesh, self.baseline.load()[0])
+        self._plain = round_case("plain step", plain, **self._lengths)
+        self._plain.sample(1)
+        self._calls = _calls(self._plain)
+        self.plain = float(np.median([self._plain.sample(self._calls) for _ in range(REPEATS)]))
+        """Seconds of a step of plain decoding."""
+
+    def verification(self, nodes: int) -> float:
+        """Seconds of the target's pass over so many nodes, the root included."""
+        return self._seconds(pass_case("verification", self._target, nodes, run_exact, **self._lengths))
+
+    def step(self, draft: Draft, width: int) -> float:
+        """See search.Bench; infinite if the devices' memory does not suffice."""
+        return self._draft_pass(draft, width, run_fuzzy, loops=LOOPS)
+
+    def first(self, draft: Draft, tokens: int) -> float:
+        """See search.Bench."""
+        return self._draft_pass(draft, tokens, run_exact, scored=1)
+
+    def acceptance(self, draft: Draft, width: int) -> dict[int, tuple[float, ...]]:
+        """See search.Bench; narrower trees are parts of a wide one."""
+        engine = self.with_draft(draft)
+        model = engine.load()[1]
+        assert model is not None
+        widths = [narrower for narrower in self.widths if narrower <= width]
+        return accepted_by_width(alone(engine.mesh, model), self.texts, self.levels, widths)
+
+    @cached_property
+    def texts(self) -> list[tuple[int, list[int]]]:
+        """What the target makes of the prompts, and where the first round's root is: behind the prompt."""
+        prompts, sampling, chat = self.sample.prompts, self.sample.sampling, self.sample.chat
+        completions = list(self.baseline.generate(prompts, sampling, chat=chat, batch_size=len(prompts)))
+        texts = [(len(done.prompt_ids), [*done.prompt_ids, *done.token_ids]) for done in completions]
+        if all(len(done.token_ids) <= self.levels for done in completions):
+            raise EasySpecError(
+                f"the target ends each of these texts within {self.levels} tokens; give other prompts to measure on"
+            )
+        return texts
+
+    def with_draft(self, draft: Draft) -> Engine:
+        """An engine with the draft where it belongs."""
+        if self._held is None or self._held[0] != draft:
+            self._held = None  # frees the other's memory
+            self._held = draft, self.engine.variant(draft.layout, draft.shape)
+        return self._held[1]
+
+    def release(self) -> None:
+        """Frees the memory of the draft that was used last."""
+        self._held = None
+
+    def _draft_pass(self, draft: Draft, *args: object, **options: int) -> float:
+        try:
+            engine = self.with_draft(draft)
+            model = engine.load()[1]
+            assert model is not None
+            make = partial(pass_case, "draft", alone(engine.mesh, model))
+            return self._seconds(make(*args, **options, **self._lengths))  # pyright: ignore[reportArgumentType]
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return float("inf")
+
+    def _seconds(self, case: Case) -> float:
+        """As many plain steps as it takes, in the median of samples that alternate with them: machines drift."""
+        case.sample(1)  # compiles
+        calls = _calls(case)
+        ratios = [case.sample(calls) / self._plain.sample(self._calls) for _ in range(REPEATS)]
+        return float(np.median(ratios)) * self.plain
+
+
+def _calls(case: Case) -> int:
+    """Calls that make a sample long enough."""
+    begun = time.perf_counter()
+    case.sample(1)
+    return max(1, round(SAMPLE_SECONDS / (time.perf_counter() - begun)))
