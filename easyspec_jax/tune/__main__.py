@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--target", metavar="DIR", help="default: the bundled pair")
     models.add_argument("--draft", metavar="DIR", help="a smaller model of the same family; the choice is stored in it")
     models.add_argument("--mesh", default="1",
-                        help='devices: "8" tries every split, "layer=4,tensor=2" only this one (default: %(default)s)')  # fmt: skip
+                        help='"8" tries its splits, "layer=4,tensor=2" only that (default: %(default)s)')  # fmt: skip
     models.add_argument("--platform", choices=get_args(Platform), help="default: the fastest one present")
     models.add_argument("--dtype", default="auto", choices=get_args(DType),
                         help="default: float32 on a CPU, else the checkpoint's")  # fmt: skip
@@ -52,17 +52,17 @@ def _parser() -> argparse.ArgumentParser:
     space.add_argument("--tree-widths", type=int, nargs="+", default=[1, 4, 8], metavar="W",
                        help="tokens drafted at each depth, 1 for a chain (default: 1 4 8)")  # fmt: skip
     space.add_argument("--max-levels", type=int, default=8, metavar="N",
-                       help="the deepest draft of a round; smaller ones follow from it (default: %(default)s)")  # fmt: skip
+                       help="depth of the deepest draft of a round (default: %(default)s)")  # fmt: skip
     space.add_argument("--draft-tensor-parallel-sizes", nargs="+", default=["all", "1"],
                        choices=get_args(DraftTensorParallelSize), help="default: both")  # fmt: skip
     sample = parser.add_argument_group("measuring")
     sample.add_argument("--prompt-file", metavar="FILE",
                         help="one prompt a line, to measure on (default: a few of our own)")  # fmt: skip
     sample.add_argument("--chat", action="store_true", help="wrap each of them in the checkpoint's chat template")
-    sample.add_argument("--max-new-tokens", type=int, default=48, metavar="M",
+    sample.add_argument("--max-new-tokens", type=int, default=64, metavar="M",
                         help="of each (default: %(default)s)")  # fmt: skip
     sample.add_argument("--confirm", type=int, default=3, metavar="K",
-                        help="of the predictions, how many to run beside plain decoding (default: %(default)s)")  # fmt: skip
+                        help="of the predictions, how many to run (default: %(default)s)")  # fmt: skip
     sample.add_argument("--seconds", type=float, default=150, metavar="S",
                         help="for measuring; what is not reached is left out (default: %(default)s)")  # fmt: skip
     output = parser.add_argument_group("output")

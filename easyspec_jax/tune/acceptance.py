@@ -19,18 +19,20 @@ from easyspec_jax.decode.loop import Programs
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.verify import Greedy, Request
 
+Text = tuple[int, Sequence[int]]
+"""Where the root of the first round is, and the token ids of prompt and completion."""
+
 COPIES = 4
 """Rows that go through different parts of one text at once."""
 
 
 def accepted_by_width(
-    programs: Programs, texts: Sequence[tuple[int, Sequence[int]]], levels: int, widths: Sequence[int]
+    programs: Programs, texts: Sequence[Text], levels: int, widths: Sequence[int]
 ) -> dict[int, tuple[float, ...]]:
     """For each tree width the mean number of accepted tokens of a round of 1, 2, … `levels` levels.
 
-    programs: see timing.alone, of the draft. texts: token ids of prompt and completion, and where the first round's root
-    is; one at least has more than `levels` tokens behind it. Trees narrower than the widest are cut out of it, which now
-    and then misses a node.
+    programs: see timing.alone, of the draft. texts: one at least has more than `levels` tokens behind its first root.
+    Trees narrower than the widest are cut out of it, which now and then misses a node.
     """
     firsts = np.asarray([first for first, _ in texts])
     lengths = np.asarray([len(ids) for _, ids in texts])

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from easyspec_jax.model.transformer import run_exact
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
 from easyspec_jax.timing import Case, alone, pass_case, round_case
 from easyspec_jax.tokenizer import Prompt
-from easyspec_jax.tune.acceptance import accepted_by_width
+from easyspec_jax.tune.acceptance import Text, accepted_by_width
 from easyspec_jax.tune.candidates import Draft
 
 REPEATS = 5
@@ -41,33 +41,48 @@ class Sample:
 class DeviceBench:
     """Measures on the devices of an engine. The draft that was used last stays loaded.
 
-    levels, widths: the most levels, and the tree widths, that are asked for.
+    levels, widths: the most levels, and the tree widths, that are asked for. texts: what the target makes of the
+    sample. plain: seconds of a step of plain decoding; overhead: seconds that the host adds to a step or round.
     """
 
     def __init__(self, engine: Engine, sample: Sample, levels: int, widths: Sequence[int]) -> None:
         self.engine, self.sample, self.levels, self.widths = engine, sample, levels, widths
         self._held: tuple[Draft, Engine] | None = None
         self.baseline = engine.baseline()
-        plain = self.baseline.programs(SamplingParams())
-        widest = RoundConfig.of(
-            SpeculativeConfig(num_speculative_tokens=levels, tree_width=max(widths)), SamplingParams(), ()
-        )
+        self.baseline.compile(sample.prompts, SamplingParams(), chat=sample.chat)
+        programs = self.baseline.programs(SamplingParams())
+        widest = SpeculativeConfig(num_speculative_tokens=levels, tree_width=max(widths))
+        config = RoundConfig.of(widest, SamplingParams(), ())
         prompt = max(len(engine.encode(prompt, sample.chat)) for prompt in sample.prompts)
         text = min(prompt + sample.sampling.max_new_tokens, engine.max_length)
-        self._lengths = {
-            "context": min(prompt, text // 2),
-            "capacity": replace(plain, config=widest).capacity(text),
-        }
+        self._context = min(prompt, text // 2)
+        self._capacity = replace(programs, config=config).capacity(text)
         self._target = alone(engine.mesh, self.baseline.load()[0])
-        self._plain = round_case("plain step", plain, **self._lengths)
+        self._plain = round_case("plain step", programs, context=self._context, capacity=programs.capacity(text))
         self._plain.sample(1)
         self._calls = _calls(self._plain)
-        self.plain = float(np.median([self._plain.sample(self._calls) for _ in range(REPEATS)]))
-        """Seconds of a step of plain decoding."""
+        self.texts, self.plain, self.overhead = self._write_texts()
+
+    def _write_texts(self) -> tuple[list[Text], float, float]:
+        """What the target makes of the prompts; seconds of a plain step, and what a token takes on top of it."""
+        texts, steps, overheads = [], [], []
+        for prompt in self.sample.prompts:
+            done = next(self.baseline.generate([prompt], self.sample.sampling, chat=self.sample.chat))
+            steps.append(self._plain.sample(self._calls))
+            texts.append((len(done.prompt_ids), [*done.prompt_ids, *done.token_ids]))
+            if done.stats.rounds:
+                overheads.append(done.stats.decode_seconds / done.stats.rounds - steps[-1])
+        if all(len(ids) - first <= self.levels for first, ids in texts):
+            raise EasySpecError(
+                f"the target ends each of these texts within {self.levels} tokens; give other prompts to measure on"
+            )
+        return texts, float(np.median(steps)), max(0.0, float(np.median(overheads)))
 
     def verification(self, nodes: int) -> float:
         """Seconds of the target's pass over so many nodes, the root included."""
-        return self._seconds(pass_case("verification", self._target, nodes, run_exact, **self._lengths))
+        return self._seconds(
+            pass_case("verification", self._target, nodes, run_exact, context=self._context, capacity=self._capacity)
+        )
 
     def step(self, draft: Draft, width: int) -> float:
         """See search.Bench; infinite if the devices' memory does not suffice."""
@@ -84,18 +99,6 @@ class DeviceBench:
         assert model is not None
         widths = [narrower for narrower in self.widths if narrower <= width]
         return accepted_by_width(alone(engine.mesh, model), self.texts, self.levels, widths)
-
-    @cached_property
-    def texts(self) -> list[tuple[int, list[int]]]:
-        """What the target makes of the prompts, and where the first round's root is: behind the prompt."""
-        prompts, sampling, chat = self.sample.prompts, self.sample.sampling, self.sample.chat
-        completions = list(self.baseline.generate(prompts, sampling, chat=chat, batch_size=len(prompts)))
-        texts = [(len(done.prompt_ids), [*done.prompt_ids, *done.token_ids]) for done in completions]
-        if all(len(done.token_ids) <= self.levels for done in completions):
-            raise EasySpecError(
-                f"the target ends each of these texts within {self.levels} tokens; give other prompts to measure on"
-            )
-        return texts
 
     def with_draft(self, draft: Draft) -> Engine:
         """An engine with the draft where it belongs."""
@@ -114,7 +117,7 @@ class DeviceBench:
             model = engine.load()[1]
             assert model is not None
             make = partial(pass_case, "draft", alone(engine.mesh, model))
-            return self._seconds(make(*args, **options, **self._lengths))  # pyright: ignore[reportArgumentType]
+            return self._seconds(make(*args, **options, context=self._context, capacity=self._capacity))  # pyright: ignore[reportArgumentType]
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

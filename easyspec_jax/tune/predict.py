@@ -23,12 +23,14 @@ SLACK = 1.05
 class Figures:
     """What has been measured so far; times in seconds.
 
-    plain: of a step of plain decoding. verification: of a target's pass over so many nodes, the root included, up to the
-    most that are asked for. step: of a draft's fuzzy pass over so many nodes. first: of a draft's exact pass over so
-    many pending tokens. acceptance: by tree width, the mean accepted tokens of a round of 1, 2, … levels.
+    plain: of a step of plain decoding. overhead: of the host for a step or round, on top. verification: of a target's
+    pass over so many nodes, the root included, up to the most that are asked for. step: of a draft's fuzzy pass over so
+    many nodes. first: of a draft's exact pass over so many pending tokens, where that calibrates. acceptance: by tree
+    width, the mean accepted tokens of a round of 1, 2, … levels.
     """
 
     plain: float
+    overhead: float
     verification: Mapping[int, float]
     step: dict[Draft, dict[int, float]] = field(default_factory=dict)
     first: dict[Draft, dict[int, float]] = field(default_factory=dict)
@@ -46,6 +48,7 @@ class Prediction:
     first: float
     step: float
     verification: float
+    overhead: float
     accepted: float
     missing: tuple[Phase, ...]
 
@@ -53,7 +56,12 @@ class Prediction:
     def seconds(self) -> float:
         """Of a round."""
         steps = self.candidate.speculative.num_speculative_tokens - 1
-        return self.first + steps * self.step + self.verification
+        return self.first + steps * self.step + self.verification + self.overhead
+
+    @property
+    def score(self) -> float:
+        """Tokens a second, less a little where something was not measured: what gains less is not worth measuring."""
+        return self.tokens_per_second / (SLACK if self.missing else 1.0)
 
     @property
     def tokens_per_second(self) -> float:
@@ -65,22 +73,34 @@ def predict(figures: Figures, candidate: Candidate) -> Prediction:
     """The candidate's figures, each the measured one or, where there is none, the best that it could be."""
     speculative, draft = candidate.speculative, candidate.draft
     width, levels = speculative.width, speculative.num_speculative_tokens
-    pending = pending_size(speculative)
-    step, first = figures.step.get(draft, {}), figures.first.get(draft, {})
+    pending, calibrates = pending_size(speculative), is_calibrated(speculative)
+    step = figures.step.get(draft, {})
+    first = figures.first.get(draft, {}) if calibrates else step
     missing: dict[Phase, bool] = {
         "step": width > max(step, default=0),
         "acceptance": width not in figures.acceptance.get(draft.drafting, {}),
-        "first": pending > max(first, default=0),
+        "first": calibrates and not first,
     }
-    one = _interpolated(step, 1)
+    at_best = max(_interpolated(step, 1), _fastest_first(figures, draft, pending))
     return Prediction(
         candidate=candidate,
-        first=max(one, _fastest_first(figures, draft, pending)) if missing["first"] else _interpolated(first, pending),
+        first=at_best if missing["first"] else _interpolated(first, pending),
         step=_interpolated(step, width),
         verification=_interpolated(figures.verification, 1 + levels * width),
+        overhead=figures.overhead,
         accepted=_accepted(figures, draft.drafting, width, levels),
         missing=tuple(name for name, absent in missing.items() if absent),
     )
+
+
+def plain_tokens_per_second(figures: Figures) -> float:
+    """Of plain decoding."""
+    return 1 / (figures.plain + figures.overhead)
+
+
+def is_calibrated(speculative: SpeculativeConfig) -> bool:
+    """Whether the draft's first pass differs from others; an ordinary draft's is one more step."""
+    return RoundConfig.of(speculative, SamplingParams(), ()).calibration
 
 
 def pending_size(speculative: SpeculativeConfig) -> int:
@@ -102,7 +122,7 @@ def _fastest_first(figures: Figures, draft: Draft, pending: int) -> float:
     times = [
         _interpolated(known, pending)
         for other, known in figures.first.items()
-        if other.layout.draft_tensor_parallel_size == tp and max(known) >= pending
+        if other.layout.draft_tensor_parallel_size == tp
     ]
     return min(times, default=0.0) / SLACK
 

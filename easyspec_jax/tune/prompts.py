@@ -1,12 +1,10 @@
 """What acceptance is measured on where the user gives no prompts."""
 
 CODE = (
-    "def read_lines(path, encoding=",
-    "class Stack:\n    def __init__(self",
-    "import os, sys, argparse\n\ndef main(",
-    "def test_equal(self):\n        self.assert",
-    "    for key, value in sorted(",
-    "try:\n    import json\nexcept ImportError",
+    "def read_lines(path, encoding='utf-8'):\n",
+    "class Stack:\n    def __init__(self):\n",
+    "import os, sys, argparse\n\ndef main(argv=None):\n",
+    "class TestList(unittest.TestCase):\n    def test_append(self):\n",
 )
 """For the bundled pair, which completes Python."""
 
@@ -14,7 +12,5 @@ QUESTIONS = (
     "Why is the sky blue?",
     "Write a Python function that counts the vowels in a string.",
     "A train covers 180 km in two hours and a quarter. How fast is it? Think step by step.",
-    "Give me three tips for sleeping well.",
-    "Summarise the story of Little Red Riding Hood in a few sentences.",
-    "Translate into Spanish: the library opens at nine in the morning.",
+    "Give me five tips for sleeping well.",
 )

@@ -36,6 +36,7 @@ def as_dict(tuned: Tuned) -> dict[str, Any]:
         "dtype": engine.dtype,
         "seconds": tuned.seconds,
         "plain_step": figures.plain,
+        "overhead": figures.overhead,
         "plain_tokens_per_second": tuned.plain,
         "verification": dict(figures.verification),
         "candidates": [_row(row, best) for row, best in zip(tuned.rows, on_frontier, strict=True)],
@@ -73,7 +74,7 @@ def print_tuned(found: dict[str, Any], console: Console) -> None:
     console.print(
         f"[bold]{escape(found['target'])}[/] with draft [bold]{escape(found['draft'])}[/] on --mesh {found['mesh']} "
         f"({escape(found['device_kind'])}, {found['dtype']}), measured in {found['seconds']:.0f} s; "
-        "passes in ms, speeds in tokens/s"
+        f"passes in ms, speeds in tokens/s, {found['overhead'] * 1e3:.2g} ms a round for the host"
     )
     candidates = found["candidates"]
     fastest = max([found["plain_tokens_per_second"], *(c["confirmed_tokens_per_second"] or 0 for c in candidates)])
@@ -110,7 +111,7 @@ def _cells(candidate: dict[str, Any], fastest: float) -> list[str]:
 
 
 def _plain_speed(found: dict[str, Any]) -> str:
-    return f"{1 / found['plain_step']:.1f}"
+    return f"{1 / (found['plain_step'] + found['overhead']):.1f}"
 
 
 def _speed(speed: float | None, fastest: float) -> str:

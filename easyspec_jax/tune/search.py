@@ -6,7 +6,7 @@ from typing import Protocol
 
 from easyspec_jax.progress import Advance
 from easyspec_jax.tune.candidates import Candidate, Draft
-from easyspec_jax.tune.predict import Figures, Phase, Prediction, pending_size, predict
+from easyspec_jax.tune.predict import Figures, Phase, Prediction, pending_size, plain_tokens_per_second, predict
 
 
 class Bench(Protocol):
@@ -31,6 +31,9 @@ Clock = Callable[[], float]
 PLACING, SEARCHING = 0.35, 0.55
 """By which share of the time the first step of every draft, and the search, must be over; confirming has the rest."""
 
+HOPELESS = 0.85
+"""Candidates below this share of plain decoding's speed, even at best, are not run."""
+
 
 def search(
     candidates: Sequence[Candidate],
@@ -42,19 +45,22 @@ def search(
 ) -> list[Prediction]:
     """The predictions to confirm, best first: no two differ in their number of levels alone.
 
-    figures grows with what is measured. Out of time, they are the best of those that were measured through.
+    figures grows with what is measured. There may be fewer than `finalists`: those that plain decoding beats for sure
+    are left out, and so is, once time is over, what little is known of.
     """
     time_steps(candidates, figures, bench, clock, advance)
     # What was not reached stays out: it would look as fast as light.
     open_ = [candidate for candidate in candidates if candidate.draft in figures.step]
     settled: list[Prediction] = []
     while open_ and len(settled) < finalists:
-        best = max((predict(figures, candidate) for candidate in open_), key=lambda p: p.tokens_per_second)
+        best = max((predict(figures, candidate) for candidate in open_), key=lambda p: p.score)
+        if best.score < HOPELESS * plain_tokens_per_second(figures):
+            break
         if best.missing and clock() < SEARCHING:
             measure(best, figures, bench, deepest(candidates, best.candidate))
             advance(1)
             continue
-        if not best.missing:
+        if best.missing in ((), ("first",)):  # without the other figures there is no telling
             settled.append(best)
         open_ = [candidate for candidate in open_ if not _same_but_for_levels(candidate, best.candidate)]
     return settled

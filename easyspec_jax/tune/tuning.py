@@ -25,7 +25,7 @@ SECONDS = 150.0
 COMPILED = 0.85
 """By which share of the time the programs to confirm must be compiled; the first one's always are."""
 
-MAX_NEW_TOKENS = 48
+MAX_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def tune(
     with bar("Measuring") as advance:
         bench = DeviceBench(engine, sample, space.max_levels, space.tree_widths)
         sizes = verification_sizes(1 + space.max_levels * max(space.tree_widths))
-        figures = Figures(bench.plain, {size: bench.verification(size) for size in sizes})
+        figures = Figures(bench.plain, bench.overhead, {size: bench.verification(size) for size in sizes})
         best = search(found, figures, bench, finalists, clock, advance)
     bench.release()
     with bar("Confirming") as advance:
