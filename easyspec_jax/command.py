@@ -28,12 +28,20 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
+def cache_directory() -> Path | None:
+    """Where what can be made again is kept; somebody without a home does without."""
+    with suppress(RuntimeError):
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "easyspec_jax"
+    return None
+
+
 def cache_compilations() -> None:
     """A second run of the same models and mesh starts at once, unless JAX is told of another cache."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        with suppress(OSError, RuntimeError):  # somebody without a home does without
-            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "easyspec_jax" / "xla"
+    directory = cache_directory()
+    if jax.config.jax_compilation_cache_dir is None and directory is not None:  # pyright: ignore[reportAttributeAccessIssue]
+        with suppress(OSError):
+            cache = directory / "xla"
             cache.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(cache))

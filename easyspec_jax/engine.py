@@ -5,11 +5,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from easyspec_jax import demo
 from easyspec_jax.checkpoint import Checkpoint, open_checkpoint
@@ -20,14 +21,13 @@ from easyspec_jax.decode.round import RoundConfig
 from easyspec_jax.draft.grouping import Group, paper_groups, parse_groups
 from easyspec_jax.draft.parallel import load_draft
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.mesh import ALL_AXES, Axes, open_mesh, parse_mesh
+from easyspec_jax.mesh import ALL_AXES, Axes, MeshShape, open_mesh, parse_mesh
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.options import DType, Platform, SamplingParams, SpeculativeConfig, resolve_dtype
 from easyspec_jax.progress import Bar, no_bar
 from easyspec_jax.tokenizer import Prompt, TextStream, Tokenizer, check_same_ids, encode, load_tokenizer
-from easyspec_jax.verify import choose
 
 
 @dataclass(frozen=True)
@@ -116,40 +116,54 @@ class Engine:
     ) -> None:
         self.target, self.draft, self.tokenizer, self.groups = target, draft, tokenizer, groups
         self.mesh, self.speculative, self.max_length, self.dtype = mesh, speculative, max_length, dtype
-        self._models: tuple[Decoder, Decoder | None] | None = None
+        self._target: Decoder | None = None
+        self._draft: Decoder | None = None
         self._programs: dict[RoundConfig, Programs] = {}
         self._compiled: set[tuple[RoundConfig, int, int]] = set()
 
     def load(self, bar: Bar = no_bar) -> tuple[Decoder, Decoder | None]:
         """Target and draft on the mesh; read on the first call."""
-        if self._models is None:
-            target = self._loader(self.target, ALL_AXES)
+        target = self._load_target(bar)
+        if self._draft is None and self.draft is not None:
+            axes = ALL_AXES if self.speculative.draft_tensor_parallel_size == "all" else ()
+            with bar("Loading draft"):
+                self._draft = load_draft(self._loader(self.draft, axes), self.groups)
+        return target, self._draft
+
+    def _load_target(self, bar: Bar) -> Decoder:
+        if self._target is None:
+            loader = self._loader(self.target, ALL_AXES)
             with bar("Loading target", self.target.config.num_hidden_layers) as advance:
                 layers = []
                 for index in range(self.target.config.num_hidden_layers):
-                    layers.append(target.layer(index))
+                    layers.append(loader.layer(index))
                     advance(1)
-            draft = None
-            if self.draft is not None:
-                axes = ALL_AXES if self.speculative.draft_tensor_parallel_size == "all" else ()
-                with bar("Loading draft"):
-                    draft = load_draft(self._loader(self.draft, axes), self.groups)
-            self._models = target.decoder(layers), draft
-        return self._models
+            self._target = loader.decoder(layers)
+        return self._target
 
     def baseline(self) -> "Engine":
         """Plain decoding of the same target on the same mesh; its weights are shared."""
-        engine = Engine(
-            self.target,
-            None,
-            self.tokenizer,
-            (),
-            self.mesh,
-            SpeculativeConfig(method="vanilla", verifier=self.speculative.chosen_verifier),
-            self.max_length,
-            self.dtype,
-        )
-        engine._models = self.load()[0], None
+        return self.variant(SpeculativeConfig(method="vanilla", verifier=self.speculative.chosen_verifier))
+
+    def variant(self, speculative: SpeculativeConfig, shape: MeshShape | None = None, bar: Bar = no_bar) -> "Engine":
+        """The same pair on the same devices, decoded otherwise; weights that lie alike are shared.
+
+        shape: how the devices are split, by default as here. Raises EasySpecError for groups that the draft cannot
+        have, or if there is no draft.
+        """
+        mesh = self.mesh
+        if shape is not None:
+            devices = mesh.devices.reshape(shape.layer, shape.tensor)
+            mesh = Mesh(devices, ALL_AXES, axis_types=mesh.axis_types)
+        draft, groups = None, ()
+        if speculative.method != "vanilla":
+            if self.draft is None:
+                raise EasySpecError(f"--method {speculative.method} needs --draft DIR (or use --method vanilla)")
+            draft, groups = self.draft, _groups(speculative, self.draft.config.num_hidden_layers)
+        engine = Engine(self.target, draft, self.tokenizer, groups, mesh, speculative, self.max_length, self.dtype)
+        engine._target = jax.tree.map(partial(_seen_from, mesh), self._load_target(bar))
+        if mesh == self.mesh and speculative.layout == self.speculative.layout:
+            engine._draft = self._draft
         return engine
 
     def encode(self, prompt: Prompt, chat: bool = False) -> list[int]:
@@ -199,16 +213,7 @@ class Engine:
 
     def programs(self, sampling: SamplingParams) -> Programs:
         """The compiled steps for a way of sampling; its numbers are arguments of theirs."""
-        levels = 0 if self.draft is None else self.speculative.num_speculative_tokens
-        config = RoundConfig(
-            levels=levels,
-            # An exact draft's own KV is exact already: there is nothing to calibrate.
-            calibration=self.speculative.calibration and self.speculative.method == "easyspec",
-            verifier=choose(self.speculative.chosen_verifier, sampling),
-            stop_ids=self.target.config.stop_ids,
-            width=self.speculative.width,
-            nodes=self.speculative.tree_nodes,
-        )
+        config = RoundConfig.of(self.speculative, sampling, self.target.config.stop_ids)
         if config not in self._programs:
             target, draft = self.load()
             self._programs[config] = Programs(self.mesh, target, draft, config)
@@ -284,6 +289,13 @@ class Engine:
             vocab_rows=padded_vocab_size(self.mesh, *configs),
             num_ids=min(self.target.config.vocab_size, checkpoint.config.vocab_size),
         )
+
+
+def _seen_from(mesh: Mesh, array: jax.Array) -> jax.Array:
+    """The same buffers as an array on a mesh of the same devices that is split otherwise."""
+    sharding = NamedSharding(mesh, array.sharding.spec)  # pyright: ignore[reportAttributeAccessIssue]
+    shards = [shard.data for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
 
 
 def _ignore(piece: str) -> None:

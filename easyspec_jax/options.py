@@ -1,7 +1,7 @@
 """What a user may choose: how to speculate, how to sample, where and in what type to compute."""
 
-from dataclasses import dataclass
-from typing import Any, Literal, SupportsIndex, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self, SupportsIndex, get_args
 
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.errors import EasySpecError
@@ -50,6 +50,13 @@ class SpeculativeConfig:
             levels = self.num_speculative_tokens
             check_whole("tree-nodes", self.tree_nodes, levels, levels * self.width, ": one node a level to all")
         check_whole("lp-size", self.lp_size, 1)
+
+    @property
+    def layout(self) -> Self:
+        """Equal for two configurations if the draft's weights, and their places on a mesh, are."""
+        method = "sd" if self.method == "tree" else self.method
+        chain = replace(self, method=method, num_speculative_tokens=1, tree_width=None, tree_nodes=None)
+        return replace(chain, calibration=True, verifier=None)
 
     @property
     def width(self) -> int:

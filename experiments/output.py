@@ -3,23 +3,16 @@
 from pathlib import Path
 
 from easyspec_jax import EasySpecError
+from easyspec_jax.files import check_writable, write_whole
 
 
 def check_destination(path: Path) -> None:
     """Raises EasySpecError, before anything is measured, where save() could not write."""
     if not path.parent.is_dir() or path.suffix != ".json" or path.is_dir():
         raise EasySpecError(f"--out {path} is no .json file in a directory that exists")
-    partial = _partial(path)
-    partial.touch()  # an OSError says what is wrong
-    partial.unlink()
+    check_writable(path)  # an OSError says what is wrong
 
 
 def save(path: Path, text: str) -> None:
     """Replaces the file, if there is one, once all of the text is on disk."""
-    partial = _partial(path)
-    partial.write_bytes(text.encode())
-    partial.replace(path)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
+    write_whole(path, text.encode())

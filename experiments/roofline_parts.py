@@ -17,10 +17,11 @@ from easyspec_jax.draft.parallel import run_fuzzy
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.mesh import open_mesh, parse_mesh
 from easyspec_jax.model.transformer import Decoder, run_exact
+from easyspec_jax.timing import Case, alone, alternate, pass_case, round_case
 from easyspec_jax.verify import Greedy, Verifier
 from experiments import roofline_models as models
 from experiments import roofline_texts as texts
-from experiments.roofline_timing import Case, alone, alternate, memory_cases, pass_case, round_case
+from experiments.roofline_timing import memory_cases
 
 VERIFIED = (1, 2, 4, 6, 8, 16, 21, 32, 64)
 LP_SIZES = (1, 2, 4, 7)

@@ -16,8 +16,9 @@ from easyspec_jax.draft.parallel import run_fuzzy
 from easyspec_jax.model.attention import Nodes
 from easyspec_jax.model.cache import move
 from easyspec_jax.model.transformer import Caches, Decoder, run_exact
+from easyspec_jax.options import SamplingParams, SpeculativeConfig
 from easyspec_jax.tree import Tree, bare_root, path_to, prune
-from easyspec_jax.verify import Request, Verdict, Verifier
+from easyspec_jax.verify import Request, Verdict, Verifier, choose
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,19 @@ class RoundConfig:
     stop_ids: tuple[int, ...]
     width: int = 1
     nodes: int | None = None
+
+    @classmethod
+    def of(cls, speculative: SpeculativeConfig, sampling: SamplingParams, stop_ids: tuple[int, ...]) -> "RoundConfig":
+        """The round of a way to speculate, for a way of sampling; the numbers of the latter are arguments of it."""
+        return cls(
+            levels=0 if speculative.method == "vanilla" else speculative.num_speculative_tokens,
+            # An exact draft's own KV is exact already: there is nothing to calibrate.
+            calibration=speculative.calibration and speculative.method == "easyspec",
+            verifier=choose(speculative.chosen_verifier, sampling),
+            stop_ids=stop_ids,
+            width=speculative.width,
+            nodes=speculative.tree_nodes,
+        )
 
     @property
     def pending_size(self) -> int:

@@ -21,7 +21,6 @@ from easyspec_jax.model.transformer import Decoder, run_exact
 from easyspec_jax.options import DraftTensorParallelSize, Method, SamplingParams, SpeculativeConfig
 from easyspec_jax.plan.cost import Cost, cost
 from easyspec_jax.plan.shapes import abstract_pair, abstract_state, bytes_per_device
-from easyspec_jax.verify import choose
 
 MakeMesh = Callable[[MeshShape], Mesh]
 
@@ -104,13 +103,7 @@ def programs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Programs:
         num_speculative_tokens=pair.num_speculative_tokens,
         tree_width=pair.tree_width if drafted else None,
     )
-    config = RoundConfig(
-        levels=pair.num_speculative_tokens if drafted else 0,
-        calibration=way.method == "easyspec",
-        verifier=choose(speculative.chosen_verifier, SamplingParams()),
-        stop_ids=pair.target.stop_ids,
-        width=speculative.width,
-    )
+    config = RoundConfig.of(speculative, SamplingParams(), pair.target.stop_ids)
     return Programs(mesh, *abstract_pair(pair.target, draft, mesh, groups, axes, pair.dtype), config)
 
 

@@ -19,12 +19,13 @@ from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import run_exact
 from easyspec_jax.options import SamplingParams
+from easyspec_jax.timing import alone, pass_case, round_case
 from easyspec_jax.verify import Greedy
 from experiments import roofline_models as models
 from experiments import roofline_parts, roofline_texts
 from experiments.bench_roofline import main
 from experiments.roofline_texts import SyntheticAcceptance
-from experiments.roofline_timing import alone, memory_cases, pass_case, round_case
+from experiments.roofline_timing import memory_cases
 from tests.models import forward
 
 LEVELS, VOCAB = 5, 384

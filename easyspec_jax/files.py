@@ -1,0 +1,35 @@
+"""Files that are written whole or not at all."""
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replaces the file, if there is one, once all of the content is on disk, whoever else writes it too."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    partial = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        partial.chmod(0o666 & ~_umask())  # a temporary file is its owner's only
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError, before anything is measured, where write_whole could not write."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    Path(name).unlink()
+
+
+def _umask() -> int:
+    """The only way to read it is to set it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,115 @@
+"""Best first: whatever would be the fastest if its unmeasured figures were as good as they can be is measured next."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from easyspec_jax.progress import Advance
+from easyspec_jax.tune.candidates import Candidate, Draft
+from easyspec_jax.tune.predict import Figures, Phase, Prediction, pending_size, plain_tokens_per_second, predict
+
+
+class Bench(Protocol):
+    """What can be measured, each at a cost of seconds."""
+
+    def step(self, draft: Draft, width: int) -> float:
+        """Seconds of a fuzzy pass over so many nodes, their logits included."""
+        ...
+
+    def first(self, draft: Draft, tokens: int) -> float:
+        """Seconds of an exact pass over so many pending tokens, the last one's logits included."""
+        ...
+
+    def acceptance(self, draft: Draft, width: int) -> dict[int, tuple[float, ...]]:
+        """For this tree width, and others where they cost nothing, the mean accepted tokens by number of levels."""
+        ...
+
+
+Clock = Callable[[], float]
+"""The share of the time for measuring that is over."""
+
+PLACING, SEARCHING = 0.35, 0.55
+"""By which share of the time the first step of every draft, and the search, must be over; confirming has the rest."""
+
+HOPELESS = 0.85
+"""Candidates below this share of plain decoding's speed, even at best, are not run."""
+
+
+def search(
+    candidates: Sequence[Candidate],
+    figures: Figures,
+    bench: Bench,
+    finalists: int,
+    clock: Clock,
+    advance: Advance = lambda amount: None,
+) -> list[Prediction]:
+    """The predictions to confirm, best first: no two differ in their number of levels alone.
+
+    figures grows with what is measured. There may be fewer than `finalists`: those that plain decoding beats for sure
+    are left out, and so is, once time is over, what little is known of.
+    """
+    time_steps(candidates, figures, bench, clock, advance)
+    # What was not reached stays out: it would look as fast as light.
+    open_ = [candidate for candidate in candidates if candidate.draft in figures.step]
+    settled: list[Prediction] = []
+    while open_ and len(settled) < finalists:
+        best = max((predict(figures, candidate) for candidate in open_), key=lambda p: p.score)
+        if best.score < HOPELESS * plain_tokens_per_second(figures):
+            break
+        if best.missing and clock() < SEARCHING:
+            measure(best, figures, bench, deepest(candidates, best.candidate))
+            advance(1)
+            continue
+        if best.missing in ((), ("first",)):  # without the other figures there is no telling
+            settled.append(best)
+        open_ = [candidate for candidate in open_ if not _same_but_for_levels(candidate, best.candidate)]
+    return settled
+
+
+def time_steps(candidates: Sequence[Candidate], figures: Figures, bench: Bench, clock: Clock, advance: Advance) -> None:
+    """Times a step of one token of every draft: first the placement that is the default of each grouping, then what
+    differs least from the fastest so far, because time may not suffice for all.
+    """
+    drafts = list(dict.fromkeys(candidate.draft for candidate in candidates))
+    first_of = {draft.drafting: draft for draft in reversed(drafts)}.values()
+    todo = [*first_of, *(draft for draft in drafts if draft not in first_of)]
+    initial = len(first_of)
+    for number in range(len(todo)):
+        if number >= initial:
+            fastest = min(figures.step, key=lambda draft: figures.step[draft][1])
+            todo[number:] = sorted(todo[number:], key=lambda draft: _distance(draft, fastest))
+        if number and clock() > PLACING:
+            return
+        figures.step[todo[number]] = {1: bench.step(todo[number], 1)}
+        advance(1)
+
+
+def measure(best: Prediction, figures: Figures, bench: Bench, levels: int) -> None:
+    """Measures the first figure that a prediction lacks; levels: the most that a candidate has."""
+    draft, speculative = best.candidate.draft, best.candidate.speculative
+    phase: Phase = best.missing[0]
+    if phase == "step":
+        figures.step[draft][speculative.width] = bench.step(draft, speculative.width)
+    elif phase == "first":
+        # Two sizes, between which every number of levels lies.
+        sizes = {pending_size(replace(speculative, num_speculative_tokens=n)) for n in (1, levels)}
+        figures.first[draft] = {size: bench.first(draft, size) for size in sorted(sizes)}
+    else:
+        known = figures.acceptance.setdefault(draft.drafting, {})
+        known |= bench.acceptance(draft, speculative.width)
+
+
+def deepest(candidates: Sequence[Candidate], like: Candidate) -> int:
+    """The most levels of a candidate that differs from another in nothing else."""
+    same = (candidate for candidate in candidates if _same_but_for_levels(candidate, like))
+    return max(candidate.speculative.num_speculative_tokens for candidate in same)
+
+
+def _same_but_for_levels(one: Candidate, other: Candidate) -> bool:
+    return one.draft == other.draft and one.speculative.width == other.speculative.width
+
+
+def _distance(one: Draft, other: Draft) -> int:
+    """In how many choices two drafts differ."""
+    tp = one.layout.draft_tensor_parallel_size != other.layout.draft_tensor_parallel_size
+    return (one.shape != other.shape) + (one.drafting != other.drafting) + tp
