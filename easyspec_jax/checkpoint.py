@@ -4,8 +4,11 @@ Canonical tensors carry Hugging Face's Llama names and layouts (linear weights a
 translated by `convert` once.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +38,19 @@ class Checkpoint:
     directory: Path
     config: ModelConfig
     source: StoredSource
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of every tensor as it is stored; the same for a converted copy in the same dtype."""
+
+        def digest(name: str) -> bytes:
+            tensor = np.ascontiguousarray(self.source.read(name))
+            described = f"{name} {tensor.dtype} {tensor.shape} ".encode()
+            return hashlib.sha256(described + tensor.reshape(-1).view(np.uint8).data).digest()
+
+        with ThreadPoolExecutor() as pool:
+            digests = pool.map(digest, sorted(expected_shapes(self.config)))
+            return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def open_checkpoint(directory: Path | str) -> Checkpoint:

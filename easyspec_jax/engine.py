@@ -18,7 +18,7 @@ from easyspec_jax.completion import Completion, Row, batched
 from easyspec_jax.decode.loop import Programs, decode, warm_up
 from easyspec_jax.decode.metrics import Stats
 from easyspec_jax.decode.round import RoundConfig
-from easyspec_jax.draft.grouping import Group, paper_groups, parse_groups
+from easyspec_jax.draft.grouping import Layout, paper_groups, parse_groups
 from easyspec_jax.draft.parallel import load_draft
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.mesh import ALL_AXES, Axes, MeshShape, open_mesh, parse_mesh
@@ -27,6 +27,8 @@ from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.options import DType, Platform, SamplingParams, SpeculativeConfig, resolve_dtype
 from easyspec_jax.progress import Bar, no_bar
+from easyspec_jax.refit.store import choose_refit
+from easyspec_jax.sources import TensorSource
 from easyspec_jax.tokenizer import Prompt, TextStream, Tokenizer, check_same_ids, encode, load_tokenizer
 
 
@@ -65,26 +67,28 @@ def open_model(
         target, draft = demo.TARGET, demo.DRAFT
     opened = open_checkpoint(target)
     tokenizer = load_tokenizer(opened.directory)
-    second, groups = None, ()
+    second, layout, refit = None, Layout(()), None
     if speculative.method != "vanilla":
         if draft is None:
             raise EasySpecError(f"--method {speculative.method} needs --draft DIR (or use --method vanilla)")
         second = open_checkpoint(draft)
         check_same_ids(tokenizer, load_tokenizer(second.directory))
-        groups = _groups(speculative, second.config.num_hidden_layers)
+        layout = draft_layout(speculative, second.config.num_hidden_layers)
+        refit = choose_refit(speculative, second, layout)
     smallest = min((c for c in (opened, second) if c is not None), key=lambda c: c.config.max_position_embeddings)
     positions = smallest.config.max_position_embeddings
     if max_length is not None and not 2 <= max_length <= positions:
         raise EasySpecError(
             f"--max-length {max_length} must be from 2 to the {positions} positions of {smallest.directory}"
         )
-    shape = parse_mesh(mesh, group_size=max(map(len, groups), default=1))
+    shape = parse_mesh(mesh, group_size=layout.lp_size)
     devices = open_mesh(shape, platform, or_cpu=bundled)
     return Engine(
         target=opened,
         draft=second,
         tokenizer=tokenizer,
-        groups=groups,
+        layout=layout,
+        refit=refit,
         mesh=devices,
         speculative=speculative,
         max_length=max_length or positions,
@@ -92,12 +96,13 @@ def open_model(
     )
 
 
-def _groups(speculative: SpeculativeConfig, num_layers: int) -> tuple[Group, ...]:
+def draft_layout(speculative: SpeculativeConfig, num_layers: int) -> Layout:
+    """What of a draft of so many layers runs at once. Raises EasySpecError for groups that it cannot have."""
     if speculative.method in ("sd", "tree"):
-        return paper_groups(num_layers, 1)
+        return Layout(paper_groups(num_layers, 1))
     if speculative.lp_strategy is not None:
-        return parse_groups(speculative.lp_strategy, num_layers)
-    return paper_groups(num_layers, speculative.lp_size)
+        return Layout(parse_groups(speculative.lp_strategy, num_layers), speculative.mlp_lp_size)
+    return Layout(paper_groups(num_layers, speculative.lp_size), speculative.mlp_lp_size)
 
 
 class Engine:
@@ -108,13 +113,14 @@ class Engine:
         target: Checkpoint,
         draft: Checkpoint | None,
         tokenizer: Tokenizer,
-        groups: tuple[Group, ...],
+        layout: Layout,
+        refit: TensorSource | None,
         mesh: Mesh,
         speculative: SpeculativeConfig,
         max_length: int,
         dtype: str,
     ) -> None:
-        self.target, self.draft, self.tokenizer, self.groups = target, draft, tokenizer, groups
+        self.target, self.draft, self.tokenizer, self.layout, self.refit = target, draft, tokenizer, layout, refit
         self.mesh, self.speculative, self.max_length, self.dtype = mesh, speculative, max_length, dtype
         self._target: Decoder | None = None
         self._draft: Decoder | None = None
@@ -127,7 +133,7 @@ class Engine:
         if self._draft is None and self.draft is not None:
             axes = ALL_AXES if self.speculative.draft_tensor_parallel_size == "all" else ()
             with bar("Loading draft"):
-                self._draft = load_draft(self._loader(self.draft, axes), self.groups)
+                self._draft = load_draft(self._loader(self.draft, axes), self.layout, self.refit)
         return target, self._draft
 
     def _load_target(self, bar: Bar) -> Decoder:
@@ -155,12 +161,15 @@ class Engine:
         if shape is not None:
             devices = mesh.devices.reshape(shape.layer, shape.tensor)
             mesh = Mesh(devices, ALL_AXES, axis_types=mesh.axis_types)
-        draft, groups = None, ()
+        draft, layout, refit = None, Layout(()), None
         if speculative.method != "vanilla":
             if self.draft is None:
                 raise EasySpecError(f"--method {speculative.method} needs --draft DIR (or use --method vanilla)")
-            draft, groups = self.draft, _groups(speculative, self.draft.config.num_hidden_layers)
-        engine = Engine(self.target, draft, self.tokenizer, groups, mesh, speculative, self.max_length, self.dtype)
+            draft, layout = self.draft, draft_layout(speculative, self.draft.config.num_hidden_layers)
+            refit = choose_refit(speculative, draft, layout)
+        engine = Engine(
+            self.target, draft, self.tokenizer, layout, refit, mesh, speculative, self.max_length, self.dtype
+        )
         engine._target = jax.tree.map(partial(_seen_from, mesh), self._load_target(bar))
         if mesh == self.mesh and speculative.layout == self.speculative.layout:
             engine._draft = self._draft

@@ -101,6 +101,12 @@ def _parser() -> argparse.ArgumentParser:
     drafting.add_argument("--lp-size", type=int, default=default.lp_size, metavar="N",
                           help="layers that run at once (default: %(default)s)")  # fmt: skip
     drafting.add_argument("--lp-strategy", metavar="S", help='explicit groups, such as "0,1-3,4-7,8"')
+    drafting.add_argument("--mlp-lp-size", type=int, default=default.mlp_lp_size, metavar="M",
+                          help="MLPs of a group that run at once (default: %(default)s)")  # fmt: skip
+    refit = drafting.add_mutually_exclusive_group()
+    refit.add_argument("--refit", default=default.refit, metavar="DIR",
+                       help="projections fitted to these groups (default: those in the draft's directory, if any)")  # fmt: skip
+    refit.add_argument("--no-refit", dest="refit", action="store_const", const="none", help="use none")
     drafting.add_argument("--no-calibration", action="store_true", help="keep the fuzzy KV of accepted tokens")
     drafting.add_argument("--draft-tensor-parallel-size", default=default.draft_tensor_parallel_size,
                           choices=get_args(DraftTensorParallelSize),
@@ -141,6 +147,8 @@ def _run(args: argparse.Namespace) -> int:
         tree_nodes=args.tree_nodes,
         lp_size=args.lp_size,
         lp_strategy=args.lp_strategy,
+        mlp_lp_size=args.mlp_lp_size,
+        refit=args.refit,
         calibration=not args.no_calibration,
         draft_tensor_parallel_size=args.draft_tensor_parallel_size,
         verifier=args.verifier,

@@ -22,8 +22,10 @@ class SpeculativeConfig:
 
     num_speculative_tokens: levels drafted per round. tree_width: nodes a level, of which the best tree_nodes are
     verified; None stands for a chain, or 4 with method "tree", and for all of them. lp_size: layers a group, for the
-    paper's grouping rule; lp_strategy: explicit groups such as "0,1-3,4-7", which override lp_size. calibration:
-    rebuild exact draft KV every round. draft_tensor_parallel_size: whatever of the draft is not layer-parallel is
+    paper's grouping rule; lp_strategy: explicit groups such as "0,1-3,4-7", which override lp_size; mlp_lp_size: how
+    many MLPs of a group run at once. refit: "auto" takes projections refitted for these groups where the draft's
+    directory holds them, "none" does not, and anything else is a directory that must. calibration: rebuild exact draft
+    KV every round. draft_tensor_parallel_size: whatever of the draft is not layer-parallel is
     replicated ("1") or split over all devices ("all"). verifier: None stands for rejection sampling of chains and
     coupled sampling of trees, which accept more on average.
     """
@@ -34,6 +36,8 @@ class SpeculativeConfig:
     tree_nodes: int | None = None
     lp_size: int = 4
     lp_strategy: str | None = None
+    mlp_lp_size: int = 1
+    refit: str = "auto"
     calibration: bool = True
     draft_tensor_parallel_size: DraftTensorParallelSize = "all"
     verifier: Verifier | None = None
@@ -50,6 +54,7 @@ class SpeculativeConfig:
             levels = self.num_speculative_tokens
             check_whole("tree-nodes", self.tree_nodes, levels, levels * self.width, ": one node a level to all")
         check_whole("lp-size", self.lp_size, 1)
+        check_whole("mlp-lp-size", self.mlp_lp_size, 1)
 
     @property
     def layout(self) -> Self:

@@ -38,7 +38,7 @@ def print_summary(completions: Sequence["Completion"], engine: "Engine", batch_s
             f"[bold]{stats.mean_acceptance_length:.2f}[/] tokens a round",
             f"acceptance rate {stats.acceptance_rate:.2f}",
         ]
-    fields += [f"prefill {stats.prefill_seconds:.2f} s", f"{engine.speculative.method} on {_mesh(engine)}"]
+    fields += [f"prefill {stats.prefill_seconds:.2f} s", f"{_method(engine)} on {_mesh(engine)}"]
     _console().print("[dim]—[/] " + " · ".join(fields))
 
 
@@ -49,7 +49,7 @@ def print_comparison(
     table = Table("", "tokens/s", "tokens a round", "acceptance rate", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
-    ways = ((engine.speculative.method, total(completions, batch_size)), ("vanilla", total(plain, batch_size)))
+    ways = ((_method(engine), total(completions, batch_size)), ("vanilla", total(plain, batch_size)))
     for name, stats in ways:
         drafted = [f"{stats.mean_acceptance_length:.2f}", f"{stats.acceptance_rate:.2f}"] if stats.drafted else []
         table.add_row(name, f"{stats.tokens_per_second:.1f}", *drafted)
@@ -85,7 +85,10 @@ def print_devices(engine: "Engine", sampling: SamplingParams, prepared: "Prepara
         sizes = [f"{column[device] / 2**20:.1f} MiB" for column in columns]
         table.add_row(f"{device.platform}:{device.id}", " ".join(map(str, layers)) or "–", *sizes)
     console = _console()
-    console.print(f"mesh {_mesh(engine)} · {engine.dtype} · groups {format_groups(engine.groups) or 'none'}")
+    refit = "" if engine.refit is None else " · refit"
+    console.print(
+        f"mesh {_mesh(engine)} · {engine.dtype} · groups {format_groups(engine.layout.groups) or 'none'}{refit}"
+    )
     console.print(f"loaded in {prepared.load_seconds:.2f} s · compiled in {prepared.compile_seconds:.2f} s")
     console.print(table)
 
@@ -103,13 +106,17 @@ def print_example(prompt: str) -> None:
 def _layers_at(position: int, engine: "Engine") -> list[int]:
     """The grouped layers whose attention lives at a position of the layer axis."""
     axis = engine.mesh.shape[LAYER]
-    groups = [group for group in engine.groups if len(group) > 1]
+    groups = [group for group in engine.layout.groups if len(group) > 1]
     return [layer for group in groups for layer in group if position_of(layer, group, axis) == position]
 
 
 def _bytes_per_device(tree: Any) -> Counter[Any]:
     shards = (shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards)
     return sum((Counter({shard.device: shard.data.nbytes}) for shard in shards), Counter())
+
+
+def _method(engine: "Engine") -> str:
+    return engine.speculative.method + ("" if engine.refit is None else ", refit")
 
 
 def _mesh(engine: "Engine") -> str:

@@ -96,7 +96,7 @@ def measure(
     completions = list(engine.generate(prompts, sampling, chat=args.chat, batch_size=args.batch_size))
     stats = sum((completion.stats for completion in completions[1:]), completions[0].stats)
     return {
-        "groups": format_groups(engine.groups),
+        "groups": format_groups(engine.layout.groups),
         "rounds": stats.rounds,
         "drafted": stats.drafted,
         "accepted": stats.accepted,

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from easyspec_jax.checkpoint import EMBEDDING, HEAD, expected_shapes
 from easyspec_jax.config import ModelConfig, model_config, read_json
-from easyspec_jax.draft.grouping import Group
+from easyspec_jax.draft.grouping import Group, Layout
 from easyspec_jax.draft.parallel import load_draft
 from easyspec_jax.mesh import ALL_AXES
 from easyspec_jax.model.attention import Attention
@@ -183,7 +183,7 @@ def load(source: Synthetic, mesh: Mesh, groups: Sequence[Group] | None = None) -
     loader = AlikeLoader(source, config, mesh, ALL_AXES, source.dtype, rows, config.vocab_size)
     if groups is None:
         return loader.decoder([loader.layer(index) for index in range(config.num_hidden_layers)])
-    return load_draft(loader, groups)
+    return load_draft(loader, Layout(tuple(groups)))
 
 
 def random_source(fields: Fields, dtype: str) -> Synthetic:

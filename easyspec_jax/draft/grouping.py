@@ -17,6 +17,11 @@ class Layout:
     groups: tuple[Group, ...]
     mlp_lp_size: int = 1
 
+    @property
+    def lp_size(self) -> int:
+        """Layers of the largest group."""
+        return max(map(len, self.groups), default=1)
+
 
 def paper_groups(num_layers: int, lp_size: int) -> tuple[Group, ...]:
     """The paper's rule (EasySpec, arXiv 2502.02493): borders at multiples of lp_size, first and last layer alone."""

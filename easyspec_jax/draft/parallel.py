@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from easyspec_jax.draft.grouping import Group, slots_per_device
+from easyspec_jax.draft.grouping import Group, Layout, slots_per_device
 from easyspec_jax.draft.overlay import Overlay
 from easyspec_jax.mesh import ALL_AXES, LAYER, TENSOR, Axes
 from easyspec_jax.model.attention import Attention, Window
@@ -136,14 +136,12 @@ def run_fuzzy(block: Block, h: Hidden, cache: KVCache, window: Window) -> tuple[
     return block.fuzzy(h, cache, window) if isinstance(block, LayerGroup) else run_exact(block, h, cache, window)
 
 
-def load_draft(
-    loader: Loader, groups: Sequence[Group], mlp_lp_size: int = 1, refit: TensorSource | None = None
-) -> Decoder:
+def load_draft(loader: Loader, layout: Layout, refit: TensorSource | None = None) -> Decoder:
     """A draft whose groups of two and more layers are layer-parallel over the loader's mesh.
 
     refit: tensors that replace the checkpoint's in fuzzy passes; see easyspec_jax.refit.
     """
-    return loader.decoder([load_block(loader, group, mlp_lp_size, refit) for group in groups])
+    return loader.decoder([load_block(loader, group, layout.mlp_lp_size, refit) for group in layout.groups])
 
 
 def load_block(loader: Loader, group: Group, mlp_lp_size: int = 1, refit: TensorSource | None = None) -> Block:

@@ -15,7 +15,7 @@ from easyspec_jax.checkpoint import expected_shapes
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.decode.loop import Programs
 from easyspec_jax.decode.round import State, init_state
-from easyspec_jax.draft.grouping import Group
+from easyspec_jax.draft.grouping import Group, Layout
 from easyspec_jax.draft.parallel import load_draft
 from easyspec_jax.mesh import ALL_AXES, Axes, MeshShape
 from easyspec_jax.model.attention import Attention
@@ -97,7 +97,7 @@ def abstract_pair(
 
     of_target = loader(target, ALL_AXES)
     layers = [of_target.layer(index) for index in range(target.num_hidden_layers)]
-    of_draft = None if draft is None else load_draft(loader(draft, draft_axes), groups)
+    of_draft = None if draft is None else load_draft(loader(draft, draft_axes), Layout(tuple(groups)))
     return of_target.decoder(layers), of_draft
 
 

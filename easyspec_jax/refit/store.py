@@ -1,20 +1,19 @@
 """Where a refit lies: beside the weights it was made from, and good for those alone."""
 
 import hashlib
-import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialise
 
-from easyspec_jax.checkpoint import Checkpoint, expected_shapes
+from easyspec_jax.checkpoint import Checkpoint
 from easyspec_jax.draft.grouping import Layout, format_groups
 from easyspec_jax.errors import EasySpecError, first_line
-from easyspec_jax.options import FLOAT_DTYPES
+from easyspec_jax.files import write_whole
+from easyspec_jax.options import FLOAT_DTYPES, SpeculativeConfig
 from easyspec_jax.sources import TensorSource, Window
 
 DIRECTORY = "refit"
@@ -33,19 +32,12 @@ def save(path: Path, tensors: Mapping[str, np.ndarray], layout: Layout, draft: C
     """Writes a refit, whole or not at all, in the draft's own dtype. Raises EasySpecError if it cannot."""
     dtype = draft.config.dtype if draft.config.dtype in FLOAT_DTYPES else "float32"
     values = {name: np.ascontiguousarray(tensor.astype(dtype)) for name, tensor in tensors.items()}
-    metadata = _described(layout) | {"draft": fingerprint(draft.source, expected_shapes(draft.config))}
-    temporary = path.with_name(f".{path.name}.partial")
+    metadata = _described(layout) | {"draft": draft.fingerprint}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file(values, temporary, metadata=metadata)
-        temporary.chmod(mode)  # the library's file is readable by its owner only
-        os.replace(temporary, path)
+        write_whole(path, serialise(values, metadata=metadata))
     except (OSError, SafetensorError) as error:
         raise EasySpecError(f"{path} cannot be written: {first_line(error)}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def find(directory: Path, layout: Layout, draft: Checkpoint) -> TensorSource | None:
@@ -62,7 +54,7 @@ def find(directory: Path, layout: Layout, draft: Checkpoint) -> TensorSource | N
             held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, TypeError, AttributeError) as error:
         raise EasySpecError(f"{path} is damaged ({first_line(error)}); run easyspec_jax.refit again") from None
-    if metadata.get("draft") != fingerprint(draft.source, expected_shapes(draft.config)):
+    if metadata.get("draft") != draft.fingerprint:
         raise EasySpecError(
             f"{path} was made from other weights than those of {draft.directory}; run easyspec_jax.refit again, "
             "or use --no-refit"
@@ -70,6 +62,21 @@ def find(directory: Path, layout: Layout, draft: Checkpoint) -> TensorSource | N
     if {name: metadata.get(name) for name in _described(layout)} != _described(layout):
         raise EasySpecError(f"{path} is for other groups than its name says; run easyspec_jax.refit again")
     return Held(held)
+
+
+def choose_refit(speculative: SpeculativeConfig, draft: Checkpoint, layout: Layout) -> TensorSource | None:
+    """The refit to draft with, if any. Raises EasySpecError if the one that was asked for is missing or unfit."""
+    if speculative.refit == "none" or layout.lp_size == 1:
+        return None
+    if speculative.refit == "auto":
+        return find(draft.directory / DIRECTORY, layout, draft)
+    refit = find(Path(speculative.refit), layout, draft)
+    if refit is None:
+        raise EasySpecError(
+            f"--refit {speculative.refit} holds none for the groups {format_groups(layout.groups)} with "
+            f"--mlp-lp-size {layout.mlp_lp_size}; run easyspec_jax.refit for them"
+        )
+    return refit
 
 
 @dataclass(frozen=True)
@@ -83,17 +90,6 @@ class Held:
 
     def read(self, name: str, window: Window = ()) -> np.ndarray:
         return self.tensors[name][window]
-
-
-def fingerprint(source: TensorSource, names: Mapping[str, object]) -> str:
-    """A hash of these tensors as they are stored; the same for a converted copy of the same dtype."""
-
-    def digest(name: str) -> bytes:
-        tensor = np.ascontiguousarray(source.read(name))
-        return hashlib.sha256(f"{name} {tensor.dtype} {tensor.shape} ".encode() + tensor.view(np.uint8).data).digest()
-
-    with ThreadPoolExecutor() as pool:
-        return hashlib.sha256(b"".join(pool.map(digest, sorted(names)))).hexdigest()
 
 
 def _described(layout: Layout) -> dict[str, str]:

@@ -13,7 +13,7 @@ from easyspec_jax.checkpoint import open_checkpoint
 from easyspec_jax.decode import loop
 from easyspec_jax.decode.loop import PREFILL_CHUNK, Programs, decode, first_tokens, prefill_all
 from easyspec_jax.decode.round import RoundConfig
-from easyspec_jax.draft.grouping import paper_groups
+from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.parallel import load_draft
 from easyspec_jax.mesh import ALL_AXES, MeshShape
 from easyspec_jax.options import SamplingParams
@@ -59,7 +59,10 @@ def programs(pair, config, mesh=MeshShape(1, 1), axes=ALL_AXES, lp_size=3, own_d
         return Programs(from_.mesh, load_target(from_), None, config)
     groups = paper_groups(LAYERS, lp_size)
     return Programs(
-        from_.mesh, load_target(from_), load_draft(loader(target if own_draft else draft, mesh, axes), groups), config
+        from_.mesh,
+        load_target(from_),
+        load_draft(loader(target if own_draft else draft, mesh, axes), Layout(groups)),
+        config,
     )
 
 

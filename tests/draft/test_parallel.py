@@ -12,6 +12,7 @@ import torch
 from jax.sharding import PartitionSpec as P
 
 from easyspec_jax.checkpoint import open_checkpoint
+from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.parallel import LayerGroup, load_draft, run_fuzzy
 from easyspec_jax.mesh import ALL_AXES, MeshShape
 from easyspec_jax.model.transformer import run_exact
@@ -57,7 +58,7 @@ def algorithm_2(reference, groups) -> np.ndarray:
 def test_fuzzy_pass_is_algorithm_2(pair, mesh, groups, axes):
     checkpoint, reference = pair
     from_ = loader(checkpoint, mesh, axes)
-    logits = forward(load_draft(from_, groups), from_.mesh, TOKENS, run=run_fuzzy)
+    logits = forward(load_draft(from_, Layout(groups)), from_.mesh, TOKENS, run=run_fuzzy)
     expected = algorithm_2(reference, groups)
     np.testing.assert_allclose(logits[..., :300], expected, atol=1e-4, rtol=0)
     exact = algorithm_2(reference, [range(i, i + 1) for i in range(8)])
@@ -69,7 +70,7 @@ def test_fuzzy_pass_is_algorithm_2(pair, mesh, groups, axes):
 def test_biases_and_head_norms_go_with_their_layers(tmp_path, family, run):
     reference = save_model(tmp_path, family, num_hidden_layers=8)
     from_ = loader(open_checkpoint(tmp_path), MeshShape(4, 2))
-    logits = forward(load_draft(from_, GROUPS[0]), from_.mesh, TOKENS, run=run)
+    logits = forward(load_draft(from_, Layout(GROUPS[0])), from_.mesh, TOKENS, run=run)
     expected = algorithm_2(reference, GROUPS[0] if run is run_fuzzy else [range(i, i + 1) for i in range(8)])
     np.testing.assert_allclose(logits[..., :300], expected, atol=1e-4, rtol=0)
 
@@ -80,7 +81,7 @@ def test_biases_and_head_norms_go_with_their_layers(tmp_path, family, run):
 def test_exact_pass_is_the_model(pair, mesh, groups, branch):
     checkpoint, reference = pair
     from_ = loader(checkpoint, mesh)
-    draft = load_draft(from_, groups)
+    draft = load_draft(from_, Layout(groups))
     for block in draft.blocks:
         if isinstance(block, LayerGroup):
             block.branch = branch
@@ -95,7 +96,7 @@ def test_kv_of_a_layer_lives_only_where_its_attention_does(pair, run, branch):
     """Two tokens appended to an empty cache, then the cache of a group of three on four devices."""
     checkpoint, _ = pair
     from_ = loader(checkpoint, MeshShape(4, 2))
-    group: Any = load_draft(from_, GROUPS[0]).blocks[1]
+    group: Any = load_draft(from_, Layout(GROUPS[0])).blocks[1]
     group.branch = branch
     cache = _run(group, from_, run, tokens=2, capacity=4)[1]
     written = np.abs(np.asarray(cache.k)).sum(axis=(1, 3)) > 0
@@ -110,7 +111,7 @@ def test_collectives_of_a_group(pair, mesh, size):
 
     def collectives(axes, run) -> dict[str, int]:
         from_ = loader(checkpoint, mesh, axes)
-        group = load_draft(from_, single_out(size)).blocks[1]
+        group = load_draft(from_, Layout(single_out(size))).blocks[1]
         text = _run(group, from_, run, tokens=1, capacity=8, compiled=True)
         names = re.findall(r"= \S+ (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", text)
         return {name: names.count(name) for name in set(names)}
@@ -125,7 +126,7 @@ def test_collectives_of_a_group(pair, mesh, size):
 def test_one_device_computes_a_groups_attentions_by_batched_products(pair, size):
     """Fuzzily four for all of them (queries, keys and values; scores; mixtures; outputs); exactly, four for each."""
     from_ = loader(pair[0], MeshShape(1, 1))
-    group = load_draft(from_, single_out(size)).blocks[1]
+    group = load_draft(from_, Layout(single_out(size))).blocks[1]
 
     def products(run) -> int:
         return str(jax.make_jaxpr(partial(_run, group, from_, run, tokens=1, capacity=8))()).count("dot_general[")
@@ -157,6 +158,6 @@ def _run(group, from_, run, tokens, capacity, compiled=False) -> Any:
 def test_single_layers_are_ordinary_layers(pair):
     checkpoint, _ = pair
     from_ = loader(checkpoint, MeshShape(4, 2))
-    singles = load_draft(from_, [range(i, i + 1) for i in range(8)])
+    singles = load_draft(from_, Layout(paper_groups(8, 1)))
     fuzzy = forward(singles, from_.mesh, TOKENS, run=run_fuzzy)
     np.testing.assert_array_equal(fuzzy, forward(load_target(from_), from_.mesh, TOKENS))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from easyspec_jax.checkpoint import open_checkpoint
-from easyspec_jax.draft.grouping import paper_groups
+from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.parallel import load_draft
 from easyspec_jax.mesh import ALL_AXES, MeshShape
 from tests.models import FAMILIES, LAYERS, forward, load_target, loader, partition_specs, save_model
@@ -36,7 +36,7 @@ def test_target_logits(model, mesh):
 def test_exact_pass_of_layer_groups(model, axes):
     checkpoint, expected = model
     from_ = loader(checkpoint, MeshShape(4, 2), axes)
-    draft = load_draft(from_, paper_groups(LAYERS, 4))
+    draft = load_draft(from_, Layout(paper_groups(LAYERS, 4)))
     np.testing.assert_allclose(forward(draft, from_.mesh, TOKENS)[..., :300], expected, atol=1e-4, rtol=0)
 
 
