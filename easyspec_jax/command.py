@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -14,6 +16,24 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise EasySpecError(f"{message} (see --help)")
+
+
+def run_command(
+    program: str, parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], argv: Sequence[str] | None
+) -> int:
+    """Runs a command on its arguments; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    try:
+        run(parser.parse_args(argv))
+    except BrokenPipeError:  # the reader has had enough
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (EasySpecError, OSError) as error:
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    return 0
 
 
 def read_prompts(path: str | Path) -> list[str]:

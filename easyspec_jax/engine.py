@@ -133,12 +133,12 @@ class Engine:
         if self._draft is None and self.draft is not None:
             axes = ALL_AXES if self.speculative.draft_tensor_parallel_size == "all" else ()
             with bar("Loading draft"):
-                self._draft = load_draft(self._loader(self.draft, axes), self.layout, self.refit)
+                self._draft = load_draft(self.loader(self.draft, axes), self.layout, self.refit)
         return target, self._draft
 
     def _load_target(self, bar: Bar) -> Decoder:
         if self._target is None:
-            loader = self._loader(self.target, ALL_AXES)
+            loader = self.loader(self.target, ALL_AXES)
             with bar("Loading target", self.target.config.num_hidden_layers) as advance:
                 layers = []
                 for index in range(self.target.config.num_hidden_layers):
@@ -287,7 +287,8 @@ class Engine:
     def _limit(self, ids: Sequence[int], sampling: SamplingParams) -> int:
         return min(sampling.max_new_tokens, self.max_length - len(ids))
 
-    def _loader(self, checkpoint: Checkpoint, axes: Axes) -> Loader:
+    def loader(self, checkpoint: Checkpoint, axes: Axes) -> Loader:
+        """What puts a checkpoint on this mesh, its vocabulary aligned with that of the pair."""
         configs = [c.config for c in (self.target, self.draft) if c is not None]
         return Loader(
             source=checkpoint.source,

@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
                           help="MLPs of a group that run at once (default: %(default)s)")  # fmt: skip
     refit = drafting.add_mutually_exclusive_group()
     refit.add_argument("--refit", default=default.refit, metavar="DIR",
-                       help="projections fitted to these groups (default: those in the draft's directory, if any)")  # fmt: skip
+                       help="projections fitted to these groups (default: the draft directory's, if any)")  # fmt: skip
     refit.add_argument("--no-refit", dest="refit", action="store_const", const="none", help="use none")
     drafting.add_argument("--no-calibration", action="store_true", help="keep the fuzzy KV of accepted tokens")
     drafting.add_argument("--draft-tensor-parallel-size", default=default.draft_tensor_parallel_size,

@@ -52,7 +52,7 @@ class LayerGroup(nnx.Module):
         branch: bool,
         mlp_lp_size: int = 1,
     ) -> None:
-        self.attention, self.mlps, self.refit = attention, nnx.List(mlps), refit
+        self.attention, self.mlps, self.refit = attention, nnx.List(mlps), nnx.data(refit)
         self.slots, self.axes, self.branch, self.mlp_lp_size = slots, axes, branch, mlp_lp_size
 
     def fuzzy(self, h: Hidden, cache: KVCache, window: Window) -> tuple[Hidden, KVCache]:

@@ -1,0 +1,89 @@
+"""One refit from a draft's directory to the file beside it, and what it is worth on texts it was not fitted on."""
+
+import argparse
+
+import numpy as np
+from jaxtyping import Int
+from rich.console import Console
+from rich.table import Table
+
+from easyspec_jax.checkpoint import Checkpoint, open_checkpoint
+from easyspec_jax.decode.loop import Programs
+from easyspec_jax.decode.round import RoundConfig
+from easyspec_jax.draft.grouping import Layout, format_groups
+from easyspec_jax.draft.parallel import load_draft
+from easyspec_jax.engine import Engine, draft_layout, open_model
+from easyspec_jax.errors import EasySpecError
+from easyspec_jax.files import check_writable
+from easyspec_jax.mesh import ALL_AXES, parse_mesh
+from easyspec_jax.model.loader import Loader
+from easyspec_jax.options import SamplingParams, SpeculativeConfig
+from easyspec_jax.progress import Bar, bar
+from easyspec_jax.refit.fidelity import fidelity
+from easyspec_jax.refit.fit import fit
+from easyspec_jax.refit.store import DIRECTORY, Held, path_of, save
+from easyspec_jax.refit.texts import LENGTH, read_texts, write_texts
+
+HELD_OUT = 0.1
+"""Of the texts, to see what the refit is worth."""
+
+
+def refit(args: argparse.Namespace, speculative: SpeculativeConfig, sampling: SamplingParams) -> None:
+    """Fits, saves, and says what was gained. Raises EasySpecError before anything is computed if it could not."""
+    draft = open_checkpoint(args.draft)
+    layout = draft_layout(speculative, draft.config.num_hidden_layers)
+    if layout.lp_size == 1:
+        raise EasySpecError("in groups of one layer nothing is stale; give an --lp-size of at least 2")
+    path = path_of(args.out or draft.directory / DIRECTORY, layout)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path)
+    engine = _open(args, layout)
+    texts = _texts(args, engine, sampling)
+    held_out = max(1, round(HELD_OUT * len(texts)))
+    loader = engine.loader(draft, ALL_AXES)
+    tensors = fit(loader, layout, texts[held_out:], args.ridge, bar)
+    save(path, tensors, layout, draft)
+    _report(loader, draft, layout, Held(tensors), texts[:held_out])
+    size = path.stat().st_size / 2**20
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[dim]—[/] {path}: {size:.1f} MiB")
+
+
+def _open(args: argparse.Namespace, layout: Layout) -> Engine:
+    """The draft as a model that speaks for itself, on the mesh on which it will draft."""
+    shape = parse_mesh(args.mesh, group_size=layout.lp_size)
+    mesh = f"layer={shape.layer},tensor={shape.tensor}"
+    vanilla = SpeculativeConfig(method="vanilla")
+    return open_model(args.draft, mesh=mesh, platform=args.platform, speculative=vanilla, dtype=args.dtype)
+
+
+def _texts(args: argparse.Namespace, engine: Engine, sampling: SamplingParams) -> Int[np.ndarray, "texts tokens"]:
+    count = -(-args.tokens // LENGTH)
+    if args.text is not None:
+        return read_texts(args.text, engine.tokenizer, count)
+    config = RoundConfig.of(engine.speculative, sampling, stop_ids=())
+    programs = Programs(engine.mesh, engine.load(bar)[0], None, config)
+    return write_texts(programs, engine.tokenizer, count, sampling, bar)
+
+
+def _report(
+    loader: Loader,
+    draft: Checkpoint,
+    layout: Layout,
+    refitted: Held,
+    texts: Int[np.ndarray, "texts tokens"],
+    bar: Bar = bar,
+) -> None:
+    """A table of what the fuzzy draft keeps of the exact one's distribution, without and with the refit."""
+    everywhere = np.ones(texts.shape, bool)
+    rows = {}
+    with bar("Comparing", 2) as advance:
+        for name, tensors in (("as it is", None), ("refit", refitted)):
+            rows[name] = fidelity(load_draft(loader, layout, tensors), loader.mesh, texts, everywhere)[0]
+            advance(1)
+    title = f"Σ min(p fuzzy, p exact) by draft depth, groups {format_groups(layout.groups)}"
+    table = Table(
+        "draft", *(str(depth + 1) for depth in range(len(rows["refit"]))), title=title, title_justify="left", box=None
+    )
+    for name, overlap in rows.items():
+        table.add_row(name, *(f"{value:.3f}" for value in overlap))
+    Console(stderr=True, highlight=False).print(table)
