@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -14,6 +16,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise EasySpecError(f"{message} (see --help)")
+
+
+def flags_in(argv: Sequence[str] | None) -> set[str]:
+    """The long flags that a command line, by default this process's, spells out."""
+    words = sys.argv[1:] if argv is None else argv
+    return {word.partition("=")[0] for word in words if word.startswith("--")}
 
 
 def read_prompts(path: str | Path) -> list[str]:

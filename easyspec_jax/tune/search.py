@@ -63,7 +63,7 @@ def search(
         if best.missing in ((), ("first",)):  # without the other figures there is no telling
             settled.append(best)
         open_ = [candidate for candidate in open_ if not _same_but_for_levels(candidate, best.candidate)]
-    return settled
+    return sorted(settled, key=lambda prediction: prediction.score, reverse=True)
 
 
 def time_steps(candidates: Sequence[Candidate], figures: Figures, bench: Bench, clock: Clock, advance: Advance) -> None:
@@ -110,6 +110,6 @@ def _same_but_for_levels(one: Candidate, other: Candidate) -> bool:
 
 
 def _distance(one: Draft, other: Draft) -> int:
-    """In how many choices two drafts differ."""
+    """How much two drafts differ; other splits of the mesh come last, because they matter least."""
     tp = one.layout.draft_tensor_parallel_size != other.layout.draft_tensor_parallel_size
-    return (one.shape != other.shape) + (one.drafting != other.drafting) + tp
+    return 2 * (one.shape != other.shape) + (one.drafting != other.drafting) + tp

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from easyspec_jax.engine import Engine, open_model
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.mesh import LAYER, TENSOR, MeshShape, parse_mesh
+from easyspec_jax.mesh import LAYER, TENSOR, MeshShape
 from easyspec_jax.options import DType, Platform, SamplingParams, SpeculativeConfig
 from easyspec_jax.progress import Advance, Bar, no_bar
 from easyspec_jax.tune import prompts, store
@@ -97,7 +97,7 @@ def tune(
     found = candidates(mesh, engine.draft.config.num_hidden_layers, space)
     for prompt in sample.prompts:
         engine.encode(prompt, sample.chat)
-    engine.load(bar)
+    engine.variant(SpeculativeConfig(method="vanilla"), bar=bar)  # reads the target, which is no part of measuring
     begun = time.monotonic()
 
     def clock() -> float:
@@ -126,7 +126,7 @@ def tune(
 
 def verification_sizes(most: int) -> list[int]:
     """Numbers of nodes between which times are straight enough."""
-    return sorted({size for size in (2, 4, 8, 17, 33) if size < most} | {most})
+    return sorted({size for size in (2, 5, 17) if size < most} | {most})
 
 
 def confirm(
@@ -191,8 +191,8 @@ def _deepest_acceptance(figures: Figures, draft: Draft, width: int) -> float | N
     return None if accepted is None else accepted[-1] / len(accepted)
 
 
-def auto(engine: Engine, mesh: str, bundled: bool, bar: Bar, note: Callable[[str], None]) -> Engine:
-    """The pair as was chosen for this very target, draft, type and machine, after measuring if nothing was yet.
+def auto(engine: Engine, mesh: str, bundled: bool, bar: Bar, note: Callable[[str], None]) -> Choice:
+    """What was chosen for this very target, draft, type and machine, after measuring if nothing was yet.
 
     engine: see open_pair; note is given a line about what is done.
     """
@@ -200,12 +200,12 @@ def auto(engine: Engine, mesh: str, bundled: bool, bar: Bar, note: Callable[[str
     key, directory = store.key_of(engine, mesh), engine.draft.directory
     choice = store.find(key, directory)
     if choice is None:
-        note(f"no choice is stored for this pair, mesh and machine: measuring for up to {SECONDS / 60:g} minutes")
+        note(f"no choice is stored for this pair, mesh and machine: measuring for about {SECONDS / 60:g} minutes")
         space = Space.of(engine.draft.config.num_hidden_layers)
         choice = tune(engine, mesh, default_sample(engine, bundled), space, bar=bar).choice
         keep(key, choice, directory, note)
     note(f"tuned: {describe(choice)}")
-    return engine.variant(choice.speculative, parse_mesh(choice.mesh))
+    return choice
 
 
 def keep(key: store.Key, choice: Choice, draft: Path, note: Callable[[str], None]) -> None:
