@@ -11,12 +11,13 @@ from easyspec_jax.errors import EasySpecError
 from easyspec_jax.mesh import LAYER, TENSOR, MeshShape
 from easyspec_jax.options import DType, Platform, SamplingParams, SpeculativeConfig
 from easyspec_jax.progress import Advance, Bar, no_bar
+from easyspec_jax.tokenizer import Prompt
 from easyspec_jax.tune import prompts, store
 from easyspec_jax.tune.bench import DeviceBench, Sample
 from easyspec_jax.tune.candidates import Candidate, Draft, Space, candidates
 from easyspec_jax.tune.confirm import alternate, confirmed
 from easyspec_jax.tune.predict import Figures, Prediction, predict
-from easyspec_jax.tune.search import Clock, search
+from easyspec_jax.tune.search import Clock, search, verification_sizes
 from easyspec_jax.tune.store import Choice, describe
 
 SECONDS = 150.0
@@ -24,6 +25,9 @@ SECONDS = 150.0
 
 COMPILED = 0.85
 """By which share of the time the programs to confirm must be compiled; the first one's always are."""
+
+TURNS = 5
+"""Texts that each finalist writes, if there is time."""
 
 MAX_NEW_TOKENS = 64
 
@@ -105,8 +109,9 @@ def tune(
 
     drafts = len({candidate.draft for candidate in found})
     with bar("Measuring") as advance:
-        bench = DeviceBench(engine, sample, space.max_levels, space.tree_widths)
-        sizes = verification_sizes(1 + space.max_levels * max(space.tree_widths))
+        bench = DeviceBench(engine, sample, space.max_levels, space.tree_widths, clock)
+        # Larger ones are measured when trees come to be asked for.
+        sizes = [size for size in verification_sizes(found) if size <= 9]
         figures = Figures(bench.plain, bench.overhead, {size: bench.verification(size) for size in sizes})
         best = search(found, figures, bench, finalists, clock, advance)
     bench.release()
@@ -124,16 +129,11 @@ def tune(
     )
 
 
-def verification_sizes(most: int) -> list[int]:
-    """Numbers of nodes between which times are straight enough."""
-    return sorted({size for size in (2, 5, 17) if size < most} | {most})
-
-
 def confirm(
     bench: DeviceBench, best: Sequence[Candidate], clock: Clock, advance: Advance
 ) -> dict[Candidate | None, float]:
     """Tokens a second of plain decoding (None), and of the candidates for which there was time; of one in any case."""
-    prompts, sampling, chat = bench.sample.prompts, bench.sample.sampling, bench.sample.chat
+    sampling, chat = bench.sample.sampling, bench.sample.chat
     engines: dict[Candidate | None, Engine] = {None: bench.baseline}
     with_draft: dict[Draft, Engine] = {}
     for candidate in best:
@@ -142,19 +142,27 @@ def confirm(
         alike = with_draft.get(candidate.draft, bench.engine)
         engines[candidate] = alike.variant(candidate.speculative, candidate.shape)
         with_draft.setdefault(candidate.draft, engines[candidate])
-        engines[candidate].compile(prompts, sampling, chat=chat)
+        engines[candidate].compile([bench.longest], sampling, chat=chat)
         advance(1)
-    engines[None].compile(prompts, sampling, chat=chat)
+    prompts = [prompt for prompt in bench.sample.prompts if all(fits(prompt, bench, own) for own in engines.values())]
     begun = clock()
 
     def complete(engine: Engine, number: int) -> float:
-        return next(engine.generate([prompts[number]], sampling, chat=chat)).stats.tokens_per_second
+        prompt = prompts[number % len(prompts)]
+        return next(engine.generate([prompt], sampling, chat=chat)).stats.tokens_per_second
 
     def go_on(number: int) -> bool:
         return clock() + (clock() - begun) / number <= 1
 
     ways = {name: partial(complete, own) for name, own in engines.items()}
-    return confirmed(alternate(ways, len(prompts), go_on, advance), None)
+    return confirmed(alternate(ways, TURNS, go_on, advance), None)
+
+
+def fits(prompt: Prompt, bench: DeviceBench, engine: Engine) -> bool:
+    """Whether the programs that the longest prompt takes are those of this one, so that none need be compiled."""
+    programs = engine.programs(bench.sample.sampling)
+    sizes = {programs.capacity(bench.text_length(own)) for own in (prompt, bench.longest)}
+    return len(sizes) == 1
 
 
 def choose(speeds: Mapping[Candidate | None, float], engine: Engine) -> Choice:

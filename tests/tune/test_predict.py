@@ -3,14 +3,14 @@
 import pytest
 
 from easyspec_jax.mesh import MeshShape
-from easyspec_jax.options import SpeculativeConfig
+from easyspec_jax.options import DraftTensorParallelSize, SpeculativeConfig
 from easyspec_jax.tune.candidates import Candidate
 from easyspec_jax.tune.predict import SLACK, Figures, frontier, plain_tokens_per_second, predict
 
 SHAPE = MeshShape(2, 1)
 
 
-def fuzzy(levels: int, width: int = 1, lp_size: int = 2, tp="all") -> Candidate:
+def fuzzy(levels: int, width: int = 1, lp_size: int = 2, tp: DraftTensorParallelSize = "all") -> Candidate:
     speculative = SpeculativeConfig(
         num_speculative_tokens=levels, tree_width=width, lp_size=lp_size, draft_tensor_parallel_size=tp
     )
@@ -98,3 +98,12 @@ def test_frontier():
     assert frontier(points[:5], [True] * 5) == [True, True, False, False, True]
     assert frontier(points, [True] * 5 + [False]) == [True, True, False, False, True, False]
     assert frontier(points, [True] * 6) == [False] * 5 + [True]
+
+
+def test_larger_trees_take_at_least_what_a_straight_line_says(figures):
+    found = predict(figures, fuzzy(5, 4))
+    assert "verification" in found.missing
+    assert found.verification == 32.0 + 5 * 2.0  # 21 nodes
+    assert "verification" not in predict(figures, fuzzy(3, 5)).missing
+    flat = Figures(1.0, 0.0, {2: 5.0, 4: 4.0})
+    assert predict(flat, fuzzy(5, 4)).verification == 4.0  # noise makes no pass faster

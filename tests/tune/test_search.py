@@ -1,6 +1,7 @@
 """The search finds what an exhaustive one finds, and measures less."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,6 @@ from easyspec_jax.tune.predict import SLACK, Figures, predict
 from easyspec_jax.tune.search import measure, search
 
 LEVELS, WIDTHS = 6, (1, 4)
-VERIFICATION = {2: 10.0, 7: 12.0, 25: 30.0}
 
 
 @dataclass
@@ -22,7 +22,11 @@ class Planted:
 
     likely: float = 0.9
     loss: float = 0.03
-    calls: list[tuple[str, Draft, int]] = field(default_factory=list)
+    calls: list[tuple[str, Any, int]] = field(default_factory=list)
+
+    def verification(self, nodes: int) -> float:
+        self.calls.append(("verification", None, nodes))
+        return max(10.0, 6.0 + nodes)
 
     def step(self, draft: Draft, width: int) -> float:
         self.calls.append(("step", draft, width))
@@ -43,7 +47,7 @@ class Planted:
 
 
 def figures() -> Figures:
-    return Figures(plain=9.0, overhead=0.0, verification=VERIFICATION)
+    return Figures(plain=9.0, overhead=0.0, verification={2: 10.0, 5: 11.0})
 
 
 @pytest.fixture
@@ -57,7 +61,7 @@ def exhaustive(found, bench) -> tuple[Figures, int]:
     for candidate in found:
         known.step.setdefault(candidate.draft, {1: bench.step(candidate.draft, 1)})
         while (prediction := predict(known, candidate)).missing:
-            measure(prediction, known, bench, LEVELS)
+            measure(prediction, known, bench, found)
     return known, len(bench.calls)
 
 
@@ -80,19 +84,25 @@ def test_finalists_differ_in_more_than_levels(found):
 
 
 def test_hopeless_candidates_are_neither_measured_nor_run(found):
-    slow = Figures(plain=0.5, overhead=0.0, verification=VERIFICATION)
+    slow = Figures(plain=0.5, overhead=0.0, verification={2: 10.0, 5: 11.0})
     bench = Planted()
     assert search(found, slow, bench, 3, clock=lambda: 0.0) == []
     assert {phase for phase, *_ in bench.calls} == {"step"}
 
 
-def test_out_of_time_the_best_of_what_is_known_is_left(found):
+def test_out_of_time_what_is_known_comes_first(found):
     bench = Planted()
-    best = search(found, figures(), bench, 3, clock=lambda: len(bench.calls) / 100)
-    assert best
-    assert all(p.missing in ((), ("first",)) for p in best)
-    assert search(found, figures(), late := Planted(), 3, clock=lambda: 1.0) == []
-    assert len(late.calls) == 1  # one at least
+    best = search(found, figures(), bench, 3, clock=lambda: len(bench.calls) / 40)
+    assert len(bench.calls) == 25
+    known = ["acceptance" not in prediction.missing for prediction in best]
+    assert known[0]
+    assert known == sorted(known, reverse=True)
+
+
+def test_one_draft_is_timed_whatever_the_time(found):
+    bench = Planted()
+    (only,) = search(found, figures(), bench, 1, clock=lambda: 1.0)
+    assert [(phase, draft) for phase, draft, _ in bench.calls] == [("step", only.candidate.draft)]
 
 
 def test_the_default_placements_come_first_and_then_neighbours_of_the_fastest(found):
