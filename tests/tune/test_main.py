@@ -25,7 +25,7 @@ FEW = ["--lp-sizes", "1", "3", "--tree-widths", "1", "--max-levels", "2", "--max
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
-    save_model(directory, "llama3", vocab_size=260, eos_token_id=3)
+    save_model(directory, "llama3", vocab_size=260, eos_token_id=3, num_hidden_layers=4)
     return directory
 
 
@@ -79,7 +79,7 @@ def test_the_table_shows_the_object(printed):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--lp-sizes", "7"], "--lp-sizes 7 must be from 1 to 6, the draft's layers"),
+        (["--lp-sizes", "7"], "--lp-sizes 7 must be from 1 to 4, the draft's layers"),
         (["--tree-widths", "0"], "--tree-width 0 must be from 1 to 64"),
         (["--max-levels", "17"], "--max-levels 17 must be from 1 to 16"),
         (["--draft-tensor-parallel-sizes", "2"], "invalid choice: '2'"),

@@ -20,7 +20,7 @@ SAMPLE = Sample(["Hello", "two of them"], SamplingParams(max_new_tokens=12))
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
-    save_model(directory, "llama3", vocab_size=260, eos_token_id=3)
+    save_model(directory, "llama3", vocab_size=260, eos_token_id=3, num_hidden_layers=4)
     return open_pair(directory, directory, "2", None, None, "auto")
 
 
@@ -104,7 +104,7 @@ def test_everything_is_really_measured(engine):
 
 
 def test_variants_share_weights_that_lie_alike(tmp_path):
-    save_model(tmp_path, "smollm2", vocab_size=260, eos_token_id=3)
+    save_model(tmp_path, "smollm2", vocab_size=260, eos_token_id=3, num_hidden_layers=4)
     engine = open_model(tmp_path, tmp_path, mesh="layer=2,tensor=2", speculative=SpeculativeConfig(lp_size=2))
 
     def buffers(model):
