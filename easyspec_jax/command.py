@@ -36,6 +36,12 @@ def run_command(
     return 0
 
 
+def flags_in(argv: Sequence[str] | None) -> set[str]:
+    """The long flags that a command line, by default this process's, spells out."""
+    words = sys.argv[1:] if argv is None else argv
+    return {word.partition("=")[0] for word in words if word.startswith("--")}
+
+
 def read_prompts(path: str | Path) -> list[str]:
     """The lines of a file that are not blank. Raises EasySpecError if there are none."""
     try:

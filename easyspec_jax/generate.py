@@ -7,10 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from easyspec_jax import demo
-from easyspec_jax.command import Parser, cache_compilations, read_prompts
+from easyspec_jax.command import Parser, cache_compilations, flags_in, read_prompts
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import (
     DraftTensorParallelSize,
@@ -28,6 +29,11 @@ if TYPE_CHECKING:  # importing JAX takes a second, which --help and a mistyped f
 
 PROGRAM = "easyspec_jax.generate"
 
+AUTO = "auto"
+TUNED = ("--method", "--num-speculative-tokens", "--tree-width", "--tree-nodes", "--lp-size", "--no-calibration",
+         "--draft-tensor-parallel-size")  # fmt: skip
+"""What --lp-strategy auto chooses, and nobody else then may."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
@@ -37,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is refused as a prompt, in one line
     try:
-        return _run(_parser().parse_args(argv))
+        args = _parser().parse_args(argv)
+        _check_auto(args, flags_in(argv))
+        return _run(args)
     except EasySpecError as error:
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -100,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
                           help="how many of them, the best, the target verifies (default: all)")  # fmt: skip
     drafting.add_argument("--lp-size", type=int, default=default.lp_size, metavar="N",
                           help="layers that run at once (default: %(default)s)")  # fmt: skip
-    drafting.add_argument("--lp-strategy", metavar="S", help='explicit groups, such as "0,1-3,4-7,8"')
+    drafting.add_argument("--lp-strategy", metavar="S",
+                          help='explicit groups, such as "0,1-3,4-7,8"; or "auto": how to speculate at all, as '
+                          "easyspec_jax.tune chose it, which is run first if need be")  # fmt: skip
     drafting.add_argument("--mlp-lp-size", type=int, default=default.mlp_lp_size, metavar="M",
                           help="MLPs of a group that run at once (default: %(default)s)")  # fmt: skip
     refit = drafting.add_mutually_exclusive_group()
@@ -137,6 +147,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_auto(args: argparse.Namespace, given: set[str]) -> None:
+    """Raises EasySpecError for flags that contradict --lp-strategy auto."""
+    contrary = [flag for flag in TUNED if flag in given]
+    if args.lp_strategy == AUTO and contrary:
+        raise EasySpecError(f"--lp-strategy auto chooses {contrary[0]} itself: leave out one of the two")
+
+
 def _run(args: argparse.Namespace) -> int:
     sampling = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens,
                               tuple(args.stop))  # fmt: skip
@@ -155,26 +172,40 @@ def _run(args: argparse.Namespace) -> int:
     )
     prompts = _prompts(args)
 
-    from easyspec_jax.engine import open_model
     from easyspec_jax.progress import bar, no_bar
 
     cache_compilations()
-    engine = open_model(
-        args.target,
-        args.draft,
-        mesh=args.mesh,
-        platform=args.platform,
-        speculative=speculative,
-        max_length=args.max_length,
-        dtype=args.dtype,
-    )
-    _note_missing_accelerators(args, engine)
     bars = no_bar if args.json else bar
+    engine = _open(args, speculative, bars)
+    _note_missing_accelerators(args, engine)
     if prompts:
         _complete(args, engine, prompts, sampling, bars)
     else:
         _converse(args, engine, sampling, bars)
     return 0
+
+
+def _open(args: argparse.Namespace, speculative: SpeculativeConfig, bar: "Bar") -> "Engine":
+    """The pair as the flags want it, or as it was tuned."""
+    if args.lp_strategy != AUTO:
+        from easyspec_jax.engine import open_model
+
+        return open_model(
+            args.target,
+            args.draft,
+            mesh=args.mesh,
+            platform=args.platform,
+            speculative=speculative,
+            max_length=args.max_length,
+            dtype=args.dtype,
+        )
+    from easyspec_jax.mesh import parse_mesh
+    from easyspec_jax.terminal import print_note
+    from easyspec_jax.tune.tuning import auto, open_pair
+
+    pair = open_pair(args.target, args.draft, args.mesh, args.platform, args.max_length, args.dtype)
+    choice = auto(pair, args.mesh, args.target is None, bar, print_note)
+    return pair.variant(replace(choice.speculative, verifier=args.verifier), parse_mesh(choice.mesh), bar)
 
 
 def _complete(

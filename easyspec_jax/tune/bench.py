@@ -1,4 +1,4 @@
-"""The measuring itself: passes as separate programs, acceptance by decoding."""
+"""The measuring itself: passes as separate programs, acceptance on texts that the target writes."""
 
 import time
 from collections.abc import Sequence
@@ -18,9 +18,15 @@ from easyspec_jax.timing import Case, alone, pass_case, round_case
 from easyspec_jax.tokenizer import Prompt
 from easyspec_jax.tune.acceptance import Text, accepted_by_width
 from easyspec_jax.tune.candidates import Draft
+from easyspec_jax.tune.search import Clock
 
 REPEATS = 5
-"""Samples of a pass, each beside one of the plain step."""
+"""Samples of a pass, each beside one of the plain step; three, where they take longer than CASE_SECONDS."""
+
+CASE_SECONDS = 1.5
+
+WRITING = 0.15
+"""By which share of the time the texts to measure acceptance on must be begun; one always is."""
 
 SAMPLE_SECONDS = 0.03
 """A sample takes about this long at least, so that clocks and dispatch do not matter."""
@@ -45,34 +51,42 @@ class DeviceBench:
     sample. plain: seconds of a step of plain decoding; overhead: seconds that the host adds to a step or round.
     """
 
-    def __init__(self, engine: Engine, sample: Sample, levels: int, widths: Sequence[int]) -> None:
+    def __init__(
+        self, engine: Engine, sample: Sample, levels: int, widths: Sequence[int], clock: Clock = lambda: 0.0
+    ) -> None:
         self.engine, self.sample, self.levels, self.widths = engine, sample, levels, widths
         self._held: tuple[Draft, Engine] | None = None
         self.baseline = engine.baseline()
-        self.baseline.compile(sample.prompts, SamplingParams(), chat=sample.chat)
-        programs = self.baseline.programs(SamplingParams())
+        self.longest = max(sample.prompts, key=self.text_length)
+        self.baseline.compile(sample.prompts, sample.sampling, chat=sample.chat)
+        programs = self.baseline.programs(sample.sampling)
         widest = SpeculativeConfig(num_speculative_tokens=levels, tree_width=max(widths))
-        config = RoundConfig.of(widest, SamplingParams(), ())
-        prompt = max(len(engine.encode(prompt, sample.chat)) for prompt in sample.prompts)
-        text = min(prompt + sample.sampling.max_new_tokens, engine.max_length)
-        self._context = min(prompt, text // 2)
-        self._capacity = replace(programs, config=config).capacity(text)
+        config = RoundConfig.of(widest, sample.sampling, ())
+        text = self.text_length(self.longest)
+        self._lengths = {"context": text // 2, "capacity": replace(programs, config=config).capacity(text)}
         self._target = alone(engine.mesh, self.baseline.load()[0])
-        self._plain = round_case("plain step", programs, context=self._context, capacity=programs.capacity(text))
+        self._plain = round_case("plain step", programs, context=text // 2, capacity=programs.capacity(text))
         self._plain.sample(1)
         self._calls = _calls(self._plain)
-        self.texts, self.plain, self.overhead = self._write_texts()
+        self.texts, self.plain, self.overhead = self._write_texts(clock)
 
-    def _write_texts(self) -> tuple[list[Text], float, float]:
+    def text_length(self, prompt: Prompt) -> int:
+        """Tokens of a prompt and what may follow it."""
+        prompt_length = len(self.engine.encode(prompt, self.sample.chat))
+        return min(prompt_length + self.sample.sampling.max_new_tokens, self.engine.max_length)
+
+    def _write_texts(self, clock: Clock) -> tuple[list[Text], float, float]:
         """What the target makes of the prompts; seconds of a plain step, and what a token takes on top of it."""
         texts, steps, overheads = [], [], []
         for prompt in self.sample.prompts:
+            if texts and clock() > WRITING:
+                break
             done = next(self.baseline.generate([prompt], self.sample.sampling, chat=self.sample.chat))
             steps.append(self._plain.sample(self._calls))
-            texts.append((len(done.prompt_ids), [*done.prompt_ids, *done.token_ids]))
-            if done.stats.rounds:
+            if len(done.token_ids) > self.levels:
+                texts.append((len(done.prompt_ids), [*done.prompt_ids, *done.token_ids]))
                 overheads.append(done.stats.decode_seconds / done.stats.rounds - steps[-1])
-        if all(len(ids) - first <= self.levels for first, ids in texts):
+        if not texts:
             raise EasySpecError(
                 f"the target ends each of these texts within {self.levels} tokens; give other prompts to measure on"
             )
@@ -80,9 +94,7 @@ class DeviceBench:
 
     def verification(self, nodes: int) -> float:
         """Seconds of the target's pass over so many nodes, the root included."""
-        return self._seconds(
-            pass_case("verification", self._target, nodes, run_exact, context=self._context, capacity=self._capacity)
-        )
+        return self._seconds(pass_case("verification", self._target, nodes, run_exact, **self._lengths))
 
     def step(self, draft: Draft, width: int) -> float:
         """See search.Bench; infinite if the devices' memory does not suffice."""
@@ -117,7 +129,7 @@ class DeviceBench:
             model = engine.load()[1]
             assert model is not None
             make = partial(pass_case, "draft", alone(engine.mesh, model))
-            return self._seconds(make(*args, **options, context=self._context, capacity=self._capacity))  # pyright: ignore[reportArgumentType]
+            return self._seconds(make(*args, **options, **self._lengths))  # pyright: ignore[reportArgumentType]
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -127,7 +139,9 @@ class DeviceBench:
         """As many plain steps as it takes, in the median of samples that alternate with them: machines drift."""
         case.sample(1)  # compiles
         calls = _calls(case)
-        ratios = [case.sample(calls) / self._plain.sample(self._calls) for _ in range(REPEATS)]
+        begun, ratios = time.perf_counter(), []
+        while len(ratios) < REPEATS and (len(ratios) < 3 or time.perf_counter() - begun < CASE_SECONDS):
+            ratios.append(case.sample(calls) / self._plain.sample(self._calls))
         return float(np.median(ratios)) * self.plain
 
 

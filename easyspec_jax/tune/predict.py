@@ -13,7 +13,7 @@ from easyspec_jax.decode.round import RoundConfig
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
 from easyspec_jax.tune.candidates import Candidate, Draft
 
-Phase = Literal["step", "first", "acceptance"]
+Phase = Literal["step", "verification", "acceptance", "first"]
 
 SLACK = 1.05
 """How much better than what bounds it an unmeasured figure may turn out: figures are noisy."""
@@ -24,14 +24,14 @@ class Figures:
     """What has been measured so far; times in seconds.
 
     plain: of a step of plain decoding. overhead: of the host for a step or round, on top. verification: of a target's
-    pass over so many nodes, the root included, up to the most that are asked for. step: of a draft's fuzzy pass over so
+    pass over so many nodes, the root included, of two sizes at least. step: of a draft's fuzzy pass over so
     many nodes. first: of a draft's exact pass over so many pending tokens, where that calibrates. acceptance: by tree
     width, the mean accepted tokens of a round of 1, 2, … levels.
     """
 
     plain: float
     overhead: float
-    verification: Mapping[int, float]
+    verification: dict[int, float]
     step: dict[Draft, dict[int, float]] = field(default_factory=dict)
     first: dict[Draft, dict[int, float]] = field(default_factory=dict)
     acceptance: dict[SpeculativeConfig, dict[int, tuple[float, ...]]] = field(default_factory=dict)
@@ -76,8 +76,10 @@ def predict(figures: Figures, candidate: Candidate) -> Prediction:
     pending, calibrates = pending_size(speculative), is_calibrated(speculative)
     step = figures.step.get(draft, {})
     first = figures.first.get(draft, {}) if calibrates else step
+    nodes = 1 + levels * width
     missing: dict[Phase, bool] = {
         "step": width > max(step, default=0),
+        "verification": nodes > max(figures.verification),
         "acceptance": width not in figures.acceptance.get(draft.drafting, {}),
         "first": calibrates and not first,
     }
@@ -86,7 +88,7 @@ def predict(figures: Figures, candidate: Candidate) -> Prediction:
         candidate=candidate,
         first=at_best if missing["first"] else _interpolated(first, pending),
         step=_interpolated(step, width),
-        verification=_interpolated(figures.verification, 1 + levels * width),
+        verification=_verification(figures.verification, nodes),
         overhead=figures.overhead,
         accepted=_accepted(figures, draft.drafting, width, levels),
         missing=tuple(name for name, absent in missing.items() if absent),
@@ -114,6 +116,14 @@ def _interpolated(known: Mapping[int, float], at: int) -> float:
         return 0.0
     sizes = sorted(known)
     return float(np.interp(at, sizes, [known[size] for size in sizes]))
+
+
+def _verification(known: Mapping[int, float], nodes: int) -> float:
+    """Beyond the largest size on a straight line: first memory takes the time, then arithmetic; it gets no flatter."""
+    *_, second, most = sorted(known)
+    if nodes <= most:
+        return _interpolated(known, nodes)
+    return known[most] + max(0.0, known[most] - known[second]) / (most - second) * (nodes - most)
 
 
 def _fastest_first(figures: Figures, draft: Draft, pending: int) -> float:

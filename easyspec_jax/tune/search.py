@@ -6,11 +6,15 @@ from typing import Protocol
 
 from easyspec_jax.progress import Advance
 from easyspec_jax.tune.candidates import Candidate, Draft
-from easyspec_jax.tune.predict import Figures, Phase, Prediction, pending_size, plain_tokens_per_second, predict
+from easyspec_jax.tune.predict import Figures, Prediction, pending_size, plain_tokens_per_second, predict
 
 
 class Bench(Protocol):
     """What can be measured, each at a cost of seconds."""
+
+    def verification(self, nodes: int) -> float:
+        """Seconds of the target's pass over so many nodes, the root included."""
+        ...
 
     def step(self, draft: Draft, width: int) -> float:
         """Seconds of a fuzzy pass over so many nodes, their logits included."""
@@ -28,8 +32,8 @@ class Bench(Protocol):
 Clock = Callable[[], float]
 """The share of the time for measuring that is over."""
 
-PLACING, SEARCHING = 0.35, 0.55
-"""By which share of the time the first step of every draft, and the search, must be over; confirming has the rest."""
+PLACING, SEARCHING = 0.4, 0.6
+"""By which share of the time other placements than the default, and the search, must be over; then comes confirming."""
 
 HOPELESS = 0.85
 """Candidates below this share of plain decoding's speed, even at best, are not run."""
@@ -46,24 +50,33 @@ def search(
     """The predictions to confirm, best first: no two differ in their number of levels alone.
 
     figures grows with what is measured. There may be fewer than `finalists`: those that plain decoding beats for sure
-    are left out, and so is, once time is over, what little is known of.
+    are left out. Out of time, candidates whose acceptance is known come first.
     """
     time_steps(candidates, figures, bench, clock, advance)
     # What was not reached stays out: it would look as fast as light.
     open_ = [candidate for candidate in candidates if candidate.draft in figures.step]
     settled: list[Prediction] = []
     while open_ and len(settled) < finalists:
-        best = max((predict(figures, candidate) for candidate in open_), key=lambda p: p.score)
+        late = clock() > SEARCHING
+        predictions = (predict(figures, candidate) for candidate in open_)
+        best = max(predictions, key=_known_first if late else _score)
         if best.score < HOPELESS * plain_tokens_per_second(figures):
             break
-        if best.missing and clock() < SEARCHING:
-            measure(best, figures, bench, deepest(candidates, best.candidate))
+        if best.missing and not late:
+            measure(best, figures, bench, candidates)
             advance(1)
             continue
-        if best.missing in ((), ("first",)):  # without the other figures there is no telling
-            settled.append(best)
+        settled.append(best)
         open_ = [candidate for candidate in open_ if not _same_but_for_levels(candidate, best.candidate)]
-    return settled
+    return sorted(settled, key=_known_first, reverse=True)
+
+
+def _score(prediction: Prediction) -> float:
+    return prediction.score
+
+
+def _known_first(prediction: Prediction) -> tuple[bool, float]:
+    return "acceptance" not in prediction.missing, prediction.score
 
 
 def time_steps(candidates: Sequence[Candidate], figures: Figures, bench: Bench, clock: Clock, advance: Advance) -> None:
@@ -78,31 +91,35 @@ def time_steps(candidates: Sequence[Candidate], figures: Figures, bench: Bench, 
         if number >= initial:
             fastest = min(figures.step, key=lambda draft: figures.step[draft][1])
             todo[number:] = sorted(todo[number:], key=lambda draft: _distance(draft, fastest))
-        if number and clock() > PLACING:
+        if number and clock() > (PLACING if number >= initial else SEARCHING):
             return
         figures.step[todo[number]] = {1: bench.step(todo[number], 1)}
         advance(1)
 
 
-def measure(best: Prediction, figures: Figures, bench: Bench, levels: int) -> None:
-    """Measures the first figure that a prediction lacks; levels: the most that a candidate has."""
+def measure(best: Prediction, figures: Figures, bench: Bench, candidates: Sequence[Candidate]) -> None:
+    """Measures the first figure that a prediction lacks."""
     draft, speculative = best.candidate.draft, best.candidate.speculative
-    phase: Phase = best.missing[0]
+    width, phase = speculative.width, best.missing[0]
+    levels = max(candidate.speculative.num_speculative_tokens for candidate in candidates)
     if phase == "step":
-        figures.step[draft][speculative.width] = bench.step(draft, speculative.width)
-    elif phase == "first":
+        figures.step[draft][width] = bench.step(draft, width)
+    elif phase == "verification":
+        larger = [size for size in verification_sizes(candidates) if size > max(figures.verification)]
+        figures.verification[larger[0]] = bench.verification(larger[0])
+    elif phase == "acceptance":
+        known = figures.acceptance.setdefault(draft.drafting, {})
+        known |= bench.acceptance(draft, width)
+    else:
         # Two sizes, between which every number of levels lies.
         sizes = {pending_size(replace(speculative, num_speculative_tokens=n)) for n in (1, levels)}
         figures.first[draft] = {size: bench.first(draft, size) for size in sorted(sizes)}
-    else:
-        known = figures.acceptance.setdefault(draft.drafting, {})
-        known |= bench.acceptance(draft, speculative.width)
 
 
-def deepest(candidates: Sequence[Candidate], like: Candidate) -> int:
-    """The most levels of a candidate that differs from another in nothing else."""
-    same = (candidate for candidate in candidates if _same_but_for_levels(candidate, like))
-    return max(candidate.speculative.num_speculative_tokens for candidate in same)
+def verification_sizes(candidates: Sequence[Candidate]) -> list[int]:
+    """Numbers of nodes between which times are straight enough, up to the most of a candidate."""
+    most = max(1 + c.speculative.num_speculative_tokens * c.speculative.width for c in candidates)
+    return sorted({size for size in (2, 5, 9, 17, 33) if size < most} | {most})
 
 
 def _same_but_for_levels(one: Candidate, other: Candidate) -> bool:
@@ -110,6 +127,6 @@ def _same_but_for_levels(one: Candidate, other: Candidate) -> bool:
 
 
 def _distance(one: Draft, other: Draft) -> int:
-    """In how many choices two drafts differ."""
+    """How much two drafts differ; other splits of the mesh come last, because they matter least."""
     tp = one.layout.draft_tensor_parallel_size != other.layout.draft_tensor_parallel_size
-    return (one.shape != other.shape) + (one.drafting != other.drafting) + tp
+    return 2 * (one.shape != other.shape) + (one.drafting != other.drafting) + tp

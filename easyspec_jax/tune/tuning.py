@@ -8,15 +8,16 @@ from pathlib import Path
 
 from easyspec_jax.engine import Engine, open_model
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.mesh import LAYER, TENSOR, MeshShape, parse_mesh
+from easyspec_jax.mesh import LAYER, TENSOR, MeshShape
 from easyspec_jax.options import DType, Platform, SamplingParams, SpeculativeConfig
 from easyspec_jax.progress import Advance, Bar, no_bar
+from easyspec_jax.tokenizer import Prompt
 from easyspec_jax.tune import prompts, store
 from easyspec_jax.tune.bench import DeviceBench, Sample
 from easyspec_jax.tune.candidates import Candidate, Draft, Space, candidates
 from easyspec_jax.tune.confirm import alternate, confirmed
 from easyspec_jax.tune.predict import Figures, Prediction, predict
-from easyspec_jax.tune.search import Clock, search
+from easyspec_jax.tune.search import Clock, search, verification_sizes
 from easyspec_jax.tune.store import Choice, describe
 
 SECONDS = 150.0
@@ -24,6 +25,9 @@ SECONDS = 150.0
 
 COMPILED = 0.85
 """By which share of the time the programs to confirm must be compiled; the first one's always are."""
+
+TURNS = 5
+"""Texts that each finalist writes, if there is time."""
 
 MAX_NEW_TOKENS = 64
 
@@ -97,7 +101,7 @@ def tune(
     found = candidates(mesh, engine.draft.config.num_hidden_layers, space)
     for prompt in sample.prompts:
         engine.encode(prompt, sample.chat)
-    engine.load(bar)
+    engine.variant(SpeculativeConfig(method="vanilla"), bar=bar)  # reads the target, which is no part of measuring
     begun = time.monotonic()
 
     def clock() -> float:
@@ -105,8 +109,9 @@ def tune(
 
     drafts = len({candidate.draft for candidate in found})
     with bar("Measuring") as advance:
-        bench = DeviceBench(engine, sample, space.max_levels, space.tree_widths)
-        sizes = verification_sizes(1 + space.max_levels * max(space.tree_widths))
+        bench = DeviceBench(engine, sample, space.max_levels, space.tree_widths, clock)
+        # Larger ones are measured when trees come to be asked for.
+        sizes = [size for size in verification_sizes(found) if size <= 9]
         figures = Figures(bench.plain, bench.overhead, {size: bench.verification(size) for size in sizes})
         best = search(found, figures, bench, finalists, clock, advance)
     bench.release()
@@ -124,16 +129,11 @@ def tune(
     )
 
 
-def verification_sizes(most: int) -> list[int]:
-    """Numbers of nodes between which times are straight enough."""
-    return sorted({size for size in (2, 4, 8, 17, 33) if size < most} | {most})
-
-
 def confirm(
     bench: DeviceBench, best: Sequence[Candidate], clock: Clock, advance: Advance
 ) -> dict[Candidate | None, float]:
     """Tokens a second of plain decoding (None), and of the candidates for which there was time; of one in any case."""
-    prompts, sampling, chat = bench.sample.prompts, bench.sample.sampling, bench.sample.chat
+    sampling, chat = bench.sample.sampling, bench.sample.chat
     engines: dict[Candidate | None, Engine] = {None: bench.baseline}
     with_draft: dict[Draft, Engine] = {}
     for candidate in best:
@@ -142,19 +142,27 @@ def confirm(
         alike = with_draft.get(candidate.draft, bench.engine)
         engines[candidate] = alike.variant(candidate.speculative, candidate.shape)
         with_draft.setdefault(candidate.draft, engines[candidate])
-        engines[candidate].compile(prompts, sampling, chat=chat)
+        engines[candidate].compile([bench.longest], sampling, chat=chat)
         advance(1)
-    engines[None].compile(prompts, sampling, chat=chat)
+    prompts = [prompt for prompt in bench.sample.prompts if all(fits(prompt, bench, own) for own in engines.values())]
     begun = clock()
 
     def complete(engine: Engine, number: int) -> float:
-        return next(engine.generate([prompts[number]], sampling, chat=chat)).stats.tokens_per_second
+        prompt = prompts[number % len(prompts)]
+        return next(engine.generate([prompt], sampling, chat=chat)).stats.tokens_per_second
 
     def go_on(number: int) -> bool:
         return clock() + (clock() - begun) / number <= 1
 
     ways = {name: partial(complete, own) for name, own in engines.items()}
-    return confirmed(alternate(ways, len(prompts), go_on, advance), None)
+    return confirmed(alternate(ways, TURNS, go_on, advance), None)
+
+
+def fits(prompt: Prompt, bench: DeviceBench, engine: Engine) -> bool:
+    """Whether the programs that the longest prompt takes are those of this one, so that none need be compiled."""
+    programs = engine.programs(bench.sample.sampling)
+    sizes = {programs.capacity(bench.text_length(own)) for own in (prompt, bench.longest)}
+    return len(sizes) == 1
 
 
 def choose(speeds: Mapping[Candidate | None, float], engine: Engine) -> Choice:
@@ -191,8 +199,8 @@ def _deepest_acceptance(figures: Figures, draft: Draft, width: int) -> float | N
     return None if accepted is None else accepted[-1] / len(accepted)
 
 
-def auto(engine: Engine, mesh: str, bundled: bool, bar: Bar, note: Callable[[str], None]) -> Engine:
-    """The pair as was chosen for this very target, draft, type and machine, after measuring if nothing was yet.
+def auto(engine: Engine, mesh: str, bundled: bool, bar: Bar, note: Callable[[str], None]) -> Choice:
+    """What was chosen for this very target, draft, type and machine, after measuring if nothing was yet.
 
     engine: see open_pair; note is given a line about what is done.
     """
@@ -200,12 +208,12 @@ def auto(engine: Engine, mesh: str, bundled: bool, bar: Bar, note: Callable[[str
     key, directory = store.key_of(engine, mesh), engine.draft.directory
     choice = store.find(key, directory)
     if choice is None:
-        note(f"no choice is stored for this pair, mesh and machine: measuring for up to {SECONDS / 60:g} minutes")
+        note(f"no choice is stored for this pair, mesh and machine: measuring for about {SECONDS / 60:g} minutes")
         space = Space.of(engine.draft.config.num_hidden_layers)
         choice = tune(engine, mesh, default_sample(engine, bundled), space, bar=bar).choice
         keep(key, choice, directory, note)
     note(f"tuned: {describe(choice)}")
-    return engine.variant(choice.speculative, parse_mesh(choice.mesh))
+    return choice
 
 
 def keep(key: store.Key, choice: Choice, draft: Path, note: Callable[[str], None]) -> None:

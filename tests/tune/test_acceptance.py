@@ -1,0 +1,80 @@
+"""What is told from texts is what decoding accepts."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from easyspec_jax.engine import open_model
+from easyspec_jax.options import SamplingParams, SpeculativeConfig
+from easyspec_jax.timing import alone
+from easyspec_jax.tune.acceptance import _ahead, accepted_by_width, mean_accepted, reach
+from tests.models import save_model
+
+LEVELS = 4
+
+
+def test_reach_follows_the_text_through_the_tree():
+    # Two levels of three; nodes 1 to 3 below the root, 4 to 6 below them.
+    tokens = np.array([[[0, 7, 8, 9, 1, 2, 3]]])
+    parents = np.array([[[0, 0, 0, 0, 2, 1, 3]]])
+
+    def reached(width, *following):
+        return int(reach(tokens, parents, np.array([[following]]), width)[0, 0])
+
+    assert reached(3, 8, 1) == 2
+    assert reached(3, 7, 1) == 1  # 1 is not below 7
+    assert reached(3, 5, 1) == 0
+    assert reached(2, 9, 3) == 0  # third of its level
+    assert reached(2, 7, 2) == 2
+    assert reached(1, 7, 2) == 2  # the best below the best, though second of its level
+    assert reached(1, 8, 1) == 0
+
+
+def test_rounds_begin_where_the_last_one_ended():
+    reached = np.array([[2, 9, 9, 0, 3, 9, 9, 9], [1, 9, 0, 9, 9, 9, 9, 9]])
+    # 0: 2 and one more, 3: 0, 4: 3, 8; 0: 1, 2: 0, 3: capped
+    assert mean_accepted(reached[:1], np.array([8]), 3) == pytest.approx((2 + 0 + 3) / 3)
+    assert mean_accepted(reached, np.array([8, 4]), 3) == pytest.approx((5 + 1 + 0 + 3) / 6)
+    assert mean_accepted(reached[:1], np.array([8]), 1) == pytest.approx((1 + 1 + 1 + 1) / 4)  # 0, 2, 4, 6
+    assert mean_accepted(reached, np.array([0, 1]), 2) == 1.0  # a text too short to tell anything
+
+
+def test_what_lies_ahead():
+    np.testing.assert_array_equal(_ahead([5, 6, 7, 8], 3, 2), [[6, 7], [7, 8], [8, -1]])
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    """A pair that sometimes agrees: the draft is the target, whose grouped layers go wrong."""
+    directory = tmp_path_factory.mktemp("model")
+    save_model(directory, "llama3", vocab_size=260, eos_token_id=3, initializer_range=0.05)
+    speculative = SpeculativeConfig(lp_size=3, num_speculative_tokens=LEVELS)
+    return open_model(directory, directory, mesh="2", speculative=speculative)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("tp", ["all", "1"])
+def test_as_many_tokens_as_decoding_accepts(engine, width, tp):
+    prompts, sampling = ["Hello", "a longer one, and more of it", "x"], SamplingParams(max_new_tokens=160)
+    plain = engine.baseline().generate(prompts, sampling)
+    texts = [(len(done.prompt_ids), [*done.prompt_ids, *done.token_ids]) for done in plain]
+    own = engine.variant(replace(engine.speculative, tree_width=width, draft_tensor_parallel_size=tp))
+    stats = [done.stats for done in own.generate(prompts, sampling, batch_size=3)]
+    total = sum(stats[1:], stats[0])
+    found = accepted_by_width(alone(own.mesh, own.load()[1]), texts, LEVELS, [width])[width]
+    assert len(found) == LEVELS
+    assert list(found) == sorted(found)
+    assert 0.2 < total.acceptance_rate < 0.95
+    # Decoding's last rounds are cut short by the limit.
+    assert found[-1] == pytest.approx(total.accepted / total.rounds, rel=0.06)
+
+
+def test_narrower_trees_are_cut_out_of_wide_ones(engine):
+    plain = engine.baseline().generate(["Hello", "b"], SamplingParams(max_new_tokens=100))
+    texts = [(len(done.prompt_ids), [*done.prompt_ids, *done.token_ids]) for done in plain]
+    programs = alone(engine.mesh, engine.load()[1])
+    together = accepted_by_width(programs, texts, LEVELS, [1, 2, 4])
+    for width in (1, 2):
+        own = accepted_by_width(programs, texts, LEVELS, [width])[width]
+        assert together[width] == pytest.approx(own, rel=0.1)
