@@ -1,0 +1,168 @@
+"""How faithful a layer-parallel draft is to itself run exactly: `python -m experiments.fidelity`.
+
+Teacher-forced on the draft's own greedy continuations: at every position, the tokens of the last 1, 2, … depths are
+drafted and everything before is exact. Beside the distributions, cosines of what a group approximates (the paper's
+Table 4), at depth 1, over the layers whose input is stale.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from easyspec_jax import EasySpecError, Engine, SamplingParams, SpeculativeConfig, demo, open_model
+from easyspec_jax.checkpoint import open_checkpoint
+from easyspec_jax.command import Parser, cache_compilations, read_prompts, run_command
+from easyspec_jax.draft.grouping import format_groups
+from easyspec_jax.draft.parallel import LayerGroup, load_draft, run_fuzzy
+from easyspec_jax.engine import draft_layout
+from easyspec_jax.mesh import ALL_AXES
+from easyspec_jax.model.cache import KVCache
+from easyspec_jax.model.transformer import Decoder, Hidden
+from easyspec_jax.refit.fidelity import DEPTHS, fidelity
+from easyspec_jax.refit.store import choose_refit
+from easyspec_jax.refit.teacher import drafted_window, exact_window
+
+PROGRAM = "experiments.fidelity"
+HERE = Path(__file__).parent
+
+Texts = Int[np.ndarray, "texts tokens"]
+Counted = Bool[np.ndarray, "texts tokens"]
+Cosines = dict[str, list[Float[Array, " tokens"]]]
+"""Of each thing that is approximated, by stale layer."""
+
+
+def continuations(engine: Engine, prompts: Sequence[str], chat: bool, new_tokens: int) -> tuple[Texts, Counted]:
+    """Prompts with what the model greedily makes of them, and the positions that predict the latter."""
+    completions = list(engine.generate(prompts, SamplingParams(max_new_tokens=new_tokens), chat=chat))
+    ids = [completion.prompt_ids + completion.token_ids for completion in completions]
+    texts = np.zeros((len(ids), max(map(len, ids))), np.int32)
+    counted = np.zeros(texts.shape, bool)
+    for row, (text, completion) in enumerate(zip(ids, completions, strict=True)):
+        texts[row, : len(text)] = text
+        counted[row, len(completion.prompt_ids) - 1 : len(text) - 1] = True
+    return texts, counted
+
+
+def cosines(draft: Decoder, mesh: Any, texts: Texts, counted: Counted) -> dict[str, float]:
+    """Mean cosines over stale layers and counted positions; the mesh is one device. Nothing stale: nothing."""
+    specs = jax.tree.map(lambda x: x.sharding.spec, draft)
+
+    def body(draft: Decoder, ids: Int[Array, "1 tokens"]) -> Cosines:
+        with jax.default_matmul_precision("highest"):
+            return _through_blocks(draft, ids)
+
+    program: Any = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=(specs, P()), out_specs=P(), check_vma=False))
+    results = [program(draft, ids[None]) for ids in texts]
+    names = [name for name, layers in results[0].items() if layers]
+    return {name: float(np.stack([np.asarray(r[name]) for r in results], axis=1)[:, counted].mean()) for name in names}
+
+
+def _through_blocks(draft: Decoder, ids: Int[Array, "1 tokens"]) -> Cosines:
+    tokens = ids.shape[1]
+    exact_at, fuzzy_at = (
+        exact_window(1, tokens, 2 * tokens, draft.config),
+        drafted_window(1, 1, tokens, 2 * tokens, draft.config),
+    )
+    found: Cosines = {name: [] for name in ("h", "q", "k", "v", "attn_out")}
+    exact = fuzzy = draft.embed(ids)
+    for block in draft.blocks:
+        cache = block.init_cache(1, 2 * tokens)
+        if isinstance(block, LayerGroup):
+            after, cache, fed = block.trace_exact(exact, cache, exact_at)
+            for slot in range(1, len(fed)):
+                for name, value in _of_layer(block, slot, fed[slot], fuzzy, cache, fuzzy_at).items():
+                    found[name].append(value)
+            exact = after
+        else:
+            exact, cache = block(exact, cache, exact_at)
+        fuzzy, _ = run_fuzzy(block, fuzzy, cache, fuzzy_at)
+    return found
+
+
+def _of_layer(
+    block: LayerGroup, slot: int, fed: tuple[Hidden, Hidden], fuzzy: Hidden, cache: KVCache, window: Any
+) -> dict[str, Float[Array, " tokens"]]:
+    attention, own = (
+        jax.tree.map(lambda w: w[slot], part)
+        for part in (block.attention, block.attention.qkv if block.refit is None else block.refit.qkv)
+    )
+    heads = zip(attention.heads(attention.qkv(fed[0])), attention.heads(own(fuzzy)), strict=True)
+    attended = attention(fuzzy, cache, window, slot, qkv=own)[0]
+    pairs = {"h": (fed[0], fuzzy), "attn_out": (fed[1] - fed[0], attended)}
+    for name, (exact, got) in zip("qkv", heads, strict=True):
+        pairs[name] = tuple(x.transpose(0, 2, 1, 3).reshape(1, x.shape[2], -1) for x in (exact, got))
+    return {name: _cosine(*(x[0].astype(jnp.float32) for x in pair)) for name, pair in pairs.items()}
+
+
+def _cosine(a: Float[Array, "tokens size"], b: Float[Array, "tokens size"]) -> Float[Array, " tokens"]:
+    lengths = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+    return jnp.sum(a * b, axis=-1) / jnp.maximum(lengths, jnp.finfo(jnp.float32).tiny)
+
+
+def _parser() -> argparse.ArgumentParser:
+    default = SpeculativeConfig()
+    parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__)
+    parser.add_argument("--draft", type=Path, default=demo.DRAFT, help="default: the bundled one")
+    parser.add_argument("--lp-size", type=int, default=default.lp_size, metavar="N")
+    parser.add_argument("--lp-strategy", metavar="S", help="explicit groups")
+    parser.add_argument("--mlp-lp-size", type=int, default=default.mlp_lp_size, metavar="M")
+    parser.add_argument("--refit", default="none", metavar="DIR", help='"auto": the one beside the draft, if any')
+    parser.add_argument("--prompts", type=Path, help="one a line (default: questions, or code for the bundled draft)")
+    parser.add_argument("--chat", action="store_true", help="wrap each prompt in the draft's chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures and prints."""
+    speculative = SpeculativeConfig(
+        lp_size=args.lp_size, lp_strategy=args.lp_strategy, mlp_lp_size=args.mlp_lp_size, refit=args.refit
+    )
+    bundled = args.draft == demo.DRAFT
+    prompts = read_prompts(args.prompts or HERE / ("code_prompts.txt" if bundled else "prompts.txt"))
+    cache_compilations()
+    draft = open_checkpoint(args.draft)
+    layout = draft_layout(speculative, draft.config.num_hidden_layers)
+    if layout.lp_size == 1:
+        raise EasySpecError("in groups of one layer nothing is fuzzy; give an --lp-size of at least 2")
+    refit = choose_refit(speculative, draft, layout)
+    engine = open_model(args.draft, speculative=SpeculativeConfig(method="vanilla"), dtype="float32")
+    texts, counted = continuations(engine, prompts, args.chat, args.max_new_tokens)
+    model = load_draft(engine.loader(draft, ALL_AXES), layout, refit)
+    overlap, agree = fidelity(model, engine.mesh, texts, counted)
+    result = {
+        "lp_size": layout.lp_size,
+        "groups": format_groups(layout.groups),
+        "mlp_lp_size": layout.mlp_lp_size,
+        "refit": refit is not None,
+        "positions": int(counted.sum()),
+        "overlap": overlap,
+        "agree": agree,
+        "cosine": cosines(model, engine.mesh, texts, counted),
+    }
+    print(json.dumps(result) if args.json else _described(result))
+
+
+def _described(result: dict[str, Any]) -> str:
+    columns = range(1, DEPTHS + 1)
+    lines = [f"{'depth':8}" + "".join(f"{depth:8}" for depth in columns)]
+    lines += [f"{name:8}" + "".join(f"{value:8.3f}" for value in result[name]) for name in ("overlap", "agree")]
+    return "\n".join([*lines, "cosine  " + "  ".join(f"{name} {x:.3f}" for name, x in result["cosine"].items())])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(PROGRAM, _parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
