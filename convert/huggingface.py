@@ -4,8 +4,9 @@ import shutil
 from pathlib import Path
 
 from convert.stream import Model
-from easyspec_jax.checkpoint import EMBEDDING, open_checkpoint
+from easyspec_jax.checkpoint import open_checkpoint
 from easyspec_jax.config import read_json
+from easyspec_jax.families import EMBEDDING
 
 COMPANIONS = (
     "generation_config.json",

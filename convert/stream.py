@@ -18,7 +18,7 @@ import numpy as np
 from convert.orbax import ORBAX
 from convert.stores import Format, Shapes, Store, write_json
 from convert.workplace import Workplace, workplace
-from easyspec_jax.checkpoint import check_tensors, expected_shapes, open_checkpoint
+from easyspec_jax.checkpoint import expected_shapes, open_checkpoint
 from easyspec_jax.config import ModelConfig, model_config
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import FLOAT_DTYPES
@@ -240,14 +240,12 @@ def _checksum(values: np.ndarray) -> int:
 
 
 def _configuration(model: Model, dtype: str | None) -> tuple[dict[str, Any], ModelConfig]:
-    """What `config.json` is to say, and what it means. Raises EasySpecError if the tensors do not go with it."""
+    """What `config.json` is to say, and what it means."""
     dtype = dtype or model.dtype
     if dtype not in FLOAT_DTYPES:
         raise EasySpecError(f"{model.origin}: the embedding is stored as {dtype}; choose a --dtype to write")
     config = {name: value for name, value in model.config.items() if name != "torch_dtype"} | {"dtype": dtype}
-    parsed = model_config(config, origin=model.origin)
-    check_tensors(parsed, model.source.shapes(), model.source.dtypes(), model.origin)
-    return config, parsed
+    return config, model_config(config, origin=model.origin)
 
 
 def _task(model: Model, config: dict[str, Any], format: Format) -> str:
