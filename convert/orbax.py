@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from convert.stores import Format, Shapes, write_json
-from easyspec_jax.checkpoint import WEIGHTS
+from easyspec_jax.checkpoint import WEIGHTS, expected_shapes
 from easyspec_jax.errors import EasySpecError, first_line
-from easyspec_jax.sources import OrbaxSource
 
 _CHUNK = 1 << 20  # bytes, at most, unless one row is more
 _TILE = (512, 256)  # rows and columns of a chunk of what tensor parallelism splits by columns
@@ -157,4 +156,4 @@ def _checkpoint_metadata() -> dict[str, Any]:
     }
 
 
-ORBAX = Format("orbax", OrbaxStore, lambda directory: OrbaxSource(directory / WEIGHTS))
+ORBAX = Format("orbax", lambda directory, config: OrbaxStore(directory, expected_shapes(config), config.dtype))

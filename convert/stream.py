@@ -81,7 +81,7 @@ def convert(
     with workplace(out, _task(model, config, format)) as place:
         write_json(place.directory / "config.json", config)
         model.write_companions(place.directory)
-        store = format.make(place.directory, job.shapes, job.dtype)
+        store = format.make(place.directory, parsed)
         pieces = list(job.pieces(store.rows))
         _check_space(place, pieces)
         reused = 0
@@ -91,7 +91,7 @@ def convert(
                 advance(piece.size)
         store.finish()
         if verify:
-            _compare(job, place.directory, format.read(place.directory))
+            _compare(job, place.directory, open_checkpoint(place.directory).source)
     return Result(job.parameters, job.dtype, job.size, reused)
 
 

@@ -223,7 +223,7 @@ def test_unreadable_json_names_the_file(tmp_path, content, message):
 
 
 def test_a_mistral_without_a_number_of_key_heads_has_eight(tmp_path):
-    config = {"model_type": "mistral", "sliding_window": None} | SIZES | {"num_attention_heads": 16}
+    config = {"model_type": "mistral", "sliding_window": None} | SIZES | {"num_attention_heads": 16, "hidden_size": 64}
     del config["num_key_value_heads"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_model_config(tmp_path) == as_transformers_reads(tmp_path)
