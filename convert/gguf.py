@@ -26,7 +26,7 @@ _DTYPES = {"F32": "float32", "F16": "float16"}  # the rest is BF16, or loses mor
 
 
 def open_gguf(path: Path) -> Model:
-    """A GGUF file that holds a whole Llama or Qwen2 model with its tokenizer.
+    """A GGUF file that holds a whole model of a family that such files name, with its tokenizer, if there is one.
 
     Raises EasySpecError if the file is missing, damaged, one of several parts, or describes anything unsupported.
     """
@@ -42,15 +42,17 @@ def open_gguf(path: Path) -> Model:
     _refuse_partial_rope(metadata, model, origin)
     if rope_factors is not None:
         config["rope_scaling"] = _llama3_scaling(np.array(rope_factors.data), model, origin)
-    tokenizer = build_tokenizer(metadata, model_type, origin)
+    has_tokenizer = "tokenizer.ggml.model" in metadata
+    tokenizer = build_tokenizer(metadata, model_type, origin) if has_tokenizer else None
 
     def write_companions(directory: Path) -> None:
         write_json(directory / "generation_config.json", _generation(metadata))
-        tokenizer.save_pretrained(str(directory))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(directory))
 
     dtype = _DTYPES.get(tensors[_EMBEDDING].tensor_type.name, "bfloat16")
     source = canonical(model, GGUFSource(path, tensors), "gguf", origin)
-    return Model(origin, config, source, dtype, (path,), write_companions)
+    return Model(origin, config, source, dtype, (path,), has_tokenizer, write_companions)
 
 
 class GGUFSource:

@@ -19,6 +19,8 @@ COMPANIONS = (
 )
 """Patterns of the files that keep their name and contents."""
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
 
 def open_huggingface(directory: Path) -> Model:
     """A directory with `config.json` and safetensors, or a converted one.
@@ -32,6 +34,7 @@ def open_huggingface(directory: Path) -> Model:
         source=source,
         dtype=source.dtypes()[EMBEDDING],
         files=tuple(path for path in directory.rglob("*") if path.is_file()),
+        has_tokenizer=any(path.name in _TOKENIZERS for path in directory.iterdir()),
         write_companions=lambda out: _copy_companions(directory, out),
     )
 

@@ -40,7 +40,8 @@ class Model:
 
     origin: names it in error messages. config: the contents of its `config.json`. source: its canonical tensors.
     dtype: what to write where nobody asks for another. files: what holds the tensors; a conversion goes on only if
-    they are unchanged. write_companions: puts tokenizer and generation configuration into a directory.
+    they are unchanged. write_companions: puts generation configuration and tokenizer, if it has_tokenizer, into a
+    directory.
     """
 
     origin: str
@@ -48,6 +49,7 @@ class Model:
     source: StoredSource
     dtype: str
     files: tuple[Path, ...]
+    has_tokenizer: bool
     write_companions: Callable[[Path], None]
 
 
