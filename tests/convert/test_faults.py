@@ -244,9 +244,10 @@ def test_a_byte_that_flips_on_the_way_to_the_disk_is_found(source, tmp_path):
 
 SMALL_PIECES = """
 import sys
-from convert import stream
+from convert import orbax, stream
 from convert.__main__ import main
-stream._PIECE = 1 << 16
+stream._PIECE = orbax._CHUNK = 1 << 16
+orbax._TILE = (64, 512)
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -298,9 +299,10 @@ def test_what_an_interruption_damaged_is_written_again(source, tmp_path, monkeyp
         patched.setattr(stream.Workplace, "record", interrupt)
         with pytest.raises(KeyboardInterrupt):
             stream.convert(model, tmp_path / "out")
-    data = [path for path in (tmp_path / ".out.partial" / "weights").rglob("d/*") if path.stat().st_size > 3000]
+    written = {path: path.read_bytes() for path in (tmp_path / ".out.partial" / "weights").rglob("d/*")}
+    data = [path for path, held in written.items() if len(held) > 3000 and b"zarr_format" not in held]
     for path in data[::2]:
-        flip(path, -1)  # what is small, and comes first, describes the arrays
+        flip(path)
     result = stream.convert(model, tmp_path / "out", verify=True)
     assert 0 < result.reused < result.size
 
