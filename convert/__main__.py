@@ -1,10 +1,12 @@
 """The command `python -m convert`. Heavy libraries wait until the arguments are known to be good."""
 
 import argparse
+import ctypes
 import re
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,5 +111,13 @@ def _bytes(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix or " "))
 
 
+def _share_free_memory() -> None:
+    """glibc keeps what a thread has freed for that thread; with one arena, as --memory has it, others take it."""
+    arena_max = -8  # of <malloc.h>
+    with suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(arena_max, 1)
+
+
 if __name__ == "__main__":
+    _share_free_memory()
     sys.exit(main())
