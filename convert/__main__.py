@@ -1,10 +1,12 @@
 """The command `python -m convert`. Heavy libraries wait until the arguments are known to be good."""
 
 import argparse
+import ctypes
 import re
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +15,7 @@ from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import FLOAT_DTYPES
 
 if TYPE_CHECKING:
-    from convert.stream import Result
+    from convert.stream import Model, Result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     try:
         arguments = _parser().parse_args(argv)
-        result = _convert(arguments)
+        model = _open(arguments)
+        result = _convert(model, arguments)
     except (EasySpecError, OSError) as error:
         print("convert: error:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
@@ -31,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds = time.monotonic() - started
     notes = f", {result.reused / 1e6:,.1f} MB of it from an interrupted run" if result.reused else ""
     notes += ", verified" if arguments.verify else ""
+    notes += "" if model.has_tokenizer else "; it has no tokenizer, which generating needs"
     print(
         f"{arguments.out}: {result.parameters / 1e6:,.1f} M parameters, {result.dtype}, "
         f"{result.size / 1e6:,.1f} MB, {seconds:.1f} s{notes}"
@@ -38,38 +42,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _convert(arguments: argparse.Namespace) -> "Result":
+def _open(arguments: argparse.Namespace) -> "Model":
+    if arguments.revision is not None and arguments.hf is None:
+        raise EasySpecError("--revision goes with --hf")
+    if arguments.gguf is not None:
+        from convert.gguf import open_gguf
+
+        return open_gguf(arguments.gguf)
+    from convert.hub import directory_of
+    from convert.huggingface import open_huggingface
+
+    return open_huggingface(arguments.to_hf or directory_of(arguments.hf, arguments.revision))
+
+
+def _convert(model: "Model", arguments: argparse.Namespace) -> "Result":
     from convert.orbax import ORBAX
     from convert.shards import HUGGING_FACE
     from convert.stream import convert, verify
 
-    if arguments.gguf is not None:
-        from convert.gguf import open_gguf
-
-        model = open_gguf(arguments.gguf)
-    else:
-        from convert.huggingface import open_huggingface
-
-        model = open_huggingface(arguments.hf or arguments.to_hf)
-    memory = arguments.memory
     if arguments.verify and arguments.dtype is None and arguments.out.is_dir():
-        return verify(model, arguments.out, memory)
+        return verify(model, arguments.out, arguments.memory)
     format = ORBAX if arguments.to_hf is None else HUGGING_FACE
-    return convert(model, arguments.out, arguments.dtype, format, memory=memory, verify=arguments.verify)
+    return convert(model, arguments.out, arguments.dtype, format, memory=arguments.memory, verify=arguments.verify)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="convert",
-        description="Writes an Orbax checkpoint with its configuration and tokenizer, from a Llama or Qwen2 model; "
+        description="Writes an Orbax checkpoint with its configuration and tokenizer, from a model of a known family; "
         "or a Hugging Face directory from such a checkpoint.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--hf", type=Path, metavar="DIR", help="a Hugging Face directory with safetensors")
-    source.add_argument("--gguf", type=Path, metavar="FILE", help="a GGUF file of architecture llama or qwen2")
+    source.add_argument(
+        "--hf", metavar="DIR|ID", help="a Hugging Face directory with safetensors, or a model's id on the hub"
+    )
+    source.add_argument("--gguf", type=Path, metavar="FILE", help="a GGUF file of architecture llama, qwen2 or qwen3")
     source.add_argument(
         "--to-hf", type=Path, metavar="DIR", help="a checkpoint of either kind, to export as a Hugging Face directory"
     )
+    parser.add_argument("--revision", help="commit, branch or tag of a model on the hub; by default its main branch")
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="the directory to create")
     parser.add_argument(
         "--dtype",
@@ -100,5 +111,13 @@ def _bytes(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix or " "))
 
 
+def _share_free_memory() -> None:
+    """glibc keeps what a thread has freed for that thread; with one arena, as --memory has it, others take it."""
+    arena_max = -8  # of <malloc.h>
+    with suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(arena_max, 1)
+
+
 if __name__ == "__main__":
+    _share_free_memory()
     sys.exit(main())

@@ -11,65 +11,57 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 
-from convert.families import (
-    ARCHITECTURES,
-    OPTIONAL_FIELDS,
-    REQUIRED_FIELDS,
-    ROPE_FACTORS,
-    STOP_IDS,
-    TOKEN_IDS,
-    Architecture,
-    canonical_name,
-)
+from convert.gguf_fields import OPTIONAL_FIELDS, REQUIRED_FIELDS, ROPE_FACTORS, STOP_IDS, TOKEN_IDS
 from convert.gguf_tokenizer import build_tokenizer
 from convert.stores import write_json
 from convert.stream import Model
-from easyspec_jax.checkpoint import EMBEDDING, HEAD
+from easyspec_jax.checkpoint import canonical
 from easyspec_jax.config import ModelConfig, model_config
 from easyspec_jax.errors import EasySpecError, first_line
+from easyspec_jax.families import FAMILIES, Family
 from easyspec_jax.sources import Window, read_bytes
 
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _DTYPES = {"F32": "float32", "F16": "float16"}  # the rest is BF16, or loses more by its quantisation
 
 
 def open_gguf(path: Path) -> Model:
-    """A GGUF file that holds a whole Llama or Qwen2 model with its tokenizer.
+    """A GGUF file that holds a whole model of a family that such files name, with its tokenizer, if there is one.
 
     Raises EasySpecError if the file is missing, damaged, one of several parts, or describes anything unsupported.
     """
     origin = str(path)
     reader, metadata = _read(path)
-    architecture = _architecture(metadata, origin)
-    tensors = {canonical_name(tensor.name): tensor for tensor in reader.tensors}
-    if EMBEDDING not in tensors:
-        raise EasySpecError(f"{origin}: token_embd.weight is missing")
+    model_type, family = _family(metadata, origin)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if _EMBEDDING not in tensors:
+        raise EasySpecError(f"{origin}: {_EMBEDDING} is missing")
     rope_factors = tensors.pop(ROPE_FACTORS, None)
-    config = _config(metadata, architecture, tensors, origin)
+    config = _config(metadata, tensors, origin) | {"architectures": [family.class_name], "model_type": model_type}
     model = model_config(config, origin=origin)
     _refuse_partial_rope(metadata, model, origin)
     if rope_factors is not None:
         config["rope_scaling"] = _llama3_scaling(np.array(rope_factors.data), model, origin)
-    tokenizer = build_tokenizer(metadata, architecture.model_type, origin)
+    has_tokenizer = "tokenizer.ggml.model" in metadata
+    tokenizer = build_tokenizer(metadata, model_type, origin) if has_tokenizer else None
 
     def write_companions(directory: Path) -> None:
         write_json(directory / "generation_config.json", _generation(metadata))
-        tokenizer.save_pretrained(str(directory))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(directory))
 
-    heads = {"q_proj": model.num_attention_heads, "k_proj": model.num_key_value_heads}
-    source = GGUFSource(path, tensors, heads if architecture.permuted else {})
-    return Model(origin, config, source, source.stored_dtype(), (path,), write_companions)
+    dtype = _DTYPES.get(tensors[_EMBEDDING].tensor_type.name, "bfloat16")
+    source = canonical(model, GGUFSource(path, tensors), "gguf", origin)
+    return Model(origin, config, source, dtype, (path,), has_tokenizer, write_companions)
 
 
 class GGUFSource:
-    """Canonical tensors of a GGUF file, dequantised to float32 when they are read.
+    """Tensors of a GGUF file by its own names, dequantised to float32 when they are read."""
 
-    permuted_heads: the number of heads of each projection whose rows are permuted.
-    """
-
-    def __init__(self, path: Path, tensors: Mapping[str, ReaderTensor], permuted_heads: Mapping[str, int]) -> None:
-        self._path, self._permuted_heads = path, permuted_heads
+    def __init__(self, path: Path, tensors: Mapping[str, ReaderTensor]) -> None:
+        self._path = path
         self._places = {
-            name: _Place(tensor.name, tensor.tensor_type, _shape(tensor), int(tensor.data_offset), int(tensor.n_bytes))
+            name: _Place(tensor.tensor_type, _shape(tensor), int(tensor.data_offset), int(tensor.n_bytes))
             for name, tensor in tensors.items()
         }
 
@@ -77,21 +69,13 @@ class GGUFSource:
         return {name: place.shape for name, place in self._places.items()}
 
     def dtypes(self) -> Mapping[str, str]:
-        return {name: "float32" if place.readable else place.kind.name for name, place in self._places.items()}
-
-    def stored_dtype(self) -> str:
-        """The floating-point type nearest to what the embedding is stored in."""
-        return _DTYPES.get(self._places[EMBEDDING].kind.name, "bfloat16")
+        kinds = {name: place.kind for name, place in self._places.items()}
+        return {name: "float32" if _readable(kind) else kind.name for name, kind in kinds.items()}
 
     def read(self, name: str, window: Window = ()) -> np.ndarray:
-        place, heads = self._places[name], self._permuted_heads.get(name.split(".")[-2])
+        place = self._places[name]
         rows = window[0] if window else slice(0, place.shape[0])
-        unit = 1 if heads is None else place.shape[0] // heads
-        whole = slice(rows.start // unit * unit, -(-rows.stop // unit) * unit)
-        values = self._read_rows(place, whole)
-        if heads is not None:
-            values = unpermute(values, len(values) // unit)
-        return values[(slice(rows.start - whole.start, rows.stop - whole.start), *window[1:])]
+        return self._read_rows(place, rows)[(slice(None), *window[1:])]
 
     def _read_rows(self, place: "_Place", rows: slice) -> np.ndarray:
         if len(place.shape) == 1:  # one row of blocks
@@ -110,17 +94,12 @@ class GGUFSource:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies in a GGUF file, under which name, how quantised; offset and size in bytes."""
+    """Where a tensor lies in a GGUF file and how it is quantised; offset and size in bytes."""
 
-    name: str
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
     offset: int
     size: int
-
-    @property
-    def readable(self) -> bool:
-        return _readable(self.kind)
 
 
 @cache
@@ -130,12 +109,6 @@ def _readable(kind: GGMLQuantizationType) -> bool:
     except NotImplementedError:
         return False
     return True
-
-
-def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Puts [heads * head_dim, ...] rows from llama.cpp's order (pairs side by side) into Hugging Face's (by halves)."""
-    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 class _Reader(GGUFReader):
@@ -166,30 +139,29 @@ def _read(path: Path) -> tuple[GGUFReader, dict[str, Any]]:
     return reader, metadata
 
 
-def _architecture(metadata: Mapping[str, Any], origin: str) -> Architecture:
+def _family(metadata: Mapping[str, Any], origin: str) -> tuple[str, Family]:
     name = str(metadata.get("general.architecture", "(none)"))
-    if name not in ARCHITECTURES:
-        supported = ", ".join(sorted(ARCHITECTURES))
-        raise EasySpecError(f"{origin}: GGUF architecture {name!r} is not supported; supported: {supported}")
+    supported = {family.gguf: (kind, family) for kind, family in FAMILIES.items() if family.gguf}
+    if name not in supported:
+        names = ", ".join(sorted(supported))
+        raise EasySpecError(f"{origin}: GGUF architecture {name!r} is not supported; supported: {names}")
     if metadata.get("split.count", 1) not in (0, 1):
         raise EasySpecError(f"{origin} is one of {metadata['split.count']} parts; merge them with llama-gguf-split")
-    return ARCHITECTURES[name]
+    return supported[name]
 
 
-def _config(
-    metadata: Mapping[str, Any], architecture: Architecture, tensors: Mapping[str, ReaderTensor], origin: str
-) -> dict[str, Any]:
-    """The contents of `config.json`, without a dtype."""
+def _config(metadata: Mapping[str, Any], tensors: Mapping[str, ReaderTensor], origin: str) -> dict[str, Any]:
+    """The contents of `config.json`, without the family and a dtype."""
     prefix = metadata["general.architecture"]
-    config: dict[str, Any] = {"architectures": [architecture.class_name], "model_type": architecture.model_type}
+    config: dict[str, Any] = {}
     for field, key in (REQUIRED_FIELDS | OPTIONAL_FIELDS).items():
         value = metadata.get(f"{prefix}.{key}")
         if value is not None:
             config[field] = _shortest(value)
         elif field in REQUIRED_FIELDS:
             raise EasySpecError(f"{origin}: the metadata field {prefix}.{key} is missing")
-    config["vocab_size"] = _shape(tensors[EMBEDDING])[0]
-    config["tie_word_embeddings"] = HEAD not in tensors
+    config["vocab_size"] = _shape(tensors[_EMBEDDING])[0]
+    config["tie_word_embeddings"] = _HEAD not in tensors
     if (kind := _rope_type(metadata, prefix)) != "default":
         config["rope_scaling"] = {"rope_type": kind}
     return config | _token_ids(metadata)

@@ -4,8 +4,9 @@ import shutil
 from pathlib import Path
 
 from convert.stream import Model
-from easyspec_jax.checkpoint import EMBEDDING, open_checkpoint
+from easyspec_jax.checkpoint import open_checkpoint
 from easyspec_jax.config import read_json
+from easyspec_jax.families import EMBEDDING
 
 COMPANIONS = (
     "generation_config.json",
@@ -17,6 +18,8 @@ COMPANIONS = (
     "chat_template*",
 )
 """Patterns of the files that keep their name and contents."""
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def open_huggingface(directory: Path) -> Model:
@@ -31,6 +34,7 @@ def open_huggingface(directory: Path) -> Model:
         source=source,
         dtype=source.dtypes()[EMBEDDING],
         files=tuple(path for path in directory.rglob("*") if path.is_file()),
+        has_tokenizer=any(path.name in _TOKENIZERS for path in directory.iterdir()),
         write_companions=lambda out: _copy_companions(directory, out),
     )
 

@@ -1,5 +1,6 @@
 """Writes an Orbax checkpoint in pieces, without Orbax, which wants a model's tensors all at once."""
 
+import shutil
 import time
 from collections.abc import Iterator
 from math import prod
@@ -9,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from convert.stores import Format, Shapes, write_json
-from easyspec_jax.checkpoint import WEIGHTS
+from easyspec_jax.checkpoint import WEIGHTS, expected_shapes
 from easyspec_jax.errors import EasySpecError, first_line
-from easyspec_jax.sources import OrbaxSource
 
 _CHUNK = 1 << 20  # bytes, at most, unless one row is more
 _TILE = (512, 256)  # rows and columns of a chunk of what tensor parallelism splits by columns
@@ -34,14 +34,13 @@ class OrbaxStore:
         # The workplace flushes everything once, at the end.
         self._context = ts.Context({"file_io_sync": False})
         try:
-            with ts.Transaction() as transaction:
-                opening = {name: self._open(name, transaction) for name in shapes}
-                for future in opening.values():
-                    future.result()
-            opening = {name: self._open(name) for name in shapes}
-            self._arrays = {name: future.result() for name, future in opening.items()}
-        except (OSError, ValueError) as error:
-            raise self._unwritable(error) from None
+            self._arrays = self._opened()
+        except (OSError, ValueError):  # what an earlier run left cannot be gone on with
+            shutil.rmtree(self._directory, ignore_errors=True)
+            try:
+                self._arrays = self._opened()
+            except (OSError, ValueError) as error:
+                raise self._unwritable(error) from None
 
     def rows(self, name: str) -> int:
         return self._chunk(name)[0]
@@ -79,6 +78,15 @@ class OrbaxStore:
             write_json(self._directory / "_CHECKPOINT_METADATA", _checkpoint_metadata())
         except (OSError, ValueError) as error:
             raise self._unwritable(error) from None
+
+    def _opened(self) -> dict[str, Any]:
+        import tensorstore as ts
+
+        with ts.Transaction() as transaction:  # one commit
+            for future in [self._open(name, transaction) for name in self._shapes]:
+                future.result()
+        opening = {name: self._open(name) for name in self._shapes}
+        return {name: future.result() for name, future in opening.items()}
 
     def _open(self, name: str, transaction: Any = None) -> Any:
         import tensorstore as ts
@@ -157,4 +165,4 @@ def _checkpoint_metadata() -> dict[str, Any]:
     }
 
 
-ORBAX = Format("orbax", OrbaxStore, lambda directory: OrbaxSource(directory / WEIGHTS))
+ORBAX = Format("orbax", lambda directory, config: OrbaxStore(directory, expected_shapes(config), config.dtype))

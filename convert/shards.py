@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from convert.stores import Format, Shapes, write_json
+from easyspec_jax.checkpoint import places, stored_shapes
+from easyspec_jax.config import ModelConfig
 from easyspec_jax.errors import EasySpecError, first_line
-from easyspec_jax.sources import INDEX, SAFETENSORS, SafetensorsSource, read_bytes
+from easyspec_jax.sources import INDEX, SAFETENSORS, read_bytes
 
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -19,10 +21,11 @@ _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 class SafetensorsStore:
     """Safetensors files that transformers reads: `model.safetensors`, or shards of `largest` bytes and an index."""
 
-    def __init__(self, directory: Path, shapes: Shapes, dtype: str, largest: int = 5 * 10**9) -> None:
-        self._directory, self._shapes, self._dtype = directory, shapes, np.dtype(dtype)
+    def __init__(self, directory: Path, config: ModelConfig, largest: int = 5 * 10**9) -> None:
+        self._directory, self._dtype = directory, np.dtype(config.dtype)
+        self._shapes, self._stored = stored_shapes(config, "hf"), places(config, "hf")
         self._places: dict[str, tuple[Path, int]] = {}
-        shards = list(_grouped(shapes, self._dtype.itemsize, largest))
+        shards = list(_grouped(self._shapes, self._dtype.itemsize, largest))
         for number, names in enumerate(shards, 1):
             several = f"model-{number:05}-of-{len(shards):05}.safetensors"
             path = directory / (SAFETENSORS if len(shards) == 1 else several)
@@ -50,7 +53,7 @@ class SafetensorsStore:
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         path, offset = self._at(name, start)
-        values = np.empty((stop - start, *self._shapes[name][1:]), self._dtype)
+        values = np.empty((stop - start, *self._shapes[self._stored[name].name][1:]), self._dtype)
         try:
             with path.open("rb", buffering=0) as file:
                 read_bytes(file.fileno(), values, offset)
@@ -79,8 +82,10 @@ class SafetensorsStore:
         return header, {name: offset + len(header) for name, offset in offsets.items()}
 
     def _at(self, name: str, row: int) -> tuple[Path, int]:
-        path, offset = self._places[name]
-        return path, offset + row * prod(self._shapes[name][1:]) * self._dtype.itemsize
+        """The file and the byte in it where a row of a canonical tensor begins."""
+        stored = self._stored[name]
+        path, offset = self._places[stored.name]
+        return path, offset + (stored.start + row) * prod(self._shapes[stored.name][1:]) * self._dtype.itemsize
 
     def _unwritable(self, error: Exception) -> EasySpecError:
         return EasySpecError(f"{self._directory} cannot be written: {first_line(error)}")
@@ -99,4 +104,4 @@ def _grouped(shapes: Shapes, itemsize: int, largest: int) -> Iterator[list[str]]
     yield group
 
 
-HUGGING_FACE = Format("huggingface", SafetensorsStore, SafetensorsSource)
+HUGGING_FACE = Format("huggingface", SafetensorsStore)

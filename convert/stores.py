@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from easyspec_jax.sources import StoredSource
+from easyspec_jax.config import ModelConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of tensors, by name."""
@@ -36,11 +36,10 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Format:
-    """How a directory keeps its tensors: make opens a Store in it, read opens it once it is finished."""
+    """How a directory keeps a model's tensors; make opens a Store in it."""
 
     name: str
-    make: Callable[[Path, Shapes, str], Store]
-    read: Callable[[Path], StoredSource]
+    make: Callable[[Path, ModelConfig], Store]
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from convert.orbax import ORBAX
 from convert.stores import Format, Shapes, Store, write_json
 from convert.workplace import Workplace, workplace
-from easyspec_jax.checkpoint import check_tensors, expected_shapes, open_checkpoint
+from easyspec_jax.checkpoint import expected_shapes, open_checkpoint
 from easyspec_jax.config import ModelConfig, model_config
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import FLOAT_DTYPES
@@ -40,7 +40,8 @@ class Model:
 
     origin: names it in error messages. config: the contents of its `config.json`. source: its canonical tensors.
     dtype: what to write where nobody asks for another. files: what holds the tensors; a conversion goes on only if
-    they are unchanged. write_companions: puts tokenizer and generation configuration into a directory.
+    they are unchanged. write_companions: puts generation configuration and tokenizer, if it has_tokenizer, into a
+    directory.
     """
 
     origin: str
@@ -48,6 +49,7 @@ class Model:
     source: StoredSource
     dtype: str
     files: tuple[Path, ...]
+    has_tokenizer: bool
     write_companions: Callable[[Path], None]
 
 
@@ -81,7 +83,7 @@ def convert(
     with workplace(out, _task(model, config, format)) as place:
         write_json(place.directory / "config.json", config)
         model.write_companions(place.directory)
-        store = format.make(place.directory, job.shapes, job.dtype)
+        store = format.make(place.directory, parsed)
         pieces = list(job.pieces(store.rows))
         _check_space(place, pieces)
         reused = 0
@@ -91,7 +93,7 @@ def convert(
                 advance(piece.size)
         store.finish()
         if verify:
-            _compare(job, place.directory, format.read(place.directory))
+            _compare(job, place.directory, open_checkpoint(place.directory).source)
     return Result(job.parameters, job.dtype, job.size, reused)
 
 
@@ -240,14 +242,12 @@ def _checksum(values: np.ndarray) -> int:
 
 
 def _configuration(model: Model, dtype: str | None) -> tuple[dict[str, Any], ModelConfig]:
-    """What `config.json` is to say, and what it means. Raises EasySpecError if the tensors do not go with it."""
+    """What `config.json` is to say, and what it means."""
     dtype = dtype or model.dtype
     if dtype not in FLOAT_DTYPES:
         raise EasySpecError(f"{model.origin}: the embedding is stored as {dtype}; choose a --dtype to write")
     config = {name: value for name, value in model.config.items() if name != "torch_dtype"} | {"dtype": dtype}
-    parsed = model_config(config, origin=model.origin)
-    check_tensors(parsed, model.source.shapes(), model.source.dtypes(), model.origin)
-    return config, parsed
+    return config, model_config(config, origin=model.origin)
 
 
 def _task(model: Model, config: dict[str, Any], format: Format) -> str:

@@ -6,27 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from easyspec_jax.errors import EasySpecError
-
-
-@dataclass(frozen=True)
-class Family:
-    """What a `model_type` implies that its `config.json` does not say.
-
-    qkv_bias: query, key and value projections carry a bias. qk_norm: each query and key head is normalised.
-    rope_theta: the base where the configuration names none. head_dim: likewise; None is hidden_size over heads.
-    """
-
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    rope_theta: float = 10000.0
-    head_dim: int | None = None
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(),
-    "qwen2": Family(qkv_bias=True),
-    "qwen3": Family(qk_norm=True, head_dim=128),
-}
+from easyspec_jax.families import FAMILIES, Family
 
 _INT32 = 2**31
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
@@ -45,7 +25,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer of the Llama, Qwen2 or Qwen3 family; fields as in Hugging Face's `config.json`.
+    """A decoder-only transformer of one of FAMILIES; fields as in Hugging Face's `config.json`.
 
     vocab_size counts embedding rows, which may exceed the tokenizer's ids. stop_ids ends a text.
     """
@@ -92,8 +72,10 @@ def model_config(
     """
     try:
         model_type = str(config.get("model_type", "(none)"))
-        family = _supported_family(config, model_type, origin)
+        family = _family(config, model_type, origin)
         _check_types(config, origin)
+        config = family.read_config(config)
+        _refuse_unsupported(config, origin)
         heads = int(config["num_attention_heads"])
         rope = _rope_parameters(config)
         result = ModelConfig(
@@ -103,15 +85,15 @@ def model_config(
             intermediate_size=int(config["intermediate_size"]),
             num_attention_heads=heads,
             num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or family.head_dim or int(config["hidden_size"]) // max(heads, 1)),
+            head_dim=int(config.get("head_dim") or _divided(int(config["hidden_size"]), heads, origin)),
             vocab_size=int(config["vocab_size"]),
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or family.rope_theta),
+            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
             rope_scaling=_rope_scaling(rope, origin),
             max_position_embeddings=int(config["max_position_embeddings"]),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=family.qkv_bias,
-            qk_norm=family.qk_norm,
+            qkv_bias=family.has("self_attn.q_proj.bias"),
+            qk_norm=family.has("self_attn.q_norm.weight"),
             stop_ids=_stop_ids(generation or {}, origin) or _stop_ids(config, origin),
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
         )
@@ -138,8 +120,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _supported_family(config: dict[str, Any], model_type: str, origin: str) -> Family:
-    """Raises EasySpecError for any feature that would silently give other text."""
+def _family(config: dict[str, Any], model_type: str, origin: str) -> Family:
     experts = next(
         (name for name in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(name)), None
     )
@@ -149,13 +130,23 @@ def _supported_family(config: dict[str, Any], model_type: str, origin: str) -> F
         raise EasySpecError(
             f"{origin}: model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}"
         )
-    window = not model_type.startswith("qwen") and config.get("sliding_window")  # Qwen's counts if it is used
-    if window or config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
+    return FAMILIES[model_type]
+
+
+def _refuse_unsupported(config: dict[str, Any], origin: str) -> None:
+    """Raises EasySpecError for what would give another text; config is in Llama's terms."""
+    layers = config.get("layer_types") or ()
+    if config.get("sliding_window") or config.get("use_sliding_window") or "sliding_attention" in layers:
         raise EasySpecError(f"{origin}: sliding-window attention is not supported")
     for name, supported in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if config.get(name, supported) != supported:
             raise EasySpecError(f"{origin}: {name}={config[name]!r} is not supported (only {supported!r})")
-    return FAMILIES[model_type]
+
+
+def _divided(hidden: int, heads: int, origin: str) -> int:
+    if heads > 0 and hidden % heads:
+        raise EasySpecError(f"{origin}: hidden_size={hidden} does not divide into {heads} heads; give it a head_dim")
+    return hidden // max(heads, 1)
 
 
 def _check_types(config: dict[str, Any], origin: str) -> None:

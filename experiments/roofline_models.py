@@ -17,10 +17,11 @@ import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16)
 import numpy as np
 from jax.sharding import Mesh
 
-from easyspec_jax.checkpoint import EMBEDDING, HEAD, expected_shapes
+from easyspec_jax.checkpoint import expected_shapes
 from easyspec_jax.config import ModelConfig, model_config, read_json
 from easyspec_jax.draft.grouping import Group, Layout
 from easyspec_jax.draft.parallel import load_draft
+from easyspec_jax.families import EMBEDDING, HEAD
 from easyspec_jax.mesh import ALL_AXES
 from easyspec_jax.model.attention import Attention
 from easyspec_jax.model.loader import Loader

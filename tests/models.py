@@ -56,6 +56,17 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
         transformers.Qwen2Config,
         {"hidden_size": 112, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True},
     ),
+    "mistral": (
+        transformers.MistralConfig,
+        {
+            "hidden_size": 40,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 12,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+        },
+    ),
     "qwen3": (
         transformers.Qwen3Config,
         {

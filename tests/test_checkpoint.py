@@ -1,6 +1,8 @@
 """Checkpoints are read bit for bit from either layout, and every kind of damage is one clear line."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ml_dtypes
@@ -9,19 +11,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert.orbax import OrbaxStore
-from easyspec_jax.checkpoint import (
-    EMBEDDING,
-    FINAL_NORM,
-    HEAD,
-    WEIGHTS,
-    check_tensors,
-    expected_shapes,
-    open_checkpoint,
-    write_safetensors,
-)
+from easyspec_jax.checkpoint import WEIGHTS, check_tensors, expected_shapes, open_checkpoint, write_safetensors
 from easyspec_jax.config import model_config
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.sources import INDEX, SAFETENSORS, OrbaxSource, SafetensorsSource
+from easyspec_jax.families import EMBEDDING, FINAL_NORM, HEAD
+from easyspec_jax.sources import INDEX, SAFETENSORS, OrbaxSource, SafetensorsSource, Window
 
 CONFIG = {
     "model_type": "qwen2",
@@ -177,20 +171,36 @@ def test_other_types_are_named(tmp_path):
         source.read("odd")
 
 
+@dataclass(frozen=True)
+class Described:
+    """A source that only says what it has."""
+
+    present: Mapping[str, tuple[int, ...]]
+    others: Mapping[str, str] = field(default_factory=dict)
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self.present
+
+    def dtypes(self) -> Mapping[str, str]:
+        return {**dict.fromkeys(self.present, "float32"), **self.others}
+
+    def read(self, name: str, window: Window = ()) -> np.ndarray:
+        raise NotImplementedError
+
+
 def test_every_fault_of_the_tensors_is_listed():
     config = model_config(CONFIG)
     shapes = expected_shapes(config)
-    dtypes = dict.fromkeys(shapes, "float32") | {FINAL_NORM: "I8"}
     faulty = {name: shape for name, shape in shapes.items() if name != HEAD} | {"extra": (1,), EMBEDDING: (3, 3)}
     with pytest.raises(EasySpecError) as error:
-        check_tensors(config, faulty, dtypes, "here")
+        check_tensors(config, Described(faulty, {FINAL_NORM: "I8"}), "here")
     assert str(error.value) == (
         "here: tensors do not match the configuration: lm_head.weight is missing; extra is unknown; "
         "model.embed_tokens.weight has shape (3, 3) instead of (10, 8); "
         "model.norm.weight is stored as I8, which is not supported"
     )
-    with pytest.raises(EasySpecError, match=r"lm_head\.weight is missing; and 12 more; extra is unknown$"):
-        check_tensors(config, {"extra": (1,)}, {}, "here")
+    with pytest.raises(EasySpecError, match=r"model\.norm\.weight is missing; .* and 12 more; extra is unknown$"):
+        check_tensors(config, Described({"extra": (1,)}), "here")
 
 
 def test_derived_buffers_and_a_tied_head_are_no_faults():
@@ -198,7 +208,8 @@ def test_derived_buffers_and_a_tied_head_are_no_faults():
     shapes = expected_shapes(config)
     assert HEAD not in shapes
     present = shapes | {HEAD: (10, 8), "model.layers.0.self_attn.rotary_emb.inv_freq": (2,)}
-    check_tensors(config, present, dict.fromkeys(present, "float32"), "here")
+    for scheme in (None, "hf"):
+        check_tensors(config, Described(present), "here", scheme)
 
 
 def test_damaged_orbax_tree(tmp_path):

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from easyspec_jax.config import FAMILIES, ModelConfig, RopeScaling, model_config, read_json, read_model_config
+from easyspec_jax.config import ModelConfig, RopeScaling, model_config, read_json, read_model_config
 from easyspec_jax.errors import EasySpecError
+from easyspec_jax.families import FAMILIES
 
 LLAMA3 = {
     "factor": 8.0,
@@ -49,10 +50,13 @@ SPELLINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("spelling", SPELLINGS)
+CASES = [(family, spelling) for family in FAMILIES for spelling in SPELLINGS]
+CASES.remove(("mistral", "no key-value heads"))  # a null, which transformers refuses
+
+
+@pytest.mark.parametrize(("family", "spelling"), CASES)
 def test_agrees_with_transformers(family, spelling, tmp_path):
-    config = {"model_type": family} | SIZES | SPELLINGS[spelling]
+    config = {"model_type": family, "sliding_window": None} | SIZES | SPELLINGS[spelling]
     if family.startswith("qwen"):
         config |= {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -62,7 +66,8 @@ def test_agrees_with_transformers(family, spelling, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_agrees_on_what_transformers_writes(family, tmp_path):
     rope = {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}
-    written = AutoConfig.for_model(family, rope_parameters=rope, **SIZES | {"torch_dtype": None, "dtype": "bfloat16"})
+    sizes = SIZES | {"torch_dtype": None, "dtype": "bfloat16", "sliding_window": None}
+    written = AutoConfig.for_model(family, rope_parameters=rope, **sizes)
     written.save_pretrained(tmp_path)
     ours = read_model_config(tmp_path)
     assert ours == as_transformers_reads(tmp_path)
@@ -106,6 +111,8 @@ def test_generation_config_decides_what_stops(tmp_path):
     ("change", "message"),
     [
         ({"sliding_window": 4096}, "sliding-window attention is not supported"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "sliding-window"),
+        ({"model_type": "mistral"}, "sliding-window"),  # a window of 4096 by default
         ({"model_type": "qwen2", "use_sliding_window": True}, "sliding-window"),
         ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
         ({"num_local_experts": 8}, "mixture-of-experts"),
@@ -117,7 +124,7 @@ def test_generation_config_decides_what_stops(tmp_path):
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling 'yarn' is not supported"),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "RoPE scaling 'linear' is not supported"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "RoPE scaling 'dynamic' is not supported"),
-        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama, qwen2"),
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama, mistral, qwen2, qwen3"),
         ({"model_type": None}, "model_type 'None' is not supported"),
         ({"model_type": ["llama"]}, "is not supported"),
     ],
@@ -181,6 +188,7 @@ def test_names_a_field_of_the_wrong_type(change, message):
         ({"vocab_size": -1}, "vocab_size=-1 must be at least 1"),
         ({"num_key_value_heads": 4}, "6 query heads do not divide into 4 key-value heads"),
         ({"head_dim": 7}, "head_dim=7 must be even"),
+        ({"num_attention_heads": 10}, "hidden_size=48 does not divide into 10 heads"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 must be at least 1 and below 10000"),
         ({"vocab_size": 2**31}, "vocab_size=2147483648 must be"),
         ({"rms_norm_eps": -1e-5}, "rms_norm_eps=-1e-05 must be positive"),
@@ -212,3 +220,11 @@ def test_unreadable_json_names_the_file(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(EasySpecError, match=message):
         read_json(path)
+
+
+def test_a_mistral_without_a_number_of_key_heads_has_eight(tmp_path):
+    config = {"model_type": "mistral", "sliding_window": None} | SIZES | {"num_attention_heads": 16, "hidden_size": 64}
+    del config["num_key_value_heads"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_model_config(tmp_path) == as_transformers_reads(tmp_path)
+    assert read_model_config(tmp_path).num_key_value_heads == 8

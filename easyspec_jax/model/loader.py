@@ -17,8 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from easyspec_jax.checkpoint import EMBEDDING, FINAL_NORM, HEAD
 from easyspec_jax.config import ModelConfig
+from easyspec_jax.families import EMBEDDING, FINAL_NORM, HEAD
 from easyspec_jax.mesh import LAYER, TENSOR, Axes, axes_size
 from easyspec_jax.model.attention import Attention
 from easyspec_jax.model.projection import Projection

@@ -66,24 +66,26 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
 def write_gguf(tmp_path: Path) -> Callable[..., Path]:
     """Writes a model as llama.cpp's converter does; metadata and tensors of the same name replace its own (None: none).
 
-    Matrices are stored as `stored`, vectors in float32.
+    Matrices are stored as `stored`, vectors in float32; a tuple is bytes and how to understand them.
     """
 
     def write(
         model: PreTrainedModel,
         stored: Type = Type.F32,
         metadata: Mapping[str, Any] | None = None,
-        tensors: Mapping[str, np.ndarray | None] | None = None,
+        tensors: Mapping[str, np.ndarray | tuple[np.ndarray, Type] | None] | None = None,
     ) -> Path:
         family = model.config.model_type
         path = tmp_path / f"{family}-{stored.name}.gguf"
-        pre = {"tokenizer.ggml.pre": "qwen2" if family.startswith("qwen") else "gpt-2"}
+        pre: dict[str, Any] = {"tokenizer.ggml.pre": "qwen2" if family.startswith("qwen") else "gpt-2"}
         writer = gguf.GGUFWriter(path, family)
         for key, value in (model_metadata(model) | TOKENIZER | pre | dict(metadata or {})).items():
             if value is not None:
                 writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
         for name, values in (gguf_tensors(model) | dict(tensors or {})).items():
-            if values is not None and values.dtype == np.int8:
+            if isinstance(values, tuple):
+                writer.add_tensor(name, values[0], raw_dtype=values[1])
+            elif values is not None and values.dtype == np.int8:
                 writer.add_tensor(name, values)
             elif values is not None:
                 kind = stored if values.ndim == 2 else Type.F32

@@ -1,5 +1,6 @@
 """GGUF files give the tensors, the configuration and the tokenizer of the model they were made from."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from convert.gguf import open_gguf, unpermute
+from convert.gguf import open_gguf
 from convert.stream import Model, convert
-from easyspec_jax.checkpoint import open_checkpoint
+from easyspec_jax.checkpoint import open_checkpoint, unpermute
 from easyspec_jax.config import RopeScaling, model_config, read_model_config
 from easyspec_jax.errors import EasySpecError
+from easyspec_jax.families import EMBEDDING
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +63,11 @@ def test_smollm2_has_the_tokenizer_transformers_builds(smollm2_gguf, smollm2, tm
 @pytest.mark.parametrize(
     ("stored", "tolerance"),
     # Of the largest magnitude: exact, 11 and 8 bits of mantissa, steps of 1/127 under an 11-bit scale.
-    [(Type.F32, 0.0), (Type.F16, 2**-11), (Type.BF16, 2**-8), (Type.Q8_0, 0.5 / 127 + 2**-11)],
-    ids=["F32", "F16", "BF16", "Q8_0"],
-)
+    # Four bits: half a step of 16, but Q4_0 has none above 7/8 of a block's largest magnitude.
+    [(Type.F32, 0.0), (Type.F16, 2**-11), (Type.BF16, 2**-8), (Type.Q8_0, 0.5 / 127 + 2**-11),
+     (Type.Q4_0, 1 / 8 + 2**-11), (Type.Q4_1, 1 / 15 + 2**-10)],
+    ids=["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"],
+)  # fmt: skip
 def test_tensors_are_those_of_the_original(tiny_model, write_gguf, family, stored, tolerance):
     model = tiny_model(family)
     source = open_gguf(write_gguf(model, stored)).source
@@ -92,13 +96,77 @@ def test_converted_model_equals_the_original(tiny_model, write_gguf, tmp_path, f
     assert opened.config == model_config(expected)
 
 
+def test_super_blocks_of_four_bits_are_those_of_ggml(tiny_model, write_gguf):
+    """dequantize_row_q4_K of ggml-quants.c, in its own order of loops."""
+    rows, random = 3, np.random.default_rng(0)
+    blocks = random.integers(0, 256, (rows, 144), np.uint8)
+    blocks[:, :4] = random.uniform(0.01, 1, (rows, 2)).astype(np.float16).view(np.uint8)
+    expected = np.zeros((rows, 256), np.float32)
+    for block, out in zip(blocks, expected, strict=True):
+        (d, least), scales, quants = block[:4].view(np.float16).astype(np.float32), block[4:16], block[16:]
+        for j in range(8):
+            if j < 4:
+                scale, minimum = scales[j] & 63, scales[j + 4] & 63
+            else:
+                scale = (scales[j + 4] & 0xF) | ((scales[j - 4] >> 6) << 4)
+                minimum = (scales[j + 4] >> 4) | ((scales[j] >> 6) << 4)
+            nibbles = quants[j // 2 * 32 : j // 2 * 32 + 32] >> (4 * (j % 2)) & 0xF
+            out[j * 32 : j * 32 + 32] = d * scale * nibbles - least * minimum
+    check_embedding(tiny_model, write_gguf, (blocks, Type.Q4_K), expected)
+
+
+def test_super_blocks_of_six_bits_are_those_of_ggml(tiny_model, write_gguf):
+    """dequantize_row_q6_K of ggml-quants.c."""
+    rows, random = 3, np.random.default_rng(1)
+    blocks = random.integers(0, 256, (rows, 210), np.uint8)
+    blocks[:, 208:] = random.uniform(0.01, 1, (rows, 1)).astype(np.float16).view(np.uint8)
+    expected = np.zeros((rows, 256), np.float32)
+    for block, out in zip(blocks, expected, strict=True):
+        d, scales = block[208:].view(np.float16).astype(np.float32)[0], block[192:208].view(np.int8)
+        for half in range(2):
+            low, high = block[64 * half : 64 * half + 64].astype(int), block[128 + 32 * half :][:32].astype(int)
+            for part in range(4):
+                nibbles = low[32 * (part % 2) :][:32] >> (4 * (part // 2)) & 0xF
+                quants = (nibbles | ((high >> (2 * part) & 3) << 4)) - 32
+                scale = scales[8 * half + 2 * part :][:2].repeat(16)
+                out[128 * half + 32 * part :][:32] = d * scale * quants
+    check_embedding(tiny_model, write_gguf, (blocks, Type.Q6_K), expected)
+
+
+def check_embedding(tiny_model, write_gguf, stored, expected):
+    model = tiny_model(hidden_size=256, intermediate_size=32, vocab_size=len(expected), tie_word_embeddings=True)
+    model_ = open_gguf(write_gguf(model, tensors={"token_embd.weight": stored}))
+    assert model_.dtype == "bfloat16"
+    read = model_.source.read(EMBEDDING)
+    np.testing.assert_allclose(read, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+    np.testing.assert_array_equal(model_.source.read(EMBEDDING, (slice(1, 2), slice(5, 90))), read[1:2, 5:90])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_windows_of_permuted_rows_are_those_of_the_whole(tiny_model, write_gguf, family):
+    source = open_gguf(write_gguf(tiny_model(family))).source
+    for name in ("model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight"):
+        whole = source.read(name)
+        for start, stop in itertools.combinations(range(0, len(whole) + 1, 5), 2):
+            np.testing.assert_array_equal(source.read(name, (slice(start, stop),)), whole[start:stop])
+
+
+def test_a_file_without_a_tokenizer_converts(tiny_model, write_gguf, tokenizer_metadata, tmp_path):
+    model = open_gguf(write_gguf(tiny_model(), metadata=dict.fromkeys(tokenizer_metadata)))
+    assert not model.has_tokenizer
+    convert(model, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json", "generation_config.json", "weights",
+    ]  # fmt: skip
+
+
 def test_unpermute_undoes_llama_cpp():
     rows = np.arange(2 * 8 * 3).reshape(16, 3)
     for values in (rows, rows[:, 0]):
         halves = values.reshape(2, 2, 4, *values.shape[1:])
         permuted = halves.swapaxes(1, 2).reshape(values.shape)
         assert not np.array_equal(permuted, values)
-        np.testing.assert_array_equal(unpermute(permuted, heads=2), values)
+        np.testing.assert_array_equal(unpermute(permuted, head_dim=8), values)
 
 
 @pytest.mark.parametrize(
@@ -172,11 +240,11 @@ def test_metadata_without_effect_is_accepted(tiny_model, write_gguf, metadata):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"blk.1.attn_q.weight": None}, r"model\.layers\.1\.self_attn\.q_proj\.weight is missing"),
+        ({"blk.1.attn_q.weight": None}, r"blk\.1\.attn_q\.weight is missing"),
         ({"token_embd.weight": None}, r"token_embd\.weight is missing"),
         ({"blk.0.attn_rot.weight": np.zeros((2, 2), np.float32)}, r"blk\.0\.attn_rot\.weight is unknown"),
-        ({"blk.0.attn_q.bias": np.zeros(64, np.float32)}, r"q_proj\.bias is unknown"),
-        ({"blk.0.ffn_up.weight": np.zeros((2, 64), np.float32)}, r"up_proj\.weight has shape \(2, 64\)"),
+        ({"blk.0.attn_q.bias": np.zeros(64, np.float32)}, r"attn_q\.bias is unknown"),
+        ({"blk.0.ffn_up.weight": np.zeros((2, 64), np.float32)}, r"ffn_up\.weight has shape \(2, 64\)"),
     ],
 )
 def test_other_tensors_are_refused_by_name(tiny_model, write_gguf, tmp_path, tensors, message):
@@ -187,7 +255,7 @@ def test_other_tensors_are_refused_by_name(tiny_model, write_gguf, tmp_path, ten
 
 def test_integer_tensors_are_refused_by_name(tiny_model, write_gguf, tmp_path):
     path = write_gguf(tiny_model(), tensors={"blk.1.ffn_up.weight": np.zeros((96, 64), np.int8)})
-    with pytest.raises(EasySpecError, match=r"layers\.1\.mlp\.up_proj\.weight is stored as I8, which is not supported"):
+    with pytest.raises(EasySpecError, match=r"blk\.1\.ffn_up\.weight is stored as I8, which is not supported"):
         convert(open_gguf(path), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama-F32.gguf"]
 

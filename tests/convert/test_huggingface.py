@@ -15,9 +15,10 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from convert.gguf_tokenizer import build_tokenizer
 from convert.huggingface import open_huggingface
 from convert.stream import convert
-from easyspec_jax.checkpoint import HEAD, open_checkpoint
+from easyspec_jax.checkpoint import open_checkpoint
 from easyspec_jax.config import read_model_config
 from easyspec_jax.errors import EasySpecError
+from easyspec_jax.families import HEAD
 from easyspec_jax.sources import Window
 
 

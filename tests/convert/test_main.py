@@ -62,10 +62,24 @@ def test_help_waits_for_no_heavy_library():
     assert "bfloat16 where that is quantised" in " ".join(finished.stdout.split())
 
 
+def test_a_missing_tokenizer_is_said_in_that_line(tiny_model, tmp_path, capsys, tokenizer_metadata):
+    from convert.gguf_tokenizer import build_tokenizer
+
+    tiny_model().save_pretrained(tmp_path / "hf")
+    assert main(["--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "without")]) == 0
+    assert capsys.readouterr().out.endswith(" s; it has no tokenizer, which generating needs\n")
+    build_tokenizer(tokenizer_metadata, "llama", "tiny").save_pretrained(tmp_path / "hf")
+    assert main(["--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "with")]) == 0
+    assert capsys.readouterr().out.endswith(" s\n")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ["--out", "x"],
+        ["--gguf", "x", "--revision", "main", "--out", "z"],
+        ["--hf", "x", "--out", "z", "--memory", "much"],
+        ["--hf", "x", "--out", "z", "--memory", "2 PB"],
         ["--hf", "x"],
         ["--hf", "x", "--gguf", "y", "--out", "z"],
         ["--hf", "x", "--to-hf", "y", "--out", "z"],

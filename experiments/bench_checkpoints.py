@@ -1,0 +1,202 @@
+"""Memory and speed of converting and opening a checkpoint: `python -m experiments.bench_checkpoints --shape 7b`.
+
+A random checkpoint is made, converted and opened by commands of their own, whose memory is read from /proc while they
+run: resident pages, mapped ones included, of a whole tree of processes. Conversion takes turns with copying the same
+files, each from a disk that has forgotten them and until all of the copy is on it. Linux only.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from convert.shards import SafetensorsStore
+from easyspec_jax import EasySpecError, demo
+from easyspec_jax.checkpoint import expected_shapes
+from easyspec_jax.command import Parser
+from easyspec_jax.config import model_config
+from experiments.output import check_destination, save
+
+HERE = Path(__file__).parent
+
+_COMMON = {"model_type": "llama", "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "dtype": "bfloat16"}
+SHAPES: dict[str, dict[str, Any]] = {
+    "7b": _COMMON | {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008,
+                     "num_attention_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False},
+    "1b": _COMMON | {"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192,
+                     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+                     "tie_word_embeddings": True},
+    "0.1b": _COMMON | {"num_hidden_layers": 6, "hidden_size": 1024, "intermediate_size": 2816,
+                       "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 8192,
+                       "tie_word_embeddings": False},
+}  # fmt: skip
+
+_OPEN = """
+import sys, jax
+from easyspec_jax import SpeculativeConfig, open_model
+vanilla = SpeculativeConfig(method="vanilla")
+engine = open_model(sys.argv[1], mesh=sys.argv[2], platform="cpu", speculative=vanilla, dtype="bfloat16")
+jax.block_until_ready(jax.tree.leaves(engine.load()))
+"""
+
+
+def write_random(directory: Path, fields: dict[str, Any], shards: int) -> int:
+    """A Hugging Face directory of random weights, about that many shards, with a tokenizer; returns its bytes."""
+    config = model_config(fields)
+    shapes = expected_shapes(config)
+    size = sum(map(prod, shapes.values())) * np.dtype(config.dtype).itemsize
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(fields))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(demo.TARGET / name, directory / name)
+    store = SafetensorsStore(directory, config, largest=-(-size // shards) + (size >> 6))
+    # A million numbers over and over, and a few more, so that rows differ.
+    block = (0.02 * np.random.default_rng(0).standard_normal(1_000_003, np.float32)).astype(config.dtype)
+    for name, shape in shapes.items():
+        step = max(1, (8 << 20) // prod(shape[1:]))
+        for start in range(0, shape[0], step):
+            store.write(name, start, np.resize(block, (min(step, shape[0] - start), *shape[1:])))
+    store.finish()
+    return size
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a command took."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def measured(command: Sequence[str | Path], interval: float = 0.02) -> Run:
+    """Runs a command and samples the resident memory of it and its children. Raises EasySpecError if it fails."""
+    begun, peak = time.perf_counter(), 0
+    with subprocess.Popen(
+        [*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while process.poll() is None:
+            peak = max(peak, sum(map(_resident, _tree(process.pid))), _resident(process.pid, "VmHWM"))
+            time.sleep(interval)
+        seconds = time.perf_counter() - begun
+        if process.returncode:
+            assert process.stderr is not None
+            raise EasySpecError(f"{command[0]} failed: {process.stderr.read()[-500:]}")
+    return Run(seconds, peak)
+
+
+def _tree(process: int) -> Iterator[int]:
+    yield process
+    with suppress(OSError):
+        for children in Path(f"/proc/{process}/task").glob("*/children"):
+            for child in children.read_text().split():
+                yield from _tree(int(child))
+
+
+def _resident(process: int, field: str = "VmRSS") -> int:
+    with suppress(OSError):
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def convert(source: Path, out: Path, *options: str) -> Run:
+    """One conversion by the command."""
+    return measured([sys.executable, "-m", "convert", "--hf", source, "--out", out, *options])
+
+
+def open_(directory: Path, mesh: str) -> Run:
+    """One start on virtual CPU devices, until all weights are there."""
+    return measured([sys.executable, "-c", _OPEN, directory, mesh])
+
+
+def copy(source: Path, out: Path) -> Run:
+    """One copy by the system's command, and the disk's word that it is there."""
+    return measured(["sh", "-c", 'cp -r "$0" "$1" && find "$1" -type f -exec sync {} +', source, out])
+
+
+def forget(directory: Path) -> None:
+    """The system drops what it keeps of these files in memory."""
+    for path in filter(Path.is_file, directory.rglob("*")):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def alternately(rounds: int, source: Path, out: Path, *ways: Callable[[Path, Path], Run]) -> list[list[Run]]:
+    """Every way in turn, from a cold disk to a path that is free again afterwards."""
+    runs: list[list[Run]] = [[] for _ in ways]
+    for _ in range(rounds):
+        for way, done in zip(ways, runs, strict=True):
+            forget(source)
+            done.append(way(source, out))
+            shutil.rmtree(out)
+    return runs
+
+
+def bench(shape: str, shards: int, rounds: int, meshes: Sequence[str], memory: str, directory: Path) -> dict[str, Any]:
+    """All figures of a shape; the disk holds three times its bytes at most."""
+    source, out = directory / "hf", directory / "orbax"
+    try:
+        size = write_random(source, SHAPES[shape], shards)
+        options = ("--memory", memory)
+        converted, copied = alternately(rounds, source, out, lambda a, b: convert(a, b, *options), copy)
+        convert(source, out, *options)
+        forget(out)
+        opened = {f"{kind}, mesh {mesh}": open_(place, mesh)
+                  for kind, place in (("huggingface", source), ("orbax", out)) for mesh in meshes}  # fmt: skip
+    finally:
+        shutil.rmtree(source, ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)
+    return {
+        "shape": shape,
+        "bytes": size,
+        "shards": shards,
+        "memory": memory,
+        "convert": [asdict(run) for run in converted],
+        "copy": [asdict(run) for run in copied],
+        "open": {name: asdict(run) | {"over_weights": run.peak_bytes / size} for name, run in opened.items()},
+        "convert_peak_bytes": max(run.peak_bytes for run in converted),
+        "speed_over_copy": median(b.seconds / a.seconds for a, b in zip(converted, copied, strict=True)),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    parser = Parser(prog="bench_checkpoints", description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="7b")
+    parser.add_argument("--shards", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--mesh", nargs="+", default=["8"])
+    parser.add_argument("--memory", default="2GiB", help="as for convert")
+    parser.add_argument("--directory", type=Path, help="where there is room; by default a temporary directory")
+    parser.add_argument("--out", type=Path, help="by default experiments/results/bench_checkpoints_SHAPE.json")
+    try:
+        args: argparse.Namespace = parser.parse_args(argv)
+        out = args.out or HERE / "results" / f"bench_checkpoints_{args.shape}.json"
+        check_destination(out)
+        with tempfile.TemporaryDirectory(dir=args.directory) as directory:
+            report = bench(args.shape, args.shards, args.rounds, args.mesh, args.memory, Path(directory))
+    except (EasySpecError, OSError) as error:
+        print("bench_checkpoints: error:", error, file=sys.stderr)
+        return 2
+    save(out, json.dumps({"command": "python -m experiments.bench_checkpoints", **report}, indent=2) + "\n")
+    print(f"{out}: {report['convert_peak_bytes'] / 2**30:.2f} GiB at most, {report['speed_over_copy']:.2f} of a copy")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Converting and opening take little more memory than buffers, and the weights; measured from outside."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from easyspec_jax.checkpoint import open_checkpoint
+from experiments.bench_checkpoints import SHAPES, convert, measured, write_random
+
+ROOT = Path(__file__).parents[2]
+
+# What the process has before it reads a weight, and at most.
+OPEN = """
+import sys, jax, numpy as np
+from easyspec_jax.checkpoint import open_checkpoint
+from easyspec_jax.mesh import ALL_AXES, MeshShape, open_mesh
+from easyspec_jax.model.loader import Loader
+from easyspec_jax.model.sharding import padded_vocab_size
+
+def resident(field):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+
+opened, mesh = open_checkpoint(sys.argv[1]), open_mesh(MeshShape(4, 2), "cpu")
+rows, ids = padded_vocab_size(mesh, opened.config), opened.config.vocab_size
+loader = Loader(opened.source, opened.config, mesh, ALL_AXES, np.dtype("bfloat16"), rows, ids)
+jax.block_until_ready(loader.place(np.zeros(8), jax.sharding.PartitionSpec(ALL_AXES)))
+before = resident("VmRSS")
+model = loader.decoder([loader.layer(index) for index in range(opened.config.num_hidden_layers)])
+jax.block_until_ready(jax.tree.leaves(model))
+print(before, resident("VmHWM"))
+"""
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+
+
+def test_a_tenth_of_a_billion_parameters(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    size = write_random(tmp_path / "hf", SHAPES["0.1b"], 3)
+    forwards = convert(tmp_path / "hf", tmp_path / "orbax", "--memory", "330MiB", "--verify")
+    back = measured(
+        [
+            sys.executable,
+            "-m",
+            "convert",
+            "--to-hf",
+            tmp_path / "orbax",
+            "--out",
+            tmp_path / "out",
+            "--memory",
+            "330MiB",
+        ]
+    )
+    # Less than the tensors alone, let alone the libraries.
+    assert max(forwards.peak_bytes, back.peak_bytes) < size
+    assert open_checkpoint(tmp_path / "out").source.shapes() == open_checkpoint(tmp_path / "hf").source.shapes()
+    for directory in ("hf", "orbax"):
+        command = [sys.executable, "-c", OPEN, tmp_path / directory]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        before, most = map(int, printed.split())
+        assert most - before < 1.15 * size + (32 << 20)  # buffers
+
+
+@pytest.mark.skipif(not os.environ.get("CI"), reason="takes 5 GB of disk; for CI")
+def test_a_billion_parameters(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    write_random(tmp_path / "hf", SHAPES["1b"], 3)
+    assert convert(tmp_path / "hf", tmp_path / "orbax").peak_bytes <= 700_000_000
