@@ -1,7 +1,7 @@
 """Is the choice of tune the best there is? `python -m experiments.tune_check [--target DIR --draft DIR] --mesh 8`.
 
 Tunes; then decodes with every candidate of a grid, each beside plain decoding; then lets the choice and the best of the
-grid alternate over five texts, and prints by how much the choice falls short of the fastest. What is not on the grid
+grid alternate five times, and prints by how much the choice falls short of the fastest. What is not on the grid
 (other numbers of levels) is not tried.
 """
 
@@ -30,13 +30,13 @@ from experiments.output import check_destination, save
 ALTERNATIONS = 5
 
 
-def speed(engine: Engine, sample: Sample, number: int) -> float:
-    """Tokens a second of one text."""
-    prompt = sample.prompts[number % len(sample.prompts)]
-    return next(engine.generate([prompt], sample.sampling, chat=sample.chat)).stats.tokens_per_second
+def speed(engine: Engine, sample: Sample, _: int) -> float:
+    """Tokens a second over all texts of the sample."""
+    completions = list(engine.generate(sample.prompts, sample.sampling, chat=sample.chat))
+    return sum((done.stats for done in completions[1:]), completions[0].stats).tokens_per_second
 
 
-def sweep(engine: Engine, sample: Sample, grid: Sequence[Candidate], texts: int) -> dict[Candidate, float]:
+def sweep(engine: Engine, sample: Sample, grid: Sequence[Candidate], times: int) -> dict[Candidate, float]:
     """Every candidate's gain over plain decoding, which alternates with it. engine: see tune's open_pair."""
     plain, gains = engine.baseline(), {}
     plain.compile(sample.prompts, sample.sampling, chat=sample.chat)
@@ -45,7 +45,7 @@ def sweep(engine: Engine, sample: Sample, grid: Sequence[Candidate], texts: int)
             own = engine.variant(candidate.speculative, candidate.shape)
             own.compile(sample.prompts, sample.sampling, chat=sample.chat)
             ways = {name: partial(speed, way, sample) for name, way in (("own", own), ("plain", plain))}
-            speeds = confirmed(alternate(ways, texts, lambda number: True), "plain")
+            speeds = confirmed(alternate(ways, times, lambda number: True), "plain")
             gains[candidate] = speeds["own"] / speeds["plain"]
             advance(1)
     return gains
@@ -60,7 +60,7 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
     grid = [c for c in candidates(args.mesh, layers, space) if c.speculative.num_speculative_tokens in args.levels]
     sample = default_sample(engine, bundled=args.target is None)
     tuned = tune(engine, args.mesh, sample, space, bar=bar)
-    gains = sweep(engine, sample, grid, args.texts)
+    gains = sweep(engine, sample, grid, args.times)
     best = sorted(gains, key=lambda candidate: gains[candidate], reverse=True)[: args.best]
     chosen = Candidate(parse_mesh(tuned.choice.mesh), tuned.choice.speculative)
     plain = Candidate(chosen.shape, SpeculativeConfig(method="vanilla"))
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lp-sizes", type=int, nargs="+", default=[1, 2, 3, 4, 7])
     parser.add_argument("--tree-widths", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--levels", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
-    parser.add_argument("--texts", type=int, default=2, help="of each candidate in the sweep")
+    parser.add_argument("--times", type=int, default=3, help="that each candidate of the sweep runs")
     parser.add_argument("--best", type=int, default=3, help="of the sweep, beside which the choice is run again")
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
     try:

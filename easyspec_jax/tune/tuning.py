@@ -26,8 +26,8 @@ SECONDS = 150.0
 COMPILED = 0.85
 """By which share of the time the programs to confirm must be compiled; the first one's always are."""
 
-TURNS = 5
-"""Texts that each finalist writes, if there is time."""
+TURNS = 25
+"""Texts that each finalist writes, if there is time: single ones are noisy where models are small."""
 
 MAX_NEW_TOKENS = 64
 
