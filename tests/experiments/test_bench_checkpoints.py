@@ -27,7 +27,7 @@ def test_children_count(tmp_path):
 
 
 def test_a_command_that_fails_is_quoted():
-    with pytest.raises(EasySpecError, match=r"failed: .*no such thing"):
+    with pytest.raises(EasySpecError, match=r"failed \(1\): .*no such thing"):
         bench.measured([sys.executable, "-c", "raise SystemExit('no such thing')"])
 
 
