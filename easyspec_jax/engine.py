@@ -18,7 +18,7 @@ from easyspec_jax.completion import Completion, Row, batched
 from easyspec_jax.decode.loop import Programs, decode, warm_up
 from easyspec_jax.decode.metrics import Stats
 from easyspec_jax.decode.round import RoundConfig
-from easyspec_jax.draft.grouping import Layout, paper_groups, parse_groups
+from easyspec_jax.draft.grouping import Layout
 from easyspec_jax.draft.parallel import load_draft
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.mesh import ALL_AXES, Axes, MeshShape, open_mesh, parse_mesh
@@ -27,7 +27,7 @@ from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.options import DType, Platform, SamplingParams, SpeculativeConfig, resolve_dtype
 from easyspec_jax.progress import Bar, no_bar
-from easyspec_jax.refit.store import choose_refit
+from easyspec_jax.refit.store import choose_layout
 from easyspec_jax.sources import TensorSource
 from easyspec_jax.tokenizer import Prompt, TextStream, Tokenizer, check_same_ids, encode, load_tokenizer
 
@@ -73,8 +73,7 @@ def open_model(
             raise EasySpecError(f"--method {speculative.method} needs --draft DIR (or use --method vanilla)")
         second = open_checkpoint(draft)
         check_same_ids(tokenizer, load_tokenizer(second.directory))
-        layout = draft_layout(speculative, second.config.num_hidden_layers)
-        refit = choose_refit(speculative, second, layout)
+        layout, refit = choose_layout(speculative, second)
     smallest = min((c for c in (opened, second) if c is not None), key=lambda c: c.config.max_position_embeddings)
     positions = smallest.config.max_position_embeddings
     if max_length is not None and not 2 <= max_length <= positions:
@@ -94,15 +93,6 @@ def open_model(
         max_length=max_length or positions,
         dtype=resolve_dtype(dtype, devices.devices.flat[0].platform, opened.config),
     )
-
-
-def draft_layout(speculative: SpeculativeConfig, num_layers: int) -> Layout:
-    """What of a draft of so many layers runs at once. Raises EasySpecError for groups that it cannot have."""
-    if speculative.method in ("sd", "tree"):
-        return Layout(paper_groups(num_layers, 1))
-    if speculative.lp_strategy is not None:
-        return Layout(parse_groups(speculative.lp_strategy, num_layers), speculative.mlp_lp_size)
-    return Layout(paper_groups(num_layers, speculative.lp_size), speculative.mlp_lp_size)
 
 
 class Engine:
@@ -165,8 +155,8 @@ class Engine:
         if speculative.method != "vanilla":
             if self.draft is None:
                 raise EasySpecError(f"--method {speculative.method} needs --draft DIR (or use --method vanilla)")
-            draft, layout = self.draft, draft_layout(speculative, self.draft.config.num_hidden_layers)
-            refit = choose_refit(speculative, draft, layout)
+            draft = self.draft
+            layout, refit = choose_layout(speculative, draft)
         engine = Engine(
             self.target, draft, self.tokenizer, layout, refit, mesh, speculative, self.max_length, self.dtype
         )

@@ -93,7 +93,7 @@ def measured(command: Sequence[str | Path], interval: float = 0.02) -> Run:
         seconds = time.perf_counter() - begun
         if process.returncode:
             assert process.stderr is not None
-            raise EasySpecError(f"{command[0]} failed: {process.stderr.read()[-500:]}")
+            raise EasySpecError(f"{command[0]} failed ({process.returncode}): {process.stderr.read()[-500:]}")
     return Run(seconds, peak)
 
 

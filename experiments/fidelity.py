@@ -23,12 +23,11 @@ from easyspec_jax.checkpoint import open_checkpoint
 from easyspec_jax.command import Parser, cache_compilations, read_prompts, run_command
 from easyspec_jax.draft.grouping import format_groups
 from easyspec_jax.draft.parallel import LayerGroup, load_draft, run_fuzzy
-from easyspec_jax.engine import draft_layout
 from easyspec_jax.mesh import ALL_AXES
 from easyspec_jax.model.cache import KVCache
 from easyspec_jax.model.transformer import Decoder, Hidden
 from easyspec_jax.refit.fidelity import DEPTHS, fidelity
-from easyspec_jax.refit.store import choose_refit
+from easyspec_jax.refit.store import choose_layout
 from easyspec_jax.refit.teacher import drafted_window, exact_window
 
 PROGRAM = "experiments.fidelity"
@@ -132,16 +131,15 @@ def run(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompts or HERE / ("code_prompts.txt" if bundled else "prompts.txt"))
     cache_compilations()
     draft = open_checkpoint(args.draft)
-    layout = draft_layout(speculative, draft.config.num_hidden_layers)
+    layout, refit = choose_layout(speculative, draft)
     if layout.lp_size == 1:
         raise EasySpecError("in groups of one layer nothing is fuzzy; give an --lp-size of at least 2")
-    refit = choose_refit(speculative, draft, layout)
     engine = open_model(args.draft, speculative=SpeculativeConfig(method="vanilla"), dtype="float32")
     texts, counted = continuations(engine, prompts, args.chat, args.max_new_tokens)
     model = load_draft(engine.loader(draft, ALL_AXES), layout, refit)
     overlap, agree = fidelity(model, engine.mesh, texts, counted)
     result = {
-        "lp_size": layout.lp_size,
+        "lp_size": args.lp_size,
         "groups": format_groups(layout.groups),
         "mlp_lp_size": layout.mlp_lp_size,
         "refit": refit is not None,

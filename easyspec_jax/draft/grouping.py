@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 
 from easyspec_jax.errors import EasySpecError
+from easyspec_jax.options import SpeculativeConfig
 
 Group = range
 """Consecutive layers that run at once; a group of one is an ordinary layer."""
@@ -28,6 +29,15 @@ def paper_groups(num_layers: int, lp_size: int) -> tuple[Group, ...]:
     last = num_layers - 1
     borders = sorted({0, min(1, last), last, *range(lp_size, last, lp_size), num_layers})
     return tuple(range(a, b) for a, b in itertools.pairwise(borders))
+
+
+def layout_of(speculative: SpeculativeConfig, num_layers: int) -> Layout:
+    """What of a draft of so many layers runs at once. Raises EasySpecError for groups that it cannot have."""
+    if speculative.method != "easyspec":
+        return Layout(paper_groups(num_layers, 1))
+    if speculative.lp_strategy is not None:
+        return Layout(parse_groups(speculative.lp_strategy, num_layers), speculative.mlp_lp_size)
+    return Layout(paper_groups(num_layers, speculative.lp_size), speculative.mlp_lp_size)
 
 
 def parse_groups(strategy: str, num_layers: int) -> tuple[Group, ...]:

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from easyspec_jax.draft.parallel import run_fuzzy
+from easyspec_jax.mesh import Axes
 from easyspec_jax.model.collectives import all_reduce
 from easyspec_jax.model.transformer import Caches, Decoder
 from easyspec_jax.refit.teacher import drafted_window, exact_window
@@ -38,8 +39,8 @@ def fidelity(
     mapped = jax.shard_map(body, mesh=mesh, in_specs=(specs, P()), out_specs=P(), check_vma=False)
     program: Any = jax.jit(mapped)
     results = [program(draft, ids[None].astype(np.int32)) for ids in texts]
-    overlap, agree = (np.stack([np.asarray(result[i]) for result in results], axis=1) for i in range(2))
-    return [float(x[counted].mean()) for x in overlap], [float(x[counted].mean()) for x in agree]
+    overlaps, agrees = (np.stack([np.asarray(result[i]) for result in results], axis=1) for i in range(2))
+    return [float(x[counted].mean()) for x in overlaps], [float(x[counted].mean()) for x in agrees]
 
 
 def _compare(
@@ -50,16 +51,24 @@ def _compare(
     caches: Caches = draft.init_caches(batch, capacity)
     h, caches = draft(ids, caches, exact_window(batch, tokens, capacity, draft.config))
     exact = draft.logits(h)[0]
-    p, best = _probabilities(exact, draft), argmax(exact, draft.axes)
+    best = argmax(exact, draft.axes)
     overlaps, agrees = [], []
     for depth in range(1, depths + 1):
         h, caches = draft(ids, caches, drafted_window(depth, batch, tokens, capacity, draft.config), run_fuzzy)
         fuzzy = draft.logits(h)[0]
-        overlaps.append(all_reduce(jnp.sum(jnp.minimum(p, _probabilities(fuzzy, draft)), axis=-1), draft.axes))
+        overlaps.append(overlap(exact, fuzzy, draft.axes))
         agrees.append(argmax(fuzzy, draft.axes) == best)
     return jnp.stack(overlaps), jnp.stack(agrees)
 
 
-def _probabilities(logits: Float[Array, "tokens vocab_shard"], draft: Decoder) -> Float[Array, "tokens vocab_shard"]:
-    greatest, total = normaliser(logits, draft.axes)
+def overlap(
+    exact: Float[Array, "tokens vocab_shard"], fuzzy: Float[Array, "tokens vocab_shard"], axes: Axes
+) -> Float[Array, " tokens"]:
+    """Σ min(p, q) of two distributions, given by their logits."""
+    p, q = (_probabilities(logits, axes) for logits in (exact, fuzzy))
+    return all_reduce(jnp.sum(jnp.minimum(p, q), axis=-1), axes)
+
+
+def _probabilities(logits: Float[Array, "tokens vocab_shard"], axes: Axes) -> Float[Array, "tokens vocab_shard"]:
+    greatest, total = normaliser(logits, axes)
     return jnp.exp(logits - greatest) / total

@@ -7,19 +7,20 @@ from jaxtyping import Int
 from rich.console import Console
 from rich.table import Table
 
-from easyspec_jax.checkpoint import Checkpoint, open_checkpoint
+from easyspec_jax.checkpoint import open_checkpoint
 from easyspec_jax.decode.loop import Programs
 from easyspec_jax.decode.round import RoundConfig
-from easyspec_jax.draft.grouping import Layout, format_groups
+from easyspec_jax.draft.grouping import Layout, format_groups, layout_of
 from easyspec_jax.draft.parallel import load_draft
-from easyspec_jax.engine import Engine, draft_layout, open_model
+from easyspec_jax.engine import Engine, open_model
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.files import check_writable
 from easyspec_jax.mesh import ALL_AXES, parse_mesh
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
-from easyspec_jax.progress import Bar, bar
-from easyspec_jax.refit.fidelity import fidelity
+from easyspec_jax.progress import bar
+from easyspec_jax.refit.borders import best_groups, measure_groups
+from easyspec_jax.refit.fidelity import DEPTHS, fidelity
 from easyspec_jax.refit.fit import fit
 from easyspec_jax.refit.store import DIRECTORY, Held, path_of, save
 from easyspec_jax.refit.texts import LENGTH, read_texts, write_texts
@@ -31,19 +32,24 @@ HELD_OUT = 0.1
 def refit(args: argparse.Namespace, speculative: SpeculativeConfig, sampling: SamplingParams) -> None:
     """Fits, saves, and says what was gained. Raises EasySpecError before anything is computed if it could not."""
     draft = open_checkpoint(args.draft)
-    layout = draft_layout(speculative, draft.config.num_hidden_layers)
+    layout = layout_of(speculative, draft.config.num_hidden_layers)
     if layout.lp_size == 1:
         raise EasySpecError("in groups of one layer nothing is stale; give an --lp-size of at least 2")
-    path = path_of(args.out or draft.directory / DIRECTORY, layout)
+    path = path_of(args.out or draft.directory / DIRECTORY, speculative)
     path.parent.mkdir(parents=True, exist_ok=True)
     check_writable(path)
     engine = _open(args, layout)
     texts = _texts(args, engine, sampling)
     held_out = max(1, round(HELD_OUT * len(texts)))
     loader = engine.loader(draft, ALL_AXES)
+    plain = layout
+    if args.borders == "measured" and speculative.lp_strategy is None:
+        overlaps = measure_groups(loader, layout.lp_size, texts[held_out:], args.ridge, bar)
+        groups = best_groups(overlaps, draft.config.num_hidden_layers, layout.lp_size)
+        layout = Layout(groups, layout.mlp_lp_size)
     tensors = fit(loader, layout, texts[held_out:], args.ridge, bar)
     save(path, tensors, layout, draft)
-    _report(loader, draft, layout, Held(tensors), texts[:held_out])
+    _report(loader, plain, layout, Held(tensors), texts[:held_out])
     size = path.stat().st_size / 2**20
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[dim]—[/] {path}: {size:.1f} MiB")
 
@@ -66,24 +72,17 @@ def _texts(args: argparse.Namespace, engine: Engine, sampling: SamplingParams) -
 
 
 def _report(
-    loader: Loader,
-    draft: Checkpoint,
-    layout: Layout,
-    refitted: Held,
-    texts: Int[np.ndarray, "texts tokens"],
-    bar: Bar = bar,
+    loader: Loader, plain: Layout, chosen: Layout, refitted: Held, texts: Int[np.ndarray, "texts tokens"]
 ) -> None:
-    """A table of what the fuzzy draft keeps of the exact one's distribution, without and with the refit."""
+    """A table of what fuzzy drafts keep of the exact one's distribution, before and after."""
     everywhere = np.ones(texts.shape, bool)
-    rows = {}
-    with bar("Comparing", 2) as advance:
-        for name, tensors in (("as it is", None), ("refit", refitted)):
-            rows[name] = fidelity(load_draft(loader, layout, tensors), loader.mesh, texts, everywhere)[0]
+    ways = (("as it was", plain, None), ("refit", chosen, refitted))
+    table = Table("draft", *(f"depth {depth + 1}" for depth in range(DEPTHS)), "groups", box=None, pad_edge=False)
+    with bar("Comparing", len(ways)) as advance:
+        for name, layout, tensors in ways:
+            overlaps, _ = fidelity(load_draft(loader, layout, tensors), loader.mesh, texts, everywhere)
+            table.add_row(name, *(f"{overlap:.3f}" for overlap in overlaps), format_groups(layout.groups))
             advance(1)
-    title = f"Σ min(p fuzzy, p exact) by draft depth, groups {format_groups(layout.groups)}"
-    table = Table(
-        "draft", *(str(depth + 1) for depth in range(len(rows["refit"]))), title=title, title_justify="left", box=None
-    )
-    for name, overlap in rows.items():
-        table.add_row(name, *(f"{value:.3f}" for value in overlap))
-    Console(stderr=True, highlight=False).print(table)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print("Σ min(p fuzzy, p exact) on texts that were not fitted on")
+    console.print(table)

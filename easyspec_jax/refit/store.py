@@ -10,73 +10,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialise
 
 from easyspec_jax.checkpoint import Checkpoint
-from easyspec_jax.draft.grouping import Layout, format_groups
+from easyspec_jax.draft.grouping import Layout, format_groups, layout_of, parse_groups
 from easyspec_jax.errors import EasySpecError, first_line
 from easyspec_jax.files import write_whole
 from easyspec_jax.options import FLOAT_DTYPES, SpeculativeConfig
+from easyspec_jax.refit.sites import stale_sites
 from easyspec_jax.sources import TensorSource, Window
 
 DIRECTORY = "refit"
 """Inside a draft's directory, where refits are looked for."""
-
-
-def path_of(directory: Path, layout: Layout) -> Path:
-    """The file that holds a layout's refit."""
-    name = format_groups(layout.groups)
-    if len(name) > 100:  # file names end somewhere
-        name = hashlib.sha256(name.encode()).hexdigest()[:16]
-    return directory / f"{name}{f'_mlp{layout.mlp_lp_size}' if layout.mlp_lp_size > 1 else ''}.safetensors"
-
-
-def save(path: Path, tensors: Mapping[str, np.ndarray], layout: Layout, draft: Checkpoint) -> None:
-    """Writes a refit, whole or not at all, in the draft's own dtype. Raises EasySpecError if it cannot."""
-    dtype = draft.config.dtype if draft.config.dtype in FLOAT_DTYPES else "float32"
-    values = {name: np.ascontiguousarray(tensor.astype(dtype)) for name, tensor in tensors.items()}
-    metadata = _described(layout) | {"draft": draft.fingerprint}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, serialise(values, metadata=metadata))
-    except (OSError, SafetensorError) as error:
-        raise EasySpecError(f"{path} cannot be written: {first_line(error)}") from None
-
-
-def find(directory: Path, layout: Layout, draft: Checkpoint) -> TensorSource | None:
-    """The refit of a layout, if the directory holds one.
-
-    Raises EasySpecError if it is damaged, or was made from other weights than the draft's.
-    """
-    path = path_of(directory, layout)
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, TypeError, AttributeError) as error:
-        raise EasySpecError(f"{path} is damaged ({first_line(error)}); run easyspec_jax.refit again") from None
-    if metadata.get("draft") != draft.fingerprint:
-        raise EasySpecError(
-            f"{path} was made from other weights than those of {draft.directory}; run easyspec_jax.refit again, "
-            "or use --no-refit"
-        )
-    if {name: metadata.get(name) for name in _described(layout)} != _described(layout):
-        raise EasySpecError(f"{path} is for other groups than its name says; run easyspec_jax.refit again")
-    return Held(held)
-
-
-def choose_refit(speculative: SpeculativeConfig, draft: Checkpoint, layout: Layout) -> TensorSource | None:
-    """The refit to draft with, if any. Raises EasySpecError if the one that was asked for is missing or unfit."""
-    if speculative.refit == "none" or layout.lp_size == 1:
-        return None
-    if speculative.refit == "auto":
-        return find(draft.directory / DIRECTORY, layout, draft)
-    refit = find(Path(speculative.refit), layout, draft)
-    if refit is None:
-        raise EasySpecError(
-            f"--refit {speculative.refit} holds none for the groups {format_groups(layout.groups)} with "
-            f"--mlp-lp-size {layout.mlp_lp_size}; run easyspec_jax.refit for them"
-        )
-    return refit
 
 
 @dataclass(frozen=True)
@@ -92,5 +34,72 @@ class Held:
         return self.tensors[name][window]
 
 
-def _described(layout: Layout) -> dict[str, str]:
-    return {"lp_strategy": format_groups(layout.groups), "mlp_lp_size": str(layout.mlp_lp_size)}
+def path_of(directory: Path, speculative: SpeculativeConfig) -> Path:
+    """The file that holds a refit for these groups; whoever names a size only takes those that the refit has chosen."""
+    name = speculative.lp_strategy or f"lp{speculative.lp_size}"
+    if len(name) > 100:  # file names end somewhere
+        name = hashlib.sha256(name.encode()).hexdigest()[:16]
+    mlps = f"_mlp{speculative.mlp_lp_size}" if speculative.mlp_lp_size > 1 else ""
+    return directory / f"{name}{mlps}.safetensors"
+
+
+def save(path: Path, tensors: Mapping[str, np.ndarray], layout: Layout, draft: Checkpoint) -> None:
+    """Writes a refit, whole or not at all, in the draft's own dtype. Raises EasySpecError if it cannot."""
+    dtype = draft.config.dtype if draft.config.dtype in FLOAT_DTYPES else "float32"
+    values = {name: np.ascontiguousarray(tensor.astype(dtype)) for name, tensor in tensors.items()}
+    metadata = {"groups": format_groups(layout.groups), "mlp_lp_size": str(layout.mlp_lp_size)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, serialise(values, metadata=metadata | {"draft": draft.fingerprint}))
+    except (OSError, SafetensorError) as error:
+        raise EasySpecError(f"{path} cannot be written: {first_line(error)}") from None
+
+
+def load(path: Path, draft: Checkpoint) -> tuple[Layout, TensorSource]:
+    """A refit and what it is for. Raises EasySpecError if it is damaged or was made from other weights."""
+    again = "run easyspec_jax.refit again, or use --no-refit"
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            held = Held({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        groups = parse_groups(metadata["groups"], draft.config.num_hidden_layers)
+        layout = Layout(groups, int(metadata["mlp_lp_size"]))
+    except (SafetensorError, OSError, EasySpecError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise EasySpecError(f"{path} is no refit of this draft ({first_line(error)}); {again}") from None
+    if metadata.get("draft") != draft.fingerprint:
+        raise EasySpecError(f"{path} was made from other weights than those of {draft.directory}; {again}")
+    if held.shapes() != _expected(layout, draft):
+        raise EasySpecError(f"{path} holds other tensors than its groups need; {again}")
+    return layout, held
+
+
+def _expected(layout: Layout, draft: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a refit."""
+    shapes = draft.source.shapes()
+    expected: dict[str, tuple[int, ...]] = {}
+    for site in stale_sites(layout):
+        expected[f"{site.norm}.weight"] = shapes[f"{site.norm}.weight"]
+        for part in site.parts:
+            expected[f"{part}.weight"] = shapes[f"{part}.weight"]
+            expected[f"{part}.bias"] = shapes[f"{part}.weight"][:1]
+    return expected
+
+
+def choose_layout(speculative: SpeculativeConfig, draft: Checkpoint) -> tuple[Layout, TensorSource | None]:
+    """The groups to draft with, and their refit, if there is any.
+
+    Raises EasySpecError for impossible groups, or if the refit that was asked for is missing or unfit.
+    """
+    layout = layout_of(speculative, draft.config.num_hidden_layers)
+    if speculative.refit == "none" or layout.lp_size == 1:
+        return layout, None
+    beside = draft.directory / DIRECTORY
+    path = path_of(beside if speculative.refit == "auto" else Path(speculative.refit), speculative)
+    if path.is_file():
+        found, refit = load(path, draft)
+        if speculative.lp_strategy is None or found == layout:
+            return found, refit
+        raise EasySpecError(f"{path} is for the groups {format_groups(found.groups)}; run easyspec_jax.refit again")
+    if speculative.refit == "auto":
+        return layout, None
+    raise EasySpecError(f"--refit {speculative.refit} has no {path.name}; run easyspec_jax.refit for these groups")

@@ -56,3 +56,14 @@ def test_the_readme_has_the_speeds_that_were_measured(way, row):
 def test_the_picture_is_of_the_round_that_is_drawn_today():
     shape = draw_round.Round(draw_round.paper_groups(12, 4), draw_round.parse_mesh("4", 4), 5)
     assert shape.title in (ROOT / "docs" / "round.svg").read_text(encoding="utf-8")
+
+
+def test_the_documents_have_what_checkpoints_took():
+    results = json.loads((RESULTS / "bench_checkpoints_7b.json").read_text())
+    page = " ".join((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split())
+    speeds = sorted(b["seconds"] / a["seconds"] for a, b in zip(results["convert"], results["copy"], strict=True))
+    assert f"held at most {results['convert_peak_bytes'] / 2**30:.2f} GiB" in page
+    assert f"ran at {results['speed_over_copy']:.2f} of the speed of copying" in page
+    assert "rounds of {:.2f}, {:.2f} and {:.2f}".format(*speeds) in page
+    assert {f"{opened['over_weights']:.2f}" for opened in results["open"].values()} == {"1.04"}
+    assert "held 1.04 times the weights" in page

@@ -16,6 +16,7 @@ from tests.models import loader
 from tests.refit.conftest import LAYERS, TEXTS
 
 RIDGE = 1e-2
+ONE = MeshShape(1, 1)
 GROUPS = paper_groups(LAYERS, 4)  # 0 | 1-3 | 4-6 | 7
 
 
@@ -24,7 +25,7 @@ def fitted(draft):
     """The tensors by mesh and MLPs at once, each fitted once."""
 
     @cache
-    def tensors(mesh: MeshShape = MeshShape(1, 1), mlp_lp_size: int = 1):
+    def tensors(mesh: MeshShape = ONE, mlp_lp_size: int = 1):
         return fit(loader(draft[0], mesh), Layout(GROUPS, mlp_lp_size), TEXTS, RIDGE)
 
     return tensors

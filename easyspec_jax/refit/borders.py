@@ -1,0 +1,175 @@
+"""Where groups should begin and end: measured fidelity of every candidate alone, then dynamic programming.
+
+Layers differ in how much it costs to run them at once. A grouping of as many groups as the paper's rule makes, none of
+them larger, is as fast; the best of them is found by minimising the sum of -log(overlap) over its groups, as if what
+groups lose alone were independent.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from easyspec_jax.config import ModelConfig
+from easyspec_jax.draft.grouping import Group, paper_groups
+from easyspec_jax.draft.parallel import load_block, run_fuzzy
+from easyspec_jax.mesh import ALL_AXES
+from easyspec_jax.model.loader import Loader
+from easyspec_jax.model.norm import rms_norm
+from easyspec_jax.model.projection import Projection
+from easyspec_jax.model.transformer import Decoder, Hidden, Layer
+from easyspec_jax.progress import Advance, Bar, no_bar
+from easyspec_jax.refit.device import run
+from easyspec_jax.refit.equations import NormalEquations
+from easyspec_jax.refit.fidelity import overlap
+from easyspec_jax.refit.fit import TEXTS_A_BATCH, embed, through_block
+from easyspec_jax.refit.sites import Tensors, named, prior, products, qkv_site, target
+from easyspec_jax.refit.store import Held
+from easyspec_jax.refit.teacher import drafted_window, exact_window
+
+FITTED, COMPARED = 40, 4
+"""Texts that candidates are fitted on, and others on which they are compared: enough to tell them apart."""
+
+_CARRIED = 8  # candidates that go through a layer in one call
+
+Overlaps = Mapping[Group, float]
+"""What of the exact distribution is left if this group alone is fuzzy, refit, one token ahead."""
+
+
+def best_groups(overlaps: Overlaps, num_layers: int, lp_size: int) -> tuple[Group, ...]:
+    """The grouping whose overlaps have the greatest product, with groups of at most lp_size layers.
+
+    It has no more groups than paper_groups() makes.
+    """
+    most = len(paper_groups(num_layers, lp_size))
+    # best[count][end]: the least loss with so many groups over the layers before `end`.
+    best: list[dict[int, tuple[float, tuple[Group, ...]]]] = [{0: (0.0, ())}]
+    for _ in range(most):
+        reached: dict[int, tuple[float, tuple[Group, ...]]] = {}
+        for begin, (loss, groups) in best[-1].items():
+            for end in range(begin + 1, min(begin + lp_size, num_layers) + 1):
+                group = range(begin, end)
+                total = loss - np.log(overlaps[group] if len(group) > 1 else 1.0)
+                if end not in reached or total < reached[end][0]:
+                    reached[end] = total, (*groups, group)
+        best.append(reached)
+    return min(found[num_layers] for found in best if num_layers in found)[1]
+
+
+def measure_groups(
+    loader: Loader, lp_size: int, texts: Int[np.ndarray, "texts tokens"], ridge: float, bar: Bar = no_bar
+) -> Overlaps:
+    """The overlap of every group of 2 to lp_size layers. texts: FITTED + COMPARED of them at most are used."""
+    texts = texts[: FITTED + COMPARED]
+    layers = loader.config.num_hidden_layers
+    carried: dict[Group, np.ndarray] = {}
+    with TemporaryDirectory() as directory, bar("Measuring groups", 2 * layers) as advance:
+        inputs = LayerInputs(Path(directory))
+        inputs.fill(loader, texts, advance)
+        for start in range(layers):
+            exact = inputs[start][-COMPARED:]
+            _carry(loader, start, exact, carried)
+            largest = min(lp_size, layers - start)
+            tensors = _fit_from(loader, start, largest, inputs, ridge) if largest > 1 else {}
+            for size in range(2, largest + 1):
+                group = range(start, start + size)
+                block = load_block(loader, group, refit=Held(tensors))
+                carried[group] = np.asarray(run(loader, through_block, block, (exact, exact), (P(), P()))[1])
+            advance(1)
+        return _overlaps(loader, inputs[layers][-COMPARED:], carried)
+
+
+class LayerInputs:
+    """The exact pass's hidden states before every layer and after the last, on disk."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def __getitem__(self, layer: int) -> Float[np.ndarray, "texts tokens hidden"]:
+        return np.load(self._directory / f"{layer}.npy")
+
+    def fill(self, loader: Loader, texts: Int[np.ndarray, "texts tokens"], advance: Advance) -> None:
+        """Goes through the model once."""
+        states = list(embed(loader, texts))
+        for layer in range(loader.config.num_hidden_layers + 1):
+            np.save(self._directory / f"{layer}.npy", np.concatenate(states))
+            if layer < loader.config.num_hidden_layers:
+                block = loader.layer(layer)
+                states = [np.asarray(run(loader, _exact, block, (h,), P()), np.float32) for h in states]
+                advance(1)
+
+
+def _exact(layer: Layer, config: ModelConfig, h: Hidden) -> Hidden:
+    batch, tokens = h.shape[:2]
+    return layer(h, layer.init_cache(batch, tokens), exact_window(batch, tokens, tokens, config))[0]
+
+
+def _fit_from(loader: Loader, start: int, size: int, inputs: LayerInputs, ridge: float) -> Tensors:
+    """Refit projections of the layers behind `start`, in a group that begins there: its end does not matter."""
+    sites = [qkv_site(layer) for layer in range(start + 1, start + size)]
+    priors, targets = [prior(loader, site) for site in sites], [target(loader, site) for site in sites]
+    equations = [NormalEquations(*plain.shape) for plain in priors]
+    fed = [inputs[layer][:-COMPARED] for layer in range(start, start + size)]
+    for first in range(0, len(fed[0]), TEXTS_A_BATCH):
+        batch = [h[first : first + TEXTS_A_BATCH] for h in fed]
+        sums = run(loader, _sums, targets, batch, ((P(), P(None, ALL_AXES)),) * len(sites))
+        for equation, plain, (xx, xy) in zip(equations, priors, sums, strict=True):
+            equation.add(np.asarray(xx), np.asarray(xy)[:, : plain.shape[1]], batch[0].shape[0] * batch[0].shape[1])
+    tensors: Tensors = {}
+    for site, plain, equation in zip(sites, priors, equations, strict=True):
+        tensors |= named(loader, site, equation.solve(plain, ridge).astype(np.float32))
+    return tensors
+
+
+def _sums(targets: Sequence[Projection], config: ModelConfig, first: Hidden, *own: Hidden) -> tuple[Any, ...]:
+    return tuple(products(first, project(h), config) for project, h in zip(targets, own, strict=True))
+
+
+def _carry(
+    loader: Loader, layer: int, exact: Float[np.ndarray, "texts tokens hidden"], carried: dict[Group, np.ndarray]
+) -> None:
+    """Takes the candidates that end before a layer through it."""
+    passing = [group for group in carried if group.stop <= layer]
+    block = loader.layer(layer)
+    for first in range(0, len(passing), _CARRIED):
+        some = passing[first : first + _CARRIED]
+        streams = np.stack([carried[group] for group in some])
+        streams = np.pad(streams, [(0, _CARRIED - len(some)), *[(0, 0)] * 3])  # one shape, compiled once
+        after = np.asarray(run(loader, _through_layer, block, (exact, streams), P()), np.float32)
+        carried.update(zip(some, after, strict=False))
+
+
+def _through_layer(
+    layer: Layer, config: ModelConfig, exact: Hidden, streams: Float[Array, "streams texts tokens hidden"]
+) -> Float[Array, "streams texts tokens hidden"]:
+    batch, tokens = exact.shape[:2]
+    cache = layer.init_cache(batch, 2 * tokens)
+    _, cache = layer(exact, cache, exact_window(batch, tokens, 2 * tokens, config))
+    window = drafted_window(1, batch, tokens, 2 * tokens, config)
+    return jax.lax.map(lambda h: run_fuzzy(layer, h, cache, window)[0], streams)
+
+
+def _overlaps(
+    loader: Loader, exact: Float[np.ndarray, "texts tokens hidden"], carried: Mapping[Group, np.ndarray]
+) -> Overlaps:
+    decoder = loader.decoder(())
+    found = {}
+    for group, fuzzy in carried.items():
+        texts = [np.asarray(run(loader, _overlap, decoder, pair, P())) for pair in zip(exact, fuzzy, strict=True)]
+        found[group] = float(np.mean(texts))
+    return found
+
+
+def _overlap(
+    decoder: Decoder, config: ModelConfig, exact: Float[Array, "tokens hidden"], fuzzy: Float[Array, "tokens hidden"]
+) -> Float[Array, ""]:
+    def logits(h: Float[Array, "tokens hidden"]) -> Float[Array, "tokens vocab_shard"]:
+        return decoder.logits(rms_norm(h, decoder.norm[...], config.rms_norm_eps)[None])[0]
+
+    return jnp.mean(overlap(logits(exact), logits(fuzzy), decoder.axes))
