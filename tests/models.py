@@ -13,10 +13,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from easyspec_jax.checkpoint import Checkpoint
+from easyspec_jax.draft.grouping import Layout
 from easyspec_jax.mesh import ALL_AXES, Axes, MeshShape, open_mesh
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import Decoder
+from easyspec_jax.refit.sites import stale_sites
+from easyspec_jax.refit.store import Held
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -130,6 +133,19 @@ def loader(checkpoint: Checkpoint, mesh: MeshShape, axes: Axes = ALL_AXES, *othe
 def load_target(from_: Loader) -> Decoder:
     """An ordinary decoder."""
     return from_.decoder([from_.layer(index) for index in range(from_.config.num_hidden_layers)])
+
+
+def some_refit(checkpoint: Checkpoint, layout: Layout) -> Held:
+    """Projections for fuzzy passes that are not the checkpoint's, biases and norms included."""
+    random = np.random.default_rng(7)
+    tensors: dict[str, np.ndarray] = {}
+    for site in stale_sites(layout):
+        tensors[f"{site.norm}.weight"] = random.uniform(0.5, 1.5, checkpoint.config.hidden_size).astype(np.float32)
+        for part in site.parts:
+            weight = checkpoint.source.read(f"{part}.weight").astype(np.float32)
+            tensors[f"{part}.weight"] = weight + 0.05 * random.normal(size=weight.shape).astype(np.float32)
+            tensors[f"{part}.bias"] = 0.1 * random.normal(size=len(weight)).astype(np.float32)
+    return Held(tensors)
 
 
 def partition_specs(tree: Any) -> Any:

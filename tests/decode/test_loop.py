@@ -18,7 +18,7 @@ from easyspec_jax.draft.parallel import load_draft
 from easyspec_jax.mesh import ALL_AXES, MeshShape
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.verify import Coupled, Greedy, Rejection
-from tests.models import LAYERS, load_target, loader, save_model
+from tests.models import LAYERS, load_target, loader, save_model, some_refit
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(4, 300, size).tolist() for size in (PREFILL_CHUNK + 20, 3, 60)]
@@ -52,18 +52,15 @@ def plain(pair):
     return texts
 
 
-def programs(pair, config, mesh=MeshShape(1, 1), axes=ALL_AXES, lp_size=3, own_draft=False) -> Programs:  # noqa: B008
+def programs(pair, config, mesh=MeshShape(1, 1), axes=ALL_AXES, lp_size=3, own_draft=False, refit=False) -> Programs:  # noqa: B008
     target, draft, _ = pair
     from_ = loader(target, mesh)
     if config.levels == 0:
         return Programs(from_.mesh, load_target(from_), None, config)
-    groups = paper_groups(LAYERS, lp_size)
-    return Programs(
-        from_.mesh,
-        load_target(from_),
-        load_draft(loader(target if own_draft else draft, mesh, axes), Layout(groups)),
-        config,
-    )
+    layout = Layout(paper_groups(LAYERS, lp_size), 2 if refit else 1)
+    chosen = target if own_draft else draft
+    refitted = some_refit(chosen, layout) if refit else None
+    return Programs(from_.mesh, load_target(from_), load_draft(loader(chosen, mesh, axes), layout, refitted), config)
 
 
 def texts(programs, prompts=PROMPTS, limits=LIMITS, sampling=SamplingParams()):  # noqa: B008
@@ -78,25 +75,30 @@ def texts(programs, prompts=PROMPTS, limits=LIMITS, sampling=SamplingParams()): 
 
 
 @pytest.mark.parametrize("mesh", [MeshShape(1, 1), MeshShape(2, 4)], ids=str)
-@pytest.mark.parametrize("levels, calibration, lp_size", [(0, False, 1), (4, False, 1), (4, True, 3), (1, False, 3)])
-def test_greedy_text_is_plain_decoding(pair, plain, mesh, levels, calibration, lp_size):
+@pytest.mark.parametrize(
+    "levels, calibration, lp_size, refit",
+    [(0, False, 1, False), (4, False, 1, False), (4, True, 3, False), (1, False, 3, False), (4, True, 3, True)],
+)
+def test_greedy_text_is_plain_decoding(pair, plain, mesh, levels, calibration, lp_size, refit):
     config = replace(GREEDY, levels=levels, calibration=calibration)
-    assert texts(programs(pair, config, mesh, lp_size=lp_size))[0] == plain
+    assert texts(programs(pair, config, mesh, lp_size=lp_size, refit=refit))[0] == plain
 
 
 @pytest.mark.parametrize(
-    "mesh, levels, width, nodes, calibration",
+    "mesh, levels, width, nodes, calibration, refit",
     [
-        (MeshShape(2, 4), 4, 3, 7, True),
-        (MeshShape(1, 1), 2, 5, None, False),
-        (MeshShape(1, 1), 16, 1, None, True),
-        (MeshShape(2, 4), 1, 12, None, True),
+        (MeshShape(2, 4), 4, 3, 7, True, False),
+        (MeshShape(1, 1), 2, 5, None, False, False),
+        (MeshShape(1, 1), 16, 1, None, True, False),
+        (MeshShape(2, 4), 1, 12, None, True, False),
+        (MeshShape(2, 4), 4, 3, None, True, True),
+        (MeshShape(1, 1), 3, 4, 6, False, True),
     ],
     ids=str,
 )
-def test_greedy_text_by_trees_is_plain_decoding(pair, plain, mesh, levels, width, nodes, calibration):
+def test_greedy_text_by_trees_is_plain_decoding(pair, plain, mesh, levels, width, nodes, calibration, refit):
     config = replace(GREEDY, levels=levels, width=width, nodes=nodes, calibration=calibration)
-    assert texts(programs(pair, config, mesh))[0] == plain
+    assert texts(programs(pair, config, mesh, refit=refit))[0] == plain
 
 
 def test_greedy_text_with_a_replicated_draft(pair, plain):

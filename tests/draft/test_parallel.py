@@ -1,5 +1,6 @@
 """A group on the layer axis: fuzzily the paper's Algorithm 2, exactly the model, each at its promised cost."""
 
+import copy
 import re
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.parallel import LayerGroup, load_draft, run_fuzzy
 from easyspec_jax.mesh import ALL_AXES, MeshShape
 from easyspec_jax.model.transformer import run_exact
-from tests.models import forward, load_target, loader, partition_specs, save_model
+from tests.models import forward, load_target, loader, partition_specs, save_model, some_refit
 
 MESHES = [MeshShape(1, 1), MeshShape(4, 2), MeshShape(2, 4), MeshShape(8, 1)]
 GROUPS = [(range(0, 1), range(1, 4), range(4, 8)), (range(0, 1), range(1, 8))]
@@ -32,24 +33,44 @@ def pair(tmp_path_factory):
 
 
 @torch.no_grad()
-def algorithm_2(reference, groups) -> np.ndarray:
-    """The paper's fuzzy pass out of transformers' own modules: attentions on the group's input, MLPs in order."""
+def algorithm_2(reference, groups, mlp_lp_size=1, refit=None) -> np.ndarray:
+    """The paper's fuzzy pass out of transformers' own modules: attentions on the group's input, MLPs in order.
+
+    mlp_lp_size MLPs at a time: each is fed what came before the first of them, and the attentions up to its own.
+    """
     model = reference.model
+    layers = [with_refit(layer, index, refit) for index, layer in enumerate(model.layers)]
     ids = torch.from_numpy(TOKENS)
     h = model.embed_tokens(ids)
     length = ids.shape[1]
     positions = model.rotary_emb(h, torch.arange(length)[None])
     mask = torch.triu(torch.full((length, length), -torch.inf), 1)[None, None]
     for group in groups:
-        layers = [model.layers[index] for index in group]
-        attended = [
-            layer.self_attn(layer.input_layernorm(h), position_embeddings=positions, attention_mask=mask)[0]
-            for layer in layers
-        ]
-        for layer, output in zip(layers, attended, strict=True):
-            h = h + output
-            h = h + layer.mlp(layer.post_attention_layernorm(h))
+        attended = {
+            index: layers[index].self_attn(
+                layers[index].input_layernorm(h), position_embeddings=positions, attention_mask=mask
+            )[0]
+            for index in group
+        }
+        for first in group[::mlp_lp_size]:
+            outputs = []
+            for index in range(first, min(first + mlp_lp_size, group.stop)):
+                h = h + attended[index]
+                outputs.append(layers[index].mlp(layers[index].post_attention_layernorm(h)))
+            h = h + sum(outputs)
     return reference.lm_head(model.norm(h)).numpy()
+
+
+def with_refit(layer, index, refit):
+    """The layer, with those of its parts that a refit replaces replaced."""
+    if refit is None:
+        return layer
+    layer = copy.deepcopy(layer)
+    for name, values in refit.tensors.items():
+        if name.startswith(f"model.layers.{index}."):
+            *path, leaf = name.split(".")[3:]
+            setattr(layer.get_submodule(".".join(path)), leaf, torch.nn.Parameter(torch.from_numpy(values)))
+    return layer
 
 
 @pytest.mark.parametrize("axes", [ALL_AXES, ()], ids=["split", "replicated"])
@@ -63,6 +84,22 @@ def test_fuzzy_pass_is_algorithm_2(pair, mesh, groups, axes):
     np.testing.assert_allclose(logits[..., :300], expected, atol=1e-4, rtol=0)
     exact = algorithm_2(reference, [range(i, i + 1) for i in range(8)])
     assert np.abs(expected - exact).max() > 0.1, "the test could not tell fuzzy from exact"
+
+
+@pytest.mark.parametrize("axes", [ALL_AXES, ()], ids=["split", "replicated"])
+@pytest.mark.parametrize("mlp_lp_size, refitted", [(2, False), (1, True), (2, True), (3, True), (7, True)])
+@pytest.mark.parametrize("mesh", [MeshShape(1, 1), MeshShape(4, 2), MeshShape(2, 4)], ids=str)
+def test_mlps_at_once_and_refit_projections(pair, mesh, mlp_lp_size, refitted, axes):
+    checkpoint, reference = pair
+    from_ = loader(checkpoint, mesh, axes)
+    layout = Layout(GROUPS[0], mlp_lp_size)
+    refit = some_refit(checkpoint, layout) if refitted else None
+    draft = load_draft(from_, layout, refit)
+    expected = algorithm_2(reference, GROUPS[0], mlp_lp_size, refit)
+    np.testing.assert_allclose(forward(draft, from_.mesh, TOKENS, run=run_fuzzy)[..., :300], expected, atol=1e-4)
+    assert np.abs(expected - algorithm_2(reference, GROUPS[0])).max() > 0.05
+    exact = algorithm_2(reference, [range(i, i + 1) for i in range(8)])
+    np.testing.assert_allclose(forward(draft, from_.mesh, TOKENS)[..., :300], exact, atol=1e-4)
 
 
 @pytest.mark.parametrize("run", [run_exact, run_fuzzy], ids=["exact", "fuzzy"])
@@ -120,6 +157,17 @@ def test_collectives_of_a_group(pair, mesh, size):
     assert collectives(ALL_AXES, run_exact) == {"all-reduce": 2 * size}
     assert collectives((), run_fuzzy) == {"all-reduce": 1}
     assert collectives((), run_exact) == {"all-reduce": size}
+
+
+@pytest.mark.parametrize("size, mlp_lp_size, expected", [(4, 2, 3), (4, 4, 2), (7, 2, 5), (7, 7, 2)])
+def test_collectives_of_mlps_at_once(pair, size, mlp_lp_size, expected):
+    """One for the first attentions, and one for each part of the group's MLPs, refit or not."""
+    for refitted in (False, True):
+        from_ = loader(pair[0], MeshShape(4, 2))
+        layout = Layout(single_out(size), mlp_lp_size)
+        group = load_draft(from_, layout, some_refit(pair[0], layout) if refitted else None).blocks[1]
+        text = _run(group, from_, run_fuzzy, tokens=1, capacity=8, compiled=True)
+        assert len(re.findall(r"= \S+ all-reduce(?:-start)?\(", text)) == expected
 
 
 @pytest.mark.parametrize("size", [3, 4, 7])

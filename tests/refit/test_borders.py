@@ -1,0 +1,54 @@
+"""Groups where they cost least: the search against brute force, the measure against a whole model."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from easyspec_jax.draft.grouping import Layout, paper_groups
+from easyspec_jax.draft.parallel import load_draft
+from easyspec_jax.mesh import MeshShape
+from easyspec_jax.refit.borders import best_groups, measure_groups
+from easyspec_jax.refit.fidelity import fidelity
+from tests.models import loader
+from tests.refit.conftest import LAYERS, TEXTS
+
+
+def _groupings(layers: int, lp_size: int):
+    """All of them."""
+    for count in range(layers):
+        for inner in itertools.combinations(range(1, layers), count):
+            groups = tuple(range(a, b) for a, b in itertools.pairwise((0, *inner, layers)))
+            if max(map(len, groups)) <= lp_size:
+                yield groups
+
+
+@pytest.mark.parametrize("layers, lp_size", [(9, 2), (9, 4), (7, 7), (3, 4)])
+def test_search_finds_the_best_of_all_groupings(layers, lp_size):
+    random = np.random.default_rng(layers * lp_size)
+    overlaps = {range(a, b): random.uniform(0.5, 1) ** (b - a) for a in range(layers) for b in range(a + 2, layers + 1)}
+
+    def kept(groups) -> float:
+        return float(np.prod([overlaps[group] if len(group) > 1 else 1.0 for group in groups]))
+
+    most = len(paper_groups(layers, lp_size))
+    best = max((groups for groups in _groupings(layers, lp_size) if len(groups) <= most), key=kept)
+    found = best_groups(overlaps, layers, lp_size)
+    assert len(found) <= most and max(map(len, found)) <= lp_size
+    assert kept(found) == pytest.approx(kept(best))
+
+
+@pytest.mark.parametrize("mesh", [MeshShape(1, 1), MeshShape(2, 4)], ids=str)
+def test_overlap_of_a_candidate_is_that_of_a_draft_with_this_group_alone(draft, mesh):
+    """With a ridge so strong that nothing is refit, the plain draft is the reference."""
+    from_ = loader(draft[0], mesh)
+    overlaps = measure_groups(from_, 3, TEXTS, ridge=1e9)
+    assert set(overlaps) == {range(a, a + n) for n in (2, 3) for a in range(LAYERS - n + 1)}
+    compared = TEXTS[-4:]
+    for group in (range(0, 2), range(3, 6), range(5, 8)):
+        groups = (*(range(i, i + 1) for i in range(group.start)), group)
+        groups += tuple(range(i, i + 1) for i in range(group.stop, LAYERS))
+        model = load_draft(from_, Layout(groups))
+        expected = fidelity(model, from_.mesh, compared, np.ones(compared.shape, bool), depths=1)[0][0]
+        assert overlaps[group] == pytest.approx(expected, abs=1e-4)
+    assert min(overlaps.values()) < 0.9, "candidates that lose nothing would prove nothing"
