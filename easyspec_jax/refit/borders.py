@@ -34,7 +34,7 @@ from easyspec_jax.refit.store import Held
 from easyspec_jax.refit.teacher import drafted_window, exact_window
 
 FITTED, COMPARED = 40, 4
-"""Texts that candidates are fitted on, and others on which they are compared: enough to tell them apart."""
+"""Texts, at most, that candidates are fitted on, and others on which they are compared: enough to tell them apart."""
 
 _CARRIED = 8  # candidates that go through a layer in one call
 
@@ -65,24 +65,26 @@ def best_groups(overlaps: Overlaps, num_layers: int, lp_size: int) -> tuple[Grou
 def measure_groups(
     loader: Loader, lp_size: int, texts: Int[np.ndarray, "texts tokens"], ridge: float, bar: Bar = no_bar
 ) -> Overlaps:
-    """The overlap of every group of 2 to lp_size layers. texts: FITTED + COMPARED of them at most are used."""
-    texts = texts[: FITTED + COMPARED]
+    """The overlap of every group of 2 to lp_size layers. texts: at least two, of which some are only compared on."""
+    compared = min(COMPARED, len(texts) // 2)
+    texts = texts[: FITTED + compared]
     layers = loader.config.num_hidden_layers
     carried: dict[Group, np.ndarray] = {}
     with TemporaryDirectory() as directory, bar("Measuring groups", 2 * layers) as advance:
         inputs = LayerInputs(Path(directory))
         inputs.fill(loader, texts, advance)
         for start in range(layers):
-            exact = inputs[start][-COMPARED:]
+            exact = inputs[start][-compared:]
             _carry(loader, start, exact, carried)
             largest = min(lp_size, layers - start)
-            tensors = _fit_from(loader, start, largest, inputs, ridge) if largest > 1 else {}
+            fed = [inputs[layer][:-compared] for layer in range(start, start + largest)]
+            tensors = _fit_from(loader, start, fed, ridge) if largest > 1 else {}
             for size in range(2, largest + 1):
                 group = range(start, start + size)
                 block = load_block(loader, group, refit=Held(tensors))
                 carried[group] = np.asarray(run(loader, through_block, block, (exact, exact), (P(), P()))[1])
             advance(1)
-        return _overlaps(loader, inputs[layers][-COMPARED:], carried)
+        return _overlaps(loader, inputs[layers][-compared:], carried)
 
 
 class LayerInputs:
@@ -110,12 +112,13 @@ def _exact(layer: Layer, config: ModelConfig, h: Hidden) -> Hidden:
     return layer(h, layer.init_cache(batch, tokens), exact_window(batch, tokens, tokens, config))[0]
 
 
-def _fit_from(loader: Loader, start: int, size: int, inputs: LayerInputs, ridge: float) -> Tensors:
+def _fit_from(
+    loader: Loader, start: int, fed: Sequence[Float[np.ndarray, "texts tokens hidden"]], ridge: float
+) -> Tensors:
     """Refit projections of the layers behind `start`, in a group that begins there: its end does not matter."""
-    sites = [qkv_site(layer) for layer in range(start + 1, start + size)]
+    sites = [qkv_site(start + place) for place in range(1, len(fed))]
     priors, targets = [prior(loader, site) for site in sites], [target(loader, site) for site in sites]
     equations = [NormalEquations(*plain.shape) for plain in priors]
-    fed = [inputs[layer][:-COMPARED] for layer in range(start, start + size)]
     for first in range(0, len(fed[0]), TEXTS_A_BATCH):
         batch = [h[first : first + TEXTS_A_BATCH] for h in fed]
         sums = run(loader, _sums, targets, batch, ((P(), P(None, ALL_AXES)),) * len(sites))

@@ -15,6 +15,9 @@ from easyspec_jax.tokenizer import Tokenizer, encode, from_template
 LENGTH = 240
 """Tokens of a text."""
 
+FEWEST = 3
+"""Texts: some to fit on, some to choose by, some to say what was gained."""
+
 ROWS = 32
 """Texts that are written together."""
 
@@ -22,15 +25,15 @@ _QUESTION = "{question}"
 
 
 def read_texts(path: Path, tokenizer: Tokenizer, count: int) -> Int[np.ndarray, "texts tokens"]:
-    """Up to `count` texts, one after another out of a file. Raises EasySpecError if it does not hold one."""
+    """Up to `count` texts, one after another out of a file. Raises EasySpecError if it holds too little."""
     try:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise EasySpecError(f"--text {path} cannot be read: {error}") from None
     ids = encode(tokenizer, content) if content else []
     found = min(count, len(ids) // LENGTH)
-    if found == 0:
-        raise EasySpecError(f"--text {path} holds {len(ids)} tokens; give at least {LENGTH}")
+    if found < FEWEST:
+        raise EasySpecError(f"--text {path} holds {len(ids)} tokens; give at least {FEWEST * LENGTH}")
     return np.asarray(ids[: found * LENGTH], np.int32).reshape(found, LENGTH)
 
 

@@ -1,0 +1,88 @@
+"""The command from end to end on a tiny draft, and what it says to bad input."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from easyspec_jax import generate
+from easyspec_jax.errors import EasySpecError
+from easyspec_jax.refit.__main__ import main
+from easyspec_jax.refit.texts import LENGTH, opening, read_texts
+from easyspec_jax.tokenizer import load_tokenizer
+from tests.models import byte_tokenizer
+
+
+@pytest.fixture
+def directory(draft, tmp_path):
+    copy = tmp_path / "draft"
+    shutil.copytree(draft[0].directory, copy)
+    return copy
+
+
+def test_a_refit_is_written_and_then_drafted_with(directory, capsys):
+    """A few texts, borders that are measured."""
+    (directory / "text.txt").write_text("a much shorter fox " * 60)
+    fitted = ["--draft", str(directory), "--lp-size", "3", "--text", str(directory / "text.txt"), "--mesh", "2"]
+    assert main([*fitted, "--tokens", "1000"]) == 0
+    shown = capsys.readouterr().err
+    assert "as it was" in shown and str(directory / "refit" / "lp3.safetensors") in shown
+    rates = {}
+    for extra in ("--lp-size 3", "--lp-size 3 --no-refit", "--method vanilla"):
+        command = ["--target", str(directory), "--draft", str(directory), "--prompt", "a fox", "--json",
+                   "--max-new-tokens", "24", *extra.split()]  # fmt: skip
+        assert generate.main(command) == 0
+        rates[extra] = json.loads(capsys.readouterr().out)
+    texts = {extra: result["token_ids"] for extra, result in rates.items()}
+    assert texts["--lp-size 3"] == texts["--lp-size 3 --no-refit"] == texts["--method vanilla"]
+    accepted = {extra: result["stats"]["acceptance_rate"] for extra, result in rates.items()}
+    assert accepted["--lp-size 3"] != accepted["--lp-size 3 --no-refit"], "the refit was not used"
+
+
+def test_text_of_its_own(directory, capsys):
+    assert main(["--draft", str(directory), "--tokens", "1000", "--borders", "paper", "--mlp-lp-size", "2"]) == 0
+    assert (directory / "refit" / "lp4_mlp2.safetensors").is_file()
+    assert "0,1-3,4-6,7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--lp-size", "1"], "--lp-size of at least 2"),
+        (["--lp-size", "zero"], "--lp-size"),
+        (["--lp-strategy", "0-3"], "leaves out layer 4"),
+        (["--ridge", "0"], "--ridge 0.0 must be"),
+        (["--tokens", "3"], "--tokens 3 must be at least"),
+        (["--text", "missing.txt"], "--text missing.txt cannot be read"),
+        (["--mesh", "0"], "--mesh '0'"),
+        (["--temperature", "-1"], "--temperature -1.0"),
+        (["--out", "/proc/nowhere"], "/proc/nowhere"),
+    ],
+    ids=str,
+)
+def test_bad_input_gets_one_line(directory, capsys, arguments, complaint):
+    assert main(["--draft", str(directory), *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("easyspec_jax.refit: error: ") and complaint in shown.err
+    assert shown.err.count("\n") == 1 and not shown.out
+    assert not list((directory / "refit").glob("*")) if (directory / "refit").exists() else True
+
+
+def test_a_file_becomes_texts_of_one_length(tmp_path):
+    tokenizer = byte_tokenizer()
+    (tmp_path / "text").write_text("x" * (4 * LENGTH + 10))
+    texts = read_texts(tmp_path / "text", tokenizer, 5)
+    assert texts.shape == (4, LENGTH) and texts.dtype == np.int32
+    assert read_texts(tmp_path / "text", tokenizer, 3).shape == (3, LENGTH)
+    (tmp_path / "text").write_text("x" * LENGTH)
+    with pytest.raises(EasySpecError, match="at least 720"):
+        read_texts(tmp_path / "text", tokenizer, 5)
+
+
+def test_a_text_opens_where_a_question_would_stand(directory):
+    tokenizer = load_tokenizer(directory)
+    assert opening(tokenizer) == [tokenizer.bos_token_id]
+    tokenizer.chat_template = "{% for m in messages %}<bos>Q: {{ m['content'] }}<eos>{% endfor %}A:"
+    ids = opening(tokenizer)
+    assert tokenizer.decode(ids) == "<bos>Q: "
