@@ -5,12 +5,11 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, get_args
 
-from easyspec_jax.command import Parser
+from easyspec_jax.command import Parser, run_command
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import DraftTensorParallelSize, DType, SpeculativeConfig, resolve_dtype
@@ -27,19 +26,8 @@ PROMPT_LENGTH = 2048
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
-    try:
-        _run(_parser().parse_args(argv))
-    except BrokenPipeError:  # the reader has had enough
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (EasySpecError, OSError) as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    return 0
+    """Runs the command and returns its exit code."""
+    return run_command(PROGRAM, _parser(), _run, argv)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,15 +2,13 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from easyspec_jax.command import Parser, cache_compilations, read_prompts
+from easyspec_jax.command import Parser, cache_compilations, read_prompts, run_command
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.files import check_writable, write_whole
 from easyspec_jax.options import DraftTensorParallelSize, DType, Platform, SamplingParams, check_whole
@@ -20,19 +18,8 @@ PROGRAM = "easyspec_jax.tune"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
-    try:
-        _run(_parser().parse_args(argv))
-    except BrokenPipeError:  # the reader has had enough
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (EasySpecError, OSError) as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    return 0
+    """Runs the command and returns its exit code."""
+    return run_command(PROGRAM, _parser(), _run, argv)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from easyspec_jax import demo
-from easyspec_jax.checkpoint import FINAL_NORM, Checkpoint
+from easyspec_jax.checkpoint import Checkpoint
 from easyspec_jax.command import cache_directory
 from easyspec_jax.config import read_json
 from easyspec_jax.engine import Engine
 from easyspec_jax.errors import EasySpecError
+from easyspec_jax.families import FINAL_NORM
 from easyspec_jax.files import write_whole
 from easyspec_jax.mesh import parse_mesh
 from easyspec_jax.options import SpeculativeConfig
