@@ -88,7 +88,7 @@ def time_steps(candidates: Sequence[Candidate], figures: Figures, bench: Bench, 
     splits = {draft: [d.shape for d in drafts if d.layout == draft.layout].index(draft.shape) for draft in drafts}
 
     def distance(one: Draft, other: Draft) -> int:
-        """Other splits of the mesh come last: they matter least. Two groupings that have their defaults are alike in it."""
+        """Other splits of the mesh come last, because they matter least; each grouping has a default of its own."""
         tp = one.layout.draft_tensor_parallel_size != other.layout.draft_tensor_parallel_size
         return 2 * (splits[one] != splits[other]) + (one.drafting != other.drafting) + tp
 
