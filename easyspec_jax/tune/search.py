@@ -84,14 +84,20 @@ def time_steps(candidates: Sequence[Candidate], figures: Figures, bench: Bench, 
     differs least from the fastest so far, because time may not suffice for all.
     """
     drafts = list(dict.fromkeys(candidate.draft for candidate in candidates))
-    first_of = {draft.drafting: draft for draft in reversed(drafts)}.values()
-    todo = [*first_of, *(draft for draft in drafts if draft not in first_of)]
-    initial = len(first_of)
+    defaults = {draft.drafting: draft for draft in reversed(drafts)}.values()
+    splits = {draft: [d.shape for d in drafts if d.layout == draft.layout].index(draft.shape) for draft in drafts}
+
+    def distance(one: Draft, other: Draft) -> int:
+        """Other splits of the mesh come last, because they matter least; each grouping has a default of its own."""
+        tp = one.layout.draft_tensor_parallel_size != other.layout.draft_tensor_parallel_size
+        return 2 * (splits[one] != splits[other]) + (one.drafting != other.drafting) + tp
+
+    todo = [*defaults, *(draft for draft in drafts if draft not in defaults)]
     for number in range(len(todo)):
-        if number >= initial:
+        if number >= len(defaults):
             fastest = min(figures.step, key=lambda draft: figures.step[draft][1])
-            todo[number:] = sorted(todo[number:], key=lambda draft: _distance(draft, fastest))
-        if number and clock() > (PLACING if number >= initial else SEARCHING):
+            todo[number:] = sorted(todo[number:], key=lambda draft: distance(draft, fastest))
+        if number and clock() > (PLACING if number >= len(defaults) else SEARCHING):
             return
         figures.step[todo[number]] = {1: bench.step(todo[number], 1)}
         advance(1)
@@ -124,9 +130,3 @@ def verification_sizes(candidates: Sequence[Candidate]) -> list[int]:
 
 def _same_but_for_levels(one: Candidate, other: Candidate) -> bool:
     return one.draft == other.draft and one.speculative.width == other.speculative.width
-
-
-def _distance(one: Draft, other: Draft) -> int:
-    """How much two drafts differ; other splits of the mesh come last, because they matter least."""
-    tp = one.layout.draft_tensor_parallel_size != other.layout.draft_tensor_parallel_size
-    return 2 * (one.shape != other.shape) + (one.drafting != other.drafting) + tp
