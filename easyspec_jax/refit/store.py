@@ -43,6 +43,15 @@ def path_of(directory: Path, speculative: SpeculativeConfig) -> Path:
     return directory / f"{name}{mlps}.safetensors"
 
 
+def refit_digest(draft: Path) -> str:
+    """Tells apart what refits a draft's directory holds."""
+    digest = hashlib.sha256()
+    for path in sorted((draft / DIRECTORY).glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
 def save(path: Path, tensors: Mapping[str, np.ndarray], layout: Layout, draft: Checkpoint) -> None:
     """Writes a refit, whole or not at all, in the draft's own dtype. Raises EasySpecError if it cannot."""
     dtype = draft.config.dtype if draft.config.dtype in FLOAT_DTYPES else "float32"

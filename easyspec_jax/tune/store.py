@@ -18,13 +18,14 @@ from easyspec_jax.families import FINAL_NORM
 from easyspec_jax.files import write_whole
 from easyspec_jax.mesh import parse_mesh
 from easyspec_jax.options import SpeculativeConfig
+from easyspec_jax.refit.store import refit_digest
 
 FILE = "tuned.json"
 
 
 @dataclass(frozen=True)
 class Key:
-    """What a choice was measured for. mesh: as for --mesh; target, draft: see identity()."""
+    """What a choice was measured for. mesh: as for --mesh; target, draft: see identity(); refits: of the draft."""
 
     target: str
     draft: str
@@ -32,6 +33,7 @@ class Key:
     device_kind: str
     mesh: str
     dtype: str
+    refits: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def key_of(engine: Engine, mesh: str) -> Key:
     assert engine.draft is not None
     device = engine.mesh.devices.flat[0]
     pair = identity(engine.target), identity(engine.draft)
-    return Key(*pair, device.platform, device.device_kind, mesh, engine.dtype)
+    refits = refit_digest(engine.draft.directory)
+    return Key(*pair, device.platform, device.device_kind, mesh, engine.dtype, refits)
 
 
 def identity(checkpoint: Checkpoint) -> str:

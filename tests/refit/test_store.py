@@ -10,7 +10,7 @@ from easyspec_jax.checkpoint import open_checkpoint
 from easyspec_jax.draft.grouping import Layout, layout_of, parse_groups
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SpeculativeConfig
-from easyspec_jax.refit.store import DIRECTORY, choose_layout, path_of, save
+from easyspec_jax.refit.store import DIRECTORY, choose_layout, path_of, refit_digest, save
 from tests.models import some_refit
 from tests.refit.conftest import LAYERS
 
@@ -59,6 +59,14 @@ def test_explicit_groups_have_a_refit_of_their_own(directory):
     opened, layout = open_checkpoint(directory), layout_of(asked, LAYERS)
     save(path_of(directory / DIRECTORY, asked), some_refit(opened, layout).tensors, layout, opened)
     assert choose_layout(asked, opened)[1] is not None
+
+
+def test_a_digest_changes_with_what_is_held(directory, draft):
+    digests = [refit_digest(draft[0].directory), refit_digest(directory)]
+    opened = open_checkpoint(directory)
+    save(path_of(directory / DIRECTORY, ASKED), {"other": np.zeros(1, np.float32)}, CHOSEN, opened)
+    digests.append(refit_digest(directory))
+    assert len(set(digests)) == 3
 
 
 def test_changed_weights_are_noticed(directory):
