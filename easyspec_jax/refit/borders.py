@@ -33,7 +33,7 @@ from easyspec_jax.refit.sites import Tensors, named, prior, products, qkv_site, 
 from easyspec_jax.refit.store import Held
 from easyspec_jax.refit.teacher import drafted_window, exact_window
 
-FITTED, COMPARED = 40, 4
+FITTED, COMPARED = 40, 12
 """Texts, at most, that candidates are fitted on, and others on which they are compared: enough to tell them apart."""
 
 _CARRIED = 8  # candidates that go through a layer in one call

@@ -77,12 +77,13 @@ def _report(
     """A table of what fuzzy drafts keep of the exact one's distribution, before and after."""
     everywhere = np.ones(texts.shape, bool)
     ways = (("as it was", plain, None), ("refit", chosen, refitted))
-    table = Table("draft", *(f"depth {depth + 1}" for depth in range(DEPTHS)), "groups", box=None, pad_edge=False)
+    table = Table("draft", *(f"depth {depth + 1}" for depth in range(DEPTHS)), box=None, pad_edge=False)
     with bar("Comparing", len(ways)) as advance:
         for name, layout, tensors in ways:
             overlaps, _ = fidelity(load_draft(loader, layout, tensors), loader.mesh, texts, everywhere)
-            table.add_row(name, *(f"{overlap:.3f}" for overlap in overlaps), format_groups(layout.groups))
+            table.add_row(name, *(f"{overlap:.3f}" for overlap in overlaps))
             advance(1)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print("Σ min(p fuzzy, p exact) on texts that were not fitted on")
     console.print(table)
+    console.print(f"[dim]—[/] groups {format_groups(plain.groups)}, now {format_groups(chosen.groups)}")
