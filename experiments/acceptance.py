@@ -16,8 +16,8 @@ from typing import Any, Literal, get_args
 from rich.console import Console
 from rich.table import Table
 
-from easyspec_jax import EasySpecError, Engine, SamplingParams, SpeculativeConfig, demo, open_model
-from easyspec_jax.command import Parser, cache_compilations, read_prompts
+from easyspec_jax import Engine, SamplingParams, SpeculativeConfig, demo, open_model
+from easyspec_jax.command import Parser, cache_compilations, read_prompts, run_command
 from easyspec_jax.draft.grouping import format_groups
 from easyspec_jax.options import Verifier
 from easyspec_jax.progress import bar
@@ -128,6 +128,7 @@ def as_json(fields: dict[str, Any], rows: Sequence[Row]) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Measures the grid, prints it, writes the JSON and draws it."""
+    cache_compilations()
     prompts = read_prompts(args.prompt_file or HERE / ("prompts.txt" if args.target else "code_prompts.txt"))
     out = destination(args)
     rows = measure_grid(args, prompts)
@@ -167,16 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, help="default: results/acceptance.json, or …_demo.json for the bundled pair"
     )
-    try:
-        args = parser.parse_args(argv)
-        cache_compilations()
-        run(args)
-    except (EasySpecError, OSError) as error:
-        print(f"experiments.acceptance: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_command("experiments.acceptance", parser, run, argv)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from easyspec_jax import EasySpecError
-from easyspec_jax.command import Parser, cache_compilations
+from easyspec_jax.command import Parser, cache_compilations, run_command
 from easyspec_jax.config import read_json
 from easyspec_jax.options import resolve_dtype
 from experiments.output import check_destination, save
@@ -32,6 +32,7 @@ HERE = Path(__file__).parent
 
 def run(args: argparse.Namespace) -> None:
     """Measures part after part; prints and saves each as soon as it is done."""
+    cache_compilations()
     check(args)
     out = args.out or HERE / "results" / f"bench_roofline_{args.shape}.json"
     parts = saved(out, args.shape)
@@ -143,16 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name, which excludes the newer
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
-    try:
-        args = parser.parse_args(argv)
-        cache_compilations()
-        run(args)
-    except (EasySpecError, OSError) as error:
-        print(f"experiments.bench_roofline: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_command("experiments.bench_roofline", parser, run, argv)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from typing import Any
 
 from rich.console import Console
 
-from easyspec_jax import EasySpecError, Engine
-from easyspec_jax.command import Parser, cache_compilations
+from easyspec_jax import Engine
+from easyspec_jax.command import Parser, cache_compilations, run_command
 from easyspec_jax.mesh import parse_mesh
 from easyspec_jax.options import SpeculativeConfig
 from easyspec_jax.progress import bar
@@ -94,6 +94,14 @@ def _name(candidate: Candidate) -> str:
     return f"{label(candidate.speculative)}, {levels} levels, {_mesh(candidate)}"
 
 
+def _run(args: argparse.Namespace) -> None:
+    check_destination(args.out)
+    cache_compilations()
+    found = check(args)
+    save(args.out, json.dumps(found, indent=1) + "\n")
+    Console().print({name: value for name, value in found.items() if name != "gains"})
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.tune_check", description=__doc__)
     parser.add_argument("--target", help="default: the bundled pair")
@@ -105,19 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--times", type=int, default=3, help="that each candidate of the sweep runs")
     parser.add_argument("--best", type=int, default=3, help="of the sweep, beside which the choice is run again")
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
-    try:
-        args = parser.parse_args(argv)
-        check_destination(args.out)
-        cache_compilations()
-        found = check(args)
-        save(args.out, json.dumps(found, indent=1) + "\n")
-        Console().print({name: value for name, value in found.items() if name != "gains"})
-    except (EasySpecError, OSError) as error:
-        print(f"experiments.tune_check: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_command("experiments.tune_check", parser, _run, argv)
 
 
 if __name__ == "__main__":
