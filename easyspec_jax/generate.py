@@ -30,8 +30,8 @@ if TYPE_CHECKING:  # importing JAX takes a second, which --help and a mistyped f
 PROGRAM = "easyspec_jax.generate"
 
 AUTO = "auto"
-TUNED = ("--method", "--num-speculative-tokens", "--tree-width", "--tree-nodes", "--lp-size", "--no-calibration",
-         "--draft-tensor-parallel-size")  # fmt: skip
+TUNED = ("--method", "--num-speculative-tokens", "--tree-width", "--tree-nodes", "--lp-size", "--mlp-lp-size",
+         "--refit", "--no-refit", "--no-calibration", "--draft-tensor-parallel-size")  # fmt: skip
 """What --lp-strategy auto chooses, and nobody else then may."""
 
 

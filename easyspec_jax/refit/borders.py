@@ -26,10 +26,9 @@ from easyspec_jax.model.projection import Projection
 from easyspec_jax.model.transformer import Decoder, Hidden, Layer
 from easyspec_jax.progress import Advance, Bar, no_bar
 from easyspec_jax.refit.device import run
-from easyspec_jax.refit.equations import NormalEquations
 from easyspec_jax.refit.fidelity import overlap
-from easyspec_jax.refit.fit import TEXTS_A_BATCH, embed, through_block
-from easyspec_jax.refit.sites import Tensors, named, prior, products, qkv_site, target
+from easyspec_jax.refit.fit import TEXTS_A_BATCH, embed, solved, through_block
+from easyspec_jax.refit.sites import Tensors, products, qkv_site, target
 from easyspec_jax.refit.store import Held
 from easyspec_jax.refit.teacher import drafted_window, exact_window
 
@@ -117,17 +116,10 @@ def _fit_from(
 ) -> Tensors:
     """Refit projections of the layers behind `start`, in a group that begins there: its end does not matter."""
     sites = [qkv_site(start + place) for place in range(1, len(fed))]
-    priors, targets = [prior(loader, site) for site in sites], [target(loader, site) for site in sites]
-    equations = [NormalEquations(*plain.shape) for plain in priors]
-    for first in range(0, len(fed[0]), TEXTS_A_BATCH):
-        batch = [h[first : first + TEXTS_A_BATCH] for h in fed]
-        sums = run(loader, _sums, targets, batch, ((P(), P(None, ALL_AXES)),) * len(sites))
-        for equation, plain, (xx, xy) in zip(equations, priors, sums, strict=True):
-            equation.add(np.asarray(xx), np.asarray(xy)[:, : plain.shape[1]], batch[0].shape[0] * batch[0].shape[1])
-    tensors: Tensors = {}
-    for site, plain, equation in zip(sites, priors, equations, strict=True):
-        tensors |= named(loader, site, equation.solve(plain, ridge).astype(np.float32))
-    return tensors
+    targets = [target(loader, site) for site in sites]
+    specs = ((P(), P(None, ALL_AXES)),) * len(sites)
+    batches = ([h[first : first + TEXTS_A_BATCH] for h in fed] for first in range(0, len(fed[0]), TEXTS_A_BATCH))
+    return solved(loader, sites, ((run(loader, _sums, targets, hs, specs), hs[0].shape) for hs in batches), ridge)
 
 
 def _sums(targets: Sequence[Projection], config: ModelConfig, first: Hidden, *own: Hidden) -> tuple[Any, ...]:
@@ -162,17 +154,21 @@ def _overlaps(
     loader: Loader, exact: Float[np.ndarray, "texts tokens hidden"], carried: Mapping[Group, np.ndarray]
 ) -> Overlaps:
     decoder = loader.decoder(())
-    found = {}
-    for group, fuzzy in carried.items():
-        texts = [np.asarray(run(loader, _overlap, decoder, pair, P())) for pair in zip(exact, fuzzy, strict=True)]
-        found[group] = float(np.mean(texts))
-    return found
+    texts = []
+    for place, own in enumerate(exact):
+        streams = np.stack([fuzzy[place] for fuzzy in carried.values()])
+        texts.append(np.asarray(run(loader, _overlap, decoder, (own, streams), P())))
+    return dict(zip(carried, np.mean(texts, axis=0).tolist(), strict=True))
 
 
 def _overlap(
-    decoder: Decoder, config: ModelConfig, exact: Float[Array, "tokens hidden"], fuzzy: Float[Array, "tokens hidden"]
-) -> Float[Array, ""]:
+    decoder: Decoder,
+    config: ModelConfig,
+    exact: Float[Array, "tokens hidden"],
+    streams: Float[Array, "streams tokens hidden"],
+) -> Float[Array, " streams"]:
     def logits(h: Float[Array, "tokens hidden"]) -> Float[Array, "tokens vocab_shard"]:
         return decoder.logits(rms_norm(h, decoder.norm[...], config.rms_norm_eps)[None])[0]
 
-    return jnp.mean(overlap(logits(exact), logits(fuzzy), decoder.axes))
+    expected = logits(exact)
+    return jax.lax.map(lambda h: jnp.mean(overlap(expected, logits(h), decoder.axes)), streams)

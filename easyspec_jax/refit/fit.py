@@ -7,7 +7,7 @@ that run at once are treated alike. Closed-form replacements of whole blocks are
 arXiv 2505.21077; ReplaceMe, arXiv 2505.02819); these maps are what a group of layers needs to run at once.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -120,15 +120,23 @@ def _fit_projections(
     ridge: float,
 ) -> Tensors:
     """The tensors of some projections, each from what it is fed to what it should have said."""
-    priors = [prior(loader, site) for site in sites]
     modules = block, [target(loader, site) for site in sites]
-    equations = [NormalEquations(*plain.shape) for plain in priors]
     specs = ((P(), P(None, ALL_AXES)),) * len(sites)
-    for number in range(len(states)):
-        exact, fuzzy = states[number]
-        sums = run(loader, _sums, modules, (exact, fuzzy), specs, fed, stale)
+    batches = (states[number] for number in range(len(states)))
+    sums = ((run(loader, _sums, modules, pair, specs, fed, stale), pair[0].shape) for pair in batches)
+    return solved(loader, sites, sums, ridge)
+
+
+def solved(
+    loader: Loader, sites: Sequence[Site], batches: Iterable[tuple[Sequence[tuple[Array, Array]], Sequence[int]]],
+    ridge: float,
+) -> Tensors:  # fmt: skip
+    """The tensors that fit some projections, from batches of every one's products() and the shape of the inputs."""
+    priors = [prior(loader, site) for site in sites]
+    equations = [NormalEquations(*plain.shape) for plain in priors]
+    for sums, (texts, tokens, _) in batches:
         for equation, plain, (xx, xy) in zip(equations, priors, sums, strict=True):
-            equation.add(np.asarray(xx), np.asarray(xy)[:, : plain.shape[1]], exact.shape[0] * exact.shape[1])
+            equation.add(np.asarray(xx), np.asarray(xy)[:, : plain.shape[1]], texts * tokens)
     tensors: Tensors = {}
     for site, plain, equation in zip(sites, priors, equations, strict=True):
         tensors |= named(loader, site, equation.solve(plain, ridge).astype(np.float32))
