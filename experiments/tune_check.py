@@ -20,6 +20,7 @@ from easyspec_jax.command import Parser, cache_compilations, run_command
 from easyspec_jax.mesh import parse_mesh
 from easyspec_jax.options import SpeculativeConfig
 from easyspec_jax.progress import bar
+from easyspec_jax.refit.store import refit_sizes
 from easyspec_jax.tune.bench import Sample
 from easyspec_jax.tune.candidates import Candidate, Space, candidates
 from easyspec_jax.tune.confirm import alternate, confirmed
@@ -56,7 +57,13 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
     engine = open_pair(args.target, args.draft, args.mesh, None, None, "auto")
     assert engine.draft is not None
     layers = engine.draft.config.num_hidden_layers
-    space = Space([size for size in args.lp_sizes if size <= layers], args.tree_widths, max(args.levels))
+    space = Space(
+        [size for size in args.lp_sizes if size <= layers],
+        args.tree_widths,
+        max(args.levels),
+        mlp_lp_sizes=args.mlp_lp_sizes,
+        refits=refit_sizes(engine.draft.directory),
+    )
     grid = [c for c in candidates(args.mesh, layers, space) if c.speculative.num_speculative_tokens in args.levels]
     sample = default_sample(engine, bundled=args.target is None)
     tuned = tune(engine, args.mesh, sample, space, bar=bar)
@@ -108,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--draft")
     parser.add_argument("--mesh", default="1")
     parser.add_argument("--lp-sizes", type=int, nargs="+", default=[1, 2, 3, 4, 7])
+    parser.add_argument("--mlp-lp-sizes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tree-widths", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--levels", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
     parser.add_argument("--times", type=int, default=3, help="that each candidate of the sweep runs")

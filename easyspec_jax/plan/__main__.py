@@ -56,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     decoding.add_argument("--draft-tensor-parallel-size", default=default.draft_tensor_parallel_size,
                           choices=get_args(DraftTensorParallelSize),
                           help="likewise; the tables have both (default: %(default)s)")  # fmt: skip
+    decoding.add_argument("--mlp-lp-size", type=int, default=default.mlp_lp_size, metavar="M",
+                          help="MLPs of a group that run at once (default: %(default)s)")  # fmt: skip
+    decoding.add_argument("--refit", action="store_true", help="count a refit's projections beside the draft's own")
     parser.add_argument("--measure", action="store_true",
                         help="measure the machine's figures on the devices that are here")  # fmt: skip
     parser.add_argument("--no-compile", action="store_true", help="count only: no memory of temporaries")
@@ -107,7 +110,8 @@ def _plan(args: argparse.Namespace, topology: Topology) -> "Plan":
     draft_name, draft = find_config(args.draft_config, "--draft-config")
     check_pair(target, draft)
     pair = _pair(args, topology, target, draft)
-    way = Way("easyspec", args.lp_size, args.draft_tensor_parallel_size)
+    mlp_lp_size = min(args.mlp_lp_size, args.lp_size)
+    way = Way("easyspec", args.lp_size, args.draft_tensor_parallel_size, mlp_lp_size, args.refit)
     show = no_bar if args.json else bar
     if args.measure:
         topology = _measured(topology, pair)
@@ -116,7 +120,8 @@ def _plan(args: argparse.Namespace, topology: Topology) -> "Plan":
         with show("Compiling"):
             compiled = _compile(pair, way, topology)
     absent = partial(absent_mesh, platform=topology.machine.platform)
-    candidates, counted = ways(sorted({*LP_SIZES, args.lp_size}), pair.tree_width), []
+    sizes, counted = sorted({*LP_SIZES, args.lp_size}), []
+    candidates = ways(sizes, pair.tree_width, args.mlp_lp_size, args.refit)
     with show("Counting", len(candidates)) as advance:
         for candidate in candidates:
             counted.append(costs(pair, candidate, absent))
@@ -143,7 +148,10 @@ def _pair(args: argparse.Namespace, topology: Topology, target: ModelConfig, dra
     from easyspec_jax.plan.steps import Pair
 
     SpeculativeConfig(
-        num_speculative_tokens=args.num_speculative_tokens, tree_width=args.tree_width, lp_size=args.lp_size
+        num_speculative_tokens=args.num_speculative_tokens,
+        tree_width=args.tree_width,
+        lp_size=args.lp_size,
+        mlp_lp_size=args.mlp_lp_size,
     )
     if args.lp_size > draft.num_hidden_layers:
         raise EasySpecError(f"--lp-size {args.lp_size} must be from 1 to the draft's {draft.num_hidden_layers} layers")

@@ -1,6 +1,6 @@
 """Models without weights: the very modules that a checkpoint becomes, with shapes where arrays would be."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
@@ -15,7 +15,7 @@ from easyspec_jax.checkpoint import expected_shapes
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.decode.loop import Programs
 from easyspec_jax.decode.round import State, init_state
-from easyspec_jax.draft.grouping import Group, Layout
+from easyspec_jax.draft.grouping import Layout
 from easyspec_jax.draft.parallel import load_draft
 from easyspec_jax.mesh import ALL_AXES, Axes, MeshShape
 from easyspec_jax.model.attention import Attention
@@ -23,6 +23,7 @@ from easyspec_jax.model.loader import Fill, Loader
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import MLP, Decoder
 from easyspec_jax.options import Platform
+from easyspec_jax.refit.store import refit_shapes
 from easyspec_jax.sources import Window
 from easyspec_jax.verify import Request
 
@@ -45,19 +46,15 @@ def absent_mesh(shape: MeshShape, platform: Platform) -> Mesh:
 
 @dataclass(frozen=True)
 class Shapes:
-    """A checkpoint's tensors as its configuration implies them; one byte stands for all that is read."""
+    """A TensorSource without tensors; one byte stands for all that is read."""
 
-    config: ModelConfig
-
-    @cached_property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return expected_shapes(self.config)
+    held: Mapping[str, tuple[int, ...]]
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self._shapes
+        return self.held
 
     def read(self, name: str, window: Window = ()) -> np.ndarray:
-        return np.broadcast_to(np.zeros((), np.bool_), self._shapes[name])[window]
+        return np.broadcast_to(np.zeros((), np.bool_), self.held[name])[window]
 
 
 class ShapeLoader(Loader):
@@ -84,20 +81,27 @@ def abstract_pair(
     target: ModelConfig,
     draft: ModelConfig | None,
     mesh: Mesh,
-    groups: Sequence[Group],
+    layout: Layout,
+    refit: bool,
     draft_axes: Axes,
     dtype: np.dtype,
 ) -> tuple[Decoder, Decoder | None]:
-    """Target and draft as the engine would load them, with a jax.ShapeDtypeStruct for every array."""
+    """Target and draft as the engine would load them, with a jax.ShapeDtypeStruct for every array.
+
+    refit: with the projections of a refit beside the draft's own.
+    """
 
     def loader(config: ModelConfig, axes: Axes) -> ShapeLoader:
         configs = [c for c in (target, draft) if c is not None]
         rows = padded_vocab_size(mesh, *configs)
-        return ShapeLoader(Shapes(config), config, mesh, axes, dtype, rows, config.vocab_size)  # pyright: ignore[reportArgumentType]
+        return ShapeLoader(Shapes(expected_shapes(config)), config, mesh, axes, dtype, rows, config.vocab_size)  # pyright: ignore[reportArgumentType]
 
     of_target = loader(target, ALL_AXES)
     layers = [of_target.layer(index) for index in range(target.num_hidden_layers)]
-    of_draft = None if draft is None else load_draft(loader(draft, draft_axes), Layout(tuple(groups)))
+    of_draft = None
+    if draft is not None:
+        fitted = Shapes(refit_shapes(layout, expected_shapes(draft))) if refit else None
+        of_draft = load_draft(loader(draft, draft_axes), layout, fitted)
     return of_target.decoder(layers), of_draft
 
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.decode.loop import PREFILL_CHUNK, Programs
 from easyspec_jax.decode.round import RoundConfig, State
-from easyspec_jax.draft.grouping import Group, paper_groups
+from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.parallel import run_fuzzy
 from easyspec_jax.mesh import ALL_AXES, MeshShape, parse_mesh
 from easyspec_jax.model.transformer import Decoder, run_exact
@@ -41,30 +41,35 @@ class Pair:
 
 @dataclass(frozen=True)
 class Way:
-    """A way of decoding. draft_tensor_parallel_size: as in SpeculativeConfig; lp_size: 1 without groups."""
+    """A way of decoding, as in SpeculativeConfig; lp_size: 1 without groups; refit: whether the draft has one."""
 
     method: Method
     lp_size: int = 1
     draft_tensor_parallel_size: DraftTensorParallelSize = "all"
+    mlp_lp_size: int = 1
+    refit: bool = False
 
     @property
     def label(self) -> str:
         if self.method == "vanilla":
             return "vanilla"
         name = f"{self.method} N={self.lp_size}" if self.method == "easyspec" else self.method
+        name += f" M={self.mlp_lp_size}" if self.mlp_lp_size > 1 else ""
+        name += " refit" if self.refit else ""
         return f"{name}, draft TP {self.draft_tensor_parallel_size}"
 
-    def groups(self, num_layers: int) -> tuple[Group, ...]:
-        """Of the draft's layers."""
-        return paper_groups(num_layers, self.lp_size)
+    def layout(self, num_layers: int) -> Layout:
+        """Of a draft with so many layers."""
+        return Layout(paper_groups(num_layers, self.lp_size), self.mlp_lp_size)
 
 
-def ways(lp_sizes: Sequence[int], tree_width: int) -> list[Way]:
-    """All that are compared: plain decoding, an ordinary draft and a layer-parallel one, each with both placements."""
+def ways(lp_sizes: Sequence[int], tree_width: int, mlp_lp_size: int = 1, refit: bool = False) -> list[Way]:
+    """All that are compared: plain decoding, an ordinary draft and layer-parallel ones, each with both placements."""
     ordinary: Method = "sd" if tree_width == 1 else "tree"
     sizes: tuple[DraftTensorParallelSize, ...] = ("1", "all")
     drafted = [Way(ordinary, 1, size) for size in sizes]
-    return [Way("vanilla"), *drafted, *(Way("easyspec", n, size) for n in lp_sizes for size in sizes)]
+    parallel = [Way("easyspec", n, size, min(mlp_lp_size, n), refit) for n in lp_sizes for size in sizes]
+    return [Way("vanilla"), *drafted, *parallel]
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,8 @@ class Costs:
 def programs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Programs:
     """As the engine would make them for greedy decoding, without weights."""
     drafted = way.method != "vanilla"
-    groups = way.groups(pair.draft.num_hidden_layers) if drafted else ()
-    mesh = make_mesh(parse_mesh(pair.mesh, group_size=max(map(len, groups), default=1)))
+    layout = way.layout(pair.draft.num_hidden_layers) if drafted else Layout(())
+    mesh = make_mesh(parse_mesh(pair.mesh, group_size=layout.lp_size))
     axes = ALL_AXES if way.draft_tensor_parallel_size == "all" else ()
     draft = pair.draft if drafted else None
     speculative = SpeculativeConfig(
@@ -104,7 +109,7 @@ def programs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Programs:
         tree_width=pair.tree_width if drafted else None,
     )
     config = RoundConfig.of(speculative, SamplingParams(), pair.target.stop_ids)
-    return Programs(mesh, *abstract_pair(pair.target, draft, mesh, groups, axes, pair.dtype), config)
+    return Programs(mesh, *abstract_pair(pair.target, draft, mesh, layout, way.refit, axes, pair.dtype), config)
 
 
 def costs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Costs:

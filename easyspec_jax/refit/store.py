@@ -1,6 +1,7 @@
 """Where a refit lies: beside the weights it was made from, and good for those alone."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,12 @@ def path_of(directory: Path, speculative: SpeculativeConfig) -> Path:
     return directory / f"{name}{mlps}.safetensors"
 
 
+def refit_sizes(draft: Path) -> frozenset[tuple[int, int]]:
+    """lp_size and mlp_lp_size of the refits that a draft's directory holds."""
+    names = (re.fullmatch(r"lp(\d+)(?:_mlp(\d+))?\.safetensors", path.name) for path in (draft / DIRECTORY).glob("*"))
+    return frozenset((int(name[1]), int(name[2] or 1)) for name in names if name)
+
+
 def refit_digest(draft: Path) -> str:
     """Tells apart what refits a draft's directory holds."""
     digest = hashlib.sha256()
@@ -77,14 +84,13 @@ def load(path: Path, draft: Checkpoint) -> tuple[Layout, TensorSource]:
         raise EasySpecError(f"{path} is no refit of this draft ({first_line(error)}); {again}") from None
     if metadata.get("draft") != draft.fingerprint:
         raise EasySpecError(f"{path} was made from other weights than those of {draft.directory}; {again}")
-    if held.shapes() != _expected(layout, draft):
+    if held.shapes() != refit_shapes(layout, draft.source.shapes()):
         raise EasySpecError(f"{path} holds other tensors than its groups need; {again}")
     return layout, held
 
 
-def _expected(layout: Layout, draft: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a refit."""
-    shapes = draft.source.shapes()
+def refit_shapes(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a refit; shapes: of the draft's."""
     expected: dict[str, tuple[int, ...]] = {}
     for site in stale_sites(layout):
         expected[f"{site.norm}.weight"] = shapes[f"{site.norm}.weight"]

@@ -36,6 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     space = parser.add_argument_group("candidates")
     space.add_argument("--lp-sizes", type=int, nargs="+", metavar="N",
                        help="layers that run at once, 1 for an ordinary draft (default: 1 2 3 4 7)")  # fmt: skip
+    space.add_argument("--mlp-lp-sizes", type=int, nargs="+", default=[1, 2], metavar="M",
+                       help="MLPs of a group that run at once, where devices share them (default: 1 2)")  # fmt: skip
     space.add_argument("--tree-widths", type=int, nargs="+", default=[1, 4, 8], metavar="W",
                        help="tokens drafted at each depth, 1 for a chain (default: 1 4 8)")  # fmt: skip
     space.add_argument("--max-levels", type=int, default=8, metavar="N",
@@ -74,6 +76,7 @@ def _run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from easyspec_jax.progress import bar, no_bar
+    from easyspec_jax.refit.store import refit_sizes
     from easyspec_jax.terminal import print_note
     from easyspec_jax.tune import store
     from easyspec_jax.tune.candidates import Space
@@ -83,9 +86,11 @@ def _run(args: argparse.Namespace) -> None:
     cache_compilations()
     engine = open_pair(args.target, args.draft, args.mesh, args.platform, args.max_length, args.dtype)
     assert engine.draft is not None
-    layers = engine.draft.config.num_hidden_layers
+    refits = refit_sizes(engine.draft.directory)
+    default = Space.of(engine.draft.config.num_hidden_layers, refits)
     space = replace(
-        Space.of(layers) if args.lp_sizes is None else Space(args.lp_sizes),
+        default if args.lp_sizes is None else replace(default, lp_sizes=args.lp_sizes),
+        mlp_lp_sizes=args.mlp_lp_sizes,
         tree_widths=args.tree_widths,
         max_levels=args.max_levels,
         draft_tensor_parallel_sizes=args.draft_tensor_parallel_sizes,

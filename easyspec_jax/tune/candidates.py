@@ -1,9 +1,10 @@
 """What there is to choose from: ways to speculate, each on a split of the mesh."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from easyspec_jax.draft.grouping import paper_groups
 from easyspec_jax.errors import EasySpecError
@@ -19,6 +20,11 @@ class Draft:
 
     shape: MeshShape
     layout: SpeculativeConfig
+
+    @property
+    def lp_size(self) -> int:
+        """Layers a group, 1 for an ordinary draft."""
+        return self.layout.lp_size if self.layout.method == "easyspec" else 1
 
     @property
     def drafting(self) -> SpeculativeConfig:
@@ -42,19 +48,23 @@ class Candidate:
 class Space:
     """The axes along which candidates differ.
 
-    lp_sizes: layers a group, 1 for an ordinary draft; tree_widths: nodes a level, 1 for a chain; max_levels: the most
-    tokens to draft ahead, of which every number from 1 on is a candidate.
+    lp_sizes: layers a group, 1 for an ordinary draft; mlp_lp_sizes: MLPs of a group that run at once, tried where that
+    saves communication; tree_widths: nodes a level, 1 for a chain; max_levels: the most tokens to draft ahead, of which
+    every number from 1 on is a candidate. refits: sizes (lp_size, mlp_lp_size) that the draft has a refit for, which
+    then is taken.
     """
 
     lp_sizes: Sequence[int]
     tree_widths: Sequence[int] = (1, 4, 8)
     max_levels: int = 8
     draft_tensor_parallel_sizes: Sequence[DraftTensorParallelSize] = ("all", "1")
+    mlp_lp_sizes: Sequence[int] = (1, 2)
+    refits: Set[tuple[int, int]] = frozenset()
 
     @classmethod
-    def of(cls, num_layers: int) -> "Space":
+    def of(cls, num_layers: int, refits: Set[tuple[int, int]] = frozenset()) -> "Space":
         """What is tried by default for a draft of so many layers."""
-        return cls([size for size in LP_SIZES if size <= num_layers])
+        return cls([size for size in LP_SIZES if size <= num_layers], refits=refits)
 
     def check(self, num_layers: int) -> None:
         """Raises EasySpecError for what no draft of so many layers can be."""
@@ -63,19 +73,26 @@ class Space:
             SpeculativeConfig(tree_width=width)
         for size in self.lp_sizes:
             check_whole("lp-sizes", size, 1, num_layers, ", the draft's layers")
+        for size in self.mlp_lp_sizes:
+            check_whole("mlp-lp-sizes", size, 1)
 
     def speculations(self, num_layers: int) -> list[SpeculativeConfig]:
         """Every way to draft with so many layers; of sizes that give the same groups only the first."""
-        sizes = {paper_groups(num_layers, size): size for size in sorted(self.lp_sizes, reverse=True)}.values()
-        axes = sorted(sizes), self.draft_tensor_parallel_sizes, self.tree_widths, range(1, self.max_levels + 1)
-        return [_speculation(*values) for values in product(*axes)]
+        found: dict[Any, tuple[int, int]] = {}
+        for size, mlps in product(sorted(self.lp_sizes), sorted(self.mlp_lp_sizes)):
+            if mlps <= size:
+                found.setdefault((paper_groups(num_layers, size), mlps, (size, mlps) in self.refits), (size, mlps))
+        axes = found.values(), self.draft_tensor_parallel_sizes, self.tree_widths, range(1, self.max_levels + 1)
+        return [self._speculation(*sizes, *values) for sizes, *values in product(*axes)]
 
-
-def _speculation(lp_size: int, tp: DraftTensorParallelSize, width: int, levels: int) -> SpeculativeConfig:
-    shared = SpeculativeConfig(num_speculative_tokens=levels, draft_tensor_parallel_size=tp)
-    if lp_size > 1:
-        return replace(shared, lp_size=lp_size, tree_width=width)
-    return replace(shared, method="sd") if width == 1 else replace(shared, method="tree", tree_width=width)
+    def _speculation(
+        self, lp_size: int, mlp_lp_size: int, tp: DraftTensorParallelSize, width: int, levels: int
+    ) -> SpeculativeConfig:
+        shared = SpeculativeConfig(num_speculative_tokens=levels, draft_tensor_parallel_size=tp)
+        if lp_size > 1:
+            refit = "auto" if (lp_size, mlp_lp_size) in self.refits else "none"
+            return replace(shared, lp_size=lp_size, mlp_lp_size=mlp_lp_size, refit=refit, tree_width=width)
+        return replace(shared, method="sd") if width == 1 else replace(shared, method="tree", tree_width=width)
 
 
 def splits(mesh: str, group_size: int) -> list[MeshShape]:
@@ -94,9 +111,11 @@ def candidates(mesh: str, num_layers: int, space: Space) -> list[Candidate]:
     space.check(num_layers)
     found = []
     for speculative in space.speculations(num_layers):
-        replicated = speculative.draft_tensor_parallel_size == "1"
-        if replicated and parse_mesh(mesh).size == 1 and "all" in space.draft_tensor_parallel_sizes:
+        replicated, one_device = speculative.draft_tensor_parallel_size == "1", parse_mesh(mesh).size == 1
+        if replicated and one_device and "all" in space.draft_tensor_parallel_sizes:
             continue  # on one device both are the same
+        if speculative.mlp_lp_size > min(space.mlp_lp_sizes) and (replicated or one_device):
+            continue  # MLPs that no collective follows gain nothing by running at once
         size = speculative.lp_size if speculative.method == "easyspec" else 1
         group = max(map(len, paper_groups(num_layers, size)))
         found += [Candidate(shape, speculative) for shape in splits(mesh, group)]

@@ -154,7 +154,8 @@ def _at_least_as_exact(one: SpeculativeConfig, other: SpeculativeConfig) -> bool
     """Whether a draft is known to see as far as another: exact ones do, and those of smaller groups otherwise alike."""
     if one.method == "sd":
         return True
-    return one.lp_size <= other.lp_size and one == replace(other, lp_size=one.lp_size)
+    smaller = one.lp_size <= other.lp_size and one.mlp_lp_size <= other.mlp_lp_size
+    return smaller and one == replace(other, lp_size=one.lp_size, mlp_lp_size=one.mlp_lp_size)
 
 
 def frontier(points: Sequence[tuple[float, float]], measured: Sequence[bool]) -> list[bool]:

@@ -84,7 +84,7 @@ def time_steps(candidates: Sequence[Candidate], figures: Figures, bench: Bench, 
     differs least from the fastest so far, because time may not suffice for all.
     """
     drafts = list(dict.fromkeys(candidate.draft for candidate in candidates))
-    defaults = {draft.drafting: draft for draft in reversed(drafts)}.values()
+    defaults = {draft.lp_size: draft for draft in reversed(drafts)}.values()
     splits = {draft: [d.shape for d in drafts if d.layout == draft.layout].index(draft.shape) for draft in drafts}
 
     def distance(one: Draft, other: Draft) -> int:

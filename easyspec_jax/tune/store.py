@@ -47,10 +47,13 @@ class Choice:
 
 
 def label(speculative: SpeculativeConfig) -> str:
-    """A draft in a few words."""
+    """A draft of a Space in a few words."""
     if speculative.method == "vanilla":
         return "plain decoding"
-    name = f"N = {speculative.lp_size}" if speculative.method == "easyspec" else "ordinary"
+    name = "ordinary"
+    if speculative.method == "easyspec":
+        mlps = f", M = {speculative.mlp_lp_size}" if speculative.mlp_lp_size > 1 else ""
+        name = f"N = {speculative.lp_size}{mlps}{'' if speculative.refit == 'none' else ' refit'}"
     tree = "chain" if speculative.width == 1 else f"width {speculative.width}"
     return f"{name}, TP {speculative.draft_tensor_parallel_size}, {tree}"
 

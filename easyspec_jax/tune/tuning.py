@@ -11,6 +11,7 @@ from easyspec_jax.errors import EasySpecError
 from easyspec_jax.mesh import LAYER, TENSOR, MeshShape
 from easyspec_jax.options import DType, Platform, SamplingParams, SpeculativeConfig
 from easyspec_jax.progress import Advance, Bar, no_bar
+from easyspec_jax.refit.store import refit_sizes
 from easyspec_jax.tokenizer import Prompt
 from easyspec_jax.tune import prompts, store
 from easyspec_jax.tune.bench import DeviceBench, Sample
@@ -209,7 +210,7 @@ def auto(engine: Engine, mesh: str, bundled: bool, bar: Bar, note: Callable[[str
     choice = store.find(key, directory)
     if choice is None:
         note(f"no choice is stored for this pair, mesh and machine: measuring for about {SECONDS / 60:g} minutes")
-        space = Space.of(engine.draft.config.num_hidden_layers)
+        space = Space.of(engine.draft.config.num_hidden_layers, refit_sizes(directory))
         choice = tune(engine, mesh, default_sample(engine, bundled), space, bar=bar).choice
         keep(key, choice, directory, note)
     note(f"tuned: {describe(choice)}")

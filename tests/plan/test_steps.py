@@ -50,12 +50,32 @@ def test_collectives_by_formula(counted):
     assert counted["sd, draft TP all"].step.collectives == 2 * DRAFT_LAYERS + 1
     for size in (2, 4, 7):
         split, replicated = (counted[f"easyspec N={size}, draft TP {tp}"] for tp in ("all", "1"))
-        groups = split.way.groups(DRAFT_LAYERS)
+        groups = split.way.layout(DRAFT_LAYERS).groups
         grouped = [group for group in groups if len(group) > 1]
         assert split.step.collectives == len(groups) + DRAFT_LAYERS + 1
         assert replicated.step.collectives == len(grouped)
         assert split.calibration.collectives == 2 * DRAFT_LAYERS + 1
         assert replicated.calibration.collectives == sum(map(len, grouped))
+
+
+def test_mlps_at_once_save_collectives(counted):
+    paired = costs(pair(), Way("easyspec", 4, mlp_lp_size=2), absent)
+    assert paired.way.label == "easyspec N=4 M=2, draft TP all"
+    groups = paired.way.layout(DRAFT_LAYERS).groups
+    assert [len(group) for group in groups] == [1, 3, 3, 1]
+    assert paired.step.collectives == 2 + 2 + 2 * (1 + 2) + 1  # two a layer alone, one a group and pair, the logits
+    assert replace(paired.step, collectives=0).bytes == counted["easyspec N=4, draft TP all"].step.bytes
+
+
+def test_a_refit_is_held_beside_the_drafts_own_projections():
+    whole_heads = replace(pair(), mesh="layer=3,tensor=1")
+    plain, refit = (costs(whole_heads, Way("easyspec", 4, refit=refit), absent) for refit in (False, True))
+    config = whole_heads.draft
+    outputs = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    # Of each of two groups every device has one layer's projection: the norm, the weights, and the biases.
+    held = 2 * (config.hidden_size + (config.hidden_size + 1) * outputs) * whole_heads.dtype.itemsize
+    assert refit.draft_bytes - plain.draft_bytes == held
+    assert (refit.step.collectives, refit.calibration) == (plain.step.collectives, plain.calibration)
 
 
 def test_a_round_is_its_steps_and_a_little_choosing(counted):

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from easyspec_jax.config import model_config
 from easyspec_jax.decode.loop import Programs
 from easyspec_jax.decode.round import RoundConfig, State
-from easyspec_jax.draft.grouping import paper_groups
+from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.parallel import run_fuzzy
 from easyspec_jax.mesh import ALL_AXES, Axes, MeshShape, open_mesh
 from easyspec_jax.model.transformer import Decoder, run_exact
@@ -29,8 +29,8 @@ GREEDY = RoundConfig(levels=3, calibration=True, verifier=Greedy(), stop_ids=())
 def programs(mesh: MeshShape, lp_size: int, axes: Axes = ALL_AXES, config: RoundConfig = GREEDY) -> Programs:
     """Of a tiny pair without weights."""
     shape = model_config(family_config("smollm2", num_hidden_layers=LAYERS).to_dict())
-    opened, groups = open_mesh(mesh), paper_groups(LAYERS, lp_size)
-    pair = abstract_pair(shape, shape if config.levels else None, opened, groups, axes, np.dtype(np.float32))
+    opened, layout = open_mesh(mesh), Layout(paper_groups(LAYERS, lp_size))
+    pair = abstract_pair(shape, shape if config.levels else None, opened, layout, False, axes, np.dtype(np.float32))
     return Programs(opened, *pair, config)
 
 

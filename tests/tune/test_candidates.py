@@ -18,11 +18,12 @@ def test_splits_leave_no_device_of_the_layer_axis_idle():
 
 def test_the_first_split_is_the_one_that_the_engine_would_choose():
     first = candidates("8", 12, Space([4], [1], 1, ["all"]))[0]
-    assert first == Candidate(MeshShape(4, 2), SpeculativeConfig(lp_size=4, tree_width=1, num_speculative_tokens=1))
+    speculative = SpeculativeConfig(lp_size=4, tree_width=1, num_speculative_tokens=1, refit="none")
+    assert first == Candidate(MeshShape(4, 2), speculative)
 
 
 def test_every_axis_is_crossed_with_every_other():
-    found = candidates("8", 12, Space([1, 2, 4], [1, 4], 3))
+    found = candidates("8", 12, Space([1, 2, 4], [1, 4], 3, mlp_lp_sizes=[1]))
     assert len(found) == len(set(found)) == (1 + 2 + 3) * 2 * 2 * 3
     ordinary = [c.speculative for c in found if c.speculative.method != "easyspec"]
     assert {(s.method, s.width) for s in ordinary} == {("sd", 1), ("tree", 4)}
@@ -41,6 +42,24 @@ def test_one_device_has_one_placement():
 def test_sizes_that_give_the_same_groups_are_one_candidate():
     found = candidates("1", 6, Space([4, 5, 6], [1], 1))
     assert [c.speculative.lp_size for c in found] == [4, 5]
+
+
+def test_mlps_run_at_once_where_that_saves_communication():
+    sizes = {
+        (c.speculative.lp_size, c.speculative.mlp_lp_size, c.speculative.draft_tensor_parallel_size)
+        for c in candidates("2", 12, Space([2, 3], [1], 1, mlp_lp_sizes=[1, 2, 3]))
+    }
+    shared = {(2, 1, "all"), (2, 2, "all"), (3, 1, "all"), (3, 2, "all"), (3, 3, "all")}
+    assert sizes == shared | {(2, 1, "1"), (3, 1, "1")}
+    alone = candidates("1", 12, Space([3], [1], 1))
+    assert [c.speculative.mlp_lp_size for c in alone] == [1]
+
+
+def test_refits_are_taken_where_there_are_any():
+    found = candidates("2", 6, Space([4, 5, 6], [1], 1, ["all"], refits={(4, 2), (6, 1)}))
+    refits = {(c.speculative.lp_size, c.speculative.mlp_lp_size): c.speculative.refit for c in found}
+    # 5 and 6 give the same groups, but of the latter there is a refit.
+    assert refits == {(4, 1): "none", (4, 2): "auto", (5, 1): "none", (5, 2): "none", (6, 1): "auto"}
 
 
 def test_small_drafts_have_smaller_groups_by_default():

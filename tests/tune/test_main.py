@@ -51,7 +51,8 @@ def test_one_object_has_everything(printed):
     found, plot = printed
     assert (found["mesh"], found["platform"], found["dtype"]) == ("2", "cpu", "float32")
     assert found["drafts_not_reached"] == 0
-    assert len(found["candidates"]) == 2 + 2 * 2  # placements of the ordinary and of the fuzzy draft
+    # Placements of the ordinary draft, of the fuzzy one, and of that with pairs of MLPs where devices share them.
+    assert len(found["candidates"]) == 2 + 2 * 2 + 2
     for candidate in found["candidates"]:
         rounds = candidate["speculative"]["num_speculative_tokens"]
         seconds = candidate["first"] + (rounds - 1) * candidate["step"] + candidate["verification"] + found["overhead"]
@@ -118,7 +119,7 @@ def text_of(arguments, capsys) -> tuple[dict[str, Any], str]:
 def test_auto_follows_the_stored_choice(pair, model, capsys, monkeypatch):
     monkeypatch.setattr(tuning, "tune", lambda *_, **__: pytest.fail("measured again"))
     key = store.key_of(open_pair(model, model, "2", None, None, "auto"), "2")
-    chosen = SpeculativeConfig(lp_size=3, num_speculative_tokens=3)
+    chosen = SpeculativeConfig(lp_size=3, refit="none", num_speculative_tokens=3)
     store.keep(key, Choice("layer=2,tensor=1", chosen, 3.0, 2.0), model)
     printed, notes = text_of([*pair, "--mesh", "2"], capsys)
     assert len(printed["stats"]["accepted_per_position"]) == 3

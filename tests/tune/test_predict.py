@@ -1,5 +1,7 @@
 """Times add, sizes in between are interpolated, and what was not measured is as good as it can be."""
 
+from dataclasses import replace
+
 import pytest
 
 from easyspec_jax.mesh import MeshShape
@@ -84,6 +86,16 @@ def test_smaller_groups_and_wider_trees_bound_acceptance(figures):
     assert predict(figures, ordinary(3)).accepted == 3
     figures.acceptance[ordinary(3).draft.drafting] = {4: (0.4, 0.5, 0.6)}
     assert predict(figures, fuzzy(3, 1, lp_size=4)).accepted == 0.6 * SLACK
+
+
+def test_a_refit_is_not_bounded_by_what_has_none(figures):
+    def with_refit(lp_size: int, mlp_lp_size: int, refit: str) -> Candidate:
+        return Candidate(SHAPE, replace(fuzzy(1).speculative, lp_size=lp_size, mlp_lp_size=mlp_lp_size, refit=refit))
+
+    figures.acceptance[with_refit(2, 1, "none").draft.drafting] = {1: (0.5,)}
+    assert predict(figures, with_refit(4, 1, "none")).accepted == 0.5 * SLACK
+    assert predict(figures, with_refit(2, 2, "none")).accepted == 0.5 * SLACK
+    assert predict(figures, with_refit(4, 1, "auto")).accepted == 1
 
 
 def test_acceptance_does_not_depend_on_the_placement(figures):

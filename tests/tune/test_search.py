@@ -1,12 +1,13 @@
 """The search finds what an exhaustive one finds, and measures less."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
 from easyspec_jax.mesh import MeshShape
-from easyspec_jax.tune.candidates import Draft, Space, candidates
+from easyspec_jax.tune.candidates import Candidate, Draft, Space, candidates
 from easyspec_jax.tune.predict import SLACK, Figures, predict
 from easyspec_jax.tune.search import measure, search
 
@@ -30,9 +31,9 @@ class Planted:
 
     def step(self, draft: Draft, width: int) -> float:
         self.calls.append(("step", draft, width))
-        size = draft.layout.lp_size if draft.layout.method == "easyspec" else 1
         slow = 2.0 if draft.layout.draft_tensor_parallel_size == "1" else 1.0
-        return slow * (0.5 + 3.0 / size + 0.5 / draft.shape.layer) * (1 + 0.05 * width)
+        layers = (2.0 + 1.0 / draft.layout.mlp_lp_size) / draft.lp_size
+        return slow * (0.5 + layers + 0.5 / draft.shape.layer) * (1 + 0.05 * width)
 
     def first(self, draft: Draft, tokens: int) -> float:
         self.calls.append(("first", draft, tokens))
@@ -41,8 +42,8 @@ class Planted:
 
     def acceptance(self, draft: Draft, width: int) -> dict[int, tuple[float, ...]]:
         self.calls.append(("acceptance", draft, width))
-        size = draft.layout.lp_size if draft.layout.method == "easyspec" else 1
-        rate = self.likely - self.loss * (size - 1) + 0.02 * (width - 1)
+        stale = draft.lp_size + draft.layout.mlp_lp_size - 2
+        rate = self.likely - self.loss * stale + 0.02 * (width - 1)
         return {width: tuple(sum(rate**i for i in range(1, n + 1)) for n in range(1, LEVELS + 1))}
 
 
@@ -50,9 +51,13 @@ def figures() -> Figures:
     return Figures(plain=9.0, overhead=0.0, verification={2: 10.0, 5: 11.0})
 
 
+def ways(mlp_lp_sizes: Sequence[int]) -> list[Candidate]:
+    return candidates("8", 12, Space([1, 2, 3, 4, 7], WIDTHS, LEVELS, mlp_lp_sizes=mlp_lp_sizes))
+
+
 @pytest.fixture
 def found():
-    return candidates("8", 12, Space([1, 2, 3, 4, 7], WIDTHS, LEVELS))
+    return ways([1])
 
 
 def exhaustive(found, bench) -> tuple[Figures, int]:
@@ -65,8 +70,10 @@ def exhaustive(found, bench) -> tuple[Figures, int]:
     return known, len(bench.calls)
 
 
+@pytest.mark.parametrize("mlp_lp_sizes", [[1], [1, 2]])
 @pytest.mark.parametrize("likely, loss", [(0.9, 0.03), (0.6, 0.02), (0.5, 0.1), (0.95, 0.0)])
-def test_the_best_is_found_with_fewer_measurements(found, likely, loss):
+def test_the_best_is_found_with_fewer_measurements(likely, loss, mlp_lp_sizes):
+    found = ways(mlp_lp_sizes)
     everything, calls = exhaustive(found, Planted(likely, loss))
     truth = max(predict(everything, candidate).tokens_per_second for candidate in found)
     bench = Planted(likely, loss)
