@@ -11,6 +11,7 @@ from convert.__main__ import main as convert
 from easyspec_jax import Engine, SamplingParams, SpeculativeConfig, open_model
 from easyspec_jax.decode.loop import decode
 from easyspec_jax.options import Method
+from easyspec_jax.refit.__main__ import main as refit
 
 PROMPTS = [
     "Write a Python function that checks whether a number is prime.",
@@ -157,10 +158,29 @@ def plainly(checkpoint):
     return cache(lambda temperature: texts(engine, temperature, batch_size=1))
 
 
+@pytest.fixture(scope="module")
+def refitted(drafts):
+    """The noisy draft with a refit beside it, of too few texts to be good."""
+    few = ["--lp-size", "4", "--borders", "paper", "--tokens", "2400", "--platform", "cpu"]
+    assert refit(["--draft", str(drafts["noisy"]), *few]) == 0
+    return drafts
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("draft, mesh, way, temperature", EVERY_WAY)
 def test_one_seed_is_one_text(checkpoint, drafts, plainly, draft, mesh, way, temperature):
     """Whatever drafts, and in batches of mixed lengths."""
-    speculative = SpeculativeConfig(**WAYS[way], verifier="coupled")
-    engine = open_model(checkpoint, drafts[draft], mesh=mesh, platform="cpu", speculative=speculative)
+    check_one_text(checkpoint, drafts[draft], plainly, mesh, temperature, WAYS[way] | {"refit": "none"})
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mesh, width, temperature", [("1", 1, 0.0), ("1", 4, 0.8), ("1", 1, 1.0), ("8", 4, 0.8)])
+def test_one_seed_is_one_text_with_a_refit(checkpoint, refitted, plainly, mesh, width, temperature):
+    ways = {"lp_size": 4, "tree_width": width, "refit": str(refitted["noisy"] / "refit")}
+    check_one_text(checkpoint, refitted["noisy"], plainly, mesh, temperature, ways)
+
+
+def check_one_text(checkpoint, draft, plainly, mesh: str, temperature: float, way: dict[str, Any]) -> None:
+    speculative = SpeculativeConfig(**way, verifier="coupled")
+    engine = open_model(checkpoint, draft, mesh=mesh, platform="cpu", speculative=speculative)
     assert texts(engine, temperature, batch_size=5) == plainly(temperature)

@@ -1,14 +1,13 @@
 """Where groups should begin and end: measured fidelity of every candidate alone, then dynamic programming.
 
 Layers differ in how much it costs to run them at once. A grouping of as many groups as the paper's rule makes, none of
-them larger, is as fast; the best of them is found by minimising the sum of -log(overlap) over its groups, as if what
-groups lose alone were independent.
+them larger and no fewer MLPs at once, is as fast; the best of them is found by minimising the sum of -log(overlap) over
+its groups, as if what groups lose alone were independent.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +16,15 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from easyspec_jax.config import ModelConfig
-from easyspec_jax.draft.grouping import Group, paper_groups
+from easyspec_jax.draft.grouping import Group, Layout, paper_groups
 from easyspec_jax.draft.parallel import load_block, run_fuzzy
-from easyspec_jax.mesh import ALL_AXES
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.norm import rms_norm
-from easyspec_jax.model.projection import Projection
 from easyspec_jax.model.transformer import Decoder, Hidden, Layer
 from easyspec_jax.progress import Advance, Bar, no_bar
 from easyspec_jax.refit.device import run
 from easyspec_jax.refit.fidelity import overlap
-from easyspec_jax.refit.fit import TEXTS_A_BATCH, embed, solved, through_block
-from easyspec_jax.refit.sites import Tensors, products, qkv_site, target
+from easyspec_jax.refit.fit import TEXTS_A_BATCH, embed, fit_group, through_block
 from easyspec_jax.refit.store import Held
 from easyspec_jax.refit.teacher import drafted_window, exact_window
 
@@ -41,33 +37,39 @@ Overlaps = Mapping[Group, float]
 """What of the exact distribution is left if this group alone is fuzzy, refit, one token ahead."""
 
 
-def best_groups(overlaps: Overlaps, num_layers: int, lp_size: int) -> tuple[Group, ...]:
+def best_groups(overlaps: Overlaps, num_layers: int, lp_size: int, mlp_lp_size: int = 1) -> tuple[Group, ...]:
     """The grouping whose overlaps have the greatest product, with groups of at most lp_size layers.
 
-    It has no more groups than paper_groups() makes.
+    It has no more groups than paper_groups() makes, and of those groupings the fewest MLPs in a row, where mlp_lp_size
+    of a group run at once.
     """
     most = len(paper_groups(num_layers, lp_size))
-    # best[count][end]: the least loss with so many groups over the layers before `end`.
-    best: list[dict[int, tuple[float, tuple[Group, ...]]]] = [{0: (0.0, ())}]
+    # Behind so many groups: the least loss over the layers before an end, with so many MLPs in a row.
+    best: list[dict[tuple[int, int], tuple[float, tuple[Group, ...]]]] = [{(0, 0): (0.0, ())}]
     for _ in range(most):
-        reached: dict[int, tuple[float, tuple[Group, ...]]] = {}
-        for begin, (loss, groups) in best[-1].items():
+        reached: dict[tuple[int, int], tuple[float, tuple[Group, ...]]] = {}
+        for (mlps, begin), (loss, groups) in best[-1].items():
             for end in range(begin + 1, min(begin + lp_size, num_layers) + 1):
                 group = range(begin, end)
                 total = loss - np.log(overlaps[group] if len(group) > 1 else 1.0)
-                if end not in reached or total < reached[end][0]:
-                    reached[end] = total, (*groups, group)
+                place = mlps + -(-len(group) // mlp_lp_size), end
+                if place not in reached or total < reached[place][0]:
+                    reached[place] = total, (*groups, group)
         best.append(reached)
-    return min(found[num_layers] for found in best if num_layers in found)[1]
+    whole = ((mlps, *found) for behind in best for (mlps, end), found in behind.items() if end == num_layers)
+    return min(whole, key=lambda found: found[:2])[2]
 
 
 def measure_groups(
-    loader: Loader, lp_size: int, texts: Int[np.ndarray, "texts tokens"], ridge: float, bar: Bar = no_bar
+    loader: Loader, layout: Layout, texts: Int[np.ndarray, "texts tokens"], ridge: float, bar: Bar = no_bar
 ) -> Overlaps:
-    """The overlap of every group of 2 to lp_size layers. texts: at least two, of which some are only compared on."""
+    """The overlap of every group of 2 layers to as many as the layout's largest has.
+
+    texts: at least two, of which some are only compared on.
+    """
     compared = min(COMPARED, len(texts) // 2)
     texts = texts[: FITTED + compared]
-    layers = loader.config.num_hidden_layers
+    layers, lp_size = loader.config.num_hidden_layers, layout.lp_size
     carried: dict[Group, np.ndarray] = {}
     with TemporaryDirectory() as directory, bar("Measuring groups", 2 * layers) as advance:
         inputs = LayerInputs(Path(directory))
@@ -75,12 +77,12 @@ def measure_groups(
         for start in range(layers):
             exact = inputs[start][-compared:]
             _carry(loader, start, exact, carried)
-            largest = min(lp_size, layers - start)
-            fed = [inputs[layer][:-compared] for layer in range(start, start + largest)]
-            tensors = _fit_from(loader, start, fed, ridge) if largest > 1 else {}
-            for size in range(2, largest + 1):
-                group = range(start, start + size)
-                block = load_block(loader, group, refit=Held(tensors))
+            largest = range(start, min(start + lp_size, layers))
+            # Where a group ends does not matter to its projections.
+            tensors = fit_group(loader, largest, layout.mlp_lp_size, _batches(inputs[start][:-compared]), ridge)[0]
+            for size in range(2, len(largest) + 1):
+                group = largest[:size]
+                block = load_block(loader, group, layout.mlp_lp_size, Held(tensors))
                 carried[group] = np.asarray(run(loader, through_block, block, (exact, exact), (P(), P()))[1])
             advance(1)
         return _overlaps(loader, inputs[layers][-compared:], carried)
@@ -111,19 +113,9 @@ def _exact(layer: Layer, config: ModelConfig, h: Hidden) -> Hidden:
     return layer(h, layer.init_cache(batch, tokens), exact_window(batch, tokens, tokens, config))[0]
 
 
-def _fit_from(
-    loader: Loader, start: int, fed: Sequence[Float[np.ndarray, "texts tokens hidden"]], ridge: float
-) -> Tensors:
-    """Refit projections of the layers behind `start`, in a group that begins there: its end does not matter."""
-    sites = [qkv_site(start + place) for place in range(1, len(fed))]
-    targets = [target(loader, site) for site in sites]
-    specs = ((P(), P(None, ALL_AXES)),) * len(sites)
-    batches = ([h[first : first + TEXTS_A_BATCH] for h in fed] for first in range(0, len(fed[0]), TEXTS_A_BATCH))
-    return solved(loader, sites, ((run(loader, _sums, targets, hs, specs), hs[0].shape) for hs in batches), ridge)
-
-
-def _sums(targets: Sequence[Projection], config: ModelConfig, first: Hidden, *own: Hidden) -> tuple[Any, ...]:
-    return tuple(products(first, project(h), config) for project, h in zip(targets, own, strict=True))
+def _batches(exact: Float[np.ndarray, "texts tokens hidden"]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What the exact and the fuzzy pass are fed where nothing before was fuzzy."""
+    return [(exact[i : i + TEXTS_A_BATCH],) * 2 for i in range(0, len(exact), TEXTS_A_BATCH)]
 
 
 def _carry(

@@ -7,10 +7,10 @@ that run at once are treated alike. Closed-form replacements of whole blocks are
 arXiv 2505.21077; ReplaceMe, arXiv 2505.02819); these maps are what a group of layers needs to run at once.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from jax.sharding import PartitionSpec as P
@@ -23,7 +23,7 @@ from easyspec_jax.draft.parallel import LayerGroup, load_block, load_refit, run_
 from easyspec_jax.mesh import ALL_AXES
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.projection import Projection
-from easyspec_jax.model.transformer import Decoder, Hidden, run_exact
+from easyspec_jax.model.transformer import Block, Decoder, Hidden, run_exact
 from easyspec_jax.progress import Bar, no_bar
 from easyspec_jax.refit.device import run
 from easyspec_jax.refit.equations import NormalEquations
@@ -32,6 +32,14 @@ from easyspec_jax.refit.store import Held
 from easyspec_jax.refit.teacher import drafted_window, exact_window
 
 TEXTS_A_BATCH = 8
+
+
+class Batches(Protocol):
+    """Hidden states in the exact and in the fuzzy pass, [texts, tokens, hidden], batch by batch."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 class States:
@@ -66,18 +74,19 @@ def fit(
         for number, h in enumerate(embed(loader, texts)):
             states[number] = h, h
         for group in layout.groups:
-            block = load_block(loader, group, layout.mlp_lp_size)
-            if isinstance(block, LayerGroup):
-                fitted |= _fit_group(loader, block, group, states, ridge)
+            tensors, block = fit_group(loader, group, layout.mlp_lp_size, states, ridge)
+            fitted |= tensors
             for number in range(len(states)):
                 states[number] = run(loader, through_block, block, states[number], (P(), P()))
             advance(1)
     return fitted
 
 
-def _fit_group(loader: Loader, block: LayerGroup, group: Group, states: States, ridge: float) -> Tensors:
-    """The tensors of one group, with which the block then runs."""
-    tensors: Tensors = {}
+def fit_group(loader: Loader, group: Group, mlp_lp_size: int, states: Batches, ridge: float) -> tuple[Tensors, Block]:
+    """The tensors of one group, none if it is a single layer, and the block that runs with them."""
+    block, tensors = load_block(loader, group, mlp_lp_size), {}
+    if not isinstance(block, LayerGroup):
+        return tensors, block
 
     def improve(fed: Callable[..., list[Fed]], sites: Sequence[Site], stale: range) -> None:
         tensors.update(_fit_projections(loader, block, fed, sites, stale, states, ridge))
@@ -85,11 +94,11 @@ def _fit_group(loader: Loader, block: LayerGroup, group: Group, states: States, 
 
     everything_but_first = range(1, len(group))
     improve(_attentions_fed, [qkv_site(group[index]) for index in everything_but_first], everything_but_first)
-    for first in range(0, len(group), block.mlp_lp_size):
-        stale = range(first + 1, min(first + block.mlp_lp_size, len(group)))
+    for first in range(0, len(group), mlp_lp_size):
+        stale = range(first + 1, min(first + mlp_lp_size, len(group)))
         if stale:
             improve(_mlps_fed, [gate_up_site(group[index]) for index in stale], stale)
-    return tensors
+    return tensors, block
 
 
 Fed = tuple[Hidden, Hidden]
@@ -116,25 +125,17 @@ def _fit_projections(
     fed: Callable[..., list[Fed]],
     sites: Sequence[Site],
     stale: range,
-    states: States,
+    states: Batches,
     ridge: float,
 ) -> Tensors:
     """The tensors of some projections, each from what it is fed to what it should have said."""
     modules = block, [target(loader, site) for site in sites]
     specs = ((P(), P(None, ALL_AXES)),) * len(sites)
-    batches = (states[number] for number in range(len(states)))
-    sums = ((run(loader, _sums, modules, pair, specs, fed, stale), pair[0].shape) for pair in batches)
-    return solved(loader, sites, sums, ridge)
-
-
-def solved(
-    loader: Loader, sites: Sequence[Site], batches: Iterable[tuple[Sequence[tuple[Array, Array]], Sequence[int]]],
-    ridge: float,
-) -> Tensors:  # fmt: skip
-    """The tensors that fit some projections, from batches of every one's products() and the shape of the inputs."""
     priors = [prior(loader, site) for site in sites]
     equations = [NormalEquations(*plain.shape) for plain in priors]
-    for sums, (texts, tokens, _) in batches:
+    for number in range(len(states)):
+        texts, tokens, _ = states[number][0].shape
+        sums = run(loader, _sums, modules, states[number], specs, fed, stale)
         for equation, plain, (xx, xy) in zip(equations, priors, sums, strict=True):
             equation.add(np.asarray(xx), np.asarray(xy)[:, : plain.shape[1]], texts * tokens)
     tensors: Tensors = {}

@@ -44,8 +44,8 @@ def refit(args: argparse.Namespace, speculative: SpeculativeConfig, sampling: Sa
     loader = engine.loader(draft, ALL_AXES)
     plain = layout
     if args.borders == "measured" and speculative.lp_strategy is None:
-        overlaps = measure_groups(loader, layout.lp_size, texts[held_out:], args.ridge, bar)
-        groups = best_groups(overlaps, draft.config.num_hidden_layers, layout.lp_size)
+        overlaps = measure_groups(loader, layout, texts[held_out:], args.ridge, bar)
+        groups = best_groups(overlaps, draft.config.num_hidden_layers, layout.lp_size, layout.mlp_lp_size)
         layout = Layout(groups, layout.mlp_lp_size)
     tensors = fit(loader, layout, texts[held_out:], args.ridge, bar)
     save(path, tensors, layout, draft)

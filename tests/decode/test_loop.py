@@ -144,23 +144,23 @@ def test_limits_are_kept_to_the_token(pair, plain, limit):
 
 
 @pytest.mark.parametrize(
-    "mesh, verifier, width, nodes, lp_size",
+    "mesh, verifier, width, nodes, lp_size, refit",
     [
-        (MeshShape(1, 1), Rejection(), 1, None, 3),
-        (MeshShape(4, 2), Greedy(), 1, None, 3),
-        (MeshShape(1, 1), Rejection(), 4, 6, 1),
-        (MeshShape(4, 2), Rejection(), 4, None, 3),
-        (MeshShape(1, 1), Coupled(), 4, 9, 3),
+        (MeshShape(1, 1), Rejection(), 1, None, 3, False),
+        (MeshShape(4, 2), Greedy(), 1, None, 3, False),
+        (MeshShape(1, 1), Rejection(), 4, 6, 1, False),
+        (MeshShape(4, 2), Rejection(), 4, None, 3, True),
+        (MeshShape(1, 1), Coupled(), 4, 9, 3, True),
     ],
     ids=str,
 )
-def test_after_many_rounds_caches_equal_a_fresh_prefill(pair, mesh, verifier, width, nodes, lp_size):
+def test_after_many_rounds_caches_equal_a_fresh_prefill(pair, mesh, verifier, width, nodes, lp_size, refit):
     """30 rounds and more with mixed acceptance; one row stops early and sits through the rest.
 
     Calibrated caches of fuzzy drafts and, not calibrated, that of an exact one.
     """
     config = RoundConfig(4, calibration=lp_size > 1, verifier=verifier, stop_ids=(), width=width, nodes=nodes)
-    run = programs(pair, config, mesh, lp_size=lp_size)
+    run = programs(pair, config, mesh, lp_size=lp_size, refit=refit)
     sampling, limits = SamplingParams(temperature=0.8), [60, 9, 150]
     state = run.start(sampling, limits, capacity := run.capacity(PREFILL_CHUNK + 150))
     state, chunks = prefill_all(run, state, PROMPTS)
@@ -193,10 +193,19 @@ def test_after_many_rounds_caches_equal_a_fresh_prefill(pair, mesh, verifier, wi
                     np.testing.assert_allclose(*entries, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_a_row_does_not_depend_on_its_neighbours(pair, temperature):
+@pytest.mark.parametrize("mesh", [MeshShape(1, 1), MeshShape(2, 4)], ids=str)
+@pytest.mark.parametrize("width, refit", [(1, False), (1, True), (3, True)])
+def test_coupled_text_is_plain_sampling_with_the_same_noise(pair, mesh, width, refit):
+    sampling = SamplingParams(temperature=0.9, seed=3)
+    config = replace(GREEDY, verifier=Coupled(), width=width)
+    plain = texts(programs(pair, replace(PLAIN, verifier=Coupled())), sampling=sampling)[0]
+    assert texts(programs(pair, config, mesh, refit=refit), sampling=sampling)[0] == plain
+
+
+@pytest.mark.parametrize("temperature, refit", [(0.0, False), (0.9, False), (0.9, True)])
+def test_a_row_does_not_depend_on_its_neighbours(pair, temperature, refit):
     """Alone, with the seed that its place in the batch gave it, each row becomes the same text."""
-    run = programs(pair, replace(GREEDY, verifier=Rejection() if temperature else Greedy()))
+    run = programs(pair, replace(GREEDY, verifier=Rejection() if temperature else Greedy()), refit=refit)
     sampling = SamplingParams(temperature=temperature, seed=7)
     together = texts(run, sampling=sampling)[0]
     for row in range(3):

@@ -23,32 +23,38 @@ def _groupings(layers: int, lp_size: int):
                 yield groups
 
 
-@pytest.mark.parametrize("layers, lp_size", [(9, 2), (9, 4), (7, 7), (3, 4)])
-def test_search_finds_the_best_of_all_groupings(layers, lp_size):
+@pytest.mark.parametrize(
+    "layers, lp_size, mlp_lp_size", [(9, 2, 1), (9, 4, 1), (7, 7, 1), (3, 4, 1), (10, 4, 2), (10, 3, 2), (9, 4, 4)]
+)
+def test_search_finds_the_best_of_all_groupings(layers, lp_size, mlp_lp_size):
     random = np.random.default_rng(layers * lp_size)
     overlaps = {range(a, b): random.uniform(0.5, 1) ** (b - a) for a in range(layers) for b in range(a + 2, layers + 1)}
 
     def kept(groups) -> float:
         return float(np.prod([overlaps[group] if len(group) > 1 else 1.0 for group in groups]))
 
-    most = len(paper_groups(layers, lp_size))
-    best = max((groups for groups in _groupings(layers, lp_size) if len(groups) <= most), key=kept)
-    found = best_groups(overlaps, layers, lp_size)
-    assert len(found) <= most and max(map(len, found)) <= lp_size
+    def mlps(groups) -> int:
+        return sum(-(-len(group) // mlp_lp_size) for group in groups)
+
+    allowed = [g for g in _groupings(layers, lp_size) if len(g) <= len(paper_groups(layers, lp_size))]
+    fewest = min(map(mlps, allowed))
+    best = max((groups for groups in allowed if mlps(groups) == fewest), key=kept)
+    found = best_groups(overlaps, layers, lp_size, mlp_lp_size)
+    assert found in allowed and mlps(found) == fewest
     assert kept(found) == pytest.approx(kept(best))
 
 
-@pytest.mark.parametrize("mesh", [MeshShape(1, 1), MeshShape(2, 4)], ids=str)
-def test_overlap_of_a_candidate_is_that_of_a_draft_with_this_group_alone(draft, mesh):
+@pytest.mark.parametrize("mesh, mlp_lp_size", [(MeshShape(1, 1), 2), (MeshShape(2, 4), 1)], ids=str)
+def test_overlap_of_a_candidate_is_that_of_a_draft_with_this_group_alone(draft, mesh, mlp_lp_size):
     """With a ridge so strong that nothing is refit, the plain draft is the reference."""
     from_ = loader(draft[0], mesh)
-    overlaps = measure_groups(from_, 3, TEXTS, ridge=1e9)
+    overlaps = measure_groups(from_, Layout(paper_groups(LAYERS, 3), mlp_lp_size), TEXTS, ridge=1e9)
     assert set(overlaps) == {range(a, a + n) for n in (2, 3) for a in range(LAYERS - n + 1)}
     compared = TEXTS[-3:]
     for group in (range(0, 2), range(3, 6), range(5, 8)):
         groups = (*(range(i, i + 1) for i in range(group.start)), group)
         groups += tuple(range(i, i + 1) for i in range(group.stop, LAYERS))
-        model = load_draft(from_, Layout(groups))
+        model = load_draft(from_, Layout(groups, mlp_lp_size))
         expected = fidelity(model, from_.mesh, compared, np.ones(compared.shape, bool), depths=1)[0][0]
         assert overlaps[group] == pytest.approx(expected, abs=1e-4)
     assert min(overlaps.values()) < 0.9, "candidates that lose nothing would prove nothing"
