@@ -37,52 +37,62 @@ class Variant:
     tree_width: int
     lp_size: int
     calibration: bool
+    refit: bool
 
     @property
     def draft(self) -> str:
         if self.lp_size == 1:
             return "exact"
-        return f"N = {self.lp_size}" + ("" if self.calibration else ", no calibration")
+        return f"N = {self.lp_size}" + ("" if self.calibration else ", no calibration") + (", refit" * self.refit)
 
-    def speculative(self, num_speculative_tokens: int) -> SpeculativeConfig:
-        """The engine's configuration. Raises EasySpecError if there is none."""
+    def speculative(self, num_speculative_tokens: int, refit: str | None) -> SpeculativeConfig:
+        """The engine's configuration; refit: the directory with refits. Raises EasySpecError if there is none."""
         return SpeculativeConfig(
             num_speculative_tokens=num_speculative_tokens,
             tree_width=self.tree_width,
             lp_size=self.lp_size,
             calibration=self.calibration,
+            refit=refit if self.refit and refit is not None else "none",
             verifier=None if self.verifier == GREEDY else self.verifier,
         )
 
 
+PLAIN, UNCALIBRATED, REFIT = (True, False), (False, False), (True, True)
+"""Whether a draft is calibrated, and whether it is refit."""
+
+
 def variants(
-    temperatures: Sequence[float], verifiers: Sequence[Verifier], widths: Sequence[int], lp_sizes: Sequence[int]
+    temperatures: Sequence[float],
+    verifiers: Sequence[Verifier],
+    widths: Sequence[int],
+    lp_sizes: Sequence[int],
+    refit: bool = False,
 ) -> list[Variant]:
     """The grid, every variant once: at temperature 0 all verifiers are one comparison."""
+    fuzzy = (PLAIN, UNCALIBRATED, REFIT) if refit else (PLAIN, UNCALIBRATED)
     grid = (
-        Variant(temperature, verifier if temperature else GREEDY, width, lp_size, calibration)
+        Variant(temperature, verifier if temperature else GREEDY, width, lp_size, *draft)
         for temperature in temperatures
         for verifier in verifiers
         for width in widths
         for lp_size in lp_sizes
-        for calibration in ((True, False) if lp_size > 1 else (True,))
+        for draft in (fuzzy if lp_size > 1 else (PLAIN,))
     )
     return list(dict.fromkeys(grid))
 
 
 def measure_grid(args: argparse.Namespace, prompts: Sequence[str]) -> list[Row]:
     """Every variant's acceptance. Raises EasySpecError for an impossible one before any is measured."""
-    grid = variants(args.temperatures, args.verifiers, args.widths, args.lp_sizes)
-    configs = {variant: variant.speculative(args.num_speculative_tokens) for variant in grid}
+    grid = variants(args.temperatures, args.verifiers, args.widths, args.lp_sizes, args.refit is not None)
+    configs = {variant: variant.speculative(args.num_speculative_tokens, args.refit) for variant in grid}
     sampling = {t: SamplingParams(t, seed=args.seed, max_new_tokens=args.max_new_tokens) for t in args.temperatures}
     rows: dict[Variant, Row] = {}
     with bar("Measuring", len(grid)) as advance:
-        for lp_size in dict.fromkeys(args.lp_sizes):
-            same_groups = [variant for variant in grid if variant.lp_size == lp_size]
-            first = configs[same_groups[0]]
-            engine = open_model(args.target, args.draft, mesh=args.mesh, platform=args.platform, speculative=first)
-            for variant in same_groups:
-                engine.speculative = configs[variant]  # the weights depend on the groups alone
+        for layout in dict.fromkeys(config.layout for config in configs.values()):
+            alike = [variant for variant in grid if configs[variant].layout == layout]
+            engine = open_model(args.target, args.draft, mesh=args.mesh, platform=args.platform, speculative=layout)
+            for variant in alike:
+                engine.speculative = configs[variant]  # the weights depend on the layout alone
                 measured = measure(engine, sampling[variant.temperature], prompts, args)
                 rows[variant] = {"draft": variant.draft} | asdict(variant) | measured
                 advance(1)
@@ -155,6 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--draft")
     parser.add_argument("--mesh", default="1")
     parser.add_argument("--platform")
+    parser.add_argument(
+        "--refit", metavar="DIR", help="also drafts with the refits there, one for each lp-size above 1"
+    )
     parser.add_argument("--widths", type=int, nargs="+", default=[1, 4, 8, 12], help="of the drafted tree")
     parser.add_argument("--lp-sizes", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6], help="1 is the exact draft")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])

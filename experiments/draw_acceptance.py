@@ -28,8 +28,12 @@ COLORS = ("#000000", "#0072b2", "#009e73", "#d55e00", "#cc79a7", "#e69f00")
 MARKERS = "osD^vP"
 """Both by tree width; the colours are those of Okabe and Ito."""
 
-CALIBRATION = {True: "calibrated", False: "not calibrated"}
-STROKES = {True: {"linestyle": "-"}, False: {"linestyle": (0, (4, 2)), "markerfacecolor": WHITE}}
+STROKES: dict[str, dict[str, Any]] = {
+    "calibrated": {"linestyle": "-"},
+    "not calibrated": {"linestyle": (0, (4, 2)), "markerfacecolor": WHITE},
+    "refit": {"linestyle": (0, (1, 1.5))},
+}
+"""By how a fuzzy draft is kept near the exact one; what is refit is calibrated too."""
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -49,22 +53,31 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Line:
-    """A tree width with or without calibration, over N; both start at the exact draft."""
+    """A tree width with one kind of fuzzy draft, over N; all start at the exact draft."""
 
     width: int
-    calibration: bool
+    kind: str
     style: dict[str, Any]
 
     def has(self, row: Row) -> bool:
-        return row["tree_width"] == self.width and (row["lp_size"] == 1 or row["calibration"] == self.calibration)
+        return row["tree_width"] == self.width and (row["lp_size"] == 1 or kind_of(row) == self.kind)
 
 
-def lines_of(widths: Sequence[int]) -> list[Line]:
-    """Two lines a width, of one colour."""
+def kind_of(row: Row) -> str:
+    """Which of STROKES is the row's."""
+    if row.get("refit"):
+        return "refit"
+    return "calibrated" if row["calibration"] else "not calibrated"
+
+
+def lines_of(rows: Sequence[Row]) -> list[Line]:
+    """A line for every width and kind there is; those of a width have one colour."""
+    widths, kinds = sorted({row["tree_width"] for row in rows}), {kind_of(row) for row in rows}
     return [
-        Line(width, calibration, {"color": color, "marker": marker} | STROKES[calibration])
+        Line(width, kind, {"color": color, "marker": marker} | stroke)
         for width, color, marker in zip(widths, cycle(COLORS), cycle(MARKERS), strict=False)
-        for calibration in CALIBRATION
+        for kind, stroke in STROKES.items()
+        if kind in kinds
     ]
 
 
@@ -78,7 +91,7 @@ def draw(measured: dict[str, Any], out: Path) -> None:
 
     results = measured["results"]
     ways = {way: [row for row in results if way_of(row) == way] for way in map(way_of, results)}
-    lines = lines_of(sorted({row["tree_width"] for row in results}))
+    lines = lines_of(results)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 1.2 + 3 * len(ways)), dpi=120, layout="constrained")
         figure.suptitle(title_of(measured), weight="bold", size=13)
@@ -111,8 +124,10 @@ def draw_legend(figure: "Figure", lines: Sequence[Line]) -> None:
     """What colours and strokes mean, below the panels."""
     from matplotlib.lines import Line2D
 
-    widths = [Line2D([], [], **line.style, label=f"tree width {line.width}") for line in lines if line.calibration]
-    strokes = [Line2D([], [], color=SOFT, **STROKES[on], marker="o", label=name) for on, name in CALIBRATION.items()]
+    first = lines[0].kind
+    widths = [Line2D([], [], **line.style, label=f"tree width {line.width}") for line in lines if line.kind == first]
+    kinds = dict.fromkeys(line.kind for line in lines)
+    strokes = [Line2D([], [], color=SOFT, **STROKES[kind], marker="o", label=kind) for kind in kinds]
     figure.legend(handles=[*widths, *strokes], loc="outside lower center", ncols=len(widths) + len(strokes))
 
 

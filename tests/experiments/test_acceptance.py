@@ -5,6 +5,7 @@ from dataclasses import astuple
 
 import pytest
 
+from easyspec_jax.refit.__main__ import main as refit
 from experiments import draw_acceptance
 from experiments.acceptance import main, variants
 from tests.models import save_model
@@ -15,30 +16,34 @@ PAIR = ("rejection", "coupled")
 def test_every_variant_of_the_grid_comes_once():
     grid = variants((0.0, 0.8), PAIR, (1, 4), (1, 2, 3))
     ways = [(0.0, "greedy"), (0.8, "rejection"), (0.8, "coupled")]
-    drafts = [(1, True), (2, True), (2, False), (3, True), (3, False)]
+    drafts = [(1, True, False), *((size, calibrated, False) for size in (2, 3) for calibrated in (True, False))]
     assert [astuple(variant) for variant in grid] == [
         (*way, width, *draft) for way in ways for width in (1, 4) for draft in drafts
     ]
     assert variants((0.0, 0.8, 0.8), PAIR * 2, (1, 4, 1), (1, 2, 3, 2)) == grid
+    refit = [variant for variant in variants((0.0,), PAIR, (1,), (1, 2, 3), refit=True) if variant.refit]
+    assert [(variant.lp_size, variant.calibration) for variant in refit] == [(2, True), (3, True)]
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """A directory with the results of two variants of a tiny model that drafts for itself."""
+    """A directory with the results of three variants of a tiny model that drafts for itself."""
     pytest.importorskip("matplotlib")
     directory = tmp_path_factory.mktemp("acceptance")
     save_model(directory / "model", "smollm2")
+    few = ["--lp-size", "2", "--tokens", "1000", "--borders", "paper", "--out", str(directory / "refit")]
+    assert refit(["--draft", str(directory / "model"), *few]) == 0
     (directory / "prompts.txt").write_text("one\ntwo\n")
     pair = ["--target", str(directory / "model"), "--draft", str(directory / "model")]
     texts = ["--prompt-file", str(directory / "prompts.txt"), "--max-new-tokens", "12", "--batch-size", "2"]
-    grid = ["--widths", "2", "--lp-sizes", "2", "--temperatures", "0"]
+    grid = ["--widths", "2", "--lp-sizes", "2", "--temperatures", "0", "--refit", str(directory / "refit")]
     assert main([*pair, *texts, *grid, "--num-speculative-tokens", "2", "--out", str(directory)]) == 0
     return directory
 
 
 def test_rows_agree_with_themselves(measured):
     results = json.loads((measured / "acceptance.json").read_text())["results"]
-    assert [row["draft"] for row in results] == ["N = 2", "N = 2, no calibration"]
+    assert [row["draft"] for row in results] == ["N = 2", "N = 2, no calibration", "N = 2, refit"]
     for row in results:
         assert row["groups"] == "0,1,2-3,4,5"
         assert row["accepted"] == sum(row["accepted_per_position"])
