@@ -24,7 +24,7 @@ class Completion:
     """What one prompt became.
 
     token_ids: generated ids, a stop token included, or up to the one that completed a stop string; text ends before
-    either. finish_reason: "stop" or "length".
+    either. finish_reason: "stop" or "length". tokens_per_round: of token_ids, all but the first, which prefill made.
     """
 
     prompt: Prompt
@@ -33,6 +33,7 @@ class Completion:
     text: str
     finish_reason: str
     stats: Stats
+    tokens_per_round: list[int]
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
@@ -55,6 +56,7 @@ class Row:
     text: TextStream
     stats: Stats
     finished: bool = field(default=False, init=False)
+    tokens_per_round: list[int] = field(default_factory=list, init=False)
 
     def prefilled(self, report: Report, row: int, seconds: float) -> str:
         """Takes the first token, after so many seconds; returns the text it adds."""
@@ -68,6 +70,7 @@ class Row:
         if kept < int(report.num_tokens[row]):
             # What lies past a stop string counts as little as what lies past a stop token.
             drafted = accepted = kept
+        self.tokens_per_round.append(kept)
         stats = self.stats.with_round(kept, drafted, accepted)
         self.stats = replace(stats, decode_seconds=seconds - stats.prefill_seconds)
         return piece
@@ -83,4 +86,6 @@ class Row:
         """The finished row."""
         stopped = self.text.stopped or self.text.ids[-1] in stop_ids
         reason = "stop" if stopped else "length"
-        return Completion(self.prompt, self.prompt_ids, self.text.ids, self.text.text, reason, self.stats)
+        return Completion(
+            self.prompt, self.prompt_ids, self.text.ids, self.text.text, reason, self.stats, self.tokens_per_round
+        )

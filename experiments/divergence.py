@@ -1,0 +1,70 @@
+"""Where two texts part, and how near a tie it was: what rounding may decide, and what nothing may."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
+
+from easyspec_jax import Engine
+from easyspec_jax.mesh import ALL_AXES
+from easyspec_jax.model.transformer import Decoder
+
+NextLogits = Callable[[Sequence[int]], np.ndarray]
+"""From a text to what the target says behind it: float32 [vocabulary]."""
+
+CHUNK = 128
+"""Lengths are padded to whole multiples, so that few programs are compiled."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first place where two texts differ. logit_gap: of the target, between the two tokens that came there."""
+
+    place: int
+    logit_gap: float
+
+
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """The index of the first token that two texts do not share."""
+    return next((place for place, (a, b) in enumerate(zip_longest(one, other)) if a != b), None)
+
+
+def divergence(
+    next_logits: NextLogits, prompt: Sequence[int], one: Sequence[int], other: Sequence[int]
+) -> Divergence | None:
+    """Of two continuations of a prompt; None if they are the same. A text that only ends sooner has no gap: nan."""
+    place = first_difference(one, other)
+    if place is None:
+        return None
+    if place >= min(len(one), len(other)):
+        return Divergence(place, float("nan"))
+    logits = next_logits([*prompt, *one[:place]])
+    return Divergence(place, float(abs(logits[one[place]] - logits[other[place]])))
+
+
+def next_logits(engine: Engine) -> NextLogits:
+    """A pass of the engine's target over whole texts."""
+    target = engine.load()[0]
+    specs = jax.tree.map(lambda x: x.sharding.spec, target)
+    mapped = jax.shard_map(
+        _logits, mesh=engine.mesh, in_specs=(specs, P(), P()), out_specs=P(ALL_AXES), check_vma=False
+    )
+    program = jax.jit(mapped)
+
+    def behind(ids: Sequence[int]) -> np.ndarray:
+        padded = np.zeros((1, -(-len(ids) // CHUNK) * CHUNK), np.int32)
+        padded[0, : len(ids)] = ids
+        return np.asarray(program(target, padded, np.int32(len(ids) - 1)), np.float32)
+
+    return behind
+
+
+def _logits(target: Decoder, ids: Int[Array, "1 tokens"], last: Int[Array, ""]) -> Array:
+    caches = target.init_caches(1, ids.shape[1])
+    h, _ = target(ids, caches, jnp.zeros((1,), jnp.int32))
+    return target.logits(jax.lax.dynamic_slice_in_dim(h, last, 1, axis=1))[0, 0]

@@ -1,0 +1,81 @@
+"""Questions and answers in the form of Spec-Bench (https://github.com/hemingkx/Spec-Bench), JSON lines both."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from easyspec_jax import EasySpecError
+from easyspec_jax.completion import Completion
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a user says, turn by turn."""
+
+    question_id: int
+    category: str
+    turns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a question's turns; seconds: from each prompt to the end of its text."""
+
+    question: Question
+    turns: tuple[Completion, ...]
+    seconds: tuple[float, ...]
+
+    @property
+    def text(self) -> list[str]:
+        return [turn.text.strip() for turn in self.turns]
+
+    def as_dict(self, model_id: str, time: float) -> dict[str, Any]:
+        """A line of an answer file. Accept lengths are tokens a round, as Spec-Bench counts them."""
+        choice = {
+            "index": 0,
+            "turns": self.text,
+            "decoding_steps": [len(turn.tokens_per_round) for turn in self.turns],
+            "new_tokens": [len(turn.token_ids) for turn in self.turns],
+            "wall_time": list(self.seconds),
+            "accept_lengths": [tokens for turn in self.turns for tokens in turn.tokens_per_round],
+        }
+        return {
+            "question_id": self.question.question_id,
+            "category": self.question.category,
+            "answer_id": f"{model_id}-{self.question.question_id}",
+            "model_id": model_id,
+            "choices": [choice],
+            "tstamp": time,
+        }
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Every line of a question file. Raises EasySpecError, naming the line, for what is none."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EasySpecError(f"--questions {path} cannot be read: {error}") from None
+    found = [_question(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise EasySpecError(f"--questions {path} holds no question")
+    return found
+
+
+def code_questions(prompts: Sequence[str]) -> list[Question]:
+    """Beginnings of programs, for a model that holds no conversations."""
+    return [Question(number, "code", (prompt,)) for number, prompt in enumerate(prompts, 1)]
+
+
+def _question(line: str, place: str) -> Question:
+    try:
+        fields = json.loads(line)
+        question = Question(fields["question_id"], fields["category"], tuple(fields["turns"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise EasySpecError(f"{place} is no question of Spec-Bench's form: {error!r}") from None
+    if not question.turns or not all(isinstance(turn, str) and turn for turn in question.turns):
+        raise EasySpecError(f'{place}: "turns" must be a list of texts')
+    if not isinstance(question.category, str):
+        raise EasySpecError(f'{place}: "category" must be a text')
+    return question

@@ -1,0 +1,186 @@
+"""Answers Spec-Bench's questions, and ours: `python -m experiments.spec_bench [--questions FILE] --out ANSWERS.jsonl`.
+
+Greedily. Reads and writes Spec-Bench's own JSON lines, so that its scripts can be run on them. Every question is
+answered by speculation and, beside it, by plain decoding, whose answers come into a file of their own; the table has the
+gain of every category, and says where answers part and how near a tie it was.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from easyspec_jax import EasySpecError, Engine, SamplingParams, SpeculativeConfig, open_model
+from easyspec_jax.command import Parser, cache_compilations, read_prompts, run_command
+from easyspec_jax.decode.metrics import Stats
+from easyspec_jax.files import check_writable, write_whole
+from easyspec_jax.options import Method
+from easyspec_jax.progress import bar
+from easyspec_jax.tokenizer import Prompt
+from experiments.divergence import Divergence, divergence, next_logits
+from experiments.questions import Answer, Question, code_questions, read_questions
+
+HERE = Path(__file__).parent
+OVERALL = "overall"
+
+Pair = tuple[Answer, Answer]
+"""The same question by speculation and by plain decoding."""
+
+
+def answer(engine: Engine, question: Question, sampling: SamplingParams) -> Answer:
+    """Turn by turn, each with all before it: as a conversation, or as one text without a chat template."""
+    turns, seconds = [], []
+    prompt: Prompt = [] if engine.tokenizer.chat_template else ""
+    for said in question.turns:
+        prompt = prompt + said if isinstance(prompt, str) else [*prompt, {"role": "user", "content": said}]
+        begun = time.perf_counter()
+        turns.append(next(engine.generate([prompt], sampling)))
+        seconds.append(time.perf_counter() - begun)
+        text = turns[-1].text
+        prompt = prompt + text if isinstance(prompt, str) else [*prompt, {"role": "assistant", "content": text}]
+    return Answer(question, tuple(turns), tuple(seconds))
+
+
+def answer_all(engine: Engine, plain: Engine, questions: Sequence[Question], sampling: SamplingParams) -> list[Pair]:
+    """Alternately, question by question; each is first answered once to compile what it takes."""
+    pairs = []
+    with bar("Answering", len(questions)) as advance:
+        for question in questions:
+            for own in (engine, plain):
+                answer(own, question, sampling)
+            pairs.append((answer(engine, question, sampling), answer(plain, question, sampling)))
+            advance(1)
+    return pairs
+
+
+def divergences(plain: Engine, pairs: Sequence[Pair]) -> list[Divergence | None]:
+    """Of each question's first turn that differs: later ones were asked something else."""
+    found, behind = [], next_logits(plain)
+    for ours, theirs in pairs:
+        places = (
+            divergence(behind, b.prompt_ids, a.token_ids, b.token_ids)
+            for a, b in zip(ours.turns, theirs.turns, strict=True)
+        )
+        found.append(next((place for place in places if place is not None), None))
+    return found
+
+
+def summary(category: str, pairs: Sequence[Pair], parted: Sequence[Divergence | None]) -> dict[str, Any]:
+    """One row of the table. Speeds are means over questions of tokens by wall time, as in Spec-Bench."""
+    speeds = [np.array([_speed(pair[way]) for pair in pairs]) for way in range(2)]
+    stats = reduce(Stats.__add__, (turn.stats for ours, _ in pairs for turn in ours.turns))
+    gaps = [place.logit_gap for place in parted if place is not None]
+    return {
+        "category": category,
+        "questions": len(pairs),
+        "tokens_per_second": float(speeds[0].mean()),
+        "plain_tokens_per_second": float(speeds[1].mean()),
+        "speedup": float(speeds[0].mean() / speeds[1].mean()),
+        "speedup_deviation": float(np.std(speeds[0] / speeds[1])),
+        "mean_acceptance_length": stats.mean_acceptance_length,
+        "acceptance_rate": stats.acceptance_rate,
+        "same": len(pairs) - len(gaps),
+        "largest_logit_gap": max(gaps, default=None),
+    }
+
+
+def _speed(answer: Answer) -> float:
+    return sum(len(turn.token_ids) for turn in answer.turns) / sum(answer.seconds)
+
+
+def summaries(pairs: Sequence[Pair], parted: Sequence[Divergence | None]) -> list[dict[str, Any]]:
+    """A row for each category, in order, and one for all of them."""
+    rows = []
+    for category in dict.fromkeys(ours.question.category for ours, _ in pairs):
+        own = [place for place, (ours, _) in enumerate(pairs) if ours.question.category == category]
+        rows.append(summary(category, [pairs[place] for place in own], [parted[place] for place in own]))
+    return [*rows, summary(OVERALL, pairs, parted)]
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """What summaries() returned."""
+    table = Table("category", "tokens/s", "plain", "speed-up", "tokens a round", "same answers", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        gap = row["largest_logit_gap"]
+        same = f"{row['same']} of {row['questions']}" + ("" if gap is None else f", gap {gap:.2g}")
+        table.add_row(
+            row["category"],
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['plain_tokens_per_second']:.1f}",
+            f"{row['speedup']:.2f} ± {row['speedup_deviation']:.2f}",
+            f"{row['mean_acceptance_length']:.2f}",
+            same,
+        )
+    Console().print(table)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answers, writes both answer files and the summary, prints the table."""
+    cache_compilations()
+    if args.questions is None and args.target is None:
+        questions = code_questions(read_prompts(HERE / "code_prompts.txt"))
+    else:
+        questions = read_questions(args.questions or HERE / "questions.jsonl")
+    plain_out = args.out.with_name(f"{args.out.stem}-plain{args.out.suffix}")
+    if args.out.suffix != ".jsonl" or not args.out.parent.is_dir():
+        raise EasySpecError(f"--out {args.out} is no .jsonl file in a directory that exists")
+    for path in (args.out, plain_out):
+        check_writable(path)
+    engine = open_model(
+        args.target, args.draft, mesh=args.mesh, platform=args.platform, dtype=args.dtype, speculative=_chosen(args)
+    )
+    plain = engine.baseline()
+    sampling = SamplingParams(max_new_tokens=args.max_new_tokens)
+    pairs = answer_all(engine, plain, questions, sampling)
+    rows = summaries(pairs, divergences(plain, pairs))
+    name = engine.target.directory.name
+    for way, path, label in ((0, args.out, args.method), (1, plain_out, "vanilla")):
+        lines = (json.dumps(pair[way].as_dict(f"{name}-{label}", time.time())) for pair in pairs)
+        write_whole(path, "".join(f"{line}\n" for line in lines).encode())
+    print_table(rows)
+    if args.json:
+        print(json.dumps(rows))
+
+
+def _chosen(args: argparse.Namespace) -> SpeculativeConfig:
+    return SpeculativeConfig(
+        method=args.method,
+        num_speculative_tokens=args.num_speculative_tokens,
+        tree_width=args.tree_width,
+        lp_size=args.lp_size,
+        refit=args.refit,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    default = SpeculativeConfig()
+    parser = Parser(prog="python -m experiments.spec_bench", description=__doc__)
+    parser.add_argument("--questions", type=Path, help="default: a dozen of our own, or code for the bundled pair")
+    parser.add_argument("--target", help="default: the bundled pair")
+    parser.add_argument("--draft")
+    parser.add_argument("--mesh", default="1")
+    parser.add_argument("--platform")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--method", choices=[m for m in Method.__args__ if m != "vanilla"], default=default.method)
+    parser.add_argument("--num-speculative-tokens", type=int, default=default.num_speculative_tokens)
+    parser.add_argument("--tree-width", type=int)
+    parser.add_argument("--lp-size", type=int, default=default.lp_size)
+    parser.add_argument("--refit", default=default.refit, help='"auto", "none" or a directory (default: %(default)s)')
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--json", action="store_true", help="print the table's rows as JSON too")
+    parser.add_argument("--out", type=Path, required=True, help="answers; plain decoding's come into …-plain.jsonl")
+    return run_command("experiments.spec_bench", parser, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Questions come in and answers go out in Spec-Bench's form, and the summary is what the answers say."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.divergence import first_difference
+from experiments.questions import read_questions
+from experiments.spec_bench import HERE, OVERALL, main
+from tests.models import save_model
+
+QUESTIONS = [
+    {"question_id": 7, "category": "qa", "turns": ["a fox", "and a dog"]},
+    {"question_id": 9, "category": "rag", "turns": ["a much shorter fox"], "reference": ["ignored"]},
+]
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory):
+    """The directory of answers to two questions, by a tiny model that drafts for itself."""
+    directory = tmp_path_factory.mktemp("spec_bench")
+    save_model(directory / "model", "smollm2")
+    (directory / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    model = str(directory / "model")
+    assert main([
+        "--target", model, "--draft", model, "--questions", str(directory / "questions.jsonl"), "--lp-size", "2",
+        "--max-new-tokens", "12", "--out", str(directory / "answers.jsonl"),
+    ]) == 0  # fmt: skip
+    return directory
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_answers_have_the_form_of_spec_bench(answered):
+    ours, plain = lines(answered / "answers.jsonl"), lines(answered / "answers-plain.jsonl")
+    for question, one, other in zip(QUESTIONS, ours, plain, strict=True):
+        assert list(one) == ["question_id", "category", "answer_id", "model_id", "choices", "tstamp"]
+        assert (one["question_id"], one["category"]) == (question["question_id"], question["category"])
+        (choice,), (plainly,) = one["choices"], other["choices"]
+        assert choice["turns"] == plainly["turns"] and len(choice["turns"]) == len(question["turns"])
+        assert len(choice["accept_lengths"]) == sum(choice["decoding_steps"])
+        assert len(choice["accept_lengths"]) < len(plainly["accept_lengths"])
+        assert set(plainly["accept_lengths"]) == {1}
+        for answer in (choice, plainly):  # a turn's first token belongs to no step
+            assert sum(answer["new_tokens"]) == sum(answer["accept_lengths"]) + len(answer["turns"])
+            assert min(answer["wall_time"]) > 0
+
+
+def test_the_table_is_what_the_answers_say(answered, capsys):
+    model = str(answered / "model")
+    arguments = ["--questions", str(answered / "questions.jsonl"), "--lp-size", "2", "--max-new-tokens", "12"]
+    again = str(answered / "again.jsonl")
+    assert main(["--target", model, "--draft", model, *arguments, "--out", again, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["category"] for row in rows] == ["qa", "rag", OVERALL]
+    choices = [line["choices"][0] for line in lines(answered / "again.jsonl")]
+    speeds = [sum(choice["new_tokens"]) / sum(choice["wall_time"]) for choice in choices]
+    assert [row["tokens_per_second"] for row in rows] == pytest.approx([*speeds, np.mean(speeds)])
+    assert rows[-1]["same"] == rows[-1]["questions"] == 2
+    assert rows[-1]["largest_logit_gap"] is None
+    accepted = np.mean([length for choice in choices for length in choice["accept_lengths"]])
+    assert rows[-1]["mean_acceptance_length"] >= accepted  # which leaves out what lies past the limit
+
+
+def test_our_own_questions_are_of_six_categories():
+    questions = read_questions(HERE / "questions.jsonl")
+    assert len({question.category for question in questions}) == 6
+    assert len({question.question_id for question in questions}) == len(questions)
+
+
+def test_the_first_difference():
+    assert first_difference([1, 2, 3], [1, 2, 3]) is None
+    assert first_difference([1, 2, 3], [1, 4, 3]) == 1
+    assert first_difference([1, 2], [1, 2, 3]) == 2
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        ("{}", "line 1 is no question"),
+        ('\n{"question_id": 1, "category": "qa", "turns": []}', 'line 2: "turns" must be'),
+        ('{"question_id": 1, "category": 3, "turns": ["a"]}', 'line 1: "category" must be'),
+        ("nothing", "line 1 is no question"),
+        ("[]", "line 1 is no question"),
+        ("", "holds no question"),
+    ],
+)
+def test_bad_questions_are_one_line(content, complaint, tmp_path, capsys):
+    (tmp_path / "questions.jsonl").write_text(content)
+    arguments = ["--questions", str(tmp_path / "questions.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    assert main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert complaint in printed and printed.count("\n") == 1
+
+
+def test_answers_need_a_place(tmp_path, capsys):
+    assert main(["--out", str(tmp_path / "out.json")]) == 2
+    assert "is no .jsonl file" in capsys.readouterr().err
