@@ -1,8 +1,8 @@
 """Answers Spec-Bench's questions, and ours: `python -m experiments.spec_bench [--questions FILE] --out ANSWERS.jsonl`.
 
 Greedily. Reads and writes Spec-Bench's own JSON lines, so that its scripts can be run on them. Every question is
-answered by speculation and, beside it, by plain decoding, whose answers come into a file of their own; the table has the
-gain of every category, and says where answers part and how near a tie it was.
+answered by speculation and, beside it, by plain decoding, whose answers come into a file of their own; the table has
+the gain of every category, and says where answers part and how near a tie it was.
 """
 
 import argparse
