@@ -1,0 +1,235 @@
+"""The paper's Table 2 on this machine: `python -m experiments.table2 [--target DIR --draft DIR] --mesh 8`.
+
+Every way of decoding completes the same prompts, prompt by prompt in turn, since machines drift. With --profile-phases
+the passes of a round are timed too, as programs of their own beside the whole round, which tells how a way's time
+divides into drafting and verification. Times count from the first token on.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from easyspec_jax import Engine, SamplingParams, SpeculativeConfig, demo, open_model
+from easyspec_jax.command import Parser, cache_compilations, read_prompts, run_command
+from easyspec_jax.completion import Completion
+from easyspec_jax.draft.parallel import run_fuzzy
+from easyspec_jax.mesh import parse_mesh
+from easyspec_jax.model.transformer import run_exact
+from easyspec_jax.options import DType, Platform
+from easyspec_jax.progress import bar
+from easyspec_jax.timing import alone, alternate, pass_case, round_case
+from experiments.draw_table2 import draw
+from experiments.output import check_destination, save
+from experiments.questions import Question, code_questions, read_questions
+
+HERE = Path(__file__).parent
+ONE_DEVICE, TENSOR_PARALLEL = "one device", "TP"
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of decoding, and its engine."""
+
+    name: str
+    engine: Engine
+
+
+def open_ways(args: argparse.Namespace) -> list[Way]:
+    """The paper's columns, the first of which all others are compared with. Raises EasySpecError as open_model does."""
+    levels, width = args.num_speculative_tokens, args.tree_width
+
+    def opened(mesh: str, speculative: SpeculativeConfig) -> Engine:
+        platform: Platform | None = args.platform
+        dtype: DType = args.dtype
+        return open_model(args.target, args.draft, mesh=mesh, platform=platform, dtype=dtype, speculative=speculative)
+
+    chain = opened(args.mesh, SpeculativeConfig(method="sd", num_speculative_tokens=levels))
+    tree = SpeculativeConfig(method="tree", num_speculative_tokens=levels, tree_width=width)
+    fuzzy = SpeculativeConfig(num_speculative_tokens=levels, tree_width=width, lp_size=args.lp_size, refit="none")
+    shape = parse_mesh(args.mesh, group_size=args.lp_size)
+    ways = [
+        Way(TENSOR_PARALLEL, chain.baseline()),
+        Way("+sd", chain),
+        Way("+tree", chain.variant(tree)),
+        Way(f"EasySpec, N = {args.lp_size}", chain.variant(fuzzy, shape)),
+    ]
+    if args.refit is not None:
+        refit = SpeculativeConfig(
+            num_speculative_tokens=levels, tree_width=width, lp_size=args.lp_size, refit=args.refit
+        )
+        ways.append(Way(f"EasySpec, N = {args.lp_size}, refit", chain.variant(refit, shape)))
+    if chain.mesh.size == 1:
+        return [Way(ONE_DEVICE, ways[0].engine), *ways[1:]]
+    return [Way(ONE_DEVICE, opened("1", SpeculativeConfig(method="vanilla"))), *ways]
+
+
+def complete(
+    ways: Sequence[Way], questions: Sequence[Question], sampling: SamplingParams
+) -> dict[str, list[Completion]]:
+    """What every way makes of every question's first turn. Who comes first changes from question to question."""
+    chat = bool(ways[0].engine.tokenizer.chat_template)
+    prompts = [question.turns[0] for question in questions]
+    made: dict[str, list[Completion]] = {way.name: [] for way in ways}
+    for way in ways:
+        way.engine.compile(prompts, sampling, chat=chat)
+    order = list(ways)
+    with bar("Completing", len(prompts) * len(ways)) as advance:
+        for prompt in prompts:
+            for way in order:
+                made[way.name].append(next(way.engine.generate([prompt], sampling, chat=chat)))
+                advance(1)
+            order = [*order[1:], order[0]]
+    return made
+
+
+def phases(engine: Engine, sampling: SamplingParams, tokens: int, repeats: int) -> dict[str, float]:
+    """Seconds of drafting, of verification and of a whole round, for texts of so many tokens.
+
+    over_round: what the passes take together, as a share of the round beside them.
+    """
+    programs = engine.programs(sampling)
+    config, (target, draft) = programs.config, engine.load()
+    assert draft is not None
+    where = {"context": tokens // 2, "capacity": programs.capacity(tokens)}
+    of_target, of_draft = alone(engine.mesh, target), alone(engine.mesh, draft)
+    nodes = 1 + (config.nodes or config.levels * config.width)
+    first = run_exact if config.calibration else run_fuzzy
+    cases = [
+        round_case("round", programs, **where),
+        pass_case("verification", of_target, nodes, run_exact, **where),
+        pass_case("first", of_draft, config.pending_size, first, scored=1, **where),
+        pass_case("step", of_draft, config.width, run_fuzzy, loops=max(1, config.levels - 1), **where),
+    ]
+    calls = 2  # of each in turn
+    seconds = {name: np.asarray(times) for name, times in alternate(cases, repeats, calls).items()}
+    drafting = seconds["first"] + (config.levels - 1) * seconds["step"]
+    return {
+        "drafting": float(np.median(drafting)),
+        "verification": float(np.median(seconds["verification"])),
+        "round": float(np.median(seconds["round"])),
+        "over_round": float(np.median((drafting + seconds["verification"]) / seconds["round"])),
+    }
+
+
+def rows_of(name: str, temperature: float, made: dict[str, list[Completion]]) -> list[dict[str, Any]]:
+    """A row for every way: seconds for 100 tokens, and the gain over the first way, by prompt."""
+    rows, plain = [], None
+    for way, completions in made.items():
+        stats = [completion.stats for completion in completions if completion.stats.decoded_tokens]
+        seconds = np.array([100 * own.decode_seconds / own.decoded_tokens for own in stats])
+        plain = seconds if plain is None else plain
+        gains = plain / seconds if len(plain) == len(seconds) else np.full(1, np.nan)
+        rounds = sum(own.rounds for own in stats)
+        drafted = sum(own.drafted for own in stats)
+        rows.append({
+            "set": name,
+            "temperature": temperature,
+            "way": way,
+            "prompts": len(stats),
+            "seconds_per_100_tokens": float(seconds.mean()),
+            "speedup": float(gains.mean()),
+            "speedup_deviation": float(gains.std()),
+            "rounds_per_100_tokens": 100 * rounds / sum(own.decoded_tokens for own in stats),
+            "acceptance_rate": sum(own.accepted for own in stats) / drafted if drafted else None,
+        })  # fmt: skip
+    return rows
+
+
+def with_phases(row: dict[str, Any], measured: dict[str, float]) -> dict[str, Any]:
+    """A row with the seconds of drafting and of verification for 100 tokens."""
+    rounds = row["rounds_per_100_tokens"]
+    return row | {
+        "drafting": rounds * measured["drafting"],
+        "verification": rounds * measured["verification"],
+        "phases_over_round": measured["over_round"],
+    }
+
+
+def measure(args: argparse.Namespace, questions: Sequence[Question]) -> list[dict[str, Any]]:
+    """All rows: temperature by temperature, set by set, way by way."""
+    ways, rows = open_ways(args), []
+    drafted = [way for way in ways if way.engine.draft is not None] if args.profile_phases else []
+    for temperature in args.temperatures:
+        sampling = SamplingParams(temperature, seed=args.seed, max_new_tokens=args.max_new_tokens)
+        for name in dict.fromkeys(question.category for question in questions):
+            of_set = [question for question in questions if question.category == name]
+            rows += rows_of(name, temperature, complete(ways, of_set, sampling))
+        found = {way.name: phases(way.engine, sampling, 2 * args.max_new_tokens, args.repeats) for way in drafted}
+        rows = [
+            with_phases(row, found[row["way"]]) if row["temperature"] == temperature and row["way"] in found else row
+            for row in rows
+        ]
+    return rows
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """What measure() returned."""
+    names = ("T", "set", "", "s/100 tokens", "drafting", "verification", "speed-up", "α", "phases/round")
+    table = Table(*names, box=None, pad_edge=False)
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for row in rows:
+        rate = row["acceptance_rate"]
+        parts = [f"{row[name]:.2f}" if name in row else "" for name in ("drafting", "verification")]
+        table.add_row(
+            f"{row['temperature']:g}",
+            row["set"],
+            row["way"],
+            f"{row['seconds_per_100_tokens']:.2f}",
+            *parts,
+            f"{row['speedup']:.2f} ± {row['speedup_deviation']:.2f}",
+            "" if rate is None else f"{rate:.2f}",
+            f"{row['phases_over_round']:.2f}" if "phases_over_round" in row else "",
+        )
+    Console().print(table)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures, prints, writes the JSON and draws it."""
+    cache_compilations()
+    if args.questions is None and args.target is None:
+        questions = code_questions(read_prompts(HERE / "code_prompts.txt"))
+    else:
+        questions = read_questions(args.questions or HERE / "questions.jsonl")
+    check_destination(args.out)
+    rows = measure(args, questions)
+    print_table(rows)
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "questions", "refit")}
+    models = {name: Path(getattr(args, name) or getattr(demo, name.upper())).name for name in ("target", "draft")}
+    fields = settings | models | {"bundled": args.target is None, "results": rows}
+    save(args.out, json.dumps(fields, indent=1) + "\n")
+    draw(fields, args.out.with_suffix(".png"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    default = SpeculativeConfig()
+    parser = Parser(prog="python -m experiments.table2", description=__doc__)
+    parser.add_argument("--questions", type=Path, help="in Spec-Bench's form; each category is a set")
+    parser.add_argument("--target", help="default: the bundled pair")
+    parser.add_argument("--draft")
+    parser.add_argument("--mesh", default="1")
+    parser.add_argument("--platform")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--num-speculative-tokens", type=int, default=default.num_speculative_tokens)
+    parser.add_argument("--tree-width", type=int, default=4)
+    parser.add_argument("--lp-size", type=int, default=default.lp_size)
+    parser.add_argument("--refit", metavar="DIR", help="also drafts with the refit there")
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--profile-phases", action="store_true", help="time drafting and verification apart")
+    parser.add_argument("--repeats", type=int, default=15, help="of every phase")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "table2.json")
+    return run_command("experiments.table2", parser, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

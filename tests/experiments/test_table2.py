@@ -1,0 +1,75 @@
+"""Rows agree with each other, and the same figures are the same picture."""
+
+import json
+
+import pytest
+
+from experiments import draw_table2
+from experiments.table2 import ONE_DEVICE, TENSOR_PARALLEL, main
+from tests.models import save_model
+
+QUESTIONS = [
+    {"question_id": 1, "category": "qa", "turns": ["a fox"]},
+    {"question_id": 2, "category": "qa", "turns": ["and a dog"]},
+    {"question_id": 3, "category": "rag", "turns": ["a much shorter fox"]},
+]
+WAYS = ["+sd", "+tree", "EasySpec, N = 3"]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The directory with the results of a tiny model that drafts for itself."""
+    pytest.importorskip("matplotlib")
+    directory = tmp_path_factory.mktemp("table2")
+    save_model(directory / "model", "smollm2")
+    (directory / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    model = str(directory / "model")
+    assert main([
+        "--target", model, "--draft", model, "--questions", str(directory / "questions.jsonl"), "--mesh", "2",
+        "--platform", "cpu", "--lp-size", "3", "--tree-width", "2", "--num-speculative-tokens", "2",
+        "--max-new-tokens", "10", "--temperatures", "0", "--profile-phases", "--repeats", "2",
+        "--out", str(directory / "table2.json"),
+    ]) == 0  # fmt: skip
+    return directory
+
+
+def test_rows_agree_with_themselves(measured):
+    rows = json.loads((measured / "table2.json").read_text())["results"]
+    names = [ONE_DEVICE, TENSOR_PARALLEL, *WAYS]
+    assert [(row["set"], row["way"]) for row in rows] == [(name, way) for name in ("qa", "rag") for way in names]
+    for row in rows:
+        assert row["prompts"] == (2 if row["set"] == "qa" else 1)
+        assert row["seconds_per_100_tokens"] > 0
+        if row["way"] == ONE_DEVICE:
+            assert (row["speedup"], row["speedup_deviation"]) == (1, 0)
+        if row["way"] in WAYS:
+            passes = row["drafting"] + row["verification"]
+            assert passes > row["verification"] > 0 < row["phases_over_round"]
+            assert 0 < row["acceptance_rate"] <= 1
+        else:
+            assert "drafting" not in row and row["acceptance_rate"] is None
+            assert row["rounds_per_100_tokens"] == 100
+    exact = next(row for row in rows if row["way"] == "+sd")
+    assert exact["acceptance_rate"] == 1
+    assert exact["rounds_per_100_tokens"] == pytest.approx(100 / 3)
+
+
+def test_the_same_results_are_the_same_picture(measured, tmp_path):
+    again = tmp_path / "again.png"
+    assert draw_table2.main([str(measured / "table2.json"), "--out", str(again)]) == 0
+    assert again.read_bytes() == (measured / "table2.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--tree-width", "65"], "--tree-width 65 must be from 1 to 64"),
+        (["--questions", "absent.jsonl"], "--questions absent.jsonl cannot be read"),
+        (["--out", "absent/table2.json"], "--out absent/table2.json is no .json file"),
+        (["--temperatures", "-1"], "--temperature -1.0 must be 0 (greedy)"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, complaint, capsys):
+    assert main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert complaint in printed and printed.count("\n") == 1
