@@ -20,18 +20,21 @@ from easyspec_jax.draft.grouping import Group, Layout, paper_groups
 from easyspec_jax.draft.parallel import load_block, run_fuzzy
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.norm import rms_norm
-from easyspec_jax.model.transformer import Decoder, Hidden, Layer
+from easyspec_jax.model.transformer import Block, Decoder, Hidden, Layer
 from easyspec_jax.progress import Advance, Bar, no_bar
 from easyspec_jax.refit.device import run
 from easyspec_jax.refit.fidelity import overlap
 from easyspec_jax.refit.fit import TEXTS_A_BATCH, embed, fit_group, through_block
 from easyspec_jax.refit.store import Held
-from easyspec_jax.refit.teacher import drafted_window, exact_window
+from easyspec_jax.refit.teacher import exact_window, sampled_window
 
-FITTED, COMPARED = 40, 12
-"""Texts, at most, that candidates are fitted on, and others on which they are compared: enough to tell them apart."""
+FITTED, COMPARED = 40, 32
+"""Texts, at most, that candidates are fitted on, and others on which they are compared."""
 
-_CARRIED = 8  # candidates that go through a layer in one call
+EVERY = 4
+"""Of the positions of a text one in so many is compared: neighbours tell the same, and carrying them takes the time."""
+
+_CARRIED = 16  # candidates that go through a layer in one call
 
 Overlaps = Mapping[Group, float]
 """What of the exact distribution is left if this group alone is fuzzy, refit, one token ahead."""
@@ -83,7 +86,7 @@ def measure_groups(
             for size in range(2, len(largest) + 1):
                 group = largest[:size]
                 block = load_block(loader, group, layout.mlp_lp_size, Held(tensors))
-                carried[group] = np.asarray(run(loader, through_block, block, (exact, exact), (P(), P()))[1])
+                carried[group] = _group_alone(loader, block, exact)
             advance(1)
         return _overlaps(loader, inputs[layers][-compared:], carried)
 
@@ -113,6 +116,14 @@ def _exact(layer: Layer, config: ModelConfig, h: Hidden) -> Hidden:
     return layer(h, layer.init_cache(batch, tokens), exact_window(batch, tokens, tokens, config))[0]
 
 
+def _group_alone(
+    loader: Loader, block: Block, exact: Float[np.ndarray, "texts tokens hidden"]
+) -> Float[np.ndarray, "texts sampled hidden"]:
+    """What the fuzzy pass makes of a group before which nothing was fuzzy."""
+    fuzzy = (run(loader, through_block, block, pair, (P(), P()))[1] for pair in _batches(exact))
+    return np.concatenate([np.asarray(h, np.float32)[:, ::EVERY] for h in fuzzy])
+
+
 def _batches(exact: Float[np.ndarray, "texts tokens hidden"]) -> list[tuple[np.ndarray, np.ndarray]]:
     """What the exact and the fuzzy pass are fed where nothing before was fuzzy."""
     return [(exact[i : i + TEXTS_A_BATCH],) * 2 for i in range(0, len(exact), TEXTS_A_BATCH)]
@@ -133,12 +144,12 @@ def _carry(
 
 
 def _through_layer(
-    layer: Layer, config: ModelConfig, exact: Hidden, streams: Float[Array, "streams texts tokens hidden"]
-) -> Float[Array, "streams texts tokens hidden"]:
+    layer: Layer, config: ModelConfig, exact: Hidden, streams: Float[Array, "streams texts sampled hidden"]
+) -> Float[Array, "streams texts sampled hidden"]:
     batch, tokens = exact.shape[:2]
     cache = layer.init_cache(batch, 2 * tokens)
     _, cache = layer(exact, cache, exact_window(batch, tokens, 2 * tokens, config))
-    window = drafted_window(1, batch, tokens, 2 * tokens, config)
+    window = sampled_window(EVERY, batch, tokens, 2 * tokens, config)
     return jax.lax.map(lambda h: run_fuzzy(layer, h, cache, window)[0], streams)
 
 
@@ -149,17 +160,17 @@ def _overlaps(
     texts = []
     for place, own in enumerate(exact):
         streams = np.stack([fuzzy[place] for fuzzy in carried.values()])
-        texts.append(np.asarray(run(loader, _overlap, decoder, (own, streams), P())))
+        texts.append(np.asarray(run(loader, _overlap, decoder, (own[::EVERY], streams), P())))
     return dict(zip(carried, np.mean(texts, axis=0).tolist(), strict=True))
 
 
 def _overlap(
     decoder: Decoder,
     config: ModelConfig,
-    exact: Float[Array, "tokens hidden"],
-    streams: Float[Array, "streams tokens hidden"],
+    exact: Float[Array, "sampled hidden"],
+    streams: Float[Array, "streams sampled hidden"],
 ) -> Float[Array, " streams"]:
-    def logits(h: Float[Array, "tokens hidden"]) -> Float[Array, "tokens vocab_shard"]:
+    def logits(h: Float[Array, "sampled hidden"]) -> Float[Array, "sampled vocab_shard"]:
         return decoder.logits(rms_norm(h, decoder.norm[...], config.rms_norm_eps)[None])[0]
 
     expected = logits(exact)

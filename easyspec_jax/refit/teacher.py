@@ -26,6 +26,18 @@ def drafted_window(depth: int, batch: int, tokens: int, capacity: int, config: M
     return Window(start, jnp.asarray(mask), exact.cos, exact.sin)
 
 
+def sampled_window(every: int, batch: int, tokens: int, capacity: int, config: ModelConfig) -> Window:
+    """The window of each `every`-th token of whole texts, drafted at depth 1; its KV lies behind that of the texts."""
+    exact = exact_window(batch, tokens, capacity, config)
+    positions = np.arange(0, tokens, every)
+    mask = np.zeros((len(positions), capacity), bool)
+    mask[:, :tokens] = np.tri(tokens, k=-1)[positions]
+    mask[np.arange(len(positions)), tokens + np.arange(len(positions))] = True
+    start: Int[Array, " batch"] = jnp.full((batch,), tokens, jnp.int32)
+    mask = jnp.asarray(np.broadcast_to(mask, (batch, *mask.shape)))
+    return Window(start, mask, exact.cos[:, ::every], exact.sin[:, ::every])
+
+
 def _mask(depth: int, tokens: int, capacity: int) -> Bool[np.ndarray, "tokens capacity"]:
     mask = np.zeros((tokens, capacity), bool)
     mask[:, :tokens] = np.tri(tokens, k=-depth)

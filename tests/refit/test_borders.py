@@ -8,7 +8,7 @@ import pytest
 from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.parallel import load_draft
 from easyspec_jax.mesh import MeshShape
-from easyspec_jax.refit.borders import best_groups, measure_groups
+from easyspec_jax.refit.borders import EVERY, best_groups, measure_groups
 from easyspec_jax.refit.fidelity import fidelity
 from tests.models import loader
 from tests.refit.conftest import LAYERS, TEXTS
@@ -50,11 +50,12 @@ def test_overlap_of_a_candidate_is_that_of_a_draft_with_this_group_alone(draft, 
     from_ = loader(draft[0], mesh)
     overlaps = measure_groups(from_, Layout(paper_groups(LAYERS, 3), mlp_lp_size), TEXTS, ridge=1e9)
     assert set(overlaps) == {range(a, a + n) for n in (2, 3) for a in range(LAYERS - n + 1)}
-    compared = TEXTS[-3:]
+    compared, counted = TEXTS[-3:], np.zeros((3, TEXTS.shape[1]), bool)
+    counted[:, ::EVERY] = True
     for group in (range(0, 2), range(3, 6), range(5, 8)):
         groups = (*(range(i, i + 1) for i in range(group.start)), group)
         groups += tuple(range(i, i + 1) for i in range(group.stop, LAYERS))
         model = load_draft(from_, Layout(groups, mlp_lp_size))
-        expected = fidelity(model, from_.mesh, compared, np.ones(compared.shape, bool), depths=1)[0][0]
+        expected = fidelity(model, from_.mesh, compared, counted, depths=1)[0][0]
         assert overlaps[group] == pytest.approx(expected, abs=1e-4)
     assert min(overlaps.values()) < 0.9, "candidates that lose nothing would prove nothing"
