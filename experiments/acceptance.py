@@ -16,13 +16,16 @@ from typing import Any, Literal, get_args
 from rich.console import Console
 from rich.table import Table
 
-from easyspec_jax import Engine, SamplingParams, SpeculativeConfig, demo, open_model
+from easyspec_jax import Engine, SamplingParams, SpeculativeConfig, open_model
 from easyspec_jax.command import Parser, cache_compilations, read_prompts, run_command
 from easyspec_jax.draft.grouping import format_groups
+from easyspec_jax.drawing import check_drawing
+from easyspec_jax.files import write_whole
 from easyspec_jax.options import Verifier
 from easyspec_jax.progress import bar
 from experiments.draw_acceptance import Row, draw
 from experiments.output import check_destination, save
+from experiments.pair import names
 
 HERE = Path(__file__).parent
 GREEDY = "greedy"
@@ -141,13 +144,13 @@ def run(args: argparse.Namespace) -> None:
     cache_compilations()
     prompts = read_prompts(args.prompt_file or HERE / ("prompts.txt" if args.target else "code_prompts.txt"))
     out = destination(args)
+    check_drawing()
     rows = measure_grid(args, prompts)
     print_tables(rows)
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "prompt_file")}
-    models = {name: Path(getattr(args, name) or getattr(demo, name.upper())).name for name in ("target", "draft")}
-    fields = settings | models | {"bundled": args.target is None, "prompts": prompts}
+    fields = settings | names(args) | {"bundled": args.target is None, "prompts": prompts}
     save(out, as_json(fields, rows))
-    draw(fields | {"results": rows}, out.with_suffix(".png"))
+    write_whole(out.with_suffix(".png"), draw(fields | {"results": rows}))
 
 
 def destination(args: argparse.Namespace) -> Path:

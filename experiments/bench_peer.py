@@ -22,6 +22,7 @@ from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, demo,
 from easyspec_jax.command import Parser, read_prompts
 from easyspec_jax.options import Method
 from experiments.output import check_destination, save
+from experiments.pair import names
 
 HERE = Path(__file__).parent
 
@@ -137,8 +138,7 @@ def report(ways: list[Way], args: argparse.Namespace) -> None:
         table.add_row(way.name, f"{median(speed):.1f}", f"{median(ratios):.2f}", f"{same} of {len(plain.tokens)}")
     Console().print(table)
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "prompt_file")}
-    models = {name: Path(getattr(args, name) or getattr(demo, name.upper())).name for name in ("target", "draft")}
-    save(args.out, json.dumps(settings | models | {"results": rows}, indent=1) + "\n")
+    save(args.out, json.dumps(settings | names(args) | {"results": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

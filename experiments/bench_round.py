@@ -31,6 +31,7 @@ from easyspec_jax.model.attention import Nodes
 from easyspec_jax.model.transformer import Decoder, run_exact
 from easyspec_jax.options import Verifier
 from experiments.output import check_destination, save
+from experiments.pair import names
 
 HERE = Path(__file__).parent
 WARM_UP = 3
@@ -143,9 +144,8 @@ def report(args: argparse.Namespace) -> None:
         figures = (f"{1e3 * median(seconds[part]):.1f}" for part in ("round", "passes"))
         table.add_row(name, f"{temperature:g}", *figures, f"{100 * median(shares):.1f} %")
     Console().print(table)
-    models = {name: Path(getattr(args, name) or getattr(demo, name.upper())).name for name in ("target", "draft")}
     settings = {name: value for name, value in vars(args).items() if name != "out"}
-    save(args.out, json.dumps(settings | models | {"results": rows}, indent=1) + "\n")
+    save(args.out, json.dumps(settings | names(args) | {"results": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from easyspec_jax import EasySpecError
-from easyspec_jax.command import Parser
-from easyspec_jax.config import read_json
+from easyspec_jax.drawing import INK, SOFT, STYLE, WHITE, png
+from experiments.output import draw_again
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +21,6 @@ Row = dict[str, Any]
 
 PANELS = {"mean_acceptance_length": "Tokens per target pass", "acceptance_rate": "Acceptance rate"}
 
-INK, SOFT, FAINT, WHITE = "#1f1f1f", "#5a5a5a", "#e4e4e4", "#ffffff"
 COLORS = ("#000000", "#0072b2", "#009e73", "#d55e00", "#cc79a7", "#e69f00")
 MARKERS = "osD^vP"
 """Both by tree width; the colours are those of Okabe and Ito."""
@@ -35,20 +32,7 @@ STROKES: dict[str, dict[str, Any]] = {
 }
 """By how a fuzzy draft is kept near the exact one; what is refit is calibrated too."""
 
-STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "text.color": INK,
-    "axes.edgecolor": SOFT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "axes.grid": True,
-    "grid.color": FAINT,
-    "lines.markersize": 5,
-    "figure.constrained_layout.h_pad": 0.08,
-    "legend.frameon": False,
-}
+OWN_STYLE = {"axes.titlesize": 11, "lines.markersize": 5, "figure.constrained_layout.h_pad": 0.08}
 
 
 @dataclass(frozen=True)
@@ -81,29 +65,28 @@ def lines_of(rows: Sequence[Row]) -> list[Line]:
     ]
 
 
-def draw(measured: dict[str, Any], out: Path) -> None:
-    """Writes the picture as PNG; the same figures give the same bytes. Raises EasySpecError without matplotlib."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise EasySpecError("drawing needs matplotlib: pip install -e '.[experiments]'") from None
+def draw(measured: dict[str, Any]) -> bytes:
+    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    return png(lambda: _figure(measured), STYLE | OWN_STYLE)
+
+
+def _figure(measured: dict[str, Any]) -> "Figure":
+    from matplotlib.figure import Figure
 
     results = measured["results"]
     ways = {way: [row for row in results if way_of(row) == way] for way in map(way_of, results)}
     lines = lines_of(results)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 1.2 + 3 * len(ways)), dpi=120, layout="constrained")
-        figure.suptitle(title_of(measured), weight="bold", size=13)
-        panels = figure.subplots(len(ways), len(PANELS), squeeze=False)
-        for (way, rows), beside in zip(ways.items(), panels, strict=True):
-            for (name, title), axes in zip(PANELS.items(), beside, strict=True):
-                axes.set_title(f"{title}: {way}")
-                draw_panel(axes, lines, rows, name)
-        for axes in panels[-1]:
-            axes.set_xlabel("N, draft layers that run at once")
-        draw_legend(figure, lines)
-        figure.savefig(out, metadata={"Software": None})
+    figure = Figure(figsize=(10, 1.2 + 3 * len(ways)), dpi=120, layout="constrained")
+    figure.suptitle(title_of(measured), weight="bold", size=13)
+    panels = figure.subplots(len(ways), len(PANELS), squeeze=False)
+    for (way, rows), beside in zip(ways.items(), panels, strict=True):
+        for (name, title), axes in zip(PANELS.items(), beside, strict=True):
+            axes.set_title(f"{title}: {way}")
+            draw_panel(axes, lines, rows, name)
+    for axes in panels[-1]:
+        axes.set_xlabel("N, draft layers that run at once")
+    draw_legend(figure, lines)
+    return figure
 
 
 def way_of(row: Row) -> str:
@@ -141,19 +124,7 @@ def title_of(measured: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m experiments.draw_acceptance", description=__doc__)
-    parser.add_argument("measured", type=Path, metavar="JSON", help="what experiments.acceptance wrote")
-    parser.add_argument("--out", type=Path, help="default: the same name, as .png")
-    try:
-        args = parser.parse_args(argv)
-        draw(read_json(args.measured), args.out or args.measured.with_suffix(".png"))
-    except KeyError as missing:
-        print(f"experiments.draw_acceptance: error: the JSON holds no {missing}", file=sys.stderr)
-        return 2
-    except (EasySpecError, OSError) as error:
-        print(f"experiments.draw_acceptance: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return draw_again("experiments.draw_acceptance", __doc__, draw, argv)
 
 
 if __name__ == "__main__":

@@ -6,56 +6,41 @@ verification where those were timed.
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from easyspec_jax import EasySpecError
-from easyspec_jax.command import Parser, run_command
-from easyspec_jax.config import read_json
+from easyspec_jax.drawing import INK, SOFT, png
+from experiments.output import draw_again
 
-INK, SOFT, FAINT = "#1f1f1f", "#5a5a5a", "#e4e4e4"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 DRAFTING, VERIFICATION, WHOLE = "#0072b2", "#e69f00", "#bdbdbd"
 """Of Okabe and Ito, and far apart in grey."""
 
-STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "text.color": INK,
-    "axes.edgecolor": SOFT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "legend.frameon": False,
-}
+
+def draw(measured: dict[str, Any]) -> bytes:
+    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    return png(lambda: _figure(measured))
 
 
-def draw(measured: dict[str, Any], out: Path) -> None:
-    """Writes the picture as PNG. Raises EasySpecError without matplotlib."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise EasySpecError("drawing needs matplotlib: pip install -e '.[experiments]'") from None
+def _figure(measured: dict[str, Any]) -> "Figure":
+    from matplotlib.figure import Figure
 
     rows = measured["results"]
     temperatures = list(dict.fromkeys(row["temperature"] for row in rows))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 1.4 + 2.4 * len(temperatures)), dpi=120, layout="constrained")
-        title = f"{measured['target']}, drafted by {measured['draft']}, --mesh {measured['mesh']}"
-        figure.suptitle(title, weight="bold", size=13)
-        panels = figure.subplots(len(temperatures), 1, squeeze=False, sharex=True)[:, 0]
-        for temperature, axes in zip(temperatures, panels, strict=True):
-            _draw_panel(axes, [row for row in rows if row["temperature"] == temperature])
-            axes.set_title(f"temperature {temperature:g}", size=11)
-        panels[-1].set_xlabel("seconds for 100 tokens")
-        handles = {
-            label: bars for axes in panels for bars, label in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
-        figure.savefig(out, metadata={"Software": None})
+    figure = Figure(figsize=(9, 1.4 + 2.4 * len(temperatures)), dpi=120, layout="constrained")
+    title = f"{measured['target']}, drafted by {measured['draft']}, --mesh {measured['mesh']}"
+    figure.suptitle(title, weight="bold", size=13)
+    panels = figure.subplots(len(temperatures), 1, squeeze=False, sharex=True)[:, 0]
+    for temperature, axes in zip(temperatures, panels, strict=True):
+        _draw_panel(axes, [row for row in rows if row["temperature"] == temperature])
+        axes.set_title(f"temperature {temperature:g}", size=11)
+    panels[-1].set_xlabel("seconds for 100 tokens")
+    handles = {label: bars for axes in panels for bars, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+    return figure
 
 
 def _draw_panel(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -77,22 +62,13 @@ def _draw_panel(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     axes.set_yticks(range(len(names := list(dict.fromkeys(row["way"] for row in rows)))), names)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.grid(axis="x")
+    axes.grid(visible=False, axis="y")
+    axes.set_axisbelow(True)
     axes.tick_params(colors=SOFT, labelcolor=INK)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m experiments.draw_table2", description=__doc__)
-    parser.add_argument("json", type=Path)
-    parser.add_argument("--out", type=Path, help="default: beside the JSON")
-
-    def run(args: Any) -> None:
-        measured = read_json(args.json)
-        if not isinstance(measured.get("results"), list):
-            raise EasySpecError(f"{args.json} holds no 'results' of experiments.table2")
-        draw(measured, args.out or args.json.with_suffix(".png"))
-
-    return run_command("experiments.draw_table2", parser, run, argv)
+    return draw_again("experiments.draw_table2", __doc__, draw, argv)
 
 
 if __name__ == "__main__":

@@ -18,17 +18,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from easyspec_jax import EasySpecError, Engine, SamplingParams, SpeculativeConfig, open_model
-from easyspec_jax.command import Parser, cache_compilations, read_prompts, run_command
+from easyspec_jax import EasySpecError, Engine, SamplingParams, SpeculativeConfig
+from easyspec_jax.command import Parser, cache_compilations, run_command
 from easyspec_jax.decode.metrics import Stats
 from easyspec_jax.files import check_writable, write_whole
 from easyspec_jax.options import Method
 from easyspec_jax.progress import bar
 from easyspec_jax.tokenizer import Prompt
 from experiments.divergence import Divergence, divergence, next_logits
-from experiments.questions import Answer, Question, code_questions, read_questions
+from experiments.pair import add_flags, open_pair, questions_of
+from experiments.questions import Answer, Question
 
-HERE = Path(__file__).parent
 OVERALL = "overall"
 
 Pair = tuple[Answer, Answer]
@@ -127,18 +127,13 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 def run(args: argparse.Namespace) -> None:
     """Answers, writes both answer files and the summary, prints the table."""
     cache_compilations()
-    if args.questions is None and args.target is None:
-        questions = code_questions(read_prompts(HERE / "code_prompts.txt"))
-    else:
-        questions = read_questions(args.questions or HERE / "questions.jsonl")
+    questions = questions_of(args)
     plain_out = args.out.with_name(f"{args.out.stem}-plain{args.out.suffix}")
     if args.out.suffix != ".jsonl" or not args.out.parent.is_dir():
         raise EasySpecError(f"--out {args.out} is no .jsonl file in a directory that exists")
     for path in (args.out, plain_out):
         check_writable(path)
-    engine = open_model(
-        args.target, args.draft, mesh=args.mesh, platform=args.platform, dtype=args.dtype, speculative=_chosen(args)
-    )
+    engine = open_pair(args, _chosen(args))
     plain = engine.baseline()
     sampling = SamplingParams(max_new_tokens=args.max_new_tokens)
     pairs = answer_all(engine, plain, questions, sampling)
@@ -165,12 +160,7 @@ def _chosen(args: argparse.Namespace) -> SpeculativeConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     default = SpeculativeConfig()
     parser = Parser(prog="python -m experiments.spec_bench", description=__doc__)
-    parser.add_argument("--questions", type=Path, help="default: a dozen of our own, or code for the bundled pair")
-    parser.add_argument("--target", help="default: the bundled pair")
-    parser.add_argument("--draft")
-    parser.add_argument("--mesh", default="1")
-    parser.add_argument("--platform")
-    parser.add_argument("--dtype", default="auto")
+    add_flags(parser)
     parser.add_argument("--method", choices=[m for m in Method.__args__ if m != "vanilla"], default=default.method)
     parser.add_argument("--num-speculative-tokens", type=int, default=default.num_speculative_tokens)
     parser.add_argument("--tree-width", type=int)

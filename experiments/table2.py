@@ -17,18 +17,20 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from easyspec_jax import Engine, SamplingParams, SpeculativeConfig, demo, open_model
-from easyspec_jax.command import Parser, cache_compilations, read_prompts, run_command
+from easyspec_jax import Engine, SamplingParams, SpeculativeConfig
+from easyspec_jax.command import Parser, cache_compilations, run_command
 from easyspec_jax.completion import Completion
 from easyspec_jax.draft.parallel import run_fuzzy
+from easyspec_jax.drawing import check_drawing
+from easyspec_jax.files import write_whole
 from easyspec_jax.mesh import parse_mesh
 from easyspec_jax.model.transformer import run_exact
-from easyspec_jax.options import DType, Platform
 from easyspec_jax.progress import bar
 from easyspec_jax.timing import alone, alternate, pass_case, round_case
 from experiments.draw_table2 import draw
 from experiments.output import check_destination, save
-from experiments.questions import Question, code_questions, read_questions
+from experiments.pair import add_flags, names, open_pair, questions_of
+from experiments.questions import Question
 
 HERE = Path(__file__).parent
 ONE_DEVICE, TENSOR_PARALLEL = "one device", "TP"
@@ -45,13 +47,7 @@ class Way:
 def open_ways(args: argparse.Namespace) -> list[Way]:
     """The paper's columns, the first of which all others are compared with. Raises EasySpecError as open_model does."""
     levels, width = args.num_speculative_tokens, args.tree_width
-
-    def opened(mesh: str, speculative: SpeculativeConfig) -> Engine:
-        platform: Platform | None = args.platform
-        dtype: DType = args.dtype
-        return open_model(args.target, args.draft, mesh=mesh, platform=platform, dtype=dtype, speculative=speculative)
-
-    chain = opened(args.mesh, SpeculativeConfig(method="sd", num_speculative_tokens=levels))
+    chain = open_pair(args, SpeculativeConfig(method="sd", num_speculative_tokens=levels))
     tree = SpeculativeConfig(method="tree", num_speculative_tokens=levels, tree_width=width)
     fuzzy = SpeculativeConfig(num_speculative_tokens=levels, tree_width=width, lp_size=args.lp_size, refit="none")
     shape = parse_mesh(args.mesh, group_size=args.lp_size)
@@ -68,7 +64,7 @@ def open_ways(args: argparse.Namespace) -> list[Way]:
         ways.append(Way(f"EasySpec, N = {args.lp_size}, refit", chain.variant(refit, shape)))
     if chain.mesh.size == 1:
         return [Way(ONE_DEVICE, ways[0].engine), *ways[1:]]
-    return [Way(ONE_DEVICE, opened("1", SpeculativeConfig(method="vanilla"))), *ways]
+    return [Way(ONE_DEVICE, open_pair(args, SpeculativeConfig(method="vanilla"), mesh="1")), *ways]
 
 
 def complete(
@@ -195,29 +191,21 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measures, prints, writes the JSON and draws it."""
     cache_compilations()
-    if args.questions is None and args.target is None:
-        questions = code_questions(read_prompts(HERE / "code_prompts.txt"))
-    else:
-        questions = read_questions(args.questions or HERE / "questions.jsonl")
+    questions = questions_of(args)
+    check_drawing()
     check_destination(args.out)
     rows = measure(args, questions)
     print_table(rows)
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "questions", "refit")}
-    models = {name: Path(getattr(args, name) or getattr(demo, name.upper())).name for name in ("target", "draft")}
-    fields = settings | models | {"bundled": args.target is None, "results": rows}
+    fields = settings | names(args) | {"bundled": args.target is None, "results": rows}
     save(args.out, json.dumps(fields, indent=1) + "\n")
-    draw(fields, args.out.with_suffix(".png"))
+    write_whole(args.out.with_suffix(".png"), draw(fields))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     default = SpeculativeConfig()
     parser = Parser(prog="python -m experiments.table2", description=__doc__)
-    parser.add_argument("--questions", type=Path, help="in Spec-Bench's form; each category is a set")
-    parser.add_argument("--target", help="default: the bundled pair")
-    parser.add_argument("--draft")
-    parser.add_argument("--mesh", default="1")
-    parser.add_argument("--platform")
-    parser.add_argument("--dtype", default="auto")
+    add_flags(parser)
     parser.add_argument("--num-speculative-tokens", type=int, default=default.num_speculative_tokens)
     parser.add_argument("--tree-width", type=int, default=4)
     parser.add_argument("--lp-size", type=int, default=default.lp_size)

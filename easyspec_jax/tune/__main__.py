@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import get_args
 
 from easyspec_jax.command import Parser, cache_compilations, read_prompts, run_command
+from easyspec_jax.drawing import check_drawing
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.files import check_writable, write_whole
 from easyspec_jax.options import DraftTensorParallelSize, DType, Platform, SamplingParams, check_whole
-from easyspec_jax.tune.draw import check_drawing, draw
+from easyspec_jax.tune.draw import draw
 
 PROGRAM = "easyspec_jax.tune"
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from experiments.divergence import first_difference
+from experiments.pair import HERE
 from experiments.questions import read_questions
-from experiments.spec_bench import HERE, OVERALL, main
+from experiments.spec_bench import OVERALL, main
 from tests.models import save_model
 
 QUESTIONS = [
