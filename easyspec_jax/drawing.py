@@ -41,6 +41,6 @@ def png(make: Callable[[], "Figure"], style: Mapping[str, Any] = STYLE) -> bytes
     import matplotlib
 
     written = io.BytesIO()
-    with matplotlib.rc_context(dict(style)):
+    with matplotlib.rc_context(dict[Any, Any](style)):
         make().savefig(written, format="png", metadata={"Software": None})
     return written.getvalue()

@@ -6,7 +6,7 @@ zero, so a token's hidden state is its embedding, and the head maps it to the on
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -28,7 +28,6 @@ from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import MLP, Decoder
 from easyspec_jax.plan.configurations import BUNDLED
-from easyspec_jax.plan.shapes import Shapes
 from easyspec_jax.sources import Window
 
 Fields = dict[str, Any]
@@ -95,12 +94,13 @@ class Walk:
 
 
 @dataclass(frozen=True)
-class Synthetic(Shapes):
+class Synthetic:
     """A TensorSource of made-up tensors, the same in every layer.
 
     successor: None for random weights throughout; otherwise the greedy choice after every id, by an untied head.
     """
 
+    config: ModelConfig
     dtype: np.dtype
     successor: np.ndarray | None = None
 
@@ -133,6 +133,13 @@ class Synthetic(Shapes):
             block = scale * rng.standard_normal(min(prod(shape), 1_000_003), np.float32)
             self._blocks[name] = block.astype(self.dtype)
         return self._blocks[name]
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return expected_shapes(self.config)
 
     @cached_property
     def _blocks(self) -> dict[str, np.ndarray]:

@@ -126,7 +126,8 @@ def _group_alone(
 
 def _batches(exact: Float[np.ndarray, "texts tokens hidden"]) -> list[tuple[np.ndarray, np.ndarray]]:
     """What the exact and the fuzzy pass are fed where nothing before was fuzzy."""
-    return [(exact[i : i + TEXTS_A_BATCH],) * 2 for i in range(0, len(exact), TEXTS_A_BATCH)]
+    batches = (exact[first : first + TEXTS_A_BATCH] for first in range(0, len(exact), TEXTS_A_BATCH))
+    return [(batch, batch) for batch in batches]
 
 
 def _carry(

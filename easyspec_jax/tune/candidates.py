@@ -83,14 +83,15 @@ class Space:
             if mlps <= size:
                 found.setdefault((paper_groups(num_layers, size), mlps, (size, mlps) in self.refits), (size, mlps))
         axes = found.values(), self.draft_tensor_parallel_sizes, self.tree_widths, range(1, self.max_levels + 1)
-        return [self._speculation(*sizes, *values) for sizes, *values in product(*axes)]
+        return [self._speculation(*values) for values in product(*axes)]
 
     def _speculation(
-        self, lp_size: int, mlp_lp_size: int, tp: DraftTensorParallelSize, width: int, levels: int
+        self, sizes: tuple[int, int], tp: DraftTensorParallelSize, width: int, levels: int
     ) -> SpeculativeConfig:
+        lp_size, mlp_lp_size = sizes
         shared = SpeculativeConfig(num_speculative_tokens=levels, draft_tensor_parallel_size=tp)
         if lp_size > 1:
-            refit = "auto" if (lp_size, mlp_lp_size) in self.refits else "none"
+            refit = "auto" if sizes in self.refits else "none"
             return replace(shared, lp_size=lp_size, mlp_lp_size=mlp_lp_size, refit=refit, tree_width=width)
         return replace(shared, method="sd") if width == 1 else replace(shared, method="tree", tree_width=width)
 
