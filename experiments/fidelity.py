@@ -107,17 +107,52 @@ def _cosine(a: Float[Array, "tokens size"], b: Float[Array, "tokens size"]) -> F
     return jnp.sum(a * b, axis=-1) / jnp.maximum(lengths, jnp.finfo(jnp.float32).tiny)
 
 
+def prepare(args: argparse.Namespace, speculations: Sequence[SpeculativeConfig]) -> tuple[Engine, Texts, Counted]:
+    """The draft as a model that speaks for itself, and what it says to the prompts; flags: see add_flags().
+
+    Raises EasySpecError for groups in which nothing is fuzzy, before anything is computed.
+    """
+    prompts = read_prompts(args.prompts or HERE / ("code_prompts.txt" if args.draft == demo.DRAFT else "prompts.txt"))
+    draft = open_checkpoint(args.draft)
+    if any(choose_layout(speculative, draft)[0].lp_size == 1 for speculative in speculations):
+        raise EasySpecError("in groups of one layer nothing is fuzzy; give an --lp-size of at least 2")
+    engine = open_model(args.draft, speculative=SpeculativeConfig(method="vanilla"), dtype="float32")
+    return engine, *continuations(engine, prompts, args.chat, args.max_new_tokens)
+
+
+def measured(engine: Engine, speculative: SpeculativeConfig, texts: Texts, counted: Counted) -> dict[str, Any]:
+    """How faithful one way to draft is."""
+    layout, refit = choose_layout(speculative, engine.target)
+    model = load_draft(engine.loader(engine.target, ALL_AXES), layout, refit)
+    overlap, agree = fidelity(model, engine.mesh, texts, counted)
+    return {
+        "lp_size": speculative.lp_size,
+        "groups": format_groups(layout.groups),
+        "mlp_lp_size": layout.mlp_lp_size,
+        "refit": refit is not None,
+        "positions": int(counted.sum()),
+        "overlap": overlap,
+        "agree": agree,
+        "cosine": cosines(model, engine.mesh, texts, counted),
+    }
+
+
+def add_flags(parser: Parser) -> None:
+    """The draft, and what it is measured on."""
+    parser.add_argument("--draft", type=Path, default=demo.DRAFT, help="default: the bundled one")
+    parser.add_argument("--prompts", type=Path, help="one a line (default: questions, or code for the bundled draft)")
+    parser.add_argument("--chat", action="store_true", help="wrap each prompt in the draft's chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+
+
 def _parser() -> argparse.ArgumentParser:
     default = SpeculativeConfig()
     parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__)
-    parser.add_argument("--draft", type=Path, default=demo.DRAFT, help="default: the bundled one")
+    add_flags(parser)
     parser.add_argument("--lp-size", type=int, default=default.lp_size, metavar="N")
     parser.add_argument("--lp-strategy", metavar="S", help="explicit groups")
     parser.add_argument("--mlp-lp-size", type=int, default=default.mlp_lp_size, metavar="M")
     parser.add_argument("--refit", default="none", metavar="DIR", help='"auto": the one beside the draft, if any')
-    parser.add_argument("--prompts", type=Path, help="one a line (default: questions, or code for the bundled draft)")
-    parser.add_argument("--chat", action="store_true", help="wrap each prompt in the draft's chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -127,27 +162,9 @@ def run(args: argparse.Namespace) -> None:
     speculative = SpeculativeConfig(
         lp_size=args.lp_size, lp_strategy=args.lp_strategy, mlp_lp_size=args.mlp_lp_size, refit=args.refit
     )
-    bundled = args.draft == demo.DRAFT
-    prompts = read_prompts(args.prompts or HERE / ("code_prompts.txt" if bundled else "prompts.txt"))
     cache_compilations()
-    draft = open_checkpoint(args.draft)
-    layout, refit = choose_layout(speculative, draft)
-    if layout.lp_size == 1:
-        raise EasySpecError("in groups of one layer nothing is fuzzy; give an --lp-size of at least 2")
-    engine = open_model(args.draft, speculative=SpeculativeConfig(method="vanilla"), dtype="float32")
-    texts, counted = continuations(engine, prompts, args.chat, args.max_new_tokens)
-    model = load_draft(engine.loader(draft, ALL_AXES), layout, refit)
-    overlap, agree = fidelity(model, engine.mesh, texts, counted)
-    result = {
-        "lp_size": args.lp_size,
-        "groups": format_groups(layout.groups),
-        "mlp_lp_size": layout.mlp_lp_size,
-        "refit": refit is not None,
-        "positions": int(counted.sum()),
-        "overlap": overlap,
-        "agree": agree,
-        "cosine": cosines(model, engine.mesh, texts, counted),
-    }
+    engine, texts, counted = prepare(args, [speculative])
+    result = measured(engine, speculative, texts, counted)
     print(json.dumps(result) if args.json else _described(result))
 
 

@@ -1,0 +1,90 @@
+"""The paper's Table 4, and what it leads to: `python -m experiments.table4 --draft DIR --chat [--refit DIR]`.
+
+Cosines of what a group approximates, and how much of the exact draft's distribution is left at each depth, for every
+number of layers that run at once; with --refit DIR also for the refits there. Also the frontier of fidelity against
+collectives, with --mlp-lp-sizes of more than 1.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from easyspec_jax import SpeculativeConfig
+from easyspec_jax.command import Parser, cache_compilations, run_command
+from easyspec_jax.draft.grouping import parse_groups
+from easyspec_jax.drawing import check_drawing
+from easyspec_jax.files import write_whole
+from easyspec_jax.progress import bar
+from easyspec_jax.refit.fidelity import DEPTHS
+from experiments.draw_table4 import draw
+from experiments.fidelity import add_flags, measured, prepare
+from experiments.output import check_destination, save
+
+HERE = Path(__file__).parent
+
+
+def speculations(args: argparse.Namespace) -> list[SpeculativeConfig]:
+    """Every way to draft that is asked for; MLPs at once only within a group."""
+    refits = ["none"] if args.refit is None else ["none", args.refit]
+    sizes = ((n, m) for n, m in product(args.lp_sizes, args.mlp_lp_sizes) if m <= n)
+    return [SpeculativeConfig(lp_size=n, mlp_lp_size=m, refit=refit) for n, m in sizes for refit in refits]
+
+
+def collectives(groups: str, mlp_lp_size: int, num_layers: int) -> int:
+    """Of a fuzzy pass whose draft is split over all devices, its logits left out."""
+    sizes = map(len, parse_groups(groups, num_layers))
+    return sum(1 + -(-size // mlp_lp_size) for size in sizes)
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """What was measured."""
+    names = ["h", "q", "k", "v", "attn_out"]
+    depths = [f"depth {depth + 1}" for depth in range(DEPTHS)]
+    table = Table("N", "M", "", "collectives", *names, *depths, box=None, pad_edge=False)
+    for row in rows:
+        numbers = [*(row["cosine"][name] for name in names), *row["overlap"]]
+        refit = "refit" if row["refit"] else ""
+        sizes = str(row["lp_size"]), str(row["mlp_lp_size"]), refit, str(row["collectives"])
+        table.add_row(*sizes, *(f"{number:.3f}" for number in numbers))
+    Console().print(table)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures, prints, writes the JSON and draws it."""
+    cache_compilations()
+    check_destination(args.out)
+    check_drawing()
+    ways = speculations(args)
+    engine, texts, counted = prepare(args, ways)
+    rows = []
+    with bar("Measuring", len(ways)) as advance:
+        for way in ways:
+            row = measured(engine, way, texts, counted)
+            layers = engine.target.config.num_hidden_layers
+            rows.append(row | {"collectives": collectives(row["groups"], row["mlp_lp_size"], layers)})
+            advance(1)
+    print_table(rows)
+    fields = {"draft": args.draft.name, "max_new_tokens": args.max_new_tokens, "results": rows}
+    save(args.out, json.dumps(fields, indent=1) + "\n")
+    write_whole(args.out.with_suffix(".png"), draw(fields))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m experiments.table4", description=__doc__)
+    add_flags(parser)
+    parser.add_argument("--lp-sizes", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--mlp-lp-sizes", type=int, nargs="+", default=[1])
+    parser.add_argument("--refit", metavar="DIR", help="with a refit for each of the sizes")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "table4.json")
+    return run_command("experiments.table4", parser, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

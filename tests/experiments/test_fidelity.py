@@ -1,0 +1,80 @@
+"""The cosines are those that transformers' hidden states have, and tables are what was measured."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from experiments import draw_table4, fidelity, table4
+from tests.models import save_model
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory):
+    """A draft of four layers, the middle ones of which may run at once, and transformers' model of it."""
+    directory = tmp_path_factory.mktemp("fidelity")
+    reference = save_model(directory / "draft", "smollm2", num_hidden_layers=4)
+    (directory / "prompts.txt").write_text("a fox\n")
+    return directory, reference
+
+
+def flags(directory) -> list[str]:
+    prompts = ["--prompts", str(directory / "prompts.txt"), "--max-new-tokens", "10"]
+    return ["--draft", str(directory / "draft"), *prompts]
+
+
+def test_cosines_are_those_of_transformers(draft, capsys):
+    directory, reference = draft
+    assert fidelity.main([*flags(directory), "--lp-size", "3", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["groups"], found["refit"]) == ("0,1-2,3", False)
+    assert found["positions"] == 10
+    assert 1 > found["overlap"][0] > found["overlap"][-1] > 0
+    cosines = expected_cosines(directory, reference)
+    assert {name: found["cosine"][name] for name in cosines} == pytest.approx(cosines, abs=1e-5)
+    assert min(cosines.values()) < 0.999, "what is not stale would prove nothing"
+
+
+def expected_cosines(directory, reference) -> dict[str, float]:
+    """Layer 2 is the only one that is stale at depth 1: it sees what layer 1 sees, which is still exact."""
+    ids = transformers.AutoTokenizer.from_pretrained(directory / "draft")("a fox", return_tensors="pt").input_ids
+    texts = reference.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0)
+    with torch.no_grad():
+        states = reference(texts, output_hidden_states=True).hidden_states
+        layer = reference.model.layers[2]
+        fed = {"h": (states[2], states[1])}
+        for name in "qkv":
+            project = getattr(layer.self_attn, f"{name}_proj")
+            fed[name] = tuple(project(layer.input_layernorm(h)) for h in fed["h"])
+        counted = slice(ids.shape[1] - 1, texts.shape[1] - 1)
+        return {name: torch.cosine_similarity(*pair, dim=-1)[0, counted].mean().item() for name, pair in fed.items()}
+
+
+def test_the_table_has_every_way(draft, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "table4.json"
+    sizes = ["--lp-sizes", "3", "--mlp-lp-sizes", "1", "2", "4"]
+    assert table4.main([*flags(draft[0]), *sizes, "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["results"]
+    assert [(row["lp_size"], row["mlp_lp_size"]) for row in rows] == [(3, 1), (3, 2)]
+    # Two for each layer alone; the group's one, and one for each MLP or for both.
+    assert [(row["groups"], row["collectives"]) for row in rows] == [("0,1-2,3", 7), ("0,1-2,3", 6)]
+    again = tmp_path / "again.png"
+    assert draw_table4.main([str(out), "--out", str(again)]) == 0
+    assert again.read_bytes() == out.with_suffix(".png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--lp-sizes", "1"], "in groups of one layer nothing is fuzzy"),
+        (["--lp-sizes", "3", "--refit", "nowhere"], "--refit nowhere has no lp3.safetensors"),
+        (["--prompts", "absent.txt"], "--prompt-file absent.txt cannot be read"),
+        (["--out", "absent/table4.json"], "is no .json file"),
+    ],
+)
+def test_bad_arguments_are_one_line(draft, arguments, complaint, capsys):
+    assert table4.main([*flags(draft[0]), *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert complaint in printed and printed.count("\n") == 1
