@@ -13,7 +13,7 @@ from easyspec_jax.tune.predict import Figures
 from easyspec_jax.tune.tuning import choose, open_pair, rows, tune
 from tests.models import save_model
 
-SPACE = Space([1, 3], [1], 2, ["all"])
+SPACE = Space([1, 3], [1], 2, ["all"], mlp_lp_sizes=[1])
 SAMPLE = Sample(["Hello", "two of them"], SamplingParams(max_new_tokens=12))
 
 
