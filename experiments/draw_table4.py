@@ -45,6 +45,7 @@ def _figure(measured: dict[str, Any]) -> "Figure":
     by_depth.set_xlabel("draft depth")
     by_depth.set_ylabel("Σ min(p fuzzy, p exact)")
     frontier.set_xlabel("collectives of a draft step")
+    frontier.locator_params(axis="x", integer=True)
     frontier.set_title("at the last depth", size=11)
     by_depth.set_title("by depth", size=11)
     handles = [Line2D([], [], color=c, marker=m, label=_name(*kind)) for kind, (c, m) in looks.items()]

@@ -121,7 +121,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['mean_acceptance_length']:.2f}",
             same,
         )
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -185,7 +185,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             "" if rate is None else f"{rate:.2f}",
             f"{row['phases_over_round']:.2f}" if "phases_over_round" in row else "",
         )
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -53,7 +53,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         refit = "refit" if row["refit"] else ""
         sizes = str(row["lp_size"]), str(row["mlp_lp_size"]), refit, str(row["collectives"])
         table.add_row(*sizes, *(f"{number:.3f}" for number in numbers))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def run(args: argparse.Namespace) -> None:
