@@ -79,9 +79,9 @@ class Space:
     def speculations(self, num_layers: int) -> list[SpeculativeConfig]:
         """Every way to draft with so many layers; of sizes that give the same groups only the first."""
         found: dict[Any, tuple[int, int]] = {}
-        for size, mlps in product(sorted(self.lp_sizes), sorted(self.mlp_lp_sizes)):
-            if mlps <= size:
-                found.setdefault((paper_groups(num_layers, size), mlps, (size, mlps) in self.refits), (size, mlps))
+        for size, most in product(sorted(self.lp_sizes), sorted(self.mlp_lp_sizes)):
+            mlps = min(most, size)
+            found.setdefault((paper_groups(num_layers, size), mlps, (size, mlps) in self.refits), (size, mlps))
         axes = found.values(), self.draft_tensor_parallel_sizes, self.tree_widths, range(1, self.max_levels + 1)
         return [self._speculation(*values) for values in product(*axes)]
 

@@ -51,6 +51,8 @@ def test_mlps_run_at_once_where_that_saves_communication():
     }
     shared = {(2, 1, "all"), (2, 2, "all"), (3, 1, "all"), (3, 2, "all"), (3, 3, "all")}
     assert sizes == shared | {(2, 1, "1"), (3, 1, "1")}
+    pairs = candidates("2", 12, Space([1, 3], [1], 1, ["all"], mlp_lp_sizes=[2]))
+    assert {(c.speculative.method, c.speculative.mlp_lp_size) for c in pairs} == {("sd", 1), ("easyspec", 2)}
     alone = candidates("1", 12, Space([3], [1], 1))
     assert [c.speculative.mlp_lp_size for c in alone] == [1]
 
