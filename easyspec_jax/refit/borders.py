@@ -43,24 +43,31 @@ Overlaps = Mapping[Group, float]
 def best_groups(overlaps: Overlaps, num_layers: int, lp_size: int, mlp_lp_size: int = 1) -> tuple[Group, ...]:
     """The grouping whose overlaps have the greatest product, with groups of at most lp_size layers.
 
-    It has no more groups than paper_groups() makes, and of those groupings the fewest MLPs in a row, where mlp_lp_size
-    of a group run at once.
+    It has no more groups than paper_groups() makes, and no more MLPs in a row, where mlp_lp_size of a group run at
+    once.
     """
-    most = len(paper_groups(num_layers, lp_size))
+    allowed = paper_groups(num_layers, lp_size)
+    most = sum(_mlps_in_a_row(group, mlp_lp_size) for group in allowed)
     # Behind so many groups: the least loss over the layers before an end, with so many MLPs in a row.
     best: list[dict[tuple[int, int], tuple[float, tuple[Group, ...]]]] = [{(0, 0): (0.0, ())}]
-    for _ in range(most):
+    for _ in allowed:
         reached: dict[tuple[int, int], tuple[float, tuple[Group, ...]]] = {}
         for (mlps, begin), (loss, groups) in best[-1].items():
             for end in range(begin + 1, min(begin + lp_size, num_layers) + 1):
                 group = range(begin, end)
                 total = loss - np.log(overlaps[group] if len(group) > 1 else 1.0)
-                place = mlps + -(-len(group) // mlp_lp_size), end
+                place = mlps + _mlps_in_a_row(group, mlp_lp_size), end
+                if place[0] > most:
+                    break
                 if place not in reached or total < reached[place][0]:
                     reached[place] = total, (*groups, group)
         best.append(reached)
-    whole = ((mlps, *found) for behind in best for (mlps, end), found in behind.items() if end == num_layers)
-    return min(whole, key=lambda found: found[:2])[2]
+    whole = (found for behind in best for (_, end), found in behind.items() if end == num_layers)
+    return min(whole, key=lambda found: found[0])[1]
+
+
+def _mlps_in_a_row(group: Group, mlp_lp_size: int) -> int:
+    return -(-len(group) // mlp_lp_size)
 
 
 def measure_groups(

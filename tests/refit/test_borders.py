@@ -36,11 +36,11 @@ def test_search_finds_the_best_of_all_groupings(layers, lp_size, mlp_lp_size):
     def mlps(groups) -> int:
         return sum(-(-len(group) // mlp_lp_size) for group in groups)
 
-    allowed = [g for g in _groupings(layers, lp_size) if len(g) <= len(paper_groups(layers, lp_size))]
-    fewest = min(map(mlps, allowed))
-    best = max((groups for groups in allowed if mlps(groups) == fewest), key=kept)
+    paper = paper_groups(layers, lp_size)
+    allowed = [g for g in _groupings(layers, lp_size) if len(g) <= len(paper) and mlps(g) <= mlps(paper)]
+    best = max(allowed, key=kept)
     found = best_groups(overlaps, layers, lp_size, mlp_lp_size)
-    assert found in allowed and mlps(found) == fewest
+    assert found in allowed
     assert kept(found) == pytest.approx(kept(best))
 
 
