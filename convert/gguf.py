@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, ReaderTensor
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType, ReaderTensor
 from gguf.quants import dequantize
 
 from convert.gguf_fields import OPTIONAL_FIELDS, REQUIRED_FIELDS, ROPE_FACTORS, STOP_IDS, TOKEN_IDS
@@ -111,14 +111,48 @@ def _readable(kind: GGMLQuantizationType) -> bool:
     return True
 
 
+_MOST_ENTRIES = 1 << 22  # of all metadata arrays together, or tensors: each becomes a few objects
+_LONGEST_TEXT = 64 << 20  # bytes
+
+
 class _Reader(GGUFReader):
-    """Stops at the end of the file; the library goes on with empty arrays, without end where a length is damaged."""
+    """Stops at the end of the file; the library goes on with empty arrays, without end where a length is damaged.
+
+    It also makes several objects of every entry, however many, and calls itself for arrays of arrays, however deep.
+    """
+
+    _entries = 0
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
         values = super()._get(offset, dtype, count, override_order)
         if len(values) < count:
             raise ValueError("it ends too early")
         return values
+
+    def _get_str(self, offset: int) -> Any:
+        if int(self._get(offset, np.uint64)[0]) > _LONGEST_TEXT:
+            raise ValueError("a text in its metadata is too long")
+        return super()._get_str(offset)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        if raw_type == GGUFValueType.ARRAY:
+            if self._get(orig_offs, np.uint32)[0] == GGUFValueType.ARRAY:
+                raise ValueError("its metadata has an array of arrays")
+            self._count(self._get(orig_offs + 4, np.uint64)[0])
+        return super()._get_field_parts(orig_offs, raw_type)
+
+    def _build_fields(self, offs: int, count: int) -> int:
+        self._count(count)
+        return super()._build_fields(offs, count)
+
+    def _build_tensor_info(self, offs: int, count: int) -> Any:
+        self._count(count)
+        return super()._build_tensor_info(offs, count)
+
+    def _count(self, entries: Any) -> None:
+        self._entries += int(entries)
+        if self._entries > _MOST_ENTRIES:
+            raise ValueError(f"it claims more than {_MOST_ENTRIES} entries")
 
 
 def _read(path: Path) -> tuple[GGUFReader, dict[str, Any]]:

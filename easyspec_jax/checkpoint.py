@@ -5,6 +5,7 @@ translated by `convert` once.
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -59,11 +60,13 @@ class Checkpoint:
 def open_checkpoint(directory: Path | str) -> Checkpoint:
     """Opens a converted (Orbax) or a Hugging Face (safetensors) directory.
 
-    Raises EasySpecError if it is neither, is damaged, or holds other tensors than its configuration asks for.
+    Raises EasySpecError if it is neither, is damaged, leads out of itself, or holds other tensors than its
+    configuration asks for.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise EasySpecError(f"{directory} is no directory; expected a converted or a Hugging Face checkpoint")
+    check_files(directory)
     config = read_model_config(directory)
     if (directory / WEIGHTS).is_dir():
         source = OrbaxSource(directory / WEIGHTS)
@@ -72,6 +75,21 @@ def open_checkpoint(directory: Path | str) -> Checkpoint:
         stored = SafetensorsSource(directory, frozenset(stored_shapes(config, "hf")))
         source = canonical(config, stored, "hf", origin=str(directory))
     return Checkpoint(directory, config, source)
+
+
+def check_files(directory: Path) -> None:
+    """Raises EasySpecError if a file of a checkpoint is a link that leads out of the directory, or is no file at all.
+
+    What is read is also copied by `convert`, and a pipe would never end. The hub's cache keeps a snapshot's files
+    beside it, in `blobs`, which may be linked to.
+    """
+    root = directory.resolve()
+    homes = [root] + ([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])
+    for path in itertools.chain(directory.iterdir(), (directory / WEIGHTS).rglob("*"), (directory / "refit").glob("*")):
+        if path.is_symlink() and not any(path.resolve().is_relative_to(home) for home in homes):
+            raise EasySpecError(f"{path} is a link that leads out of the checkpoint directory; put the file there")
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise EasySpecError(f"{path} is no ordinary file; remove it from the checkpoint directory")
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:

@@ -8,6 +8,9 @@ from typing import Any
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.families import FAMILIES, Family
 
+LARGEST_JSON = 16 << 20
+"""Bytes of a file that is read as JSON: parsed, it takes many times as much memory."""
+
 _INT32 = 2**31
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
           "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")  # fmt: skip
@@ -110,9 +113,15 @@ def model_config(
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises EasySpecError, naming the file, if there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(LARGEST_JSON + 1)
+        if len(content) > LARGEST_JSON:
+            raise EasySpecError(f"{path} is larger than the {LARGEST_JSON >> 20} MiB of any proper one")
+        value = json.loads(content.decode("utf-8"))
     except FileNotFoundError:
         raise EasySpecError(f"{path} is missing; expected a checkpoint directory with a config.json") from None
+    except EasySpecError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise EasySpecError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):

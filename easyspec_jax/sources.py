@@ -5,7 +5,7 @@ Files are read, never mapped: mapped pages count as memory of the process. Nothi
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16)
 import numpy as np
 
-from easyspec_jax.config import read_json
+from easyspec_jax.config import LARGEST_JSON, read_json
 from easyspec_jax.errors import EasySpecError, first_line
 
 SAFETENSORS = "model.safetensors"
@@ -28,7 +28,7 @@ Window = tuple[slice, ...]
 """Of a tensor's first one or two dimensions; of the others it has everything. Without steps, within bounds."""
 
 _BLOCK = 4 << 20  # bytes that are read at a time on their way into a larger array
-_LONGEST_HEADER = 100 << 20  # of a safetensors file, as its own library has it
+_MOST_COMPRESSED = 16  # times, at most, that weights are larger than what is stored of them
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _OTHER_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
@@ -161,7 +161,7 @@ def _header(path: Path) -> dict[str, _Place]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             data = 8 + length
-            if not 2 <= length <= _LONGEST_HEADER or data > size:
+            if not 2 <= length <= LARGEST_JSON or data > size:
                 raise ValueError("no header fits it")
             entries = json.loads(file.read(length), object_pairs_hook=_unique)
         entries.pop("__metadata__", None)
@@ -217,6 +217,7 @@ class OrbaxSource:
                 name: tensorstore.open(spec | {"kvstore": store | {"path": f"{name}/"}}, open=True) for name in names
             }
             self._arrays = {name: future.result() for name, future in opening.items()}
+            _check_sizes(self._arrays.values(), directory)
         except Exception as error:  # whatever the layers of the store raise
             raise _unreadable(directory, error) from None
 
@@ -231,6 +232,19 @@ class OrbaxSource:
             return self._arrays[name][window].read().result()
         except ValueError as error:
             raise _unreadable(self._directory, error) from None
+
+
+def _check_sizes(arrays: Iterable[Any], directory: Path) -> None:
+    """Raises ValueError if little on the disk is said to be much, as tensors or as chunks, which are read whole."""
+    claimed = sum(prod(array.shape) * array.dtype.numpy_dtype.itemsize for array in arrays)
+    stored = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    if claimed > _MOST_COMPRESSED * stored:
+        raise ValueError(f"{claimed} bytes of tensors cannot lie in files of {stored}")
+    for array in arrays:
+        metadata = array.spec().to_json()["metadata"]
+        chunk = metadata.get("chunks") or metadata["chunk_grid"]["configuration"]["chunk_shape"]
+        if any(part > whole for part, whole in zip(chunk, array.shape, strict=True)):
+            raise ValueError(f"chunks of shape {chunk} are larger than their tensor")
 
 
 def _unreadable(directory: Path, error: Exception) -> EasySpecError:

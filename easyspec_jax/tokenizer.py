@@ -1,7 +1,10 @@
 """Tokenizers: opening one, checking that two agree, and turning a growing list of ids into growing text."""
 
 import os
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,23 @@ Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
 """Text to go on from, or a conversation to answer."""
 
+LARGEST_FILE = 256 << 20
+"""Bytes of any file of a tokenizer; those of large vocabularies have 40 MiB."""
+
+_RENDERING = 10.0  # seconds that a chat template may take
+_RENDERED = 16 << 20  # characters that it may make beside those of the messages
+
 
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer of a checkpoint directory, offline and without running its code.
 
-    Raises EasySpecError if there is none.
+    Code that its configuration names (`auto_map`) is never imported. Raises EasySpecError if there is none, or one of
+    its files is beyond all measure.
     """
+    for pattern in ("*.json", "*.jinja", "*.txt", "tokenizer*"):
+        for path in filter(Path.is_file, directory.glob(pattern)):
+            if path.stat().st_size > LARGEST_FILE:
+                raise EasySpecError(f"{path} is larger than the {LARGEST_FILE >> 20} MiB of any proper one")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
@@ -68,9 +82,20 @@ def encode(tokenizer: Tokenizer, prompt: Prompt, chat: bool = False) -> list[int
         if not chat:
             return _ids(tokenizer, prompt, special=True)
         prompt = [{"role": "user", "content": prompt}]
-    for message in prompt:
-        _check_text(message["content"])
+    _check_messages(prompt)
     return _ids(tokenizer, from_template(tokenizer, prompt), special=False)
+
+
+def _check_messages(messages: Any) -> None:
+    turns = list(messages) if isinstance(messages, Sequence) and not isinstance(messages, bytes) else []
+    if not turns or not all(isinstance(turn, Mapping) for turn in turns):
+        raise EasySpecError("a prompt is text, or a list of messages with a role and a content")
+    for turn in turns:
+        texts = turn.get("role"), turn.get("content")
+        if not all(isinstance(text, str) for text in texts):
+            raise EasySpecError("every message of a conversation needs a role and a content, both text")
+        for text in texts:
+            _check_text(text)
 
 
 def _check_text(text: str) -> None:
@@ -85,7 +110,7 @@ def _check_text(text: str) -> None:
 def _ids(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:
     ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
     if not ids:
-        raise EasySpecError(f"the prompt {text!r} has no tokens")
+        raise EasySpecError(f"the prompt {text[:40]!r} has no tokens")
     return list(ids)
 
 
@@ -93,10 +118,32 @@ def from_template(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
     """A conversation as its text, up to where the assistant answers. Raises EasySpecError if there is no template."""
     if not tokenizer.chat_template:
         raise EasySpecError("this checkpoint has no chat template; leave out --chat")
+    longest = _RENDERED + sum(len(text) for message in messages for text in message.values())
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        with _deadline(_RENDERING):
+            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        if len(text) > longest:
+            raise ValueError(f"it makes {len(text)} characters")
+        return text
     except Exception as error:  # a template is a program, and fails like one
         raise EasySpecError(f"the checkpoint's chat template fails ({first_line(error)}); leave out --chat") from None
+
+
+@contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    """Python code within raises TimeoutError after so many seconds; a single call into C is not cut short."""
+    end, before = time.monotonic() + seconds, sys.gettrace()
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        if time.monotonic() > end:
+            raise TimeoutError(f"it takes longer than {seconds:g} s")
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 class TextStream:

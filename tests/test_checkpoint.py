@@ -259,3 +259,9 @@ def edit_index(directory: Path, places: dict[str, str]) -> None:
 
 def shard_of(tensors: dict[str, np.ndarray], number: int, shards: int) -> dict[str, np.ndarray]:
     return {name: values for place, (name, values) in enumerate(tensors.items()) if place % shards == number}
+
+
+def test_safetensors_that_cannot_be_written_are_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(EasySpecError, match=r"file cannot be written: "):
+        write_safetensors(tmp_path / "file" / SAFETENSORS, [("w", np.zeros(2))])

@@ -323,3 +323,13 @@ def test_what_cannot_be_gone_on_with_is_begun_anew(source, tmp_path, damage):
     for path in (tmp_path / ".out.partial" / "weights").rglob("d/*"):
         os.truncate(path, 0) if damage == "truncate" else path.unlink()
     assert stream.convert(model, tmp_path / "out", verify=True).reused == 0
+
+
+def test_an_output_that_shrinks_before_it_is_read_again_is_found(source, tmp_path):
+    opened = open_checkpoint(source)
+    store = SafetensorsStore(tmp_path, opened.config)
+    name = next(iter(opened.source.shapes()))
+    store.write(name, 0, opened.source.read(name))
+    os.truncate(tmp_path / "model.safetensors", 2000)
+    with pytest.raises(stream.EasySpecError, match=r"model\.safetensors is damaged: it ends too early"):
+        store.read(name, 0, opened.source.shapes()[name][0])

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import gguf
@@ -273,7 +274,7 @@ def test_damaged_length_is_refused(tiny_model, write_gguf):
     path = write_gguf(tiny_model())
     data, key = bytearray(path.read_bytes()), b"tokenizer.ggml.token_type"
     length = data.index(key) + len(key) + 8  # behind the types of the value and of its elements
-    data[length : length + 8] = (2**60).to_bytes(8, "little")
+    data[length : length + 8] = (2**21).to_bytes(8, "little")
     path.write_bytes(data + bytes((length - len(data)) % 4))  # the file ends with a whole element
     with pytest.raises(EasySpecError, match="ends too early"):
         open_gguf(path)
@@ -319,3 +320,12 @@ def llama3_factors(scaling: RopeScaling, head_dim: int, theta: float) -> np.ndar
             smooth /= scaling.high_freq_factor - scaling.low_freq_factor
             factors.append(1 / ((1 - smooth) / scaling.factor + smooth))
     return np.array(factors, np.float32)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused(tiny_model, write_gguf):
+    path = write_gguf(tiny_model("llama"), Type.F32)
+    source = open_gguf(path).source
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(EasySpecError, match=r"\.gguf cannot be read \(it ends too early\); fetch it again"):
+        for name in source.shapes():
+            source.read(name)

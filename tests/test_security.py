@@ -1,0 +1,233 @@
+"""Checkpoints that mean harm: nothing of theirs runs, nothing outside them is read, no size is believed."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from convert.__main__ import main as convert
+from convert.gguf import open_gguf
+from easyspec_jax import config, sources, tokenizer
+from easyspec_jax.checkpoint import WEIGHTS, open_checkpoint
+from easyspec_jax.errors import EasySpecError
+from easyspec_jax.sources import INDEX, SAFETENSORS, OrbaxSource
+from easyspec_jax.tokenizer import encode, load_tokenizer
+from tests.models import byte_tokenizer
+from tests.test_checkpoint import write_converted, write_huggingface, write_orbax
+
+
+@pytest.fixture
+def secret(tmp_path) -> Path:
+    path = tmp_path / "secret"
+    path.write_text("nobody's business")
+    return path
+
+
+@pytest.fixture
+def planted(tmp_path) -> Path:
+    """A whole checkpoint, not yet hostile."""
+    directory = tmp_path / "planted"
+    directory.mkdir()
+    write_huggingface(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def edit(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_code_beside_a_tokenizer_is_never_imported(planted, tmp_path, known):
+    ran = tmp_path / "ran"
+    (planted / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    for name in ("vocab.pkl", "tokenizer.pkl", "pytorch_model.bin"):  # what unpickling would run
+        (planted / name).write_bytes(b"cos\nmkdir\n(S'" + os.fsencode(ran) + b"'\ntR.")
+    edit(planted / "config.json", auto_map={"AutoTokenizer": "evil.Evil", "AutoConfig": "evil.Evil"})
+    map_ = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    edit(planted / "tokenizer_config.json", **map_, **({} if known else {"tokenizer_class": "Evil"}))
+    try:
+        assert encode(load_tokenizer(planted), "ab")
+    except EasySpecError as error:
+        assert "\n" not in str(error)
+    open_checkpoint(planted)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__init__.__globals__ }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{{ raise_exception.__globals__['json'] }}",
+        "{% set _ = messages.append(1) %}",
+        "{% include 'config.json' %}",
+        "{% import 'os' as os %}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+    ],
+)
+def test_templates_stay_in_their_sandbox(template):
+    hostile = byte_tokenizer()
+    hostile.chat_template = template
+    with pytest.raises(EasySpecError, match="chat template fails"):
+        encode(hostile, "hello", chat=True)
+
+
+def test_templates_end(monkeypatch):
+    monkeypatch.setattr(tokenizer, "_RENDERING", 0.1)
+    hostile = byte_tokenizer()
+    hostile.chat_template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(EasySpecError, match=r"it takes longer than 0\.1 s"):
+        encode(hostile, "hello", chat=True)
+    monkeypatch.undo()
+    hostile.chat_template = "{{ 'a' * 20000000 }}"
+    with pytest.raises(EasySpecError, match="it makes 20000000 characters"):
+        encode(hostile, "hello", chat=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", SAFETENSORS, "tokenizer.json", "tokenizer_more"])
+@pytest.mark.parametrize("relative", [True, False])
+def test_links_do_not_lead_out(planted, secret, tmp_path, capsys, name, relative):
+    """Also because a conversion copies what belongs to the tokenizer, for whoever it is then given to."""
+    (planted / name).unlink(missing_ok=True)
+    (planted / name).symlink_to(Path("..", secret.name) if relative else secret)
+    with pytest.raises(EasySpecError, match=f"{name} is a link that leads out of the checkpoint directory"):
+        open_checkpoint(planted)
+    assert convert(["--hf", str(planted), "--out", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_within_and_those_of_the_hub_are_followed(planted, tmp_path):
+    (planted / "weights.real").mkdir()
+    (planted / SAFETENSORS).rename(planted / "weights.real" / "a")
+    (planted / SAFETENSORS).symlink_to("weights.real/a")
+    open_checkpoint(planted)
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1234", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    write_huggingface(snapshot)
+    for path in list(snapshot.iterdir()):
+        path.rename(blobs / path.name)
+        path.symlink_to(Path("../../blobs", path.name))
+    open_checkpoint(snapshot)
+    (tmp_path / "link").symlink_to(snapshot)
+    open_checkpoint(tmp_path / "link")
+
+
+def test_a_pipe_is_no_file(planted):
+    (planted / "config.json").unlink()
+    os.mkfifo(planted / "config.json")
+    with pytest.raises(EasySpecError, match=r"config\.json is no ordinary file"):
+        open_checkpoint(planted)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret"])
+def test_names_of_orbax_tensors_stay_in_its_store(tmp_path, name, secret):
+    write_converted(tmp_path)
+    metadata = tmp_path / WEIGHTS / "_METADATA"
+    leaf = {"key_metadata": [{"key": name, "key_type": 2}]}
+    edit(metadata, tree_metadata={"x": leaf})
+    with pytest.raises(EasySpecError, match="is no readable Orbax checkpoint"):
+        open_checkpoint(tmp_path)
+
+
+def test_links_in_an_orbax_store(tmp_path, secret):
+    store = tmp_path / "store"
+    store.mkdir()
+    write_converted(store)
+    (store / WEIGHTS / "manifest.ocdbt").unlink()
+    (store / WEIGHTS / "manifest.ocdbt").symlink_to(secret)
+    with pytest.raises(EasySpecError, match="leads out of the checkpoint directory"):
+        open_checkpoint(store)
+
+
+def test_an_orbax_store_that_claims_more_than_it_has(tmp_path):
+    import tensorstore as ts
+
+    write_orbax(tmp_path, {"w": np.ones((4, 4), np.float32)})
+    weights = tmp_path / WEIGHTS
+    edit(weights / "_METADATA", tree_metadata={"x": {"key_metadata": [{"key": "big"}]}})
+    for shape, chunk, complaint in (
+        ([1 << 20, 1 << 20], [1024, 1024], "bytes of tensors cannot lie in files of"),
+        ([4, 4], [64, 64], "are larger than their tensor"),
+    ):
+        spec = {
+            "driver": "zarr3",
+            "kvstore": {"driver": "ocdbt", "base": weights.as_uri() + "/", "path": "big/"},
+            "metadata": {
+                "shape": shape, "data_type": "float32",
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+            },
+        }  # fmt: skip
+        ts.open(spec, create=True, delete_existing=True).result()
+        with pytest.raises(EasySpecError, match=complaint):
+            OrbaxSource(weights)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", INDEX])
+def test_json_beyond_all_measure(planted, monkeypatch, name):
+    monkeypatch.setattr(config, "LARGEST_JSON", 4096)
+    (planted / name).write_text("[" * 5000)
+    with pytest.raises(EasySpecError, match=f"{name} is larger than the 0 MiB of any proper one"):
+        open_checkpoint(planted)
+
+
+def test_a_header_beyond_all_measure(planted, monkeypatch):
+    """Its length is looked at before it is read; one that the file could not hold never is."""
+    monkeypatch.setattr(sources, "LARGEST_JSON", 100)
+    with pytest.raises(EasySpecError, match="no header fits it"):
+        open_checkpoint(planted)
+    monkeypatch.undo()
+    (planted / SAFETENSORS).write_bytes((2**40).to_bytes(8, "little") + b"{}")
+    with pytest.raises(EasySpecError, match="no header fits it"):
+        open_checkpoint(planted)
+
+
+def test_shapes_that_the_file_cannot_hold(planted):
+    edit(planted / "config.json", hidden_size=2**20, num_attention_heads=2**10, intermediate_size=2**30)
+    with pytest.raises(EasySpecError, match="do not match the configuration"):
+        open_checkpoint(planted)
+    save_file({"w": np.zeros(1, np.float32)}, planted / SAFETENSORS)
+    content = (planted / SAFETENSORS).read_bytes().replace(b'"shape":[1]', b'"shape":[9]')
+    (planted / SAFETENSORS).write_bytes(content)
+    with pytest.raises(EasySpecError, match="another size than its shape"):
+        open_checkpoint(planted)
+
+
+def test_a_tokenizer_beyond_all_measure(planted):
+    os.truncate(planted / "tokenizer.json", tokenizer.LARGEST_FILE + 1)  # a sparse file
+    with pytest.raises(EasySpecError, match=r"tokenizer\.json is larger than the 256 MiB of any proper one"):
+        load_tokenizer(planted)
+
+
+def gguf(path: Path, kind: int, value: bytes, tensors: int = 0, fields: int = 1) -> Path:
+    """A file whose metadata has one value of a kind, and counts that may be untrue."""
+    counts = tensors.to_bytes(8, "little") + fields.to_bytes(8, "little")
+    entry = (1).to_bytes(8, "little") + b"x" + kind.to_bytes(4, "little") + value
+    path.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + counts + entry + bytes(64))
+    return path
+
+
+ARRAY, BYTE, TEXT = 9, 0, 8
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "counts", "complaint"),
+    [
+        (ARRAY, ARRAY.to_bytes(4, "little") + (1).to_bytes(8, "little"), {}, "has an array of arrays"),
+        (ARRAY, (ARRAY.to_bytes(4, "little") + (1).to_bytes(8, "little")) * 9999, {}, "has an array of arrays"),
+        (ARRAY, BYTE.to_bytes(4, "little") + (2**40).to_bytes(8, "little"), {}, "claims more than 4194304 entries"),
+        (TEXT, (2**40).to_bytes(8, "little"), {}, "a text in its metadata is too long"),
+        (TEXT, (2**20).to_bytes(8, "little"), {}, "it ends too early"),
+        (BYTE, b"", {"fields": 2**63}, "claims more than"),
+        (BYTE, b"", {"tensors": 2**63}, "claims more than"),
+    ],
+)
+def test_counts_in_a_gguf_file_are_not_believed(tmp_path, kind, value, counts, complaint):
+    with pytest.raises(EasySpecError, match=complaint) as refusal:
+        open_gguf(gguf(tmp_path / "a.gguf", kind, value, **counts))
+    assert "\n" not in str(refusal.value)
