@@ -11,19 +11,35 @@ from easyspec_jax.mesh import Axes
 from easyspec_jax.model.collectives import all_reduce, shard_count, shard_index
 
 LOWEST = np.finfo(np.float32).min
+NO_CHOICE = -1
 
 
 def argmax(scores: Float[Array, "rows vocab_shard"], axes: Axes) -> Int[Array, " rows"]:
     """The id of each row's greatest score, ties to the lowest id; one all-gather of two words a row and shard."""
+    return _greatest(scores, axes)[1]
+
+
+def choice(scores: Float[Array, "rows vocab_shard"], axes: Axes) -> Int[Array, " rows"]:
+    """argmax(), or NO_CHOICE for a row with a NaN, with +inf, or with nothing but -inf; no collective more."""
+    score, best = _greatest(scores, axes)
+    return jnp.where(jnp.isfinite(score), best, NO_CHOICE)
+
+
+def _greatest(
+    scores: Float[Array, "rows vocab_shard"], axes: Axes
+) -> tuple[Float[Array, " rows"], Int[Array, " rows"]]:
+    """Each row's greatest score, which is a NaN if there is any, and its id."""
     best = _argmax(scores)
-    if shard_count(axes) == 1:
-        return best
     score = jnp.take_along_axis(scores, best[:, None], axis=-1)[:, 0]
+    if shard_count(axes) == 1:
+        return score, best
     ids = best + shard_index(axes) * scores.shape[-1]
     words = jnp.stack([jax.lax.bitcast_convert_type(score, jnp.int32), ids])
     words = jax.lax.all_gather(words, axes)
-    winner = jnp.argmax(jax.lax.bitcast_convert_type(words[:, 0], jnp.float32), axis=0)
-    return jnp.take_along_axis(words[:, 1], winner[None], axis=0)[0]
+    scores = jax.lax.bitcast_convert_type(words[:, 0], jnp.float32)
+    winner = jnp.argmax(scores, axis=0)[None]
+    score, best = (jnp.take_along_axis(x, winner, axis=0)[0] for x in (scores, words[:, 1]))
+    return score, best
 
 
 def _argmax(scores: Float[Array, "rows ids"]) -> Int[Array, " rows"]:
@@ -41,8 +57,9 @@ def top(
 ) -> tuple[Float[Array, "rows k"], Int[Array, "rows k"]]:
     """Each row's k greatest scores in descending order, and their ids, ties by id; fewer if there are no more ids.
 
-    One all-gather of as many pairs from each shard.
+    One all-gather of as many pairs from each shard. A NaN counts as +inf, so that it is never overlooked.
     """
+    scores = jnp.where(jnp.isnan(scores), jnp.inf, scores)
     best, local = jax.lax.top_k(scores, min(k, scores.shape[-1]))
     if shard_count(axes) == 1:
         return best, local

@@ -13,9 +13,9 @@ def warp(
     temperature: Float[Array, " rows"],
     cutoff: Float[Array, " rows"] | None = None,
 ) -> Float[Array, "rows vocab"]:
-    """Logits over temperature, which must be positive; those under the row's cutoff become -inf."""
+    """Logits over temperature, which must be positive; those under the row's cutoff become -inf. A NaN stays one."""
     scaled = logits / temperature[:, None]
-    return scaled if cutoff is None else jnp.where(scaled >= cutoff[:, None], scaled, -jnp.inf)
+    return scaled if cutoff is None else jnp.where(scaled < cutoff[:, None], -jnp.inf, scaled)
 
 
 def cutoff(

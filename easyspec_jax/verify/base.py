@@ -47,7 +47,10 @@ class Branches(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """The last accepted node (0, the root, if none is) and the token that follows it."""
+    """The last accepted node (0, the root, if none is) and the token that follows it.
+
+    The token is NO_CHOICE where the target's logits after that node are no numbers to choose by.
+    """
 
     leaf: Int[Array, " batch"]
     token: Int[Array, " batch"]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from easyspec_jax.mesh import ALL_AXES, Axes
-from easyspec_jax.sampling.shards import argmax, shard_ids
+from easyspec_jax.sampling.shards import choice, shard_ids
 from easyspec_jax.tree import Tree, deepest
 from easyspec_jax.verify.base import CANDIDATES, Branches, Request, Verdict
 
@@ -46,7 +46,7 @@ class Greedy:
         rows = target.reshape(-1, target.shape[-1])
         ids = shard_ids(rows, ALL_AXES).reshape(target.shape)
         preferred = self.preference(target, ids, position[:, None] + tree.depth, request, ALL_AXES)
-        tokens = argmax(preferred.reshape(rows.shape), ALL_AXES).reshape(tree.tokens.shape)
+        tokens = choice(preferred.reshape(rows.shape), ALL_AXES).reshape(tree.tokens.shape)
         leaf = deepest(tree, tree.tokens == jnp.take_along_axis(tokens, tree.parent, axis=1))
         return Verdict(leaf, jnp.take_along_axis(tokens, leaf[:, None], axis=1)[:, 0])
 

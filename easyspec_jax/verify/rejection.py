@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from easyspec_jax.mesh import ALL_AXES
 from easyspec_jax.model.collectives import shard_index
 from easyspec_jax.sampling.noise import Purpose, gumbel, noise_keys, numbered, uniform
-from easyspec_jax.sampling.shards import argmax, normaliser, shard_ids, take
+from easyspec_jax.sampling.shards import choice, normaliser, shard_ids, take
 from easyspec_jax.tree import Tree, children, deepest
 from easyspec_jax.verify.base import CANDIDATES, Branches, Request, Verdict, warp_rows
 
@@ -87,7 +87,7 @@ class Rejection:
         weights = _replace(weights, ids, jnp.log(rest))
         place = position + jnp.take_along_axis(tree.depth, leaf[:, None], axis=1)[:, 0]
         keys = noise_keys(request.seed, place[:, None], request.round, Purpose.RESIDUAL)[:, 0]
-        return Verdict(leaf, argmax(weights + gumbel(keys, shard_ids(weights, ALL_AXES)), ALL_AXES))
+        return Verdict(leaf, choice(weights + gumbel(keys, shard_ids(weights, ALL_AXES)), ALL_AXES))
 
 
 def conditioned(

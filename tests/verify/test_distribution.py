@@ -258,7 +258,11 @@ def test_planted_faults_are_noticed(width, nodes, fault):
     run = with_faults(width, nodes)
     case = Case(Rejection, width, 0.7, NO_TRUNCATION, "bad", nodes)
     requests = (case.request(3 * 10**9 + i * CHUNK) for i in range(3))
-    texts = [draw_texts(run, PAIRS["bad"], request, fault=FAULTS.index(fault)) for request in requests]
+    try:
+        texts = [draw_texts(run, PAIRS["bad"], request, fault=FAULTS.index(fault)) for request in requests]
+    except AssertionError:  # some texts end, because the fault leaves nothing to choose from
+        assert fault != "none"
+        return
     noticed = p_value(count(np.concatenate(texts)), case.probabilities())
     assert noticed > ALPHA if fault == "none" else noticed < 1e-9
 
