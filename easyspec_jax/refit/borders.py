@@ -2,7 +2,8 @@
 
 Layers differ in how much it costs to run them at once. A grouping of as many groups as the paper's rule makes, none of
 them larger and no fewer MLPs at once, is as fast; the best of them is found by minimising the sum of -log(overlap) over
-its groups, as if what groups lose alone were independent.
+its groups, as if what groups lose alone were independent. Overlaps are those of whole drafts: what a group gets wrong
+in the KV that it leaves behind costs nothing at the first depth, but the first depth is what all others hang on.
 """
 
 from collections.abc import Mapping
@@ -17,27 +18,28 @@ from jaxtyping import Array, Float, Int
 
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.draft.grouping import Group, Layout, paper_groups
-from easyspec_jax.draft.parallel import load_block, run_fuzzy
+from easyspec_jax.draft.parallel import LayerGroup, load_block
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.norm import rms_norm
 from easyspec_jax.model.transformer import Block, Decoder, Hidden, Layer
 from easyspec_jax.progress import Advance, Bar, no_bar
 from easyspec_jax.refit.device import run
-from easyspec_jax.refit.fidelity import overlap
-from easyspec_jax.refit.fit import TEXTS_A_BATCH, embed, fit_group, through_block
+from easyspec_jax.refit.fidelity import DEPTHS, overlap
+from easyspec_jax.refit.fit import TEXTS_A_BATCH, embed, fit_group
 from easyspec_jax.refit.store import Held
-from easyspec_jax.refit.teacher import exact_window, sampled_window
+from easyspec_jax.refit.teacher import exact_window, sampled_positions, sampled_window
 
 FITTED, COMPARED = 40, 32
 """Texts, at most, that candidates are fitted on, and others on which they are compared."""
 
-EVERY = 4
-"""Of the positions of a text one in so many is compared: neighbours tell the same, and carrying them takes the time."""
+EVERY = 16
+"""Tokens from one draft to the next: neighbours tell the same, and carrying them takes the time."""
 
-_CARRIED = 16  # candidates that go through a layer in one call
+_CARRIED = 32  # candidates, at most, that go through a layer in one call
 
 Overlaps = Mapping[Group, float]
-"""What of the exact distribution is left if this group alone is fuzzy, refit, one token ahead."""
+"""What of the exact distribution is left if this group alone is fuzzy, refit: a geometric mean over the depths, each of
+which counts as often as there are tokens that are lost with it."""
 
 
 def best_groups(overlaps: Overlaps, num_layers: int, lp_size: int, mlp_lp_size: int = 1) -> tuple[Group, ...]:
@@ -90,10 +92,10 @@ def measure_groups(
             largest = range(start, min(start + lp_size, layers))
             # Where a group ends does not matter to its projections.
             tensors = fit_group(loader, largest, layout.mlp_lp_size, _batches(inputs[start][:-compared]), ridge)[0]
-            for size in range(2, len(largest) + 1):
-                group = largest[:size]
-                block = load_block(loader, group, layout.mlp_lp_size, Held(tensors))
-                carried[group] = _group_alone(loader, block, exact)
+            if len(largest) > 1:
+                block = load_block(loader, largest, layout.mlp_lp_size, Held(tensors))
+                sizes = range(2, len(largest) + 1)
+                carried.update(zip((largest[:size] for size in sizes), _alone(loader, block, exact), strict=True))
             advance(1)
         return _overlaps(loader, inputs[layers][-compared:], carried)
 
@@ -123,12 +125,20 @@ def _exact(layer: Layer, config: ModelConfig, h: Hidden) -> Hidden:
     return layer(h, layer.init_cache(batch, tokens), exact_window(batch, tokens, tokens, config))[0]
 
 
-def _group_alone(
+def _alone(
     loader: Loader, block: Block, exact: Float[np.ndarray, "texts tokens hidden"]
-) -> Float[np.ndarray, "texts sampled hidden"]:
-    """What the fuzzy pass makes of a group before which nothing was fuzzy."""
-    fuzzy = (run(loader, through_block, block, pair, (P(), P()))[1] for pair in _batches(exact))
-    return np.concatenate([np.asarray(h, np.float32)[:, ::EVERY] for h in fuzzy])
+) -> Float[np.ndarray, "sizes texts sampled hidden"]:
+    """What the fuzzy pass makes of the first two, three, … layers of a group before which nothing was fuzzy."""
+    fuzzy = [run(loader, _through_prefixes, block, (batch,), P()) for batch, _ in _batches(exact)]
+    return np.concatenate([np.asarray(h, np.float32) for h in fuzzy], axis=1)
+
+
+def _through_prefixes(block: LayerGroup, config: ModelConfig, h: Hidden) -> Float[Array, "sizes batch sampled hidden"]:
+    batch, tokens = h.shape[:2]
+    _, cache = block(h, block.init_cache(batch, 2 * tokens), exact_window(batch, tokens, 2 * tokens, config))
+    window = sampled_window(EVERY, DEPTHS, batch, tokens, 2 * tokens, config)
+    fed = block.trace_fuzzy(h[:, sampled_positions(EVERY, DEPTHS, tokens)], cache, window)[2]
+    return jnp.stack([block.after(size, fed) for size in range(2, len(fed) + 1)])
 
 
 def _batches(exact: Float[np.ndarray, "texts tokens hidden"]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -147,18 +157,28 @@ def _carry(
         some = passing[first : first + _CARRIED]
         streams = np.stack([carried[group] for group in some])
         streams = np.pad(streams, [(0, _CARRIED - len(some)), *[(0, 0)] * 3])  # one shape, compiled once
-        after = np.asarray(run(loader, _through_layer, block, (exact, streams), P()), np.float32)
+        arrays = exact, streams, np.asarray(len(some))
+        after = np.asarray(run(loader, _through_layer, block, arrays, P()), np.float32)
         carried.update(zip(some, after, strict=False))
 
 
 def _through_layer(
-    layer: Layer, config: ModelConfig, exact: Hidden, streams: Float[Array, "streams texts sampled hidden"]
+    layer: Layer,
+    config: ModelConfig,
+    exact: Hidden,
+    streams: Float[Array, "streams texts sampled hidden"],
+    count: Int[Array, ""],
 ) -> Float[Array, "streams texts sampled hidden"]:
+    """The first `count` streams behind a layer."""
     batch, tokens = exact.shape[:2]
     cache = layer.init_cache(batch, 2 * tokens)
     _, cache = layer(exact, cache, exact_window(batch, tokens, 2 * tokens, config))
-    window = sampled_window(EVERY, batch, tokens, 2 * tokens, config)
-    return jax.lax.map(lambda h: run_fuzzy(layer, h, cache, window)[0], streams)
+    window = sampled_window(EVERY, DEPTHS, batch, tokens, 2 * tokens, config)
+
+    def through(stream: Int[Array, ""], streams: Array) -> Array:
+        return streams.at[stream].set(layer(streams[stream], cache, window)[0])
+
+    return jax.lax.fori_loop(0, count, through, streams)
 
 
 def _overlaps(
@@ -168,8 +188,12 @@ def _overlaps(
     texts = []
     for place, own in enumerate(exact):
         streams = np.stack([fuzzy[place] for fuzzy in carried.values()])
-        texts.append(np.asarray(run(loader, _overlap, decoder, (own[::EVERY], streams), P())))
-    return dict(zip(carried, np.mean(texts, axis=0).tolist(), strict=True))
+        sampled = own[sampled_positions(EVERY, DEPTHS, len(own))]
+        texts.append(np.asarray(run(loader, _overlap, decoder, (sampled, streams), P())))
+    of_depths = np.mean(texts, axis=0)
+    hanging = range(DEPTHS, 0, -1)  # on each depth's token: itself and those behind it
+    means = np.exp(np.average(np.log(of_depths), axis=1, weights=hanging))
+    return dict(zip(carried, means.tolist(), strict=True))
 
 
 def _overlap(
@@ -177,9 +201,10 @@ def _overlap(
     config: ModelConfig,
     exact: Float[Array, "sampled hidden"],
     streams: Float[Array, "streams sampled hidden"],
-) -> Float[Array, " streams"]:
+) -> Float[Array, "streams depths"]:
     def logits(h: Float[Array, "sampled hidden"]) -> Float[Array, "sampled vocab_shard"]:
         return decoder.logits(rms_norm(h, decoder.norm[...], config.rms_norm_eps)[None])[0]
 
     expected = logits(exact)
-    return jax.lax.map(lambda h: jnp.mean(overlap(expected, logits(h), decoder.axes)), streams)
+    found = jax.lax.map(lambda h: overlap(expected, logits(h), decoder.axes), streams)
+    return jnp.mean(found.reshape(len(streams), -1, DEPTHS), axis=1)

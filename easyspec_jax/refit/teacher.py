@@ -26,16 +26,23 @@ def drafted_window(depth: int, batch: int, tokens: int, capacity: int, config: M
     return Window(start, jnp.asarray(mask), exact.cos, exact.sin)
 
 
-def sampled_window(every: int, batch: int, tokens: int, capacity: int, config: ModelConfig) -> Window:
-    """The window of each `every`-th token of whole texts, drafted at depth 1; its KV lies behind that of the texts."""
+def sampled_positions(every: int, depths: int, tokens: int) -> Int[np.ndarray, " sampled"]:
+    """Of a text: at each `every`-th position a draft of so many depths begins, if it does not go past the end."""
+    return np.concatenate([np.arange(first, first + depths) for first in range(0, tokens - depths + 1, every)])
+
+
+def sampled_window(every: int, depths: int, batch: int, tokens: int, capacity: int, config: ModelConfig) -> Window:
+    """The window of sampled_positions(): chains of tokens, drafted at the depths from 1 on; their KV lies behind the
+    texts'."""
     exact = exact_window(batch, tokens, capacity, config)
-    positions = np.arange(0, tokens, every)
+    positions = sampled_positions(every, depths, tokens)
+    chain, depth = np.divmod(np.arange(len(positions)), depths)
     mask = np.zeros((len(positions), capacity), bool)
-    mask[:, :tokens] = np.tri(tokens, k=-1)[positions]
-    mask[np.arange(len(positions)), tokens + np.arange(len(positions))] = True
+    mask[:, :tokens] = np.arange(tokens) < (positions - depth)[:, None]
+    mask[:, tokens : tokens + len(positions)] = (chain == chain[:, None]) & (depth <= depth[:, None])
     start: Int[Array, " batch"] = jnp.full((batch,), tokens, jnp.int32)
     mask = jnp.asarray(np.broadcast_to(mask, (batch, *mask.shape)))
-    return Window(start, mask, exact.cos[:, ::every], exact.sin[:, ::every])
+    return Window(start, mask, exact.cos[:, positions], exact.sin[:, positions])
 
 
 def _mask(depth: int, tokens: int, capacity: int) -> Bool[np.ndarray, "tokens capacity"]:

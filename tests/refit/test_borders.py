@@ -9,7 +9,7 @@ from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.parallel import load_draft
 from easyspec_jax.mesh import MeshShape
 from easyspec_jax.refit.borders import EVERY, best_groups, measure_groups
-from easyspec_jax.refit.fidelity import fidelity
+from easyspec_jax.refit.fidelity import DEPTHS, fidelity
 from tests.models import loader
 from tests.refit.conftest import LAYERS, TEXTS
 
@@ -50,12 +50,16 @@ def test_overlap_of_a_candidate_is_that_of_a_draft_with_this_group_alone(draft, 
     from_ = loader(draft[0], mesh)
     overlaps = measure_groups(from_, Layout(paper_groups(LAYERS, 3), mlp_lp_size), TEXTS, ridge=1e9)
     assert set(overlaps) == {range(a, a + n) for n in (2, 3) for a in range(LAYERS - n + 1)}
-    compared, counted = TEXTS[-3:], np.zeros((3, TEXTS.shape[1]), bool)
-    counted[:, ::EVERY] = True
+    compared, starts = TEXTS[-3:], range(0, TEXTS.shape[1] - DEPTHS + 1, EVERY)
     for group in (range(0, 2), range(3, 6), range(5, 8)):
         groups = (*(range(i, i + 1) for i in range(group.start)), group)
         groups += tuple(range(i, i + 1) for i in range(group.stop, LAYERS))
         model = load_draft(from_, Layout(groups, mlp_lp_size))
-        expected = fidelity(model, from_.mesh, compared, counted, depths=1)[0][0]
+        of_depths = []
+        for depth in range(DEPTHS):
+            counted = np.zeros(compared.shape, bool)
+            counted[:, [start + depth for start in starts]] = True
+            of_depths.append(fidelity(model, from_.mesh, compared, counted)[0][depth])
+        expected = np.exp(np.average(np.log(of_depths), weights=[4, 3, 2, 1]))
         assert overlaps[group] == pytest.approx(expected, abs=1e-4)
     assert min(overlaps.values()) < 0.9, "candidates that lose nothing would prove nothing"

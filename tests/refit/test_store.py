@@ -59,6 +59,10 @@ def test_explicit_groups_have_a_refit_of_their_own(directory):
     opened, layout = open_checkpoint(directory), layout_of(asked, LAYERS)
     save(path_of(directory / DIRECTORY, asked), some_refit(opened, layout).tensors, layout, opened)
     assert choose_layout(asked, opened)[1] is not None
+    other = SpeculativeConfig(lp_strategy="0-1,2-7")
+    path_of(directory / DIRECTORY, asked).rename(path_of(directory / DIRECTORY, other))
+    with pytest.raises(EasySpecError, match=r"is for the groups 0,1-7; run easyspec_jax\.refit again"):
+        choose_layout(other, opened)
 
 
 def test_a_digest_changes_with_what_is_held(directory, draft):
