@@ -56,6 +56,8 @@ def _answer(engine: Engine, messages: list[Message], sampling: SamplingParams, b
         engine.compile([messages], turn, bar=bar)
         completion = next(engine.generate([messages], turn, on_text=show))
         print(flush=True)
+        if completion.error is not None:
+            raise EasySpecError(completion.error)
         print_summary([completion], engine)
     except KeyboardInterrupt:
         print(flush=True)

@@ -1,12 +1,14 @@
 """What a prompt becomes, while it does and when it has."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from easyspec_jax.decode.metrics import Stats
-from easyspec_jax.decode.round import Report
+from easyspec_jax.decode.round import Fault, Report
 from easyspec_jax.errors import EasySpecError
+from easyspec_jax.options import SamplingParams
 from easyspec_jax.tokenizer import Prompt, TextStream
 
 Item = TypeVar("Item")
@@ -24,7 +26,8 @@ class Completion:
     """What one prompt became.
 
     token_ids: generated ids, a stop token included, or up to the one that completed a stop string; text ends before
-    either. finish_reason: "stop" or "length". tokens_per_round: of token_ids, all but the first, which prefill made.
+    either. finish_reason: "stop", "length" or "error", which error explains. tokens_per_round: of token_ids, all
+    but the first, which prefill made.
     """
 
     prompt: Prompt
@@ -34,10 +37,11 @@ class Completion:
     finish_reason: str
     stats: Stats
     tokens_per_round: list[int]
+    error: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
-        return {
+        fields = {
             "prompt": self.prompt,
             "prompt_ids": self.prompt_ids,
             "token_ids": self.token_ids,
@@ -45,26 +49,35 @@ class Completion:
             "finish_reason": self.finish_reason,
             "stats": self.stats.as_dict(),
         }
+        return fields if self.error is None else fields | {"error": self.error}
 
 
 @dataclass
 class Row:
-    """One prompt of a batch on its way."""
+    """One prompt of a batch on its way. limit: tokens to generate; begun: when, by time.perf_counter()."""
 
     prompt: Prompt
     prompt_ids: list[int]
     text: TextStream
     stats: Stats
+    sampling: SamplingParams
+    limit: int
+    begun: float = field(default=0.0, init=False)
+    started: bool = field(default=False, init=False)
     finished: bool = field(default=False, init=False)
+    fault: Fault = field(default=Fault.NONE, init=False)
     tokens_per_round: list[int] = field(default_factory=list, init=False)
 
-    def prefilled(self, report: Report, row: int, seconds: float) -> str:
-        """Takes the first token, after so many seconds; returns the text it adds."""
-        self.stats = replace(self.stats, prefill_seconds=seconds)
+    def take(self, report: Report, row: int) -> str:
+        """Takes the first token or a round's; returns the text they add."""
+        seconds = time.perf_counter() - self.begun
+        return (self._advanced if self.started else self._prefilled)(report, row, seconds)
+
+    def _prefilled(self, report: Report, row: int, seconds: float) -> str:
+        self.started, self.stats = True, replace(self.stats, prefill_seconds=seconds)
         return self._push(report, row)[0]
 
-    def advanced(self, report: Report, row: int, seconds: float) -> str:
-        """Takes a round's tokens, so many seconds after the start; returns the text they add."""
+    def _advanced(self, report: Report, row: int, seconds: float) -> str:
         drafted, accepted = int(report.drafted[row]), int(report.accepted[row])
         piece, kept = self._push(report, row)
         if kept < int(report.num_tokens[row]):
@@ -80,12 +93,15 @@ class Row:
         before = len(self.text.ids)
         piece = self.text.push([int(token) for token in report.tokens[row, : report.num_tokens[row]]])
         self.finished = self.text.stopped or bool(report.done[row])
+        self.fault = Fault.NONE if self.text.stopped else Fault(int(report.fault[row]))
         return piece, len(self.text.ids) - before
 
-    def completion(self, stop_ids: Sequence[int]) -> Completion:
-        """The finished row."""
-        stopped = self.text.stopped or self.text.ids[-1] in stop_ids
-        reason = "stop" if stopped else "length"
-        return Completion(
-            self.prompt, self.prompt_ids, self.text.ids, self.text.text, reason, self.stats, self.tokens_per_round
-        )
+    def completion(self, stop_ids: Sequence[int], directories: Mapping[Fault, str]) -> Completion:
+        """The finished row. directories: of the models that may be at fault."""
+        reason, error = "length", None
+        if self.fault:
+            reason, error = "error", f"{directories[self.fault]} gave logits that are not finite; check its weights"
+        elif self.text.stopped or self.text.ids[-1] in stop_ids:
+            reason = "stop"
+        ids, text = self.text.ids, self.text.text
+        return Completion(self.prompt, self.prompt_ids, ids, text, reason, self.stats, self.tokens_per_round, error)

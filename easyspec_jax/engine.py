@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,15 +12,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from easyspec_jax import demo
+from easyspec_jax import demo, processes
 from easyspec_jax.checkpoint import Checkpoint, open_checkpoint
 from easyspec_jax.completion import Completion, Row, batched
+from easyspec_jax.decode.batch import Batch
 from easyspec_jax.decode.loop import Programs, decode, warm_up
 from easyspec_jax.decode.metrics import Stats
-from easyspec_jax.decode.round import RoundConfig
+from easyspec_jax.decode.round import Fault, RoundConfig
 from easyspec_jax.draft.grouping import Layout
 from easyspec_jax.draft.parallel import load_draft
 from easyspec_jax.errors import EasySpecError
+from easyspec_jax.memory import Job, check_memory, free_memory
 from easyspec_jax.mesh import ALL_AXES, Axes, MeshShape, open_mesh, parse_mesh
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
@@ -115,16 +117,20 @@ class Engine:
         self._target: Decoder | None = None
         self._draft: Decoder | None = None
         self._programs: dict[RoundConfig, Programs] = {}
-        self._compiled: set[tuple[RoundConfig, int, int]] = set()
+        self._compiled: set[tuple[RoundConfig, tuple[int, ...], int]] = set()
 
     def load(self, bar: Bar = no_bar) -> tuple[Decoder, Decoder | None]:
         """Target and draft on the mesh; read on the first call."""
         target = self._load_target(bar)
         if self._draft is None and self.draft is not None:
-            axes = ALL_AXES if self.speculative.draft_tensor_parallel_size == "all" else ()
             with bar("Loading draft"):
-                self._draft = load_draft(self.loader(self.draft, axes), self.layout, self.refit)
+                self._draft = load_draft(self.loader(self.draft, self._draft_axes), self.layout, self.refit)
+        processes.meet()  # their disks may differ
         return target, self._draft
+
+    @property
+    def _draft_axes(self) -> Axes:
+        return ALL_AXES if self.speculative.draft_tensor_parallel_size == "all" else ()
 
     def _load_target(self, bar: Bar) -> Decoder:
         if self._target is None:
@@ -212,10 +218,10 @@ class Engine:
 
     def programs(self, sampling: SamplingParams) -> Programs:
         """The compiled steps for a way of sampling; its numbers are arguments of theirs."""
-        config = RoundConfig.of(self.speculative, sampling, self.target.config.stop_ids)
+        config = self.config(sampling)
         if config not in self._programs:
             target, draft = self.load()
-            self._programs[config] = Programs(self.mesh, target, draft, config)
+            self._programs[config] = Programs(self.mesh, target, draft, config, self.max_length)
         return self._programs[config]
 
     def compile(
@@ -229,24 +235,33 @@ class Engine:
     ) -> Preparation:
         """Loads and compiles what generate() would use for these prompts, so that its times are times of decoding.
 
-        Raises EasySpecError for any bad prompt before any weight is read.
+        Raises EasySpecError for any bad prompt, or if memory will not suffice, before any weight is read.
         """
-        lengths = [len(ids) + self._limit(ids, sampling) for ids in (self.encode(prompt, chat) for prompt in prompts)]
-        batches = batched(lengths, batch_size)
+        encoded = [self.encode(prompt, chat) for prompt in prompts]
+        batches = batched(encoded, batch_size)
+        tokens = max(len(ids) + self._limit(ids, sampling) for ids in encoded)
+        self.check_memory(tokens, max(map(len, encoded)), batch_size, sampling)
         begun = time.perf_counter()
         jax.block_until_ready(jax.tree.leaves(self.load(bar)))
         loaded = time.perf_counter()
         programs = self.programs(sampling)
-        capacities = sorted({programs.capacity(max(batch)) for batch in batches})
-        wanted = [(programs.config, capacity, batch_size) for capacity in capacities]
+        growths = {self._growth(programs, batch, sampling) for batch in batches}
+        wanted = [(programs.config, capacities, batch_size) for capacities in sorted(growths)]
         missing = [program for program in wanted if program not in self._compiled]
         if missing:
             with bar("Compiling", len(missing)) as advance:
-                for _, capacity, rows in missing:
-                    warm_up(programs, capacity, rows)
+                for _, capacities, rows in missing:
+                    warm_up(programs, capacities, rows)
                     advance(1)
             self._compiled.update(missing)
-        return Preparation(capacities, loaded - begun, time.perf_counter() - loaded)
+        sizes = sorted(set().union(*growths))
+        return Preparation(sizes, loaded - begun, time.perf_counter() - loaded)
+
+    def _growth(self, programs: Programs, batch: Sequence[Sequence[int]], sampling: SamplingParams) -> tuple[int, ...]:
+        """The sizes that the caches of a batch go through."""
+        paths = [programs.capacities(len(ids), self._limit(ids, sampling)) for ids in batch]
+        first, last = (max(path[place] for path in paths) for place in (0, -1))
+        return tuple(size for size in sorted(set().union(*paths)) if first <= size <= last)
 
     def _complete(
         self,
@@ -257,25 +272,105 @@ class Engine:
     ) -> Iterator[Completion]:
         """The completions of one batch; what it lacks in prompts are rows that are finished from the start."""
         programs = self.programs(sampling)
-        levels = Stats(accepted_per_position=(0,) * programs.config.levels)
-        rows = [Row(prompt, ids, TextStream(self.tokenizer, sampling.stop), levels) for prompt, ids in prompts]
+        rows = [self._row(prompt, ids, sampling) for prompt, ids in prompts]
         missing = batch_size - len(rows)
         encoded = [row.prompt_ids for row in rows] + [[0]] * missing
-        limits = [self._limit(row.prompt_ids, sampling) for row in rows] + [0] * missing
+        limits = [row.limit for row in rows] + [0] * missing
         begun = time.perf_counter()
+        for row in rows:
+            row.begun = begun
         with closing(decode(programs, encoded, limits, sampling)) as reports:
-            for number, report in enumerate(reports):
-                seconds = time.perf_counter() - begun
+            for report in reports:
                 for place, row in enumerate(rows):
                     if not row.finished:
-                        on_text((row.advanced if number else row.prefilled)(report, place, seconds))
+                        on_text(row.take(report, place))
                 if all(row.finished for row in rows):
                     break
         on_text(rows[0].text.rest())
-        yield from (row.completion(self.target.config.stop_ids) for row in rows)
+        yield from (self._completion(row) for row in rows)
+
+    def row(self, prompt: Prompt, sampling: SamplingParams, *, chat: bool = False) -> Row:
+        """What complete_each() takes. Raises EasySpecError for a bad prompt."""
+        return self._row(prompt, self.encode(prompt, chat), sampling)
+
+    def complete_each(self, rows: Iterable[Row], batch_size: int) -> Iterator[tuple[int, Completion]]:
+        """The number and the Completion of each row as it finishes; a finished one's place goes to the next at once.
+
+        Rows are taken as places become free, so there may be any number of them. Each has its own sampling; one that
+        needs other programs (greedy decoding, sampling, top-k or top-p) waits until all before it are done, so rows
+        are best sorted by Engine.config. In float32 every text is what it is alone.
+        """
+        if batch_size < 1:
+            raise EasySpecError(f"--batch-size {batch_size} must be at least 1")
+        for config, alike in itertools.groupby(enumerate(rows), lambda item: self.config(item[1].sampling)):
+            first = list(itertools.islice(alike, batch_size))
+            tokens = max(len(row.prompt_ids) + row.limit for _, row in first)
+            self.check_memory(tokens, max(len(row.prompt_ids) for _, row in first), batch_size, first[0][1].sampling)
+            programs = self.programs(first[0][1].sampling)
+            assert programs.config == config
+            capacity = max(programs.capacities(len(row.prompt_ids), row.limit)[0] for _, row in first)
+            with closing(Batch(programs, batch_size, capacity)) as batch:
+                yield from self._refilled(batch, itertools.chain(first, alike), batch_size)  # noqa: B031
+
+    def _refilled(
+        self, batch: Batch, waiting: Iterator[tuple[int, Row]], batch_size: int
+    ) -> Iterator[tuple[int, Completion]]:
+        held: dict[int, tuple[int, Row]] = {}
+        while True:
+            free = (place for place in range(batch_size) if place not in held)
+            for place, item in zip(free, waiting, strict=False):
+                held[place], row = item, item[1]
+                row.begun = time.perf_counter()
+                batch.enter(place, row.prompt_ids, row.limit, row.sampling)
+            if not held:
+                return
+            for place, report, within in batch.step():
+                number, row = held[place]
+                row.take(report, within)
+                if row.finished:
+                    del held[place]
+                    batch.leave(place)
+                    yield number, self._completion(row)
+
+    def config(self, sampling: SamplingParams) -> RoundConfig:
+        """What the programs for a way of sampling are specialised to."""
+        return RoundConfig.of(self.speculative, sampling, self.target.config.stop_ids)
+
+    def _row(self, prompt: Prompt, ids: list[int], sampling: SamplingParams) -> Row:
+        levels = Stats(accepted_per_position=(0,) * self.config(sampling).levels)
+        return Row(prompt, ids, TextStream(self.tokenizer, sampling.stop), levels, sampling, self._limit(ids, sampling))
+
+    def _completion(self, row: Row) -> Completion:
+        directories = {Fault.TARGET: f"the target {self.target.directory}"}
+        if self.draft is not None:
+            directories[Fault.DRAFT] = f"the draft {self.draft.directory}"
+        return row.completion(self.target.config.stop_ids, directories)
 
     def _limit(self, ids: Sequence[int], sampling: SamplingParams) -> int:
         return min(sampling.max_new_tokens, self.max_length - len(ids))
+
+    def check_memory(self, tokens: int, prompt: int, rows: int, sampling: SamplingParams) -> None:
+        """Raises EasySpecError if rows of up to so many tokens, of which a prompt takes some, would not fit."""
+        check_memory(self.job(tokens, prompt, rows, sampling), free_memory(self.mesh))
+
+    def job(self, tokens: int, prompt: int, rows: int, sampling: SamplingParams) -> Job:
+        """What check_memory is asked of: rows of up to so many tokens, of which a prompt takes some."""
+        return Job(
+            target=self.target.config,
+            draft=self.draft and self.draft.config,
+            layout=self.layout,
+            refit=self.refit is not None,
+            draft_axes=self._draft_axes,
+            mesh=self.mesh,
+            dtype=self.dtype,
+            round=self.config(sampling),
+            tokens=tokens,
+            prompt=prompt,
+            rows=rows,
+            target_held=self._target is not None,
+            draft_held=self._draft is not None,
+            max_length=self.max_length,
+        )
 
     def loader(self, checkpoint: Checkpoint, axes: Axes) -> Loader:
         """What puts a checkpoint on this mesh, its vocabulary aligned with that of the pair."""

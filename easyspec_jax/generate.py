@@ -8,20 +8,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from easyspec_jax import demo
-from easyspec_jax.command import Parser, cache_compilations, flags_in, read_prompts
+from easyspec_jax import demo, processes
+from easyspec_jax.command import cache_compilations
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.options import (
-    DraftTensorParallelSize,
-    DType,
-    Method,
-    Platform,
-    SamplingParams,
-    SpeculativeConfig,
-    Verifier,
-)
+from easyspec_jax.flags import AUTO, parse_flags, prompts_of, sampling_of, speculative_of
+from easyspec_jax.options import SamplingParams, SpeculativeConfig
 
 if TYPE_CHECKING:  # importing JAX takes a second, which --help and a mistyped flag need not wait for
     from easyspec_jax.engine import Completion, Engine
@@ -29,23 +23,16 @@ if TYPE_CHECKING:  # importing JAX takes a second, which --help and a mistyped f
 
 PROGRAM = "easyspec_jax.generate"
 
-AUTO = "auto"
-TUNED = ("--method", "--num-speculative-tokens", "--tree-width", "--tree-nodes", "--lp-size", "--mlp-lp-size",
-         "--refit", "--no-refit", "--no-calibration", "--draft-tensor-parallel-size")  # fmt: skip
-"""What --lp-strategy auto chooses, and nobody else then may."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Runs the command; returns its exit code: 0, 1 if a job has bad lines, 2 for bad input, 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # text goes through any terminal's encoding
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is refused as a prompt, in one line
     try:
-        args = _parser().parse_args(argv)
-        _check_auto(args, flags_in(argv))
-        return _run(args)
+        return _run(parse_flags(PROGRAM, str(__doc__), argv))
     except EasySpecError as error:
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -73,111 +60,41 @@ def _abandon_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__, allow_abbrev=False)
-    models = parser.add_argument_group("models and devices")
-    models.add_argument("--target", metavar="DIR", help="converted or Hugging Face checkpoint of the model to speak "
-                        "(default: a small bundled pair that completes Python)")  # fmt: skip
-    models.add_argument("--draft", metavar="DIR", help="a smaller model of the same family")
-    models.add_argument("--mesh", default="1", help='devices: "8", or "layer=4,tensor=2" (default: %(default)s)')
-    models.add_argument("--platform", choices=get_args(Platform), help="default: the fastest one present")
-    models.add_argument("--dtype", default="auto", choices=get_args(DType),
-                        help="default: float32 on a CPU, else the checkpoint's")  # fmt: skip
-    models.add_argument("--max-length", type=int, metavar="L", help="prompt and generated tokens together")
-
-    prompts = parser.add_argument_group("prompts")
-    source = prompts.add_mutually_exclusive_group()
-    source.add_argument("--prompt", action="append", metavar="TEXT",
-                        help="may be repeated (default: an example, for the bundled pair)")  # fmt: skip
-    source.add_argument("--prompt-file", metavar="FILE", help="one prompt a line")
-    prompts.add_argument("--batch-size", type=int, default=1, metavar="B",
-                         help="prompts decoded together (default: %(default)s)")  # fmt: skip
-    prompts.add_argument("--chat", action="store_true",
-                         help="wrap each prompt in the checkpoint's chat template; "
-                         "without a prompt, hold a conversation")  # fmt: skip
-
-    default = SpeculativeConfig()
-    drafting = parser.add_argument_group("speculation")
-    drafting.add_argument("--method", default=default.method, choices=get_args(Method),
-                          help="default: %(default)s")  # fmt: skip
-    drafting.add_argument("--num-speculative-tokens", type=int, default=default.num_speculative_tokens, metavar="N",
-                          help="depth of the draft of a round (default: %(default)s)")  # fmt: skip
-    drafting.add_argument("--tree-width", type=int, metavar="W",
-                          help="tokens drafted at each depth (default: 1, a chain; 4 for --method tree)")  # fmt: skip
-    drafting.add_argument("--tree-nodes", type=int, metavar="M",
-                          help="how many of them, the best, the target verifies (default: all)")  # fmt: skip
-    drafting.add_argument("--lp-size", type=int, default=default.lp_size, metavar="N",
-                          help="layers that run at once (default: %(default)s)")  # fmt: skip
-    drafting.add_argument("--lp-strategy", metavar="S",
-                          help='explicit groups, such as "0,1-3,4-7,8"; or "auto": how to speculate at all, as '
-                          "easyspec_jax.tune chose it, which is run first if need be")  # fmt: skip
-    drafting.add_argument("--mlp-lp-size", type=int, default=default.mlp_lp_size, metavar="M",
-                          help="MLPs of a group that run at once (default: %(default)s)")  # fmt: skip
-    refit = drafting.add_mutually_exclusive_group()
-    refit.add_argument("--refit", default=default.refit, metavar="DIR",
-                       help="projections fitted to these groups (default: the draft directory's, if any)")  # fmt: skip
-    refit.add_argument("--no-refit", dest="refit", action="store_const", const="none", help="use none")
-    drafting.add_argument("--no-calibration", action="store_true", help="keep the fuzzy KV of accepted tokens")
-    drafting.add_argument("--draft-tensor-parallel-size", default=default.draft_tensor_parallel_size,
-                          choices=get_args(DraftTensorParallelSize),
-                          help="what of the draft is not layer-parallel is replicated or split over all devices "
-                          "(default: %(default)s)")  # fmt: skip
-    drafting.add_argument("--verifier", choices=get_args(Verifier),
-                          help="default: rejection for chains, coupled for trees")  # fmt: skip
-
-    sampling = parser.add_argument_group("sampling")
-    chosen = SamplingParams()
-    sampling.add_argument("--temperature", type=float, default=chosen.temperature, metavar="T",
-                          help="0 is greedy (default: %(default)s)")  # fmt: skip
-    sampling.add_argument("--top-k", type=int, default=chosen.top_k, metavar="K")
-    sampling.add_argument("--top-p", type=float, default=chosen.top_p, metavar="P")
-    sampling.add_argument("--seed", type=int, default=chosen.seed, help="prompt i uses seed + i")
-    sampling.add_argument("--max-new-tokens", type=int, default=chosen.max_new_tokens, metavar="M",
-                          help="default: %(default)s")  # fmt: skip
-    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT",
-                          help="ends the text before it; may be repeated")  # fmt: skip
-
-    output = parser.add_argument_group("output")
-    output.add_argument("--no-stream", action="store_true", help="print each text when it is complete")
-    output.add_argument("--json", action="store_true", help="print one JSON object a prompt, and no text")
-    output.add_argument(
-        "--compare", action="store_true", help="decode each prompt plainly too, and show what was gained"
-    )
-    output.add_argument("--verbose", action="store_true", help="show the mesh, the groups and each device's memory")
-    return parser
-
-
-def _check_auto(args: argparse.Namespace, given: set[str]) -> None:
-    """Raises EasySpecError for flags that contradict --lp-strategy auto."""
-    contrary = [flag for flag in TUNED if flag in given]
-    if args.lp_strategy == AUTO and contrary:
-        raise EasySpecError(f"--lp-strategy auto chooses {contrary[0]} itself: leave out one of the two")
-
-
 def _run(args: argparse.Namespace) -> int:
-    sampling = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens,
-                              tuple(args.stop))  # fmt: skip
-    speculative = SpeculativeConfig(
-        method=args.method,
-        num_speculative_tokens=args.num_speculative_tokens,
-        tree_width=args.tree_width,
-        tree_nodes=args.tree_nodes,
-        lp_size=args.lp_size,
-        lp_strategy=args.lp_strategy,
-        mlp_lp_size=args.mlp_lp_size,
-        refit=args.refit,
-        calibration=not args.no_calibration,
-        draft_tensor_parallel_size=args.draft_tensor_parallel_size,
-        verifier=args.verifier,
-    )
-    prompts = _prompts(args)
+    sampling, speculative = sampling_of(args), speculative_of(args)
+    if args.prompts is not None:
+        return _run_job(args, speculative, sampling)
+    prompts = prompts_of(args)
+    if not args.distributed:
+        return _speak(args, speculative, sampling, prompts)
+    place = _place(args, prompts)
+    command = [{name: value for name, value in vars(args).items() if name != "process_id"}, prompts]
+    with processes.joined(PROGRAM, place, command):
+        return _speak(args, speculative, sampling, prompts)
 
+
+def _place(args: argparse.Namespace, prompts: list[str]) -> processes.Place:
+    """This process among all. Raises EasySpecError for what several processes cannot do."""
+    if not prompts:
+        raise EasySpecError("--distributed holds no conversation: give --prompt TEXT or --prompt-file FILE")
+    from easyspec_jax.mesh import parse_mesh
+
+    place = processes.find_place(args.coordinator, args.num_processes, args.process_id)
+    size = parse_mesh(args.mesh).size
+    if size % place.num_processes:
+        raise EasySpecError(
+            f"--mesh asks for {size} devices, which {place.num_processes} processes cannot share equally"
+        )
+    return place
+
+
+def _speak(
+    args: argparse.Namespace, speculative: SpeculativeConfig, sampling: SamplingParams, prompts: list[str]
+) -> int:
     from easyspec_jax.progress import bar, no_bar
 
-    cache_compilations()
     bars = no_bar if args.json else bar
     engine = _open(args, speculative, bars)
-    _note_missing_accelerators(args, engine)
     if prompts:
         _complete(args, engine, prompts, sampling, bars)
     else:
@@ -185,7 +102,33 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run_job(args: argparse.Namespace, speculative: SpeculativeConfig, sampling: SamplingParams) -> int:
+    """Does what is left of a job; 1 if some of its lines have errors."""
+    from easyspec_jax.jobs import run_job
+    from easyspec_jax.progress import bar
+    from easyspec_jax.terminal import print_note
+
+    engine = _open(args, speculative, bar)
+    # Neither these nor the mesh change a text; where numbers round otherwise, a text may be either run's.
+    free = {"prompts", "out", "batch_size", "verbose", "mesh", "platform"}
+    settings = {name: value for name, value in vars(args).items() if name not in free}
+    files = Path(args.prompts), Path(args.out)
+    engine.check_memory(2, 1, args.batch_size, sampling)  # at the least
+    engine.load(bar)
+    together = {"chat": args.chat, "batch_size": args.batch_size}
+    done, errors = run_job(engine, *files, sampling, **together, settings=settings, bar=bar, note=print_note)
+    print_note(f"{done} lines in {args.out}, {errors} of them errors")
+    return 1 if errors else 0
+
+
 def _open(args: argparse.Namespace, speculative: SpeculativeConfig, bar: "Bar") -> "Engine":
+    cache_compilations()
+    engine = _open_pair(args, speculative, bar)
+    _note_missing_accelerators(args, engine)
+    return engine
+
+
+def _open_pair(args: argparse.Namespace, speculative: SpeculativeConfig, bar: "Bar") -> "Engine":
     """The pair as the flags want it, or as it was tuned."""
     if args.lp_strategy != AUTO:
         from easyspec_jax.engine import open_model
@@ -241,6 +184,9 @@ def _complete(
                 plain.append(next(plain_texts))
         if args.json:
             print(json.dumps(_as_dict(completions[-1], plain[-1] if plain else None)), flush=True)
+    for completion in completions:
+        if completion.error is not None:
+            raise EasySpecError(completion.error)
     if args.json:
         return
     if baseline is not None:
@@ -272,19 +218,6 @@ def _as_dict(completion: "Completion", plain: "Completion | None") -> dict[str, 
             "speedup": speedup(completion.stats, plain.stats),
         }
     return printed
-
-
-def _prompts(args: argparse.Namespace) -> list[str]:
-    """What is to be completed; nothing if a conversation is wanted instead."""
-    if args.prompt is not None:
-        return args.prompt
-    if args.prompt_file is None:
-        if args.chat and not (args.json or args.compare or args.no_stream):
-            return []
-        if args.target is None:
-            return [demo.PROMPT]
-        raise EasySpecError("no prompt; give --prompt TEXT or --prompt-file FILE, or only --chat for a conversation")
-    return read_prompts(args.prompt_file)
 
 
 def _show(piece: str) -> None:

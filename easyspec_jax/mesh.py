@@ -2,14 +2,18 @@
 
 import math
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from numpy.typing import ArrayLike
 
+from easyspec_jax import processes
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import Platform
 
@@ -55,10 +59,14 @@ def open_mesh(shape: MeshShape, platform: Platform | None = None, or_cpu: bool =
     """A mesh over the first devices of a platform (default: the fastest that JAX finds).
 
     On a CPU they are virtual, made here if JAX has not started yet. or_cpu: take a CPU's if the default platform has
-    too few. Raises EasySpecError if the platform is absent or has too few.
+    too few. Several processes have equal parts of it; see spread(). Raises EasySpecError if the platform is absent or
+    has too few, or if they do not divide.
     """
+    hosts = processes.count()
+    if shape.size % hosts:
+        raise EasySpecError(f"--mesh asks for {shape.size} devices, which {hosts} processes cannot share equally")
     if shape.size <= MAX_VIRTUAL_DEVICES:
-        _request_cpu_devices(shape.size)
+        _request_cpu_devices(shape.size // hosts)
     devices = _devices(platform)
     if len(devices) < shape.size and or_cpu and platform is None:
         devices = _devices("cpu")
@@ -68,8 +76,30 @@ def open_mesh(shape: MeshShape, platform: Platform | None = None, or_cpu: bool =
         raise EasySpecError(
             f"--mesh asks for {shape.size} devices but there are {len(devices)} of platform {kind}; {advice}"
         )
-    grid = np.asarray(devices[: shape.size]).reshape(shape.layer, shape.tensor)
-    return Mesh(grid, ALL_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    return Mesh(spread(devices, shape, hosts), ALL_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def spread(devices: Sequence[Any], shape: MeshShape, hosts: int) -> np.ndarray:
+    """[layer, tensor] devices, equally many of each process, the layer axis inside a process as far as it fits.
+
+    Raises EasySpecError if a process has too few.
+    """
+    each = shape.size // hosts
+    own = [[device for device in devices if device.process_index == host] for host in range(hosts)] if hosts > 1 else []
+    for host, of_host in enumerate(own):
+        if len(of_host) < each:
+            raise EasySpecError(f"--mesh asks for {each} devices a process, and process {host} has {len(of_host)}")
+    chosen = np.asarray([of_host[:each] for of_host in own] or [devices[: shape.size]], object)
+    layer = math.gcd(shape.layer, each)  # of one process
+    blocks = chosen.reshape(shape.layer // layer, shape.tensor * layer // each, layer, each // layer)
+    return blocks.transpose(0, 2, 1, 3).reshape(shape.layer, shape.tensor)
+
+
+def replicated(x: ArrayLike, mesh: Mesh) -> jax.Array:
+    """The same array on every device; every process has to have it."""
+    array = np.asarray(x)
+    # device_put would have all processes compare it first.
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, P()), lambda index: array[index])
 
 
 def _devices(platform: Platform | None) -> list[Any]:

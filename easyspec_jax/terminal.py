@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from functools import reduce
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -111,8 +112,12 @@ def _layers_at(position: int, engine: "Engine") -> list[int]:
 
 
 def _bytes_per_device(tree: Any) -> Counter[Any]:
-    shards = (shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards)
-    return sum((Counter({shard.device: shard.data.nbytes}) for shard in shards), Counter())
+    """Of other processes' devices too, whose shards are not here."""
+    held = Counter[Any]()
+    for leaf in jax.tree.leaves(tree):
+        size = prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        held.update(dict.fromkeys(leaf.sharding.device_set, size))
+    return held
 
 
 def _method(engine: "Engine") -> str:

@@ -8,12 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from easyspec_jax.decode.loop import Programs
 from easyspec_jax.decode.round import RoundConfig, State
+from easyspec_jax.mesh import replicated
 from easyspec_jax.model.attention import Nodes
 from easyspec_jax.model.transformer import Caches, Decoder
 from easyspec_jax.options import SamplingParams
@@ -91,7 +92,7 @@ def pass_case(
     """
     spec = programs.target.cache_specs(), P()
     # An argument, as in a round: XLA would simplify what it knows.
-    at = jax.device_put(np.full(1, context, np.int32), NamedSharding(programs.mesh, P()))
+    at = replicated(np.full(1, context, np.int32), programs.mesh)
 
     def once(model: Decoder, at: Array, carry: tuple[Caches, Int[Array, "1 tokens"]]) -> tuple[Caches, Array]:
         caches, ids = carry
@@ -121,7 +122,7 @@ def round_case(name: str, programs: Programs, bytes: int = 0, *, context: int, c
     """
 
     def small(value: int, *shape: int) -> Array:
-        return jax.device_put(np.full(shape, value, np.int32), NamedSharding(programs.mesh, P()))
+        return replicated(np.full(shape, value, np.int32), programs.mesh)
 
     def reset(state: State) -> State:
         return replace(

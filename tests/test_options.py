@@ -61,3 +61,8 @@ def test_automatic_dtype_is_the_checkpoints_but_wide_on_a_cpu():
     assert resolve_dtype("float32", "gpu", quantised) == "float32"
     with pytest.raises(EasySpecError, match="dtype 'int8' is not supported; give --dtype"):
         resolve_dtype("auto", "gpu", quantised)
+
+
+def test_one_string_is_no_list_of_stops():
+    with pytest.raises(EasySpecError, match="put one into a tuple"):
+        SamplingParams(stop="one")  # pyright: ignore[reportArgumentType]

@@ -10,7 +10,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from easyspec_jax.decode.refill import Entrance, enter, extended
+from easyspec_jax.decode.room import AHEAD, Room
 from easyspec_jax.decode.round import Report, RoundConfig, State, init_state, prefill, speculative_round
+from easyspec_jax.mesh import replicated
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.verify import Request
@@ -23,33 +26,38 @@ PREFILL_CHUNK = 128
 class Programs:
     """The jitted steps of one pair of models and one RoundConfig; each compiles once per cache size.
 
-    States are donated, and come back under the very shardings they went in with.
+    States are donated, and come back under the very shardings they went in with. max_length: no text is longer.
     """
 
     mesh: Mesh
     target: Decoder
     draft: Decoder | None
     config: RoundConfig
+    max_length: int | None = None
 
     def capacity(self, tokens: int) -> int:
         """Cache entries for texts of `tokens`: a power of two, so that few sizes are ever compiled.
 
-        Behind the text there is room for one round's padding and drafts.
+        Behind the text there is room for one round's padding and drafts. No cache is larger than max_length asks for.
         """
-        needed = max(tokens + self.config.scratch + 1, PREFILL_CHUNK)
-        return 1 << (needed - 1).bit_length()
+        size = 1 << (max(self._needed(tokens), PREFILL_CHUNK) - 1).bit_length()
+        if self.max_length is None:
+            return size
+        return min(size, -(-self._needed(max(tokens, self.max_length)) // PREFILL_CHUNK) * PREFILL_CHUNK)
+
+    def _needed(self, tokens: int) -> int:
+        return tokens + self.config.scratch + 1
+
+    def capacities(self, prompt: int, limit: int) -> tuple[int, ...]:
+        """The sizes that caches go through while a prompt of so many tokens is continued up to its limit."""
+        sizes = [self.capacity(prompt + min(limit, AHEAD))]
+        while sizes[-1] < self.capacity(prompt + limit):
+            sizes.append(self.capacity(sizes[-1]))
+        return tuple(sizes)
 
     def start(self, sampling: SamplingParams, limits: Sequence[int], capacity: int) -> State:
         """Empty rows, one per limit (tokens to generate). Row i's noise is that of seed + i."""
-        rows = len(limits)
-        seeds = (sampling.seed + np.arange(rows)) % 2**32
-        request = Request(
-            seed=self._replicated(seeds.astype(np.uint32)),
-            round=self._replicated(np.zeros(rows, np.int32)),
-            temperature=self._replicated(np.full(rows, sampling.temperature, np.float32)),
-            top_k=self._replicated(np.full(rows, sampling.top_k, np.int32)),
-            top_p=self._replicated(np.full(rows, sampling.top_p, np.float32)),
-        )
+        request = self._request(sampling, len(limits))
         return self._start(self.leaves, request, self._replicated(np.asarray(limits, np.int32)), capacity)
 
     def prefill(self, state: State, tokens: np.ndarray, count: np.ndarray, last: np.ndarray) -> tuple[State, Report]:
@@ -57,12 +65,46 @@ class Programs:
         arrays = (self._replicated(x) for x in (tokens, count, last))
         return self._prefill(self.leaves, state, *arrays)
 
+    def enter(
+        self, state: State, row: int, prompt: Sequence[int], limit: int, sampling: SamplingParams
+    ) -> tuple[State, Report]:
+        """Gives a row another text, whose first token the report of this one row holds; other rows keep their state.
+
+        Its noise is that of sampling's seed. The caches must have room for the prompt.
+        """
+        report = None
+        for start in range(0, len(prompt), PREFILL_CHUNK):
+            part = prompt[start : start + PREFILL_CHUNK]
+            tokens = np.zeros((1, PREFILL_CHUNK), np.int32)
+            tokens[0, : len(part)] = part
+            numbers = (np.full(1, number, np.int32) for number in (start, len(part), limit))
+            begun, count, limits = (self._replicated(number) for number in numbers)
+            last = self._replicated(np.full(1, start + PREFILL_CHUNK >= len(prompt)))
+            text = Entrance(self._replicated(tokens), begun, count, last, limits, self._request(sampling, 1))
+            state, report = self._enter(self.leaves, state, self._replicated(np.int32(row)), text)
+        assert report is not None, "an empty prompt"
+        return state, report
+
+    def extend(self, state: State, capacity: int) -> State:
+        """The state with larger caches; compiles once for each pair of sizes."""
+        return self._extend(self.leaves, state, capacity)
+
     def round(self, state: State) -> tuple[State, Report]:
         """One round of every row."""
         return self._round(self.leaves, state)
 
-    def _replicated(self, x: np.ndarray) -> jax.Array:
-        return jax.device_put(x, NamedSharding(self.mesh, P()))
+    def _request(self, sampling: SamplingParams, rows: int) -> Request:
+        seeds = (sampling.seed + np.arange(rows)) % 2**32
+        return Request(
+            seed=self._replicated(seeds.astype(np.uint32)),
+            round=self._replicated(np.zeros(rows, np.int32)),
+            temperature=self._replicated(np.full(rows, sampling.temperature, np.float32)),
+            top_k=self._replicated(np.full(rows, sampling.top_k, np.int32)),
+            top_p=self._replicated(np.full(rows, sampling.top_p, np.float32)),
+        )
+
+    def _replicated(self, x: np.ndarray | np.int32) -> jax.Array:
+        return replicated(x, self.mesh)
 
     @cached_property
     def leaves(self) -> list[jax.Array]:
@@ -89,6 +131,19 @@ class Programs:
     def _prefill(self) -> Callable[..., tuple[State, Report]]:
         body = self.mapped(partial(prefill, config=self.config), (self.state_spec, P(), P(), P()), self._results)
         return jax.jit(body, donate_argnums=1, out_shardings=self._shardings)
+
+    @cached_property
+    def _enter(self) -> Callable[..., tuple[State, Report]]:
+        body = self.mapped(partial(enter, config=self.config), (self.state_spec, P(), P()), self._results)
+        return jax.jit(body, donate_argnums=1, out_shardings=self._shardings)
+
+    @cached_property
+    def _extend(self) -> Callable[..., State]:
+        def program(leaves: list[jax.Array], state: State, capacity: int) -> State:
+            body = partial(extended, capacity=capacity)
+            return self.mapped(body, (self.state_spec,), self.state_spec)(leaves, state)
+
+        return jax.jit(program, static_argnums=2, out_shardings=self._shardings[0])  # no size fits the donated one
 
     @cached_property
     def _round(self) -> Callable[..., tuple[State, Report]]:
@@ -128,28 +183,39 @@ def decode(
     Yields a Report of NumPy arrays for the prefill and for each round, until every row is done. The next round is
     dispatched before a report is read, so the devices never wait for the host.
     """
-    longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
-    state = programs.start(sampling, limits, programs.capacity(longest))
+    room = Room(programs, len(prompts))
+    for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        room.enter(row, len(prompt), limit)
+    room.capacity = room.needed()
+    state = programs.start(sampling, limits, room.capacity)
     try:
         state, chunks = prefill_all(programs, state, prompts)
         state, report = programs.round(state)
         now = first_tokens(chunks)
         yield now
         while not now.done.all():
+            room.read(now.num_tokens)
+            state = room.made(state)
             state, ahead = programs.round(state)
             now, report = jax.device_get(report), ahead
             yield now
     finally:
-        # Two programs with collectives at once could starve each other of the CPU's threads.
-        if not state.length.is_deleted():  # as it is if Ctrl-C came between a call and its result
-            jax.block_until_ready(state.length)
+        settle(state)
 
 
-def warm_up(programs: Programs, capacity: int, rows: int = 1) -> None:
-    """Compiles what decode() uses for so many rows and this cache capacity, by decoding rows that are finished."""
-    state = programs.start(SamplingParams(), [0] * rows, capacity)
+def settle(state: State) -> None:
+    """Waits for the devices: two programs with collectives at once could starve each other of the CPU's threads."""
+    if not state.length.is_deleted():  # as it is if Ctrl-C came between a call and its result
+        jax.block_until_ready(state.length)
+
+
+def warm_up(programs: Programs, capacities: Sequence[int], rows: int = 1) -> None:
+    """Compiles what decode() uses for so many rows whose caches grow like this, by decoding rows that are finished."""
+    state = programs.start(SamplingParams(), [0] * rows, capacities[0])
     state, _ = prefill_all(programs, state, [[0]] * rows)
     state, _ = programs.round(state)
+    for capacity in capacities[1:]:
+        state, _ = programs.round(programs.extend(state, capacity))
     jax.block_until_ready(state.length)
 
 

@@ -4,6 +4,7 @@ Everything here runs inside one `shard_map`; rows of a batch are independent, ea
 """
 
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from functools import partial
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from easyspec_jax.model.attention import Nodes
 from easyspec_jax.model.cache import move
 from easyspec_jax.model.transformer import Caches, Decoder, run_exact
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
+from easyspec_jax.sampling.shards import NO_CHOICE
 from easyspec_jax.tree import Tree, bare_root, path_to, prune
 from easyspec_jax.verify import Request, Verdict, Verifier, choose
 
@@ -88,10 +90,19 @@ class State:
     request: Request
 
 
+class Fault(IntEnum):
+    """Why a row cannot go on: which model's logits are not finite."""
+
+    NONE = 0
+    TARGET = 1
+    DRAFT = 2
+
+
 class Report(NamedTuple):
     """What a pass added to each row: its first `num_tokens` tokens; of `drafted` levels `accepted` are among them.
 
-    Levels that the text cannot reach, past a stop token or the limit, count as neither drafted nor accepted.
+    Levels that the text cannot reach, past a stop token, the limit or a fault, count as neither drafted nor accepted.
+    fault: a Fault, which ends the row.
     """
 
     tokens: Int[Array, "batch levels+1"]
@@ -99,6 +110,7 @@ class Report(NamedTuple):
     drafted: Int[Array, " batch"]
     accepted: Int[Array, " batch"]
     done: Bool[Array, " batch"]
+    fault: Int[Array, " batch"]
 
 
 def init_state(
@@ -139,7 +151,8 @@ def prefill(
     logits = target.logits(_take(h, end)[:, None])
     tree = bare_root(_take(tokens, end))
     verdict = config.verifier.verify(logits, tree, state.length + count, state.request)
-    report, remaining, _ = _accept(verdict, tree, state.remaining, last & (state.remaining > 0), config, 0)
+    live = last & (state.remaining > 0)
+    report, remaining, _ = _accept(verdict, tree, state.remaining, live, jnp.ones_like(live), config, 0)
     first = jnp.broadcast_to(report.tokens[:, :1], state.pending.shape)
     appended = replace(
         state,
@@ -159,24 +172,30 @@ def speculative_round(
 ) -> tuple[State, Report]:
     """Drafts, verifies and commits up to config.levels + 1 tokens a row (EasySpec, arXiv 2502.02493)."""
     root = _take(state.pending, state.pending_count - 1)
-    tree, draft_caches = (bare_root(root), ()) if draft is None else _draft(draft, root, state, config)
+    tree, sound, draft_caches = (
+        (bare_root(root), jnp.ones(root.shape, bool), ()) if draft is None else _draft(draft, root, state, config)
+    )
     nodes = Nodes(state.length, state.length, tree.depth, tree.ancestors)
     h, target_caches = target(tree.tokens, state.target, nodes)
     verdict = config.verifier.verify(target.logits(h), tree, state.length + 1, state.request)
     live = state.remaining > 0
-    report, remaining, path = _accept(verdict, tree, state.remaining, live, config, config.levels)
+    report, remaining, path = _accept(verdict, tree, state.remaining, live, sound, config, config.levels)
     verified = replace(state, target=target_caches, draft=draft_caches, remaining=remaining)
     return _commit(_move_path(verified, tree, path, config), report, live, config), report
 
 
-def _draft(draft: Decoder, root: Int[Array, " batch"], state: State, config: RoundConfig) -> tuple[Tree, Caches]:
-    """The pass over the pending tokens, and the tree that grows from its last hidden state."""
+def _draft(
+    draft: Decoder, root: Int[Array, " batch"], state: State, config: RoundConfig
+) -> tuple[Tree, Bool[Array, " batch"], Caches]:
+    """The pass over the pending tokens, and the tree that grows from its last hidden state; whether that is sound."""
     h, caches = draft(state.pending, state.draft, state.draft_length, run_exact if config.calibration else run_fuzzy)
     h = _take(h, state.pending_count - 1)
     tree, caches = draft_tree(
         draft, h, caches, root, state.length, state.request, config.verifier, config.levels, config.width
     )
-    return (tree if config.nodes is None else prune(tree, config.nodes)), caches
+    # Logits that are not finite make no probabilities. What follows an impossible token is nobody's business.
+    sound = jnp.all(jnp.isfinite(tree.q) | jnp.isneginf(tree.score)[:, :, None], axis=(1, 2))
+    return (tree if config.nodes is None else prune(tree, config.nodes)), sound, caches
 
 
 def _accept(
@@ -184,10 +203,14 @@ def _accept(
     tree: Tree,
     remaining: Int[Array, " batch"],
     live: Bool[Array, " batch"],
+    sound: Bool[Array, " batch"],
     config: RoundConfig,
     levels: int,
 ) -> tuple[Report, Int[Array, " batch"], Int[Array, "batch levels+1"]]:
-    """The accepted path and one token more, cut at a stop token and the limit; what then remains; the path's nodes."""
+    """The accepted path and one token more, cut at a stop token, the limit and where the target has no choice.
+
+    sound: whether the draft is; otherwise nothing is accepted. Also what then remains, and the path's nodes.
+    """
     columns = jnp.arange(levels + 1, dtype=jnp.int32)[None, :]
     passed = _take(tree.depth, verdict.leaf)
     path = path_to(tree, verdict.leaf, levels)
@@ -195,14 +218,19 @@ def _accept(
     tokens = jnp.where(columns < passed[:, None], drafted, verdict.token[:, None])
 
     reach = jnp.minimum(passed + 1, remaining)
-    is_stop = jnp.isin(tokens, jnp.asarray(config.stop_ids, jnp.int32)) & (columns < reach[:, None])
-    stopped = jnp.any(is_stop, axis=1)
-    count = jnp.where(stopped, jnp.argmax(is_stop, axis=1).astype(jnp.int32) + 1, reach)
-    offered = jnp.minimum(levels, jnp.where(stopped, count, remaining))
+    ends = jnp.isin(tokens, jnp.asarray((*config.stop_ids, NO_CHOICE), jnp.int32)) & (columns < reach[:, None])
+    ended = jnp.any(ends, axis=1)
+    end = jnp.argmax(ends, axis=1).astype(jnp.int32)
+    chosen = _take(tokens, end) != NO_CHOICE
+    fault = jnp.where(ended & ~chosen, Fault.TARGET.value, Fault.NONE.value)
+    fault = jnp.where(live, jnp.where(sound, fault, Fault.DRAFT.value), Fault.NONE.value).astype(jnp.int32)
 
-    count, offered, accepted = (jnp.where(live, x, 0) for x in (count, offered, jnp.minimum(passed, count)))
-    remaining = jnp.where(live & stopped, 0, remaining - count)
-    return Report(tokens, count, offered, accepted, remaining == 0), remaining, path
+    count = jnp.where(ended, end + chosen.astype(jnp.int32), reach)
+    offered = jnp.minimum(levels, jnp.where(ended, count, remaining))
+    counts = (count, offered, jnp.minimum(passed, count))
+    count, offered, accepted = (jnp.where(live & sound, x, 0) for x in counts)
+    remaining = jnp.where((live & ended) | (fault != Fault.NONE.value), 0, remaining - count)
+    return Report(tokens, count, offered, accepted, remaining == 0, fault), remaining, path
 
 
 def _move_path(state: State, tree: Tree, path: Int[Array, "batch levels+1"], config: RoundConfig) -> State:

@@ -1,5 +1,6 @@
 """A group of layers on the layer axis: exactly, in order; or fuzzily, at once (EasySpec, arXiv 2502.02493)."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
@@ -77,11 +78,19 @@ class LayerGroup(nnx.Module):
         attended = all_reduce(jnp.stack(outputs[:size]), self.axes)
         for first in range(0, len(outputs), size):
             inputs = list(itertools.accumulate(attended, initial=h))[1:]
-            added = sum(self._mlp(first + i, x) for i, x in enumerate(inputs))
+            added = self._through_mlps(first, inputs)
             riding = outputs[first + size : first + 2 * size] or [jnp.zeros_like(h)]
             attended = all_reduce(jnp.stack([added + riding[0], *riding[1:]]), self.axes)
             h, fed = inputs[-1], fed + inputs
         return h + attended[0], cache, fed
+
+    def after(self, size: int, fed: Sequence[Hidden]) -> Hidden:
+        """What a fuzzy pass of only the first `size` layers comes to, of what trace_fuzzy() says that MLPs were fed.
+
+        Later layers of a group change nothing of what earlier ones are fed.
+        """
+        first = (size - 1) // self.mlp_lp_size * self.mlp_lp_size
+        return fed[size - 1] + all_reduce(self._through_mlps(first, fed[first:size]), self.axes)
 
     def __call__(self, h: Hidden, cache: KVCache, window: Window) -> tuple[Hidden, KVCache]:
         """The layers in order, as the model defines them; as many all-reduces as tensor parallelism has."""
@@ -100,9 +109,11 @@ class LayerGroup(nnx.Module):
             h = between + all_reduce(mlp(between), self.axes)
         return h, cache, fed
 
-    def _mlp(self, layer: int, h: Hidden) -> Hidden:
-        """This share's addend of an MLP's output in the fuzzy pass."""
-        return self.mlps[layer](h, None if self.refit is None else self.refit.gate_up[layer])
+    def _through_mlps(self, first: int, inputs: Sequence[Hidden]) -> Hidden:
+        """This share's addend of what consecutive MLPs come to in the fuzzy pass, each on an input of its own."""
+        gate_up = self.refit.gate_up if self.refit is not None else [None] * len(self.mlps)
+        outputs = (self.mlps[first + i](h, gate_up[first + i]) for i, h in enumerate(inputs))
+        return functools.reduce(jnp.add, outputs)
 
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """This device's part of an empty cache, slots in front."""

@@ -1,7 +1,7 @@
 """Key-value caches with a length of their own per row: rolling back is an integer change elsewhere."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,31 @@ def move(cache: KVCache, source: Int[Array, "batch entries"], start: Int[Array, 
         return jax.lax.dynamic_update_slice_in_dim(row, row[..., entries, :], at, axis=-2)
 
     return KVCache(_by_row(put, cache.k, source, start), _by_row(put, cache.v, source, start))
+
+
+def take_row(cache: KVCache, row: Int[Array, ""], batch: int) -> KVCache:
+    """One of so many rows, as a cache of a batch of one."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, *_heads(x, row, batch), axis=-3), cache)
+
+
+def put_row(cache: KVCache, own: KVCache, row: Int[Array, ""], batch: int) -> KVCache:
+    """The inverse of take_row: the cache with the row replaced."""
+
+    def put(x: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(x, new, _heads(x, row, batch)[0], axis=-3)
+
+    return jax.tree.map(put, cache, own)
+
+
+def extend(cache: KVCache, capacity: int) -> KVCache:
+    """The cache with zeros behind its entries, up to a greater capacity."""
+    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, capacity - x.shape[-2]), (0, 0)]), cache)
+
+
+def _heads(x: Float[Array, "*slots batch_heads capacity head_dim"], row: Int[Array, ""], batch: int) -> tuple[Any, int]:
+    """The first of a row's heads among all rows', and how many there are."""
+    heads = x.shape[-3] // batch
+    return row * heads, heads
 
 
 def _by_row(

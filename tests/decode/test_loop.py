@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from easyspec_jax.checkpoint import open_checkpoint
-from easyspec_jax.decode import loop
+from easyspec_jax.decode import loop, room
 from easyspec_jax.decode.loop import PREFILL_CHUNK, Programs, decode, first_tokens, prefill_all
 from easyspec_jax.decode.round import RoundConfig
 from easyspec_jax.draft.grouping import Layout, paper_groups
@@ -251,3 +251,24 @@ def test_no_round_of_one_stream_copies_a_cache(pair, config):
     head_dim = pair[0].config.head_dim
     assert f",{capacity},{head_dim}]" in text
     assert re.findall(rf"= (f32\[[\d,]*,{capacity},{head_dim}\])\S* copy\(", text) == []
+
+
+@pytest.mark.parametrize("levels, width", [(0, 1), (4, 1), (3, 3)])
+def test_caches_that_grow_change_no_token(pair, levels, width, monkeypatch):
+    """From the least that a round needs, several times over, against caches that are large from the start."""
+    config = replace(GREEDY, levels=levels, width=width, verifier=Rejection())
+    sampling, limits = SamplingParams(temperature=0.8, seed=5), [150, 300, 200]
+    run = programs(pair, config)
+    expected = texts(run, limits=limits, sampling=sampling)[0]
+    monkeypatch.setattr(room, "AHEAD", 1)
+    grown = programs(pair, config)
+    assert texts(grown, limits=limits, sampling=sampling)[0] == expected
+    assert grown._extend._cache_size() >= 1  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def test_no_cache_is_larger_than_the_longest_text_needs(pair):
+    run = programs(pair, GREEDY)
+    assert run.capacity(1000) == 1024 == replace(run, max_length=1024).capacity(600)
+    assert replace(run, max_length=1024).capacity(1024) == 1152
+    assert run.capacities(100, 1000) == (512, 1024, 2048)
+    assert replace(run, max_length=1100).capacities(100, 1000) == (512, 1024, 1152)

@@ -1,0 +1,141 @@
+"""Every error message of the package, and a test that reaches each: `python -m tests.errors [pytest's arguments]`.
+
+Runs the tests, notes which of them first makes each message, and writes docs/errors.md. What a partial run does not
+reach keeps the test it had.
+"""
+
+import argparse
+import ast
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from easyspec_jax.errors import EasySpecError
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "errors.md"
+VARIABLE = "EASYSPEC_RECORD_ERRORS"
+KINDS = ("EasySpecError", "ArgumentTypeError")
+HEAD = """# Errors
+
+Every message says what is wrong and, behind the semicolon or in brackets, what to do. A command prints it as one
+line on stderr and exits with 2; `{…}` is filled in. Beside these there are the parser's own (a flag that is
+unknown, or has no such value), the system's, and where memory does run out, `the devices' memory does not
+suffice`. The table is written by `python -m tests.errors`, which runs the tests and notes the one that reaches
+each message.
+
+| message | from | reached by |
+|-|-|-|
+"""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a message is made: a file, its lines and the message."""
+
+    path: str
+    first: int
+    last: int
+    message: str
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What the table tells it by; lines move."""
+        return self.message, self.path
+
+
+def sites() -> list[Site]:
+    """All of easyspec_jax and convert."""
+    files = sorted(path for package in ("easyspec_jax", "convert") for path in (ROOT / package).rglob("*.py"))
+    return [site for path in files for site in _sites_of(path)]
+
+
+def _sites_of(path: Path) -> list[Site]:
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    name = path.relative_to(ROOT).as_posix()
+    made = [call for call in calls if getattr(call.func, "id", getattr(call.func, "attr", None)) in KINDS]
+    return [Site(name, call.lineno, call.end_lineno or call.lineno, _text(call.args[0])) for call in made]
+
+
+def _text(node: ast.expr) -> str:
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(_text, node.values))
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    value = node.value if isinstance(node, ast.FormattedValue) else node
+    return "{" + ast.unparse(value) + "}"
+
+
+def row(site: Site, test: str) -> str:
+    """A line of the table."""
+    return f"| {_cell(site.message)} | `{site.path}` | `{test}` |"
+
+
+def _cell(text: str) -> str:
+    fence = "``" if "`" in text else "`"
+    return f"{fence}{' '.join(text.split())}{fence}".replace("|", "\\|")
+
+
+def documented() -> dict[str, str]:
+    """The test of each message that the document has, by the table's first two cells."""
+    lines = DOCUMENT.read_text(encoding="utf-8").splitlines() if DOCUMENT.exists() else []
+    cells = (line.removesuffix(" |").rpartition(" | ") for line in lines if line.startswith("| `"))
+    return {head: test.strip("`") for head, _, test in cells}
+
+
+def head_of(site: Site) -> str:
+    """A message's first two cells in the table."""
+    return row(site, "").rpartition(" | ")[0]
+
+
+def record(directory: str) -> None:
+    """From now on notes in a directory which test makes an error where; one line each."""
+    path = Path(directory) / str(os.getpid())
+
+    def noting(plain: Any) -> Any:
+        def init(self: Exception, *args: Any) -> None:
+            plain(self, *args)
+            frame = sys._getframe(1)
+            test = os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0].partition("[")[0]
+            if test and frame.f_code.co_filename.startswith(str(ROOT)):
+                place = Path(frame.f_code.co_filename).relative_to(ROOT).as_posix()
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(f"{place}\t{frame.f_lineno}\t{test}\n")
+
+        return init
+
+    for kind in (EasySpecError, argparse.ArgumentTypeError):
+        kind.__init__ = noting(kind.__init__)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the tests and writes the document; returns how many messages no test reaches."""
+    with tempfile.TemporaryDirectory() as directory:
+        command = [sys.executable, "-m", "pytest", "-q", *arguments]
+        subprocess.run(command, cwd=ROOT, env=os.environ | {VARIABLE: directory}, check=False)
+        missing = write(Path(directory))
+    for site in missing:
+        print(f"{site.path}:{site.first}: reached by no test: {site.message}")
+    return len(missing)
+
+
+def write(records: Path) -> list[Site]:
+    """Puts what was recorded into the document; returns the messages that no test reaches."""
+    lines = sorted({line for path in records.iterdir() for line in path.read_text(encoding="utf-8").splitlines()})
+    every, before, tests = sites(), documented(), dict[Site, str]()
+    for path, number, test in (line.split("\t") for line in lines):
+        for site in every:
+            if site.path == path and site.first <= int(number) <= site.last:
+                tests.setdefault(site, test)
+    tests = {site: before.get(head_of(site)) or tests.get(site, "") for site in every}
+    rows = dict.fromkeys(row(site, test) for site, test in sorted(tests.items(), key=lambda item: item[0].key))
+    DOCUMENT.write_text(HEAD + "\n".join(rows) + "\n", encoding="utf-8")
+    return [site for site, test in tests.items() if not test]
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(sys.argv[1:]), 100))

@@ -1,0 +1,209 @@
+"""Batch jobs: every line once, whatever happened before; refilled rows are what they are alone."""
+
+import json
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, open_model
+from easyspec_jax.decode import refill
+from easyspec_jax.decode.batch import Batch
+from easyspec_jax.decode.loop import PREFILL_CHUNK, Programs
+from easyspec_jax.generate import main
+from easyspec_jax.jobs import open_results, read_items, run_job
+from easyspec_jax.options import Method
+from tests.models import save_model
+
+PLAIN = SamplingParams(max_new_tokens=10)
+POISON = "~"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A target, and a copy that has no embedding for one letter but NaNs."""
+    directory, poisoned = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("poisoned")
+    save_model(directory, "llama3", vocab_size=260, eos_token_id=3)
+    model = save_model(poisoned, "llama3", vocab_size=260, eos_token_id=3)
+    tokenizer = open_model(directory, speculative=SpeculativeConfig(method="vanilla")).tokenizer
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tokenizer(POISON).input_ids[-1]] = np.nan
+    model.save_pretrained(poisoned)
+    return directory, poisoned
+
+
+def engine_of(target, draft, method: Method = "easyspec"):
+    speculative = SpeculativeConfig(method=method, num_speculative_tokens=3, lp_size=3)
+    return open_model(target, draft, speculative=speculative)
+
+
+@pytest.fixture(scope="module")
+def engine(models):
+    return engine_of(models[0], models[0])
+
+
+@pytest.mark.parametrize("method", ["vanilla", "sd", "tree", "easyspec"])
+def test_refilled_rows_are_what_they_are_alone(models, method):
+    """More texts than rows, of all lengths, each with its own sampling; one prompt is longer than a chunk."""
+    engine = engine_of(models[0], models[0], method)
+    wanted = [
+        ("x" * size, SamplingParams(temperature=0.5 + size / 100, seed=size, max_new_tokens=limit))
+        for size, limit in ((1, 3), (150, 9), (20, 30), (7, 1), (40, 12), (3, 20))
+    ]
+    rows = (engine.row(*pair) for pair in wanted)
+    found = dict(engine.complete_each(rows, 2))
+    assert sorted(found) == list(range(6))
+    for number, (prompt, sampling) in enumerate(wanted):
+        (alone,) = engine.generate([prompt], sampling)
+        assert (found[number].token_ids, found[number].finish_reason) == (alone.token_ids, alone.finish_reason)
+
+
+@pytest.mark.parametrize("which", ["target", "draft"])
+def test_a_poisoned_model_ends_its_row_and_is_named(models, engine, which):
+    sick = engine_of(models[which == "target"], models[which == "draft"])
+    prompts = ["first", "x" * (PREFILL_CHUNK + 9) + POISON, "third", "fourth"]  # nobody's prefill reaches as far
+    # One row at a time too: what a poisoned text leaves in the caches must not reach the next.
+    for batch_size in (1, 2):
+        found = dict(sick.complete_each((sick.row(prompt, PLAIN) for prompt in prompts), batch_size))
+        assert found[1].finish_reason == "error"
+        assert found[1].error is not None
+        assert f"the {which} {models[1]} " in found[1].error
+        assert len(found[1].token_ids) == (which == "draft")  # prefill's is the target's own
+        for number in (0, 2, 3):
+            (alone,) = engine.generate([prompts[number]], PLAIN)
+            assert found[number].token_ids == alone.token_ids
+
+
+def test_a_row_entered_with_its_old_caches_would_be_found(models, engine, monkeypatch):
+    monkeypatch.setattr(refill, "jnp", SimpleNamespace(**vars(jnp) | {"where": lambda first, fresh, old: old}))
+    with pytest.raises(AssertionError):
+        test_a_poisoned_model_ends_its_row_and_is_named(models, engine, "target")
+
+
+def test_a_report_of_the_text_before_would_be_found(models, monkeypatch):
+    """Planted: the row is another text's, but what is unread of the last one counts as its own."""
+
+    def step(self):
+        for unread in self._unread:
+            unread.texts[:] = self._text[unread.rows]
+        return right(self)
+
+    right = Batch.step
+    monkeypatch.setattr(Batch, "step", step)
+    with pytest.raises((AssertionError, IndexError)):  # other tokens, or the end before the first
+        test_refilled_rows_are_what_they_are_alone(models, "easyspec")
+
+
+def test_a_row_entered_with_the_noise_of_another_would_be_found(models, monkeypatch):
+    right = Programs.enter
+    monkeypatch.setattr(
+        Programs,
+        "enter",
+        lambda self, state, row, prompt, limit, sampling: right(
+            self, state, row, prompt, limit, SamplingParams(temperature=sampling.temperature)
+        ),
+    )
+    with pytest.raises(AssertionError):
+        test_refilled_rows_are_what_they_are_alone(models, "easyspec")
+
+
+LINES = [
+    {"id": "a", "prompt": "one"},
+    {"id": 2, "messages": [{"role": "user", "content": "no template"}]},
+    {"id": "c", "prompt": "three", "temperature": 0.8, "max_new_tokens": 4},
+    {"id": "a", "prompt": "again"},
+    {"id": "e", "prompt": "five", "seed": 7, "stop": ["q"], "top_p": 0.9, "temperature": 1},
+    {"id": "f", "prompt": ""},
+]
+
+
+@pytest.fixture
+def job(tmp_path):
+    prompts = tmp_path / "in.jsonl"
+    prompts.write_text("\n".join([*map(json.dumps, LINES), "{torn", "", json.dumps({"id": "i", "prompt": "nine"})]))
+    return prompts, tmp_path / "out.jsonl"
+
+
+def records(content: bytes) -> list:
+    """In order of lines, without timings."""
+    found = [json.loads(line) for line in content.splitlines()]
+    for record in found:
+        for name in ("prefill_seconds", "decode_seconds", "tokens_per_second"):
+            record.get("stats", {}).pop(name, None)
+    return sorted(found, key=lambda record: record["line"])
+
+
+def test_a_job_goes_on_from_wherever_it_was_cut(engine, job):
+    prompts, out = job
+    assert run_job(engine, prompts, out, PLAIN, batch_size=2) == (8, 4)
+    whole = out.read_bytes()
+    expected = records(whole)
+    assert [record["line"] for record in expected] == [1, 2, 3, 4, 5, 6, 7, 9]
+    assert [record["line"] for record in expected if "error" in record] == [2, 4, 6, 7]
+    for cut in [*range(0, len(whole), 97), len(whole) - 1, len(whole)]:
+        out.write_bytes(whole[:cut])
+        assert run_job(engine, prompts, out, PLAIN, batch_size=2) == (8, 4)
+        assert records(out.read_bytes()) == expected
+        kept = whole[: whole[:cut].rfind(b"\n") + 1]
+        assert out.read_bytes().startswith(kept)
+
+
+def test_another_jobs_output_is_refused(engine, job):
+    prompts, out = job
+    out.write_bytes(b"somebody's\n")
+    with pytest.raises(EasySpecError, match="other prompts or settings"):
+        run_job(engine, prompts, out, PLAIN)
+    out.unlink()
+    with open_results(out, {}), pytest.raises(EasySpecError, match="another run"), open_results(out, {}):
+        pass
+    with pytest.raises(EasySpecError, match="other prompts or settings"), open_results(out, {"other": 1}):
+        pass
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("[]", "no JSON object"), ("[" * 100000, "no JSON"), ('{"id": 1}', "either"),
+        ('{"id": true, "prompt": "a"}', "id must"), ('{"id": 1, "prompt": 5}', "must be a string"),
+        ('{"id": 1, "promt": "a"}', "'promt' is unknown"), ('{"id": 1, "messages": []}', "list of objects"),
+        ('{"id": 1, "prompt": "a", "top_k": 1.5}', "wrong type"), ('{"id": 1, "prompt": "a", "seed": -1}', "seed"),
+        ('{"id": 1, "prompt": "a", "temperature": 1' + "0" * 400 + "}", "ordinary size"),
+        ('{"id": 1, "prompt": "a", "stop": [1]}', "stop must"),
+    ],
+)  # fmt: skip
+def test_bad_lines(line, message):
+    (item,) = read_items(line.encode(), PLAIN)
+    assert item.error is not None
+    assert message in item.error
+
+
+def test_seeds_follow_line_numbers():
+    content = b'{"id": 1, "prompt": "a"}\n\n{"id": 2, "prompt": "b"}\n{"id": 3, "prompt": "c", "seed": 9}'
+    assert [item.sampling and item.sampling.seed for item in read_items(content, SamplingParams(seed=2**32 - 1))] == [
+        2**32 - 1, 1, 9
+    ]  # fmt: skip
+
+
+def test_files_that_cannot_be_used_are_named(engine, job, tmp_path):
+    prompts, out = job
+    with pytest.raises(EasySpecError, match=r"--prompts .*absent cannot be read: No such file"):
+        run_job(engine, tmp_path / "absent", out, PLAIN)
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(EasySpecError, match=r"--prompts .*empty holds no prompt"):
+        run_job(engine, tmp_path / "empty", out, PLAIN)
+    with pytest.raises(EasySpecError, match=r"--out .*out\.jsonl cannot be written: No such file"):
+        run_job(engine, prompts, tmp_path / "absent" / "out.jsonl", PLAIN)
+
+
+def test_a_poisoned_model_ends_the_command_with_one_line(models, capsys):
+    sick = str(models[1])
+    assert main(["--target", sick, "--method", "vanilla", "--prompt", "bad" + POISON, "--max-new-tokens", "2"]) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.count("error: ") == 1 and f"the target {sick} " in complaint
+
+
+def test_several_processes_run_no_job(capsys):
+    assert main(["--prompts", "in.jsonl", "--out", "out.jsonl", "--distributed"]) == 2
+    assert "--distributed runs no jobs" in capsys.readouterr().err

@@ -1,0 +1,41 @@
+"""One of the processes of tests/test_processes.py: decodes in several ways, and prints a line of JSON for each."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+
+from easyspec_jax import SamplingParams, SpeculativeConfig, checkpoint, open_model
+from easyspec_jax.processes import Place, joined
+from easyspec_jax.sources import SafetensorsSource, Window
+
+
+def decode(model: str, way: dict[str, Any]) -> list[int]:
+    """The token ids that the model drafts for itself on four devices in one way."""
+    engine = open_model(model, model, mesh="layer=2,tensor=2", speculative=SpeculativeConfig(**way), dtype="float32")
+    (completion,) = engine.generate(["Hello"], SamplingParams(temperature=1.0, seed=3, max_new_tokens=8))
+    return completion.token_ids
+
+
+class CountingSource(SafetensorsSource):
+    """Notes how many bytes each read gives."""
+
+    sizes: ClassVar[list[int]] = []
+
+    def read(self, name: str, window: Window = ()) -> np.ndarray:
+        out = super().read(name, window)
+        self.sizes.append(out.nbytes)  # by several threads
+        return out
+
+
+if __name__ == "__main__":
+    model, ways, cache, counts, coordinator, count, number = sys.argv[1:]
+    jax.config.update("jax_compilation_cache_dir", cache)
+    checkpoint.SafetensorsSource = CountingSource
+    with joined("worker", Place(coordinator, int(count), int(number)), [model, ways]):
+        for way in json.loads(ways):
+            print(json.dumps(decode(model, way)), flush=True)
+        Path(counts, number).write_text(str(sum(CountingSource.sizes)))
