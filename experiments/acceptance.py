@@ -5,7 +5,6 @@ No figure here is a time.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,18 +12,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from rich.console import Console
 from rich.table import Table
 
 from easyspec_jax import Engine, SamplingParams, SpeculativeConfig, open_model
-from easyspec_jax.command import Parser, cache_compilations, read_prompts, run_command
+from easyspec_jax.command import Parser, cache_compilations, read_prompts
 from easyspec_jax.draft.grouping import format_groups
-from easyspec_jax.drawing import check_drawing
-from easyspec_jax.files import write_whole
 from easyspec_jax.options import Verifier
 from easyspec_jax.progress import bar
 from experiments.draw_acceptance import Row, draw
-from experiments.output import check_destination, save
+from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
 from experiments.pair import names
 
 HERE = Path(__file__).parent
@@ -129,14 +125,7 @@ def print_tables(rows: Sequence[Row]) -> None:
         for draft in drafts:
             found = (cells[draft, width] for width in widths)
             table.add_row(draft, *(f"{r['mean_acceptance_length']:.2f} {r['acceptance_rate']:.3f}" for r in found))
-        Console().print(table)
-
-
-def as_json(fields: dict[str, Any], rows: Sequence[Row]) -> str:
-    """One line for every field and every row."""
-    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
-    results = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    return "{\n " + ",\n ".join([*lines, f'"results": [\n{results}\n ]']) + "\n}\n"
+        show(table)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -144,21 +133,18 @@ def run(args: argparse.Namespace) -> None:
     cache_compilations()
     prompts = read_prompts(args.prompt_file or HERE / ("prompts.txt" if args.target else "code_prompts.txt"))
     out = destination(args)
-    check_drawing()
     rows = measure_grid(args, prompts)
     print_tables(rows)
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "prompt_file")}
-    fields = settings | names(args) | {"bundled": args.target is None, "prompts": prompts}
-    save(out, as_json(fields, rows))
-    write_whole(out.with_suffix(".png"), draw(fields | {"results": rows}))
+    fields = settings(args, "prompt_file", "refit") | names(args) | {"bundled": args.target is None, "prompts": prompts}
+    publish(out, fields, rows, draw)
 
 
 def destination(args: argparse.Namespace) -> Path:
-    """The JSON to write. Raises EasySpecError, before hours of measuring, if it cannot be written."""
-    out = args.out or HERE / "results"
+    """The JSON to write. Raises EasySpecError, before hours of measuring, if it cannot be written or drawn."""
+    out = args.out or RESULTS
     if out.is_dir():
         out = out / ("acceptance.json" if args.target else "acceptance_demo.json")
-    check_destination(out)
+    prepare(out)
     return out
 
 
@@ -184,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, help="default: results/acceptance.json, or …_demo.json for the bundled pair"
     )
-    return run_command("experiments.acceptance", parser, run, argv)
+    return run_experiment("experiments.acceptance", parser, run, argv)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Answers Spec-Bench's questions, and ours: `python -m experiments.spec_bench [--questions FILE] --out ANSWERS.jsonl`.
+"""Answers Spec-Bench's questions, or ours, as in the paper's Table 3: `python -m experiments.spec_bench`.
 
-Greedily. Reads and writes Spec-Bench's own JSON lines, so that its scripts can be run on them. Every question is
-answered by speculation and, beside it, by plain decoding, whose answers come into a file of their own; the table has
-the gain of every category, and says where answers part and how near a tie it was.
+Greedily. Every question is answered by speculation and, beside it, by plain decoding; the table has the gain of every
+category, and says where answers part and how near a tie it was. --answers ANSWERS.jsonl keeps them as Spec-Bench's own
+JSON lines, so that its scripts can be run on them.
 """
 
 import argparse
@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from easyspec_jax import EasySpecError, Engine, SamplingParams, SpeculativeConfig
-from easyspec_jax.command import Parser, cache_compilations, run_command
+from easyspec_jax.command import Parser, cache_compilations
 from easyspec_jax.decode.metrics import Stats
 from easyspec_jax.files import check_writable, write_whole
 from easyspec_jax.options import Method
 from easyspec_jax.progress import bar
 from easyspec_jax.tokenizer import Prompt
 from experiments.divergence import Divergence, divergence, next_logits
-from experiments.pair import add_flags, open_pair, questions_of
+from experiments.draw_spec_bench import draw
+from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.pair import add_flags, names, open_pair, questions_of
 from experiments.questions import Answer, Question
 
 OVERALL = "overall"
@@ -121,30 +122,39 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['mean_acceptance_length']:.2f}",
             same,
         )
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    show(table)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Answers, writes both answer files and the summary, prints the table."""
+    """Answers, prints the table, writes the JSON, draws it, and keeps the answers where that was asked for."""
     cache_compilations()
     questions = questions_of(args)
-    plain_out = args.out.with_name(f"{args.out.stem}-plain{args.out.suffix}")
-    if args.out.suffix != ".jsonl" or not args.out.parent.is_dir():
-        raise EasySpecError(f"--out {args.out} is no .jsonl file in a directory that exists")
-    for path in (args.out, plain_out):
-        check_writable(path)
+    prepare(args.out)
+    files = _answer_files(args.answers)
     engine = open_pair(args, _chosen(args))
     plain = engine.baseline()
     sampling = SamplingParams(max_new_tokens=args.max_new_tokens)
     pairs = answer_all(engine, plain, questions, sampling)
     rows = summaries(pairs, divergences(plain, pairs))
-    name = engine.target.directory.name
-    for way, path, label in ((0, args.out, args.method), (1, plain_out, "vanilla")):
-        lines = (json.dumps(pair[way].as_dict(f"{name}-{label}", time.time())) for pair in pairs)
+    called = names(args)
+    for way, (path, label) in enumerate(zip(files, (args.method, "vanilla"), strict=False)):
+        lines = (json.dumps(pair[way].as_dict(f"{called['target']}-{label}", time.time())) for pair in pairs)
         write_whole(path, "".join(f"{line}\n" for line in lines).encode())
     print_table(rows)
-    if args.json:
-        print(json.dumps(rows))
+    fields = settings(args, "questions", "answers") | called | {"refit": engine.refit is not None}
+    publish(args.out, fields, rows, draw)
+
+
+def _answer_files(answers: Path | None) -> list[Path]:
+    """Of speculation and of plain decoding. Raises EasySpecError where they cannot be written."""
+    if answers is None:
+        return []
+    if answers.suffix != ".jsonl" or not answers.parent.is_dir():
+        raise EasySpecError(f"--answers {answers} is no .jsonl file in a directory that exists")
+    files = [answers, answers.with_name(f"{answers.stem}-plain.jsonl")]
+    for path in files:
+        check_writable(path)
+    return files
 
 
 def _chosen(args: argparse.Namespace) -> SpeculativeConfig:
@@ -167,9 +177,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lp-size", type=int, default=default.lp_size)
     parser.add_argument("--refit", default=default.refit, help='"auto", "none" or a directory (default: %(default)s)')
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--json", action="store_true", help="print the table's rows as JSON too")
-    parser.add_argument("--out", type=Path, required=True, help="answers; plain decoding's come into …-plain.jsonl")
-    return run_command("experiments.spec_bench", parser, run, argv)
+    parser.add_argument("--answers", type=Path, metavar="FILE",
+                        help="keeps the answers as JSON lines; plain decoding's come into …-plain.jsonl")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=RESULTS / "spec_bench.json")
+    return run_experiment("experiments.spec_bench", parser, run, argv)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ divides into drafting and verification. Times count from the first token on.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,25 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from easyspec_jax import Engine, SamplingParams, SpeculativeConfig
-from easyspec_jax.command import Parser, cache_compilations, run_command
+from easyspec_jax.command import Parser, cache_compilations
 from easyspec_jax.completion import Completion
 from easyspec_jax.draft.parallel import run_fuzzy
-from easyspec_jax.drawing import check_drawing
-from easyspec_jax.files import write_whole
 from easyspec_jax.mesh import parse_mesh
 from easyspec_jax.model.transformer import run_exact
 from easyspec_jax.progress import bar
 from easyspec_jax.timing import alone, alternate, pass_case, round_case
 from experiments.draw_table2 import draw
-from experiments.output import check_destination, save
+from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
 from experiments.pair import add_flags, names, open_pair, questions_of
 from experiments.questions import Question
 
-HERE = Path(__file__).parent
 ONE_DEVICE, TENSOR_PARALLEL = "one device", "TP"
 
 
@@ -185,21 +180,18 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             "" if rate is None else f"{rate:.2f}",
             f"{row['phases_over_round']:.2f}" if "phases_over_round" in row else "",
         )
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    show(table)
 
 
 def run(args: argparse.Namespace) -> None:
     """Measures, prints, writes the JSON and draws it."""
     cache_compilations()
     questions = questions_of(args)
-    check_drawing()
-    check_destination(args.out)
+    prepare(args.out)
     rows = measure(args, questions)
     print_table(rows)
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "questions", "refit")}
-    fields = settings | names(args) | {"bundled": args.target is None, "results": rows}
-    save(args.out, json.dumps(fields, indent=1) + "\n")
-    write_whole(args.out.with_suffix(".png"), draw(fields))
+    fields = settings(args, "questions", "refit") | names(args) | {"bundled": args.target is None}
+    publish(args.out, fields, rows, draw)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -215,8 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--profile-phases", action="store_true", help="time drafting and verification apart")
     parser.add_argument("--repeats", type=int, default=15, help="of every phase")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "table2.json")
-    return run_command("experiments.table2", parser, run, argv)
+    parser.add_argument("--out", type=Path, default=RESULTS / "table2.json")
+    return run_experiment("experiments.table2", parser, run, argv)
 
 
 if __name__ == "__main__":

@@ -6,28 +6,23 @@ collectives, with --mlp-lp-sizes of more than 1.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from easyspec_jax import SpeculativeConfig
-from easyspec_jax.command import Parser, cache_compilations, run_command
+from easyspec_jax.command import Parser, cache_compilations
 from easyspec_jax.draft.grouping import parse_groups
-from easyspec_jax.drawing import check_drawing
-from easyspec_jax.files import write_whole
 from easyspec_jax.progress import bar
 from easyspec_jax.refit.fidelity import DEPTHS
+from experiments import fidelity
 from experiments.draw_table4 import draw
-from experiments.fidelity import add_flags, measured, prepare
-from experiments.output import check_destination, save
-
-HERE = Path(__file__).parent
+from experiments.fidelity import add_flags, measured
+from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
 
 
 def speculations(args: argparse.Namespace) -> list[SpeculativeConfig]:
@@ -53,16 +48,15 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         refit = "refit" if row["refit"] else ""
         sizes = str(row["lp_size"]), str(row["mlp_lp_size"]), refit, str(row["collectives"])
         table.add_row(*sizes, *(f"{number:.3f}" for number in numbers))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    show(table)
 
 
 def run(args: argparse.Namespace) -> None:
     """Measures, prints, writes the JSON and draws it."""
     cache_compilations()
-    check_destination(args.out)
-    check_drawing()
+    prepare(args.out)
     ways = speculations(args)
-    engine, texts, counted = prepare(args, ways)
+    engine, texts, counted = fidelity.prepare(args, ways)
     rows = []
     with bar("Measuring", len(ways)) as advance:
         for way in ways:
@@ -71,9 +65,7 @@ def run(args: argparse.Namespace) -> None:
             rows.append(row | {"collectives": collectives(row["groups"], row["mlp_lp_size"], layers)})
             advance(1)
     print_table(rows)
-    fields = {"draft": args.draft.name, "max_new_tokens": args.max_new_tokens, "results": rows}
-    save(args.out, json.dumps(fields, indent=1) + "\n")
-    write_whole(args.out.with_suffix(".png"), draw(fields))
+    publish(args.out, settings(args, "prompts", "refit"), rows, draw)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lp-sizes", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--mlp-lp-sizes", type=int, nargs="+", default=[1])
     parser.add_argument("--refit", metavar="DIR", help="with a refit for each of the sizes")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "table4.json")
-    return run_command("experiments.table4", parser, run, argv)
+    parser.add_argument("--out", type=Path, default=RESULTS / "table4.json")
+    return run_experiment("experiments.table4", parser, run, argv)
 
 
 if __name__ == "__main__":

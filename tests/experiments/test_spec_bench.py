@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from experiments import draw_spec_bench
 from experiments.divergence import first_difference
 from experiments.pair import HERE
 from experiments.questions import read_questions
@@ -20,13 +21,15 @@ QUESTIONS = [
 @pytest.fixture(scope="module")
 def answered(tmp_path_factory):
     """The directory of answers to two questions, by a tiny model that drafts for itself."""
+    pytest.importorskip("matplotlib")
     directory = tmp_path_factory.mktemp("spec_bench")
     save_model(directory / "model", "smollm2")
     (directory / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
     model = str(directory / "model")
     assert main([
         "--target", model, "--draft", model, "--questions", str(directory / "questions.jsonl"), "--lp-size", "2",
-        "--max-new-tokens", "12", "--out", str(directory / "answers.jsonl"),
+        "--max-new-tokens", "12", "--answers", str(directory / "answers.jsonl"),
+        "--out", str(directory / "spec_bench.json"),
     ]) == 0  # fmt: skip
     return directory
 
@@ -50,14 +53,10 @@ def test_answers_have_the_form_of_spec_bench(answered):
             assert min(answer["wall_time"]) > 0
 
 
-def test_the_table_is_what_the_answers_say(answered, capsys):
-    model = str(answered / "model")
-    arguments = ["--questions", str(answered / "questions.jsonl"), "--lp-size", "2", "--max-new-tokens", "12"]
-    again = str(answered / "again.jsonl")
-    assert main(["--target", model, "--draft", model, *arguments, "--out", again, "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
+def test_the_table_is_what_the_answers_say(answered):
+    rows = json.loads((answered / "spec_bench.json").read_text())["results"]
     assert [row["category"] for row in rows] == ["qa", "rag", OVERALL]
-    choices = [line["choices"][0] for line in lines(answered / "again.jsonl")]
+    choices = [line["choices"][0] for line in lines(answered / "answers.jsonl")]
     speeds = [sum(choice["new_tokens"]) / sum(choice["wall_time"]) for choice in choices]
     assert [row["tokens_per_second"] for row in rows] == pytest.approx([*speeds, np.mean(speeds)])
     assert rows[-1]["same"] == rows[-1]["questions"] == 2
@@ -91,12 +90,17 @@ def test_the_first_difference():
 )
 def test_bad_questions_are_one_line(content, complaint, tmp_path, capsys):
     (tmp_path / "questions.jsonl").write_text(content)
-    arguments = ["--questions", str(tmp_path / "questions.jsonl"), "--out", str(tmp_path / "out.jsonl")]
-    assert main(arguments) == 2
+    assert main(["--questions", str(tmp_path / "questions.jsonl"), "--out", str(tmp_path / "out.json")]) == 2
     printed = capsys.readouterr().err
     assert complaint in printed and printed.count("\n") == 1
 
 
 def test_answers_need_a_place(tmp_path, capsys):
-    assert main(["--out", str(tmp_path / "out.json")]) == 2
+    assert main(["--out", str(tmp_path / "out.json"), "--answers", str(tmp_path / "answers.json")]) == 2
     assert "is no .jsonl file" in capsys.readouterr().err
+
+
+def test_the_same_figures_are_the_same_picture(answered):
+    out, again = answered / "spec_bench.json", answered / "again.png"
+    assert draw_spec_bench.main([str(out), "--out", str(again)]) == 0
+    assert again.read_bytes() == out.with_suffix(".png").read_bytes()

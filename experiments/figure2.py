@@ -1,0 +1,159 @@
+"""The paper's Figure 2 from a real profile: what every device does in a round, `python -m experiments.figure2`.
+
+Plain decoding, a drafted chain (or tree) and EasySpec each run rounds under jax.profiler, every round waited for, and
+the round of median duration is shown. Profiling costs time; the median round without it is measured too.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig
+from easyspec_jax.command import Parser, cache_compilations
+from easyspec_jax.mesh import parse_mesh
+from easyspec_jax.timing import Case, alternate, round_case
+from experiments.draw_figure2 import draw
+from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.pair import add_flags, names, open_pair, questions_of
+from experiments.table2 import ONE_DEVICE, TENSOR_PARALLEL, Way, complete
+from experiments.timeline import ROUND, Timeline, by_bin, lane, middle, read_timeline
+
+BINS = 4000
+"""Of the longest round: a few for a pixel."""
+
+NOTES = {
+    "any": [
+        "A lane is a device. Every round is waited for, so a round begins with its dispatch by the host; "
+        "a collective's time includes the wait for the devices that come late. Shares are of the round under the "
+        "profiler, which makes a round of many small operations longer.",
+    ],
+    "cpu": [
+        "Virtual devices share the cores of one CPU: an operation's time includes that in which its thread waits "
+        "for a core, and a collective's that in which other devices' do. Such shares tell nothing of accelerators.",
+    ],
+}
+
+
+def open_ways(args: argparse.Namespace) -> list[Way]:
+    """What is compared. Raises EasySpecError as open_model does."""
+    levels, width = args.num_speculative_tokens, args.tree_width if args.tree_width > 1 else None
+    method = "sd" if width is None else "tree"
+    exact = open_pair(args, SpeculativeConfig(method=method, num_speculative_tokens=levels, tree_width=width))
+    fuzzy = SpeculativeConfig(num_speculative_tokens=levels, tree_width=width, lp_size=args.lp_size, refit=args.refit)
+    return [
+        Way(TENSOR_PARALLEL if exact.mesh.size > 1 else ONE_DEVICE, exact.baseline()),
+        Way(f"+{method}", exact),
+        Way(f"EasySpec, N = {args.lp_size}", exact.variant(fuzzy, parse_mesh(args.mesh, group_size=args.lp_size))),
+    ]
+
+
+def trace(case: Case, rounds: int) -> Timeline:
+    """Of so many rounds of a case that is warm."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # an event for every call of Python's would slow the dispatch down
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory, profiler_options=options):
+            for _ in range(rounds):
+                with jax.profiler.TraceAnnotation(ROUND):
+                    case.state = case.step(case.state)
+                    jax.block_until_ready(case.state)
+        return read_timeline(Path(directory))
+
+
+def row_of(way: Way, own: Timeline, bin_ns: float) -> dict[str, Any]:
+    """The median round of a trace. Raises EasySpecError if a device of the mesh is not in the trace."""
+    if len(own.devices) != way.engine.mesh.size:
+        raise EasySpecError(f"{way.name}: the trace shows {len(own.devices)} of {way.engine.mesh.size} devices")
+    begin, end = middle(own.rounds)
+    edges = np.append(np.arange(begin, end, bin_ns), end)
+    parts = {device: by_bin(own, device, edges) for device in own.devices}
+    shares = {device: own.sum(axis=1) / (end - begin) for device, own in parts.items()}
+    mean = np.mean(list(shares.values()), axis=0)
+    return {
+        "way": way.name,
+        "mesh": dict(way.engine.mesh.shape),
+        "traced_round_seconds": (end - begin) / 1e9,
+        **dict(zip(("computing", "in_collectives", "idle"), mean.tolist(), strict=True)),
+        "by_device": {device: share.tolist() for device, share in shares.items()},
+        "bin_seconds": bin_ns / 1e9,
+        "lanes": {device: lane(own) for device, own in parts.items()},
+    }
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for every way."""
+    questions, sampling = questions_of(args), SamplingParams(max_new_tokens=args.max_new_tokens)
+    ways = open_ways(args)
+    stats = {name: [one.stats for one in made] for name, made in complete(ways, questions, sampling).items()}
+    cases, where = [], 2 * args.max_new_tokens
+    for way in ways:
+        programs = way.engine.programs(sampling)
+        cases.append(round_case(way.name, programs, context=where // 2, capacity=programs.capacity(where)))
+    seconds = alternate(cases, args.repeats, 1)
+    traces = [trace(case, args.rounds) for case in cases]
+    longest = max(end - begin for begin, end in (middle(own.rounds) for own in traces))
+    rows = [row_of(way, own, longest / BINS) for way, own in zip(ways, traces, strict=True)]
+    return [
+        row
+        | {
+            "round_seconds": float(np.median(seconds[row["way"]])),
+            "tokens_per_round": sum(one.decoded_tokens for one in own) / sum(one.rounds for one in own),
+        }
+        for row, own in zip(rows, stats.values(), strict=True)
+    ]
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """What measure() returned."""
+    table = Table("", "ms a round", "under the profiler", "computing", "in collectives", "idle", "tokens a round")
+    table.box, table.pad_edge = None, False
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(
+            row["way"],
+            *(f"{1e3 * row[name]:.2f}" for name in ("round_seconds", "traced_round_seconds")),
+            *(f"{row[name]:.0%}" for name in ("computing", "in_collectives", "idle")),
+            f"{row['tokens_per_round']:.2f}",
+        )
+    show(table)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures, prints, writes the JSON and draws it."""
+    if args.rounds < 1:
+        raise EasySpecError(f"--rounds {args.rounds} must be at least 1")
+    cache_compilations()
+    prepare(args.out)
+    rows = measure(args)
+    print_table(rows)
+    notes = NOTES["any"] + NOTES.get(jax.devices(args.platform)[0].platform, [])
+    fields = settings(args, "questions") | names(args) | {"bundled": args.target is None, "notes": notes}
+    publish(args.out, fields, rows, draw)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    default = SpeculativeConfig()
+    parser = Parser(prog="python -m experiments.figure2", description=__doc__)
+    add_flags(parser)
+    parser.set_defaults(mesh="8")
+    parser.add_argument("--lp-size", type=int, default=default.lp_size)
+    parser.add_argument("--refit", default="none", metavar="DIR", help='"auto": that beside the draft, if any')
+    parser.add_argument("--num-speculative-tokens", type=int, default=default.num_speculative_tokens)
+    parser.add_argument("--tree-width", type=int, default=1)
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="rounds are timed behind texts as long")
+    parser.add_argument("--rounds", type=int, default=9, help="under the profiler")
+    parser.add_argument("--repeats", type=int, default=15, help="of a round without it")
+    parser.add_argument("--out", type=Path, default=RESULTS / "figure2.json")
+    return run_experiment("experiments.figure2", parser, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

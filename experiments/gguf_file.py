@@ -1,0 +1,53 @@
+"""Writes a checkpoint as a GGUF file in float32, so that llama.cpp decodes with exactly the same weights."""
+
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFValueType, GGUFWriter
+
+from convert.gguf_fields import OPTIONAL_FIELDS, REQUIRED_FIELDS, ROPE_FACTORS
+from easyspec_jax.checkpoint import Checkpoint, places
+from easyspec_jax.config import ModelConfig
+from easyspec_jax.families import FAMILIES
+from easyspec_jax.model.attention import rope_frequencies
+
+
+def write_gguf(checkpoint: Checkpoint, path: Path) -> None:
+    """The whole model without its tokenizer: whoever reads the file is given token ids. All tensors are in memory."""
+    config = checkpoint.config
+    architecture = FAMILIES[config.model_type].gguf or "llama"  # as Mistral's files say
+    writer = GGUFWriter(path, architecture)
+    for key, value in _metadata(config).items():
+        kind = GGUFValueType.UINT32 if isinstance(value, int) else GGUFValueType.FLOAT32
+        writer.add_key_value(f"{architecture}.{key}", value, kind)
+    writer.add_string("tokenizer.ggml.model", "no_vocab")
+    for name, place in places(config, "gguf").items():
+        values = np.asarray(checkpoint.source.read(name), np.float32)
+        if place.unit > 1:
+            values = permute(values, place.unit)
+        writer.add_tensor(place.name, np.ascontiguousarray(values))
+    if config.rope_scaling is not None:
+        exponents = np.arange(0, config.head_dim, 2) / config.head_dim
+        factors = config.rope_theta**-exponents / rope_frequencies(config)
+        writer.add_tensor(ROPE_FACTORS, factors.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def permute(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Puts [heads * head_dim, ...] rows from Hugging Face's order (by halves) into llama.cpp's (pairs side by side)."""
+    halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _metadata(config: ModelConfig) -> dict[str, int | float]:
+    """Without the architecture in front."""
+    fields = {key: getattr(config, field) for field, key in (REQUIRED_FIELDS | OPTIONAL_FIELDS).items()
+              if hasattr(config, field)}  # fmt: skip
+    return fields | {
+        "attention.value_length": config.head_dim,
+        "rope.dimension_count": config.head_dim,
+        "vocab_size": config.vocab_size,
+    }

@@ -1,0 +1,199 @@
+"""Kills a batch job again and again, and asks whether anything shows: `python -m experiments.kill_check`.
+
+A job of the bundled pair runs once undisturbed, and once killed with SIGKILL at random moments, each time continued by
+the very same command: during start-up, and while its output grows. Both must hold every id exactly once and,
+sorted by id and without timings, be equal byte for byte. Exit code 1 if they are not.
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from easyspec_jax import EasySpecError
+from easyspec_jax.command import Parser
+from easyspec_jax.options import check_whole
+from experiments.output import RESULTS, as_json, check_destination, machine, run_experiment, save, settings
+from experiments.requests import WAYS, piece, sampling
+
+TIMINGS = ("prefill_seconds", "decode_seconds", "tokens_per_second")
+
+STARTING = 0.25
+"""The share of the kills that come before a run has added anything."""
+
+POLL_SECONDS = 0.002
+
+
+def write_job(path: Path, lines: int, random: Random) -> list[str]:
+    """Prompts of all lengths, each with its own sampling; returns their ids."""
+    ids = [f"request-{number}" for number in range(lines)]
+    with path.open("w", encoding="utf-8") as file:
+        for name in ids:
+            own = sampling(random, random.randrange(len(WAYS)), 8, 24)
+            fields = {"id": name, "prompt": piece(random, 6), "seed": own.seed, "max_new_tokens": own.max_new_tokens}
+            chosen = {"temperature": own.temperature, "top_k": own.top_k, "top_p": own.top_p}
+            file.write(json.dumps(fields | chosen) + "\n")
+    return ids
+
+
+def without_timings(content: bytes) -> bytes:
+    """The records sorted by id, a line each, without what no two runs share."""
+    found = [json.loads(line) for line in content.splitlines()]
+    for record in found:
+        for name in TIMINGS:
+            record.get("stats", {}).pop(name, None)
+    return b"".join(json.dumps(record).encode() + b"\n" for record in sorted(found, key=lambda record: record["id"]))
+
+
+def differences(ids: Sequence[str], undisturbed: bytes, killed: bytes) -> dict[str, Any]:
+    """What is wrong with the output of a job that was killed: ids missing, ids more than once, records that differ."""
+    counts = Counter(json.loads(line)["id"] for line in killed.splitlines())
+    expected, found = without_timings(undisturbed), without_timings(killed)
+    pairs = itertools.zip_longest(expected.splitlines(), found.splitlines())
+    return {
+        "lost": sum(counts[name] == 0 for name in ids),
+        "doubled": sum(count > 1 for count in counts.values()),
+        "different": sum(one != other for one, other in pairs),
+        "equal": expected == found and sorted(counts.elements()) == sorted(ids),
+    }
+
+
+class Job:
+    """A command, and the file that it appends to."""
+
+    def __init__(self, prompts: Path, out: Path, batch_size: int) -> None:
+        self.out = out
+        program = [sys.executable, "-m", "easyspec_jax.generate", "--platform", "cpu", "--batch-size", str(batch_size)]
+        self._command = [*program, "--prompts", str(prompts), "--out", str(out)]
+
+    def run(self) -> tuple[float, float]:
+        """To its end; returns the seconds until the first record and from there. Raises EasySpecError if it fails."""
+        begun = time.perf_counter()
+        with self._started() as process:
+            self._wait(process, lambda: self.size > 0)
+            started = time.perf_counter()
+            if process.wait():
+                raise EasySpecError(f"the job ended with exit code {process.returncode}")
+        return started - begun, time.perf_counter() - started
+
+    def kill(self, delay: float, growing: bool) -> None:
+        """Started, and killed after so many seconds, counted from the first record if `growing`, else from the start.
+
+        Raises EasySpecError if it was done before.
+        """
+        size = self.size
+        with self._started() as process:
+            if growing:
+                # A torn end is cut off first, which makes the file smaller.
+                smallest = [size]
+
+                def grown() -> bool:
+                    now = self.size
+                    smallest[0] = min(smallest[0], now)
+                    return now > smallest[0]
+
+                self._wait(process, grown)
+            end = time.perf_counter() + delay
+            self._wait(process, lambda: time.perf_counter() >= end)
+            process.kill()
+            if process.wait() >= 0:
+                raise EasySpecError("the job was done before it was killed often enough: give more --lines")
+
+    @property
+    def size(self) -> int:
+        return self.out.stat().st_size if self.out.exists() else 0
+
+    @property
+    def records(self) -> int:
+        """Whole lines."""
+        return self.out.read_bytes().count(b"\n") if self.out.exists() else 0
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    @staticmethod
+    def _wait(process: subprocess.Popen[bytes], over: Callable[[], bool]) -> None:
+        while process.poll() is None and not over():
+            time.sleep(POLL_SECONDS)
+
+
+def moments(kills: int, random: Random) -> list[tuple[float, bool]]:
+    """When to kill: how far into its time, from 0 to 1, and whether that is counted from the run's first record."""
+    early = round(STARTING * kills)
+    found = [(random.random(), number >= early) for number in range(kills)]
+    random.shuffle(found)
+    return found
+
+
+def delays(
+    kills: Sequence[tuple[float, bool]], start: float, work: float, left: Callable[[], float]
+) -> Iterator[float]:
+    """Seconds to each kill. start, work: an undisturbed run's of each phase; left: the share of the work to be done.
+
+    What is left is shared among the kills to come and one more, so that the job is not done before the last one.
+    """
+    growing = sum(grows for _, grows in kills)
+    for share, grows in kills:
+        yield share * (work * left() / (growing + 1) if grows else start)
+        growing -= grows
+
+
+def measure(args: argparse.Namespace, directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What was found, and a row for every run."""
+    random, begun = Random(args.seed), time.perf_counter()
+    ids = write_job(directory / "in.jsonl", args.lines, random)
+    undisturbed = Job(directory / "in.jsonl", directory / "undisturbed.jsonl", args.batch_size)
+    killed = Job(directory / "in.jsonl", directory / "killed.jsonl", args.batch_size)
+    start, work = undisturbed.run()
+    print(f"undisturbed: {start:.1f} s to the first record, {work:.1f} s to the last", flush=True)
+    rows = []
+    kills = moments(args.kills, random)
+    seconds = delays(kills, start, work, lambda: 1 - killed.records / args.lines)
+    for number, ((_, growing), delay) in enumerate(zip(kills, seconds, strict=True), 1):
+        before = killed.records
+        killed.kill(delay, growing)
+        moment = "while the output grew" if growing else "during start-up"
+        rows.append({"run": number, "killed": moment, "after_seconds": delay, "added": killed.records - before})
+        print(f"kill {number} {moment}: {killed.records} records", flush=True)
+    before = killed.records
+    killed.run()
+    rows.append({"run": len(rows) + 1, "killed": "never", "after_seconds": None, "added": killed.records - before})
+    found = differences(ids, undisturbed.out.read_bytes(), killed.out.read_bytes())
+    return {"seconds": time.perf_counter() - begun} | found, rows
+
+
+def run(args: argparse.Namespace) -> Mapping[str, Any]:
+    """Kills, compares, prints and writes the JSON; returns what was found."""
+    for name in ("lines", "kills", "batch_size"):
+        check_whole(name.replace("_", "-"), getattr(args, name), 1)
+    check_destination(args.out)
+    with tempfile.TemporaryDirectory() as directory:
+        found, rows = measure(args, Path(directory))
+    save(args.out, as_json(settings(args) | found | {"machine": machine("cpu"), "results": rows}))
+    print(", ".join(f"{name} {value}" for name, value in found.items()))
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m experiments.kill_check", description=__doc__)
+    parser.add_argument("--lines", type=int, default=500)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS / "kill_check.json")
+    found: dict[str, Any] = {"equal": True}
+    return run_experiment("experiments.kill_check", parser, lambda args: found.update(run(args)), argv) or int(
+        not found["equal"]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

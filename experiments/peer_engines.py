@@ -1,0 +1,205 @@
+"""Other engines on the same weights: transformers, llama.cpp and vLLM, whichever are installed. All decode greedily."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.huggingface import open_huggingface
+from convert.shards import HUGGING_FACE
+from convert.stream import convert
+from easyspec_jax.checkpoint import open_checkpoint
+from experiments.gguf_file import write_gguf
+from experiments.roofline_texts import cores, torch_device
+
+Complete = Callable[[Sequence[int]], list[int]]
+"""From a prompt's ids to the generated ones, a stop token included."""
+
+EXACT = "the checkpoint's"
+
+
+class Missing(Exception):
+    """Nothing is wrong, but an engine cannot be compared here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A way of decoding. weights: EXACT, or how what it reads differs from the checkpoint."""
+
+    complete: Complete
+    version: str
+    weights: str = EXACT
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every engine is given. directory: for exports; length: of prompt and text together; gguf: another file of
+    the target's weights, for llama.cpp."""
+
+    target: Path
+    draft: Path
+    directory: Path
+    platform: str
+    dtype: str
+    stop_ids: tuple[int, ...]
+    num_speculative_tokens: int
+    max_new_tokens: int
+    length: int
+    gguf: Path | None = None
+
+    def exported(self, name: str) -> Path:
+        """The "target" or the "draft" as a Hugging Face directory, whatever it was, in the dtype of the task."""
+        out = self.directory / name
+        if not out.exists():
+            convert(open_huggingface(getattr(self, name)), out, self.dtype, HUGGING_FACE)
+        return out
+
+    def ended(self, tokens: Sequence[int]) -> list[int]:
+        """Up to the first stop token, and no longer than was asked for."""
+        end = next((place + 1 for place, token in enumerate(tokens) if token in self.stop_ids), None)
+        return list(tokens[:end])[: self.max_new_tokens]
+
+
+def transformers_peers(task: Task) -> dict[str, Peer]:
+    """Plain and assisted generation on torch; assisted by its own defaults, and with drafts as long as ours."""
+    device = torch_device(task.platform)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if device == "cpu":
+        torch.set_num_threads(cores())
+    options: dict[str, Any] = {"dtype": getattr(torch, task.dtype)}
+    models: Any = AutoModelForCausalLM
+    target, draft = (models.from_pretrained(task.exported(name), **options).to(device) for name in ("target", "draft"))
+    defaults = draft.generation_config.to_dict()
+
+    def complete(prompt: Sequence[int], **options: Any) -> list[int]:
+        ids = torch.tensor([list(prompt)], device=device)
+        made = target.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=task.max_new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=list(task.stop_ids),
+            **options,
+        )
+        return made[0, len(prompt) :].tolist()
+
+    def assisted(prompt: Sequence[int], **settings: Any) -> list[int]:
+        draft.generation_config.update(**(defaults | settings))  # generation itself changes them
+        return complete(prompt, assistant_model=draft)
+
+    fixed = {
+        "num_assistant_tokens": task.num_speculative_tokens,
+        "num_assistant_tokens_schedule": "constant",
+        "assistant_confidence_threshold": 0.0,
+    }
+    ways: dict[str, Complete] = {
+        "transformers": complete,
+        "transformers, assisted": assisted,
+        f"transformers, assisted by {task.num_speculative_tokens}": partial(assisted, **fixed),
+    }
+    return {name: Peer(way, f"{version('transformers')}, torch {torch.__version__}") for name, way in ways.items()}
+
+
+def llama_cpp_peers(task: Task) -> dict[str, Peer]:
+    """Plain decoding, prompt lookup, and drafts by the pair's draft through the hook that its Python package has."""
+    if task.platform != "cpu":
+        raise Missing("compared on the CPU alone")
+    llama_cpp = _installed("llama_cpp")
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding  # pyright: ignore[reportMissingImports]
+
+    files = {name: task.directory / f"{name}.gguf" for name in ("target", "draft")}
+    for name, path in files.items():
+        write_gguf(open_checkpoint(getattr(task, name)), path)
+    levels = task.num_speculative_tokens
+
+    def opened(path: Path, **options: Any) -> Any:
+        float32: int = llama_cpp.GGML_TYPE_F32
+        caches = {"type_k": float32, "type_v": float32}
+        threads = {"n_threads": cores(), "n_threads_batch": cores()}
+        length = task.length + levels + 1  # what is drafted past the end
+        return llama_cpp.Llama(str(path), n_ctx=length, verbose=False, **threads, **caches, **options)
+
+    second = opened(files["draft"])
+
+    def drafted(ids: np.ndarray, /, **_: Any) -> np.ndarray:
+        return np.fromiter(itertools.islice(second.generate(ids.tolist(), temp=0.0), levels), np.intc)
+
+    def peer(model: Any, weights: str = EXACT) -> Peer:
+        def complete(prompt: Sequence[int]) -> list[int]:
+            model.reset()  # or it would have the prompt's keys from the last time
+            second.reset()
+            made: list[int] = []
+            for token in model.generate(prompt, temp=0.0):
+                made.append(token)
+                if token in task.stop_ids or len(made) == task.max_new_tokens:
+                    break
+            return made
+
+        return Peer(complete, f"llama-cpp-python {llama_cpp.__version__}", weights)
+
+    lookup = LlamaPromptLookupDecoding(num_pred_tokens=levels)
+    peers = {
+        "llama.cpp": peer(opened(files["target"])),
+        "llama.cpp, prompt lookup": peer(opened(files["target"], draft_model=lookup)),
+        f"llama.cpp, drafts of {levels}": peer(opened(files["target"], draft_model=drafted)),
+    }
+    if task.gguf is not None:
+        note = f"as {task.gguf.name} has them: the same only where the checkpoint was converted from it"
+        peers[f"llama.cpp, {task.gguf.name}"] = peer(opened(task.gguf), note)
+    return peers
+
+
+def vllm_peers(task: Task) -> dict[str, Peer]:
+    """Plain decoding, on a GPU."""
+    if task.platform != "gpu":
+        raise Missing("compared on GPUs alone")
+    vllm = _installed("vllm")
+    model = vllm.LLM(
+        str(task.exported("target")), dtype=task.dtype, max_model_len=task.length, gpu_memory_utilization=0.4
+    )
+    sampling = vllm.SamplingParams(
+        temperature=0.0, max_tokens=task.max_new_tokens, stop_token_ids=list(task.stop_ids), detokenize=False
+    )
+
+    def complete(prompt: Sequence[int]) -> list[int]:
+        (made,) = model.generate({"prompt_token_ids": list(prompt)}, sampling, use_tqdm=False)
+        return task.ended(made.outputs[0].token_ids)
+
+    return {"vLLM": Peer(complete, vllm.__version__)}
+
+
+def _installed(module: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError:
+        raise Missing("not installed") from None
+
+
+ENGINES: Mapping[str, Callable[[Task], dict[str, Peer]]] = {
+    "transformers": transformers_peers,
+    "llama.cpp": llama_cpp_peers,
+    "vLLM": vllm_peers,
+}
+
+
+def open_peers(
+    task: Task, engines: Mapping[str, Callable[[Task], dict[str, Peer]]] = ENGINES
+) -> tuple[dict[str, Peer], dict[str, str]]:
+    """All that can be compared here, by name; and of the engines that cannot, why."""
+    found: dict[str, Peer] = {}
+    missing: dict[str, str] = {}
+    for name, opens in engines.items():
+        try:
+            found |= opens(task)
+        except Missing as reason:
+            missing[name] = str(reason)
+    return found, missing

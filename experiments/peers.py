@@ -1,0 +1,210 @@
+"""Other engines in the same run: `python -m experiments.peers [--target DIR --draft DIR]`.
+
+transformers, llama.cpp (`pip install llama-cpp-python`) and vLLM, those that are installed, complete the same prompts
+with the same weights, greedily, prompt by prompt in turn with this package: a shared machine drifts. A time is that of
+a whole completion, its prompt included; every engine has as many threads as there are cores. Texts are compared token
+by token with our plain decoding's.
+"""
+
+import argparse
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+from rich.table import Table
+
+from easyspec_jax import EasySpecError, Engine, SamplingParams, SpeculativeConfig, demo
+from easyspec_jax.command import Parser, cache_compilations
+from easyspec_jax.progress import bar
+from experiments.divergence import NextLogits, divergence, first_difference, next_logits
+from experiments.draw_peers import draw
+from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.pair import add_flags, names, open_pair, questions_of
+from experiments.peer_engines import EXACT, Complete, Peer, Task, open_peers
+from experiments.roofline_texts import cores
+
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one way of decoding: each prompt's seconds, repeat by repeat, and what it became the last time."""
+
+    seconds: list[list[float]] = field(default_factory=list)
+    texts: dict[int, list[int]] = field(default_factory=dict)
+
+
+def alternate(
+    ways: Mapping[str, Complete],
+    prompts: Sequence[Sequence[int]],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Measured]:
+    """Every way completes every prompt `repeats` times, prompt by prompt in turn; who comes first changes.
+
+    Before, each completes the first prompt once, which is not timed.
+    """
+    measured = {name: Measured() for name in ways}
+    order = list(ways)
+    with bar("Completing", (repeats * len(prompts) + 1) * len(ways)) as advance:
+        for complete in ways.values():
+            complete(prompts[0])
+            advance(1)
+        for _ in range(repeats):
+            for own in measured.values():
+                own.seconds.append([])
+            for number, prompt in enumerate(prompts):
+                for name in order:
+                    begun = clock()
+                    measured[name].texts[number] = ways[name](prompt)
+                    measured[name].seconds[-1].append(clock() - begun)
+                    advance(1)
+                order = [*order[1:], order[0]]
+    return measured
+
+
+def rows_of(
+    measured: Mapping[str, Measured], prompts: Sequence[Sequence[int]], behind: NextLogits
+) -> list[dict[str, Any]]:
+    """A row for every way. Ratios are to the first way, repeat by repeat.
+
+    identical: the share of the first way's tokens before texts part. divergences: where they do, and the gap between
+    the target's logits of the two tokens that came there, None where one text only ends sooner.
+    """
+    plain = next(iter(measured.values()))
+    return [
+        {"name": name}
+        | _speeds(own, plain)
+        | _compared([own.texts[number] for number in range(len(prompts))], plain, prompts, behind)
+        for name, own in measured.items()
+    ]
+
+
+def _speeds(own: Measured, plain: Measured) -> dict[str, Any]:
+    speed, other = (
+        [sum(map(len, one.texts.values())) / sum(seconds) for seconds in one.seconds] for one in (own, plain)
+    )
+    return {"tokens_per_second": speed, "over_plain": [a / b for a, b in zip(speed, other, strict=True)]}
+
+
+def _compared(
+    texts: Sequence[Sequence[int]], plain: Measured, prompts: Sequence[Sequence[int]], behind: NextLogits
+) -> dict[str, Any]:
+    shared, places = 0, []
+    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        expected = plain.texts[number]
+        place = first_difference(expected, text)
+        shared += len(expected) if place is None else place
+        found = divergence(behind, prompt, expected, text)
+        if found is not None:
+            gap = None if math.isnan(found.logit_gap) else found.logit_gap
+            places.append({"prompt": number} | asdict(found) | {"logit_gap": gap})
+    return {"identical": shared / sum(map(len, plain.texts.values())), "divergences": places}
+
+
+def ours(engine: Engine, prompts: Mapping[tuple[int, ...], str], sampling: SamplingParams, chat: bool) -> Complete:
+    """Decoding by this package, from the text again, compiled before it is timed."""
+    engine.compile(list(prompts.values()), sampling, chat=chat)
+    return lambda ids: next(engine.generate([prompts[tuple(ids)]], sampling, chat=chat)).token_ids
+
+
+def open_ours(args: argparse.Namespace) -> dict[str, Engine]:
+    """Plain decoding first. Raises EasySpecError as open_model does."""
+    levels = args.num_speculative_tokens
+    chain = open_pair(args, SpeculativeConfig(method="sd", num_speculative_tokens=levels))
+    fuzzy = SpeculativeConfig(num_speculative_tokens=levels, lp_size=args.lp_size)
+    return {PLAIN: chain.baseline(), "sd": chain, f"easyspec, N = {args.lp_size}": chain.variant(fuzzy)}
+
+
+def measure(args: argparse.Namespace, directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """All rows, those of absent engines included, and what they were measured on."""
+    questions = questions_of(args)
+    engines = open_ours(args)
+    plain = engines[PLAIN]
+    chat = bool(plain.tokenizer.chat_template)
+    texts = [question.turns[0] for question in questions]
+    prompts = {tuple(plain.encode(text, chat)): text for text in texts}
+    sampling = SamplingParams(max_new_tokens=args.max_new_tokens)
+    platform: str = plain.mesh.devices.flat[0].platform
+    task = Task(
+        target=Path(args.target or demo.TARGET),
+        draft=Path(args.draft or demo.DRAFT),
+        directory=directory,
+        platform=platform,
+        dtype=plain.dtype,
+        stop_ids=plain.target.config.stop_ids,
+        num_speculative_tokens=args.num_speculative_tokens,
+        max_new_tokens=args.max_new_tokens,
+        length=max(map(len, prompts)) + args.max_new_tokens,
+        gguf=args.gguf,
+    )
+    peers, missing = open_peers(task)
+    own = {
+        name: Peer(ours(engine, prompts, sampling, chat), f"jax {jax.__version__}") for name, engine in engines.items()
+    }
+    ways = own | peers
+    measured = alternate({name: way.complete for name, way in ways.items()}, list(prompts), args.repeats)
+    rows = rows_of(measured, list(prompts), next_logits(plain))
+    rows = [row | {"version": ways[row["name"]].version, "weights": ways[row["name"]].weights} for row in rows]
+    settings = {"platform": platform, "dtype": plain.dtype, "threads": cores(), "prompts": len(prompts), "chat": chat}
+    return [*rows, *({"name": name, "missing": reason} for name, reason in missing.items())], settings
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """What measure() returned."""
+    table = Table("", "tokens/s", "over plain", "identical", "largest logit gap", "weights", box=None, pad_edge=False)
+    for column in table.columns[1:-1]:
+        column.justify = "right"
+    for row in rows:
+        if "missing" in row:
+            table.add_row(row["name"], row["missing"])
+            continue
+        gap = max((place["logit_gap"] or 0.0 for place in row["divergences"]), default=None)
+        table.add_row(
+            row["name"],
+            f"{median(row['tokens_per_second']):.1f}",
+            f"{median(row['over_plain']):.2f}",
+            f"{row['identical']:.1%}",
+            "" if gap is None else f"{gap:.2g}",
+            "" if row["weights"] == EXACT else row["weights"],
+        )
+    show(table)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures, prints, writes the JSON and draws it."""
+    if args.repeats < 1:
+        raise EasySpecError(f"--repeats {args.repeats} must be at least 1")
+    if args.gguf is not None and not args.gguf.is_file():
+        raise EasySpecError(f"--gguf {args.gguf} is no file; leave it out, or give a GGUF file of the target")
+    prepare(args.out)
+    cache_compilations()
+    with tempfile.TemporaryDirectory() as directory:
+        rows, measured = measure(args, Path(directory))
+    print_table(rows)
+    fields = settings(args, "questions", "target", "draft", "gguf") | measured | names(args)
+    publish(args.out, fields | {"bundled": args.target is None}, rows, draw)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    default = SpeculativeConfig()
+    parser = Parser(prog="python -m experiments.peers", description=__doc__)
+    add_flags(parser)
+    parser.add_argument("--gguf", type=Path, help="also times llama.cpp on this file of the target, perhaps quantised")
+    parser.add_argument("--num-speculative-tokens", type=int, default=default.num_speculative_tokens)
+    parser.add_argument("--lp-size", type=int, default=default.lp_size)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS / "peers.json")
+    return run_experiment("experiments.peers", parser, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

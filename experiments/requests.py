@@ -1,0 +1,49 @@
+"""Requests without end for the bundled pair: cut pieces of code, every way of sampling, all lengths."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from random import Random
+from typing import NamedTuple
+
+from easyspec_jax import SamplingParams
+from easyspec_jax.command import read_prompts
+from experiments.pair import HERE
+
+WAYS = (SamplingParams(), SamplingParams(0.8), SamplingParams(1.0, top_k=40, top_p=0.95))
+"""One of each kind of program: greedy, sampling, and sampling from the likeliest."""
+
+
+class Request(NamedTuple):
+    """A prompt and how it is continued."""
+
+    prompt: str
+    sampling: SamplingParams
+
+
+def piece(random: Random, lines: int) -> str:
+    """Up to so many lines of code, the last one cut anywhere; never empty."""
+    chosen = random.choices(read_prompts(HERE / "code_prompts.txt"), k=random.randint(1, lines))
+    return "\n    ".join([*chosen[:-1], chosen[-1][: random.randint(1, len(chosen[-1]))]])
+
+
+def sampling(random: Random, way: int, fewest: int, most: int) -> SamplingParams:
+    """One of WAYS, with noise and a length of its own."""
+    seed, length = random.randrange(2**32), random.randint(fewest, most)
+    return replace(WAYS[way], seed=seed, max_new_tokens=length)
+
+
+def blocks(seed: int, rows: int, size: int) -> Iterator[Request]:
+    """Blocks of so many requests, each of one way of sampling.
+
+    Each begins with as many short ones as a batch has rows, and goes on with a long one: caches start small and grow.
+    """
+    random, way = Random(seed), 0
+    while True:
+        for place in range(size):
+            if place < rows:
+                yield Request(piece(random, 1), sampling(random, way, 4, 24))
+            elif place == rows:
+                yield Request(piece(random, 1), sampling(random, way, 150, 160))
+            else:
+                yield Request(piece(random, 12), sampling(random, way, 4, 48))
+        way = (way + 1) % len(WAYS)

@@ -1,0 +1,275 @@
+"""Machines that are not here: the paper's pairs on 8×A100, 8×H100 and TPU v5p, `python -m experiments.simulate`.
+
+A round's cost is counted in the trace of the real program and takes as long as the cost model of
+`python -m easyspec_jax.plan` says; how many tokens it yields is by the paper's acceptance rates. Beside every estimate
+stands what the paper measured on 8×A100, so that the first machine shows how far the model is from the paper's engine;
+the second has what such an engine's kernels and collectives take, fitted to the paper's plain decoding. Nothing here is
+measured.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from rich.table import Table
+
+from easyspec_jax import EasySpecError, SpeculativeConfig
+from easyspec_jax.command import Parser
+from easyspec_jax.config import read_json
+from easyspec_jax.options import DraftTensorParallelSize, Method, Platform
+from easyspec_jax.plan.configurations import find_config
+from easyspec_jax.plan.machines import Machine, Topology, parse_topology
+from easyspec_jax.plan.report import tokens_per_second
+from easyspec_jax.plan.shapes import absent_mesh
+from easyspec_jax.plan.steps import Costs, Pair, Way, costs, verification_cost
+from easyspec_jax.progress import bar
+from experiments import paper
+from experiments.draw_simulate import draw
+from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
+
+SHAPES = {
+    "Llama-3-70B": "Llama-3.3-70B",
+    "Llama-3-8B": "Llama-3.1-8B",
+    "Llama-3-1B": "Llama-3.2-1B",
+    "Qwen2-72B": "Qwen2.5-72B",
+    "Qwen2-7B": "Qwen2.5-7B",
+    "Qwen2-1.5B": "Qwen2.5-1.5B",
+}
+"""The paper's models, and bundled configurations of the same layers, widths, heads and vocabulary."""
+
+DTYPE = np.dtype("bfloat16")
+
+METHODS: dict[str, Method] = {"+sd": "sd", "+tree": "tree", "EasySpec": "easyspec"}
+
+REFIT = "EasySpec, refit"
+
+THEIRS = "a100:8"
+"""The paper's machine, as of easyspec_jax.plan."""
+
+count = cache(costs)
+verification = cache(verification_cost)
+
+
+@cache
+def absent(platform: Platform) -> partial[Any]:
+    """One object for each platform, for the caches' sake."""
+    return partial(absent_mesh, platform=platform)
+
+
+def refit_loss(measured: dict[str, Any], tree_width: int, lp_size: int) -> float | None:
+    """What a refit draft loses against an exact one in a file of experiments.acceptance, greedily; None: no refit."""
+    rows = [row for row in measured["results"] if row["temperature"] == 0 and row["tree_width"] == tree_width]
+    exact = [row["acceptance_rate"] for row in rows if row["lp_size"] == 1]
+    refit = [row["acceptance_rate"] for row in rows if row["lp_size"] == lp_size and row.get("refit")]
+    return exact[0] - refit[0] if exact and refit else None
+
+
+def ways_of(pair: paper.PublishedPair, loss: float | None) -> Iterator[tuple[str, float | None, Way]]:
+    """Name, acceptance rate and way, for both placements of a draft. loss: as refit_loss() says."""
+    sizes: tuple[DraftTensorParallelSize, ...] = get_args(DraftTensorParallelSize)
+    exact = pair.ways.get("+tree")
+    for name, published in pair.ways.items():
+        if published.acceptance_rate is None:
+            yield name, None, Way("vanilla")
+            continue
+        method = METHODS[name]
+        lp_size = pair.lp_size if method == "easyspec" else 1
+        for size in sizes:
+            yield name, published.acceptance_rate, Way(method, lp_size, size)
+    if loss is not None and exact is not None and exact.acceptance_rate is not None:
+        for size in sizes:
+            yield REFIT, exact.acceptance_rate - loss, Way("easyspec", pair.lp_size, size, refit=True)
+
+
+def fitted(args: argparse.Namespace, pair: paper.PublishedPair, topology: Topology) -> Topology:
+    """The machine with what a kernel and a collective would cost if plain decoding took as long as the paper's.
+
+    A kernel's by the time on one device, a collective's by that of TP.
+    """
+    plain, published = Way("vanilla"), pair.ways["TP"]
+    mesh = absent(topology.machine.platform)
+    alone, split = (count(_planned(args, pair, devices, 1), plain, mesh).round for devices in (1, topology.devices))
+    idle = replace(topology.machine, launch=0.0, latency=0.0)
+    seconds = 1 / published.tokens_per_second
+    launch = (published.speedup * seconds - alone.seconds(idle)) / alone.kernels
+    latency = (seconds - split.seconds(replace(idle, launch=launch))) / split.collectives
+    machine = replace(topology.machine, launch=launch, latency=latency)
+    return replace(topology, name=f"{topology.name}, fitted", machine=machine)
+
+
+def rows_of(
+    args: argparse.Namespace, pair: paper.PublishedPair, topology: Topology, loss: float | None
+) -> list[dict[str, Any]]:
+    """Of a pair on a machine, a row for every way and placement of its draft."""
+    alone = count(_planned(args, pair, 1, 1), Way("vanilla"), absent(topology.machine.platform))
+    own = 1 / alone.round.seconds(topology.machine)
+    about = {"target": pair.target, "draft": pair.draft, "machine": topology.name, "devices": topology.devices}
+    times = {"launch": topology.machine.launch, "latency": topology.machine.latency}
+    rows = []
+    for name, rate, way in ways_of(pair, loss):
+        width = 1 if way.method in ("vanilla", "sd") else args.tree_width
+        planned = _planned(args, pair, topology.devices, width)
+        counted = count(planned, way, absent(topology.machine.platform))
+        speeds = _speeds(planned, counted, rate, topology.machine)
+        rows.append(
+            about
+            | {"way": name, "lp_size": way.lp_size, "acceptance_rate": rate}
+            | {"draft_tensor_parallel_size": None if rate is None else way.draft_tensor_parallel_size}
+            | speeds
+            | {"speedup": speeds["tokens_per_second"] / own, **_beside(pair.ways.get(name)), **times}
+        )
+    return rows
+
+
+def estimate(args: argparse.Namespace, topologies: Sequence[Topology]) -> list[dict[str, Any]]:
+    """All rows, machine by machine. Raises EasySpecError for a bad file of acceptance."""
+    measured, rows = read_json(args.acceptance), []
+    with bar("Counting", len(topologies) * len(paper.pairs())) as advance:
+        for topology in topologies:
+            for pair in paper.pairs():
+                loss = refit_loss(measured, args.tree_width, pair.lp_size)
+                rows.append((topology.name, rows_of(args, pair, topology, loss)))
+                if topology.name == THEIRS:
+                    machine = fitted(args, pair, topology)
+                    rows.append((machine.name, rows_of(args, pair, machine, loss)))
+                advance(1)
+    order = list(dict.fromkeys(name for name, _ in rows))
+    return [row for name in order for own, found in rows if own == name for row in found]
+
+
+def _planned(args: argparse.Namespace, pair: paper.PublishedPair, devices: int, width: int) -> Pair:
+    target, draft = (find_config(SHAPES[name], "SHAPES")[1] for name in (pair.target, pair.draft))
+    length = args.prompt_length + args.max_new_tokens
+    return Pair(target, draft, DTYPE, str(devices), args.num_speculative_tokens, width, args.prompt_length, length)
+
+
+def _speeds(pair: Pair, counted: Costs, rate: float | None, machine: Machine) -> dict[str, Any]:
+    """Estimates. drafting is all of a round but its verification, as seconds for 100 tokens."""
+    speed = tokens_per_second(counted, pair.num_speculative_tokens, rate or 0.0, machine)
+    seconds = counted.round.seconds(machine)
+    fields = {"round_seconds": seconds, "tokens_per_second": speed, "drafting": None, "verification": None}
+    if rate is not None:
+        share = verification(pair, absent(machine.platform)).seconds(machine) / seconds
+        fields |= {"drafting": (1 - share) * 100 / speed, "verification": share * 100 / speed}
+    held = {"collectives": counted.round.collectives, "kernels": counted.round.kernels, "bytes": counted.memory}
+    return fields | held | {"fits": machine.memory is None or counted.memory <= machine.memory}
+
+
+def _beside(published: paper.Published | None) -> dict[str, Any]:
+    """What the paper measured on 8×A100."""
+    names = ("tokens_per_second", "speedup", "drafting", "verification")
+    return {f"paper_{name}": None if published is None else getattr(published, name) for name in names}
+
+
+def assumptions(args: argparse.Namespace, topologies: Sequence[Topology], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """All that an estimate takes for granted."""
+    machines = {topology.machine.name: topology.machine for topology in topologies}
+    shapes = ", ".join(f"{name} as {shape}" for name, shape in SHAPES.items())
+    return [
+        "Estimates by a cost model; nothing was measured on these machines. seconds = max(bytes / bandwidth, flops / "
+        "peak) + wire bytes / link bandwidth + collectives × latency + kernels × launch; nothing overlaps, and "
+        "bandwidth and peak are reached. The host costs nothing: rounds are single compiled programs.",
+        *(
+            f"{name}: {own.bandwidth / 1e9:.0f} GB/s of memory, {own.flops / 1e12:.0f} TFLOP/s, "
+            f"{own.link_bandwidth / 1e9:.0f} GB/s of links ({own.source}); {own.latency * 1e6:.0f} µs a collective and "
+            f"{own.launch * 1e6:.0f} µs a kernel, which are estimates that no vendor states."
+            for name, own in machines.items()
+        ),
+        *_fits(rows),
+        "v5p:2x2x1 is what Google calls v5p-8: 8 TensorCores, 4 chips. v5p:2x2x2 has 8 chips.",
+        f"Models by the shapes of bundled configurations: {shapes}. Pairs of the paper whose acceptance it does not "
+        "give are left out.",
+        f"Batch 1, greedy, {DTYPE}, a prompt of {args.prompt_length} tokens and {args.max_new_tokens} new ones, caches "
+        "read whole; prefill is not counted.",
+        f"A round drafts {args.num_speculative_tokens} levels, trees of {args.tree_width} nodes a level (the paper "
+        "does not state the width of its table), and yields 1 + α × levels tokens.",
+        "α is the paper's, measured with its own engine, its trees and its prompts; the same on every machine and for "
+        "every placement of the draft.",
+        "Speed-up is over plain decoding on one such device, as if the target fitted: layers spread over devices that "
+        "work one after another take that long.",
+        "The draft is on every device (draft TP 1, as in the paper) or split over all of them (draft TP all); groups "
+        "of N run on N devices either way.",
+        "The paper's tokens/s are 100 over its seconds for 100 tokens; those of TP, and speed-ups of Table 5, are by "
+        "Table 2's time on one device.",
+        _refit(args, rows),
+    ]
+
+
+def _fits(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What fitted() found."""
+    own = [row for row in rows if row["machine"] == f"{THEIRS}, fitted" and row["way"] == "TP"]
+    times = (
+        f"{row['launch'] * 1e6:.0f} and {row['latency'] * 1e6:.0f} µs for {row['target']} drafted by {row['draft']}"
+        for row in own
+    )
+    line = (
+        f"{THEIRS}, fitted: a kernel and a collective take what makes plain decoding, on one device and TP, as slow as "
+        f"the paper's: {', '.join(times)}. Its TP rows therefore agree; the others are predictions."
+    )
+    return [line] if own else []
+
+
+def _refit(args: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> str:
+    """What a refit draft's acceptance comes from."""
+    if not any(row["way"] == REFIT for row in rows):
+        return f"{args.acceptance.name} has no acceptance of refit drafts at this width, so that no row is for them."
+    return (
+        f"Refit: α is the paper's of +tree less what refit drafts of another model lost against exact ones, in "
+        f"{args.acceptance.name}."
+    )
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """What rows_of() returned."""
+    table = Table("machine", "target", "draft", "", "draft TP", "α", "tokens/s", "speed-up", "the paper's",
+                  box=None, pad_edge=False)  # fmt: skip
+    for row in rows:
+        rate, published = row["acceptance_rate"], row["paper_speedup"]
+        table.add_row(
+            *(row[name] for name in ("machine", "target", "draft", "way")),
+            row["draft_tensor_parallel_size"],
+            "" if rate is None else f"{rate:.2f}",
+            f"{row['tokens_per_second']:.1f}" if row["fits"] else "does not fit",
+            f"{row['speedup']:.2f}",
+            "" if published is None else f"{published:.2f}",
+        )
+    show(table)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Estimates, prints, writes the JSON and draws it."""
+    prepare(args.out)
+    SpeculativeConfig(
+        method="tree", num_speculative_tokens=args.num_speculative_tokens, tree_width=args.tree_width
+    )  # says what is wrong with them
+    if min(args.prompt_length, args.max_new_tokens) < 1:
+        raise EasySpecError("--prompt-length and --max-new-tokens must be at least 1")
+    topologies = [parse_topology(name) for name in args.topologies]
+    rows = estimate(args, topologies)
+    print_table(rows)
+    fields = settings(args) | {"assumptions": assumptions(args, topologies, rows)}
+    publish(args.out, fields, rows, draw)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    default = SpeculativeConfig()
+    parser = Parser(prog="python -m experiments.simulate", description=__doc__)
+    parser.add_argument("--topologies", nargs="+", default=["a100:8", "h100:8", "v5p:2x2x1", "v5p:2x2x2"],
+                        help="as of easyspec_jax.plan")  # fmt: skip
+    parser.add_argument("--num-speculative-tokens", type=int, default=default.num_speculative_tokens)
+    parser.add_argument("--tree-width", type=int, default=4)
+    parser.add_argument("--prompt-length", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--acceptance", type=Path, default=RESULTS / "acceptance.json",
+                        help="of experiments.acceptance: what refit drafts lose")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=RESULTS / "simulate.json")
+    return run_experiment("experiments.simulate", parser, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The paper's Table 5: groups of attentions against groups of whole layers, `python -m experiments.table5`.
+
+Both run N layers at once. In a group of attentions the MLPs follow in order; in a group of whole layers they run at
+once too (--mlp-lp-size N), each fed the group's input and the attention outputs up to its own layer's. Every way
+completes the same prompts in turn, greedily; a draft step is timed as a program of its own, all ways in turn.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from easyspec_jax import SamplingParams, SpeculativeConfig
+from easyspec_jax.command import Parser, cache_compilations
+from easyspec_jax.draft.grouping import format_groups
+from easyspec_jax.draft.parallel import run_fuzzy
+from easyspec_jax.mesh import parse_mesh
+from easyspec_jax.timing import Case, alone, alternate, pass_case
+from experiments.draw_table5 import draw
+from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.pair import add_flags, names, open_pair, questions_of
+from experiments.table2 import Way, complete, rows_of
+
+PLAIN, EXACT, ATTENTION, LAYERS = "plain decoding", "in order", "attention only", "whole layers"
+
+CALLS = 2
+"""Of each draft step in turn, every one of as many steps as a round makes."""
+
+
+def open_ways(args: argparse.Namespace) -> dict[Way, dict[str, Any]]:
+    """What is compared, plain decoding first, and what each runs at once. Raises EasySpecError as open_model does."""
+    common = {"num_speculative_tokens": args.num_speculative_tokens}
+    width = args.tree_width if args.tree_width > 1 else None
+    method = "sd" if width is None else "tree"
+    exact = open_pair(args, SpeculativeConfig(method=method, tree_width=width, **common))
+    ways = {
+        Way(PLAIN, exact.baseline()): {"at_once": PLAIN, "lp_size": 1},
+        Way(EXACT, exact): {"at_once": EXACT, "lp_size": 1},
+    }
+    for size in args.lp_sizes:
+        for at_once, mlps in ((ATTENTION, 1), (LAYERS, size)):
+            fuzzy = SpeculativeConfig(tree_width=width, lp_size=size, mlp_lp_size=mlps, refit=args.refit, **common)
+            engine = exact.variant(fuzzy, parse_mesh(args.mesh, group_size=size))
+            ways[Way(f"{at_once}, N = {size}", engine)] = {"at_once": at_once, "lp_size": size}
+    return ways
+
+
+def step_case(way: Way, sampling: SamplingParams, tokens: int) -> Case:
+    """A way's draft step behind half a text of so many tokens."""
+    programs, draft = way.engine.programs(sampling), way.engine.load()[1]
+    assert draft is not None
+    return pass_case(
+        way.name,
+        alone(way.engine.mesh, draft),
+        programs.config.width,
+        run_fuzzy,
+        context=tokens // 2,
+        capacity=programs.capacity(tokens),
+        loops=max(1, programs.config.levels - 1),
+    )
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for every way."""
+    questions, sampling = questions_of(args), SamplingParams(max_new_tokens=args.max_new_tokens)
+    ways = open_ways(args)
+    rows = rows_of("all", 0.0, complete(list(ways), questions, sampling))
+    drafted = [way for way in ways if way.engine.draft is not None]
+    seconds = alternate([step_case(way, sampling, 2 * args.max_new_tokens) for way in drafted], args.repeats, CALLS)
+    return [
+        row
+        | about
+        | {
+            "groups": format_groups(way.engine.layout.groups) if way in drafted else None,
+            "refit": way.engine.refit is not None,
+            "step_seconds": float(np.median(seconds[way.name])) if way in drafted else None,
+        }
+        for row, (way, about) in zip(rows, ways.items(), strict=True)
+    ]
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """What measure() returned."""
+    table = Table("at once", "α", "ms a draft step", "tokens/s", "speed-up", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        rate, step = row["acceptance_rate"], row["step_seconds"]
+        table.add_row(
+            row["way"],
+            "" if rate is None else f"{rate:.3f}",
+            "" if step is None else f"{1e3 * step:.2f}",
+            f"{100 / row['seconds_per_100_tokens']:.1f}",
+            f"{row['speedup']:.2f} ± {row['speedup_deviation']:.2f}",
+        )
+    show(table)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures, prints, writes the JSON and draws it."""
+    cache_compilations()
+    prepare(args.out)
+    rows = measure(args)
+    print_table(rows)
+    publish(args.out, settings(args, "questions") | names(args) | {"bundled": args.target is None}, rows, draw)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    default = SpeculativeConfig()
+    parser = Parser(prog="python -m experiments.table5", description=__doc__)
+    add_flags(parser)
+    parser.add_argument("--lp-sizes", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--refit", default="none", metavar="DIR", help='"auto": those beside the draft, if any')
+    parser.add_argument("--num-speculative-tokens", type=int, default=default.num_speculative_tokens)
+    parser.add_argument("--tree-width", type=int, default=4)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=15, help="of every draft step")
+    parser.add_argument("--out", type=Path, default=RESULTS / "table5.json")
+    return run_experiment("experiments.table5", parser, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""The paper's Table 6, speed by the size of tensor parallelism: `python -m experiments.table6`.
+
+A step of plain decoding, which the paper's table has, and a draft's step in every way that it may be split over the
+same devices: one copy on each, tensor parallelism, layer-parallel groups. Where several accelerators are here, or with
+--measure, steps of --target and --draft are timed, in turn; elsewhere they are estimates by the cost model of
+`python -m easyspec_jax.plan` for machines that it describes, from traces of the real programs.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from easyspec_jax import EasySpecError, SpeculativeConfig
+from easyspec_jax.command import Parser, cache_compilations
+from easyspec_jax.config import ModelConfig
+from easyspec_jax.draft.parallel import run_fuzzy
+from easyspec_jax.mesh import parse_mesh
+from easyspec_jax.model.transformer import run_exact
+from easyspec_jax.options import DraftTensorParallelSize, Platform, resolve_dtype
+from easyspec_jax.plan.configurations import find_config
+from easyspec_jax.plan.cost import Cost
+from easyspec_jax.plan.machines import MACHINES, Machine, parse_topology
+from easyspec_jax.plan.shapes import absent_mesh, abstract_state, bytes_per_device
+from easyspec_jax.plan.steps import Pair, Way, pass_cost, programs
+from easyspec_jax.progress import bar
+from easyspec_jax.timing import Case, alone, alternate, pass_case
+from experiments import paper
+from experiments.draw_table6 import draw
+from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.pair import add_flags, names, open_pair
+
+PLAIN = "plain decoding"
+
+
+def draft_ways(lp_sizes: Iterable[int], devices: int) -> list[Way]:
+    """How a draft's step may use so many devices; on one there is nothing to split."""
+    sizes: tuple[DraftTensorParallelSize, ...] = get_args(DraftTensorParallelSize) if devices > 1 else ("all",)
+    ordinary = [Way("sd", 1, size) for size in sizes]
+    return [*ordinary, *(Way("easyspec", n, size) for n in lp_sizes if n > 1 < devices for size in sizes)]
+
+
+def name_of(way: Way) -> str:
+    """Of a draft's step."""
+    split = "TP" if way.draft_tensor_parallel_size == "all" else "a copy on each"
+    return split if way.method == "sd" else f"N = {way.lp_size}, {split}"
+
+
+def row(model: str, way: str, devices: int, seconds: float, **fields: Any) -> dict[str, Any]:
+    """Of one kind of step. One token of text, or one drafted level, is a step."""
+    times = {"step_seconds": seconds, "steps_per_second": 1 / seconds}
+    return {"model": model, "way": way, "devices": devices} | times | fields
+
+
+def modelled(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows by the cost model: machine by machine, model by model. A step that does not fit the memory says so."""
+    models = {name: config for text in args.models for name, config in [find_config(text, "--models")]}
+    drafts = {name: config for text in args.drafts for name, config in [find_config(text, "--drafts")]}
+    for name, config in (models | drafts).items():
+        if args.context >= config.max_position_embeddings:
+            raise EasySpecError(f"--context {args.context} is no less than {name}'s {config.max_position_embeddings}")
+    for machine in args.machines:
+        describe(machine, 1)
+    rows: list[dict[str, Any]] = []
+    with bar("Counting", len(args.machines) * len(args.devices)) as advance:
+        for machine in args.machines:
+            for devices in args.devices:
+                for name, config in models.items():
+                    rows.append(estimate(args, machine, devices, name, config, Way("vanilla")))
+                for name, config in drafts.items():
+                    sizes = [n for n in args.lp_sizes if n <= config.num_hidden_layers]
+                    rows += [estimate(args, machine, devices, name, config, way) for way in draft_ways(sizes, devices)]
+                advance(1)
+    return rows
+
+
+def estimate(
+    args: argparse.Namespace, machine: str, devices: int, name: str, config: ModelConfig, way: Way
+) -> dict[str, Any]:
+    """The row of a model's step on so many devices of a machine, in a way of decoding."""
+    described = describe(machine, devices)
+    dtype = np.dtype(resolve_dtype(args.dtype, described.platform, config))
+    pair = Pair(config, config, dtype, str(devices), 1, 1, args.context, args.context + 1)
+    step, held = step_cost(pair, way, described.platform)
+    fits = None if described.memory is None else held <= described.memory
+    label = PLAIN if way.method == "vanilla" else name_of(way)
+    fields = {"collectives": step.collectives, "kernels": step.kernels, "bytes": held, "fits": fits}
+    return row(name, label, devices, step.seconds(described), machine=machine, **fields)
+
+
+def describe(name: str, devices: int) -> Machine:
+    """A machine as one of so many. Raises EasySpecError for an unknown one."""
+    if name not in MACHINES:
+        raise EasySpecError(f"--machines {name}: there are {', '.join(MACHINES)}")
+    line = [1] * (MACHINES[name].dimensions - 1) + [devices]  # of a torus
+    return parse_topology(f"{name}:{'x'.join(map(str, line))}").machine
+
+
+def step_cost(pair: Pair, way: Way, platform: Platform) -> tuple[Cost, int]:
+    """A step over one token of the target in plain decoding, else of the draft; and the bytes each device holds."""
+    run = programs(pair, way, partial(absent_mesh, platform=platform))
+    state = abstract_state(run, 1, run.capacity(pair.max_length))
+    if run.draft is None:
+        return pass_cost(run, state, "target", 1), bytes_per_device((run.target, state.target))
+    return pass_cost(run, state, "draft", 1, fuzzy=True), bytes_per_device((run.draft, state.draft))
+
+
+def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows by timing the pair of the flags, on meshes of as many devices as are asked for."""
+    rows: list[dict[str, Any]] = []
+    called = names(args)
+    for devices in args.devices:
+        cases = list(timed_cases(args, devices))
+        seconds = alternate(cases, args.repeats, args.calls)
+        for case in cases:
+            model = called["target" if case.name == PLAIN else "draft"]
+            fields = {"deviation": float(np.std(seconds[case.name]))}
+            rows.append(row(model, case.name, devices, float(np.median(seconds[case.name])), **fields))
+    return rows
+
+
+def timed_cases(args: argparse.Namespace, devices: int) -> Iterable[Case]:
+    """A step of the target, and of the draft in every way."""
+    for way in [Way("vanilla"), *draft_ways(args.lp_sizes, devices)]:
+        speculative = SpeculativeConfig(
+            method=way.method,
+            num_speculative_tokens=1,
+            lp_size=way.lp_size,
+            draft_tensor_parallel_size=way.draft_tensor_parallel_size,
+            refit="none",
+        )
+        engine = open_pair(args, speculative, mesh=str(devices))
+        target, draft = engine.load()
+        model = alone(engine.mesh, draft or target)
+        run, label = (run_exact, PLAIN) if draft is None else (run_fuzzy, name_of(way))
+        yield pass_case(label, model, 1, run, context=args.context, capacity=args.context + 1)
+
+
+def print_table(rows: Sequence[dict[str, Any]], devices: Sequence[int]) -> None:
+    """One line a machine, model and way; steps a second by the number of devices."""
+    table = Table("machine", "model", "", *(f"{count}" for count in devices), box=None, pad_edge=False)
+    for column in table.columns[3:]:
+        column.justify = "right"
+    kinds = dict.fromkeys((row.get("machine", "here"), row["model"], row["way"]) for row in rows)
+    for kind in kinds:
+        own = {row["devices"]: row for row in rows if (row.get("machine", "here"), row["model"], row["way"]) == kind}
+        table.add_row(*kind, *(_cell(own.get(count)) for count in devices))
+    show(table)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return "does not fit" if row.get("fits") is False else f"{row['steps_per_second']:.1f}"
+
+
+def several_accelerators() -> bool:
+    """Whether JAX sees more than one device that is no CPU."""
+    return jax.default_backend() != "cpu" and jax.device_count() > 1
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures or estimates, prints, writes the JSON and draws it."""
+    for devices in args.devices:
+        parse_mesh(str(devices))
+    if min(args.repeats, args.calls, args.context) < 1:
+        raise EasySpecError("--repeats, --calls and --context must be at least 1")
+    prepare(args.out)
+    here = several_accelerators() if args.measure is None else args.measure
+    if here:
+        cache_compilations()
+    rows = measured(args) if here else modelled(args)
+    print_table(rows, args.devices)
+    fields = settings(args, "questions", "measure", "target", "draft") | {"measured": here}
+    fields |= names(args) if here else {"paper": paper.SPEEDS}
+    publish(args.out, fields, rows, draw)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m experiments.table6", description=__doc__)
+    add_flags(parser)
+    parser.add_argument("--measure", action=argparse.BooleanOptionalAction,
+                        help="time the pair on the devices that are here (default: if there are several)")  # fmt: skip
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--lp-sizes", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--machines", nargs="+", default=["a100", "h100", "v5p"], help="for estimates")
+    parser.add_argument("--models", nargs="+", default=["Llama-3.3-70B", "Llama-3.1-8B", "Qwen2.5-7B"],
+                        help="for estimates of plain decoding: names as of easyspec_jax.plan")  # fmt: skip
+    parser.add_argument("--drafts", nargs="+", default=["Llama-3.1-8B", "Llama-3.2-1B"], help="likewise, of drafting")
+    parser.add_argument("--context", type=int, default=256, help="tokens before the step (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=15, help="where it is measured")
+    parser.add_argument("--calls", type=int, default=8, help="of a step for one sample, where it is measured")
+    parser.add_argument("--out", type=Path, default=RESULTS / "table6.json")
+    return run_experiment("experiments.table6", parser, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""What every device did and when, out of a trace of jax.profiler: computing, in collectives, or nothing.
+
+An accelerator has a plane of its own in a trace. On a CPU the operations of all virtual devices are events of worker
+threads, each of which tells the device it ran for; a device's operations may be spread over several threads.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.profiler import ProfileData
+from jaxtyping import Float
+
+from easyspec_jax import EasySpecError
+
+ROUND = "easyspec_round"
+"""The name under which the host notes when a round begins and ends."""
+
+CONTAINERS = ("while", "conditional", "call")
+"""Operations that last as long as those inside them, which have events of their own."""
+
+COLLECTIVES = (
+    "psum", "pmax", "pmin", "ppermute", "all-reduce", "all-gather", "all-to-all", "reduce-scatter",
+    "collective-permute", "collective-broadcast", "nccl",
+)  # fmt: skip
+"""How names of collectives begin: JAX's and XLA's operations, and NCCL's kernels."""
+
+Spans = Float[np.ndarray, "spans 2"]
+"""From when to when, in nanoseconds."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One execution on a device; nanoseconds."""
+
+    name: str
+    device: int
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Of a trace. computing: operations but collectives, by device; collectives: with the wait for the others."""
+
+    rounds: Spans
+    computing: dict[int, Spans]
+    collectives: dict[int, Spans]
+
+    @property
+    def devices(self) -> list[int]:
+        return sorted({*self.computing, *self.collectives})
+
+
+def read_timeline(directory: Path) -> Timeline:
+    """Of the only trace in a directory. Raises EasySpecError if there is not one, or if it lacks what is needed."""
+    found = list(directory.rglob("*.xplane.pb"))
+    if len(found) != 1:
+        raise EasySpecError(f"{directory} holds {len(found)} traces, not one")
+    return timeline_of(ProfileData.from_file(str(found[0])))
+
+
+def timeline_of(profile: Any) -> Timeline:
+    """Of a ProfileData. Raises EasySpecError for a trace without rounds or without operations of devices."""
+    planes = list(profile.planes)
+    rounds = sorted(
+        (event.start_ns, event.end_ns)
+        for plane in planes if plane.name == "/host:CPU"
+        for line in plane.lines for event in line.events if event.name == ROUND
+    )  # fmt: skip
+    sorts: dict[bool, dict[int, list[tuple[float, float]]]] = {True: defaultdict(list), False: defaultdict(list)}
+    for operation in (own for plane in planes for own in operations(plane)):
+        if kind(operation.name) not in CONTAINERS:
+            sorts[is_collective(operation.name)][operation.device].append((operation.begin, operation.end))
+    if not rounds or not sorts[False]:
+        raise EasySpecError(f"the trace shows {len(rounds)} rounds and operations of {len(sorts[False])} devices")
+    computing, collectives = ({device: spans(own) for device, own in sorts[sort].items()} for sort in (False, True))
+    return Timeline(spans(rounds), computing, collectives)
+
+
+def operations(plane: Any) -> Iterator[Operation]:
+    """Of one plane of a trace; an event `end: NAME`, by which XLA for CPUs marks the end of NAME, is none."""
+    lines, name = list(plane.lines), str(plane.name)
+    if re.match(r"/device:\w+:\d+$", name):
+        # A TPU tells its operations, and what they are parts of, in lines of their own; a GPU tells its streams.
+        chosen = [line for line in lines if line.name == "XLA Ops"]
+        device = int(name.rpartition(":")[2])
+        for line in chosen or [line for line in lines if line.name.startswith("Stream")]:
+            yield from (Operation(event.name, device, event.start_ns, event.end_ns) for event in line.events)
+    elif name == "/host:CPU":
+        for event in (event for line in lines for event in line.events):
+            told = dict(event.stats)
+            if "hlo_op" in told and "device_ordinal" in told:
+                yield Operation(str(told["hlo_op"]), int(told["device_ordinal"]), event.start_ns, event.end_ns)
+
+
+def kind(name: str) -> str:
+    """An operation's name without its number; of a whole instruction, %NAME = …, what it defines."""
+    return re.split(r"[.\s(]", name.removeprefix("%"), maxsplit=1)[0].lower().replace("_", "-")
+
+
+def is_collective(name: str) -> bool:
+    own = kind(name)
+    return own.startswith(COLLECTIVES) and not own.endswith("fusion")
+
+
+def spans(pairs: Iterable[tuple[float, float]]) -> Spans:
+    return np.array(sorted(pairs), np.float64).reshape(-1, 2)
+
+
+def union(own: Spans) -> Spans:
+    """The time that any of some spans covers, as spans that do not touch."""
+    own = own[np.argsort(own[:, 0], kind="stable")]
+    reach = np.maximum.accumulate(own[:, 1])
+    first = np.append(True, own[1:, 0] > reach[:-1])[: len(own)]
+    last = np.append(first[1:], True)[: len(own)]
+    return np.stack([own[first, 0], reach[last]], axis=1)
+
+
+def covered(own: Spans, edges: Float[np.ndarray, "edges"]) -> Float[np.ndarray, "bins"]:
+    """How much of every bin between two edges the spans cover, nanoseconds; what overlaps counts once."""
+    apart = union(own)
+    if not len(apart):
+        return np.zeros(len(edges) - 1)
+    sums = np.repeat(np.append(0, np.cumsum(apart[:, 1] - apart[:, 0])), 2)[1:-1]
+    return np.diff(np.interp(edges, apart.ravel(), sums))
+
+
+def by_bin(own: Timeline, device: int, edges: Float[np.ndarray, "edges"]) -> Float[np.ndarray, "3 bins"]:
+    """Nanoseconds of every bin in which a device computes, is in collectives alone, and does neither."""
+    nothing = np.empty((0, 2))
+    computing, collectives = own.computing.get(device, nothing), own.collectives.get(device, nothing)
+    busy = covered(np.concatenate([computing, collectives]), edges)
+    computed = covered(computing, edges)
+    return np.stack([computed, busy - computed, np.diff(edges) - busy])
+
+
+def middle(rounds: Spans) -> tuple[float, float]:
+    """The round of median duration (of the two in the middle the longer), nanoseconds."""
+    begin, end = sorted(rounds.tolist(), key=lambda own: own[1] - own[0])[len(rounds) // 2]
+    return begin, end
+
+
+LETTERS = "cx."
+"""A lane's bins in results: computing, in collectives, neither."""
+
+
+def lane(parts: Float[np.ndarray, "3 bins"]) -> str:
+    """A letter a bin, for what fills most of it."""
+    return "".join(LETTERS[index] for index in np.argmax(parts, axis=0))
+
+
+def runs(lane: str, letters: str) -> list[tuple[int, int]]:
+    """Where any of these letters stand in a lane: the first bin and the number of bins, run by run."""
+    return [(own.start(), own.end() - own.start()) for own in re.finditer(f"[{re.escape(letters)}]+", lane)]

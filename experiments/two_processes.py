@@ -1,0 +1,138 @@
+"""A draft's step where all-reduces are slow, as between hosts: `python -m experiments.two_processes`.
+
+Two devices, each of a process with a core of its own, talk through Gloo; beside that the same two devices in one
+process, on the same cores. The draft goes through its layers whole on each device, by tensor parallelism, or by
+layer-parallel groups. Every sample times all ways in turn.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from easyspec_jax import EasySpecError, demo
+from easyspec_jax.checkpoint import open_checkpoint
+from easyspec_jax.command import Parser, cache_compilations
+from easyspec_jax.options import resolve_dtype
+from easyspec_jax.plan.steps import Pair
+from easyspec_jax.processes import Place, joined
+from easyspec_jax.timing import alternate
+from experiments.draw_two_processes import draw
+from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.pair import add_flags, names
+from experiments.table6 import PLAIN, draft_ways, name_of, step_cost, timed_cases
+
+PROGRAM = "experiments.two_processes"
+DEVICES = 2
+BASELINE = "TP"
+
+
+def measure(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of a step by way, one figure a sample; in one process of several, all take every step together."""
+    cache_compilations()
+    cases = [case for case in timed_cases(args, DEVICES) if case.name != PLAIN]
+    return alternate(cases, args.repeats, args.calls)
+
+
+def between_processes(words: Sequence[str]) -> dict[str, list[float]]:
+    """What measure() finds where each device is a process's own. Raises EasySpecError if one of them fails."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < DEVICES:
+        raise EasySpecError(f"{DEVICES} processes need {DEVICES} cores, and there is {len(cores)}")
+    command = [sys.executable, "-m", PROGRAM, *words, "--coordinator", address]
+    started = [
+        subprocess.Popen([*command, "--process-id", str(number), "--core", str(cores[number])], stdout=subprocess.PIPE)
+        for number in range(DEVICES)
+    ]
+    found = [process.communicate()[0] for process in started]
+    if any(process.returncode for process in started):
+        raise EasySpecError("a process has failed, and said why")
+    return json.loads(found[0])
+
+
+def be_one_of_two(args: argparse.Namespace) -> None:
+    """Measures on a core of this process's own; the first of them prints what it found as JSON."""
+    os.sched_setaffinity(0, {args.core})  # before XLA counts them
+    own = ("process_id", "core", "command", "words")
+    command = {name: value for name, value in vars(args).items() if name not in own}
+    with joined(PROGRAM, Place(args.coordinator, DEVICES, args.process_id), command):
+        print(json.dumps(measure(args)))
+
+
+def rows_of(args: argparse.Namespace, processes: int, seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """One for every way; ratios are of samples taken in turn."""
+    collectives = collectives_of(args)
+    return [
+        {
+            "processes": processes,
+            "way": way,
+            "collectives": collectives[way],
+            "step_seconds": float(np.median(samples)),
+            "deviation": float(np.std(samples)),
+            "time_of_tp": float(np.median(np.divide(samples, seconds[BASELINE]))),
+        }
+        for way, samples in seconds.items()
+    ]
+
+
+def collectives_of(args: argparse.Namespace) -> dict[str, int]:
+    """Of a step, by way, as the compiled programs have them."""
+    config = open_checkpoint(args.draft or demo.DRAFT).config
+    dtype = np.dtype(resolve_dtype(args.dtype, "cpu", config))
+    pair = Pair(config, config, dtype, str(DEVICES), 1, 1, args.context, args.context + 1)
+    ways = draft_ways(args.lp_sizes, DEVICES)
+    return {name_of(way): step_cost(pair, way, "cpu")[0].collectives for way in ways}
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """What rows_of() made, of both."""
+    table = Table("processes", "draft's step", "collectives", "ms", "× TP", box=None, pad_edge=False)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in rows:
+        figures = f"{1e3 * row['step_seconds']:.2f}", f"{row['time_of_tp']:.2f}"
+        table.add_row(str(row["processes"]), row["way"], str(row["collectives"]), *figures)
+    show(table)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures, prints, writes the JSON and draws it; or is one of the processes that measure."""
+    if args.process_id is not None:
+        be_one_of_two(args)
+        return
+    if min(args.repeats, args.calls, args.context) < 1:
+        raise EasySpecError("--repeats, --calls and --context must be at least 1")
+    prepare(args.out)
+    open_checkpoint(args.draft or demo.DRAFT)  # so that one process complains, and not two
+    rows = rows_of(args, DEVICES, between_processes(args.words)) + rows_of(args, 1, measure(args))
+    print_table(rows)
+    left_out = ("questions", "mesh", "words", "coordinator", "process_id", "core", "target", "draft")
+    publish(args.out, settings(args, *left_out) | names(args), rows, draw)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__)
+    add_flags(parser)
+    parser.add_argument("--lp-sizes", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--context", type=int, default=256, help="tokens before the step (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--calls", type=int, default=8, help="of a step for one sample (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "two_processes.json")
+    for flag, kind in (("--coordinator", str), ("--process-id", int), ("--core", int)):
+        parser.add_argument(flag, type=kind, help=argparse.SUPPRESS)
+    parser.set_defaults(words=sys.argv[1:] if argv is None else list(argv))
+    return run_experiment(PROGRAM, parser, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

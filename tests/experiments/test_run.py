@@ -1,0 +1,23 @@
+"""Every step is a command that its module takes."""
+
+import importlib
+
+import pytest
+
+from experiments.run import STEPS, arguments, chosen, main
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+def test_a_step_is_a_command_that_writes_its_file(step, tmp_path, capsys):
+    for size in ("full", "quick", "smoke"):
+        _, _, module, *flags = arguments(step, tmp_path / "absent", size)
+        assert importlib.import_module(module).main(flags) == 2  # only because there is no such directory
+        printed = capsys.readouterr().err
+        assert f"--out {tmp_path / 'absent' / step.name}.json is no .json file" in printed
+
+
+def test_steps_are_chosen_by_name(capsys):
+    assert [step.name for step in chosen(["table5", "table2"], smoke=False)] == ["table2", "table5"]
+    assert 0 < len(chosen(None, smoke=True)) < len(STEPS)
+    assert main(["--only", "table3"]) == 2
+    assert "--only 'table3' is none of table2," in capsys.readouterr().err
