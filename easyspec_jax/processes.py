@@ -196,8 +196,9 @@ def joined(program: str, place: Place, command: Any) -> Iterator[None]:
         with _spoken_for(place.process_id == 0):
             yield
     except BaseException as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            time.sleep(SILENCE + BEAT)  # a collective that failed: the watch is about to say whose fault it is
+        # A collective that failed is one or the other; the watch is about to say whose fault it is.
+        if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and "RESOURCE_EXHAUSTED" not in str(error):
+            time.sleep(SILENCE + BEAT)
         code = 130 if isinstance(error, KeyboardInterrupt) else 0 if isinstance(error, BrokenPipeError) else 2
         watch.stop(first_line(error) if isinstance(error, Exception) else "it was interrupted", code)
         raise

@@ -74,47 +74,50 @@ class Job:
         program = [sys.executable, "-m", "easyspec_jax.generate", "--platform", "cpu", "--batch-size", str(batch_size)]
         self._command = [*program, "--prompts", str(prompts), "--out", str(out)]
 
-    def run(self) -> tuple[float, float]:
-        """To its end; returns the seconds until the first record and from there. Raises EasySpecError if it fails."""
+    def run(self) -> float:
+        """To its end; returns the seconds until the output has a record. Raises EasySpecError if it fails."""
         begun = time.perf_counter()
         with self._started() as process:
-            self._wait(process, lambda: self.size > 0)
+            self._wait(process, lambda: self.records > 0)
             started = time.perf_counter()
             if process.wait():
                 raise EasySpecError(f"the job ended with exit code {process.returncode}")
-        return started - begun, time.perf_counter() - started
+        return started - begun
 
-    def kill(self, delay: float, growing: bool) -> None:
-        """Started, and killed after so many seconds, counted from the first record if `growing`, else from the start.
-
-        Raises EasySpecError if it was done before.
-        """
-        size = self.size
+    def kill_starting(self, seconds: float) -> float:
+        """Started, and killed after so many seconds, or by its first record; returns the seconds that it had."""
+        begun, before = time.perf_counter(), self.records
         with self._started() as process:
-            if growing:
-                # A torn end is cut off first, which makes the file smaller.
-                smallest = [size]
+            self._wait(process, lambda: time.perf_counter() - begun >= seconds or self.records > before)
+            return self._killed(process, begun)
 
-                def grown() -> bool:
-                    now = self.size
-                    smallest[0] = min(smallest[0], now)
-                    return now > smallest[0]
+    def kill_growing(self, records: float) -> float:
+        """Started, and killed after so many records; returns the seconds that it had.
 
-                self._wait(process, grown)
-            end = time.perf_counter() + delay
+        A part of a record is that part of the time that the others took each.
+        """
+        begun, before = time.perf_counter(), self.records
+        whole = int(records)
+        with self._started() as process:
+            self._wait(process, lambda: self.records > before)
+            first = time.perf_counter()
+            self._wait(process, lambda: self.records > before + whole)
+            end = time.perf_counter()
+            end += (records - whole) * (end - first) / max(1, whole)
             self._wait(process, lambda: time.perf_counter() >= end)
-            process.kill()
-            if process.wait() >= 0:
-                raise EasySpecError("the job was done before it was killed often enough: give more --lines")
-
-    @property
-    def size(self) -> int:
-        return self.out.stat().st_size if self.out.exists() else 0
+            return self._killed(process, begun)
 
     @property
     def records(self) -> int:
         """Whole lines."""
         return self.out.read_bytes().count(b"\n") if self.out.exists() else 0
+
+    @staticmethod
+    def _killed(process: subprocess.Popen[bytes], begun: float) -> float:
+        process.kill()
+        if process.wait() >= 0:
+            raise EasySpecError("the job was done before it was killed often enough: give more --lines")
+        return time.perf_counter() - begun
 
     def _started(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -126,23 +129,22 @@ class Job:
 
 
 def moments(kills: int, random: Random) -> list[tuple[float, bool]]:
-    """When to kill: how far into its time, from 0 to 1, and whether that is counted from the run's first record."""
+    """When to kill: how far into its part of the job, from 0 to 1, and whether that part is the output's growth."""
     early = round(STARTING * kills)
     found = [(random.random(), number >= early) for number in range(kills)]
     random.shuffle(found)
     return found
 
 
-def delays(
-    kills: Sequence[tuple[float, bool]], start: float, work: float, left: Callable[[], float]
-) -> Iterator[float]:
-    """Seconds to each kill. start, work: an undisturbed run's of each phase; left: the share of the work to be done.
+def waits(kills: Sequence[tuple[float, bool]], start: float, left: Callable[[], int]) -> Iterator[float]:
+    """How long to wait before each kill: seconds of a start-up that takes `start`, or records.
 
-    What is left is shared among the kills to come and one more, so that the job is not done before the last one.
+    left: records to be written. They are shared among the kills to come and one more, so that the job is not done
+    before the last one.
     """
     growing = sum(grows for _, grows in kills)
     for share, grows in kills:
-        yield share * (work * left() / (growing + 1) if grows else start)
+        yield share * (left() / (growing + 1) if grows else start)
         growing -= grows
 
 
@@ -152,16 +154,16 @@ def measure(args: argparse.Namespace, directory: Path) -> tuple[dict[str, Any], 
     ids = write_job(directory / "in.jsonl", args.lines, random)
     undisturbed = Job(directory / "in.jsonl", directory / "undisturbed.jsonl", args.batch_size)
     killed = Job(directory / "in.jsonl", directory / "killed.jsonl", args.batch_size)
-    start, work = undisturbed.run()
-    print(f"undisturbed: {start:.1f} s to the first record, {work:.1f} s to the last", flush=True)
+    start = undisturbed.run()
+    print(f"undisturbed: {start:.1f} s to the first record", flush=True)
     rows = []
     kills = moments(args.kills, random)
-    seconds = delays(kills, start, work, lambda: 1 - killed.records / args.lines)
-    for number, ((_, growing), delay) in enumerate(zip(kills, seconds, strict=True), 1):
+    planned = waits(kills, start, lambda: args.lines - killed.records)
+    for number, ((_, growing), wait) in enumerate(zip(kills, planned, strict=True), 1):
         before = killed.records
-        killed.kill(delay, growing)
+        seconds = killed.kill_growing(wait) if growing else killed.kill_starting(wait)
         moment = "while the output grew" if growing else "during start-up"
-        rows.append({"run": number, "killed": moment, "after_seconds": delay, "added": killed.records - before})
+        rows.append({"run": number, "killed": moment, "after_seconds": seconds, "added": killed.records - before})
         print(f"kill {number} {moment}: {killed.records} records", flush=True)
     before = killed.records
     killed.run()
