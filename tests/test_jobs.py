@@ -207,3 +207,19 @@ def test_a_poisoned_model_ends_the_command_with_one_line(models, capsys):
 def test_several_processes_run_no_job(capsys):
     assert main(["--prompts", "in.jsonl", "--out", "out.jsonl", "--distributed"]) == 2
     assert "--distributed runs no jobs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--prompts", "in.jsonl"], "--prompts FILE and --out FILE go together"),
+        (["--out", "out.jsonl"], "--prompts FILE and --out FILE go together"),
+        (
+            ["--prompts", "in.jsonl", "--out", "out.jsonl", "--json"],
+            "a job prints no texts: leave out --json or --prompts",
+        ),
+    ],
+)
+def test_flags_that_do_not_go_together_are_one_line(flags, complaint, capsys):
+    assert main(flags) == 2
+    assert capsys.readouterr().err.splitlines() == [f"easyspec_jax.generate: error: {complaint}"]
