@@ -195,7 +195,7 @@ SECTIONS: dict[str, tuple[str, Tabulate]] = {
     "figure2": ("Figure 2: what the devices do in a round", timelines),
     "figure4": ("Figure 4: acceptance by N and width", losses),
     "acceptance_demo": ("Acceptance: the bundled pair", losses),
-    "acceptance": ("Acceptance: SmolLM2-135M-Instruct as its own draft", losses),
+    "acceptance": ("Acceptance", losses),
     "simulate": ("Simulation: machines that are not here (estimates)", predictions),
     "two_processes": ("Two processes, a core each", flat),
     "two_processes_smollm2": ("Two processes, a core each: SmolLM2-135M-Instruct", flat),
