@@ -196,6 +196,7 @@ SECTIONS: dict[str, tuple[str, Tabulate]] = {
     "figure4": ("Figure 4: acceptance by N and width", losses),
     "acceptance_demo": ("Acceptance: the bundled pair", losses),
     "acceptance": ("Acceptance", losses),
+    "acceptance_refit": ("Acceptance with a refit: SmolLM2-135M-Instruct as its own draft", losses),
     "simulate": ("Simulation: machines that are not here (estimates)", predictions),
     "two_processes": ("Two processes, a core each", flat),
     "two_processes_smollm2": ("Two processes, a core each: SmolLM2-135M-Instruct", flat),
