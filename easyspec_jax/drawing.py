@@ -32,6 +32,13 @@ def check_drawing() -> None:
         raise EasySpecError("drawing needs matplotlib: pip install '.[experiments]'") from None
 
 
+def dress_bars(axes: Any) -> None:
+    """The looks of horizontal bars: grid lines across them alone, and behind them."""
+    axes.grid(visible=False, axis="y")
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=SOFT, labelcolor=INK)
+
+
 def png(make: Callable[[], "Figure"], style: Mapping[str, Any] = STYLE) -> bytes:
     """A picture, made in a style (matplotlib's rcParams). The same picture gives the same bytes.
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from easyspec_jax.drawing import INK, SOFT, png
+from easyspec_jax.drawing import INK, dress_bars, png
 from experiments.output import draw_again
 from experiments.timeline import runs
 
@@ -54,9 +54,7 @@ def _panel(axes: "Axes", row: dict[str, Any]) -> None:
     shares = f"computing {row['computing']:.0%}, in collectives {row['in_collectives']:.0%}, idle {row['idle']:.0%}"
     tokens = f"{row['tokens_per_round']:.2f} tokens a round"
     axes.set_title(f"{row['way']} (mesh {split}): {shares}; {tokens}", size=10.5, color=INK)
-    axes.grid(visible=False, axis="y")
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=SOFT, labelcolor=INK)
+    dress_bars(axes)
     axes.set_yticks(range(len(row["lanes"])), list(row["lanes"]), size=8)
     axes.set_ylabel("device")
     axes.set_ylim(len(row["lanes"]) - 0.5, -0.5)

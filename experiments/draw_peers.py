@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from easyspec_jax.drawing import INK, SOFT, WHITE, png
+from easyspec_jax.drawing import INK, SOFT, WHITE, dress_bars, png
 from experiments.output import draw_again
 
 if TYPE_CHECKING:
@@ -49,9 +49,7 @@ def _figure(measured: dict[str, Any]) -> "Figure":
     axes.set_xlim(0, 1.35 * max(max(row["over_plain"]) for row in rows))  # leaves room for what stands behind the bars
     axes.set_xlabel("tokens/s over those of our plain decoding" + "".join(f"\n{line}" for line in missing))
     axes.set_title(f"{measured['platform']}, {measured['dtype']}, {measured['threads']} threads", size=11)
-    axes.grid(visible=False, axis="y")
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=SOFT, labelcolor=INK)
+    dress_bars(axes)
     handles = [Patch(color=OURS, label="this package"), Patch(color=THEIRS, label="other engines")]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return figure

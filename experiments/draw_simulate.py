@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from easyspec_jax.drawing import INK, SOFT, png
+from easyspec_jax.drawing import INK, dress_bars, png
 from experiments.output import draw_again
 
 if TYPE_CHECKING:
@@ -67,9 +67,7 @@ def _draw_panel(axes: Any, rows: Sequence[dict[str, Any]], ways: Sequence[str]) 
     axes.margins(x=0.16)
     axes.set_yticks(range(len(ways)), ways)
     axes.set_ylim(len(ways) - 0.5, -0.5)
-    axes.grid(visible=False, axis="y")
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=SOFT, labelcolor=INK)
+    dress_bars(axes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

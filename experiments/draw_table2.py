@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from easyspec_jax.drawing import INK, SOFT, png
+from easyspec_jax.drawing import INK, dress_bars, png
 from experiments.output import draw_again
 
 if TYPE_CHECKING:
@@ -62,9 +62,7 @@ def _draw_panel(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     axes.set_yticks(range(len(names := list(dict.fromkeys(row["way"] for row in rows)))), names)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.grid(visible=False, axis="y")
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=SOFT, labelcolor=INK)
+    dress_bars(axes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

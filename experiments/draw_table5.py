@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from easyspec_jax.drawing import INK, SOFT, png
+from easyspec_jax.drawing import dress_bars, png
 from experiments.output import draw_again
 
 if TYPE_CHECKING:
@@ -41,9 +41,7 @@ def _figure(measured: dict[str, Any]) -> "Figure":
             axes.annotate(f"{value:.2f}", (value, place), **text)
         axes.set_xlabel(name)
         axes.margins(x=0.16)
-        axes.grid(visible=False, axis="y")
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=SOFT, labelcolor=INK)
+        dress_bars(axes)
         axes.set_yticks(range(len(rows)), [row["way"] for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
     return figure

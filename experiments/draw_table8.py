@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from easyspec_jax.drawing import INK, SOFT, WHITE, png
+from easyspec_jax.drawing import INK, WHITE, dress_bars, png
 from experiments.output import draw_again
 
 if TYPE_CHECKING:
@@ -45,9 +45,7 @@ def _figure(measured: dict[str, Any]) -> "Figure":
     axes.invert_yaxis()
     axes.margins(x=0.2)
     axes.set_xlabel("times plain decoding")
-    axes.grid(visible=False, axis="y")
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=SOFT, labelcolor=INK)
+    dress_bars(axes)
     figure.legend(loc="outside lower center", ncols=len(COLORS))
     return figure
 

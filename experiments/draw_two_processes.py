@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from easyspec_jax.drawing import INK, SOFT, png
+from easyspec_jax.drawing import dress_bars, png
 from experiments.output import draw_again
 
 if TYPE_CHECKING:
@@ -37,9 +37,7 @@ def _figure(measured: dict[str, Any]) -> "Figure":
         axes.set_title(title, size=11)
         axes.set_xlabel("milliseconds")
         axes.margins(x=0.3)
-        axes.grid(visible=False, axis="y")
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=SOFT, labelcolor=INK)
+        dress_bars(axes)
         axes.set_yticks(range(len(ways)), [f"{way}\n{rows[way]['collectives']} collectives" for way in ways])
         axes.set_ylim(len(ways) - 0.5, -0.5)
     return figure
