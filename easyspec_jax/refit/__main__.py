@@ -47,8 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     texts.add_argument("--temperature", type=float, default=TEMPERATURE, metavar="T",
                        help="of what the draft writes (default: %(default)s)")  # fmt: skip
     texts.add_argument("--seed", type=int, default=0)
-    texts.add_argument("--ridge", type=float, default=RIDGE, metavar="R",
-                       help="how strongly to hold on to the plain projections (default: %(default)s)")  # fmt: skip
+    fit = parser.add_argument_group("what to make of them")
+    fit.add_argument("--ridge", type=float, default=RIDGE, metavar="R",
+                     help="how strongly to hold on to the plain projections (default: %(default)s)")  # fmt: skip
+    fit.add_argument("--distill", type=int, default=0, metavar="STEPS",
+                     help="of gradient descent from there on, towards the exact draft's distribution "
+                     "(default: %(default)s)")  # fmt: skip
     return parser
 
 
@@ -56,6 +60,7 @@ def _run(args: argparse.Namespace) -> None:
     speculative = SpeculativeConfig(lp_size=args.lp_size, lp_strategy=args.lp_strategy, mlp_lp_size=args.mlp_lp_size)
     sampling = SamplingParams(args.temperature, seed=args.seed)
     check_whole("tokens", args.tokens, 1000)
+    check_whole("distill", args.distill, 0)
     if not 0 < args.ridge < float("inf"):
         raise EasySpecError(f"--ridge {args.ridge} must be a number above 0")
 

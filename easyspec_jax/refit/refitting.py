@@ -20,6 +20,7 @@ from easyspec_jax.model.loader import Loader
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
 from easyspec_jax.progress import bar
 from easyspec_jax.refit.borders import best_groups, measure_groups
+from easyspec_jax.refit.distill import distill
 from easyspec_jax.refit.fidelity import DEPTHS, fidelity
 from easyspec_jax.refit.fit import fit
 from easyspec_jax.refit.store import DIRECTORY, Held, path_of, save
@@ -27,6 +28,9 @@ from easyspec_jax.refit.texts import LENGTH, read_texts, write_texts
 
 HELD_OUT = 0.1
 """Of the texts, to see what the refit is worth."""
+
+Ways = dict[str, tuple[Layout, Held | None]]
+"""To draft, by name: what runs at once, and with which refit."""
 
 
 def refit(args: argparse.Namespace, speculative: SpeculativeConfig, sampling: SamplingParams) -> None:
@@ -48,8 +52,12 @@ def refit(args: argparse.Namespace, speculative: SpeculativeConfig, sampling: Sa
         groups = best_groups(overlaps, draft.config.num_hidden_layers, layout.lp_size, layout.mlp_lp_size)
         layout = Layout(groups, layout.mlp_lp_size)
     tensors = fit(loader, layout, texts[held_out:], args.ridge, bar)
+    ways: Ways = {"as it was": (plain, None), "refit": (layout, Held(tensors))}
+    if args.distill:
+        tensors = distill(loader, layout, tensors, texts[held_out:], args.distill, bar)
+        ways["distilled"] = layout, Held(tensors)
     save(path, tensors, layout, draft)
-    _report(loader, plain, layout, Held(tensors), texts[:held_out])
+    _report(loader, ways, texts[:held_out])
     size = path.stat().st_size / 2**20
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[dim]—[/] {path}: {size:.1f} MiB")
 
@@ -71,19 +79,17 @@ def _texts(args: argparse.Namespace, engine: Engine, sampling: SamplingParams) -
     return write_texts(programs, engine.tokenizer, count, sampling, bar)
 
 
-def _report(
-    loader: Loader, plain: Layout, chosen: Layout, refitted: Held, texts: Int[np.ndarray, "texts tokens"]
-) -> None:
-    """A table of what fuzzy drafts keep of the exact one's distribution, before and after."""
+def _report(loader: Loader, ways: Ways, texts: Int[np.ndarray, "texts tokens"]) -> None:
+    """A table of what fuzzy drafts keep of the exact one's distribution."""
     everywhere = np.ones(texts.shape, bool)
-    ways = (("as it was", plain, None), ("refit", chosen, refitted))
     table = Table("draft", *(f"depth {depth + 1}" for depth in range(DEPTHS)), box=None, pad_edge=False)
     with bar("Comparing", len(ways)) as advance:
-        for name, layout, tensors in ways:
-            overlaps, _ = fidelity(load_draft(loader, layout, tensors), loader.mesh, texts, everywhere)
+        for name, (layout, refitted) in ways.items():
+            overlaps, _ = fidelity(load_draft(loader, layout, refitted), loader.mesh, texts, everywhere)
             table.add_row(name, *(f"{overlap:.3f}" for overlap in overlaps))
             advance(1)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print("Σ min(p fuzzy, p exact) on texts that were not fitted on")
     console.print(table)
-    console.print(f"[dim]—[/] groups {format_groups(plain.groups)}, now {format_groups(chosen.groups)}")
+    before, *_, after = (format_groups(layout.groups) for layout, _ in ways.values())
+    console.print(f"[dim]—[/] groups {before}, now {after}")

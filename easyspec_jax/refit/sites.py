@@ -83,6 +83,12 @@ def named(loader: Loader, site: Site, projection: Float[np.ndarray, "inputs out"
     return tensors
 
 
+def joined(tensors: Tensors, site: Site) -> Float[np.ndarray, "inputs out"]:
+    """The inverse of named()."""
+    columns = [np.concatenate([tensors[f"{part}.weight"].T, tensors[f"{part}.bias"][None]]) for part in site.parts]
+    return np.concatenate(columns, axis=1)
+
+
 def products(h: Hidden, y: Float[Array, "batch tokens out"], config: ModelConfig) -> tuple[Array, Array]:
     """xᵀx and xᵀy of the inputs x that a refit projection has: normed, with a 1 for the bias."""
     x = rms_norm(h.astype(jnp.float32), jnp.ones(h.shape[-1], jnp.float32), config.rms_norm_eps)

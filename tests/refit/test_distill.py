@@ -1,0 +1,71 @@
+"""What is distilled says more of what the draft itself would, on any mesh, and moves nothing else."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+from easyspec_jax.draft.grouping import Layout, paper_groups
+from easyspec_jax.draft.parallel import load_draft
+from easyspec_jax.mesh import ALL_AXES, MeshShape
+from easyspec_jax.refit.distill import RATE, distill
+from easyspec_jax.refit.fidelity import fidelity
+from easyspec_jax.refit.fit import fit
+from easyspec_jax.refit.sites import joined, named, stale_sites
+from easyspec_jax.refit.store import Held
+from tests.models import loader
+from tests.refit.conftest import LAYERS, TEXTS
+
+LAYOUT = Layout(paper_groups(LAYERS, 4), mlp_lp_size=2)  # 0 | 1-3 | 4-6 | 7
+ONE = MeshShape(1, 1)
+
+
+@pytest.fixture(scope="module")
+def fitted(draft):
+    return fit(loader(draft[0], ONE), LAYOUT, TEXTS, 1e-2)
+
+
+@pytest.fixture(scope="module")
+def distilled(draft, fitted):
+    """The tensors by mesh and steps, each distilled once."""
+
+    @cache
+    def tensors(mesh: MeshShape, steps: int):
+        return distill(loader(draft[0], mesh), LAYOUT, fitted, TEXTS, steps)
+
+    return tensors
+
+
+def test_more_tokens_are_kept(draft, fitted, distilled):
+    from_, everywhere = loader(draft[0], ONE, ALL_AXES), np.ones(TEXTS.shape, bool)
+    before, after = (
+        fidelity(load_draft(from_, LAYOUT, Held(tensors)), from_.mesh, TEXTS, everywhere)[0]
+        for tensors in (fitted, distilled(ONE, 80))
+    )
+    assert all(1 - new < 0.85 * (1 - old) for old, new in zip(before, after, strict=True)), (before, after)
+
+
+@pytest.mark.parametrize("mesh", [MeshShape(4, 2), MeshShape(1, 8)], ids=str)
+def test_the_mesh_does_not_matter(fitted, distilled, mesh):
+    """Adam's first steps are as long for the least gradient as for the greatest, so signs may differ, but rarely."""
+    one, many = distilled(ONE, 2), distilled(mesh, 2)
+    assert one.keys() == many.keys() == fitted.keys()
+    for name, tensor in fitted.items():
+        if not name.endswith("norm.weight"):
+            moved, expected = (x[name].ravel() - tensor.ravel() for x in (many, one))
+            assert np.abs(expected).max() > RATE / 2
+            assert moved @ expected > 0.99 * np.linalg.norm(moved) * np.linalg.norm(expected), name
+
+
+def test_every_stale_projection_moves_and_its_norm_does_not(fitted, distilled):
+    for name, tensor in distilled(ONE, 2).items():
+        assert tensor.shape == fitted[name].shape and tensor.dtype == np.float32
+        assert np.array_equal(tensor, fitted[name]) == name.endswith("norm.weight"), name
+
+
+def test_projections_are_taken_apart_and_joined_alike(draft, fitted):
+    from_ = loader(draft[0], ONE)
+    for site in stale_sites(LAYOUT):
+        again = named(from_, site, joined(fitted, site))
+        for name, tensor in again.items():
+            np.testing.assert_array_equal(tensor, fitted[name])
