@@ -85,11 +85,18 @@ def measure_grid(args: argparse.Namespace, prompts: Sequence[str]) -> list[Row]:
     grid = variants(args.temperatures, args.verifiers, args.widths, args.lp_sizes, args.refit is not None)
     configs = {variant: variant.speculative(args.num_speculative_tokens, args.refit) for variant in grid}
     sampling = {t: SamplingParams(t, seed=args.seed, max_new_tokens=args.max_new_tokens) for t in args.temperatures}
+    layouts = dict.fromkeys(config.layout for config in configs.values())
+
+    def opened(layout: SpeculativeConfig) -> Engine:
+        return open_model(args.target, args.draft, mesh=args.mesh, platform=args.platform, speculative=layout)
+
+    for layout in layouts:
+        opened(layout)  # which checks it and reads no weights
     rows: dict[Variant, Row] = {}
     with bar("Measuring", len(grid)) as advance:
-        for layout in dict.fromkeys(config.layout for config in configs.values()):
+        for layout in layouts:
             alike = [variant for variant in grid if configs[variant].layout == layout]
-            engine = open_model(args.target, args.draft, mesh=args.mesh, platform=args.platform, speculative=layout)
+            engine = opened(layout)
             for variant in alike:
                 engine.speculative = configs[variant]  # the weights depend on the layout alone
                 measured = measure(engine, sampling[variant.temperature], prompts, args)

@@ -6,7 +6,7 @@ from dataclasses import astuple
 import pytest
 
 from easyspec_jax.refit.__main__ import main as refit
-from experiments import draw_acceptance
+from experiments import acceptance, draw_acceptance
 from experiments.acceptance import main, variants
 from tests.models import save_model
 
@@ -51,6 +51,14 @@ def test_rows_agree_with_themselves(measured):
         assert row["acceptance_rate"] == row["accepted"] / row["drafted"]
         assert row["mean_acceptance_length"] == 1 + row["accepted"] / row["rounds"]
     assert not list(measured.glob("*.partial"))
+
+
+def test_a_refit_that_is_missing_is_noticed_before_anything_is_measured(measured, monkeypatch, capsys):
+    monkeypatch.setattr(acceptance, "measure", lambda *_: pytest.fail("measured"))
+    pair = ["--target", str(measured / "model"), "--draft", str(measured / "model")]
+    out = ["--out", str(measured / "other.json")]
+    assert main([*pair, *out, "--lp-sizes", "1", "2", "3", "--refit", str(measured / "refit")]) == 2
+    assert "has no lp3.safetensors" in capsys.readouterr().err and not (measured / "other.json").exists()
 
 
 def test_the_same_results_are_the_same_picture(measured, tmp_path):
