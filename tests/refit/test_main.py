@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from easyspec_jax import generate
 from easyspec_jax.errors import EasySpecError
@@ -41,9 +42,16 @@ def test_a_refit_is_written_and_then_drafted_with(directory, capsys):
 
 
 def test_text_of_its_own(directory, capsys):
-    assert main(["--draft", str(directory), "--tokens", "1000", "--borders", "paper", "--mlp-lp-size", "2"]) == 0
-    assert (directory / "refit" / "lp4_mlp2.safetensors").is_file()
-    assert "0,1-3,4-6,7" in capsys.readouterr().err
+    asked = ["--draft", str(directory), "--tokens", "1000", "--borders", "paper", "--mlp-lp-size", "2"]
+    assert main(asked) == 0
+    refit = directory / "refit" / "lp4_mlp2.safetensors"
+    closed, shown = load_file(refit), capsys.readouterr().err
+    assert "0,1-3,4-6,7" in shown and "distilled" not in shown
+    assert main([*asked, "--distill", "2"]) == 0
+    assert "distilled" in capsys.readouterr().err
+    distilled = load_file(refit)
+    assert distilled.keys() == closed.keys()
+    assert any(not np.array_equal(tensor, closed[name]) for name, tensor in distilled.items())
 
 
 @pytest.mark.parametrize(
@@ -54,6 +62,7 @@ def test_text_of_its_own(directory, capsys):
         (["--lp-strategy", "0-3"], "leaves out layer 4"),
         (["--ridge", "0"], "--ridge 0.0 must be"),
         (["--tokens", "3"], "--tokens 3 must be at least"),
+        (["--distill", "-1"], "--distill -1 must be at least 0"),
         (["--text", "missing.txt"], "--text missing.txt cannot be read"),
         (["--mesh", "0"], "--mesh '0'"),
         (["--temperature", "-1"], "--temperature -1.0"),
