@@ -1,7 +1,9 @@
 """What is distilled says more of what the draft itself would, on any mesh, and moves nothing else."""
 
+from dataclasses import replace
 from functools import cache
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -55,6 +57,15 @@ def test_the_mesh_does_not_matter(fitted, distilled, mesh):
             moved, expected = (x[name].ravel() - tensor.ravel() for x in (many, one))
             assert np.abs(expected).max() > RATE / 2
             assert moved @ expected > 0.99 * np.linalg.norm(moved) * np.linalg.norm(expected), name
+
+
+def test_a_draft_in_bfloat16_is_trained_in_float32(draft, fitted, distilled):
+    from_ = replace(loader(draft[0], ONE), dtype=np.dtype(jnp.bfloat16))
+    rough = distill(from_, LAYOUT, fitted, TEXTS, 2)
+    steps = ((x[name] - fitted[name] for name in fitted) for x in (rough, distilled(ONE, 2)))
+    moved, expected = (np.concatenate([x.ravel() for x in own]) for own in steps)
+    assert moved.dtype == np.float32 and np.abs(moved).max() < 3 * RATE, "nothing was rounded to bfloat16"
+    assert moved @ expected > 0.5 * np.linalg.norm(moved) * np.linalg.norm(expected)
 
 
 def test_every_stale_projection_moves_and_its_norm_does_not(fitted, distilled):
