@@ -188,6 +188,7 @@ Tabulate = Callable[[Mapping[str, Any]], Table]
 SECTIONS: dict[str, tuple[str, Tabulate]] = {
     "table2": ("Table 2: ways of decoding", speeds),
     "spec_bench": ("Table 3: questions in Spec-Bench's form", by_category),
+    "spec_bench_smollm2": ("Table 3: SmolLM2-135M-Instruct as its own draft", by_category),
     "table4": ("Table 4: what groups approximate", cosines),
     "table5": ("Table 5: attentions or whole layers at once", speeds),
     "table6": ("Table 6: steps a second by the number of devices", by_devices),
@@ -195,12 +196,14 @@ SECTIONS: dict[str, tuple[str, Tabulate]] = {
     "figure2": ("Figure 2: what the devices do in a round", timelines),
     "figure4": ("Figure 4: acceptance by N and width", losses),
     "acceptance_demo": ("Acceptance: the bundled pair", losses),
+    "acceptance_demo_refit": ("Acceptance with a refit: the bundled pair", losses),
     "acceptance": ("Acceptance", losses),
     "acceptance_refit": ("Acceptance with a refit: SmolLM2-135M-Instruct as its own draft", losses),
     "simulate": ("Simulation: machines that are not here (estimates)", predictions),
     "two_processes": ("Two processes, a core each", flat),
     "two_processes_smollm2": ("Two processes, a core each: SmolLM2-135M-Instruct", flat),
     "peers": ("Other engines in the same run", engines),
+    "peers_smollm2": ("Other engines in the same run: SmolLM2-135M-Instruct as its own draft", engines),
     "kill_check": ("A job of 500 prompts, killed at random moments", kills),
     "soak": ("A soak: memory, programs and speed over many rounds", soaked),
 }
