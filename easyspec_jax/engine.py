@@ -69,7 +69,7 @@ def open_model(
         target, draft = demo.TARGET, demo.DRAFT
     opened = open_checkpoint(target)
     tokenizer = load_tokenizer(opened.directory)
-    second, layout, refit = None, Layout(()), None
+    second, layout, refit = None, Layout.uniform(()), None
     if speculative.method != "vanilla":
         if draft is None:
             raise EasySpecError(f"--method {speculative.method} needs --draft DIR (or use --method vanilla)")
@@ -157,7 +157,7 @@ class Engine:
         if shape is not None:
             devices = mesh.devices.reshape(shape.layer, shape.tensor)
             mesh = Mesh(devices, ALL_AXES, axis_types=mesh.axis_types)
-        draft, layout, refit = None, Layout(()), None
+        draft, layout, refit = None, Layout.uniform(()), None
         if speculative.method != "vanilla":
             if self.draft is None:
                 raise EasySpecError(f"--method {speculative.method} needs --draft DIR (or use --method vanilla)")

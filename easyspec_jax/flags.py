@@ -137,10 +137,12 @@ def _add_speculation(parser: argparse.ArgumentParser) -> None:
     drafting.add_argument("--lp-size", type=int, default=default.lp_size, metavar="N",
                           help="layers that run at once (default: %(default)s)")  # fmt: skip
     drafting.add_argument("--lp-strategy", metavar="S",
-                          help='explicit groups, such as "0,1-3,4-7,8"; or "auto": how to speculate at all, as '
-                          "easyspec_jax.tune chose it, which is run first if need be")  # fmt: skip
+                          help='explicit groups, such as "0,1-3,4-7x2,8", where x2 runs two MLPs at a time; or '
+                          '"auto": how to speculate at all, as easyspec_jax.tune chose it, which is run first if need '
+                          "be")  # fmt: skip
     drafting.add_argument("--mlp-lp-size", type=int, default=default.mlp_lp_size, metavar="M",
-                          help="MLPs of a group that run at once (default: %(default)s)")  # fmt: skip
+                          help="MLPs of a group that run at once, where --lp-strategy does not say "
+                          "(default: %(default)s)")  # fmt: skip
     refit = drafting.add_mutually_exclusive_group()
     refit.add_argument("--refit", default=default.refit, metavar="DIR",
                        help="projections fitted to these groups (default: the draft directory's, if any)")  # fmt: skip

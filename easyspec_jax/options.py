@@ -22,12 +22,12 @@ class SpeculativeConfig:
 
     num_speculative_tokens: levels drafted per round. tree_width: nodes a level, of which the best tree_nodes are
     verified; None stands for a chain, or 4 with method "tree", and for all of them. lp_size: layers a group, for the
-    paper's grouping rule; lp_strategy: explicit groups such as "0,1-3,4-7", which override lp_size; mlp_lp_size: how
-    many MLPs of a group run at once. refit: "auto" takes projections refitted for these groups where the draft's
-    directory holds them, "none" does not, and anything else is a directory that must. calibration: rebuild exact draft
-    KV every round. draft_tensor_parallel_size: whatever of the draft is not layer-parallel is
-    replicated ("1") or split over all devices ("all"). verifier: None stands for rejection sampling of chains and
-    coupled sampling of trees, which accept more on average.
+    paper's grouping rule; lp_strategy: explicit groups such as "0,1-3,4-7x2", which override lp_size; mlp_lp_size: how
+    many MLPs of a group run at once, where a strategy does not say. refit: "auto" takes projections refitted for these
+    groups where the draft's directory holds them, "none" does not, and anything else is a directory that must.
+    calibration: rebuild exact draft KV every round. draft_tensor_parallel_size: whatever of the draft is not
+    layer-parallel is replicated ("1") or split over all devices ("all"). verifier: None stands for rejection sampling
+    of chains and coupled sampling of trees, which accept more on average.
     """
 
     method: Method = "easyspec"

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from easyspec_jax.completion import batched
 from easyspec_jax.decode.metrics import Stats
-from easyspec_jax.draft.grouping import format_groups, position_of
+from easyspec_jax.draft.grouping import format_layout, position_of
 from easyspec_jax.mesh import LAYER, TENSOR
 from easyspec_jax.options import SamplingParams
 
@@ -87,9 +87,7 @@ def print_devices(engine: "Engine", sampling: SamplingParams, prepared: "Prepara
         table.add_row(f"{device.platform}:{device.id}", " ".join(map(str, layers)) or "–", *sizes)
     console = _console()
     refit = "" if engine.refit is None else " · refit"
-    console.print(
-        f"mesh {_mesh(engine)} · {engine.dtype} · groups {format_groups(engine.layout.groups) or 'none'}{refit}"
-    )
+    console.print(f"mesh {_mesh(engine)} · {engine.dtype} · groups {format_layout(engine.layout) or 'none'}{refit}")
     console.print(f"loaded in {prepared.load_seconds:.2f} s · compiled in {prepared.compile_seconds:.2f} s")
     console.print(table)
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from easyspec_jax import Engine, SamplingParams, SpeculativeConfig, open_model
 from easyspec_jax.command import Parser, cache_compilations, read_prompts
-from easyspec_jax.draft.grouping import format_groups
+from easyspec_jax.draft.grouping import format_layout
 from easyspec_jax.options import Verifier
 from easyspec_jax.progress import bar
 from experiments.draw_acceptance import Row, draw
@@ -112,7 +112,7 @@ def measure(
     completions = list(engine.generate(prompts, sampling, chat=args.chat, batch_size=args.batch_size))
     stats = sum((completion.stats for completion in completions[1:]), completions[0].stats)
     return {
-        "groups": format_groups(engine.layout.groups),
+        "groups": format_layout(engine.layout),
         "rounds": stats.rounds,
         "drafted": stats.drafted,
         "accepted": stats.accepted,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from easyspec_jax import EasySpecError, SpeculativeConfig
 from easyspec_jax.command import Parser
-from easyspec_jax.draft.grouping import Group, format_groups, paper_groups, position_of
+from easyspec_jax.draft.grouping import Group, format_group, paper_groups, position_of
 from easyspec_jax.mesh import MeshShape, parse_mesh
 
 if TYPE_CHECKING:
@@ -304,7 +304,7 @@ def draw_pass(page: Page, track: Track, picture: Round, run: Pass, title: str) -
     for group in picture.groups:
         steps = run([group], picture.mesh)
         end = track.x(len(steps))
-        name = ("group " if len(group) > 1 else "layer ") + format_groups((group,)).replace("-", "–")
+        name = ("group " if len(group) > 1 else "layer ") + format_group(group).replace("-", "–")
         page.bracket(track.left, end, track.top - 4, name)
         page.steps(track, steps, labelled=True)
         track = replace(track, left=end)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from easyspec_jax import EasySpecError, Engine, SamplingParams, SpeculativeConfig, demo, open_model
 from easyspec_jax.checkpoint import open_checkpoint
 from easyspec_jax.command import Parser, cache_compilations, read_prompts, run_command
-from easyspec_jax.draft.grouping import format_groups
+from easyspec_jax.draft.grouping import format_layout
 from easyspec_jax.draft.parallel import LayerGroup, load_draft, run_fuzzy
 from easyspec_jax.mesh import ALL_AXES
 from easyspec_jax.model.cache import KVCache
@@ -127,8 +127,10 @@ def measured(engine: Engine, speculative: SpeculativeConfig, texts: Texts, count
     overlap, agree = fidelity(model, engine.mesh, texts, counted)
     return {
         "lp_size": speculative.lp_size,
-        "groups": format_groups(layout.groups),
-        "mlp_lp_size": layout.mlp_lp_size,
+        "groups": format_layout(layout),
+        "mlp_lp_size": speculative.mlp_lp_size,
+        "collectives": layout.collectives,
+        "sequential_mlps": layout.sequential_mlps,
         "refit": refit is not None,
         "positions": int(counted.sum()),
         "overlap": overlap,

@@ -191,7 +191,7 @@ def load(source: Synthetic, mesh: Mesh, groups: Sequence[Group] | None = None) -
     loader = AlikeLoader(source, config, mesh, ALL_AXES, source.dtype, rows, config.vocab_size)
     if groups is None:
         return loader.decoder([loader.layer(index) for index in range(config.num_hidden_layers)])
-    return load_draft(loader, Layout(tuple(groups)))
+    return load_draft(loader, Layout.uniform(tuple(groups)))
 
 
 def random_source(fields: Fields, dtype: str) -> Synthetic:

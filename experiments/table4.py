@@ -16,7 +16,6 @@ from rich.table import Table
 
 from easyspec_jax import SpeculativeConfig
 from easyspec_jax.command import Parser, cache_compilations
-from easyspec_jax.draft.grouping import parse_groups
 from easyspec_jax.progress import bar
 from easyspec_jax.refit.fidelity import DEPTHS
 from experiments import fidelity
@@ -30,12 +29,6 @@ def speculations(args: argparse.Namespace) -> list[SpeculativeConfig]:
     refits = ["none"] if args.refit is None else ["none", args.refit]
     sizes = ((n, m) for n, m in product(args.lp_sizes, args.mlp_lp_sizes) if m <= n)
     return [SpeculativeConfig(lp_size=n, mlp_lp_size=m, refit=refit) for n, m in sizes for refit in refits]
-
-
-def collectives(groups: str, mlp_lp_size: int, num_layers: int) -> int:
-    """Of a fuzzy pass whose draft is split over all devices, its logits left out."""
-    sizes = map(len, parse_groups(groups, num_layers))
-    return sum(1 + -(-size // mlp_lp_size) for size in sizes)
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
@@ -60,9 +53,7 @@ def run(args: argparse.Namespace) -> None:
     rows = []
     with bar("Measuring", len(ways)) as advance:
         for way in ways:
-            row = measured(engine, way, texts, counted)
-            layers = engine.target.config.num_hidden_layers
-            rows.append(row | {"collectives": collectives(row["groups"], row["mlp_lp_size"], layers)})
+            rows.append(measured(engine, way, texts, counted))
             advance(1)
     print_table(rows)
     publish(args.out, settings(args, "prompts", "refit"), rows, draw)

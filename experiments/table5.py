@@ -16,7 +16,7 @@ from rich.table import Table
 
 from easyspec_jax import SamplingParams, SpeculativeConfig
 from easyspec_jax.command import Parser, cache_compilations
-from easyspec_jax.draft.grouping import format_groups
+from easyspec_jax.draft.grouping import format_layout
 from easyspec_jax.draft.parallel import run_fuzzy
 from easyspec_jax.mesh import parse_mesh
 from easyspec_jax.timing import Case, alone, alternate, pass_case
@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         row
         | about
         | {
-            "groups": format_groups(way.engine.layout.groups) if way in drafted else None,
+            "groups": format_layout(way.engine.layout) if way in drafted else None,
             "refit": way.engine.refit is not None,
             "step_seconds": float(np.median(seconds[way.name])) if way in drafted else None,
         }

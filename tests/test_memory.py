@@ -33,7 +33,7 @@ def engine() -> Engine:
 def large(**options) -> Job:
     """Llama 3.3 70B with a 1B draft on TPUs that are not here."""
     target, draft = bundled()["Llama-3.3-70B"], bundled()["Llama-3.2-1B"]
-    layout = Layout(paper_groups(draft.num_hidden_layers, 4))
+    layout = Layout.uniform(paper_groups(draft.num_hidden_layers, 4))
     job = Job(
         target, draft, layout, False, ALL_AXES, absent_mesh(MeshShape(4, 2), "tpu"),
         "bfloat16", RoundConfig.of(SpeculativeConfig(), SamplingParams(), ()), 4000, 100, 1,
@@ -74,7 +74,7 @@ def test_what_is_held_is_not_counted_again():
 
 
 def test_a_replicated_draft_is_whole_on_every_device():
-    job = large(draft_axes=(), layout=Layout(paper_groups(16, 1)))
+    job = large(draft_axes=(), layout=Layout.uniform(paper_groups(16, 1)))
     draft = needed(replace(job, target_held=True)).weights
     assert draft == pytest.approx(needed(replace(job, target_held=True, draft_axes=ALL_AXES)).weights * 8, rel=0.01)
 

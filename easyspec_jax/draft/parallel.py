@@ -152,7 +152,7 @@ def load_draft(loader: Loader, layout: Layout, refit: TensorSource | None = None
 
     refit: tensors that replace the checkpoint's in fuzzy passes; see easyspec_jax.refit.
     """
-    return loader.decoder([load_block(loader, group, layout.mlp_lp_size, refit) for group in layout.groups])
+    return loader.decoder([load_block(loader, group, mlps, refit) for group, mlps in layout])
 
 
 def load_block(loader: Loader, group: Group, mlp_lp_size: int = 1, refit: TensorSource | None = None) -> Block:

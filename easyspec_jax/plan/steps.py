@@ -60,7 +60,7 @@ class Way:
 
     def layout(self, num_layers: int) -> Layout:
         """Of a draft with so many layers."""
-        return Layout(paper_groups(num_layers, self.lp_size), self.mlp_lp_size)
+        return Layout.uniform(paper_groups(num_layers, self.lp_size), self.mlp_lp_size)
 
 
 def ways(lp_sizes: Sequence[int], tree_width: int, mlp_lp_size: int = 1, refit: bool = False) -> list[Way]:
@@ -99,7 +99,7 @@ class Costs:
 def programs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Programs:
     """As the engine would make them for greedy decoding, without weights."""
     drafted = way.method != "vanilla"
-    layout = way.layout(pair.draft.num_hidden_layers) if drafted else Layout(())
+    layout = way.layout(pair.draft.num_hidden_layers) if drafted else Layout.uniform(())
     mesh = make_mesh(parse_mesh(pair.mesh, group_size=layout.lp_size))
     axes = ALL_AXES if way.draft_tensor_parallel_size == "all" else ()
     draft = pair.draft if drafted else None

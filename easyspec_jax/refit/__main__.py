@@ -35,12 +35,15 @@ def _parser() -> argparse.ArgumentParser:
     groups = parser.add_argument_group("groups")
     groups.add_argument("--lp-size", type=int, default=default.lp_size, metavar="N",
                         help="layers that run at once (default: %(default)s)")  # fmt: skip
-    groups.add_argument("--lp-strategy", metavar="S", help='explicit groups, such as "0,1-3,4-7,8"')
+    groups.add_argument(
+        "--lp-strategy", metavar="S", help='explicit groups, such as "0,1-3,4-7x2,8"; x2: two MLPs at a time'
+    )
     groups.add_argument("--borders", default="measured", choices=("measured", "paper"),
-                        help="where groups of --lp-size begin: as few of them as by the paper's rule, where they cost "
-                        "least, or that rule (default: %(default)s)")  # fmt: skip
+                        help="which groups of --lp-size: those that cost least without more collectives or MLPs in a "
+                        "row than by the paper's rule, or that rule (default: %(default)s)")  # fmt: skip
     groups.add_argument("--mlp-lp-size", type=int, default=default.mlp_lp_size, metavar="M",
-                        help="MLPs of a group that run at once (default: %(default)s)")  # fmt: skip
+                        help="MLPs that run at once; on average, if borders are measured (default: "
+                        "%(default)s)")  # fmt: skip
     texts = parser.add_argument_group("what to fit on")
     texts.add_argument("--text", type=Path, metavar="FILE", help="default: what the draft itself writes")
     texts.add_argument("--tokens", type=int, default=TOKENS, metavar="T", help="default: %(default)s")

@@ -1,12 +1,12 @@
 """Where groups should begin and end: measured fidelity of every candidate alone, then dynamic programming.
 
-Layers differ in how much it costs to run them at once. A grouping of as many groups as the paper's rule makes, none of
-them larger and no fewer MLPs at once, is as fast; the best of them is found by minimising the sum of -log(overlap) over
-its groups, as if what groups lose alone were independent. Overlaps are those of whole drafts: what a group gets wrong
-in the KV that it leaves behind costs nothing at the first depth, but the first depth is what all others hang on.
+Layers differ in how much it costs to run them at once. A layout of as many groups as the paper's rule makes, none of
+them larger, with no more MLPs in a row, is as fast; the best of them is found by minimising the sum of -log(overlap)
+over its groups, as if what groups lose alone were independent. Overlaps are those of whole drafts: what a group gets
+wrong in the KV that it leaves behind costs nothing at the first depth, but the first depth is what all others hang on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from easyspec_jax.config import ModelConfig
-from easyspec_jax.draft.grouping import Group, Layout, paper_groups
+from easyspec_jax.draft.grouping import Group, Layout, paper_groups, runs
 from easyspec_jax.draft.parallel import LayerGroup, load_block
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.norm import rms_norm
@@ -25,7 +25,7 @@ from easyspec_jax.model.transformer import Block, Decoder, Hidden, Layer
 from easyspec_jax.progress import Advance, Bar, no_bar
 from easyspec_jax.refit.device import run
 from easyspec_jax.refit.fidelity import DEPTHS, overlap
-from easyspec_jax.refit.fit import TEXTS_A_BATCH, embed, fit_group
+from easyspec_jax.refit.fit import TEXTS_A_BATCH, embed, fit_attentions, fit_mlps
 from easyspec_jax.refit.store import Held
 from easyspec_jax.refit.teacher import exact_window, sampled_positions, sampled_window
 
@@ -37,65 +37,77 @@ EVERY = 16
 
 _CARRIED = 32  # candidates, at most, that go through a layer in one call
 
-Overlaps = Mapping[Group, float]
+Candidate = tuple[Group, int]
+"""A group of two layers or more, and how many of its MLPs run at a time."""
+
+Overlaps = Mapping[Candidate, float]
 """What of the exact distribution is left if this group alone is fuzzy, refit: a geometric mean over the depths, each of
 which counts as often as there are tokens that are lost with it."""
 
 
-def best_groups(overlaps: Overlaps, num_layers: int, lp_size: int, mlp_lp_size: int = 1) -> tuple[Group, ...]:
-    """The grouping whose overlaps have the greatest product, with groups of at most lp_size layers.
+def best_layout(overlaps: Overlaps, num_layers: int, lp_size: int, mlp_lp_size: int = 1) -> Layout:
+    """The layout of these candidates whose overlaps have the greatest product, with groups of at most lp_size layers.
 
-    It has no more groups than paper_groups() makes, and no more MLPs in a row, where mlp_lp_size of a group run at
-    once.
+    It has no more MLPs in a row than mlp_lp_size at a time would leave, and no more collectives than these in as many
+    groups as paper_groups() makes: where more layers go together, others can go alone.
     """
-    allowed = paper_groups(num_layers, lp_size)
-    most = sum(_mlps_in_a_row(group, mlp_lp_size) for group in allowed)
+    most = runs(num_layers, min(mlp_lp_size, lp_size))
+    collectives = most + len(paper_groups(num_layers, lp_size))
     # Behind so many groups: the least loss over the layers before an end, with so many MLPs in a row.
-    best: list[dict[tuple[int, int], tuple[float, tuple[Group, ...]]]] = [{(0, 0): (0.0, ())}]
-    for _ in allowed:
-        reached: dict[tuple[int, int], tuple[float, tuple[Group, ...]]] = {}
-        for (mlps, begin), (loss, groups) in best[-1].items():
-            for end in range(begin + 1, min(begin + lp_size, num_layers) + 1):
-                group = range(begin, end)
-                total = loss - np.log(overlaps[group] if len(group) > 1 else 1.0)
-                place = mlps + _mlps_in_a_row(group, mlp_lp_size), end
-                if place[0] > most:
-                    break
-                if place not in reached or total < reached[place][0]:
-                    reached[place] = total, (*groups, group)
+    best: list[dict[tuple[int, int], tuple[float, Layout]]] = [{(0, 0): (0.0, Layout((), ()))}]
+    while best[-1]:
+        reached: dict[tuple[int, int], tuple[float, Layout]] = {}
+        for (in_a_row, begin), (loss, layout) in best[-1].items():
+            single = (range(begin, begin + 1), 1), 1.0
+            for (group, mlps), kept in (single, *_beginning(overlaps, begin)):
+                total, place = loss - np.log(kept), (in_a_row + runs(len(group), mlps), group.stop)
+                fits = place[0] <= min(most, collectives - len(best)) and place[1] <= num_layers
+                if fits and total < reached.get(place, (np.inf,))[0]:
+                    reached[place] = total, Layout((*layout.groups, group), (*layout.mlp_lp_sizes, mlps))
         best.append(reached)
-    whole = (found for behind in best for (_, end), found in behind.items() if end == num_layers)
+    whole = [found for behind in best for (_, end), found in behind.items() if end == num_layers]
     return min(whole, key=lambda found: found[0])[1]
 
 
-def _mlps_in_a_row(group: Group, mlp_lp_size: int) -> int:
-    return -(-len(group) // mlp_lp_size)
+def mlp_lp_sizes(lp_size: int, mlp_lp_size: int) -> tuple[int, ...]:
+    """How many MLPs at a time are worth trying where it is mlp_lp_size on average: one, so many, or a whole group."""
+    return tuple(sorted({1, min(mlp_lp_size, lp_size), lp_size})) if mlp_lp_size > 1 else (1,)
+
+
+def _beginning(overlaps: Overlaps, begin: int) -> list[tuple[Candidate, float]]:
+    return [(candidate, kept) for candidate, kept in overlaps.items() if candidate[0].start == begin]
 
 
 def measure_groups(
-    loader: Loader, layout: Layout, texts: Int[np.ndarray, "texts tokens"], ridge: float, bar: Bar = no_bar
+    loader: Loader,
+    lp_size: int,
+    mlp_lp_sizes: Sequence[int],
+    texts: Int[np.ndarray, "texts tokens"],
+    ridge: float,
+    bar: Bar = no_bar,
 ) -> Overlaps:
-    """The overlap of every group of 2 layers to as many as the layout's largest has.
+    """The overlap of every group of 2 to lp_size layers, by how many of its MLPs run at a time.
 
     texts: at least two, of which some are only compared on.
     """
     compared = min(COMPARED, len(texts) // 2)
     texts = texts[: FITTED + compared]
-    layers, lp_size = loader.config.num_hidden_layers, layout.lp_size
-    carried: dict[Group, np.ndarray] = {}
+    layers = loader.config.num_hidden_layers
+    carried: dict[Candidate, np.ndarray] = {}
     with TemporaryDirectory() as directory, bar("Measuring groups", 2 * layers) as advance:
         inputs = LayerInputs(Path(directory))
         inputs.fill(loader, texts, advance)
         for start in range(layers):
             exact = inputs[start][-compared:]
             _carry(loader, start, exact, carried)
-            largest = range(start, min(start + lp_size, layers))
             # Where a group ends does not matter to its projections.
-            tensors = fit_group(loader, largest, layout.mlp_lp_size, _batches(inputs[start][:-compared]), ridge)[0]
-            if len(largest) > 1:
-                block = load_block(loader, largest, layout.mlp_lp_size, Held(tensors))
-                sizes = range(2, len(largest) + 1)
-                carried.update(zip((largest[:size] for size in sizes), _alone(loader, block, exact), strict=True))
+            largest, fed = range(start, min(start + lp_size, layers)), _batches(inputs[start][:-compared])
+            attentions = fit_attentions(loader, largest, fed, ridge)
+            for mlps in sorted({min(size, len(largest)) for size in mlp_lp_sizes}) if len(largest) > 1 else ():
+                tensors = fit_mlps(loader, largest, mlps, attentions, fed, ridge)
+                block = load_block(loader, largest, mlps, Held(tensors))
+                found = zip(range(2, len(largest) + 1), _alone(loader, block, exact), strict=True)
+                carried |= {(largest[:size], min(size, mlps)): h for size, h in found}
             advance(1)
         return _overlaps(loader, inputs[layers][-compared:], carried)
 
@@ -148,14 +160,14 @@ def _batches(exact: Float[np.ndarray, "texts tokens hidden"]) -> list[tuple[np.n
 
 
 def _carry(
-    loader: Loader, layer: int, exact: Float[np.ndarray, "texts tokens hidden"], carried: dict[Group, np.ndarray]
+    loader: Loader, layer: int, exact: Float[np.ndarray, "texts tokens hidden"], carried: dict[Candidate, np.ndarray]
 ) -> None:
     """Takes the candidates that end before a layer through it."""
-    passing = [group for group in carried if group.stop <= layer]
+    passing = [candidate for candidate in carried if candidate[0].stop <= layer]
     block = loader.layer(layer)
     for first in range(0, len(passing), _CARRIED):
         some = passing[first : first + _CARRIED]
-        streams = np.stack([carried[group] for group in some])
+        streams = np.stack([carried[candidate] for candidate in some])
         streams = np.pad(streams, [(0, _CARRIED - len(some)), *[(0, 0)] * 3])  # one shape, compiled once
         arrays = exact, streams, np.asarray(len(some))
         after = np.asarray(run(loader, _through_layer, block, arrays, P()), np.float32)
@@ -182,7 +194,7 @@ def _through_layer(
 
 
 def _overlaps(
-    loader: Loader, exact: Float[np.ndarray, "texts tokens hidden"], carried: Mapping[Group, np.ndarray]
+    loader: Loader, exact: Float[np.ndarray, "texts tokens hidden"], carried: Mapping[Candidate, np.ndarray]
 ) -> Overlaps:
     decoder = loader.decoder(())
     texts = []

@@ -23,7 +23,7 @@ from easyspec_jax.draft.parallel import LayerGroup, load_block, load_refit, run_
 from easyspec_jax.mesh import ALL_AXES
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.projection import Projection
-from easyspec_jax.model.transformer import Block, Decoder, Hidden, run_exact
+from easyspec_jax.model.transformer import Decoder, Hidden, run_exact
 from easyspec_jax.progress import Bar, no_bar
 from easyspec_jax.refit.device import run
 from easyspec_jax.refit.equations import NormalEquations
@@ -73,8 +73,9 @@ def fit(
         states = States(Path(directory))
         for number, h in enumerate(embed(loader, texts)):
             states[number] = h, h
-        for group in layout.groups:
-            tensors, block = fit_group(loader, group, layout.mlp_lp_size, states, ridge)
+        for group, mlps in layout:
+            tensors = fit_mlps(loader, group, mlps, fit_attentions(loader, group, states, ridge), states, ridge)
+            block = load_block(loader, group, mlps, Held(tensors))
             fitted |= tensors
             for number in range(len(states)):
                 states[number] = run(loader, through_block, block, states[number], (P(), P()))
@@ -82,23 +83,27 @@ def fit(
     return fitted
 
 
-def fit_group(loader: Loader, group: Group, mlp_lp_size: int, states: Batches, ridge: float) -> tuple[Tensors, Block]:
-    """The tensors of one group, none if it is a single layer, and the block that runs with them."""
-    block, tensors = load_block(loader, group, mlp_lp_size), {}
+def fit_attentions(loader: Loader, group: Group, states: Batches, ridge: float) -> Tensors:
+    """The tensors of a group's stale attentions, however its MLPs run; none if it is a single layer."""
+    block, stale = load_block(loader, group), range(1, len(group))
     if not isinstance(block, LayerGroup):
-        return tensors, block
+        return {}
+    sites = [qkv_site(group[index]) for index in stale]
+    return _fit_projections(loader, block, _attentions_fed, sites, stale, states, ridge)
 
-    def improve(fed: Callable[..., list[Fed]], sites: Sequence[Site], stale: range) -> None:
-        tensors.update(_fit_projections(loader, block, fed, sites, stale, states, ridge))
-        block.refit = load_refit(loader, group, Held(tensors))
 
-    everything_but_first = range(1, len(group))
-    improve(_attentions_fed, [qkv_site(group[index]) for index in everything_but_first], everything_but_first)
+def fit_mlps(
+    loader: Loader, group: Group, mlp_lp_size: int, attentions: Tensors, states: Batches, ridge: float
+) -> Tensors:
+    """A group's tensors: those of its attentions, and of MLPs that are stale where so many run at a time."""
+    tensors, block = dict(attentions), load_block(loader, group, mlp_lp_size)
     for first in range(0, len(group), mlp_lp_size):
         stale = range(first + 1, min(first + mlp_lp_size, len(group)))
-        if stale:
-            improve(_mlps_fed, [gate_up_site(group[index]) for index in stale], stale)
-    return tensors, block
+        if stale and isinstance(block, LayerGroup):
+            block.refit = load_refit(loader, group, Held(tensors))
+            sites = [gate_up_site(group[index]) for index in stale]
+            tensors |= _fit_projections(loader, block, _mlps_fed, sites, stale, states, ridge)
+    return tensors
 
 
 Fed = tuple[Hidden, Hidden]

@@ -10,7 +10,7 @@ from rich.table import Table
 from easyspec_jax.checkpoint import open_checkpoint
 from easyspec_jax.decode.loop import Programs
 from easyspec_jax.decode.round import RoundConfig
-from easyspec_jax.draft.grouping import Layout, format_groups, layout_of
+from easyspec_jax.draft.grouping import Layout, format_layout, layout_of
 from easyspec_jax.draft.parallel import load_draft
 from easyspec_jax.engine import Engine, open_model
 from easyspec_jax.errors import EasySpecError
@@ -19,7 +19,7 @@ from easyspec_jax.mesh import ALL_AXES, parse_mesh
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
 from easyspec_jax.progress import bar
-from easyspec_jax.refit.borders import best_groups, measure_groups
+from easyspec_jax.refit.borders import best_layout, measure_groups, mlp_lp_sizes
 from easyspec_jax.refit.distill import distill
 from easyspec_jax.refit.fidelity import DEPTHS, fidelity
 from easyspec_jax.refit.fit import fit
@@ -48,9 +48,9 @@ def refit(args: argparse.Namespace, speculative: SpeculativeConfig, sampling: Sa
     loader = engine.loader(draft, ALL_AXES)
     plain = layout
     if args.borders == "measured" and speculative.lp_strategy is None:
-        overlaps = measure_groups(loader, layout, texts[held_out:], args.ridge, bar)
-        groups = best_groups(overlaps, draft.config.num_hidden_layers, layout.lp_size, layout.mlp_lp_size)
-        layout = Layout(groups, layout.mlp_lp_size)
+        tried = mlp_lp_sizes(layout.lp_size, args.mlp_lp_size)
+        overlaps = measure_groups(loader, layout.lp_size, tried, texts[held_out:], args.ridge, bar)
+        layout = best_layout(overlaps, draft.config.num_hidden_layers, layout.lp_size, args.mlp_lp_size)
     tensors = fit(loader, layout, texts[held_out:], args.ridge, bar)
     ways: Ways = {"as it was": (plain, None), "refit": (layout, Held(tensors))}
     if args.distill:
@@ -91,5 +91,5 @@ def _report(loader: Loader, ways: Ways, texts: Int[np.ndarray, "texts tokens"]) 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print("Σ min(p fuzzy, p exact) on texts that were not fitted on")
     console.print(table)
-    before, *_, after = (format_groups(layout.groups) for layout, _ in ways.values())
+    before, *_, after = (format_layout(layout) for layout, _ in ways.values())
     console.print(f"[dim]—[/] groups {before}, now {after}")

@@ -40,9 +40,9 @@ def gate_up_site(layer: int) -> Site:
 
 def stale_sites(layout: Layout) -> Iterator[Site]:
     """The projections that a fuzzy pass feeds something else than the exact one does."""
-    for group in layout.groups:
+    for group, mlps in layout:
         yield from (qkv_site(layer) for layer in group[1:])
-        yield from (gate_up_site(layer) for layer in group if (layer - group.start) % layout.mlp_lp_size)
+        yield from (gate_up_site(layer) for layer in group if (layer - group.start) % mlps)
 
 
 def prior(loader: Loader, site: Site) -> np.ndarray:

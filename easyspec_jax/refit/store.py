@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialise
 
 from easyspec_jax.checkpoint import Checkpoint
-from easyspec_jax.draft.grouping import Layout, format_groups, layout_of, parse_groups
+from easyspec_jax.draft.grouping import Layout, format_layout, layout_of, parse_layout
 from easyspec_jax.errors import EasySpecError, first_line
 from easyspec_jax.files import write_whole
 from easyspec_jax.options import FLOAT_DTYPES, SpeculativeConfig
@@ -63,7 +63,7 @@ def save(path: Path, tensors: Mapping[str, np.ndarray], layout: Layout, draft: C
     """Writes a refit, whole or not at all, in the draft's own dtype. Raises EasySpecError if it cannot."""
     dtype = draft.config.dtype if draft.config.dtype in FLOAT_DTYPES else "float32"
     values = {name: np.ascontiguousarray(tensor.astype(dtype)) for name, tensor in tensors.items()}
-    metadata = {"groups": format_groups(layout.groups), "mlp_lp_size": str(layout.mlp_lp_size)}
+    metadata = {"groups": format_layout(layout)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, serialise(values, metadata=metadata | {"draft": draft.fingerprint}))
@@ -78,8 +78,7 @@ def load(path: Path, draft: Checkpoint) -> tuple[Layout, TensorSource]:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             held = Held({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        groups = parse_groups(metadata["groups"], draft.config.num_hidden_layers)
-        layout = Layout(groups, int(metadata["mlp_lp_size"]))
+        layout = parse_layout(metadata["groups"], draft.config.num_hidden_layers)
     except (SafetensorError, OSError, EasySpecError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise EasySpecError(f"{path} is no refit of this draft ({first_line(error)}); {again}") from None
     if metadata.get("draft") != draft.fingerprint:
@@ -114,7 +113,7 @@ def choose_layout(speculative: SpeculativeConfig, draft: Checkpoint) -> tuple[La
         found, refit = load(path, draft)
         if speculative.lp_strategy is None or found == layout:
             return found, refit
-        raise EasySpecError(f"{path} is for the groups {format_groups(found.groups)}; run easyspec_jax.refit again")
+        raise EasySpecError(f"{path} is for the groups {format_layout(found)}; run easyspec_jax.refit again")
     if speculative.refit == "auto":
         return layout, None
     raise EasySpecError(f"--refit {speculative.refit} has no {path.name}; run easyspec_jax.refit for these groups")

@@ -57,7 +57,7 @@ def programs(pair, config, mesh=MeshShape(1, 1), axes=ALL_AXES, lp_size=3, own_d
     from_ = loader(target, mesh)
     if config.levels == 0:
         return Programs(from_.mesh, load_target(from_), None, config)
-    layout = Layout(paper_groups(LAYERS, lp_size), 2 if refit else 1)
+    layout = Layout.uniform(paper_groups(LAYERS, lp_size), 2 if refit else 1)
     chosen = target if own_draft else draft
     refitted = some_refit(chosen, layout) if refit else None
     return Programs(from_.mesh, load_target(from_), load_draft(loader(chosen, mesh, axes), layout, refitted), config)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from easyspec_jax.draft.grouping import format_groups, paper_groups, parse_groups
+from easyspec_jax.draft.grouping import Layout, format_layout, paper_groups, parse_layout
 from easyspec_jax.errors import EasySpecError
 
 LAYERS = (1, 2, 3, 4, 5, 8, 16, 24, 28, 30, 32, 80)
@@ -27,7 +27,7 @@ SIZES = (1, 2, 3, 4, 5, 7, 14, 100)
     ],
 )
 def test_paper_groups(num_layers, lp_size, groups):
-    assert format_groups(paper_groups(num_layers, lp_size)) == groups
+    assert format_layout(Layout.uniform(paper_groups(num_layers, lp_size))) == groups
 
 
 @pytest.mark.parametrize("lp_size", SIZES)
@@ -39,18 +39,29 @@ def test_paper_groups_cover_each_layer_once_within_their_size_and_survive_a_roun
     assert len(groups[0]) == len(groups[-1]) == 1
     # Only the ends may cut a group short of a multiple of lp_size.
     assert all(group.start % lp_size == 0 for group in groups[2:-1])
-    assert parse_groups(format_groups(groups), num_layers) == groups
+    layout = Layout.uniform(groups, 2)
+    assert parse_layout(format_layout(layout), num_layers) == layout
 
 
 @pytest.mark.parametrize("borders", range(8))
 def test_any_partition_survives_a_round_trip(borders):
     for cuts in itertools.combinations(range(1, 8), borders):
         groups = tuple(range(a, b) for a, b in itertools.pairwise((0, *cuts, 8)))
-        assert parse_groups(format_groups(groups), 8) == groups
+        for mlps in itertools.product(*(range(1, 1 + len(group)) for group in groups)):
+            layout = Layout(groups, mlps)
+            assert parse_layout(format_layout(layout), 8) == layout
 
 
 def test_spaces_and_one_layer_ranges_are_understood():
-    assert parse_groups(" 0-0, 1-2 ,3", 4) == (range(0, 1), range(1, 3), range(3, 4))
+    expected = Layout((range(0, 1), range(1, 3), range(3, 4)), (1, 1, 1))
+    assert parse_layout(" 0-0, 1-2 ,3", 4) == expected
+
+
+def test_mlps_at_a_time_are_those_of_the_group_or_the_default_but_never_more_than_there_are():
+    layout = parse_layout("0,1-3x2,4-6x9,7-9", 10, mlp_lp_size=3)
+    assert layout.mlp_lp_sizes == (1, 2, 3, 3)
+    assert parse_layout("0,1-3", 4).mlp_lp_sizes == (1, 1)
+    assert (layout.sequential_mlps, layout.collectives) == (1 + 2 + 1 + 1, 4 + 5)
 
 
 @pytest.mark.parametrize(
@@ -72,12 +83,15 @@ def test_spaces_and_one_layer_ranges_are_understood():
         ("0,-1,1-3", "'-1' is neither"),
         ("0;1-3", "'0;1-3' is neither"),
         ("0,one", "'one' is neither"),
+        ("0,1-3x0", "'1-3x0' is neither"),
+        ("0,1-3x", "'1-3x' is neither"),
+        ("0,1-3x-2", "'1-3x-2' is neither"),
         ("0,1 - 3", "'1 - 3' is neither"),
     ],
 )
 def test_a_strategy_that_is_no_partition_is_refused_by_name(strategy, complaint):
     with pytest.raises(EasySpecError) as refusal:
-        parse_groups(strategy, 4)
+        parse_layout(strategy, 4)
     message = str(refusal.value)
     assert message.startswith(f"--lp-strategy {strategy!r}")
     assert complaint in message

@@ -57,7 +57,7 @@ def test_attentions_are_where_the_draft_has_them(mesh, tmp_path):
     groups = paper_groups(9, 4)
     from_ = loader(open_checkpoint(tmp_path), mesh)
     devices = list(from_.mesh.devices.flat)
-    loaded: Any = load_draft(from_, Layout(groups)).blocks
+    loaded: Any = load_draft(from_, Layout.uniform(groups)).blocks
     for group, block in zip(groups, loaded, strict=True):
         norms = block.attention.qkv.norm[...].addressable_shards
         for layer in group:

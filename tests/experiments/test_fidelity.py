@@ -59,7 +59,7 @@ def test_the_table_has_every_way(draft, tmp_path):
     rows = json.loads(out.read_text())["results"]
     assert [(row["lp_size"], row["mlp_lp_size"]) for row in rows] == [(3, 1), (3, 2)]
     # Two for each layer alone; the group's one, and one for each MLP or for both.
-    assert [(row["groups"], row["collectives"]) for row in rows] == [("0,1-2,3", 7), ("0,1-2,3", 6)]
+    assert [(row["groups"], row["collectives"]) for row in rows] == [("0,1-2,3", 7), ("0,1-2x2,3", 6)]
     again = tmp_path / "again.png"
     assert draw_table4.main([str(out), "--out", str(again)]) == 0
     assert again.read_bytes() == out.with_suffix(".png").read_bytes()

@@ -36,7 +36,7 @@ def test_target_logits(model, mesh):
 def test_exact_pass_of_layer_groups(model, axes):
     checkpoint, expected = model
     from_ = loader(checkpoint, MeshShape(4, 2), axes)
-    draft = load_draft(from_, Layout(paper_groups(LAYERS, 4)))
+    draft = load_draft(from_, Layout.uniform(paper_groups(LAYERS, 4)))
     np.testing.assert_allclose(forward(draft, from_.mesh, TOKENS)[..., :300], expected, atol=1e-4, rtol=0)
 
 

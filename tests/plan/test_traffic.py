@@ -29,7 +29,7 @@ GREEDY = RoundConfig(levels=3, calibration=True, verifier=Greedy(), stop_ids=())
 def programs(mesh: MeshShape, lp_size: int, axes: Axes = ALL_AXES, config: RoundConfig = GREEDY) -> Programs:
     """Of a tiny pair without weights."""
     shape = model_config(family_config("smollm2", num_hidden_layers=LAYERS).to_dict())
-    opened, layout = open_mesh(mesh), Layout(paper_groups(LAYERS, lp_size))
+    opened, layout = open_mesh(mesh), Layout.uniform(paper_groups(LAYERS, lp_size))
     pair = abstract_pair(shape, shape if config.levels else None, opened, layout, False, axes, np.dtype(np.float32))
     return Programs(opened, *pair, config)
 

@@ -18,7 +18,7 @@ from easyspec_jax.refit.store import Held
 from tests.models import loader
 from tests.refit.conftest import LAYERS, TEXTS
 
-LAYOUT = Layout(paper_groups(LAYERS, 4), mlp_lp_size=2)  # 0 | 1-3 | 4-6 | 7
+LAYOUT = Layout.uniform(paper_groups(LAYERS, 4), mlp_lp_size=2)  # 0 | 1-3x2 | 4-6x2 | 7
 ONE = MeshShape(1, 1)
 
 

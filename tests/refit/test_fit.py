@@ -26,7 +26,7 @@ def fitted(draft):
 
     @cache
     def tensors(mesh: MeshShape = ONE, mlp_lp_size: int = 1):
-        return fit(loader(draft[0], mesh), Layout(GROUPS, mlp_lp_size), TEXTS, RIDGE)
+        return fit(loader(draft[0], mesh), Layout.uniform(GROUPS, mlp_lp_size), TEXTS, RIDGE)
 
     return tensors
 
@@ -82,7 +82,7 @@ def test_the_mesh_does_not_matter(fitted, mlp_lp_size):
 @pytest.mark.parametrize("mlp_lp_size", [1, 2, 3])
 def test_a_refit_draft_is_nearer_to_itself(draft, fitted, mlp_lp_size):
     from_ = loader(draft[0], MeshShape(1, 1), ALL_AXES)
-    layout, everywhere = Layout(GROUPS, mlp_lp_size), np.ones(TEXTS.shape, bool)
+    layout, everywhere = Layout.uniform(GROUPS, mlp_lp_size), np.ones(TEXTS.shape, bool)
     plain, _ = fidelity(load_draft(from_, layout), from_.mesh, TEXTS, everywhere)
     refit = Held(fitted(mlp_lp_size=mlp_lp_size))
     better, _ = fidelity(load_draft(from_, layout, refit), from_.mesh, TEXTS, everywhere)

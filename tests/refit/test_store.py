@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from easyspec_jax.checkpoint import open_checkpoint
-from easyspec_jax.draft.grouping import Layout, layout_of, parse_groups
+from easyspec_jax.draft.grouping import layout_of, parse_layout
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SpeculativeConfig
 from easyspec_jax.refit.store import DIRECTORY, choose_layout, path_of, refit_digest, save
@@ -15,7 +15,7 @@ from tests.models import some_refit
 from tests.refit.conftest import LAYERS
 
 ASKED = SpeculativeConfig(lp_size=3)
-CHOSEN = Layout(parse_groups("0-1,2-4,5-7", LAYERS))
+CHOSEN = parse_layout("0-1,2-4x2,5-7", LAYERS)
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_a_damaged_refit_is_refused(directory, damage):
     path = path_of(directory / DIRECTORY, ASKED)
     opened = open_checkpoint(directory)
     tensors = load_file(path)
-    good = {"groups": "0-1,2-4,5-7", "mlp_lp_size": "1", "draft": opened.fingerprint}
+    good = {"groups": "0-1,2-4x2,5-7", "draft": opened.fingerprint}
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
     elif damage == "no metadata":

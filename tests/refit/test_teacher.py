@@ -44,7 +44,7 @@ def _drafted(draft, ids, last: int, depth: int):
 @pytest.mark.parametrize("mesh", [MeshShape(1, 1), MeshShape(4, 2)], ids=str)
 def test_every_position_is_as_if_drafted(draft, mesh):
     from_ = loader(draft[0], mesh)
-    model = load_draft(from_, Layout(paper_groups(LAYERS, 4)))
+    model = load_draft(from_, Layout.uniform(paper_groups(LAYERS, 4)))
     specs = partition_specs(model), P()
     states = np.asarray(on_mesh(mesh, _teacher_forced, specs, P())(model, TEXTS[:2]))
     for depth, last in ((1, 9), (1, 23), (2, 9), (3, 23)):
@@ -57,7 +57,7 @@ def test_every_position_is_as_if_drafted(draft, mesh):
 def test_an_exact_draft_is_exact_at_every_depth(draft):
     mesh = MeshShape(1, 1)
     from_ = loader(draft[0], mesh)
-    model = load_draft(from_, Layout(paper_groups(LAYERS, 1)))
+    model = load_draft(from_, Layout.uniform(paper_groups(LAYERS, 1)))
     states = on_mesh(mesh, _teacher_forced, (partition_specs(model), P()), P())(model, TEXTS[:2])
     states = np.asarray(jax.device_get(states))
     np.testing.assert_allclose(states, np.broadcast_to(states[:1], states.shape), atol=1e-5)
