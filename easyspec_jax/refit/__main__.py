@@ -56,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--distill", type=int, default=0, metavar="STEPS",
                      help="of gradient descent from there on, towards the exact draft's distribution "
                      "(default: %(default)s)")  # fmt: skip
+    fit.add_argument("--resume", action="store_true",
+                     help="begin with the refit that is there, not a fit; another --seed: other texts")  # fmt: skip
     return parser
 
 
@@ -64,6 +66,8 @@ def _run(args: argparse.Namespace) -> None:
     sampling = SamplingParams(args.temperature, seed=args.seed)
     check_whole("tokens", args.tokens, 1000)
     check_whole("distill", args.distill, 0)
+    if args.resume and not args.distill:
+        raise EasySpecError("--resume goes on with a distillation: give --distill STEPS")
     if not 0 < args.ridge < float("inf"):
         raise EasySpecError(f"--ridge {args.ridge} must be a number above 0")
 

@@ -67,7 +67,7 @@ def distill(
     with bar("Distilling", steps) as advance:
         for _ in range(steps):
             ids = jax.device_put(texts[list(itertools.islice(order, TEXTS_A_STEP))], everywhere)
-            trained, moments = program(trained, moments, draft, columns, ids)
+            trained, moments = jax.block_until_ready(program(trained, moments, draft, columns, ids))
             advance(1)
     distilled: Tensors = {}
     for site, projection in zip(sites, trained, strict=True):

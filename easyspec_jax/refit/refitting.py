@@ -1,13 +1,14 @@
 """One refit from a draft's directory to the file beside it, and what it is worth on texts it was not fitted on."""
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 from rich.console import Console
 from rich.table import Table
 
-from easyspec_jax.checkpoint import open_checkpoint
+from easyspec_jax.checkpoint import Checkpoint, open_checkpoint
 from easyspec_jax.decode.loop import Programs
 from easyspec_jax.decode.round import RoundConfig
 from easyspec_jax.draft.grouping import Layout, format_layout, layout_of
@@ -23,7 +24,8 @@ from easyspec_jax.refit.borders import best_layout, measure_groups, mlp_lp_sizes
 from easyspec_jax.refit.distill import distill
 from easyspec_jax.refit.fidelity import DEPTHS, fidelity
 from easyspec_jax.refit.fit import fit
-from easyspec_jax.refit.store import DIRECTORY, Held, path_of, save
+from easyspec_jax.refit.sites import Tensors
+from easyspec_jax.refit.store import DIRECTORY, Held, load, path_of, save
 from easyspec_jax.refit.texts import LENGTH, read_texts, write_texts
 
 HELD_OUT = 0.1
@@ -42,24 +44,38 @@ def refit(args: argparse.Namespace, speculative: SpeculativeConfig, sampling: Sa
     path = path_of(args.out or draft.directory / DIRECTORY, speculative)
     path.parent.mkdir(parents=True, exist_ok=True)
     check_writable(path)
+    found = _resumed(path, draft) if args.resume else None
     engine = _open(args, layout)
     texts = _texts(args, engine, sampling)
     held_out = max(1, round(HELD_OUT * len(texts)))
     loader = engine.loader(draft, ALL_AXES)
-    plain = layout
-    if args.borders == "measured" and speculative.lp_strategy is None:
-        tried = mlp_lp_sizes(layout.lp_size, args.mlp_lp_size)
-        overlaps = measure_groups(loader, layout.lp_size, tried, texts[held_out:], args.ridge, bar)
-        layout = best_layout(overlaps, draft.config.num_hidden_layers, layout.lp_size, args.mlp_lp_size)
-    tensors = fit(loader, layout, texts[held_out:], args.ridge, bar)
-    ways: Ways = {"as it was": (plain, None), "refit": (layout, Held(tensors))}
+    fitted, tensors = found or _fitted(args, loader, layout, texts[held_out:])
+    ways: Ways = {"as it was": (layout, None), "refit": (fitted, Held(tensors))}
     if args.distill:
-        tensors = distill(loader, layout, tensors, texts[held_out:], args.distill, bar)
-        ways["distilled"] = layout, Held(tensors)
-    save(path, tensors, layout, draft)
+        tensors = distill(loader, fitted, tensors, texts[held_out:], args.distill, bar)
+        ways["distilled"] = fitted, Held(tensors)
+    save(path, tensors, fitted, draft)
     _report(loader, ways, texts[:held_out])
     size = path.stat().st_size / 2**20
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[dim]—[/] {path}: {size:.1f} MiB")
+
+
+def _resumed(path: Path, draft: Checkpoint) -> tuple[Layout, Tensors]:
+    if not path.is_file():
+        raise EasySpecError(f"there is no {path} to go on from; leave out --resume")
+    layout, held = load(path, draft)
+    return layout, {name: tensor.astype(np.float32) for name, tensor in held.tensors.items()}
+
+
+def _fitted(
+    args: argparse.Namespace, loader: Loader, layout: Layout, texts: Int[np.ndarray, "texts tokens"]
+) -> tuple[Layout, Tensors]:
+    """layout: of the flags, whose groups are moved to where they cost least unless they were asked for."""
+    if args.borders == "measured" and args.lp_strategy is None:
+        tried = mlp_lp_sizes(layout.lp_size, args.mlp_lp_size)
+        overlaps = measure_groups(loader, layout.lp_size, tried, texts, args.ridge, bar)
+        layout = best_layout(overlaps, loader.config.num_hidden_layers, layout.lp_size, args.mlp_lp_size)
+    return layout, fit(loader, layout, texts, args.ridge, bar)
 
 
 def _open(args: argparse.Namespace, layout: Layout) -> Engine:

@@ -71,7 +71,7 @@ def save(path: Path, tensors: Mapping[str, np.ndarray], layout: Layout, draft: C
         raise EasySpecError(f"{path} cannot be written: {first_line(error)}") from None
 
 
-def load(path: Path, draft: Checkpoint) -> tuple[Layout, TensorSource]:
+def load(path: Path, draft: Checkpoint) -> tuple[Layout, Held]:
     """A refit and what it is for. Raises EasySpecError if it is damaged or was made from other weights."""
     again = "run easyspec_jax.refit again, or use --no-refit"
     try:

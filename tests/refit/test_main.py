@@ -46,12 +46,18 @@ def test_text_of_its_own(directory, capsys):
     assert main(asked) == 0
     refit = directory / "refit" / "lp4_mlp2.safetensors"
     closed, shown = load_file(refit), capsys.readouterr().err
-    assert "0,1-3,4-6,7" in shown and "distilled" not in shown
+    assert "0,1-3x2,4-6x2,7" in shown and "distilled" not in shown
     assert main([*asked, "--distill", "2"]) == 0
     assert "distilled" in capsys.readouterr().err
     distilled = load_file(refit)
     assert distilled.keys() == closed.keys()
     assert any(not np.array_equal(tensor, closed[name]) for name, tensor in distilled.items())
+    assert main([*asked, "--distill", "2", "--resume", "--seed", "1"]) == 0
+    assert "distilled" in capsys.readouterr().err
+    moved, again = ({name: own[name] - closed[name] for name in closed} for own in (distilled, load_file(refit)))
+    assert not any(np.array_equal(moved[name], again[name]) for name in moved if "norm" not in name)
+    # Two more steps from there, not two from the fit.
+    assert sum(np.abs(x).max() for x in again.values()) > 1.2 * sum(np.abs(x).max() for x in moved.values())
 
 
 @pytest.mark.parametrize(
@@ -63,6 +69,8 @@ def test_text_of_its_own(directory, capsys):
         (["--ridge", "0"], "--ridge 0.0 must be"),
         (["--tokens", "3"], "--tokens 3 must be at least"),
         (["--distill", "-1"], "--distill -1 must be at least 0"),
+        (["--resume"], "give --distill STEPS"),
+        (["--resume", "--distill", "2"], "to go on from; leave out --resume"),
         (["--text", "missing.txt"], "--text missing.txt cannot be read"),
         (["--mesh", "0"], "--mesh '0'"),
         (["--temperature", "-1"], "--temperature -1.0"),
