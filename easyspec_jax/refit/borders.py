@@ -26,7 +26,6 @@ from easyspec_jax.progress import Advance, Bar, no_bar
 from easyspec_jax.refit.device import run
 from easyspec_jax.refit.fidelity import DEPTHS, overlap
 from easyspec_jax.refit.fit import TEXTS_A_BATCH, embed, fit_attentions, fit_mlps
-from easyspec_jax.refit.store import Held
 from easyspec_jax.refit.teacher import exact_window, sampled_positions, sampled_window
 
 FITTED, COMPARED = 40, 32
@@ -102,12 +101,14 @@ def measure_groups(
             _carry(loader, start, exact, carried)
             # Where a group ends does not matter to its projections.
             largest, fed = range(start, min(start + lp_size, layers)), _batches(inputs[start][:-compared])
-            attentions = fit_attentions(loader, largest, fed, ridge)
-            for mlps in sorted({min(size, len(largest)) for size in mlp_lp_sizes}) if len(largest) > 1 else ():
-                tensors = fit_mlps(loader, largest, mlps, attentions, fed, ridge)
-                block = load_block(loader, largest, mlps, Held(tensors))
-                found = zip(range(2, len(largest) + 1), _alone(loader, block, exact), strict=True)
-                carried |= {(largest[:size], min(size, mlps)): h for size, h in found}
+            block = load_block(loader, largest)
+            if isinstance(block, LayerGroup):
+                attentions = fit_attentions(loader, largest, block, fed, ridge)
+                for mlps in sorted({min(size, len(largest)) for size in mlp_lp_sizes}):
+                    block.mlp_lp_size = mlps
+                    fit_mlps(loader, largest, block, attentions, fed, ridge)
+                    found = zip(range(2, len(largest) + 1), _alone(loader, block, exact), strict=True)
+                    carried |= {(largest[:size], min(size, mlps)): h for size, h in found}
             advance(1)
         return _overlaps(loader, inputs[layers][-compared:], carried)
 

@@ -74,35 +74,35 @@ def fit(
         for number, h in enumerate(embed(loader, texts)):
             states[number] = h, h
         for group, mlps in layout:
-            tensors = fit_mlps(loader, group, mlps, fit_attentions(loader, group, states, ridge), states, ridge)
-            block = load_block(loader, group, mlps, Held(tensors))
-            fitted |= tensors
+            block = load_block(loader, group, mlps)
+            if isinstance(block, LayerGroup):
+                attentions = fit_attentions(loader, group, block, states, ridge)
+                fitted |= fit_mlps(loader, group, block, attentions, states, ridge)
             for number in range(len(states)):
                 states[number] = run(loader, through_block, block, states[number], (P(), P()))
             advance(1)
     return fitted
 
 
-def fit_attentions(loader: Loader, group: Group, states: Batches, ridge: float) -> Tensors:
-    """The tensors of a group's stale attentions, however its MLPs run; none if it is a single layer."""
-    block, stale = load_block(loader, group), range(1, len(group))
-    if not isinstance(block, LayerGroup):
-        return {}
+def fit_attentions(loader: Loader, group: Group, block: LayerGroup, states: Batches, ridge: float) -> Tensors:
+    """The tensors of a group's stale attentions, however its MLPs run."""
+    stale = range(1, len(group))
     sites = [qkv_site(group[index]) for index in stale]
     return _fit_projections(loader, block, _attentions_fed, sites, stale, states, ridge)
 
 
 def fit_mlps(
-    loader: Loader, group: Group, mlp_lp_size: int, attentions: Tensors, states: Batches, ridge: float
+    loader: Loader, group: Group, block: LayerGroup, attentions: Tensors, states: Batches, ridge: float
 ) -> Tensors:
-    """A group's tensors: those of its attentions, and of MLPs that are stale where so many run at a time."""
-    tensors, block = dict(attentions), load_block(loader, group, mlp_lp_size)
-    for first in range(0, len(group), mlp_lp_size):
-        stale = range(first + 1, min(first + mlp_lp_size, len(group)))
-        if stale and isinstance(block, LayerGroup):
-            block.refit = load_refit(loader, group, Held(tensors))
+    """A group's tensors: those of its attentions, and of the MLPs that are stale; the block then runs with them."""
+    tensors = dict(attentions)
+    block.refit = load_refit(loader, group, Held(tensors))
+    for first in range(0, len(group), block.mlp_lp_size):
+        stale = range(first + 1, min(first + block.mlp_lp_size, len(group)))
+        if stale:
             sites = [gate_up_site(group[index]) for index in stale]
             tensors |= _fit_projections(loader, block, _mlps_fed, sites, stale, states, ridge)
+            block.refit = load_refit(loader, group, Held(tensors))
     return tensors
 
 
