@@ -31,6 +31,7 @@ def test_the_readme_has_the_acceptance_that_was_measured():
     for draft, bundled, other in rows:
         assert bundled == f"{pair[draft]:.3f}"
         assert other == f"{smollm2[draft]:.3f}"
+    assert f"| fuzzy, N = 4, refit with `--distill 60` | | {rates('acceptance_refit')['N = 4, refit']:.3f} |" in README
 
 
 def test_the_model_card_has_the_acceptance_that_was_measured():
@@ -45,6 +46,8 @@ def test_the_model_card_has_the_acceptance_that_was_measured():
         ("sd", "an ordinary draft (`--method sd`)"),
         ("transformers", "transformers, plain"),
         ("transformers, assisted", "transformers, assisted generation"),
+        ("llama.cpp", "llama.cpp, plain"),
+        ("llama.cpp, drafts of 5", "llama.cpp, drafts of five by the same draft, through its Python hook"),
     ],
 )
 def test_the_readme_has_the_speeds_that_were_measured(way, row):
