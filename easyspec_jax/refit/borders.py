@@ -68,7 +68,7 @@ def best_layout(overlaps: Overlaps, num_layers: int, lp_size: int, mlp_lp_size: 
     return min(whole, key=lambda found: found[0])[1]
 
 
-def mlp_lp_sizes(lp_size: int, mlp_lp_size: int) -> tuple[int, ...]:
+def sizes_to_try(lp_size: int, mlp_lp_size: int) -> tuple[int, ...]:
     """How many MLPs at a time are worth trying where it is mlp_lp_size on average: one, so many, or a whole group."""
     return tuple(sorted({1, min(mlp_lp_size, lp_size), lp_size})) if mlp_lp_size > 1 else (1,)
 

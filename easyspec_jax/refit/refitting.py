@@ -20,7 +20,7 @@ from easyspec_jax.mesh import ALL_AXES, parse_mesh
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
 from easyspec_jax.progress import bar
-from easyspec_jax.refit.borders import best_layout, measure_groups, mlp_lp_sizes
+from easyspec_jax.refit.borders import best_layout, measure_groups, sizes_to_try
 from easyspec_jax.refit.distill import distill
 from easyspec_jax.refit.fidelity import DEPTHS, fidelity
 from easyspec_jax.refit.fit import fit
@@ -72,7 +72,7 @@ def _fitted(
 ) -> tuple[Layout, Tensors]:
     """layout: of the flags, whose groups are moved to where they cost least unless they were asked for."""
     if args.borders == "measured" and args.lp_strategy is None:
-        tried = mlp_lp_sizes(layout.lp_size, args.mlp_lp_size)
+        tried = sizes_to_try(layout.lp_size, args.mlp_lp_size)
         overlaps = measure_groups(loader, layout.lp_size, tried, texts, args.ridge, bar)
         layout = best_layout(overlaps, loader.config.num_hidden_layers, layout.lp_size, args.mlp_lp_size)
     return layout, fit(loader, layout, texts, args.ridge, bar)

@@ -8,7 +8,7 @@ import pytest
 from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.parallel import load_draft
 from easyspec_jax.mesh import MeshShape
-from easyspec_jax.refit.borders import EVERY, best_layout, measure_groups, mlp_lp_sizes
+from easyspec_jax.refit.borders import EVERY, best_layout, measure_groups, sizes_to_try
 from easyspec_jax.refit.fidelity import DEPTHS, fidelity
 from tests.models import loader
 from tests.refit.conftest import LAYERS, TEXTS
@@ -29,7 +29,7 @@ def _groupings(layers: int, lp_size: int):
 )
 def test_search_finds_the_best_of_all_layouts(layers, lp_size, mlp_lp_size):
     random = np.random.default_rng(layers * lp_size)
-    together = {n: sorted({min(n, m) for m in mlp_lp_sizes(lp_size, mlp_lp_size)}) for n in range(1, lp_size + 1)}
+    together = {n: sorted({min(n, m) for m in sizes_to_try(lp_size, mlp_lp_size)}) for n in range(1, lp_size + 1)}
     overlaps = {
         (range(a, a + n), mlps): random.uniform(0.5, 1) ** (n + mlps)
         for n in range(2, lp_size + 1)
