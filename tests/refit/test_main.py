@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from easyspec_jax import generate
+from easyspec_jax import SpeculativeConfig, generate
+from easyspec_jax.checkpoint import open_checkpoint
+from easyspec_jax.draft.grouping import paper_groups, parse_layout
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.refit.__main__ import main
+from easyspec_jax.refit.store import choose_layout
 from easyspec_jax.refit.texts import LENGTH, opening, read_texts
 from easyspec_jax.tokenizer import load_tokenizer
 from tests.models import byte_tokenizer
+from tests.refit.conftest import LAYERS
 
 
 @pytest.fixture
@@ -39,6 +43,18 @@ def test_a_refit_is_written_and_then_drafted_with(directory, capsys):
     assert texts["--lp-size 3"] == texts["--lp-size 3 --no-refit"] == texts["--method vanilla"]
     accepted = {extra: result["stats"]["acceptance_rate"] for extra, result in rates.items()}
     assert accepted["--lp-size 3"] != accepted["--lp-size 3 --no-refit"], "the refit was not used"
+
+
+def test_measured_borders_stay_within_the_turns_that_were_asked_for(directory, capsys):
+    (directory / "text.txt").write_text("a much shorter fox " * 60)
+    asked = ["--draft", str(directory), "--lp-size", "3", "--mlp-lp-size", "2", "--tokens", "1000"]
+    assert main([*asked, "--text", str(directory / "text.txt")]) == 0
+    chosen = capsys.readouterr().err.split(", now ")[1].split()[0]
+    layout = parse_layout(chosen, LAYERS)
+    assert layout.sequential_mlps <= LAYERS / 2
+    assert layout.collectives <= LAYERS / 2 + len(paper_groups(LAYERS, 3))
+    found, refit = choose_layout(SpeculativeConfig(lp_size=3, mlp_lp_size=2), open_checkpoint(directory))
+    assert found == layout and refit is not None
 
 
 def test_text_of_its_own(directory, capsys):
