@@ -1,7 +1,6 @@
 """Draws what experiments.table4 measured: `python -m experiments.draw_table4 JSON [--out PNG]`.
 
-Left, how much of the exact draft's distribution is left by depth; right, the same at the last depth against the
-collectives of a draft step, which is the frontier to choose from.
+How much of the exact draft's distribution is left, by depth.
 """
 
 import sys
@@ -30,35 +29,27 @@ def _figure(measured: dict[str, Any]) -> "Figure":
     from matplotlib.lines import Line2D
 
     rows = measured["results"]
-    kinds = list(dict.fromkeys((row["lp_size"], row["mlp_lp_size"]) for row in rows))
-    looks = dict(zip(kinds, zip(cycle(COLORS), cycle(MARKERS), strict=False), strict=False))
-    figure = Figure(figsize=(11, 4.8), dpi=120, layout="constrained")
-    figure.suptitle(f"{measured['draft']}: what fuzzy passes keep of the exact distribution", weight="bold", size=13)
-    by_depth, frontier = figure.subplots(1, 2, sharey=True)
+    sizes = list(dict.fromkeys(row["lp_size"] for row in rows))
+    looks = dict(zip(sizes, zip(cycle(COLORS), cycle(MARKERS), strict=False), strict=False))
+    figure = Figure(figsize=(7, 4.8), dpi=120, layout="constrained")
+    title = f"{measured['draft']}: what fuzzy passes keep\nof the exact distribution"
+    figure.suptitle(title, weight="bold", size=13)
+    axes = figure.subplots()
     for row in rows:
-        color, marker = looks[row["lp_size"], row["mlp_lp_size"]]
+        color, marker = looks[row["lp_size"]]
         line, face = ("-", color) if row["refit"] else ((0, (4, 2)), WHITE)
-        style = {"color": color, "marker": marker, "markerfacecolor": face}
-        by_depth.plot(range(1, len(row["overlap"]) + 1), row["overlap"], linestyle=line, **style)
-        frontier.plot([row["collectives"]], [row["overlap"][-1]], linestyle="", markersize=8, **style)
-    by_depth.set_xticks(range(1, 1 + max(len(row["overlap"]) for row in rows)))
-    by_depth.set_xlabel("draft depth")
-    by_depth.set_ylabel("Σ min(p fuzzy, p exact)")
-    frontier.set_xlabel("collectives of a draft step")
-    frontier.locator_params(axis="x", integer=True)
-    frontier.set_title("at the last depth", size=11)
-    by_depth.set_title("by depth", size=11)
-    handles = [Line2D([], [], color=c, marker=m, label=_name(*kind)) for kind, (c, m) in looks.items()]
+        style = {"color": color, "marker": marker, "markerfacecolor": face, "linestyle": line}
+        axes.plot(range(1, len(row["overlap"]) + 1), row["overlap"], **style)
+    axes.set_xticks(range(1, 1 + max(len(row["overlap"]) for row in rows)))
+    axes.set_xlabel("draft depth")
+    axes.set_ylabel("Σ min(p fuzzy, p exact)")
+    handles = [Line2D([], [], color=c, marker=m, label=f"N = {size}") for size, (c, m) in looks.items()]
     handles += [
         Line2D([], [], color=SOFT, linestyle="-", marker="o", label="refit"),
         Line2D([], [], color=SOFT, linestyle=(0, (4, 2)), marker="o", markerfacecolor=WHITE, label="plain"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
-
-
-def _name(lp_size: int, mlp_lp_size: int) -> str:
-    return f"N = {lp_size}" + (f", M = {mlp_lp_size}" if mlp_lp_size > 1 else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -57,9 +57,20 @@ def by_category(measured: Mapping[str, Any]) -> Table:
 def cosines(measured: Mapping[str, Any]) -> Table:
     """Of table4."""
     return [
-        {"N": row["lp_size"], "M": row["mlp_lp_size"], "refit": "yes" if row["refit"] else "no"}
+        {"N": row["lp_size"], "refit": "yes" if row["refit"] else "no"}
         | {name.replace("attn_out", "attention output"): value for name, value in row["cosine"].items()}
         | {f"overlap at depth {depth}": value for depth, value in enumerate(row["overlap"], 1)}
+        for row in measured["results"]
+    ]
+
+
+def frontier(measured: Mapping[str, Any]) -> Table:
+    """Of frontier."""
+    return [
+        {"collectives": row["collectives"], "MLPs in a row": row["sequential_mlps"]}
+        | {"refit": "yes" if row["refit"] else "no"}
+        | {f"overlap at depth {depth}": value for depth, value in enumerate(row["overlap"], 1)}
+        | {"layout": row["groups"]}
         for row in measured["results"]
     ]
 
@@ -190,6 +201,8 @@ SECTIONS: dict[str, tuple[str, Tabulate]] = {
     "spec_bench": ("Table 3: questions in Spec-Bench's form", by_category),
     "spec_bench_smollm2": ("Table 3: SmolLM2-135M-Instruct as its own draft", by_category),
     "table4": ("Table 4: what groups approximate", cosines),
+    "frontier": ("Fidelity against collectives", frontier),
+    "frontier_smollm2": ("Fidelity against collectives: SmolLM2-135M-Instruct", frontier),
     "table5": ("Table 5: attentions or whole layers at once", speeds),
     "table6": ("Table 6: steps a second by the number of devices", by_devices),
     "table8": ("Table 8: other pairs", speeds),

@@ -33,7 +33,9 @@ class Step:
 STEPS = (
     Step("table2", "experiments.table2", "--profile-phases --mesh 2 --max-new-tokens 64 --repeats 9"),
     Step("spec_bench", "experiments.spec_bench", "--max-new-tokens 64"),
-    Step("table4", "experiments.table4", "--mlp-lp-sizes 1 2 --max-new-tokens 64", "--lp-sizes 2 --max-new-tokens 8"),
+    Step("table4", "experiments.table4", "--max-new-tokens 64", "--lp-sizes 2 --max-new-tokens 8"),
+    Step("frontier", "experiments.frontier", "--max-new-tokens 64",
+         "--lp-strategies 0,1-3,4-7x4,8-10,11 --max-new-tokens 8"),
     Step("table5", "experiments.table5", "--mesh 2 --max-new-tokens 64 --repeats 9",
          "--lp-sizes 2 --max-new-tokens 8 --repeats 2"),
     Step("table6", "experiments.table6"),

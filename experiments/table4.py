@@ -1,14 +1,12 @@
 """The paper's Table 4, and what it leads to: `python -m experiments.table4 --draft DIR --chat [--refit DIR]`.
 
 Cosines of what a group approximates, and how much of the exact draft's distribution is left at each depth, for every
-number of layers that run at once; with --refit DIR also for the refits there. Also the frontier of fidelity against
-collectives, with --mlp-lp-sizes of more than 1.
+number of layers that run at once; with --refit DIR also for the refits there.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +23,20 @@ from experiments.output import RESULTS, prepare, publish, run_experiment, settin
 
 
 def speculations(args: argparse.Namespace) -> list[SpeculativeConfig]:
-    """Every way to draft that is asked for; MLPs at once only within a group."""
+    """Every way to draft that is asked for."""
     refits = ["none"] if args.refit is None else ["none", args.refit]
-    sizes = ((n, m) for n, m in product(args.lp_sizes, args.mlp_lp_sizes) if m <= n)
-    return [SpeculativeConfig(lp_size=n, mlp_lp_size=m, refit=refit) for n, m in sizes for refit in refits]
+    return [SpeculativeConfig(lp_size=size, refit=refit) for size in args.lp_sizes for refit in refits]
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """What was measured."""
     names = ["h", "q", "k", "v", "attn_out"]
     depths = [f"depth {depth + 1}" for depth in range(DEPTHS)]
-    table = Table("N", "M", "", "collectives", *names, *depths, box=None, pad_edge=False)
+    table = Table("N", "", *names, *depths, box=None, pad_edge=False)
     for row in rows:
         numbers = [*(row["cosine"][name] for name in names), *row["overlap"]]
-        refit = "refit" if row["refit"] else ""
-        sizes = str(row["lp_size"]), str(row["mlp_lp_size"]), refit, str(row["collectives"])
-        table.add_row(*sizes, *(f"{number:.3f}" for number in numbers))
+        kind = str(row["lp_size"]), "refit" if row["refit"] else ""
+        table.add_row(*kind, *(f"{number:.3f}" for number in numbers))
     show(table)
 
 
@@ -63,7 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.table4", description=__doc__)
     add_flags(parser)
     parser.add_argument("--lp-sizes", type=int, nargs="+", default=[2, 3, 4])
-    parser.add_argument("--mlp-lp-sizes", type=int, nargs="+", default=[1])
     parser.add_argument("--refit", metavar="DIR", help="with a refit for each of the sizes")
     parser.add_argument("--out", type=Path, default=RESULTS / "table4.json")
     return run_experiment("experiments.table4", parser, run, argv)

@@ -1,0 +1,60 @@
+"""Draws what experiments.frontier measured: `python -m experiments.draw_frontier JSON [--out PNG]`.
+
+A curve a depth, over the collectives of a fuzzy pass.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from easyspec_jax.drawing import png
+from experiments.output import draw_again
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LOOKS = (("#000000", "o"), ("#0072b2", "s"), ("#d55e00", "D"), ("#56b4e9", "^"))
+"""By depth; the colours are those of Okabe and Ito, and far apart in grey."""
+
+
+def draw(measured: dict[str, Any]) -> bytes:
+    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    return png(lambda: _figure(measured))
+
+
+def _figure(measured: dict[str, Any]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    rows = measured["results"]
+    kinds = [kind for kind in (False, True) if any(row["refit"] == kind for row in rows)]
+    figure = Figure(figsize=(1.2 + 5.2 * len(kinds), 4.8), dpi=120, layout="constrained")
+    title = f"{measured['draft']}: what a fuzzy pass keeps\nby what it waits for"
+    figure.suptitle(title, weight="bold", size=13)
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for axes, kind in zip(panels, kinds, strict=True):
+        _curves(axes, [row for row in rows if row["refit"] == kind])
+        axes.set_title("with a refit" if kind else "plain", size=11)
+    panels[0].set_ylabel("Σ min(p fuzzy, p exact)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(LOOKS))
+    return figure
+
+
+def _curves(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
+    """Of layouts with equally many collectives, the most faithful at the first depth."""
+    ordered = sorted(rows, key=lambda row: (row["collectives"], row["overlap"][0]))
+    frontier = list({row["collectives"]: row for row in ordered}.values())
+    places = [row["collectives"] for row in frontier]
+    for depth, (color, marker) in enumerate(LOOKS):
+        values = [row["overlap"][depth] for row in frontier]
+        axes.plot(places, values, color=color, marker=marker, linewidth=1.2, label=f"depth {depth + 1}")
+    axes.set_xlabel("collectives of a fuzzy pass")
+    axes.locator_params(axis="x", integer=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return draw_again("experiments.draw_frontier", __doc__, draw, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""Fidelity against collectives: `python -m experiments.frontier --draft DIR --chat [--refit DIR --lp-strategies S …]`.
+
+The more runs at once, the fewer collectives a fuzzy pass waits for, and the less it keeps of what the draft says. How
+much of the exact draft's distribution each layout leaves at each depth; with --refit DIR also with the refits there,
+which `python -m easyspec_jax.refit --lp-strategy S --out DIR` makes.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from easyspec_jax import SpeculativeConfig
+from easyspec_jax.checkpoint import open_checkpoint
+from easyspec_jax.command import Parser, cache_compilations
+from easyspec_jax.draft.grouping import Layout, format_layout, paper_groups
+from easyspec_jax.progress import bar
+from easyspec_jax.refit.fidelity import DEPTHS
+from experiments import fidelity
+from experiments.draw_frontier import draw
+from experiments.fidelity import add_flags, measured
+from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
+
+
+def default_strategies(num_layers: int) -> list[str]:
+    """The paper's groups of two, three and four: attentions only, MLPs in pairs, and whole layers."""
+    layouts = [
+        Layout.uniform(paper_groups(num_layers, lp_size), mlp_lp_size)
+        for lp_size, mlp_lp_size in product((2, 3, 4), (1, 2, 4))
+    ]
+    return [format_layout(layout) for layout in dict.fromkeys(layouts)]
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """What was measured, plain layouts first."""
+    depths = [f"depth {depth + 1}" for depth in range(DEPTHS)]
+    table = Table("collectives", "MLPs in a row", "", *depths, "layout", box=None, pad_edge=False)
+    for row in rows:
+        counts = str(row["collectives"]), str(row["sequential_mlps"]), "refit" if row["refit"] else ""
+        table.add_row(*counts, *(f"{overlap:.3f}" for overlap in row["overlap"]), row["groups"])
+    show(table)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures, prints, writes the JSON and draws it."""
+    cache_compilations()
+    prepare(args.out)
+    strategies = args.lp_strategies or default_strategies(open_checkpoint(args.draft).config.num_hidden_layers)
+    refits = ["none"] if args.refit is None else ["none", args.refit]
+    ways = [SpeculativeConfig(lp_strategy=strategy, refit=refit) for refit in refits for strategy in strategies]
+    engine, texts, counted = fidelity.prepare(args, ways)
+    rows = []
+    with bar("Measuring", len(ways)) as advance:
+        for way in ways:
+            rows.append(measured(engine, way, texts, counted))
+            advance(1)
+    rows.sort(key=lambda row: (row["refit"], -row["collectives"]))
+    print_table(rows)
+    publish(args.out, settings(args, "prompts", "refit"), rows, draw)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m experiments.frontier", description=__doc__)
+    add_flags(parser)
+    parser.add_argument("--lp-strategies", nargs="+", metavar="S",
+                        help="default: the paper's groups of two to four, one, two or all MLPs at a time")  # fmt: skip
+    parser.add_argument("--refit", metavar="DIR", help="with a refit for each of the layouts")
+    parser.add_argument("--out", type=Path, default=RESULTS / "frontier.json")
+    return run_experiment("experiments.frontier", parser, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
