@@ -45,7 +45,11 @@ def _parser() -> argparse.ArgumentParser:
                         help="MLPs that run at once; on average, if borders are measured (default: "
                         "%(default)s)")  # fmt: skip
     texts = parser.add_argument_group("what to fit on")
-    texts.add_argument("--text", type=Path, metavar="FILE", help="default: what the draft itself writes")
+    given = texts.add_mutually_exclusive_group()
+    given.add_argument("--text", type=Path, metavar="FILE", help="default: what the draft itself writes")
+    given.add_argument("--prompt-file", type=Path, metavar="FILE",
+                       help="prompts, one a line, with what the draft answers; best are such as will come")  # fmt: skip
+    texts.add_argument("--chat", action="store_true", help="wrap each of them in the draft's chat template")
     texts.add_argument("--tokens", type=int, default=TOKENS, metavar="T", help="default: %(default)s")
     texts.add_argument("--temperature", type=float, default=TEMPERATURE, metavar="T",
                        help="of what the draft writes (default: %(default)s)")  # fmt: skip
@@ -66,6 +70,8 @@ def _run(args: argparse.Namespace) -> None:
     sampling = SamplingParams(args.temperature, seed=args.seed)
     check_whole("tokens", args.tokens, 1000)
     check_whole("distill", args.distill, 0)
+    if args.chat and args.prompt_file is None:
+        raise EasySpecError("--chat needs --prompt-file FILE; texts are taken as they are")
     if args.resume and not args.distill:
         raise EasySpecError("--resume goes on with a distillation: give --distill STEPS")
     if not 0 < args.ridge < float("inf"):

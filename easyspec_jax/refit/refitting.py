@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from easyspec_jax.checkpoint import Checkpoint, open_checkpoint
+from easyspec_jax.command import read_prompts
 from easyspec_jax.decode.loop import Programs
 from easyspec_jax.decode.round import RoundConfig
 from easyspec_jax.draft.grouping import Layout, format_layout, layout_of
@@ -26,7 +27,7 @@ from easyspec_jax.refit.fidelity import DEPTHS, fidelity
 from easyspec_jax.refit.fit import fit
 from easyspec_jax.refit.sites import Tensors
 from easyspec_jax.refit.store import DIRECTORY, Held, load, path_of, save
-from easyspec_jax.refit.texts import LENGTH, read_texts, write_texts
+from easyspec_jax.refit.texts import LENGTH, answer_prompts, read_texts, write_texts
 
 HELD_OUT = 0.1
 """Of the texts, to see what the refit is worth."""
@@ -90,6 +91,8 @@ def _texts(args: argparse.Namespace, engine: Engine, sampling: SamplingParams) -
     count = -(-args.tokens // LENGTH)
     if args.text is not None:
         return read_texts(args.text, engine.tokenizer, count)
+    if args.prompt_file is not None:
+        return answer_prompts(engine, read_prompts(args.prompt_file), count, sampling, args.chat, bar)
     config = RoundConfig.of(engine.speculative, sampling, stop_ids=())
     programs = Programs(engine.mesh, engine.load(bar)[0], None, config)
     return write_texts(programs, engine.tokenizer, count, sampling, bar)

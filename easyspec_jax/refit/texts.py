@@ -1,5 +1,7 @@
-"""Texts to fit on: a file's, or the draft's own."""
+"""Texts to fit on: a file's, the draft's answers to prompts, or all its own."""
 
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from easyspec_jax.decode.loop import Programs, decode
+from easyspec_jax.engine import Engine
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.progress import Bar, no_bar
@@ -31,9 +34,50 @@ def read_texts(path: Path, tokenizer: Tokenizer, count: int) -> Int[np.ndarray, 
     except (OSError, UnicodeDecodeError) as error:
         raise EasySpecError(f"--text {path} cannot be read: {error}") from None
     ids = encode(tokenizer, content) if content else []
-    found = min(count, len(ids) // LENGTH)
-    if found < FEWEST:
+    if len(ids) < FEWEST * LENGTH:
         raise EasySpecError(f"--text {path} holds {len(ids)} tokens; give at least {FEWEST * LENGTH}")
+    return _cut(ids, count)
+
+
+def answer_prompts(
+    engine: Engine, prompts: Sequence[str], count: int, sampling: SamplingParams, chat: bool, bar: Bar = no_bar
+) -> Int[np.ndarray, "texts tokens"]:
+    """Up to `count` texts, one after another out of prompts with what the engine makes of them.
+
+    Above temperature 0 all are answered again, with other noise, until that is enough. Raises EasySpecError for any bad
+    prompt before anything is generated, and for too few prompts.
+    """
+    sampling = replace(sampling, max_new_tokens=LENGTH)
+    rows = min(ROWS, len(prompts))
+    engine.compile(prompts, sampling, chat=chat, batch_size=rows, bar=bar)
+    ids: list[int] = []
+    with bar("Answering", count) as advance:
+        for answer in _answers(engine, prompts, sampling, chat, rows):
+            before = len(ids) // LENGTH
+            ids += answer
+            advance(min(count, len(ids) // LENGTH) - before)
+            if len(ids) >= count * LENGTH:
+                break
+    if len(ids) < FEWEST * LENGTH:
+        raise EasySpecError(
+            f"prompts and greedy answers have {len(ids)} tokens, fewer than {FEWEST * LENGTH}; "
+            "give more prompts, or a --temperature above 0"
+        )
+    return _cut(ids, count)
+
+
+def _answers(
+    engine: Engine, prompts: Sequence[str], sampling: SamplingParams, chat: bool, rows: int
+) -> Iterator[list[int]]:
+    """Prompts with their answers; greedy ones would be the same again."""
+    for turn in itertools.count() if sampling.temperature else range(1):
+        own = replace(sampling, seed=(sampling.seed + turn * len(prompts)) % 2**32)
+        for completion in engine.generate(prompts, own, chat=chat, batch_size=rows):
+            yield completion.prompt_ids + completion.token_ids
+
+
+def _cut(ids: Sequence[int], count: int) -> Int[np.ndarray, "texts tokens"]:
+    found = min(count, len(ids) // LENGTH)
     return np.asarray(ids[: found * LENGTH], np.int32).reshape(found, LENGTH)
 
 

@@ -2,18 +2,19 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from easyspec_jax import SpeculativeConfig, generate
+from easyspec_jax import SamplingParams, SpeculativeConfig, generate, open_model
 from easyspec_jax.checkpoint import open_checkpoint
 from easyspec_jax.draft.grouping import paper_groups, parse_layout
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.refit.__main__ import main
 from easyspec_jax.refit.store import choose_layout
-from easyspec_jax.refit.texts import LENGTH, opening, read_texts
+from easyspec_jax.refit.texts import LENGTH, answer_prompts, opening, read_texts
 from easyspec_jax.tokenizer import load_tokenizer
 from tests.models import byte_tokenizer
 from tests.refit.conftest import LAYERS
@@ -76,6 +77,30 @@ def test_text_of_its_own(directory, capsys):
     assert sum(np.abs(x).max() for x in again.values()) > 1.2 * sum(np.abs(x).max() for x in moved.values())
 
 
+def test_answers_to_prompts(directory):
+    """Prompts and answers follow each other as plain decoding makes them, again and again until they are enough."""
+    prompts = ["a fox", "a much shorter fox"]
+    engine = open_model(directory, speculative=SpeculativeConfig(method="vanilla"))
+    sampling = SamplingParams(0.8, seed=3, max_new_tokens=LENGTH)
+    turns = [engine.generate(prompts, replace(sampling, seed=3 + 2 * turn), batch_size=2) for turn in range(10)]
+    expected = [id for turn in turns for done in turn for id in done.prompt_ids + done.token_ids]
+    texts = answer_prompts(engine, prompts, 4, sampling, chat=False)
+    assert texts.shape == (4, LENGTH)
+    assert texts.ravel().tolist() == expected[: texts.size]
+    with pytest.raises(EasySpecError, match=r"give more prompts, or a --temperature above 0"):
+        answer_prompts(engine, ["a fox"], 4, SamplingParams(), chat=False)
+
+
+def test_prompts_through_the_command(directory):
+    (directory / "prompts.txt").write_text("a fox\na much shorter fox\n")
+    asked = ["--draft", str(directory), "--tokens", "1000", "--borders", "paper", "--lp-size", "3"]
+    assert main([*asked, "--prompt-file", str(directory / "prompts.txt")]) == 0
+    answered = load_file(directory / "refit" / "lp3.safetensors")
+    assert main(asked) == 0
+    own = load_file(directory / "refit" / "lp3.safetensors")
+    assert any(not np.array_equal(tensor, own[name]) for name, tensor in answered.items())
+
+
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
@@ -88,6 +113,9 @@ def test_text_of_its_own(directory, capsys):
         (["--resume"], "give --distill STEPS"),
         (["--resume", "--distill", "2"], "to go on from; leave out --resume"),
         (["--text", "missing.txt"], "--text missing.txt cannot be read"),
+        (["--prompt-file", "missing.txt"], "--prompt-file missing.txt cannot be read"),
+        (["--text", "a.txt", "--prompt-file", "b.txt"], "not allowed with argument --text"),
+        (["--chat"], "--chat needs --prompt-file FILE"),
         (["--mesh", "0"], "--mesh '0'"),
         (["--temperature", "-1"], "--temperature -1.0"),
         (["--out", "/proc/nowhere"], "/proc/nowhere"),
