@@ -202,7 +202,6 @@ SECTIONS: dict[str, tuple[str, Tabulate]] = {
     "spec_bench_smollm2": ("Table 3: SmolLM2-135M-Instruct as its own draft", by_category),
     "table4": ("Table 4: what groups approximate", cosines),
     "frontier": ("Fidelity against collectives", frontier),
-    "frontier_smollm2": ("Fidelity against collectives: SmolLM2-135M-Instruct", frontier),
     "table5": ("Table 5: attentions or whole layers at once", speeds),
     "table6": ("Table 6: steps a second by the number of devices", by_devices),
     "table8": ("Table 8: other pairs", speeds),
