@@ -26,6 +26,7 @@ from easyspec_jax.draft.parallel import LayerGroup, load_draft, run_fuzzy
 from easyspec_jax.mesh import ALL_AXES
 from easyspec_jax.model.cache import KVCache
 from easyspec_jax.model.transformer import Decoder, Hidden
+from easyspec_jax.progress import bar
 from easyspec_jax.refit.fidelity import DEPTHS, fidelity
 from easyspec_jax.refit.store import choose_layout
 from easyspec_jax.refit.teacher import drafted_window, exact_window
@@ -137,6 +138,17 @@ def measured(engine: Engine, speculative: SpeculativeConfig, texts: Texts, count
         "agree": agree,
         "cosine": cosines(model, engine.mesh, texts, counted),
     }
+
+
+def measure_all(args: argparse.Namespace, speculations: Sequence[SpeculativeConfig]) -> list[dict[str, Any]]:
+    """A row for every way to draft, on the same texts; flags: see add_flags(). Raises EasySpecError as prepare()."""
+    engine, texts, counted = prepare(args, speculations)
+    rows = []
+    with bar("Measuring", len(speculations)) as advance:
+        for speculative in speculations:
+            rows.append(measured(engine, speculative, texts, counted))
+            advance(1)
+    return rows
 
 
 def add_flags(parser: Parser) -> None:

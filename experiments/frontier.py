@@ -18,11 +18,9 @@ from easyspec_jax import SpeculativeConfig
 from easyspec_jax.checkpoint import open_checkpoint
 from easyspec_jax.command import Parser, cache_compilations
 from easyspec_jax.draft.grouping import Layout, format_layout, paper_groups
-from easyspec_jax.progress import bar
 from easyspec_jax.refit.fidelity import DEPTHS
-from experiments import fidelity
 from experiments.draw_frontier import draw
-from experiments.fidelity import add_flags, measured
+from experiments.fidelity import add_flags, measure_all
 from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
 
 
@@ -52,13 +50,7 @@ def run(args: argparse.Namespace) -> None:
     strategies = args.lp_strategies or default_strategies(open_checkpoint(args.draft).config.num_hidden_layers)
     refits = ["none"] if args.refit is None else ["none", args.refit]
     ways = [SpeculativeConfig(lp_strategy=strategy, refit=refit) for refit in refits for strategy in strategies]
-    engine, texts, counted = fidelity.prepare(args, ways)
-    rows = []
-    with bar("Measuring", len(ways)) as advance:
-        for way in ways:
-            rows.append(measured(engine, way, texts, counted))
-            advance(1)
-    rows.sort(key=lambda row: (row["refit"], -row["collectives"]))
+    rows = sorted(measure_all(args, ways), key=lambda row: (row["refit"], -row["collectives"]))
     print_table(rows)
     publish(args.out, settings(args, "prompts", "refit"), rows, draw)
 

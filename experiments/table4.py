@@ -14,11 +14,9 @@ from rich.table import Table
 
 from easyspec_jax import SpeculativeConfig
 from easyspec_jax.command import Parser, cache_compilations
-from easyspec_jax.progress import bar
 from easyspec_jax.refit.fidelity import DEPTHS
-from experiments import fidelity
 from experiments.draw_table4 import draw
-from experiments.fidelity import add_flags, measured
+from experiments.fidelity import add_flags, measure_all
 from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
 
 
@@ -44,13 +42,7 @@ def run(args: argparse.Namespace) -> None:
     """Measures, prints, writes the JSON and draws it."""
     cache_compilations()
     prepare(args.out)
-    ways = speculations(args)
-    engine, texts, counted = fidelity.prepare(args, ways)
-    rows = []
-    with bar("Measuring", len(ways)) as advance:
-        for way in ways:
-            rows.append(measured(engine, way, texts, counted))
-            advance(1)
+    rows = measure_all(args, speculations(args))
     print_table(rows)
     publish(args.out, settings(args, "prompts", "refit"), rows, draw)
 
