@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import jax
@@ -16,18 +17,19 @@ from tests.models import FAMILIES, load_target, loader, save_model
 
 
 class Recorder:
-    """A source that counts how often each element is read, and notes the largest window."""
+    """A source that counts how often each element is read, and notes the largest window; shards read it at once."""
 
     def __init__(self, source: TensorSource) -> None:
-        self._source, self.reads, self.largest = source, dict[str, np.ndarray](), 0
+        self._source, self.reads, self.largest, self._lock = source, dict[str, np.ndarray](), 0, Lock()
 
     def shapes(self) -> Any:
         return self._source.shapes()
 
     def read(self, name: str, window: Window = ()) -> np.ndarray:
         values = self._source.read(name, window)
-        self.reads.setdefault(name, np.zeros(self.shapes()[name], int))[window] += 1
-        self.largest = max(self.largest, values.size)
+        with self._lock:
+            self.reads.setdefault(name, np.zeros(self.shapes()[name], int))[window] += 1
+            self.largest = max(self.largest, values.size)
         return values
 
 
