@@ -28,9 +28,7 @@ from easyspec_jax import EasySpecError, demo
 from easyspec_jax.checkpoint import expected_shapes
 from easyspec_jax.command import Parser
 from easyspec_jax.config import model_config
-from experiments.output import check_destination, save
-
-HERE = Path(__file__).parent
+from experiments.output import RESULTS, check_destination, machine, run_experiment, save
 
 _COMMON = {"model_type": "llama", "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "dtype": "bfloat16"}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -174,9 +172,19 @@ def bench(shape: str, shards: int, rounds: int, meshes: Sequence[str], memory: s
     }
 
 
+def run(args: argparse.Namespace) -> None:
+    """Measures and writes the JSON."""
+    out = args.out or RESULTS / f"bench_checkpoints_{args.shape}.json"
+    check_destination(out)
+    with tempfile.TemporaryDirectory(dir=args.directory) as directory:
+        report = bench(args.shape, args.shards, args.rounds, args.mesh, args.memory, Path(directory))
+    save(out, json.dumps({"command": args.command, "machine": machine("cpu"), **report}, indent=2) + "\n")
+    print(f"{out}: {report['convert_peak_bytes'] / 2**30:.2f} GiB at most, {report['speed_over_copy']:.2f} of a copy")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    parser = Parser(prog="bench_checkpoints", description=__doc__)
+    parser = Parser(prog="python -m experiments.bench_checkpoints", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--shards", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
@@ -184,18 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--memory", default="2GiB", help="as for convert")
     parser.add_argument("--directory", type=Path, help="where there is room; by default a temporary directory")
     parser.add_argument("--out", type=Path, help="by default experiments/results/bench_checkpoints_SHAPE.json")
-    try:
-        args: argparse.Namespace = parser.parse_args(argv)
-        out = args.out or HERE / "results" / f"bench_checkpoints_{args.shape}.json"
-        check_destination(out)
-        with tempfile.TemporaryDirectory(dir=args.directory) as directory:
-            report = bench(args.shape, args.shards, args.rounds, args.mesh, args.memory, Path(directory))
-    except (EasySpecError, OSError) as error:
-        print("bench_checkpoints: error:", error, file=sys.stderr)
-        return 2
-    save(out, json.dumps({"command": "python -m experiments.bench_checkpoints", **report}, indent=2) + "\n")
-    print(f"{out}: {report['convert_peak_bytes'] / 2**30:.2f} GiB at most, {report['speed_over_copy']:.2f} of a copy")
-    return 0
+    return run_experiment("experiments.bench_checkpoints", parser, run, argv)
 
 
 if __name__ == "__main__":

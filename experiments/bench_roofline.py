@@ -19,26 +19,25 @@ from rich.console import Console
 from rich.table import Table
 
 from easyspec_jax import EasySpecError
-from easyspec_jax.command import Parser, cache_compilations, run_command
+from easyspec_jax.command import Parser, cache_compilations
 from easyspec_jax.config import read_json
 from easyspec_jax.options import resolve_dtype
-from experiments.output import check_destination, save
+from experiments import output
+from experiments.output import RESULTS, check_destination, run_experiment, save
 from experiments.roofline_models import SHAPES
 from experiments.roofline_parts import PARTS, Bench, Row
-from experiments.roofline_texts import cores, torch_device
-
-HERE = Path(__file__).parent
+from experiments.roofline_texts import torch_device
 
 
 def run(args: argparse.Namespace) -> None:
     """Measures part after part; prints and saves each as soon as it is done."""
     cache_compilations()
     check(args)
-    out = args.out or HERE / "results" / f"bench_roofline_{args.shape}.json"
+    out = args.out or RESULTS / f"bench_roofline_{args.shape}.json"
     parts = saved(out, args.shape)
     bench = opened(args)
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "only", "shape")}
-    told = {"machine": machine(bench), "dtype": bench.dtype.name, "settings": settings}
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "only", "shape", "command")}
+    told = {"command": args.command, "machine": machine(bench), "dtype": bench.dtype.name, "settings": settings}
     Console().print(", ".join(f"{name} {value}" for name, value in told["machine"].items()))
     for name in (name for name in PARTS if name in args.only):
         rows = PARTS[name](bench)
@@ -88,14 +87,13 @@ def opened(args: argparse.Namespace) -> Bench:
 
 def machine(bench: Bench) -> dict[str, Any]:
     """What the times are times of."""
-    devices = bench.mesh().devices
     packages = {}
-    for name in ("jax", "torch", "transformers"):
+    for name in ("torch", "transformers"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = "absent"
-    return {"devices": devices.size, "device_kind": devices.flat[0].device_kind, "cpu_cores": cores()} | packages
+    return output.machine(bench.platform) | {"devices": bench.mesh().devices.size} | packages
 
 
 def print_table(title: str, rows: Sequence[Row]) -> None:
@@ -144,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name, which excludes the newer
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
-    return run_command("experiments.bench_roofline", parser, run, argv)
+    return run_experiment("experiments.bench_roofline", parser, run, argv)
 
 
 if __name__ == "__main__":

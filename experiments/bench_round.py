@@ -5,7 +5,6 @@ whole rounds from the same state; what a round takes beyond its passes is bookke
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
-from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, demo, open_model
+from easyspec_jax import SamplingParams, SpeculativeConfig, demo, open_model
 from easyspec_jax.command import Parser
 from easyspec_jax.decode.loop import Programs, prefill_all
 from easyspec_jax.decode.round import RoundConfig, State
@@ -30,10 +29,9 @@ from easyspec_jax.mesh import ALL_AXES
 from easyspec_jax.model.attention import Nodes
 from easyspec_jax.model.transformer import Decoder, run_exact
 from easyspec_jax.options import Verifier
-from experiments.output import check_destination, save
+from experiments.output import RESULTS, as_json, check_destination, machine, run_experiment, save, settings
 from experiments.pair import names
 
-HERE = Path(__file__).parent
 WARM_UP = 3
 
 
@@ -108,13 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])
     parser.add_argument("--verifiers", nargs="+", choices=get_args(Verifier), default=get_args(Verifier))
     parser.add_argument("--repeats", type=int, default=40)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "bench_round.json")
-    try:
-        report(parser.parse_args(argv))
-    except (EasySpecError, OSError) as error:
-        print(f"experiments.bench_round: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser.add_argument("--out", type=Path, default=RESULTS / "bench_round.json")
+    return run_experiment("experiments.bench_round", parser, report, argv)
 
 
 def report(args: argparse.Namespace) -> None:
@@ -144,8 +137,7 @@ def report(args: argparse.Namespace) -> None:
         figures = (f"{1e3 * median(seconds[part]):.1f}" for part in ("round", "passes"))
         table.add_row(name, f"{temperature:g}", *figures, f"{100 * median(shares):.1f} %")
     Console().print(table)
-    settings = {name: value for name, value in vars(args).items() if name != "out"}
-    save(args.out, json.dumps(settings | names(args) | {"results": rows}, indent=1) + "\n")
+    save(args.out, as_json(settings(args) | names(args) | {"machine": machine(), "results": rows}))
 
 
 if __name__ == "__main__":

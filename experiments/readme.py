@@ -7,7 +7,6 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from easyspec_jax.command import Parser, run_command
@@ -15,8 +14,25 @@ from easyspec_jax.config import read_json
 from easyspec_jax.files import write_whole
 from experiments import paper
 from experiments.output import RESULTS
-
-Table = list[dict[str, Any]]
+from experiments.readme_tables import (
+    Table,
+    bookkeeping,
+    by_category,
+    by_devices,
+    checkpoints,
+    collectives,
+    cosines,
+    engines,
+    flat,
+    frontier,
+    kills,
+    losses,
+    passes,
+    predictions,
+    soaked,
+    speeds,
+    timelines,
+)
 
 INTRODUCTION = """# Results
 
@@ -25,179 +41,11 @@ measures all that its steps name and writes this page anew. α is the share of d
 """
 
 
-def speeds(measured: Mapping[str, Any]) -> Table:
-    """Of table2 and table8: a row for every way, whatever of these figures it has."""
-    columns = {
-        "temperature": "T", "set": "set", "target": "target", "draft": "draft", "way": "way", "acceptance_rate": "α",
-        "step_seconds": "seconds a draft step", "seconds_per_100_tokens": "s/100 tokens", "drafting": "drafting",
-        "verification": "verification", "speedup": "speed-up", "speedup_deviation": "± over prompts",
-        "phases_over_round": "phases/round",
-    }  # fmt: skip
-    named = [name for name in columns if any(name in row for row in measured["results"])]
-    return [{columns[name]: row.get(name) for name in named} for row in measured["results"]]
-
-
-def by_category(measured: Mapping[str, Any]) -> Table:
-    """Of spec_bench."""
-    return [
-        {
-            "category": row["category"],
-            "questions": row["questions"],
-            "tokens/s": row["tokens_per_second"],
-            "over plain": f"{row['speedup']:.2f} ± {row['speedup_deviation']:.2f}",
-            "tokens a round": row["mean_acceptance_length"],
-            "α": row["acceptance_rate"],
-            "same answers": row["same"],
-            "largest logit gap": row["largest_logit_gap"],
-        }
-        for row in measured["results"]
-    ]
-
-
-def cosines(measured: Mapping[str, Any]) -> Table:
-    """Of table4."""
-    return [
-        {"N": row["lp_size"], "refit": "yes" if row["refit"] else "no"}
-        | {name.replace("attn_out", "attention output"): value for name, value in row["cosine"].items()}
-        | {f"overlap at depth {depth}": value for depth, value in enumerate(row["overlap"], 1)}
-        for row in measured["results"]
-    ]
-
-
-def frontier(measured: Mapping[str, Any]) -> Table:
-    """Of frontier."""
-    return [
-        {"collectives": row["collectives"], "MLPs in a row": row["sequential_mlps"]}
-        | {"refit": "yes" if row["refit"] else "no"}
-        | {f"overlap at depth {depth}": value for depth, value in enumerate(row["overlap"], 1)}
-        | {"layout": row["groups"]}
-        for row in measured["results"]
-    ]
-
-
-def losses(measured: Mapping[str, Any]) -> Table:
-    """Of acceptance: greedy chains, α by N for each kind of draft, and what is lost against the exact draft."""
-    chains = [row for row in measured["results"] if row["temperature"] == 0 and row["tree_width"] == 1]
-    exact = next((row["acceptance_rate"] for row in chains if row["lp_size"] == 1), None)
-    table = []
-    for size in dict.fromkeys(row["lp_size"] for row in chains):
-        own = {kind(row): row["acceptance_rate"] for row in chains if row["lp_size"] == size}
-        shown: dict[str, Any] = {"N": "1, exact" if size == 1 else size}
-        for name in dict.fromkeys(map(kind, chains)):
-            shown[f"α, {name}"] = own.get(name)
-            if size > 1 and exact is not None and name in own:
-                shown[f"loss, {name}"] = exact - own[name]
-        table.append(shown)
-    names = list(dict.fromkeys(name for row in table for name in row))
-    return [{name: row.get(name) for name in names} for row in table]
-
-
-def kind(row: Mapping[str, Any]) -> str:
-    """Of a draft in a file of acceptance."""
-    return "refit" if row.get("refit") else "calibrated" if row["calibration"] else "no calibration"
-
-
-def predictions(measured: Mapping[str, Any]) -> Table:
-    """Of simulate: a row a pair, way and placement of the draft; tokens/s and speed-up by machine."""
-    rows = [row for row in measured["results"] if row["fits"]]
-    shared = {"target": "target", "draft": "draft", "way": "way", "lp_size": "N",
-              "draft_tensor_parallel_size": "draft TP", "acceptance_rate": "α"}  # fmt: skip
-    table: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in rows:
-        shown = table.setdefault(
-            tuple(row[name] for name in shared), {column: row[name] for name, column in shared.items()}
-        )
-        shown[row["machine"]] = f"{row['tokens_per_second']:.1f} ({row['speedup']:.2f} ×)"
-    for key, shown in table.items():
-        row = next(row for row in rows if tuple(row[name] for name in shared) == key)
-        if row["paper_speedup"] is not None:
-            shown["the paper, 8×A100"] = f"{row['paper_tokens_per_second']:.1f} ({row['paper_speedup']:.2f} ×)"
-    return list(table.values())
-
-
-def by_devices(measured: Mapping[str, Any]) -> Table:
-    """Of table6: steps a second by the number of devices, a row a machine, model and way."""
-    table: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for row in measured["results"]:
-        machine = row.get("machine", "here")
-        shown = table.setdefault(
-            (machine, row["model"], row["way"]), {"machine": machine, "model": row["model"], "way": row["way"]}
-        )
-        fits = row.get("fits") is not False
-        shown[f"{row['devices']}"] = f"{row['steps_per_second']:.1f}" if fits else "does not fit"
-    return list(table.values())
-
-
-def engines(measured: Mapping[str, Any]) -> Table:
-    """Of peers; speeds are medians over the repeats."""
-    table = []
-    for row in measured["results"]:
-        if "missing" in row:
-            table.append({"engine": row["name"], "weights": f"not measured: {row['missing']}"})
-            continue
-        gaps = [place["logit_gap"] for place in row["divergences"] if place["logit_gap"] is not None]
-        table.append({
-            "engine": row["name"],
-            "tokens/s": median(row["tokens_per_second"]),
-            "over plain": median(row["over_plain"]),
-            "identical": f"{row['identical']:.1%}",
-            "largest logit gap": max(gaps, default=None),
-            "weights": row["weights"],
-            "version": row["version"],
-        })  # fmt: skip
-    names = list(dict.fromkeys(name for row in table for name in row if name != "weights"))
-    return [{name: row.get(name) for name in [*names, "weights"]} for row in table]
-
-
-def flat(measured: Mapping[str, Any]) -> Table:
-    """What of any rows are single figures and words."""
-    rows = measured.get("results")
-    if not isinstance(rows, list):
-        return []
-    return [{name: value for name, value in row.items() if not isinstance(value, dict | list)} for row in rows]
-
-
-def timelines(measured: Mapping[str, Any]) -> Table:
-    """Of figure2: shares of the round under the profiler, means over devices."""
-    return [
-        {
-            "way": row["way"],
-            "mesh": " × ".join(f"{size} {axis}" for axis, size in row["mesh"].items()),
-            "ms a round": 1e3 * row["round_seconds"],
-            "ms under the profiler": 1e3 * row["traced_round_seconds"],
-            "computing": row["computing"],
-            "in collectives": row["in_collectives"],
-            "idle": row["idle"],
-            "tokens a round": row["tokens_per_round"],
-        }
-        for row in measured["results"]
-    ]
-
-
-def kills(measured: Mapping[str, Any]) -> Table:
-    """Of kill_check: all that it found in one row."""
-    names = {
-        "lines": "lines", "kills": "kills with SIGKILL", "lost": "ids lost", "doubled": "ids doubled",
-        "different": "records that differ", "equal": "equal byte for byte",
-    }  # fmt: skip
-    row: dict[str, Any] = {label: measured[name] for name, label in names.items()}
-    return [row | {"equal byte for byte": "yes" if measured["equal"] else "no"}]
-
-
-def soaked(measured: Mapping[str, Any]) -> Table:
-    """Of soak: its verdict in one row."""
-    names = {
-        "memory_growth_percent": "memory after warm-up, %", "compilations_after_warm_up": "compilations after warm-up",
-        "throughput_change_percent": "throughput, %", "throughput_noise_percent": "noise of a window, %",
-        "checked": "texts checked", "mismatches": "that differ",
-    }  # fmt: skip
-    return [{"rounds": measured["results"][-1]["rounds"]} | {label: measured[name] for name, label in names.items()}]
-
-
 Tabulate = Callable[[Mapping[str, Any]], Table]
 
 SECTIONS: dict[str, tuple[str, Tabulate]] = {
     "table2": ("Table 2: ways of decoding", speeds),
+    "table2_smollm2": ("Table 2: SmolLM2-135M-Instruct as its own draft", speeds),
     "spec_bench": ("Table 3: questions in Spec-Bench's form", by_category),
     "spec_bench_smollm2": ("Table 3: SmolLM2-135M-Instruct as its own draft", by_category),
     "table4": ("Table 4: what groups approximate", cosines),
@@ -212,14 +60,24 @@ SECTIONS: dict[str, tuple[str, Tabulate]] = {
     "acceptance": ("Acceptance", losses),
     "acceptance_refit": ("Acceptance with a refit: SmolLM2-135M-Instruct as its own draft", losses),
     "simulate": ("Simulation: machines that are not here (estimates)", predictions),
-    "two_processes": ("Two processes, a core each", flat),
-    "two_processes_smollm2": ("Two processes, a core each: SmolLM2-135M-Instruct", flat),
+    "two_processes": ("Two processes, a core each", collectives),
+    "two_processes_smollm2": ("Two processes, a core each: SmolLM2-135M-Instruct", collectives),
     "peers": ("Other engines in the same run", engines),
     "peers_smollm2": ("Other engines in the same run: SmolLM2-135M-Instruct as its own draft", engines),
+    "bench_round": ("Bookkeeping: what a round takes beyond its passes", bookkeeping),
     "kill_check": ("A job of 500 prompts, killed at random moments", kills),
     "soak": ("A soak: memory, programs and speed over many rounds", soaked),
 }
-"""By file, in the order of the page; other files follow with what `flat` makes of them."""
+"""By file, in the order of the page."""
+
+BY_SHAPE: dict[str, tuple[str, Tabulate]] = {
+    "bench_roofline": ("Passes and rounds against the machine's bandwidth", passes),
+    "bench_checkpoints": ("Conversion and opening of a checkpoint", checkpoints),
+}
+"""By what names of files begin with, before _SHAPE. These follow, and other files with what `flat` makes of them."""
+
+MACHINE = {"cores", "platform", "devices", "device_kind"}
+"""What a file must know of its machine for the page to name it."""
 
 PAPER: dict[str, dict[str, Table]] = {
     "table2": {
@@ -244,7 +102,7 @@ def page(results: Path) -> str:
 def section(path: Path) -> str:
     """Of one file."""
     measured = read_json(path)
-    name, tabulate = SECTIONS.get(path.stem, (path.stem, flat))
+    name, tabulate = kind_of(path.stem)
     if path.stem == "acceptance":
         name = subject(measured)
     parts = [f"## {name}", told(path, measured)]
@@ -258,6 +116,14 @@ def section(path: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def kind_of(stem: str) -> tuple[str, Tabulate]:
+    """The heading of a file of that name, and what tabulates it."""
+    for begin, (name, tabulate) in BY_SHAPE.items():
+        if stem.startswith(f"{begin}_"):
+            return f"{name}: {stem.removeprefix(f'{begin}_')}", tabulate
+    return SECTIONS.get(stem, (stem, flat))
+
+
 def subject(measured: Mapping[str, Any]) -> str:
     """A heading that says whose drafts those are."""
     if measured["target"] != measured["draft"]:
@@ -268,10 +134,10 @@ def subject(measured: Mapping[str, Any]) -> str:
 
 def told(path: Path, measured: Mapping[str, Any]) -> str:
     """The command, the machine and the file, as far as the file knows them."""
-    machine = measured.get("machine")
-    parts = [f"`{measured['command']}`"] if "command" in measured else []
-    if machine is not None and {"cores", "platform", "devices", "device_kind"} <= set(machine):
-        parts.append(machine_line(machine))
+    sources = [measured, *measured.get("parts", {}).values()]
+    parts = [f"`{command}`" for command in dict.fromkeys(own["command"] for own in sources if "command" in own)]
+    machines = [own["machine"] for own in sources if "machine" in own]
+    parts += dict.fromkeys(machine_line(own) for own in machines if own.keys() >= MACHINE)
     return "; ".join([*parts, f"[JSON](results/{path.name})"]) + "."
 
 

@@ -31,7 +31,7 @@ class Step:
 
 
 STEPS = (
-    Step("table2", "experiments.table2", "--profile-phases --mesh 2 --max-new-tokens 64 --repeats 9"),
+    Step("table2", "experiments.table2", "--profile-phases --mesh 2 --max-new-tokens 64 --repeats 9 --fit-tokens 6000"),
     Step("spec_bench", "experiments.spec_bench", "--max-new-tokens 64"),
     Step("table4", "experiments.table4", "--max-new-tokens 64", "--lp-sizes 2 --max-new-tokens 8"),
     Step("frontier", "experiments.frontier", "--max-new-tokens 64",

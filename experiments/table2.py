@@ -7,21 +7,24 @@ divides into drafting and verification. Times count from the first token on.
 
 import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from easyspec_jax import Engine, SamplingParams, SpeculativeConfig
+from easyspec_jax import EasySpecError, Engine, SamplingParams, SpeculativeConfig
 from easyspec_jax.command import Parser, cache_compilations
 from easyspec_jax.completion import Completion
 from easyspec_jax.draft.parallel import run_fuzzy
 from easyspec_jax.mesh import parse_mesh
 from easyspec_jax.model.transformer import run_exact
 from easyspec_jax.progress import bar
+from easyspec_jax.refit.__main__ import main as fit_refit
 from easyspec_jax.timing import alone, alternate, pass_case, round_case
 from experiments.draw_table2 import draw
 from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
@@ -39,8 +42,11 @@ class Way:
     engine: Engine
 
 
-def open_ways(args: argparse.Namespace) -> list[Way]:
-    """The paper's columns, the first of which all others are compared with. Raises EasySpecError as open_model does."""
+def open_ways(args: argparse.Namespace, refit: str | None) -> list[Way]:
+    """The paper's columns, the first of which all others are compared with; refit: the directory of one, for a last.
+
+    Raises EasySpecError as open_model does.
+    """
     levels, width = args.num_speculative_tokens, args.tree_width
     chain = open_pair(args, SpeculativeConfig(method="sd", num_speculative_tokens=levels))
     tree = SpeculativeConfig(method="tree", num_speculative_tokens=levels, tree_width=width)
@@ -52,14 +58,26 @@ def open_ways(args: argparse.Namespace) -> list[Way]:
         Way("+tree", chain.variant(tree)),
         Way(f"EasySpec, N = {args.lp_size}", chain.variant(fuzzy, shape)),
     ]
-    if args.refit is not None:
-        refit = SpeculativeConfig(
-            num_speculative_tokens=levels, tree_width=width, lp_size=args.lp_size, refit=args.refit
-        )
-        ways.append(Way(f"EasySpec, N = {args.lp_size}, refit", chain.variant(refit, shape)))
+    if refit is not None:
+        ways.append(Way(f"EasySpec, N = {args.lp_size}, refit", chain.variant(replace(fuzzy, refit=refit), shape)))
     if chain.mesh.size == 1:
         return [Way(ONE_DEVICE, ways[0].engine), *ways[1:]]
     return [Way(ONE_DEVICE, open_pair(args, SpeculativeConfig(method="vanilla"), mesh="1")), *ways]
+
+
+@contextmanager
+def refit_of(args: argparse.Namespace) -> Iterator[str | None]:
+    """The directory of the refit to draft with too, if any. Raises EasySpecError if it cannot be fitted."""
+    if args.fit_tokens is None:
+        yield args.refit
+        return
+    draft = [] if args.draft is None else ["--draft", args.draft]
+    platform = [] if args.platform is None else ["--platform", args.platform]
+    with TemporaryDirectory() as directory:
+        asked = [*draft, *platform, "--dtype", args.dtype, "--lp-size", f"{args.lp_size}", "--out", directory]
+        if fit_refit([*asked, "--tokens", f"{args.fit_tokens}"]):
+            raise EasySpecError(f"--fit-tokens {args.fit_tokens}: no refit for this run; see above")
+        yield directory
 
 
 def complete(
@@ -82,9 +100,9 @@ def complete(
 
 
 def phases(engine: Engine, sampling: SamplingParams, tokens: int, repeats: int) -> dict[str, float]:
-    """Seconds of drafting, of verification and of a whole round, for texts of so many tokens.
+    """Drafting, verification and both together, as shares of a round timed beside them, for texts of so many tokens.
 
-    over_round: what the passes take together, as a share of the round beside them.
+    Together they are not quite 1: they are programs of their own, and a round's bookkeeping is in neither.
     """
     programs = engine.programs(sampling)
     config, (target, draft) = programs.config, engine.load()
@@ -102,12 +120,9 @@ def phases(engine: Engine, sampling: SamplingParams, tokens: int, repeats: int) 
     calls = 2  # of each in turn
     seconds = {name: np.asarray(times) for name, times in alternate(cases, repeats, calls).items()}
     drafting = seconds["first"] + (config.levels - 1) * seconds["step"]
-    return {
-        "drafting": float(np.median(drafting)),
-        "verification": float(np.median(seconds["verification"])),
-        "round": float(np.median(seconds["round"])),
-        "over_round": float(np.median((drafting + seconds["verification"]) / seconds["round"])),
-    }
+    verification = seconds["verification"]
+    parts = {"drafting": drafting, "verification": verification, "together": drafting + verification}
+    return {name: float(np.median(part / seconds["round"])) for name, part in parts.items()}
 
 
 def rows_of(name: str, temperature: float, made: dict[str, list[Completion]]) -> list[dict[str, Any]]:
@@ -134,19 +149,21 @@ def rows_of(name: str, temperature: float, made: dict[str, list[Completion]]) ->
     return rows
 
 
-def with_phases(row: dict[str, Any], measured: dict[str, float]) -> dict[str, Any]:
-    """A row with the seconds of drafting and of verification for 100 tokens."""
-    rounds = row["rounds_per_100_tokens"]
+def with_phases(row: dict[str, Any], shares: dict[str, float]) -> dict[str, Any]:
+    """A row with the seconds of drafting and of verification for 100 tokens, by their shares of a round."""
+    seconds = row["seconds_per_100_tokens"]
     return row | {
-        "drafting": rounds * measured["drafting"],
-        "verification": rounds * measured["verification"],
-        "phases_over_round": measured["over_round"],
+        "drafting": seconds * shares["drafting"],
+        "verification": seconds * shares["verification"],
+        "phases_over_round": shares["together"],
     }
 
 
 def measure(args: argparse.Namespace, questions: Sequence[Question]) -> list[dict[str, Any]]:
     """All rows: temperature by temperature, set by set, way by way."""
-    ways, rows = open_ways(args), []
+    with refit_of(args) as refit:
+        ways = open_ways(args, refit)
+    rows = []
     drafted = [way for way in ways if way.engine.draft is not None] if args.profile_phases else []
     for temperature in args.temperatures:
         sampling = SamplingParams(temperature, seed=args.seed, max_new_tokens=args.max_new_tokens)
@@ -201,7 +218,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-speculative-tokens", type=int, default=default.num_speculative_tokens)
     parser.add_argument("--tree-width", type=int, default=4)
     parser.add_argument("--lp-size", type=int, default=default.lp_size)
-    parser.add_argument("--refit", metavar="DIR", help="also drafts with the refit there")
+    refits = parser.add_mutually_exclusive_group()
+    refits.add_argument("--refit", metavar="DIR", help="also drafts with the refit there")
+    refits.add_argument(
+        "--fit-tokens", type=int, metavar="T", help="also drafts with a refit to so many tokens, made now"
+    )
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-new-tokens", type=int, default=128)

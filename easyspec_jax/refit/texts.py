@@ -49,7 +49,9 @@ def answer_prompts(
     """
     sampling = replace(sampling, max_new_tokens=LENGTH)
     rows = min(ROWS, len(prompts))
-    engine.compile(prompts, sampling, chat=chat, batch_size=rows, bar=bar)
+    longest = max(len(engine.encode(prompt, chat)) for prompt in prompts)
+    engine.check_memory(longest + LENGTH, longest, rows, sampling)
+    engine.load(bar)
     ids: list[int] = []
     with bar("Answering", count) as advance:
         for answer in _answers(engine, prompts, sampling, chat, rows):
@@ -69,11 +71,19 @@ def answer_prompts(
 def _answers(
     engine: Engine, prompts: Sequence[str], sampling: SamplingParams, chat: bool, rows: int
 ) -> Iterator[list[int]]:
-    """Prompts with their answers; greedy ones would be the same again."""
-    for turn in itertools.count() if sampling.temperature else range(1):
-        own = replace(sampling, seed=(sampling.seed + turn * len(prompts)) % 2**32)
-        for completion in engine.generate(prompts, own, chat=chat, batch_size=rows):
-            yield completion.prompt_ids + completion.token_ids
+    """Prompts with their answers, in order; greedy ones would be the same again."""
+    asked = (
+        engine.row(prompt, replace(sampling, seed=(sampling.seed + turn * len(prompts) + number) % 2**32), chat=chat)
+        for turn in (itertools.count() if sampling.temperature else range(1))
+        for number, prompt in enumerate(prompts)
+    )
+    early: dict[int, list[int]] = {}
+    following = 0
+    for number, completion in engine.complete_each(asked, rows):
+        early[number] = completion.prompt_ids + completion.token_ids
+        while following in early:
+            yield early.pop(following)
+            following += 1
 
 
 def _cut(ids: Sequence[int], count: int) -> Int[np.ndarray, "texts tokens"]:

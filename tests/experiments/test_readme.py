@@ -2,25 +2,14 @@
 
 import json
 
+import pytest
+
 from experiments.output import RESULTS
-from experiments.readme import losses, machine_line, main, page
+from experiments.readme import machine_line, main, page, section
 
 
 def test_the_page_is_what_the_results_make():
     assert (RESULTS.parent / "README.md").read_text(encoding="utf-8") == page(RESULTS)
-
-
-def test_losses_are_against_the_exact_draft():
-    common = {"temperature": 0.0, "tree_width": 1}
-    rows = [
-        common | {"lp_size": 1, "calibration": True, "refit": False, "acceptance_rate": 0.75},
-        common | {"lp_size": 2, "calibration": True, "refit": False, "acceptance_rate": 0.5},
-        common | {"lp_size": 2, "calibration": True, "refit": True, "acceptance_rate": 0.625},
-        common | {"lp_size": 2, "calibration": True, "acceptance_rate": 0.1, "temperature": 0.8},
-    ]
-    exact, pair = losses({"results": rows})
-    assert exact["α, calibrated"] == 0.75 and exact["α, refit"] is None
-    assert (pair["loss, calibrated"], pair["loss, refit"]) == (0.25, 0.125)
 
 
 def test_a_file_that_nobody_knows_has_a_section_too(tmp_path):
@@ -40,3 +29,25 @@ def test_a_file_that_nobody_knows_has_a_section_too(tmp_path):
 def test_accelerators_are_named():
     machine = {"platform": "gpu", "device_kind": "NVIDIA H100", "devices": 8, "cores": 64}
     assert machine_line(machine) == "8 × NVIDIA H100"
+
+
+def test_parts_may_be_of_several_commands(tmp_path):
+    machine = {"platform": "cpu", "device_kind": "cpu", "devices": 1, "cores": 2}
+    row = {"name": "plain step", "seconds": 0.004, "floor_seconds": 0.001, "share_of_bandwidth": 0.25}
+    parts = {
+        name: {"command": f"measure --only {name}", "machine": machine, "results": [row]}
+        for name in ("target", "draft")
+    }
+    path = tmp_path / "bench_roofline_h200-8b-1b.json"
+    path.write_text(json.dumps({"shape": "h200-8b-1b", "parts": parts}))
+    text = section(path)
+    assert text.startswith("## Passes and rounds against the machine's bandwidth: h200-8b-1b\n")
+    assert "`measure --only target`; `measure --only draft`; 2-core CPU; [JSON](" in text
+    assert "| target | plain step | 4.00 | 1.00 | 0.250 |" in text
+
+
+@pytest.mark.parametrize("fields", [{"devices": 8}, {}])
+def test_a_machine_half_known_is_not_named(tmp_path, fields):
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({"machine": fields, "results": []}))
+    assert section(path) == "## other\n\n[JSON](results/other.json).\n"

@@ -1,0 +1,26 @@
+"""Tables are what was measured, in words."""
+
+from experiments.readme_tables import checkpoints, losses
+
+
+def test_losses_are_against_the_exact_draft():
+    common = {"temperature": 0.0, "tree_width": 1}
+    rows = [
+        common | {"lp_size": 1, "calibration": True, "refit": False, "acceptance_rate": 0.75},
+        common | {"lp_size": 2, "calibration": True, "refit": False, "acceptance_rate": 0.5},
+        common | {"lp_size": 2, "calibration": True, "refit": True, "acceptance_rate": 0.625},
+        common | {"lp_size": 2, "calibration": True, "acceptance_rate": 0.1, "temperature": 0.8},
+    ]
+    exact, pair = losses({"results": rows})
+    assert exact["α, calibrated"] == 0.75 and exact["α, refit"] is None
+    assert (pair["loss, calibrated"], pair["loss, refit"]) == (0.25, 0.125)
+
+
+def test_of_several_runs_the_median_and_the_most_memory():
+    def runs(*seconds):
+        return [{"seconds": taken, "peak_bytes": taken * 2**30} for taken in seconds]
+
+    measured = {"bytes": 5e8, "convert": runs(1, 4, 2), "copy": runs(1), "open": {"orbax, mesh 8": runs(3)[0]}}
+    rows = checkpoints(measured)
+    assert [row["what"] for row in rows] == ["conversion", "copy of the files", "opening, orbax, mesh 8"]
+    assert (rows[0]["GB"], rows[0]["seconds"], rows[0]["GiB held at most"]) == (0.5, 2, 4)
