@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from easyspec_jax.drawing import INK, dress_bars, png
-from experiments.output import draw_again
+from experiments.output import draw_again, pair_title
 from experiments.timeline import runs
 
 if TYPE_CHECKING:
@@ -31,8 +31,9 @@ def _figure(measured: dict[str, Any]) -> "Figure":
     rows = measured["results"]
     lanes = max(len(row["lanes"]) for row in rows)
     figure = Figure(figsize=(12, 1.8 + len(rows) * (0.75 + 0.21 * lanes)), dpi=120, layout="constrained")
-    pair = "the bundled pair" if measured["bundled"] else f"{measured['target']}, drafted by {measured['draft']}"
-    figure.suptitle(f"One round on every device: {pair}, --mesh {measured['mesh']}", weight="bold", size=13)
+    figure.suptitle(
+        f"One round on every device: {pair_title(measured)}, --mesh {measured['mesh']}", weight="bold", size=13
+    )
     panels = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
     for axes, row in zip(panels, rows, strict=True):
         _panel(axes, row)

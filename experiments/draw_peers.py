@@ -10,7 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from easyspec_jax.drawing import INK, SOFT, WHITE, dress_bars, png
-from experiments.output import draw_again
+from experiments.output import draw_again, pair_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +31,7 @@ def _figure(measured: dict[str, Any]) -> "Figure":
     rows = [row for row in measured["results"] if "missing" not in row]
     missing = [f"{row['name']}: {row['missing']}" for row in measured["results"] if "missing" in row]
     figure = Figure(figsize=(9, 1.9 + 0.42 * len(rows)), dpi=120, layout="constrained")
-    figure.suptitle(f"{measured['target']}, drafted by {measured['draft']}", weight="bold", size=13)
+    figure.suptitle(pair_title(measured), weight="bold", size=13)
     axes: Any = figure.subplots()
     for place, row in enumerate(rows):
         ratios = row["over_plain"]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from easyspec_jax.drawing import INK, dress_bars, png
-from experiments.output import draw_again
+from experiments.output import draw_again, pair_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,8 +24,7 @@ def _figure(measured: dict[str, Any]) -> "Figure":
 
     rows = measured["results"]
     figure = Figure(figsize=(9, 1.8 + 0.36 * len(rows)), dpi=120, layout="constrained")
-    title = f"{measured['target']}, drafted by {measured['draft']}, --mesh {measured['mesh']}"
-    figure.suptitle(title, weight="bold", size=13)
+    figure.suptitle(f"{pair_title(measured)}, --mesh {measured['mesh']}", weight="bold", size=13)
     speed, length = figure.subplots(1, 2, sharey=True)
     panels = (
         (speed, "speed over plain decoding", "speedup", SPEED, [row["speedup_deviation"] for row in rows]),

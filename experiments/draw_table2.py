@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from easyspec_jax.drawing import INK, dress_bars, png
-from experiments.output import draw_again
+from experiments.output import draw_again, pair_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,8 +31,7 @@ def _figure(measured: dict[str, Any]) -> "Figure":
     rows = measured["results"]
     temperatures = list(dict.fromkeys(row["temperature"] for row in rows))
     figure = Figure(figsize=(9, 1.4 + 2.4 * len(temperatures)), dpi=120, layout="constrained")
-    title = f"{measured['target']}, drafted by {measured['draft']}, --mesh {measured['mesh']}"
-    figure.suptitle(title, weight="bold", size=13)
+    figure.suptitle(f"{pair_title(measured)}, --mesh {measured['mesh']}", weight="bold", size=13)
     panels = figure.subplots(len(temperatures), 1, squeeze=False, sharex=True)[:, 0]
     for temperature, axes in zip(temperatures, panels, strict=True):
         _draw_panel(axes, [row for row in rows if row["temperature"] == temperature])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from easyspec_jax.drawing import dress_bars, png
-from experiments.output import draw_again
+from experiments.output import draw_again, pair_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,8 +32,7 @@ def _figure(measured: dict[str, Any]) -> "Figure":
         "speed over plain decoding": [row["speedup"] for row in rows],
     }
     figure = Figure(figsize=(11, 1.6 + 0.36 * len(rows)), dpi=120, layout="constrained")
-    title = f"{measured['target']}, drafted by {measured['draft']}, --mesh {measured['mesh']}"
-    figure.suptitle(title, weight="bold", size=13)
+    figure.suptitle(f"{pair_title(measured)}, --mesh {measured['mesh']}", weight="bold", size=13)
     for axes, (name, values) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
         axes.barh(range(len(rows)), values, color=[COLORS[row["at_once"]] for row in rows], height=0.62)
         for place, value in enumerate(values):

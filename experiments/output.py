@@ -81,6 +81,11 @@ def machine(platform: str | None = None) -> dict[str, Any]:
     }
 
 
+def pair_title(measured: Mapping[str, Any]) -> str:
+    """Whose results these are."""
+    return "the bundled pair" if measured.get("bundled") else f"{measured['target']}, drafted by {measured['draft']}"
+
+
 def as_json(measured: Mapping[str, Any]) -> str:
     """One line for every field and every row of the results."""
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in measured.items() if name != "results"]

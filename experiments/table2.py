@@ -42,11 +42,8 @@ class Way:
     engine: Engine
 
 
-def open_ways(args: argparse.Namespace, refit: str | None) -> list[Way]:
-    """The paper's columns, the first of which all others are compared with; refit: the directory of one, for a last.
-
-    Raises EasySpecError as open_model does.
-    """
+def open_ways(args: argparse.Namespace) -> list[Way]:
+    """The paper's columns, the first of which all others are compared with. Raises EasySpecError as open_model does."""
     levels, width = args.num_speculative_tokens, args.tree_width
     chain = open_pair(args, SpeculativeConfig(method="sd", num_speculative_tokens=levels))
     tree = SpeculativeConfig(method="tree", num_speculative_tokens=levels, tree_width=width)
@@ -58,8 +55,9 @@ def open_ways(args: argparse.Namespace, refit: str | None) -> list[Way]:
         Way("+tree", chain.variant(tree)),
         Way(f"EasySpec, N = {args.lp_size}", chain.variant(fuzzy, shape)),
     ]
-    if refit is not None:
-        ways.append(Way(f"EasySpec, N = {args.lp_size}, refit", chain.variant(replace(fuzzy, refit=refit), shape)))
+    with refit_of(args) as refit:
+        if refit is not None:
+            ways.append(Way(f"EasySpec, N = {args.lp_size}, refit", chain.variant(replace(fuzzy, refit=refit), shape)))
     if chain.mesh.size == 1:
         return [Way(ONE_DEVICE, ways[0].engine), *ways[1:]]
     return [Way(ONE_DEVICE, open_pair(args, SpeculativeConfig(method="vanilla"), mesh="1")), *ways]
@@ -161,9 +159,7 @@ def with_phases(row: dict[str, Any], shares: dict[str, float]) -> dict[str, Any]
 
 def measure(args: argparse.Namespace, questions: Sequence[Question]) -> list[dict[str, Any]]:
     """All rows: temperature by temperature, set by set, way by way."""
-    with refit_of(args) as refit:
-        ways = open_ways(args, refit)
-    rows = []
+    ways, rows = open_ways(args), []
     drafted = [way for way in ways if way.engine.draft is not None] if args.profile_phases else []
     for temperature in args.temperatures:
         sampling = SamplingParams(temperature, seed=args.seed, max_new_tokens=args.max_new_tokens)
