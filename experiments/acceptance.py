@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> None:
     out = destination(args)
     rows = measure_grid(args, prompts)
     print_tables(rows)
-    fields = settings(args, "prompt_file", "refit") | names(args) | {"bundled": args.target is None, "prompts": prompts}
+    fields = settings(args, "prompt_file", "refit") | names(args) | {"prompts": prompts}
     publish(out, fields, rows, draw)
 
 

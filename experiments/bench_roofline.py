@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or RESULTS / f"bench_roofline_{args.shape}.json"
     parts = saved(out, args.shape)
     bench = opened(args)
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "only", "shape", "command")}
+    settings = output.settings(args, "only", "shape", "command")
     told = {"command": args.command, "machine": machine(bench), "dtype": bench.dtype.name, "settings": settings}
     Console().print(", ".join(f"{name} {value}" for name, value in told["machine"].items()))
     for name in (name for name in PARTS if name in args.only):

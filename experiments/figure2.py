@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> None:
     rows = measure(args)
     print_table(rows)
     notes = NOTES["any"] + NOTES.get(jax.devices(args.platform)[0].platform, [])
-    fields = settings(args, "questions") | names(args) | {"bundled": args.target is None, "notes": notes}
+    fields = settings(args, "questions") | names(args) | {"notes": notes}
     publish(args.out, fields, rows, draw)
 
 

@@ -71,14 +71,18 @@ def machine(platform: str | None = None) -> dict[str, Any]:
     import jax
 
     devices = jax.devices(platform)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "platform": devices[0].platform,
         "device_kind": devices[0].device_kind,
         "devices": len(devices),
-        "cores": cores,
+        "cores": cores(),
         "jax": jax.__version__,
     }
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pair_title(measured: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from easyspec_jax import Engine, SpeculativeConfig, demo, open_model
 from easyspec_jax.command import Parser, read_prompts
@@ -43,6 +44,7 @@ def questions_of(args: argparse.Namespace) -> list[Question]:
     return read_questions(args.questions or HERE / "questions.jsonl")
 
 
-def names(args: argparse.Namespace) -> dict[str, str]:
-    """What the models are called."""
-    return {name: Path(getattr(args, name) or getattr(demo, name.upper())).name for name in ("target", "draft")}
+def names(args: argparse.Namespace) -> dict[str, Any]:
+    """What the models are called, and whether they are the bundled pair."""
+    called = {name: Path(getattr(args, name) or getattr(demo, name.upper())).name for name in ("target", "draft")}
+    return called | {"bundled": args.target is None}

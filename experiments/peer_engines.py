@@ -16,7 +16,8 @@ from convert.shards import HUGGING_FACE
 from convert.stream import convert
 from easyspec_jax.checkpoint import open_checkpoint
 from experiments.gguf_file import write_gguf
-from experiments.roofline_texts import cores, torch_device
+from experiments.output import cores
+from experiments.roofline_texts import torch_device
 
 Complete = Callable[[Sequence[int]], list[int]]
 """From a prompt's ids to the generated ones, a stop token included."""

@@ -25,10 +25,9 @@ from easyspec_jax.command import Parser, cache_compilations
 from easyspec_jax.progress import bar
 from experiments.divergence import NextLogits, divergence, first_difference, next_logits
 from experiments.draw_peers import draw
-from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.output import RESULTS, cores, prepare, publish, run_experiment, settings, show
 from experiments.pair import add_flags, names, open_pair, questions_of
 from experiments.peer_engines import EXACT, Complete, Peer, Task, open_peers
-from experiments.roofline_texts import cores
 
 PLAIN = "plain"
 
@@ -190,7 +189,7 @@ def run(args: argparse.Namespace) -> None:
         rows, measured = measure(args, Path(directory))
     print_table(rows)
     fields = settings(args, "questions", "target", "draft", "gguf") | measured | names(args)
-    publish(args.out, fields | {"bundled": args.target is None}, rows, draw)
+    publish(args.out, fields, rows, draw)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,6 +22,7 @@ from easyspec_jax.sampling.noise import Purpose, noise_keys, uniform
 from easyspec_jax.sampling.shards import argmax
 from easyspec_jax.tree import Tree, deepest
 from easyspec_jax.verify import Greedy, Request, Verdict
+from experiments.output import cores
 from experiments.roofline_models import Fields, Synthetic, torch_model
 
 
@@ -167,11 +168,6 @@ def release(device: str) -> None:
         import torch
 
         torch.cuda.empty_cache()
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def host_memory() -> int:

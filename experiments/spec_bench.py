@@ -141,8 +141,7 @@ def run(args: argparse.Namespace) -> None:
         lines = (json.dumps(pair[way].as_dict(f"{called['target']}-{label}", time.time())) for pair in pairs)
         write_whole(path, "".join(f"{line}\n" for line in lines).encode())
     print_table(rows)
-    fields = settings(args, "questions", "answers") | called | {"bundled": args.target is None}
-    fields["refit"] = engine.refit is not None
+    fields = settings(args, "questions", "answers") | called | {"refit": engine.refit is not None}
     publish(args.out, fields, rows, draw)
 
 

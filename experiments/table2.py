@@ -203,7 +203,7 @@ def run(args: argparse.Namespace) -> None:
     prepare(args.out)
     rows = measure(args, questions)
     print_table(rows)
-    fields = settings(args, "questions", "refit") | names(args) | {"bundled": args.target is None}
+    fields = settings(args, "questions", "refit") | names(args)
     publish(args.out, fields, rows, draw)
 
 

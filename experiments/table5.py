@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
     prepare(args.out)
     rows = measure(args)
     print_table(rows)
-    publish(args.out, settings(args, "questions") | names(args) | {"bundled": args.target is None}, rows, draw)
+    publish(args.out, settings(args, "questions") | names(args), rows, draw)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
