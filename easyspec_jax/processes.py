@@ -179,29 +179,30 @@ def joined(program: str, place: Place, command: Any) -> Iterator[None]:
     links, address = _gather(place, digest) if place.process_id == 0 else _report(place, digest)
     watch = Watch(program, place.process_id, links)
     _joined = place, watch
-    try:
-        # Gloo answers to whoever calls first: two programs in flight would meet each other's collectives.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
-        jax.config.update("jax_enable_preemption_service", False)  # it ignores SIGTERM
-        jax.distributed.initialize(
-            address,
-            place.num_processes,
-            place.process_id,
-            local_device_ids=place.local_device_ids,
-            cluster_detection_method="deactivate",
-            initialization_timeout=int(START),
-            shutdown_timeout_seconds=int(START),
-            coordinator_bind_address=address,
-        )
-        with _spoken_for(place.process_id == 0):
+    with ExitStack() as muted:
+        try:
+            # Gloo answers to whoever calls first: two programs in flight would meet each other's collectives.
+            jax.config.update("jax_cpu_enable_async_dispatch", False)
+            jax.config.update("jax_enable_preemption_service", False)  # it ignores SIGTERM
+            jax.distributed.initialize(
+                address,
+                place.num_processes,
+                place.process_id,
+                local_device_ids=place.local_device_ids,
+                cluster_detection_method="deactivate",
+                initialization_timeout=int(START),
+                shutdown_timeout_seconds=int(START),
+                coordinator_bind_address=address,
+            )
+            muted.enter_context(_spoken_for(place.process_id == 0))
             yield
-    except BaseException as error:
-        # A collective that failed is one or the other; the watch is about to say whose fault it is.
-        if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and "RESOURCE_EXHAUSTED" not in str(error):
-            time.sleep(SILENCE + BEAT)
-        code = 130 if isinstance(error, KeyboardInterrupt) else 0 if isinstance(error, BrokenPipeError) else 2
-        watch.stop(first_line(error) if isinstance(error, Exception) else "it was interrupted", code)
-        raise
+        except BaseException as error:
+            # A collective that failed is one or the other; the watch is about to say whose fault it is.
+            if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and "RESOURCE_EXHAUSTED" not in str(error):
+                time.sleep(SILENCE + BEAT)  # muted still: JAX complains meanwhile
+            code = 130 if isinstance(error, KeyboardInterrupt) else 0 if isinstance(error, BrokenPipeError) else 2
+            watch.stop(first_line(error) if isinstance(error, Exception) else "it was interrupted", code)
+            raise
     watch.meet("done")
     jax.distributed.shutdown()
     _joined = None

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from easyspec_jax import checkpoint, processes
@@ -84,6 +85,22 @@ def test_a_killed_process_ends_the_others_with_one_line(model, victim):
         f"easyspec_jax.generate: error: process {victim} has died or cannot be reached any more; "
         "this process stops too\n"
     )
+
+
+def test_what_jax_says_while_the_watch_is_waited_for_is_not_heard(monkeypatch, capfd):
+    # A collective can fail before the watch sees that its process has died; JAX then has time to complain.
+    waited, stopped = [], []
+    monkeypatch.setattr(processes, "_joined", None)
+    monkeypatch.setattr(processes, "_report", lambda place, digest: ({}, "localhost:1"))
+    monkeypatch.setattr(processes, "Watch", lambda *_: SimpleNamespace(stop=lambda *words: stopped.append(words)))
+    monkeypatch.setattr(processes.time, "sleep", lambda seconds: waited.append(os.write(2, b"Terminating process")))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
+    with pytest.raises(ValueError, match="Gloo"), processes.joined("program", Place("localhost:1", 2, 1), None):
+        raise ValueError("Gloo: connection closed by peer")
+    os.write(2, b"afterwards")
+    assert waited and stopped == [("Gloo: connection closed by peer", 2)]
+    assert capfd.readouterr().err == "afterwards"
 
 
 def test_the_layer_axis_stays_inside_a_process_as_far_as_it_fits():
