@@ -127,9 +127,9 @@ def measured(engine: Engine, speculative: SpeculativeConfig, texts: Texts, count
     model = load_draft(engine.loader(engine.target, ALL_AXES), layout, refit)
     overlap, agree = fidelity(model, engine.mesh, texts, counted)
     return {
-        "lp_size": speculative.lp_size,
+        "lp_size": speculative.lp_size if speculative.lp_strategy is None else layout.lp_size,
         "groups": format_layout(layout),
-        "mlp_lp_size": speculative.mlp_lp_size,
+        "mlp_lp_size": max(layout.mlp_lp_sizes),
         "collectives": layout.collectives,
         "sequential_mlps": layout.sequential_mlps,
         "refit": refit is not None,

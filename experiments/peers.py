@@ -119,7 +119,9 @@ def open_ours(args: argparse.Namespace) -> dict[str, Engine]:
     levels = args.num_speculative_tokens
     chain = open_pair(args, SpeculativeConfig(method="sd", num_speculative_tokens=levels))
     fuzzy = SpeculativeConfig(num_speculative_tokens=levels, lp_size=args.lp_size)
-    return {PLAIN: chain.baseline(), "sd": chain, f"easyspec, N = {args.lp_size}": chain.variant(fuzzy)}
+    grouped = chain.variant(fuzzy)
+    name = f"easyspec, N = {args.lp_size}" + (", refit" if grouped.refit is not None else "")
+    return {PLAIN: chain.baseline(), "sd": chain, name: grouped}
 
 
 def measure(args: argparse.Namespace, directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:

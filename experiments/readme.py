@@ -20,6 +20,7 @@ from experiments.readme_tables import (
     by_category,
     by_devices,
     checkpoints,
+    choices,
     collectives,
     cosines,
     engines,
@@ -49,7 +50,13 @@ SECTIONS: dict[str, tuple[str, Tabulate]] = {
     "spec_bench": ("Table 3: questions in Spec-Bench's form", by_category),
     "spec_bench_smollm2": ("Table 3: SmolLM2-135M-Instruct as its own draft", by_category),
     "table4": ("Table 4: what groups approximate", cosines),
+    "table4_smollm2": ("Table 4: SmolLM2-135M-Instruct, six prompts", cosines),
+    "table4_smollm2_unseen": (
+        "Table 4: SmolLM2-135M-Instruct, ten prompts that no fit and no choice has seen",
+        cosines,
+    ),
     "frontier": ("Fidelity against collectives", frontier),
+    "frontier_smollm2": ("Fidelity against collectives: SmolLM2-135M-Instruct", frontier),
     "table5": ("Table 5: attentions or whole layers at once", speeds),
     "table6": ("Table 6: steps a second by the number of devices", by_devices),
     "table8": ("Table 8: other pairs", speeds),
@@ -59,6 +66,8 @@ SECTIONS: dict[str, tuple[str, Tabulate]] = {
     "acceptance_demo_refit": ("Acceptance with a refit: the bundled pair", losses),
     "acceptance": ("Acceptance", losses),
     "acceptance_refit": ("Acceptance with a refit: SmolLM2-135M-Instruct as its own draft", losses),
+    "tune_check": ("What tune chooses, among all candidates", choices),
+    "tune_check_smollm2": ("What tune chooses: SmolLM2-135M-Instruct as its own draft", choices),
     "simulate": ("Simulation: machines that are not here (estimates)", predictions),
     "two_processes": ("Two processes, a core each", collectives),
     "two_processes_smollm2": ("Two processes, a core each: SmolLM2-135M-Instruct", collectives),
@@ -107,6 +116,8 @@ def section(path: Path) -> str:
         name = subject(measured)
     parts = [f"## {name}", told(path, measured)]
     parts += [f"*{line}*" for name in ("assumptions", "notes") for line in measured.get(name, [])]
+    if measured.get("refit") is True:
+        parts.append("*Drafted with the refit that lay beside the draft.*")
     if table := tabulate(measured):
         parts.append(markdown(table))
     if path.with_suffix(".png").exists():

@@ -8,18 +8,24 @@ Table = list[dict[str, Any]]
 
 
 def speeds(measured: Mapping[str, Any]) -> Table:
-    """Of table2 and table8: a row for every way, whatever of these figures it has."""
+    """Of table2, table5 and table8: a row for every way, whatever of these figures it has."""
     columns = {
         "temperature": "T", "set": "set", "target": "target", "draft": "draft", "way": "way", "acceptance_rate": "α",
-        "step_seconds": "seconds a draft step", "seconds_per_100_tokens": "s/100 tokens", "drafting": "drafting",
+        "step_seconds": "ms a draft step", "seconds_per_100_tokens": "s/100 tokens", "drafting": "drafting",
         "verification": "verification", "speedup": "speed-up", "speedup_deviation": "± over prompts",
         "phases_over_round": "phases/round",
     }  # fmt: skip
     named = [name for name in columns if any(name in row for row in measured["results"])]
     return [
-        {columns[name]: row.get(name) for name in named} | {"T": f"{row['temperature']:g}"}
+        {columns[name]: _in_milliseconds(row, name) for name in named} | {"T": f"{row['temperature']:g}"}
         for row in measured["results"]
     ]
+
+
+def _in_milliseconds(row: Mapping[str, Any], name: str) -> Any:
+    """A figure of a row; those that are far below a second, times 1,000."""
+    value = row.get(name)
+    return 1e3 * value if name == "step_seconds" and value is not None else value
 
 
 def by_category(measured: Mapping[str, Any]) -> Table:
@@ -49,6 +55,14 @@ def cosines(measured: Mapping[str, Any]) -> Table:
     ]
 
 
+def choices(measured: Mapping[str, Any]) -> Table:
+    """Of tune_check: a row a mesh."""
+    names = {"mesh": "mesh", "seconds": "seconds of tuning", "choice": "choice", "choice_over_plain": "over plain",
+             "candidates": "candidates swept", "fastest": "the fastest", "fastest_over_plain": "its gain over plain",
+             "share_of_fastest": "choice over the fastest"}  # fmt: skip
+    return [{label: row[name] for name, label in names.items()} for row in measured["results"]]
+
+
 def frontier(measured: Mapping[str, Any]) -> Table:
     """Of frontier."""
     return [
@@ -61,18 +75,24 @@ def frontier(measured: Mapping[str, Any]) -> Table:
 
 
 def losses(measured: Mapping[str, Any]) -> Table:
-    """Of acceptance: greedy chains, α by N for each kind of draft, and what is lost against the exact draft."""
-    chains = [row for row in measured["results"] if row["temperature"] == 0 and row["tree_width"] == 1]
-    exact = next((row["acceptance_rate"] for row in chains if row["lp_size"] == 1), None)
+    """Of acceptance: α at temperature 0 by width and N for each kind of draft, and the loss against the exact draft."""
+    greedy = [row for row in measured["results"] if row["temperature"] == 0]
+    kinds, sizes, widths = (
+        list(dict.fromkeys(values))
+        for values in (map(kind, greedy), (row["lp_size"] for row in greedy), (row["tree_width"] for row in greedy))
+    )
     table = []
-    for size in dict.fromkeys(row["lp_size"] for row in chains):
-        own = {kind(row): row["acceptance_rate"] for row in chains if row["lp_size"] == size}
-        shown: dict[str, Any] = {"N": "1, exact" if size == 1 else size}
-        for name in dict.fromkeys(map(kind, chains)):
-            shown[f"α, {name}"] = own.get(name)
-            if size > 1 and exact is not None and name in own:
-                shown[f"loss, {name}"] = exact - own[name]
-        table.append(shown)
+    for width in widths:
+        rows = [row for row in greedy if row["tree_width"] == width]
+        exact = next((row["acceptance_rate"] for row in rows if row["lp_size"] == 1), None)
+        for size in sizes:
+            own = {kind(row): row["acceptance_rate"] for row in rows if row["lp_size"] == size}
+            shown: dict[str, Any] = {"width": width, "N": "1, exact" if size == 1 else size}
+            for name in kinds:
+                shown[f"α, {name}"] = own.get(name)
+                if size > 1 and exact is not None and name in own:
+                    shown[f"loss, {name}"] = exact - own[name]
+            table.append(shown)
     names = list(dict.fromkeys(name for row in table for name in row))
     return [{name: row.get(name) for name in names} for row in table]
 

@@ -1,32 +1,34 @@
-"""Is the choice of tune the best there is? `python -m experiments.tune_check [--target DIR --draft DIR] --mesh 8`.
+"""Is the choice of tune the best there is? `python -m experiments.tune_check [--target DIR --draft DIR] --meshes 1 8`.
 
-Tunes; then decodes with every candidate of a grid, each beside plain decoding; then lets the choice and the best of the
-grid alternate five times, and prints by how much the choice falls short of the fastest. What is not on the grid
-(other numbers of levels) is not tried.
+On each mesh: tunes; then decodes with every candidate of a grid, each beside plain decoding; then lets the choice, the
+best of the grid and plain decoding alternate five times, which says by how much the choice falls short of the fastest.
+What is not on the grid (other numbers of levels) is not tried.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.table import Table
 
 from easyspec_jax import Engine
-from easyspec_jax.command import Parser, cache_compilations, run_command
+from easyspec_jax.command import Parser, cache_compilations
 from easyspec_jax.mesh import parse_mesh
-from easyspec_jax.options import SpeculativeConfig
+from easyspec_jax.options import SamplingParams, SpeculativeConfig
 from easyspec_jax.progress import bar
 from easyspec_jax.refit.store import refit_sizes
 from easyspec_jax.tune.bench import Sample
 from easyspec_jax.tune.candidates import Candidate, Space, candidates
 from easyspec_jax.tune.confirm import alternate, confirmed
-from easyspec_jax.tune.store import Choice, describe, label
-from easyspec_jax.tune.tuning import default_sample, open_pair, tune
-from experiments.output import check_destination, save
+from easyspec_jax.tune.store import label
+from easyspec_jax.tune.tuning import MAX_NEW_TOKENS, default_sample, open_pair, tune
+from experiments.draw_tune_check import draw
+from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.pair import names
 
 ALTERNATIONS = 5
 
@@ -52,9 +54,9 @@ def sweep(engine: Engine, sample: Sample, grid: Sequence[Candidate], times: int)
     return gains
 
 
-def check(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that was found. Raises EasySpecError as tune does."""
-    engine = open_pair(args.target, args.draft, args.mesh, None, None, "auto")
+def check(args: argparse.Namespace, mesh: str) -> dict[str, Any]:
+    """What was found on one mesh: tokens a second, gains over plain decoding. Raises EasySpecError as tune()."""
+    engine = open_pair(args.target, args.draft, mesh, None, None, "auto")
     assert engine.draft is not None
     layers = engine.draft.config.num_hidden_layers
     space = Space(
@@ -64,9 +66,10 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
         mlp_lp_sizes=args.mlp_lp_sizes,
         refits=refit_sizes(engine.draft.directory),
     )
-    grid = [c for c in candidates(args.mesh, layers, space) if c.speculative.num_speculative_tokens in args.levels]
+    grid = [c for c in candidates(mesh, layers, space) if c.speculative.num_speculative_tokens in args.levels]
     sample = default_sample(engine, bundled=args.target is None)
-    tuned = tune(engine, args.mesh, sample, space, bar=bar)
+    sample = replace(sample, sampling=SamplingParams(max_new_tokens=args.max_new_tokens))
+    tuned = tune(engine, mesh, sample, space, bar=bar)
     gains = sweep(engine, sample, grid, args.times)
     best = sorted(gains, key=lambda candidate: gains[candidate], reverse=True)[: args.best]
     chosen = Candidate(parse_mesh(tuned.choice.mesh), tuned.choice.speculative)
@@ -76,52 +79,61 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
         own.compile(sample.prompts, sample.sampling, chat=sample.chat)
     ways = {candidate: partial(speed, own, sample) for candidate, own in engines.items()}
     speeds = confirmed(alternate(ways, ALTERNATIONS, lambda number: True), plain)
+    fastest = max(speeds, key=lambda candidate: speeds[candidate])
     return {
-        "mesh": args.mesh,
+        "mesh": mesh,
         "seconds": tuned.seconds,
-        "choice": describe(tuned.choice),
         "candidates": len(grid),
-        "fastest": describe(_as_choice(max(speeds, key=lambda c: speeds[c]), speeds, plain)),
+        "choice": _name(chosen),
+        "choice_over_plain": speeds[chosen] / speeds[plain],
+        "fastest": _name(fastest),
+        "fastest_over_plain": speeds[fastest] / speeds[plain],
+        "share_of_fastest": speeds[chosen] / speeds[fastest],
         "speeds": {_name(candidate): value for candidate, value in speeds.items()},
-        "share_of_fastest": speeds[chosen] / max(speeds.values()),
         "gains": {_name(candidate): gain for candidate, gain in gains.items()},
     }
 
 
-def _as_choice(candidate: Candidate, speeds: dict[Candidate, float], plain: Candidate) -> Choice:
-    return Choice(_mesh(candidate), candidate.speculative, speeds[candidate], speeds[plain])
-
-
-def _mesh(candidate: Candidate) -> str:
-    return f"layer={candidate.shape.layer},tensor={candidate.shape.tensor}"
-
-
 def _name(candidate: Candidate) -> str:
-    levels = candidate.speculative.num_speculative_tokens
-    return f"{label(candidate.speculative)}, {levels} levels, {_mesh(candidate)}"
+    """In a line of a table; one device has no split to tell of."""
+    if candidate.speculative.method == "vanilla":
+        return "plain decoding"
+    split = f" on layer={candidate.shape.layer},tensor={candidate.shape.tensor}" if candidate.shape.size > 1 else ""
+    return f"{label(candidate.speculative)}, {candidate.speculative.num_speculative_tokens} levels{split}"
 
 
-def _run(args: argparse.Namespace) -> None:
-    check_destination(args.out)
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """What was found, a row a mesh."""
+    table = Table("mesh", "seconds", "choice", "over plain", "fastest of all", "over plain", "share", box=None)
+    for row in rows:
+        (own, gain), (other, most) = ((row[name], f"{row[f'{name}_over_plain']:.2f}") for name in ("choice", "fastest"))
+        table.add_row(row["mesh"], f"{row['seconds']:.0f}", own, gain, other, most, f"{row['share_of_fastest']:.2f}")
+    show(table)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Tunes and sweeps on each mesh, prints, writes the JSON and draws it."""
+    prepare(args.out)
     cache_compilations()
-    found = check(args)
-    save(args.out, json.dumps(found, indent=1) + "\n")
-    Console().print({name: value for name, value in found.items() if name != "gains"})
+    rows = [check(args, mesh) for mesh in args.meshes]
+    print_table(rows)
+    publish(args.out, settings(args) | names(args), rows, draw)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.tune_check", description=__doc__)
     parser.add_argument("--target", help="default: the bundled pair")
     parser.add_argument("--draft")
-    parser.add_argument("--mesh", default="1")
+    parser.add_argument("--meshes", nargs="+", default=["1", "8"], metavar="MESH")
     parser.add_argument("--lp-sizes", type=int, nargs="+", default=[1, 2, 3, 4, 7])
     parser.add_argument("--mlp-lp-sizes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tree-widths", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--levels", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
     parser.add_argument("--times", type=int, default=3, help="that each candidate of the sweep runs")
     parser.add_argument("--best", type=int, default=3, help="of the sweep, beside which the choice is run again")
-    parser.add_argument("--out", type=Path, required=True, help="JSON to write")
-    return run_command("experiments.tune_check", parser, _run, argv)
+    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="of each prompt")
+    parser.add_argument("--out", type=Path, default=RESULTS / "tune_check.json")
+    return run_experiment("experiments.tune_check", parser, run, argv)
 
 
 if __name__ == "__main__":

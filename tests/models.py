@@ -12,14 +12,15 @@ from numpy.typing import ArrayLike
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from easyspec_jax.checkpoint import Checkpoint
-from easyspec_jax.draft.grouping import Layout
+from easyspec_jax.checkpoint import Checkpoint, open_checkpoint
+from easyspec_jax.draft.grouping import Layout, layout_of
 from easyspec_jax.mesh import ALL_AXES, Axes, MeshShape, open_mesh
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import Decoder
+from easyspec_jax.options import SpeculativeConfig
 from easyspec_jax.refit.sites import stale_sites
-from easyspec_jax.refit.store import Held
+from easyspec_jax.refit.store import DIRECTORY, Held, path_of, save
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -135,17 +136,29 @@ def load_target(from_: Loader) -> Decoder:
     return from_.decoder([from_.layer(index) for index in range(from_.config.num_hidden_layers)])
 
 
-def some_refit(checkpoint: Checkpoint, layout: Layout) -> Held:
-    """Projections for fuzzy passes that are not the checkpoint's, biases and norms included."""
+def some_refit(checkpoint: Checkpoint, layout: Layout, noise: float = 1.0) -> Held:
+    """Projections for fuzzy passes that are not the checkpoint's, biases and norms included; noise: how far from it."""
     random = np.random.default_rng(7)
     tensors: dict[str, np.ndarray] = {}
     for site in stale_sites(layout):
-        tensors[f"{site.norm}.weight"] = random.uniform(0.5, 1.5, checkpoint.config.hidden_size).astype(np.float32)
+        norm = checkpoint.source.read(f"{site.norm}.weight").astype(np.float32)
+        tensors[f"{site.norm}.weight"] = norm * random.uniform(1 - noise / 2, 1 + noise / 2, norm.size).astype(
+            np.float32
+        )
         for part in site.parts:
             weight = checkpoint.source.read(f"{part}.weight").astype(np.float32)
-            tensors[f"{part}.weight"] = weight + 0.05 * random.normal(size=weight.shape).astype(np.float32)
-            tensors[f"{part}.bias"] = 0.1 * random.normal(size=len(weight)).astype(np.float32)
+            tensors[f"{part}.weight"] = weight + 0.05 * noise * random.normal(size=weight.shape).astype(np.float32)
+            tensors[f"{part}.bias"] = 0.1 * noise * random.normal(size=len(weight)).astype(np.float32)
     return Held(tensors)
+
+
+def add_refit(draft: Path, lp_size: int, directory: Path | None = None, noise: float = 1.0) -> str:
+    """Writes some_refit() for --lp-size where it is looked for, or into another directory; returns the directory."""
+    opened, speculative = open_checkpoint(draft), SpeculativeConfig(lp_size=lp_size)
+    layout = layout_of(speculative, opened.config.num_hidden_layers)
+    path = path_of(directory or draft / DIRECTORY, speculative, layout)
+    save(path, some_refit(opened, layout, noise).tensors, layout, opened)
+    return str(path.parent)
 
 
 def partition_specs(tree: Any) -> Any:

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from easyspec_jax.generate import main
-from tests.models import LAYERS, byte_tokenizer, save_model
+from tests.models import LAYERS, add_refit, byte_tokenizer, save_model
 
 STATS = {
     "rounds", "drafted", "accepted", "acceptance_rate", "mean_acceptance_length", "accepted_per_position",
     "prefill_seconds", "decode_seconds", "tokens_per_second",
 }  # fmt: skip
+SAMPLED = ["--method", "easyspec", "--temperature", "0.8", "--top-k", "50"]
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +247,7 @@ def test_five_lines_of_python(model):
         engine.generate(["a"], batch_size=0)
 
 
-def test_a_stop_string_ends_the_text_the_same_way_for_every_method(model, arguments, capsys):
+def test_a_stop_string_ends_the_text_the_same_way_for_every_method(model, arguments, capsys, tmp_path):
     """And what lies past it counts neither as drafted nor as accepted."""
 
     def output(*flags: str):
@@ -261,8 +262,9 @@ def test_a_stop_string_ends_the_text_the_same_way_for_every_method(model, argume
     assert plain["finish_reason"] == "stop"
     assert len(plain["token_ids"]) < len(whole["token_ids"])
     assert plain["token_ids"] == whole["token_ids"][: len(plain["token_ids"])]
-    for method in ("sd", "easyspec"):
-        cut = output("--stop", stop, "--method", method)
+    refit = add_refit(model[0], 3, tmp_path)
+    for flags in (["--method", "sd"], [], ["--refit", refit]):
+        cut = output("--stop", stop, *flags)
         assert (cut["text"], cut["token_ids"]) == (plain["text"], plain["token_ids"])
         stats = cut["stats"]
         assert stats["accepted"] <= stats["drafted"]
@@ -314,13 +316,14 @@ def test_progress_and_text_share_a_terminal(arguments, terminal):
 
 @pytest.mark.parametrize(
     "flags",
-    [["--method", "vanilla"], ["--method", "easyspec", "--temperature", "0.8", "--top-k", "50"]],
-    ids=["plain", "sampled"],
+    [["--method", "vanilla"], SAMPLED, [*SAMPLED, "--refit"]],
+    ids=["plain", "sampled", "refit"],
 )
-def test_a_batch_changes_no_text(arguments, capsys, flags):
+def test_a_batch_changes_no_text(model, arguments, capsys, tmp_path, flags):
     """Five prompts of different lengths, one of which ends early, alone and in batches of 3, the last one short."""
     prompts = ["a", "b" * 150, "Hello", "wörld", "x y z"]
-    flags = [*flags, *(flag for prompt in prompts for flag in ("--prompt", prompt))]
+    refit = [add_refit(model[0], 3, tmp_path)] if flags[-1] == "--refit" else []
+    flags = [*flags, *refit, *(flag for prompt in prompts for flag in ("--prompt", prompt))]
 
     def objects(batch_size):
         assert main([*arguments, *flags, "--json", "--batch-size", batch_size]) == 0

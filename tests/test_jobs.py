@@ -15,7 +15,7 @@ from easyspec_jax.decode.loop import PREFILL_CHUNK, Programs
 from easyspec_jax.generate import main
 from easyspec_jax.jobs import open_results, read_items, run_job
 from easyspec_jax.options import Method
-from tests.models import save_model
+from tests.models import add_refit, save_model
 
 PLAIN = SamplingParams(max_new_tokens=10)
 POISON = "~"
@@ -34,8 +34,8 @@ def models(tmp_path_factory):
     return directory, poisoned
 
 
-def engine_of(target, draft, method: Method = "easyspec"):
-    speculative = SpeculativeConfig(method=method, num_speculative_tokens=3, lp_size=3)
+def engine_of(target, draft, method: Method = "easyspec", refit="none"):
+    speculative = SpeculativeConfig(method=method, num_speculative_tokens=3, lp_size=3, refit=refit)
     return open_model(target, draft, speculative=speculative)
 
 
@@ -44,10 +44,9 @@ def engine(models):
     return engine_of(models[0], models[0])
 
 
-@pytest.mark.parametrize("method", ["vanilla", "sd", "tree", "easyspec"])
-def test_refilled_rows_are_what_they_are_alone(models, method):
+def check_refilled_rows(models, method: Method = "easyspec", refit="none"):
     """More texts than rows, of all lengths, each with its own sampling; one prompt is longer than a chunk."""
-    engine = engine_of(models[0], models[0], method)
+    engine = engine_of(models[0], models[0], method, refit)
     wanted = [
         ("x" * size, SamplingParams(temperature=0.5 + size / 100, seed=size, max_new_tokens=limit))
         for size, limit in ((1, 3), (150, 9), (20, 30), (7, 1), (40, 12), (3, 20))
@@ -58,6 +57,15 @@ def test_refilled_rows_are_what_they_are_alone(models, method):
     for number, (prompt, sampling) in enumerate(wanted):
         (alone,) = engine.generate([prompt], sampling)
         assert (found[number].token_ids, found[number].finish_reason) == (alone.token_ids, alone.finish_reason)
+
+
+@pytest.mark.parametrize("method", ["vanilla", "sd", "tree", "easyspec"])
+def test_refilled_rows_are_what_they_are_alone(models, method):
+    check_refilled_rows(models, method)
+
+
+def test_refilled_rows_are_what_they_are_alone_with_a_refit(models, tmp_path):
+    check_refilled_rows(models, refit=add_refit(models[0], 3, tmp_path, noise=0.1))
 
 
 @pytest.mark.parametrize("which", ["target", "draft"])
@@ -93,7 +101,7 @@ def test_a_report_of_the_text_before_would_be_found(models, monkeypatch):
     right = Batch.step
     monkeypatch.setattr(Batch, "step", step)
     with pytest.raises((AssertionError, IndexError)):  # other tokens, or the end before the first
-        test_refilled_rows_are_what_they_are_alone(models, "easyspec")
+        check_refilled_rows(models)
 
 
 def test_a_row_entered_with_the_noise_of_another_would_be_found(models, monkeypatch):
@@ -106,7 +114,7 @@ def test_a_row_entered_with_the_noise_of_another_would_be_found(models, monkeypa
         ),
     )
     with pytest.raises(AssertionError):
-        test_refilled_rows_are_what_they_are_alone(models, "easyspec")
+        check_refilled_rows(models)
 
 
 LINES = [

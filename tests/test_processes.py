@@ -19,16 +19,18 @@ from easyspec_jax.generate import main
 from easyspec_jax.mesh import MeshShape, spread
 from easyspec_jax.processes import Place, find_place
 from tests.conftest import CACHE
-from tests.models import save_model
+from tests.models import add_refit, save_model
 from tests.worker import CountingSource, decode
 
 ROOT = Path(__file__).parents[1]
 VERIFIERS = ["rejection", "coupled"]
 WAYS = [
     {"method": method, "verifier": verifier, "num_speculative_tokens": 2, "tree_width": width, "lp_size": 2}
+    | {"refit": "auto" if verifier == "coupled" else "none"}
     for method, width, verifiers in (("vanilla", 1, [None]), ("tree", 2, VERIFIERS), ("easyspec", 2, VERIFIERS))
     for verifier in verifiers
 ]
+"""Groups without a refit by rejection, with one coupled."""
 
 
 def free_address() -> str:
@@ -47,6 +49,7 @@ def start(command: list[str], **options) -> subprocess.Popen[str]:
 def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
     save_model(directory, "llama3", vocab_size=260, eos_token_id=3, num_hidden_layers=3)
+    add_refit(directory, 2, noise=0.1)
     return str(directory)
 
 

@@ -42,7 +42,7 @@ def refit(args: argparse.Namespace, speculative: SpeculativeConfig, sampling: Sa
     layout = layout_of(speculative, draft.config.num_hidden_layers)
     if layout.lp_size == 1:
         raise EasySpecError("in groups of one layer nothing is stale; give an --lp-size of at least 2")
-    path = path_of(args.out or draft.directory / DIRECTORY, speculative)
+    path = path_of(args.out or draft.directory / DIRECTORY, speculative, layout)
     path.parent.mkdir(parents=True, exist_ok=True)
     check_writable(path)
     found = _resumed(path, draft) if args.resume else None

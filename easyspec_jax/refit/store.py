@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,13 +36,15 @@ class Held:
         return self.tensors[name][window]
 
 
-def path_of(directory: Path, speculative: SpeculativeConfig) -> Path:
-    """The file that holds a refit for these groups; whoever names a size only takes those that the refit has chosen."""
-    name = speculative.lp_strategy or f"lp{speculative.lp_size}"
+def path_of(directory: Path, speculative: SpeculativeConfig, layout: Layout) -> Path:
+    """Where a refit is written. Whoever names a size only takes what groups the refit chose; layout: what is named."""
+    if speculative.lp_strategy is None:
+        mlps = f"_mlp{speculative.mlp_lp_size}" if speculative.mlp_lp_size > 1 else ""
+        return directory / f"lp{speculative.lp_size}{mlps}.safetensors"
+    name = format_layout(layout)
     if len(name) > 100:  # file names end somewhere
         name = hashlib.sha256(name.encode()).hexdigest()[:16]
-    mlps = f"_mlp{speculative.mlp_lp_size}" if speculative.mlp_lp_size > 1 else ""
-    return directory / f"{name}{mlps}.safetensors"
+    return directory / f"{name}.safetensors"
 
 
 def refit_sizes(draft: Path) -> frozenset[tuple[int, int]]:
@@ -99,6 +102,21 @@ def refit_shapes(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dict[
     return expected
 
 
+def _find(directory: Path, speculative: SpeculativeConfig, layout: Layout) -> Path:
+    """The file with a refit for these groups; explicit ones are known by what the file says, not by its name."""
+    path = path_of(directory, speculative, layout)
+    if path.is_file() or speculative.lp_strategy is None:
+        return path
+    alike = (file for file in sorted(directory.glob("*.safetensors")) if _groups_in(file) == format_layout(layout))
+    return next(alike, path)
+
+
+def _groups_in(path: Path) -> str | None:
+    with suppress(SafetensorError, OSError), safe_open(path, framework="numpy") as file:
+        return (file.metadata() or {}).get("groups")
+    return None
+
+
 def choose_layout(speculative: SpeculativeConfig, draft: Checkpoint) -> tuple[Layout, TensorSource | None]:
     """The groups to draft with, and their refit, if there is any.
 
@@ -108,7 +126,7 @@ def choose_layout(speculative: SpeculativeConfig, draft: Checkpoint) -> tuple[La
     if speculative.refit == "none" or layout.lp_size == 1:
         return layout, None
     beside = draft.directory / DIRECTORY
-    path = path_of(beside if speculative.refit == "auto" else Path(speculative.refit), speculative)
+    path = _find(beside if speculative.refit == "auto" else Path(speculative.refit), speculative, layout)
     if path.is_file():
         found, refit = load(path, draft)
         if speculative.lp_strategy is None or found == layout:

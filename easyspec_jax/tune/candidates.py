@@ -63,8 +63,9 @@ class Space:
 
     @classmethod
     def of(cls, num_layers: int, refits: Set[tuple[int, int]] = frozenset()) -> "Space":
-        """What is tried by default for a draft of so many layers."""
-        return cls([size for size in LP_SIZES if size <= num_layers], refits=refits)
+        """What is tried by default for a draft of so many layers, which has these refits."""
+        sizes = {size for size in LP_SIZES if size <= num_layers} | {lp_size for lp_size, _ in refits}
+        return cls(sorted(sizes), refits=refits)
 
     def check(self, num_layers: int) -> None:
         """Raises EasySpecError for what no draft of so many layers can be."""

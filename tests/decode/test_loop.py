@@ -101,8 +101,9 @@ def test_greedy_text_by_trees_is_plain_decoding(pair, plain, mesh, levels, width
     assert texts(programs(pair, config, mesh, refit=refit))[0] == plain
 
 
-def test_greedy_text_with_a_replicated_draft(pair, plain):
-    assert texts(programs(pair, replace(GREEDY, width=3), MeshShape(2, 2), axes=()))[0] == plain
+@pytest.mark.parametrize("refit", [False, True])
+def test_greedy_text_with_a_replicated_draft(pair, plain, refit):
+    assert texts(programs(pair, replace(GREEDY, width=3), MeshShape(2, 2), axes=(), refit=refit))[0] == plain
 
 
 def test_a_wider_tree_accepts_more(pair):
@@ -126,14 +127,14 @@ def test_acceptance_falls_from_exact_to_fuzzy_and_without_calibration(pair):
     assert 1.0 > rate(3, calibration=True) > rate(3, calibration=False) > 0.0
 
 
-@pytest.mark.parametrize("calibration", [True, False])
-def test_a_stop_token_ends_its_row_alone(pair, plain, calibration):
+@pytest.mark.parametrize("calibration, refit", [(True, False), (False, False), (True, True)])
+def test_a_stop_token_ends_its_row_alone(pair, plain, calibration, refit):
     """A token from the middle of one text as stop token: rows end right behind its first occurrence."""
     stop = plain[1][30]
     config = replace(GREEDY, stop_ids=(stop, 299), calibration=calibration)
     ended = [text[: text.index(stop) + 1] if stop in text else text for text in plain]
     assert len(ended[1]) < len(plain[1])
-    assert texts(programs(pair, config))[0] == ended
+    assert texts(programs(pair, config, refit=refit))[0] == ended
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5, 6])
@@ -141,6 +142,12 @@ def test_limits_are_kept_to_the_token(pair, plain, limit):
     rows, drafted, accepted = texts(programs(pair, GREEDY, own_draft=True, lp_size=1), limits=[limit] * 3)
     assert rows == [text[:limit] for text in plain]
     assert drafted == accepted
+
+
+def test_limits_are_kept_to_the_token_with_a_refit(pair, plain):
+    limits = [1, 2, 6]
+    rows, _, _ = texts(programs(pair, GREEDY, refit=True), limits=limits)
+    assert rows == [text[:limit] for text, limit in zip(plain, limits, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -213,8 +220,9 @@ def test_a_row_does_not_depend_on_its_neighbours(pair, temperature, refit):
         assert alone == [together[row]]
 
 
-def test_sampled_text_depends_on_the_seed_alone(pair):
-    run = programs(pair, replace(GREEDY, verifier=Rejection()), MeshShape(2, 2))
+@pytest.mark.parametrize("refit", [False, True])
+def test_sampled_text_depends_on_the_seed_alone(pair, refit):
+    run = programs(pair, replace(GREEDY, verifier=Rejection()), MeshShape(2, 2), refit=refit)
     first, again, other = (texts(run, sampling=SamplingParams(temperature=1.0, seed=seed))[0] for seed in (1, 1, 9))
     assert first == again != other
 
@@ -253,15 +261,15 @@ def test_no_round_of_one_stream_copies_a_cache(pair, config):
     assert re.findall(rf"= (f32\[[\d,]*,{capacity},{head_dim}\])\S* copy\(", text) == []
 
 
-@pytest.mark.parametrize("levels, width", [(0, 1), (4, 1), (3, 3)])
-def test_caches_that_grow_change_no_token(pair, levels, width, monkeypatch):
+@pytest.mark.parametrize("levels, width, refit", [(0, 1, False), (4, 1, False), (3, 3, False), (3, 3, True)])
+def test_caches_that_grow_change_no_token(pair, levels, width, refit, monkeypatch):
     """From the least that a round needs, several times over, against caches that are large from the start."""
     config = replace(GREEDY, levels=levels, width=width, verifier=Rejection())
     sampling, limits = SamplingParams(temperature=0.8, seed=5), [150, 300, 200]
-    run = programs(pair, config)
+    run = programs(pair, config, refit=refit)
     expected = texts(run, limits=limits, sampling=sampling)[0]
     monkeypatch.setattr(room, "AHEAD", 1)
-    grown = programs(pair, config)
+    grown = programs(pair, config, refit=refit)
     assert texts(grown, limits=limits, sampling=sampling)[0] == expected
     assert grown._extend._cache_size() >= 1  # pyright: ignore[reportFunctionMemberAccess]
 

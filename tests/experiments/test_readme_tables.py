@@ -11,8 +11,10 @@ def test_losses_are_against_the_exact_draft():
         common | {"lp_size": 2, "calibration": True, "refit": True, "acceptance_rate": 0.625},
         common | {"lp_size": 2, "calibration": True, "acceptance_rate": 0.1, "temperature": 0.8},
     ]
-    exact, pair = losses({"results": rows})
+    wide = [common | {"tree_width": 4, "lp_size": 1, "calibration": True, "refit": False, "acceptance_rate": 0.875}]
+    exact, pair, exact_tree, _ = losses({"results": [*rows, *wide]})
     assert exact["α, calibrated"] == 0.75 and exact["α, refit"] is None
+    assert (exact["width"], exact_tree["width"], exact_tree["α, calibrated"]) == (1, 4, 0.875)
     assert (pair["loss, calibrated"], pair["loss, refit"]) == (0.25, 0.125)
 
 

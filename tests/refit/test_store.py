@@ -24,7 +24,7 @@ def directory(draft, tmp_path):
     copy = tmp_path / "draft"
     shutil.copytree(draft[0].directory, copy)
     opened = open_checkpoint(copy)
-    save(path_of(copy / DIRECTORY, ASKED), some_refit(opened, CHOSEN).tensors, CHOSEN, opened)
+    save(path_of(copy / DIRECTORY, ASKED, CHOSEN), some_refit(opened, CHOSEN).tensors, CHOSEN, opened)
     return copy
 
 
@@ -57,18 +57,30 @@ def test_other_groups_go_without(directory, other):
 def test_explicit_groups_have_a_refit_of_their_own(directory):
     asked = SpeculativeConfig(lp_strategy="0,1-7")
     opened, layout = open_checkpoint(directory), layout_of(asked, LAYERS)
-    save(path_of(directory / DIRECTORY, asked), some_refit(opened, layout).tensors, layout, opened)
+    path = path_of(directory / DIRECTORY, asked, layout)
+    save(path, some_refit(opened, layout).tensors, layout, opened)
     assert choose_layout(asked, opened)[1] is not None
     other = SpeculativeConfig(lp_strategy="0-1,2-7")
-    path_of(directory / DIRECTORY, asked).rename(path_of(directory / DIRECTORY, other))
+    path.rename(path_of(directory / DIRECTORY, other, layout_of(other, LAYERS)))
     with pytest.raises(EasySpecError, match=r"is for the groups 0,1-7; run easyspec_jax\.refit again"):
         choose_layout(other, opened)
+
+
+@pytest.mark.parametrize(
+    "strategy, mlp_lp_size", [("0-1,2-4x2,5-7", 1), (" 0-1, 2-4x2, 5-7 ", 1), ("0-1x1,2-4,5-7x1", 2)]
+)
+def test_explicit_groups_are_known_whatever_the_file_is_called(directory, strategy, mlp_lp_size):
+    (directory / DIRECTORY / "damaged.safetensors").write_bytes(b"no refit")
+    asked = SpeculativeConfig(lp_strategy=strategy, mlp_lp_size=mlp_lp_size)
+    layout, refit = choose_layout(asked, open_checkpoint(directory))
+    assert layout == CHOSEN
+    assert refit is not None
 
 
 def test_a_digest_changes_with_what_is_held(directory, draft):
     digests = [refit_digest(draft[0].directory), refit_digest(directory)]
     opened = open_checkpoint(directory)
-    save(path_of(directory / DIRECTORY, ASKED), {"other": np.zeros(1, np.float32)}, CHOSEN, opened)
+    save(path_of(directory / DIRECTORY, ASKED, CHOSEN), {"other": np.zeros(1, np.float32)}, CHOSEN, opened)
     digests.append(refit_digest(directory))
     assert len(set(digests)) == 3
 
@@ -84,7 +96,7 @@ def test_changed_weights_are_noticed(directory):
 
 @pytest.mark.parametrize("damage", ["truncated", "no metadata", "missing tensor", "wrong shape", "other groups"])
 def test_a_damaged_refit_is_refused(directory, damage):
-    path = path_of(directory / DIRECTORY, ASKED)
+    path = path_of(directory / DIRECTORY, ASKED, CHOSEN)
     opened = open_checkpoint(directory)
     tensors = load_file(path)
     good = {"groups": "0-1,2-4x2,5-7", "draft": opened.fingerprint}

@@ -67,6 +67,7 @@ def test_refits_are_taken_where_there_are_any():
 def test_small_drafts_have_smaller_groups_by_default():
     assert list(Space.of(3).lp_sizes) == [1, 2, 3]
     assert list(Space.of(30).lp_sizes) == [1, 2, 3, 4, 7]
+    assert list(Space.of(30, refits=frozenset({(5, 1), (14, 2)})).lp_sizes) == [1, 2, 3, 4, 5, 7, 14]
 
 
 @pytest.mark.parametrize(

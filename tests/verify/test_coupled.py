@@ -10,7 +10,7 @@ import pytest
 from easyspec_jax.generate import main
 from easyspec_jax.verify import Coupled, Request
 from tests.helpers import goodness_of_fit
-from tests.models import save_model
+from tests.models import add_refit, save_model
 from tests.verify.markov import make_request, softmax
 
 DRAWS, TOKENS = 60_000, 11
@@ -63,5 +63,7 @@ def test_one_seed_is_one_text(models, capsys, truncation):
     assert plain[0] != plain[1]
     assert ids(*own, "--method", "sd") == plain
     assert ids(*other, "--method", "tree", "--tree-nodes", "9") == plain
-    assert ids(*other, "--lp-size", "3", "--tree-width", "4", "--mesh", "8") == plain
+    fuzzy = (*other, "--lp-size", "3", "--tree-width", "4", "--mesh", "8")
+    assert ids(*fuzzy) == plain
+    assert ids(*fuzzy, "--refit", add_refit(models / "draft", 3, models / "refit")) == plain
     assert ids(*other, "--verifier", "rejection") != plain, "else this test says nothing about the verifier"
