@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -65,6 +66,8 @@ def cache_compilations() -> None:
     """A second run of the same models and mesh starts at once, unless JAX is told of another cache."""
     import jax
 
+    # An entry that somebody is writing, or was killed at, is compiled again, which is nothing to tell a user.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry", UserWarning)
     directory = cache_directory()
     if jax.config.jax_compilation_cache_dir is None and directory is not None:  # pyright: ignore[reportAttributeAccessIssue]
         with suppress(OSError):

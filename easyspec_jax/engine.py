@@ -23,7 +23,7 @@ from easyspec_jax.draft.grouping import Layout
 from easyspec_jax.draft.parallel import load_draft
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.memory import Job, check_memory, free_memory
-from easyspec_jax.mesh import ALL_AXES, Axes, MeshShape, open_mesh, parse_mesh
+from easyspec_jax.mesh import ALL_AXES, Axes, MeshShape, connect, open_mesh, parse_mesh
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import Decoder
@@ -126,6 +126,7 @@ class Engine:
             with bar("Loading draft"):
                 self._draft = load_draft(self.loader(self.draft, self._draft_axes), self.layout, self.refit)
         processes.meet()  # their disks may differ
+        connect(self.mesh)
         return target, self._draft
 
     @property

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -93,6 +94,19 @@ def spread(devices: Sequence[Any], shape: MeshShape, hosts: int) -> np.ndarray:
     layer = math.gcd(shape.layer, each)  # of one process
     blocks = chosen.reshape(shape.layer // layer, shape.tensor * layer // each, layer, each // layer)
     return blocks.transpose(0, 2, 1, 3).reshape(shape.layer, shape.tensor)
+
+
+@cache
+def connect(mesh: Mesh) -> None:
+    """Makes every group of devices' first collective; for several processes, to be called when all have just met.
+
+    Gloo gives the first collective of a group 30 s to be joined by all, who may compile for longer than each other.
+    """
+    if processes.count() == 1:
+        return
+    for axes in (ALL_AXES, (LAYER,), (TENSOR,)):
+        total = jax.shard_map(partial(jax.lax.psum, axis_name=axes), mesh=mesh, in_specs=P(), out_specs=P())
+        jax.block_until_ready(jax.jit(total)(replicated(np.ones(1, np.float32), mesh)))
 
 
 def replicated(x: ArrayLike, mesh: Mesh) -> jax.Array:

@@ -25,7 +25,7 @@ from easyspec_jax.errors import EasySpecError, first_line
 START = 60.0
 """Seconds that everybody has to come to the coordinator."""
 
-BEAT, SILENCE = 5.0, 25.0
+BEAT, SILENCE = 5.0, 60.0
 """Seconds between two signs of life, and without one until a process counts as dead."""
 
 _LONGEST_LINE = 4096
@@ -159,7 +159,7 @@ def count() -> int:
 
 
 def meet() -> None:
-    """Waits until all processes are here, however long that takes; Gloo gives them 30 s to come to a collective."""
+    """Waits until all processes are here, however long that takes."""
     if _joined is not None:
         _joined[1].meet()
 
@@ -203,8 +203,8 @@ def joined(program: str, place: Place, command: Any) -> Iterator[None]:
             code = 130 if isinstance(error, KeyboardInterrupt) else 0 if isinstance(error, BrokenPipeError) else 2
             watch.stop(first_line(error) if isinstance(error, Exception) else "it was interrupted", code)
             raise
-    watch.meet("done")
-    jax.distributed.shutdown()
+        watch.meet("done")
+        jax.distributed.shutdown()
     _joined = None
 
 

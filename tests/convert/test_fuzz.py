@@ -20,7 +20,7 @@ from tests.convert.test_faults import FIELDS
 
 GIB = 2**30
 FUZZ = settings(
-    max_examples=200, deadline=10_000, derandomize=True, database=None,
+    max_examples=200, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )  # fmt: skip
 
