@@ -1,6 +1,6 @@
 """Draws what experiments.frontier measured: `python -m experiments.draw_frontier JSON [--out PNG]`.
 
-A curve a depth, over the collectives of a fuzzy pass.
+A curve a depth, over the collectives of a fuzzy pass, through those layouts that no other beats at that depth.
 """
 
 import sys
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from easyspec_jax.drawing import png
-from experiments.output import draw_again
+from experiments.output import draft_title, draw_again
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ def _figure(measured: dict[str, Any]) -> "Figure":
     rows = measured["results"]
     kinds = [kind for kind in (False, True) if any(row["refit"] == kind for row in rows)]
     figure = Figure(figsize=(1.2 + 5.2 * len(kinds), 4.8), dpi=120, layout="constrained")
-    title = f"{measured['draft']}: what a fuzzy pass keeps\nby what it waits for"
+    title = f"What a fuzzy pass of {draft_title(measured)} keeps\nby what it waits for"
     figure.suptitle(title, weight="bold", size=13)
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for axes, kind in zip(panels, kinds, strict=True):
@@ -41,15 +41,22 @@ def _figure(measured: dict[str, Any]) -> "Figure":
 
 
 def _curves(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
-    """Of layouts with equally many collectives, the most faithful at the first depth."""
-    ordered = sorted(rows, key=lambda row: (row["collectives"], row["overlap"][0]))
-    frontier = list({row["collectives"]: row for row in ordered}.values())
-    places = [row["collectives"] for row in frontier]
+    places = [row["collectives"] for row in rows]
     for depth, (color, marker) in enumerate(LOOKS):
-        values = [row["overlap"][depth] for row in frontier]
-        axes.plot(places, values, color=color, marker=marker, linewidth=1.2, label=f"depth {depth + 1}")
+        values = [row["overlap"][depth] for row in rows]
+        axes.plot(places, values, marker, color=color, markersize=5, label=f"depth {depth + 1}")
+        axes.plot(*zip(*frontier(rows, depth), strict=True), color=color, linewidth=1.2)
     axes.set_xlabel("collectives of a fuzzy pass")
     axes.locator_params(axis="x", integer=True)
+
+
+def frontier(rows: Sequence[dict[str, Any]], depth: int) -> list[tuple[int, float]]:
+    """Collectives and overlap of what keeps more than everything with no more collectives, fewest first."""
+    found: list[tuple[int, float]] = []
+    for row in sorted(rows, key=lambda row: (row["collectives"], -row["overlap"][depth])):
+        if not found or row["overlap"][depth] > found[-1][1]:
+            found.append((row["collectives"], row["overlap"][depth]))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

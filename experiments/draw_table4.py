@@ -9,7 +9,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from easyspec_jax.drawing import SOFT, WHITE, png
-from experiments.output import draw_again
+from experiments.output import draft_title, draw_again
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ def _figure(measured: dict[str, Any]) -> "Figure":
     sizes = list(dict.fromkeys(row["lp_size"] for row in rows))
     looks = dict(zip(sizes, zip(cycle(COLORS), cycle(MARKERS), strict=False), strict=False))
     figure = Figure(figsize=(7, 4.8), dpi=120, layout="constrained")
-    title = f"{measured['draft']}: what fuzzy passes keep\nof the exact distribution"
+    title = f"What fuzzy passes of {draft_title(measured)} keep\nof its distribution"
     figure.suptitle(title, weight="bold", size=13)
     axes = figure.subplots()
     for row in rows:
@@ -44,10 +44,11 @@ def _figure(measured: dict[str, Any]) -> "Figure":
     axes.set_xlabel("draft depth")
     axes.set_ylabel("Σ min(p fuzzy, p exact)")
     handles = [Line2D([], [], color=c, marker=m, label=f"N = {size}") for size, (c, m) in looks.items()]
-    handles += [
-        Line2D([], [], color=SOFT, linestyle="-", marker="o", label="refit"),
-        Line2D([], [], color=SOFT, linestyle=(0, (4, 2)), marker="o", markerfacecolor=WHITE, label="plain"),
-    ]
+    if any(row["refit"] for row in rows):
+        handles += [
+            Line2D([], [], color=SOFT, linestyle="-", marker="o", label="refit"),
+            Line2D([], [], color=SOFT, linestyle=(0, (4, 2)), marker="o", markerfacecolor=WHITE, label="plain"),
+        ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
 

@@ -13,7 +13,7 @@ from experiments.output import draw_again
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLORS = {"sd": "#bdbdbd", "tree": "#e69f00", "easyspec": "#0072b2"}
+COLORS = {"sd": "#e2e2e2", "tree": "#e69f00", "easyspec": "#0072b2"}
 """Of Okabe and Ito, and far apart in grey."""
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from easyspec_jax.drawing import dress_bars, png
-from experiments.output import draw_again
+from experiments.output import draft_title, draw_again
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +25,7 @@ def _figure(measured: dict[str, Any]) -> "Figure":
 
     ways = list(dict.fromkeys(row["way"] for row in measured["results"]))
     figure = Figure(figsize=(10, 1.6 + 0.4 * len(ways)), dpi=120, layout="constrained")
-    figure.suptitle(f"A step of {measured['draft']} on two devices", weight="bold", size=13)
+    figure.suptitle(f"A step of {draft_title(measured)} on two devices", weight="bold", size=13)
     panels = figure.subplots(1, len(TITLES), sharey=True)
     for axes, (processes, title) in zip(panels, TITLES.items(), strict=True):
         rows = {row["way"]: row for row in measured["results"] if row["processes"] == processes}

@@ -1,24 +1,26 @@
 """Fidelity against collectives: `python -m experiments.frontier --draft DIR --chat [--refit DIR --lp-strategies S …]`.
 
 The more runs at once, the fewer collectives a fuzzy pass waits for, and the less it keeps of what the draft says. How
-much of the exact draft's distribution each layout leaves at each depth; with --refit DIR also with the refits there,
-which `python -m easyspec_jax.refit --lp-strategy S --out DIR` makes.
+much of the exact draft's distribution each layout leaves at each depth; with --refit DIR also with the refits there, of
+those layouts that have one, which `python -m easyspec_jax.refit --lp-strategy S --out DIR` makes.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from easyspec_jax import SpeculativeConfig
+from easyspec_jax import EasySpecError, SpeculativeConfig, demo
 from easyspec_jax.checkpoint import open_checkpoint
 from easyspec_jax.command import Parser, cache_compilations
-from easyspec_jax.draft.grouping import Layout, format_layout, paper_groups
+from easyspec_jax.draft.grouping import Layout, format_layout, layout_of, paper_groups
 from easyspec_jax.refit.fidelity import DEPTHS
+from easyspec_jax.refit.store import find
 from experiments.draw_frontier import draw
 from experiments.fidelity import add_flags, measure_all
 from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
@@ -31,6 +33,17 @@ def default_strategies(num_layers: int) -> list[str]:
         for lp_size, mlp_lp_size in product((2, 3, 4), (1, 2, 4))
     ]
     return [format_layout(layout) for layout in dict.fromkeys(layouts)]
+
+
+def ways(strategies: Sequence[str], refit: Path | None, num_layers: int) -> list[SpeculativeConfig]:
+    """Every layout as it is, and refitted where the directory has one for it. Raises EasySpecError if it has none."""
+    plain = [SpeculativeConfig(lp_strategy=strategy, refit="none") for strategy in strategies]
+    if refit is None:
+        return plain
+    held = [way for way in plain if find(refit, way, layout_of(way, num_layers)).is_file()]
+    if not held:
+        raise EasySpecError(f"--refit {refit} has none for these layouts; run easyspec_jax.refit --lp-strategy S")
+    return [*plain, *(replace(way, refit=str(refit)) for way in held)]
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
@@ -47,12 +60,11 @@ def run(args: argparse.Namespace) -> None:
     """Measures, prints, writes the JSON and draws it."""
     cache_compilations()
     prepare(args.out)
-    strategies = args.lp_strategies or default_strategies(open_checkpoint(args.draft).config.num_hidden_layers)
-    refits = ["none"] if args.refit is None else ["none", args.refit]
-    ways = [SpeculativeConfig(lp_strategy=strategy, refit=refit) for refit in refits for strategy in strategies]
-    rows = sorted(measure_all(args, ways), key=lambda row: (row["refit"], -row["collectives"]))
+    layers = open_checkpoint(args.draft).config.num_hidden_layers
+    asked = ways(args.lp_strategies or default_strategies(layers), args.refit, layers)
+    rows = sorted(measure_all(args, asked), key=lambda row: (row["refit"], -row["collectives"]))
     print_table(rows)
-    publish(args.out, settings(args, "prompts", "refit"), rows, draw)
+    publish(args.out, settings(args, "prompts", "refit") | {"bundled": args.draft == demo.DRAFT}, rows, draw)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_flags(parser)
     parser.add_argument("--lp-strategies", nargs="+", metavar="S",
                         help="default: the paper's groups of two to four, one, two or all MLPs at a time")  # fmt: skip
-    parser.add_argument("--refit", metavar="DIR", help="with a refit for each of the layouts")
+    parser.add_argument("--refit", type=Path, metavar="DIR", help="with a refit for some of the layouts")
     parser.add_argument("--out", type=Path, default=RESULTS / "frontier.json")
     return run_experiment("experiments.frontier", parser, run, argv)
 

@@ -90,6 +90,11 @@ def pair_title(measured: Mapping[str, Any]) -> str:
     return "the bundled pair" if measured.get("bundled") else f"{measured['target']}, drafted by {measured['draft']}"
 
 
+def draft_title(measured: Mapping[str, Any]) -> str:
+    """Whose draft these results are of."""
+    return "the bundled draft" if measured.get("bundled") else str(measured["draft"])
+
+
 def as_json(measured: Mapping[str, Any]) -> str:
     """One line for every field and every row of the results."""
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in measured.items() if name != "results"]

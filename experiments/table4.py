@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from easyspec_jax import SpeculativeConfig
+from easyspec_jax import SpeculativeConfig, demo
 from easyspec_jax.command import Parser, cache_compilations
 from easyspec_jax.refit.fidelity import DEPTHS
 from experiments.draw_table4 import draw
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     prepare(args.out)
     rows = measure_all(args, speculations(args))
     print_table(rows)
-    publish(args.out, settings(args, "prompts", "refit"), rows, draw)
+    publish(args.out, settings(args, "prompts", "refit") | {"bundled": args.draft == demo.DRAFT}, rows, draw)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

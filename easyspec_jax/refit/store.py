@@ -102,8 +102,11 @@ def refit_shapes(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dict[
     return expected
 
 
-def _find(directory: Path, speculative: SpeculativeConfig, layout: Layout) -> Path:
-    """The file with a refit for these groups; explicit ones are known by what the file says, not by its name."""
+def find(directory: Path, speculative: SpeculativeConfig, layout: Layout) -> Path:
+    """The file with a refit for these groups, which may not exist; layout: of the flags.
+
+    Explicit groups are known by what the file says, not by its name.
+    """
     path = path_of(directory, speculative, layout)
     if path.is_file() or speculative.lp_strategy is None:
         return path
@@ -126,7 +129,7 @@ def choose_layout(speculative: SpeculativeConfig, draft: Checkpoint) -> tuple[La
     if speculative.refit == "none" or layout.lp_size == 1:
         return layout, None
     beside = draft.directory / DIRECTORY
-    path = _find(beside if speculative.refit == "auto" else Path(speculative.refit), speculative, layout)
+    path = find(beside if speculative.refit == "auto" else Path(speculative.refit), speculative, layout)
     if path.is_file():
         found, refit = load(path, draft)
         if speculative.lp_strategy is None or found == layout:

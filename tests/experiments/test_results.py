@@ -58,6 +58,12 @@ def test_the_readme_has_the_speeds_that_were_measured(way, row):
     assert f"| {row} | {median(ratios):.2f} |" in README
 
 
+@pytest.mark.parametrize("name", ["table2", "table2_smollm2"])
+def test_phases_make_up_a_round(name):
+    results = json.loads((RESULTS / f"{name}.json").read_text())["results"]
+    assert max(abs(row.get("phases_over_round", 1) - 1) for row in results) < 0.2
+
+
 def test_the_picture_is_of_the_round_that_is_drawn_today():
     shape = draw_round.Round(draw_round.paper_groups(12, 4), draw_round.parse_mesh("4", 4), 5)
     assert shape.title in (ROOT / "docs" / "round.svg").read_text(encoding="utf-8")

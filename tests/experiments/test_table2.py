@@ -5,7 +5,7 @@ import json
 import pytest
 
 from experiments import draw_table2
-from experiments.table2 import ONE_DEVICE, TENSOR_PARALLEL, main
+from experiments.table2 import ONE_DEVICE, TENSOR_PARALLEL, apart, main
 from tests.models import save_model
 
 QUESTIONS = [
@@ -54,6 +54,15 @@ def test_rows_agree_with_themselves(measured):
     exact = next(row for row in rows if row["way"] == "+sd")
     assert exact["acceptance_rate"] == 1
     assert exact["rounds_per_100_tokens"] == pytest.approx(100 / 3)
+
+
+def test_phases_that_do_not_make_a_round_are_told():
+    common = {"temperature": 0.0, "way": "+sd"}
+    near, far, unprofiled = common | {"phases_over_round": 1.15}, common | {"phases_over_round": 0.75}, common
+    assert apart([near, unprofiled], "cpu") == []
+    (line,) = apart([far, far], "cpu")
+    assert "+sd, T = 0: phases take 0.75 of the round" in line and "20%" in line
+    assert len(apart([near], "gpu")) == 1
 
 
 def test_the_same_results_are_the_same_picture(measured, tmp_path):
