@@ -26,7 +26,7 @@ from easyspec_jax.refit.distill import distill
 from easyspec_jax.refit.fidelity import DEPTHS, fidelity
 from easyspec_jax.refit.fit import fit
 from easyspec_jax.refit.sites import Tensors
-from easyspec_jax.refit.store import DIRECTORY, Held, load, path_of, save
+from easyspec_jax.refit.store import DIRECTORY, Held, find, load, path_of, save
 from easyspec_jax.refit.texts import LENGTH, answer_prompts, read_texts, write_texts
 
 HELD_OUT = 0.1
@@ -42,10 +42,11 @@ def refit(args: argparse.Namespace, speculative: SpeculativeConfig, sampling: Sa
     layout = layout_of(speculative, draft.config.num_hidden_layers)
     if layout.lp_size == 1:
         raise EasySpecError("in groups of one layer nothing is stale; give an --lp-size of at least 2")
-    path = path_of(args.out or draft.directory / DIRECTORY, speculative, layout)
+    directory = args.out or draft.directory / DIRECTORY
+    path = path_of(directory, speculative, layout)
     path.parent.mkdir(parents=True, exist_ok=True)
     check_writable(path)
-    found = _resumed(path, draft) if args.resume else None
+    found = _resumed(find(directory, speculative, layout), draft) if args.resume else None
     engine = _open(args, layout)
     texts = _texts(args, engine, sampling)
     held_out = max(1, round(HELD_OUT * len(texts)))

@@ -14,6 +14,7 @@ from experiments import draw_round
 ROOT = Path(experiments.__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+REFIT = (ROOT / "docs" / "refit.md").read_text(encoding="utf-8")
 CARD = (demo.TARGET.parent / "README.md").read_text(encoding="utf-8")
 
 
@@ -56,6 +57,22 @@ def test_the_readme_has_the_speeds_that_were_measured(way, row):
     results = json.loads((RESULTS / "peers.json").read_text())["results"]
     (ratios,) = (result["over_plain"] for result in results if result["name"] == way)
     assert f"| {row} | {median(ratios):.2f} |" in README
+
+
+def overlaps(name):
+    """At each depth as the documents write it, by layers at once and whether with a refit."""
+    results = json.loads((RESULTS / f"{name}.json").read_text())["results"]
+    return {
+        (row["lp_size"], row["refit"]): " ".join(f"{overlap:.3f}"[1:] for overlap in row["overlap"]) for row in results
+    }
+
+
+def test_the_documents_have_what_refits_keep():
+    six, unseen = overlaps("table4_smollm2"), overlaps("table4_smollm2_unseen")
+    assert six.keys() == unseen.keys()
+    for size in {size for size, _ in six}:
+        cells = [found[size, refit] for found in (six, unseen) for refit in (False, True)]
+        assert f"| {size} | {' | '.join(cells)} |" in REFIT
 
 
 @pytest.mark.parametrize("name", ["table2", "table2_smollm2"])
