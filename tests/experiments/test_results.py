@@ -75,6 +75,20 @@ def test_the_documents_have_what_refits_keep():
         assert f"| {size} | {' | '.join(cells)} |" in REFIT
 
 
+def test_a_refit_of_the_bundled_draft_loses_at_most_half_as_much():
+    """Where all drafts make the same texts; rejection makes other ones with each."""
+    results = json.loads((RESULTS / "acceptance_demo_refit.json").read_text())["results"]
+    same = [row for row in results if row["verifier"] != "rejection"]
+    exact, plain, refit = (
+        sum(row["acceptance_rate"] for row in same if row["draft"] == draft)
+        for draft in ("exact", "N = 4", "N = 4, refit")
+    )
+    assert exact - refit <= (exact - plain) / 2
+    for draft in ("exact", "N = 4", "N = 4, refit"):
+        for row in results:
+            assert row["draft"] != draft or f"{row['acceptance_rate']:.3f}"[1:] in REFIT
+
+
 @pytest.mark.parametrize("name", ["table2", "table2_smollm2"])
 def test_phases_make_up_a_round(name):
     results = json.loads((RESULTS / f"{name}.json").read_text())["results"]
