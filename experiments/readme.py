@@ -38,9 +38,9 @@ from experiments.readme_tables import (
 INTRODUCTION = """# Results
 
 Written by `python -m experiments.readme` out of the files in [results](results); `python -m experiments.run --quick`
-measures all that its steps name and writes this page anew. α is the share of drafted positions that the target accepts. A
-tree keeps the likeliest texts of each level, among which the target's next token may no longer be; so a model that drafts a
-tree for itself stays below 1, where a chain does not.
+measures all that its steps name and writes this page anew. α is the share of drafted positions that the target accepts.
+A tree keeps the likeliest texts of each level, among which the target's next token may no longer be; so a model that
+drafts a tree for itself stays below 1, where a chain does not.
 """
 
 
