@@ -14,7 +14,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import jax
 import numpy as np
 from rich.table import Table
 
@@ -29,7 +28,7 @@ from easyspec_jax.refit.__main__ import main as fit_refit
 from easyspec_jax.terminal import print_note
 from easyspec_jax.timing import alone, alternate, pass_case, round_case
 from experiments.draw_table2 import draw
-from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.output import RESULTS, machine, prepare, publish, run_experiment, settings, show
 from experiments.pair import add_flags, names, open_pair, questions_of
 from experiments.questions import Question
 
@@ -218,9 +217,10 @@ def run(args: argparse.Namespace) -> None:
     prepare(args.out)
     rows = measure(args, questions)
     print_table(rows)
-    fields = settings(args, "questions", "refit") | names(args) | {"notes": apart(rows, jax.default_backend())}
-    for note in fields["notes"]:
+    notes = apart(rows, machine(args.platform)["platform"])
+    for note in notes:
         print_note(note)
+    fields = settings(args, "questions", "refit") | names(args) | {"notes": notes}
     publish(args.out, fields, rows, draw)
 
 
