@@ -38,12 +38,15 @@ def _figure(measured: dict[str, Any]) -> "Figure":
 
 
 def _sweep(axes: "Axes", row: dict[str, Any]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     gains = sorted(row["gains"].values(), reverse=True)
-    axes.plot(range(1, len(gains) + 1), gains, ".", color=SOFT, markersize=4, label="candidates, as swept")
+    axes.plot(range(1, len(gains) + 1), gains, "o", color=SOFT, markersize=4, label="candidates, as swept")
     axes.axhline(row["fastest_over_plain"], color=FASTEST, linestyle=(0, (4, 2)), label="the fastest, run again")
     axes.axhline(row["choice_over_plain"], color=CHOICE, label="the choice, run beside it")
     axes.set_title(f"--mesh {row['mesh']}: {row['choice']}", size=9)
     axes.set_xlabel("candidates, best first")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0)
 
 

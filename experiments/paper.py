@@ -118,7 +118,7 @@ def table_2(pair: int, temperature: float) -> Table:
 
 
 class Published(NamedTuple):
-    """A way of decoding, greedily: seconds of drafting and verification for 100 tokens; None: the paper has none."""
+    """A way of decoding: seconds of drafting and verification for 100 tokens; None: the paper has none."""
 
     acceptance_rate: float | None
     speedup: float
@@ -132,34 +132,39 @@ class PublishedPair(NamedTuple):
 
     target: str
     draft: str
+    temperature: float
     lp_size: int
     sets: str
     ways: dict[str, Published]
 
 
 def pairs() -> list[PublishedPair]:
-    """The pairs whose acceptance the paper gives, at temperature 0: of Table 2 in its ways, of Table 5 layer-parallel.
+    """The pairs whose acceptance the paper gives: of Table 2 at both temperatures, of Table 5 layer-parallel, greedily.
 
     Where Table 2 or 5 has only a speed-up or only a speed, the other is by Table 2's time on one device.
     """
-    rows = [row for row in TABLE_2 if row.temperature == 0]
-    found = []
-    for place, (target, draft) in enumerate(PAIRS):
-        speedup = fmean(row.tp[place] for row in rows)
-        ways = {"TP": Published(None, speedup, fmean(row.tp[place] * 100 / _alone(row, place) for row in rows))}
-        ways |= {name: _mean([cells(row)[place] for row in rows]) for name, cells in _CELLS.items()}
-        found.append(PublishedPair(target, draft, 4, f"the mean of the {len(rows)} sets", ways))
-    mmlu = next(row for row in rows if row.set == "MMLU")
-    for row in TABLE_5:
-        kind, size = row["at once"].split(", N = ")
-        if kind == "attention only":
-            target, draft = row["pair"].split(", ")
-            place = [name for name, _ in PAIRS].index(target)
-            alone, speed = _alone(mmlu, place), row["tokens/s"]
-            tp = Published(None, mmlu.tp[place], mmlu.tp[place] * 100 / alone)
-            ways = {"TP": tp, "EasySpec": Published(row["α"], speed * alone / 100, speed)}
-            found.append(PublishedPair(target, f"{target.rpartition('-')[0]}-{draft}", int(size), "MMLU", ways))
-    return found
+    return [_of_table_2(place, temperature) for temperature in (0, 0.8) for place in range(len(PAIRS))] + [
+        _of_table_5(row) for row in TABLE_5 if row["at once"].startswith("attention only")
+    ]
+
+
+def _of_table_2(place: int, temperature: float) -> PublishedPair:
+    rows = [row for row in TABLE_2 if row.temperature == temperature]
+    speedup = fmean(row.tp[place] for row in rows)
+    ways = {"TP": Published(None, speedup, fmean(row.tp[place] * 100 / _alone(row, place) for row in rows))}
+    ways |= {name: _mean([cells(row)[place] for row in rows]) for name, cells in _CELLS.items()}
+    return PublishedPair(*PAIRS[place], temperature, 4, f"the mean of the {len(rows)} sets", ways)
+
+
+def _of_table_5(row: dict[str, Any]) -> PublishedPair:
+    target, draft = row["pair"].split(", ")
+    place = [name for name, _ in PAIRS].index(target)
+    mmlu = next(row for row in TABLE_2 if row.set == "MMLU" and row.temperature == 0)
+    alone, speed = _alone(mmlu, place), row["tokens/s"]
+    tp = Published(None, mmlu.tp[place], mmlu.tp[place] * 100 / alone)
+    ways = {"TP": tp, "EasySpec": Published(row["α"], speed * alone / 100, speed)}
+    size = int(row["at once"].rpartition("= ")[2])
+    return PublishedPair(target, f"{target.rpartition('-')[0]}-{draft}", 0, size, "MMLU", ways)
 
 
 _CELLS = {"+sd": lambda row: row.sd, "+tree": lambda row: row.tree, "EasySpec": lambda row: row.easyspec}

@@ -40,7 +40,7 @@ INTRODUCTION = """# Results
 Written by `python -m experiments.readme` out of the files in [results](results); `python -m experiments.run --quick`
 measures all that its steps name and writes this page anew. α is the share of drafted positions that the target accepts.
 A tree keeps the likeliest texts of each level, among which the target's next token may no longer be; so a model that
-drafts a tree for itself stays below 1, where a chain does not.
+drafts a tree for itself stays below 1, where a chain does not. ± is the standard deviation over prompts.
 """
 
 
@@ -67,7 +67,6 @@ SECTIONS: dict[str, tuple[str, Tabulate]] = {
     "acceptance_demo": ("Acceptance: the bundled pair", losses),
     "acceptance_demo_refit": ("Acceptance with a refit: the bundled pair", losses),
     "acceptance": ("Acceptance", losses),
-    "acceptance_refit": ("Acceptance with a refit: SmolLM2-135M-Instruct as its own draft", losses),
     "tune_check": ("What tune chooses, among all candidates", choices),
     "tune_check_smollm2": ("What tune chooses: SmolLM2-135M-Instruct as its own draft", choices),
     "simulate": ("Simulation: machines that are not here (estimates)", predictions),

@@ -8,23 +8,24 @@ Table = list[dict[str, Any]]
 
 
 def speeds(measured: Mapping[str, Any]) -> Table:
-    """Of table2, table5 and table8: a row for every way, whatever of these figures it has."""
+    """Of table2, table5 and table8: a row for every way, whatever of these figures it has, ± over prompts."""
     columns = {
         "temperature": "T", "set": "set", "target": "target", "draft": "draft", "way": "way", "acceptance_rate": "α",
         "step_seconds": "ms a draft step", "seconds_per_100_tokens": "s/100 tokens", "drafting": "drafting",
-        "verification": "verification", "speedup": "speed-up", "speedup_deviation": "± over prompts",
-        "phases_over_round": "phases/round",
+        "verification": "verification", "speedup": "speed-up", "phases_over_round": "phases/round",
     }  # fmt: skip
     named = [name for name in columns if any(name in row for row in measured["results"])]
     return [
-        {columns[name]: _in_milliseconds(row, name) for name in named} | {"T": f"{row['temperature']:g}"}
+        {columns[name]: _with_deviation(row, name) for name in named} | {"T": f"{row['temperature']:g}"}
         for row in measured["results"]
     ]
 
 
-def _in_milliseconds(row: Mapping[str, Any], name: str) -> Any:
-    """A figure of a row; those that are far below a second, times 1,000."""
-    value = row.get(name)
+def _with_deviation(row: Mapping[str, Any], name: str) -> Any:
+    """A figure of a row, with how far prompts are apart if the row says so; in milliseconds if far below a second."""
+    value, deviation = row.get(name), row.get(f"{name}_deviation")
+    if value is not None and deviation is not None:
+        return f"{value:.3f} ± {deviation:.3f}"
     return 1e3 * value if name == "step_seconds" and value is not None else value
 
 
@@ -103,15 +104,14 @@ def kind(row: Mapping[str, Any]) -> str:
 
 
 def predictions(measured: Mapping[str, Any]) -> Table:
-    """Of simulate: a row a pair, way and placement of the draft; tokens/s and speed-up by machine."""
+    """Of simulate: a row a pair, temperature, way and placement of the draft; tokens/s and speed-up by machine."""
     rows = [row for row in measured["results"] if row["fits"]]
-    shared = {"target": "target", "draft": "draft", "way": "way", "lp_size": "N",
+    shared = {"target": "target", "draft": "draft", "temperature": "T", "way": "way", "lp_size": "N",
               "draft_tensor_parallel_size": "draft TP", "acceptance_rate": "α"}  # fmt: skip
     table: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
-        shown = table.setdefault(
-            tuple(row[name] for name in shared), {column: row[name] for name, column in shared.items()}
-        )
+        named = {column: row[name] for name, column in shared.items()} | {"T": f"{row['temperature']:g}"}
+        shown = table.setdefault(tuple(row[name] for name in shared), named)
         shown[row["machine"]] = f"{row['tokens_per_second']:.1f} ({row['speedup']:.2f} ×)"
     for key, shown in table.items():
         row = next(row for row in rows if tuple(row[name] for name in shared) == key)

@@ -61,9 +61,16 @@ def absent(platform: Platform) -> partial[Any]:
     return partial(absent_mesh, platform=platform)
 
 
-def refit_loss(measured: dict[str, Any], tree_width: int, lp_size: int) -> float | None:
-    """What a refit draft loses against an exact one in a file of experiments.acceptance, greedily; None: no refit."""
-    rows = [row for row in measured["results"] if row["temperature"] == 0 and row["tree_width"] == tree_width]
+def refit_loss(measured: dict[str, Any], temperature: float, tree_width: int, lp_size: int) -> float | None:
+    """What a refit draft loses against an exact one in a file of experiments.acceptance; None: there is no refit.
+
+    Where texts are sampled, by the coupled verifier, with which all drafts make the same ones.
+    """
+    rows = [
+        row
+        for row in measured["results"]
+        if row["temperature"] == temperature and row["tree_width"] == tree_width and row["verifier"] != "rejection"
+    ]
     exact = [row["acceptance_rate"] for row in rows if row["lp_size"] == 1]
     refit = [row["acceptance_rate"] for row in rows if row["lp_size"] == lp_size and row.get("refit")]
     return exact[0] - refit[0] if exact and refit else None
@@ -108,7 +115,8 @@ def rows_of(
     """Of a pair on a machine, a row for every way and placement of its draft."""
     alone = count(_planned(args, pair, 1, 1), Way("vanilla"), absent(topology.machine.platform))
     own = 1 / alone.round.seconds(topology.machine)
-    about = {"target": pair.target, "draft": pair.draft, "machine": topology.name, "devices": topology.devices}
+    about = {"target": pair.target, "draft": pair.draft, "temperature": pair.temperature}
+    about |= {"machine": topology.name, "devices": topology.devices}
     times = {"launch": topology.machine.launch, "latency": topology.machine.latency}
     rows = []
     for name, rate, way in ways_of(pair, loss):
@@ -132,7 +140,7 @@ def estimate(args: argparse.Namespace, topologies: Sequence[Topology]) -> list[d
     with bar("Counting", len(topologies) * len(paper.pairs())) as advance:
         for topology in topologies:
             for pair in paper.pairs():
-                loss = refit_loss(measured, args.tree_width, pair.lp_size)
+                loss = refit_loss(measured, pair.temperature, args.tree_width, pair.lp_size)
                 rows.append((topology.name, rows_of(args, pair, topology, loss)))
                 if topology.name == THEIRS:
                     machine = fitted(args, pair, topology)
@@ -184,8 +192,8 @@ def assumptions(args: argparse.Namespace, topologies: Sequence[Topology], rows: 
         "v5p:2x2x1 is what Google calls v5p-8: 8 TensorCores, 4 chips. v5p:2x2x2 has 8 chips.",
         f"Models by the shapes of bundled configurations: {shapes}. Pairs of the paper whose acceptance it does not "
         "give are left out.",
-        f"Batch 1, greedy, {DTYPE}, a prompt of {args.prompt_length} tokens and {args.max_new_tokens} new ones, caches "
-        "read whole; prefill is not counted.",
+        f"Batch 1, {DTYPE}, a prompt of {args.prompt_length} tokens and {args.max_new_tokens} new ones, caches "
+        "read whole; prefill is not counted. Rounds are counted as those of greedy decoding, also where they sample.",
         f"A round drafts {args.num_speculative_tokens} levels, trees of {args.tree_width} nodes a level (the paper "
         "does not state the width of its table), and yields 1 + α × levels tokens.",
         "α is the paper's, measured with its own engine, its trees and its prompts; the same on every machine and for "
@@ -204,7 +212,8 @@ def _fits(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What fitted() found."""
     own = [row for row in rows if row["machine"] == f"{THEIRS}, fitted" and row["way"] == "TP"]
     times = (
-        f"{row['launch'] * 1e6:.0f} and {row['latency'] * 1e6:.0f} µs for {row['target']} drafted by {row['draft']}"
+        f"{row['launch'] * 1e6:.0f} and {row['latency'] * 1e6:.0f} µs for {row['target']} drafted by {row['draft']} "
+        f"at T = {row['temperature']:g}"
         for row in own
     )
     line = (
@@ -226,12 +235,14 @@ def _refit(args: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> str:
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """What rows_of() returned."""
-    table = Table("machine", "target", "draft", "", "draft TP", "α", "tokens/s", "speed-up", "the paper's",
+    table = Table("machine", "target", "draft", "T", "", "draft TP", "α", "tokens/s", "speed-up", "the paper's",
                   box=None, pad_edge=False)  # fmt: skip
     for row in rows:
         rate, published = row["acceptance_rate"], row["paper_speedup"]
         table.add_row(
-            *(row[name] for name in ("machine", "target", "draft", "way")),
+            *(row[name] for name in ("machine", "target", "draft")),
+            f"{row['temperature']:g}",
+            row["way"],
             row["draft_tensor_parallel_size"],
             "" if rate is None else f"{rate:.2f}",
             f"{row['tokens_per_second']:.1f}" if row["fits"] else "does not fit",

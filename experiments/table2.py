@@ -127,7 +127,10 @@ def phases(engine: Engine, sampling: SamplingParams, tokens: int, repeats: int) 
 
 
 def rows_of(name: str, temperature: float, made: dict[str, list[Completion]]) -> list[dict[str, Any]]:
-    """A row for every way: seconds for 100 tokens, and the gain over the first way, by prompt."""
+    """A row for every way: seconds for 100 tokens, the gain over the first way, and acceptance over all prompts.
+
+    A deviation is that over the prompts.
+    """
     rows, plain = [], None
     for way, completions in made.items():
         stats = [completion.stats for completion in completions if completion.stats.decoded_tokens]
@@ -135,6 +138,7 @@ def rows_of(name: str, temperature: float, made: dict[str, list[Completion]]) ->
         plain = seconds if plain is None else plain
         gains = plain / seconds if len(plain) == len(seconds) else np.full(1, np.nan)
         rounds = sum(own.rounds for own in stats)
+        rates = [own.acceptance_rate for own in stats if own.drafted]
         drafted = sum(own.drafted for own in stats)
         rows.append({
             "set": name,
@@ -142,10 +146,12 @@ def rows_of(name: str, temperature: float, made: dict[str, list[Completion]]) ->
             "way": way,
             "prompts": len(stats),
             "seconds_per_100_tokens": float(seconds.mean()),
+            "seconds_per_100_tokens_deviation": float(seconds.std()),
             "speedup": float(gains.mean()),
             "speedup_deviation": float(gains.std()),
             "rounds_per_100_tokens": 100 * rounds / sum(own.decoded_tokens for own in stats),
             "acceptance_rate": sum(own.accepted for own in stats) / drafted if drafted else None,
+            "acceptance_rate_deviation": float(np.std(rates)) if drafted else None,
         })  # fmt: skip
     return rows
 
@@ -204,7 +210,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['seconds_per_100_tokens']:.2f}",
             *parts,
             f"{row['speedup']:.2f} ± {row['speedup_deviation']:.2f}",
-            "" if rate is None else f"{rate:.2f}",
+            "" if rate is None else f"{rate:.2f} ± {row['acceptance_rate_deviation']:.2f}",
             f"{row['phases_over_round']:.2f}" if "phases_over_round" in row else "",
         )
     show(table)

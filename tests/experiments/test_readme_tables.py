@@ -1,6 +1,15 @@
 """Tables are what was measured, in words."""
 
-from experiments.readme_tables import checkpoints, losses
+from experiments.readme_tables import checkpoints, losses, speeds
+
+
+def test_what_varies_over_prompts_says_how_much():
+    row = {"temperature": 0.0, "set": "qa", "way": "+sd", "seconds_per_100_tokens": 2.0, "speedup": 1.5}
+    (shown,) = speeds({"results": [row | {"speedup_deviation": 0.25, "acceptance_rate": 0.5, "step_seconds": 0.004}]})
+    assert shown == {
+        "T": "0", "set": "qa", "way": "+sd", "α": 0.5, "ms a draft step": 4, "s/100 tokens": 2,
+        "speed-up": "1.500 ± 0.250",
+    }  # fmt: skip
 
 
 def test_losses_are_against_the_exact_draft():

@@ -9,12 +9,22 @@ from experiments.readme import predictions
 from experiments.simulate import REFIT, SHAPES, main, refit_loss
 from tests.models import save_model
 
-ROWS = [
-    {"temperature": 0, "tree_width": 2, "lp_size": 1, "acceptance_rate": 0.75},
-    {"temperature": 0, "tree_width": 2, "lp_size": 2, "acceptance_rate": 0.25},
-    {"temperature": 0, "tree_width": 2, "lp_size": 2, "acceptance_rate": 0.5, "refit": True},
-    {"temperature": 0.8, "tree_width": 2, "lp_size": 2, "acceptance_rate": 0.1, "refit": True},
+GREEDY = [
+    {"temperature": 0, "verifier": "greedy", "tree_width": 2, "lp_size": 1, "acceptance_rate": 0.75},
+    {"temperature": 0, "verifier": "greedy", "tree_width": 2, "lp_size": 2, "acceptance_rate": 0.25},
+    {"temperature": 0, "verifier": "greedy", "tree_width": 2, "lp_size": 2, "acceptance_rate": 0.5, "refit": True},
 ]
+SAMPLED = [
+    {"temperature": 0.8, "verifier": verifier, "tree_width": 2, "lp_size": lp_size, "acceptance_rate": rate}
+    | {"refit": lp_size > 1}
+    for verifier, lp_size, rate in (
+        ("rejection", 1, 0.9),
+        ("rejection", 2, 0.1),
+        ("coupled", 1, 0.5),
+        ("coupled", 2, 0.375),
+    )
+]
+ROWS = [*GREEDY, *SAMPLED]
 
 
 @pytest.fixture(scope="module")
@@ -63,19 +73,25 @@ def test_the_same_results_are_the_same_picture(estimated, tmp_path):
 
 
 def test_a_refit_loses_what_was_measured():
-    assert refit_loss({"results": ROWS}, 2, 2) == 0.25
-    assert refit_loss({"results": ROWS}, 2, 3) is None
-    assert refit_loss({"results": ROWS[:2]}, 2, 2) is None
+    assert refit_loss({"results": ROWS}, 0, 2, 2) == 0.25
+    assert refit_loss({"results": ROWS}, 0.8, 2, 2) == 0.125
+    assert refit_loss({"results": ROWS}, 0, 2, 3) is None
+    assert refit_loss({"results": GREEDY[:2]}, 0, 2, 2) is None
+    assert refit_loss({"results": GREEDY}, 0.8, 2, 2) is None
 
 
 def test_the_papers_pairs():
-    llama, qwen, small, other = paper.pairs()
-    assert [pair.draft for pair in (llama, qwen, small, other)] == [
-        "Llama-3-8B",
-        "Qwen2-7B",
-        "Llama-3-1B",
-        "Qwen2-1.5B",
+    llama, qwen, warm, warm_qwen, small, _ = pairs = paper.pairs()
+    assert [(pair.draft, pair.temperature) for pair in pairs] == [
+        ("Llama-3-8B", 0),
+        ("Qwen2-7B", 0),
+        ("Llama-3-8B", 0.8),
+        ("Qwen2-7B", 0.8),
+        ("Llama-3-1B", 0),
+        ("Qwen2-1.5B", 0),
     ]
+    assert warm_qwen.ways["EasySpec"].acceptance_rate == pytest.approx((0.93 + 0.97 + 0.98 + 0.87 + 0.94) / 5)
+    assert warm.ways["+sd"].acceptance_rate == pytest.approx((0.67 + 0.73 + 0.78 + 0.67 + 0.84) / 5)
     assert llama.ways["EasySpec"].speedup == pytest.approx((3.38 + 3.64 + 3.68 + 3.39 + 3.80) / 5)
     assert 12.9 < qwen.ways["TP"].tokens_per_second < 13.4  # 7.5 to 7.7 seconds for 100 tokens
     assert (small.lp_size, small.ways["EasySpec"].tokens_per_second) == (2, 34.37)

@@ -51,8 +51,12 @@ def test_rows_agree_with_themselves(measured):
         else:
             assert "drafting" not in row and row["acceptance_rate"] is None
             assert row["rounds_per_100_tokens"] == 100
+        if row["prompts"] == 1:
+            assert row["seconds_per_100_tokens_deviation"] == 0 == (row["acceptance_rate_deviation"] or 0)
+        else:
+            assert row["seconds_per_100_tokens_deviation"] > 0
     exact = next(row for row in rows if row["way"] == "+sd")
-    assert exact["acceptance_rate"] == 1
+    assert (exact["acceptance_rate"], exact["acceptance_rate_deviation"]) == (1, 0)
     assert exact["rounds_per_100_tokens"] == pytest.approx(100 / 3)
 
 
