@@ -61,10 +61,11 @@ def absent(platform: Platform) -> partial[Any]:
     return partial(absent_mesh, platform=platform)
 
 
-def refit_loss(measured: dict[str, Any], temperature: float, tree_width: int, lp_size: int) -> float | None:
-    """What a refit draft loses against an exact one in a file of experiments.acceptance; None: there is no refit.
+def share_lost(measured: dict[str, Any], temperature: float, tree_width: int, lp_size: int) -> float | None:
+    """Of what plain groups lose against an exact draft in a file of experiments.acceptance, what refit ones still lose.
 
-    Where texts are sampled, by the coupled verifier, with which all drafts make the same ones.
+    Where texts are sampled, by the coupled verifier, with which all drafts make the same ones. None: there is no refit,
+    or plain groups lose nothing.
     """
     rows = [
         row
@@ -72,14 +73,18 @@ def refit_loss(measured: dict[str, Any], temperature: float, tree_width: int, lp
         if row["temperature"] == temperature and row["tree_width"] == tree_width and row["verifier"] != "rejection"
     ]
     exact = [row["acceptance_rate"] for row in rows if row["lp_size"] == 1]
-    refit = [row["acceptance_rate"] for row in rows if row["lp_size"] == lp_size and row.get("refit")]
-    return exact[0] - refit[0] if exact and refit else None
+    groups = [row for row in rows if row["lp_size"] == lp_size and row["calibration"]]
+    refit, plain = (
+        [row["acceptance_rate"] for row in groups if row.get("refit", False) == fit] for fit in (True, False)
+    )
+    if not (exact and refit and plain and exact[0] > plain[0]):
+        return None
+    return (exact[0] - refit[0]) / (exact[0] - plain[0])
 
 
-def ways_of(pair: paper.PublishedPair, loss: float | None) -> Iterator[tuple[str, float | None, Way]]:
-    """Name, acceptance rate and way, for both placements of a draft. loss: as refit_loss() says."""
+def ways_of(pair: paper.PublishedPair, lost: float | None) -> Iterator[tuple[str, float | None, Way]]:
+    """Name, acceptance rate and way, for both placements of a draft. lost: as share_lost() says."""
     sizes: tuple[DraftTensorParallelSize, ...] = get_args(DraftTensorParallelSize)
-    exact = pair.ways.get("+tree")
     for name, published in pair.ways.items():
         if published.acceptance_rate is None:
             yield name, None, Way("vanilla")
@@ -88,9 +93,10 @@ def ways_of(pair: paper.PublishedPair, loss: float | None) -> Iterator[tuple[str
         lp_size = pair.lp_size if method == "easyspec" else 1
         for size in sizes:
             yield name, published.acceptance_rate, Way(method, lp_size, size)
-    if loss is not None and exact is not None and exact.acceptance_rate is not None:
+    exact, plain = (pair.ways[name].acceptance_rate if name in pair.ways else None for name in ("+tree", "EasySpec"))
+    if lost is not None and exact is not None and plain is not None:
         for size in sizes:
-            yield REFIT, exact.acceptance_rate - loss, Way("easyspec", pair.lp_size, size, refit=True)
+            yield REFIT, exact - lost * (exact - plain), Way("easyspec", pair.lp_size, size, refit=True)
 
 
 def fitted(args: argparse.Namespace, pair: paper.PublishedPair, topology: Topology) -> Topology:
@@ -110,7 +116,7 @@ def fitted(args: argparse.Namespace, pair: paper.PublishedPair, topology: Topolo
 
 
 def rows_of(
-    args: argparse.Namespace, pair: paper.PublishedPair, topology: Topology, loss: float | None
+    args: argparse.Namespace, pair: paper.PublishedPair, topology: Topology, lost: float | None
 ) -> list[dict[str, Any]]:
     """Of a pair on a machine, a row for every way and placement of its draft."""
     alone = count(_planned(args, pair, 1, 1), Way("vanilla"), absent(topology.machine.platform))
@@ -119,7 +125,7 @@ def rows_of(
     about |= {"machine": topology.name, "devices": topology.devices}
     times = {"launch": topology.machine.launch, "latency": topology.machine.latency}
     rows = []
-    for name, rate, way in ways_of(pair, loss):
+    for name, rate, way in ways_of(pair, lost):
         width = 1 if way.method in ("vanilla", "sd") else args.tree_width
         planned = _planned(args, pair, topology.devices, width)
         counted = count(planned, way, absent(topology.machine.platform))
@@ -140,11 +146,11 @@ def estimate(args: argparse.Namespace, topologies: Sequence[Topology]) -> list[d
     with bar("Counting", len(topologies) * len(paper.pairs())) as advance:
         for topology in topologies:
             for pair in paper.pairs():
-                loss = refit_loss(measured, pair.temperature, args.tree_width, pair.lp_size)
-                rows.append((topology.name, rows_of(args, pair, topology, loss)))
+                lost = share_lost(measured, pair.temperature, args.tree_width, pair.lp_size)
+                rows.append((topology.name, rows_of(args, pair, topology, lost)))
                 if topology.name == THEIRS:
                     machine = fitted(args, pair, topology)
-                    rows.append((machine.name, rows_of(args, pair, machine, loss)))
+                    rows.append((machine.name, rows_of(args, pair, machine, lost)))
                 advance(1)
     order = list(dict.fromkeys(name for name, _ in rows))
     return [row for name in order for own, found in rows if own == name for row in found]
@@ -228,7 +234,8 @@ def _refit(args: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> str:
     if not any(row["way"] == REFIT for row in rows):
         return f"{args.acceptance.name} has no acceptance of refit drafts at this width, so that no row is for them."
     return (
-        f"Refit: α is the paper's of +tree less what refit drafts of another model lost against exact ones, in "
+        "Refit: α is the paper's of +tree less a share of what it loses from there to EasySpec: the share that refit "
+        "groups of another model still lost of what its plain ones lost against its exact draft, in "
         f"{args.acceptance.name}."
     )
 

@@ -6,25 +6,21 @@ import pytest
 
 from experiments import draw_simulate, paper, simulate
 from experiments.readme import predictions
-from experiments.simulate import REFIT, SHAPES, main, refit_loss
+from experiments.simulate import REFIT, SHAPES, main, share_lost, ways_of
 from tests.models import save_model
 
-GREEDY = [
-    {"temperature": 0, "verifier": "greedy", "tree_width": 2, "lp_size": 1, "acceptance_rate": 0.75},
-    {"temperature": 0, "verifier": "greedy", "tree_width": 2, "lp_size": 2, "acceptance_rate": 0.25},
-    {"temperature": 0, "verifier": "greedy", "tree_width": 2, "lp_size": 2, "acceptance_rate": 0.5, "refit": True},
-]
-SAMPLED = [
-    {"temperature": 0.8, "verifier": verifier, "tree_width": 2, "lp_size": lp_size, "acceptance_rate": rate}
-    | {"refit": lp_size > 1}
-    for verifier, lp_size, rate in (
-        ("rejection", 1, 0.9),
-        ("rejection", 2, 0.1),
-        ("coupled", 1, 0.5),
-        ("coupled", 2, 0.375),
-    )
-]
-ROWS = [*GREEDY, *SAMPLED]
+
+def grid(temperature, verifier, exact, plain, refit):
+    """Rows of experiments.acceptance."""
+    common = {"temperature": temperature, "verifier": verifier, "tree_width": 2, "calibration": True}
+    rates = ((1, False, exact), (2, False, plain), (2, True, refit))
+    return [common | {"lp_size": size, "refit": fit, "acceptance_rate": rate} for size, fit, rate in rates] + [
+        common | {"lp_size": 2, "calibration": False, "refit": False, "acceptance_rate": 0.0}
+    ]
+
+
+GREEDY = grid(0, "greedy", 0.75, 0.25, 0.5)
+ROWS = [*GREEDY, *grid(0.8, "rejection", 0.9, 0.5, 0.1), *grid(0.8, "coupled", 1.0, 0.5, 0.875)]
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +68,20 @@ def test_the_same_results_are_the_same_picture(estimated, tmp_path):
     assert again.read_bytes() == (estimated / "simulate.png").read_bytes()
 
 
-def test_a_refit_loses_what_was_measured():
-    assert refit_loss({"results": ROWS}, 0, 2, 2) == 0.25
-    assert refit_loss({"results": ROWS}, 0.8, 2, 2) == 0.125
-    assert refit_loss({"results": ROWS}, 0, 2, 3) is None
-    assert refit_loss({"results": GREEDY[:2]}, 0, 2, 2) is None
-    assert refit_loss({"results": GREEDY}, 0.8, 2, 2) is None
+def test_a_refit_loses_the_share_that_was_measured():
+    assert share_lost({"results": ROWS}, 0, 2, 2) == 0.5
+    assert share_lost({"results": ROWS}, 0.8, 2, 2) == 0.25
+    assert share_lost({"results": ROWS}, 0, 2, 3) is None
+    assert share_lost({"results": GREEDY[:2]}, 0, 2, 2) is None
+    assert share_lost({"results": GREEDY}, 0.8, 2, 2) is None
+    assert share_lost({"results": grid(0, "greedy", 0.5, 0.5, 0.5)}, 0, 2, 2) is None
+
+
+def test_a_refit_lies_between_the_exact_draft_and_plain_groups():
+    llama = paper.pairs()[0]
+    (rate,) = {rate for name, rate, _ in ways_of(llama, 0.25) if name == REFIT}
+    assert rate == pytest.approx(0.92 - 0.25 * (0.92 - 0.87))
+    assert REFIT not in {name for name, _, _ in ways_of(llama, None)}
 
 
 def test_the_papers_pairs():
