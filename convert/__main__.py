@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from easyspec_jax.command import Parser
+from easyspec_jax.command import Parser, add_allow_links
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import FLOAT_DTYPES
 
@@ -52,7 +52,8 @@ def _open(arguments: argparse.Namespace) -> "Model":
     from convert.hub import directory_of
     from convert.huggingface import open_huggingface
 
-    return open_huggingface(arguments.to_hf or directory_of(arguments.hf, arguments.revision))
+    directory = arguments.to_hf or directory_of(arguments.hf, arguments.revision)
+    return open_huggingface(directory, arguments.allow_links)
 
 
 def _convert(model: "Model", arguments: argparse.Namespace) -> "Result":
@@ -76,11 +77,14 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--hf", metavar="DIR|ID", help="a Hugging Face directory with safetensors, or a model's id on the hub"
     )
-    source.add_argument("--gguf", type=Path, metavar="FILE", help="a GGUF file of architecture llama, qwen2 or qwen3")
+    source.add_argument(
+        "--gguf", type=Path, metavar="FILE", help="a GGUF file of architecture llama, qwen2 or qwen3, or one part of it"
+    )
     source.add_argument(
         "--to-hf", type=Path, metavar="DIR", help="a checkpoint of either kind, to export as a Hugging Face directory"
     )
     parser.add_argument("--revision", help="commit, branch or tag of a model on the hub; by default its main branch")
+    add_allow_links(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="the directory to create")
     parser.add_argument(
         "--dtype",

@@ -1,6 +1,7 @@
 """Opens a GGUF file for conversion: its tensors in NumPy, its metadata as a Hugging Face configuration."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import pi
@@ -12,11 +13,12 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueTy
 from gguf.quants import dequantize
 
 from convert.gguf_fields import OPTIONAL_FIELDS, REQUIRED_FIELDS, ROPE_FACTORS, STOP_IDS, TOKEN_IDS
-from convert.gguf_tokenizer import build_tokenizer
+from convert.gguf_tokenizer import build_tokenizer, check_saved
 from convert.stores import write_json
 from convert.stream import Model
 from easyspec_jax.checkpoint import canonical
 from easyspec_jax.config import ModelConfig, model_config
+from easyspec_jax.conversation import end_of_turn_ids
 from easyspec_jax.errors import EasySpecError, first_line
 from easyspec_jax.families import FAMILIES, Family
 from easyspec_jax.sources import Window, read_bytes
@@ -26,43 +28,49 @@ _DTYPES = {"F32": "float32", "F16": "float16"}  # the rest is BF16, or loses mor
 
 
 def open_gguf(path: Path) -> Model:
-    """A GGUF file that holds a whole model of a family that such files name, with its tokenizer, if there is one.
+    """Open a GGUF file, or several parts of one, that hold a whole model, with its tokenizer, if there is one.
 
-    Raises EasySpecError if the file is missing, damaged, one of several parts, or describes anything unsupported.
+    Args:
+        path: The file, or any part of a split one (`NAME-00001-of-00003.gguf`).
+
+    Raises:
+        EasySpecError: A file is missing, damaged, or describes anything unsupported.
     """
     origin = str(path)
-    reader, metadata = _read(path)
+    paths, metadata, stored = _read_parts(path)
     model_type, family = _family(metadata, origin)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    tensors = {name: tensor for name, (_, tensor) in stored.items()}
     if _EMBEDDING not in tensors:
         raise EasySpecError(f"{origin}: {_EMBEDDING} is missing")
-    rope_factors = tensors.pop(ROPE_FACTORS, None)
+    rope_factors = tensors.get(ROPE_FACTORS)
+    stored.pop(ROPE_FACTORS, None)
     config = _config(metadata, tensors, origin) | {"architectures": [family.class_name], "model_type": model_type}
     model = model_config(config, origin=origin)
     _refuse_partial_rope(metadata, model, origin)
     if rope_factors is not None:
         config["rope_scaling"] = _llama3_scaling(np.array(rope_factors.data), model, origin)
     has_tokenizer = "tokenizer.ggml.model" in metadata
-    tokenizer = build_tokenizer(metadata, model_type, origin) if has_tokenizer else None
+    tokenizer = build_tokenizer(metadata, origin) if has_tokenizer else None
 
     def write_companions(directory: Path) -> None:
-        write_json(directory / "generation_config.json", _generation(metadata))
+        further = () if tokenizer is None else end_of_turn_ids(tokenizer)
+        write_json(directory / "generation_config.json", _generation(metadata, further))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(directory))
+            check_saved(tokenizer, directory)
 
     dtype = _DTYPES.get(tensors[_EMBEDDING].tensor_type.name, "bfloat16")
-    source = canonical(model, GGUFSource(path, tensors), "gguf", origin)
-    return Model(origin, config, source, dtype, (path,), has_tokenizer, write_companions)
+    _, source = canonical(model, GGUFSource(stored), "gguf", origin)
+    return Model(origin, config, source, dtype, paths, has_tokenizer, write_companions)
 
 
 class GGUFSource:
-    """Tensors of a GGUF file by its own names, dequantised to float32 when they are read."""
+    """Tensors of GGUF files by their own names, each with its file, dequantised to float32 when they are read."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, ReaderTensor]) -> None:
-        self._path = path
+    def __init__(self, tensors: Mapping[str, tuple[Path, ReaderTensor]]) -> None:
         self._places = {
-            name: _Place(tensor.tensor_type, _shape(tensor), int(tensor.data_offset), int(tensor.n_bytes))
-            for name, tensor in tensors.items()
+            name: _Place(path, tensor.tensor_type, _shape(tensor), int(tensor.data_offset), int(tensor.n_bytes))
+            for name, (path, tensor) in tensors.items()
         }
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -85,10 +93,10 @@ class GGUFSource:
     def _read_blocks(self, place: "_Place", start: int, stop: int, row: int) -> np.ndarray:
         stored = np.empty((stop - start, row), np.uint8)
         try:
-            with self._path.open("rb", buffering=0) as file:
+            with place.path.open("rb", buffering=0) as file:
                 read_bytes(file.fileno(), stored, place.offset + start * row)
         except (OSError, EOFError) as error:
-            raise EasySpecError(f"{self._path} cannot be read ({first_line(error)}); fetch it again") from None
+            raise EasySpecError(f"{place.path} cannot be read ({first_line(error)}); fetch it again") from None
         return dequantize(stored, place.kind)
 
 
@@ -96,6 +104,7 @@ class GGUFSource:
 class _Place:
     """Where a tensor lies in a GGUF file and how it is quantised; offset and size in bytes."""
 
+    path: Path
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
     offset: int
@@ -155,6 +164,39 @@ class _Reader(GGUFReader):
             raise ValueError(f"it claims more than {_MOST_ENTRIES} entries")
 
 
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+
+
+def _read_parts(path: Path) -> tuple[tuple[Path, ...], dict[str, Any], dict[str, tuple[Path, ReaderTensor]]]:
+    """Read a file, or all the parts that it is one of.
+
+    Returns:
+        The files, the metadata of the first one, and every tensor with the file that holds it.
+    """
+    reader, metadata = _read(path)
+    count = int(metadata.get("split.count", 1) or 1)
+    if count == 1:
+        return (path,), metadata, {tensor.name: (path, tensor) for tensor in reader.tensors}
+    named = _PART.fullmatch(path.name)
+    if named is None or int(named[3]) != count:
+        raise EasySpecError(f"{path} is one of {count} parts; name them like model-00001-of-{count:05}.gguf")
+    paths = tuple(path.with_name(f"{named[1]}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1))
+    tensors: dict[str, tuple[Path, ReaderTensor]] = {}
+    first: dict[str, Any] = {}
+    for number, part in enumerate(paths):
+        reader, metadata = _read(part)
+        if (metadata.get("split.no"), metadata.get("split.count")) != (number, count):
+            raise EasySpecError(f"{part} is not part {number + 1} of {count}, as its name says; fetch it again")
+        first = first or metadata
+        twice = [tensor.name for tensor in reader.tensors if tensor.name in tensors]
+        if twice:
+            raise EasySpecError(f"{part} holds {twice[0]}, which an earlier part holds too; fetch all parts again")
+        tensors |= {tensor.name: (part, tensor) for tensor in reader.tensors}
+    if first.get("split.tensors.count", len(tensors)) != len(tensors):
+        raise EasySpecError(f"{path}: its parts hold {len(tensors)} tensors of {first['split.tensors.count']}")
+    return paths, first, tensors
+
+
 def _read(path: Path) -> tuple[GGUFReader, dict[str, Any]]:
     try:
         reader = _Reader(path)
@@ -179,8 +221,6 @@ def _family(metadata: Mapping[str, Any], origin: str) -> tuple[str, Family]:
     if name not in supported:
         names = ", ".join(sorted(supported))
         raise EasySpecError(f"{origin}: GGUF architecture {name!r} is not supported; supported: {names}")
-    if metadata.get("split.count", 1) not in (0, 1):
-        raise EasySpecError(f"{origin} is one of {metadata['split.count']} parts; merge them with llama-gguf-split")
     return supported[name]
 
 
@@ -196,6 +236,8 @@ def _config(metadata: Mapping[str, Any], tensors: Mapping[str, ReaderTensor], or
             raise EasySpecError(f"{origin}: the metadata field {prefix}.{key} is missing")
     config["vocab_size"] = _shape(tensors[_EMBEDDING])[0]
     config["tie_word_embeddings"] = _HEAD not in tensors
+    if "sliding_window" in config:
+        config |= {"use_sliding_window": True, "max_window_layers": 0}
     if (kind := _rope_type(metadata, prefix)) != "default":
         config["rope_scaling"] = {"rope_type": kind}
     return config | _token_ids(metadata)
@@ -223,9 +265,9 @@ def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{token}_id": metadata[key] for token, key in TOKEN_IDS.items() if key in metadata}
 
 
-def _generation(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The contents of `generation_config.json`: every id that ends a text."""
-    stop_ids = list(dict.fromkeys(metadata[key] for key in STOP_IDS if key in metadata))
+def _generation(metadata: Mapping[str, Any], further: Sequence[int]) -> dict[str, Any]:
+    """The contents of `generation_config.json`: every id that ends a text, by the metadata and further ones."""
+    stop_ids = list(dict.fromkeys([*(metadata[key] for key in STOP_IDS if key in metadata), *further]))
     if not stop_ids:
         return _token_ids(metadata)
     return _token_ids(metadata) | {"eos_token_id": stop_ids if len(stop_ids) > 1 else stop_ids[0]}

@@ -14,9 +14,9 @@ OPTIONAL_FIELDS: dict[str, str] = {
     "num_key_value_heads": "attention.head_count_kv",
     "head_dim": "attention.key_length",
     "rope_theta": "rope.freq_base",
-    # No model that has one of these is supported; as fields of the configuration they are refused by name.
+    # As fields of the configuration these are refused by name where they would change a text.
     "num_experts": "expert_count",
-    "use_sliding_window": "attention.sliding_window",
+    "sliding_window": "attention.sliding_window",
 }
 
 TOKEN_IDS: dict[str, str] = {

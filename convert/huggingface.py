@@ -7,6 +7,7 @@ from convert.stream import Model
 from easyspec_jax.checkpoint import open_checkpoint
 from easyspec_jax.config import read_json
 from easyspec_jax.families import EMBEDDING
+from easyspec_jax.tokenizer import load_tokenizer
 
 COMPANIONS = (
     "generation_config.json",
@@ -16,25 +17,38 @@ COMPANIONS = (
     "vocab.json",
     "merges.txt",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
 )
 """Patterns of the files that keep their name and contents."""
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def open_huggingface(directory: Path) -> Model:
-    """A directory with `config.json` and safetensors, or a converted one.
+def open_huggingface(directory: Path, allow_links: bool = False) -> Model:
+    """Open a directory with `config.json` and safetensors, or a converted one.
 
-    Raises EasySpecError if it is damaged or unsupported.
+    Args:
+        directory: The checkpoint.
+        allow_links: Follow links that lead out of the directory.
+
+    Raises:
+        EasySpecError: The directory is damaged or unsupported, or its tokenizer is.
     """
-    source = open_checkpoint(directory).source
+    opened = open_checkpoint(directory, allow_links=allow_links)
+    config = read_json(directory / "config.json")
+    config.pop("transformers_weights", None)  # names files of this directory
+    if opened.config.tie_word_embeddings != bool(config.get("tie_word_embeddings", False)):
+        config["tie_word_embeddings"] = opened.config.tie_word_embeddings
+    has_tokenizer = any(path.name in _TOKENIZERS for path in directory.iterdir())
+    if has_tokenizer:
+        load_tokenizer(directory)
     return Model(
         origin=str(directory),
-        config=read_json(directory / "config.json"),
-        source=source,
-        dtype=source.dtypes()[EMBEDDING],
+        config=config,
+        source=opened.source,
+        dtype=opened.source.dtypes()[EMBEDDING],
         files=tuple(path for path in directory.rglob("*") if path.is_file()),
-        has_tokenizer=any(path.name in _TOKENIZERS for path in directory.iterdir()),
+        has_tokenizer=has_tokenizer,
         write_companions=lambda out: _copy_companions(directory, out),
     )
 
@@ -42,4 +56,6 @@ def open_huggingface(directory: Path) -> Model:
 def _copy_companions(directory: Path, out: Path) -> None:
     for pattern in COMPANIONS:
         for path in filter(Path.is_file, directory.glob(pattern)):
-            shutil.copyfile(path, out / path.name)
+            copy = out / path.relative_to(directory)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -19,20 +19,21 @@ from safetensors.numpy import save_file
 
 from easyspec_jax.config import ModelConfig, read_model_config
 from easyspec_jax.errors import EasySpecError, first_line
-from easyspec_jax.families import FAMILIES, HEAD, Tensor
+from easyspec_jax.families import EMBEDDING, FAMILIES, HEAD, Tensor
 from easyspec_jax.options import FLOAT_DTYPES
-from easyspec_jax.sources import OrbaxSource, SafetensorsSource, StoredSource, Window
+from easyspec_jax.rope import rope_frequencies
+from easyspec_jax.sources import OrbaxSource, SafetensorsSource, StoredSource, TensorSource, Window, row_blocks
 
 WEIGHTS = "weights"
 """Name of the Orbax checkpoint inside a directory of ours."""
 
-# Buffers that older exports kept beside the weights; they follow from the configuration.
-_DERIVED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
+_INV_FREQ = "rotary_emb.inv_freq"
+"""Suffix of the buffers in which old exports keep the RoPE frequencies. They follow from the configuration."""
 
 _STORED_DTYPES = (*FLOAT_DTYPES, "float64")
 
-Scheme = Literal["hf", "gguf"]
-"""Whose names tensors have, see `families.Tensor`."""
+Scheme = Literal["canonical", "hf", "gguf"]
+"""Who named the stored tensors, see `families.Tensor`."""
 
 
 @dataclass(frozen=True)
@@ -57,37 +58,55 @@ class Checkpoint:
             return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def open_checkpoint(directory: Path | str) -> Checkpoint:
-    """Opens a converted (Orbax) or a Hugging Face (safetensors) directory.
+def open_checkpoint(directory: Path | str, *, allow_links: bool = False) -> Checkpoint:
+    """Open a converted (Orbax) or a Hugging Face (safetensors) directory.
 
-    Raises EasySpecError if it is neither, is damaged, leads out of itself, or holds other tensors than its
-    configuration asks for.
+    Where files compete, the directory means what it means to transformers: `model.safetensors` comes before an index,
+    and a stored head that differs from the embedding is used even if the configuration says that the two are tied.
+
+    Args:
+        directory: The checkpoint.
+        allow_links: Follow links that lead out of the directory, such as weights on another disk.
+
+    Raises:
+        EasySpecError: The directory is neither kind, is damaged, leads out of itself, or holds other tensors than its
+            configuration asks for.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise EasySpecError(f"{directory} is no directory; expected a converted or a Hugging Face checkpoint")
-    check_files(directory)
+    check_files(directory, allow_links)
     config = read_model_config(directory)
     if (directory / WEIGHTS).is_dir():
-        source = OrbaxSource(directory / WEIGHTS)
-        check_tensors(config, source, origin=str(directory))
+        config, source = canonical(config, OrbaxSource(directory / WEIGHTS), "canonical", origin=str(directory))
     else:
         stored = SafetensorsSource(directory, frozenset(stored_shapes(config, "hf")))
-        source = canonical(config, stored, "hf", origin=str(directory))
+        config, source = canonical(config, stored, "hf", origin=str(directory))
     return Checkpoint(directory, config, source)
 
 
-def check_files(directory: Path) -> None:
-    """Raises EasySpecError if a file of a checkpoint is a link that leads out of the directory, or is no file at all.
+def check_files(directory: Path, allow_links: bool = False) -> None:
+    """Check that a checkpoint's files are files and stay inside its directory.
 
-    What is read is also copied by `convert`, and a pipe would never end. The hub's cache keeps a snapshot's files
-    beside it, in `blobs`, which may be linked to.
+    `convert` copies what is read here, so a link could leak a file of the host; a pipe would never end. The hub's cache
+    keeps a snapshot's files next to it, in `blobs`, which may be linked to.
+
+    Raises:
+        EasySpecError: A file is a link that leads out of the directory (unless allow_links), or is no ordinary file.
     """
     root = directory.resolve()
     homes = [root] + ([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])
-    for path in itertools.chain(directory.iterdir(), (directory / WEIGHTS).rglob("*"), (directory / "refit").glob("*")):
-        if path.is_symlink() and not any(path.resolve().is_relative_to(home) for home in homes):
-            raise EasySpecError(f"{path} is a link that leads out of the checkpoint directory; put the file there")
+    deeper = (
+        (directory / WEIGHTS).rglob("*"),
+        directory.glob("refit/*"),
+        directory.glob("additional_chat_templates/*"),
+    )
+    for path in itertools.chain(directory.iterdir(), *deeper):
+        leads_out = path.is_symlink() and not any(path.resolve().is_relative_to(home) for home in homes)
+        if leads_out and not allow_links:
+            raise EasySpecError(
+                f"{path} is a link that leads out of the checkpoint directory; put the file there or give --allow-links"
+            )
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise EasySpecError(f"{path} is no ordinary file; remove it from the checkpoint directory")
 
@@ -135,6 +154,9 @@ def places(config: ModelConfig, scheme: Scheme) -> dict[str, Place]:
     """The Place of every canonical tensor."""
     size, found = sizes(config), {}
     for name, layer, tensor in tensors(config):
+        if scheme == "canonical":
+            found[name] = Place(name, 0)
+            continue
         stored = tensor.gguf if scheme == "gguf" else tensor.hf or tensor.name
         unit = config.head_dim if scheme == "gguf" and tensor.pairs else 1
         found[name] = Place(stored.format(layer), sum(size[dim] for dim in tensor.after), unit)
@@ -151,13 +173,65 @@ def stored_shapes(config: ModelConfig, scheme: Scheme) -> dict[str, tuple[int, .
     return shapes
 
 
-def canonical(config: ModelConfig, source: StoredSource, scheme: Scheme, origin: str) -> StoredSource:
-    """The canonical tensors of a source that keeps them as others do.
+def canonical(
+    config: ModelConfig, source: StoredSource, scheme: Scheme, origin: str
+) -> tuple[ModelConfig, StoredSource]:
+    """Present the tensors of a source under their canonical names, whoever stored them.
 
-    Raises EasySpecError if those are not the ones that the configuration asks for.
+    No stored tensor is dropped unseen. A head beside a tied embedding is compared with it: if they are equal, it is a
+    copy; otherwise it is a head of its own, as fine-tunes leave it, and the configuration returned is untied. Stored
+    RoPE frequencies are compared with those of the configuration.
+
+    Args:
+        config: What the configuration file says.
+        source: The tensors as they are stored.
+        scheme: How the source names them.
+        origin: Names the source in error messages.
+
+    Returns:
+        The configuration, untied if the head is stored, and its canonical tensors.
+
+    Raises:
+        EasySpecError: The tensors are not the ones that the configuration asks for.
     """
-    check_tensors(config, source, origin, scheme)
-    return CanonicalSource(source, places(config, scheme), expected_shapes(config))
+    untied = replace(config, tie_word_embeddings=False)
+    head = places(untied, scheme)[HEAD].name
+    if config.tie_word_embeddings and head in source.shapes():
+        check_tensors(untied, source, origin, scheme)
+        tensors = CanonicalSource(source, places(untied, scheme), expected_shapes(untied))
+        config = config if _same_values(tensors, EMBEDDING, HEAD) else untied
+        copies = frozenset({head}) if config.tie_word_embeddings else frozenset[str]()
+    else:
+        copies = frozenset[str]()
+    check_tensors(config, source, origin, scheme, copies)
+    _check_frequencies(config, source, origin)
+    return config, CanonicalSource(source, places(config, scheme), expected_shapes(config))
+
+
+def _same_values(source: TensorSource, first: str, second: str) -> bool:
+    """Whether two matrices of one shape hold equal numbers, in whatever types; stops at the first difference."""
+    return all(
+        np.array_equal(source.read(first, (rows,)).astype(np.float64), source.read(second, (rows,)).astype(np.float64))
+        for rows in row_blocks(source.shapes()[first])
+    )
+
+
+def _check_frequencies(config: ModelConfig, source: StoredSource, origin: str) -> None:
+    """Raise EasySpecError if stored RoPE frequencies are others than the configuration's, beyond their own rounding."""
+    expected = rope_frequencies(config)
+    for name in filter(_is_frequencies, source.shapes()):
+        stored = source.read(name).astype(np.float32)
+        # Half precision keeps 8 to 11 bits, and of the slowest frequencies almost none.
+        rtol, atol = (1e-2, 1e-7) if source.dtypes()[name] in ("bfloat16", "float16") else (1e-4, 0.0)
+        if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=rtol, atol=atol):
+            raise EasySpecError(
+                f"{origin}: {name} holds other RoPE frequencies than the configuration gives; "
+                "correct rope_theta or rope_scaling in config.json, or remove the tensor"
+            )
+
+
+def _is_frequencies(name: str) -> bool:
+    return name.endswith(_INV_FREQ)
 
 
 @dataclass(frozen=True)
@@ -192,16 +266,29 @@ def unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def check_tensors(config: ModelConfig, source: StoredSource, origin: str, scheme: Scheme | None = None) -> None:
-    """Raises one EasySpecError that counts every missing, unknown, misshapen and mistyped tensor, and names a few.
+def check_tensors(
+    config: ModelConfig,
+    source: StoredSource,
+    origin: str,
+    scheme: Scheme = "canonical",
+    copies: frozenset[str] = frozenset(),
+) -> None:
+    """Check that a source stores exactly the tensors of a configuration.
 
-    scheme: how the source names its tensors; None is canonically.
+    Args:
+        config: The configuration.
+        source: The stored tensors.
+        origin: Names the source in error messages.
+        scheme: How the source names its tensors.
+        copies: Stored tensors that are known to equal one of the expected ones.
+
+    Raises:
+        EasySpecError: Counts every missing, unknown, misshapen and mistyped tensor, and names a few.
     """
-    expected = expected_shapes(config) if scheme is None else stored_shapes(config, scheme)
-    dtypes, head = source.dtypes(), "output.weight" if scheme == "gguf" else HEAD
-    present = {name: shape for name, shape in source.shapes().items() if not name.endswith(_DERIVED)}
-    if config.tie_word_embeddings:
-        present.pop(head, None)  # a duplicate of the embedding
+    expected, dtypes = stored_shapes(config, scheme), source.dtypes()
+    present = {
+        name: shape for name, shape in source.shapes().items() if name not in copies and not _is_frequencies(name)
+    }
     both = [name for name in expected if name in present]
     kinds = (
         [f"{name} is missing" for name in expected if name not in present],

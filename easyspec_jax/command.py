@@ -43,10 +43,21 @@ def flags_in(argv: Sequence[str] | None) -> set[str]:
     return {word.partition("=")[0] for word in words if word.startswith("--")}
 
 
+def add_allow_links(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add the flag that lets a checkpoint's files lie elsewhere."""
+    parser.add_argument("--allow-links", action="store_true",
+                        help="follow links that lead out of a checkpoint's directory")  # fmt: skip
+
+
 def read_prompts(path: str | Path) -> list[str]:
-    """The lines of a file that are not blank. Raises EasySpecError if there are none."""
+    """Read the lines of a file, or of standard input for "-", that are not blank.
+
+    Raises:
+        EasySpecError: It cannot be read, or there are none.
+    """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        content = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
+        lines = content.decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise EasySpecError(f"--prompt-file {path} cannot be read: {error}") from None
     prompts = [line.rstrip("\r") for line in lines if line.strip()]

@@ -2,14 +2,15 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
+from easyspec_jax.conversation import Conversation, Prompt
 from easyspec_jax.decode.metrics import Stats
 from easyspec_jax.decode.round import Fault, Report
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SamplingParams
-from easyspec_jax.tokenizer import Prompt, TextStream
+from easyspec_jax.text import TextStream
 
 Item = TypeVar("Item")
 
@@ -42,7 +43,7 @@ class Completion:
     def as_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
         fields = {
-            "prompt": self.prompt,
+            "prompt": asdict(self.prompt) if isinstance(self.prompt, Conversation) else self.prompt,
             "prompt_ids": self.prompt_ids,
             "token_ids": self.token_ids,
             "text": self.text,

@@ -144,8 +144,9 @@ def _family(config: dict[str, Any], model_type: str, origin: str) -> Family:
 
 def _refuse_unsupported(config: dict[str, Any], origin: str) -> None:
     """Raises EasySpecError for what would give another text; config is in Llama's terms."""
-    layers = config.get("layer_types") or ()
-    if config.get("sliding_window") or config.get("use_sliding_window") or "sliding_attention" in layers:
+    # A window as long as the model's positions never hides a token.
+    window = config.get("sliding_window") or config["max_position_embeddings"]
+    if window < config["max_position_embeddings"] or "sliding_attention" in (config.get("layer_types") or ()):
         raise EasySpecError(f"{origin}: sliding-window attention is not supported")
     for name, supported in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if config.get(name, supported) != supported:
@@ -160,7 +161,13 @@ def _divided(hidden: int, heads: int, origin: str) -> int:
 
 def _check_types(config: dict[str, Any], origin: str) -> None:
     """Raises EasySpecError where a conversion would hide a mistake: int(2.5) is 2, bool("false") is True."""
-    others: dict[str, type] = {"tie_word_embeddings": bool, "rope_scaling": dict, "rope_parameters": dict}
+    others: dict[str, type] = {
+        "tie_word_embeddings": bool,
+        "rope_scaling": dict,
+        "rope_parameters": dict,
+        "sliding_window": int,
+        "max_window_layers": int,
+    }
     for name, kind in (dict.fromkeys(_SIZES, int) | others).items():
         value = config.get(name)
         if value is not None and type(value) is not kind:
@@ -168,13 +175,18 @@ def _check_types(config: dict[str, Any], origin: str) -> None:
 
 
 def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """Both spellings: `rope_parameters` (transformers 5) and `rope_scaling` beside `rope_theta`, which wins."""
-    return config.get("rope_scaling") or config.get("rope_parameters") or {}
+    """Either spelling: `rope_parameters` (transformers 5), or `rope_scaling` with `rope_theta`, which wins.
+
+    As in transformers, an `original_max_position_embeddings` next to them counts before one inside.
+    """
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    original = config.get("original_max_position_embeddings")
+    return rope if original is None else rope | {"original_max_position_embeddings": original}
 
 
 def _rope_scaling(rope: dict[str, Any], origin: str) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    if kind == "default" or _scales_nothing(kind, rope):
         return None
     if kind != "llama3":
         raise EasySpecError(f"{origin}: RoPE scaling {kind!r} is not supported; supported: default, llama3")
@@ -184,6 +196,12 @@ def _rope_scaling(rope: dict[str, Any], origin: str) -> RopeScaling | None:
         high_freq_factor=float(rope["high_freq_factor"]),
         original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
     )
+
+
+def _scales_nothing(kind: str, rope: dict[str, Any]) -> bool:
+    """Whether a scaling leaves every frequency, and the size of attention's logits, as it is: by a factor of 1."""
+    by_one = rope.get("factor") == 1 and rope.get("attention_factor") in (None, 1)
+    return by_one and kind in ("linear", "dynamic", "yarn")
 
 
 def _stop_ids(config: dict[str, Any], origin: str) -> tuple[int, ...]:

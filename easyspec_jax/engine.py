@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from easyspec_jax import demo, processes
 from easyspec_jax.checkpoint import Checkpoint, open_checkpoint
 from easyspec_jax.completion import Completion, Row, batched
+from easyspec_jax.conversation import Prompt, Tokenizer, end_of_turn_ids
 from easyspec_jax.decode.batch import Batch
 from easyspec_jax.decode.loop import Programs, decode, warm_up
 from easyspec_jax.decode.metrics import Stats
@@ -31,7 +32,8 @@ from easyspec_jax.options import DType, Platform, SamplingParams, SpeculativeCon
 from easyspec_jax.progress import Bar, no_bar
 from easyspec_jax.refit.store import choose_layout
 from easyspec_jax.sources import TensorSource
-from easyspec_jax.tokenizer import Prompt, TextStream, Tokenizer, check_same_ids, encode, load_tokenizer
+from easyspec_jax.text import TextStream
+from easyspec_jax.tokenizer import check_same_ids, encode, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,15 @@ def open_model(
     speculative: SpeculativeConfig | None = None,
     max_length: int | None = None,
     dtype: DType = "auto",
+    allow_links: bool = False,
 ) -> "Engine":
     """Opens and checks a target and its draft; weights are read by Engine.load or the first Engine.generate.
 
     Without a target it is the bundled demo pair, which runs on virtual CPU devices where accelerators are too few.
     mesh: "8" or "layer=4,tensor=2". max_length: prompt and generated tokens together, by default what both models were
-    made for. dtype "auto" is float32 on a CPU and otherwise the checkpoint's. Raises EasySpecError for anything that
-    would not work.
+    made for. dtype "auto" is float32 on a CPU and otherwise the checkpoint's. allow_links: follow links that lead out
+    of a checkpoint's directory. A text ends at the ids that the target's configuration names, and at the end of a turn
+    as its chat template writes it. Raises EasySpecError for anything that would not work.
     """
     speculative = speculative or SpeculativeConfig()
     parse_mesh(mesh)  # a mistyped mesh should not wait for the checkpoints
@@ -67,13 +71,14 @@ def open_model(
         if draft is not None:
             raise EasySpecError("--draft needs --target DIR; leave both out for the bundled pair")
         target, draft = demo.TARGET, demo.DRAFT
-    opened = open_checkpoint(target)
+    opened = open_checkpoint(target, allow_links=allow_links)
     tokenizer = load_tokenizer(opened.directory)
+    opened = _with_stop_ids(opened, end_of_turn_ids(tokenizer))
     second, layout, refit = None, Layout.uniform(()), None
     if speculative.method != "vanilla":
         if draft is None:
             raise EasySpecError(f"--method {speculative.method} needs --draft DIR (or use --method vanilla)")
-        second = open_checkpoint(draft)
+        second = open_checkpoint(draft, allow_links=allow_links)
         check_same_ids(tokenizer, load_tokenizer(second.directory))
         layout, refit = choose_layout(speculative, second)
     smallest = min((c for c in (opened, second) if c is not None), key=lambda c: c.config.max_position_embeddings)
@@ -95,6 +100,13 @@ def open_model(
         max_length=max_length or positions,
         dtype=resolve_dtype(dtype, devices.devices.flat[0].platform, opened.config),
     )
+
+
+def _with_stop_ids(checkpoint: Checkpoint, further: Iterable[int]) -> Checkpoint:
+    """The checkpoint with further ids that end a text, as far as its embedding has them."""
+    known = checkpoint.config.stop_ids
+    added = tuple(i for i in further if i not in known and i < checkpoint.config.vocab_size)
+    return replace(checkpoint, config=replace(checkpoint.config, stop_ids=(*known, *added))) if added else checkpoint
 
 
 class Engine:
@@ -339,7 +351,8 @@ class Engine:
 
     def _row(self, prompt: Prompt, ids: list[int], sampling: SamplingParams) -> Row:
         levels = Stats(accepted_per_position=(0,) * self.config(sampling).levels)
-        return Row(prompt, ids, TextStream(self.tokenizer, sampling.stop), levels, sampling, self._limit(ids, sampling))
+        text = TextStream(self.tokenizer, sampling.stop, ids, self.target.config.stop_ids)
+        return Row(prompt, ids, text, levels, sampling, self._limit(ids, sampling))
 
     def _completion(self, row: Row) -> Completion:
         directories = {Fault.TARGET: f"the target {self.target.directory}"}
@@ -350,9 +363,26 @@ class Engine:
     def _limit(self, ids: Sequence[int], sampling: SamplingParams) -> int:
         return min(sampling.max_new_tokens, self.max_length - len(ids))
 
-    def check_memory(self, tokens: int, prompt: int, rows: int, sampling: SamplingParams) -> None:
-        """Raises EasySpecError if rows of up to so many tokens, of which a prompt takes some, would not fit."""
-        check_memory(self.job(tokens, prompt, rows, sampling), free_memory(self.mesh))
+    def free_memory(self) -> int | None:
+        """Bytes that the fullest device, or the machine of a CPU, still has; None if unknown."""
+        return free_memory(self.mesh)
+
+    def check_memory(
+        self, tokens: int, prompt: int, rows: int, sampling: SamplingParams, free: int | None = None
+    ) -> None:
+        """Check that a batch would fit.
+
+        Args:
+            tokens: The longest text, prompt included.
+            prompt: How many of them are the prompt.
+            rows: Texts decoded together.
+            sampling: How they are sampled.
+            free: Bytes that there are, by default those that are free now.
+
+        Raises:
+            EasySpecError: It would not fit.
+        """
+        check_memory(self.job(tokens, prompt, rows, sampling), self.free_memory() if free is None else free)
 
     def job(self, tokens: int, prompt: int, rows: int, sampling: SamplingParams) -> Job:
         """What check_memory is asked of: rows of up to so many tokens, of which a prompt takes some."""

@@ -97,11 +97,19 @@ def read_mistral(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_qwen2(config: dict[str, Any]) -> dict[str, Any]:
-    return config | {"sliding_window": None}  # counts only with use_sliding_window, which is refused anyway
+    # Qwen2's projections have their biases whatever attention_bias says.
+    return read_qwen_window(config) | {"attention_bias": False}
 
 
 def read_qwen3(config: dict[str, Any]) -> dict[str, Any]:
-    return read_qwen2(config) | {"head_dim": config.get("head_dim") or 128}
+    return read_qwen_window(config) | {"head_dim": config.get("head_dim") or 128}
+
+
+def read_qwen_window(config: dict[str, Any]) -> dict[str, Any]:
+    """Clear `sliding_window` unless some layer slides: with `use_sliding_window`, those from `max_window_layers` on."""
+    above = config.get("layer_types") is None and config.get("max_window_layers", 28) < config["num_hidden_layers"]
+    slides = config.get("use_sliding_window") and above
+    return config if slides else config | {"sliding_window": None}
 
 
 FAMILIES: dict[str, Family] = {

@@ -1,11 +1,12 @@
 """The flags of `python -m easyspec_jax.generate`, what they may not contradict, and the options they come to."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import get_args
 
 from easyspec_jax import demo
-from easyspec_jax.command import Parser, flags_in, read_prompts
+from easyspec_jax.command import Parser, add_allow_links, flags_in, read_prompts
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import (
     DraftTensorParallelSize,
@@ -35,7 +36,14 @@ def parse_flags(program: str, description: str, argv: Sequence[str] | None) -> a
 
 def sampling_of(args: argparse.Namespace) -> SamplingParams:
     """Raises EasySpecError for values that cannot be."""
-    return SamplingParams(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens, tuple(args.stop))
+    stop = tuple(_unescaped(text) for text in args.stop)
+    return SamplingParams(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens, stop)
+
+
+def _unescaped(text: str) -> str:
+    r"""Text in which \n, \t, \r and \\ stand for a new line, a tab, a carriage return and a backslash."""
+    meant = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+    return re.sub(r"\\([ntr\\])", lambda found: meant[found[1]], text)
 
 
 def speculative_of(args: argparse.Namespace) -> SpeculativeConfig:
@@ -74,6 +82,8 @@ def _check(args: argparse.Namespace, given: set[str]) -> None:
         raise EasySpecError(f"--lp-strategy auto chooses {contrary[0]} itself: leave out one of the two")
     if (args.prompts is None) != (args.out is None):
         raise EasySpecError("--prompts FILE and --out FILE go together")
+    if args.system is not None and not args.chat:
+        raise EasySpecError("--system needs --chat")
     printing = [flag for flag in ("--compare", "--json", "--no-stream") if flag in given]
     if args.prompts is not None and printing:
         raise EasySpecError(f"a job prints no texts: leave out {printing[0]} or --prompts")
@@ -96,6 +106,7 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--dtype", default="auto", choices=get_args(DType),
                         help="default: float32 on a CPU, else the checkpoint's")  # fmt: skip
     models.add_argument("--max-length", type=int, metavar="L", help="prompt and generated tokens together")
+    add_allow_links(models)
 
 
 def _add_hosts(parser: argparse.ArgumentParser) -> None:
@@ -112,15 +123,17 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
     source = prompts.add_mutually_exclusive_group()
     source.add_argument("--prompt", action="append", metavar="TEXT",
                         help="may be repeated (default: an example, for the bundled pair)")  # fmt: skip
-    source.add_argument("--prompt-file", metavar="FILE", help="one prompt a line")
+    source.add_argument("--prompt-file", metavar="FILE", help="one prompt a line (-: standard input)")
     source.add_argument("--prompts", metavar="FILE",
-                        help="a job: JSON lines with id, prompt or messages, and sampling")  # fmt: skip
+                        help="a job: JSON lines with id, prompt or messages, and sampling "
+                        "(-: standard input)")  # fmt: skip
     prompts.add_argument("--out", metavar="FILE", help="where a job's results go; goes on where it was stopped")
     prompts.add_argument("--batch-size", type=int, default=1, metavar="B",
                          help="prompts decoded together (default: %(default)s)")  # fmt: skip
     prompts.add_argument("--chat", action="store_true",
                          help="wrap each prompt in the checkpoint's chat template; "
                          "without a prompt, hold a conversation")  # fmt: skip
+    prompts.add_argument("--system", metavar="TEXT", help="begin every conversation with this system message")
 
 
 def _add_speculation(parser: argparse.ArgumentParser) -> None:
@@ -167,7 +180,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--max-new-tokens", type=int, default=chosen.max_new_tokens, metavar="M",
                           help="default: %(default)s")  # fmt: skip
     sampling.add_argument("--stop", action="append", default=[], metavar="TEXT",
-                          help="ends the text before it; may be repeated")  # fmt: skip
+                          help=r"ends the text before it, \n being a new line; may be repeated")  # fmt: skip
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:

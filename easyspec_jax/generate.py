@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from easyspec_jax import demo, processes
 from easyspec_jax.command import cache_compilations
+from easyspec_jax.conversation import Prompt, with_system
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.flags import AUTO, parse_flags, prompts_of, sampling_of, speculative_of
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
@@ -65,6 +66,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.prompts is not None:
         return _run_job(args, speculative, sampling)
     prompts = prompts_of(args)
+    if args.system is not None:
+        prompts = [with_system(prompt, args.system) for prompt in prompts]
     if not args.distributed:
         return _speak(args, speculative, sampling, prompts)
     place = _place(args, prompts)
@@ -73,7 +76,7 @@ def _run(args: argparse.Namespace) -> int:
         return _speak(args, speculative, sampling, prompts)
 
 
-def _place(args: argparse.Namespace, prompts: list[str]) -> processes.Place:
+def _place(args: argparse.Namespace, prompts: Sequence[Prompt]) -> processes.Place:
     """This process among all. Raises EasySpecError for what several processes cannot do."""
     if not prompts:
         raise EasySpecError("--distributed holds no conversation: give --prompt TEXT or --prompt-file FILE")
@@ -89,7 +92,7 @@ def _place(args: argparse.Namespace, prompts: list[str]) -> processes.Place:
 
 
 def _speak(
-    args: argparse.Namespace, speculative: SpeculativeConfig, sampling: SamplingParams, prompts: list[str]
+    args: argparse.Namespace, speculative: SpeculativeConfig, sampling: SamplingParams, prompts: Sequence[Prompt]
 ) -> int:
     from easyspec_jax.progress import bar, no_bar
 
@@ -104,19 +107,22 @@ def _speak(
 
 def _run_job(args: argparse.Namespace, speculative: SpeculativeConfig, sampling: SamplingParams) -> int:
     """Does what is left of a job; 1 if some of its lines have errors."""
-    from easyspec_jax.jobs import run_job
+    from easyspec_jax.jobs import check_results, describe_job, read_job, run_job
     from easyspec_jax.progress import bar
     from easyspec_jax.terminal import print_note
 
-    engine = _open(args, speculative, bar)
-    # Neither these nor the mesh change a text; where numbers round otherwise, a text may be either run's.
-    free = {"prompts", "out", "batch_size", "verbose", "mesh", "platform"}
+    # None of these changes a text; where numbers round otherwise, a text may be either run's.
+    free = {"prompts", "out", "batch_size", "verbose", "mesh", "platform", "allow_links"}
     settings = {name: value for name, value in vars(args).items() if name not in free}
-    files = Path(args.prompts), Path(args.out)
+    if args.system is None:
+        del settings["system"]  # as a job that was begun without this flag has it
+    job, out = read_job(args.prompts, sampling, args.system), Path(args.out)
+    check_results(out, describe_job(job, settings, args.chat))
+    engine = _open(args, speculative, bar)
     engine.check_memory(2, 1, args.batch_size, sampling)  # at the least
     engine.load(bar)
     together = {"chat": args.chat, "batch_size": args.batch_size}
-    done, errors = run_job(engine, *files, sampling, **together, settings=settings, bar=bar, note=print_note)
+    done, errors = run_job(engine, job, out, **together, settings=settings, bar=bar, note=print_note)
     print_note(f"{done} lines in {args.out}, {errors} of them errors")
     return 1 if errors else 0
 
@@ -141,18 +147,20 @@ def _open_pair(args: argparse.Namespace, speculative: SpeculativeConfig, bar: "B
             speculative=speculative,
             max_length=args.max_length,
             dtype=args.dtype,
+            allow_links=args.allow_links,
         )
     from easyspec_jax.mesh import parse_mesh
     from easyspec_jax.terminal import print_note
     from easyspec_jax.tune.tuning import auto, open_pair
 
-    pair = open_pair(args.target, args.draft, args.mesh, args.platform, args.max_length, args.dtype)
+    models = args.target, args.draft, args.mesh, args.platform, args.max_length, args.dtype
+    pair = open_pair(*models, allow_links=args.allow_links)
     choice = auto(pair, args.mesh, args.target is None, bar, print_note)
     return pair.variant(replace(choice.speculative, verifier=args.verifier), parse_mesh(choice.mesh), bar)
 
 
 def _complete(
-    args: argparse.Namespace, engine: "Engine", prompts: list[str], sampling: SamplingParams, bar: "Bar"
+    args: argparse.Namespace, engine: "Engine", prompts: Sequence[Prompt], sampling: SamplingParams, bar: "Bar"
 ) -> None:
     """Completes every prompt, and with --compare once more by plain decoding."""
     from easyspec_jax import terminal
@@ -203,7 +211,7 @@ def _converse(args: argparse.Namespace, engine: "Engine", sampling: SamplingPara
     prepared = engine.compile([GREETING], sampling, bar=bar)
     if args.verbose:
         print_devices(engine, sampling, prepared)
-    converse(engine, sampling, bar)
+    converse(engine, sampling, bar, system=args.system)
 
 
 def _as_dict(completion: "Completion", plain: "Completion | None") -> dict[str, Any]:

@@ -1,18 +1,22 @@
 """Batch jobs: a file of prompts becomes a file of completions, whatever kills the process on the way."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from easyspec_jax.errors import EasySpecError
+from easyspec_jax.errors import EasySpecError, first_line
 from easyspec_jax.files import write_whole
+from easyspec_jax.job_lines import Item, read_items
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.progress import Bar, no_bar
 
@@ -20,94 +24,38 @@ if TYPE_CHECKING:
     from easyspec_jax.completion import Row
     from easyspec_jax.engine import Engine
 
-SAMPLING = {
-    "temperature": (int, float), "top_k": (int,), "top_p": (int, float), "seed": (int,), "max_new_tokens": (int,),
-    "stop": (str, list),
-}  # fmt: skip
-"""What a line may say about its own sampling, and of which types."""
-
 SYNC_SECONDS = 1.0
-"""How much a machine that loses power may cost: what it loses is made again."""
+"""Records of at most this long are lost, and made again, if the machine loses power."""
 
 
 @dataclass(frozen=True)
-class Item:
-    """A line of the input: the prompt it asks for, or what is wrong with it."""
+class Job:
+    """What is to be completed: the input's name, its bytes and its lines."""
 
-    line: int
-    id: str | int | None = None
-    prompt: Any = None
-    sampling: SamplingParams | None = None
-    error: str | None = None
+    name: str
+    content: bytes
+    items: list[Item]
 
 
-def read_items(content: bytes, default: SamplingParams) -> list[Item]:
-    """Every line that is not blank, numbered from 1; line n draws its noise from the default seed + n - 1."""
-    items: list[Item] = []
-    seen: dict[Any, int] = {}
-    for line, text in enumerate(content.split(b"\n"), 1):
-        if not text.strip():
-            continue
-        try:
-            item = _item(line, text, replace(default, seed=(default.seed + line - 1) % 2**32))
-            if item.id in seen:
-                raise EasySpecError(f"id {item.id!r} is that of line {seen[item.id]} too")
-            seen[item.id] = line
-        except EasySpecError as error:
-            item = Item(line, error=" ".join(str(error).split()))
-        items.append(item)
-    return items
+def read_job(prompts: str | Path, sampling: SamplingParams, system: str | None = None) -> Job:
+    """Read the input of a job, a file or "-" for standard input.
 
+    Args:
+        prompts: Path of a file of JSON lines.
+        sampling: The default of lines that do not give their own.
+        system: A system message for every line without one.
 
-def _item(line: int, text: bytes, default: SamplingParams) -> Item:
+    Raises:
+        EasySpecError: The input cannot be read or has no lines.
+    """
     try:
-        fields = json.loads(text.decode("utf-8-sig" if line == 1 else "utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise EasySpecError(f"no JSON: {str(error)[:80]}") from None
-    if not isinstance(fields, dict):
-        raise EasySpecError("no JSON object")
-    unknown = fields.keys() - {"id", "prompt", "messages", *SAMPLING}
-    if unknown:
-        raise EasySpecError(f"field {min(unknown)!r} is unknown")
-    if not isinstance(fields.get("id"), (str, int)) or isinstance(fields["id"], bool):
-        raise EasySpecError("id must be a string or a whole number")
-    if ("prompt" in fields) == ("messages" in fields):
-        raise EasySpecError("give either prompt or messages")
-    prompt = fields.get("prompt", fields.get("messages"))
-    if not _is_prompt(prompt, "prompt" in fields):
-        raise EasySpecError("prompt must be a string, messages a list of objects with role and content, both strings")
-    return Item(line, fields["id"], prompt, _sampling(fields, default))
-
-
-def _is_prompt(prompt: Any, is_text: bool) -> bool:
-    if is_text:
-        return isinstance(prompt, str)
-    return (
-        isinstance(prompt, list)
-        and bool(prompt)
-        and all(
-            isinstance(turn, dict) and all(isinstance(turn.get(name), str) for name in ("role", "content"))
-            for turn in prompt
-        )
-    )
-
-
-def _sampling(fields: Mapping[str, Any], default: SamplingParams) -> SamplingParams:
-    own = {name: fields[name] for name in SAMPLING if name in fields}
-    for name, value in own.items():
-        if isinstance(value, bool) or not isinstance(value, SAMPLING[name]):
-            raise EasySpecError(f"{name} {str(value)[:40]!r} is of the wrong type")
-    if "stop" in own:
-        stop = [own["stop"]] if isinstance(own["stop"], str) else own["stop"]
-        if not all(isinstance(text, str) for text in stop):
-            raise EasySpecError("stop must be a string or a list of strings")
-        own["stop"] = tuple(stop)
-    try:
-        for name in own.keys() & {"temperature", "top_p"}:
-            own[name] = float(own[name])
-    except OverflowError:
-        raise EasySpecError("temperature and top_p must be numbers of ordinary size") from None
-    return replace(default, **own)
+        content = sys.stdin.buffer.read() if str(prompts) == "-" else Path(prompts).read_bytes()
+    except OSError as error:
+        raise EasySpecError(f"--prompts {prompts} cannot be read: {error.strerror}") from None
+    items = read_items(content, sampling, system)
+    if not items:
+        raise EasySpecError(f"--prompts {prompts} holds no prompt")
+    return Job(str(prompts), content, items)
 
 
 class Results:
@@ -117,7 +65,7 @@ class Results:
         self._handle, self.done, self.errors, self._synced = handle, done, errors, time.monotonic()
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Writes a record, which survives the process; once a second also the machine."""
+        """Write a record. It survives the process at once, and a power failure after SYNC_SECONDS."""
         line = memoryview(json.dumps(record).encode() + b"\n")
         while line:
             line = line[os.write(self._handle, line) :]
@@ -129,29 +77,73 @@ class Results:
 
 
 @contextmanager
-def open_results(out: Path, job: Mapping[str, Any]) -> Iterator[Results]:
-    """The output of a job, locked, without a torn end. job: what its texts depend on; kept beside it as `OUT.job`.
+def open_results(out: Path, described: Mapping[str, Any]) -> Iterator[Results]:
+    """Open the output of a job, lock it and cut off a torn end.
 
-    Raises EasySpecError if another process is at it, or if it is the output of anything else.
+    Args:
+        out: The file of records.
+        described: What its texts depend on; kept next to it as `OUT.job`.
+
+    Raises:
+        EasySpecError: Another process is writing it, or it is the output of anything else.
     """
-    described = out.with_name(out.name + ".job")
     handle = os.open(out, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise EasySpecError(f"another run is writing {out}; wait for it or choose another --out") from None
-        text = json.dumps(job, sort_keys=True, indent=1).encode() + b"\n"
-        content = out.read_bytes()
-        if (described.exists() and described.read_bytes() != text) or (content and not described.exists()):
-            raise EasySpecError(f"{out} belongs to other prompts or settings (see {described}); choose another --out")
-        write_whole(described, text)
-        done, errors, end = _whole_records(content)
+        _lock(handle, out)
+        _check_same_job(out, described)
+        write_whole(_description(out), _serialised(described))
+        done, errors, end = _whole_records(out.read_bytes())
         os.ftruncate(handle, end)
         yield Results(handle, done, errors)
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_results(out: Path, described: Mapping[str, Any]) -> None:
+    """Find out, without writing anything, whether open_results() could open an output.
+
+    Raises:
+        EasySpecError: It is the output of anything else, or cannot be written.
+    """
+    if out.is_dir():
+        raise EasySpecError(f"--out {out} is a directory; name a file")
+    place = out if out.exists() else out.parent
+    if not os.access(place, os.W_OK):
+        reason = os.strerror(errno.EACCES if place.exists() else errno.ENOENT)
+        raise EasySpecError(f"--out {out} cannot be written: {reason}")
+    if out.exists():
+        with out.open("rb") as file:
+            _lock(file.fileno(), out)
+            _check_same_job(out, described)
+
+
+def _lock(handle: int, out: Path) -> None:
+    """Lock an open output until it is closed. Raises EasySpecError if another process has."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise EasySpecError(f"another run is writing {out}; wait for it or choose another --out") from None
+
+
+def _check_same_job(out: Path, described: Mapping[str, Any]) -> None:
+    path = _description(out)
+    known = path.exists()
+    if (known and path.read_bytes() != _serialised(described)) or (out.stat().st_size and not known):
+        raise EasySpecError(f"{out} belongs to other prompts or settings (see {path}); choose another --out")
+
+
+def _description(out: Path) -> Path:
+    return out.with_name(out.name + ".job")
+
+
+def _serialised(described: Mapping[str, Any]) -> bytes:
+    return json.dumps(described, sort_keys=True, indent=1).encode() + b"\n"
+
+
+def describe_job(job: Job, settings: Mapping[str, Any], chat: bool) -> dict[str, Any]:
+    """What the texts of a job depend on."""
+    return {"prompts": hashlib.sha256(job.content).hexdigest(), "settings": dict(settings), "chat": chat}
 
 
 def _whole_records(content: bytes) -> tuple[set[int], int, int]:
@@ -172,9 +164,8 @@ def _whole_records(content: bytes) -> tuple[set[int], int, int]:
 
 def run_job(
     engine: "Engine",
-    prompts: Path,
+    job: Job,
     out: Path,
-    sampling: SamplingParams,
     *,
     chat: bool = False,
     batch_size: int = 1,
@@ -182,26 +173,31 @@ def run_job(
     bar: Bar = no_bar,
     note: Callable[[str], None] = lambda message: None,
 ) -> tuple[int, int]:
-    """Completes every line of a file that `out` lacks; returns how many records it then has, and how many are errors.
+    """Complete every line of a job that an output lacks. A line that cannot be completed gets an error record.
 
-    settings: what else the texts depend on. note is told of every line that is none. Raises EasySpecError for files
-    that cannot be used.
+    Args:
+        engine: The model.
+        job: The lines, see read_job().
+        out: The file of records.
+        chat: Prompts that are text are put as a user's.
+        batch_size: Lines decoded together.
+        settings: What else the texts depend on.
+        bar: Shows the progress.
+        note: Called with each line's error, and with the fields that are not used.
+
+    Returns:
+        How many records the output then has, and how many of them are errors.
+
+    Raises:
+        EasySpecError: The output cannot be used.
     """
+    _note_lines(job.items, note)
+    described = describe_job(job, settings or {}, chat)
+    free = engine.free_memory()
     try:
-        content = prompts.read_bytes()
-    except OSError as error:
-        raise EasySpecError(f"--prompts {prompts} cannot be read: {error.strerror}") from None
-    items = read_items(content, sampling)
-    if not items:
-        raise EasySpecError(f"--prompts {prompts} holds no prompt")
-    for item in items:
-        if item.error is not None:
-            note(f"line {item.line}: {item.error}")
-    job = {"prompts": hashlib.sha256(content).hexdigest(), "settings": dict(settings or {}), "chat": chat}
-    try:
-        with open_results(out, job) as results, bar("Generating", len(items)) as advance:
+        with open_results(out, described) as results, bar("Generating", len(job.items)) as advance:
             advance(len(results.done))
-            left = [item for item in items if item.line not in results.done]
+            left = [item for item in job.items if item.line not in results.done]
             # Stable, so that all that are decoded by the same programs follow one another.
             left.sort(key=lambda item: repr(item.sampling and engine.config(item.sampling)))
             taken: list[Item] = []
@@ -209,12 +205,9 @@ def run_job(
             def rows() -> Iterator["Row"]:
                 for item in left:
                     try:
-                        if item.sampling is None:
-                            raise EasySpecError(item.error)
-                        row = engine.row(item.prompt, item.sampling, chat=chat)
+                        row = _row(engine, item, chat, batch_size, free)
                     except EasySpecError as error:
-                        message = " ".join(str(error).split())
-                        results.append({"id": item.id, "line": item.line, "error": f"line {item.line}: {message}"})
+                        results.append(_error_record(item, str(error)))
                         advance(1)
                         continue
                     taken.append(item)
@@ -228,3 +221,31 @@ def run_job(
             return len(results.done), results.errors
     except OSError as error:
         raise EasySpecError(f"--out {out} cannot be written: {error.strerror}") from None
+
+
+def _row(engine: "Engine", item: Item, chat: bool, batch_size: int, free: int | None) -> "Row":
+    """The row of a line. Raises EasySpecError, whatever is wrong with the line: nothing in it may end the job."""
+    if item.sampling is None:
+        raise EasySpecError(item.error)
+    try:
+        row = engine.row(item.prompt, item.sampling, chat=chat)
+        engine.check_memory(len(row.prompt_ids) + row.limit, len(row.prompt_ids), batch_size, item.sampling, free)
+    except EasySpecError:
+        raise
+    except Exception as error:  # what a template or a tokenizer makes of a hostile line
+        raise EasySpecError(f"cannot be used ({type(error).__name__}: {first_line(error)[:80]})") from None
+    return row
+
+
+def _error_record(item: Item, message: str) -> dict[str, Any]:
+    return {"id": item.id, "line": item.line, "error": f"line {item.line}: {' '.join(message.split())}"}
+
+
+def _note_lines(items: list[Item], note: Callable[[str], None]) -> None:
+    for item in items:
+        if item.error is not None:
+            note(f"line {item.line}: {item.error}")
+    unused = Counter(name for item in items for name in item.unused)
+    if unused:
+        named = ", ".join(f"{name[:40]!r}" for name, _ in unused.most_common(5))
+        note(f"fields that are not used: {named}{', …' if len(unused) > 5 else ''}")

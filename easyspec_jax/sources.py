@@ -60,12 +60,17 @@ def read_into(out: np.ndarray, source: TensorSource, name: str, window: Window =
 
     Rows are read in powers of two, so that reads begin and end where most stored chunks do.
     """
-    rows = slice(0, out.shape[0]) if not window else window[0]
-    fitting = max(1, _BLOCK // max(1, 4 * prod(out.shape[1:])))
+    first = window[0].start if window else 0
+    for rows in row_blocks(out.shape):
+        out[rows] = source.read(name, (slice(first + rows.start, first + rows.stop), *window[1:]))
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Split the rows of a tensor into slices of a few MiB, each a power of two of rows but the last."""
+    fitting = max(1, _BLOCK // max(1, 4 * prod(shape[1:])))
     step = 1 << (fitting.bit_length() - 1)
-    for start in range(0, out.shape[0], step):
-        stop = min(start + step, out.shape[0])
-        out[start:stop] = source.read(name, (slice(rows.start + start, rows.start + stop), *window[1:]))
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
 
 
 @dataclass(frozen=True)
@@ -79,20 +84,27 @@ class _Place:
 
 
 class SafetensorsSource:
-    """Tensors of a Hugging Face directory: `model.safetensors`, or shards listed by an index.
+    """Tensors of a Hugging Face directory, out of the files that transformers would read.
 
-    wanted: the tensors that are needed; what the index says of others may be out of date. Raises EasySpecError on
-    construction for a missing, truncated or malformed shard.
+    These are `model.safetensors` if there is one, whatever an index says; otherwise all shards that the index lists,
+    each with all that it holds, the last one in order of names where two hold the same tensor. A `transformers_weights`
+    in `config.json` names either kind of file itself.
+
+    Args:
+        directory: The checkpoint.
+        wanted: The tensors that are needed. A shard that is missing and listed for none of these is an entry from an
+            older state of the directory.
+
+    Raises:
+        EasySpecError: A shard is missing, truncated or malformed.
     """
 
     def __init__(self, directory: Path, wanted: frozenset[str] | None = None) -> None:
         self._places: dict[str, _Place] = {}
         for path, listed in _shards(directory):
             if listed is not None and wanted is not None and not listed & wanted and not path.is_file():
-                continue  # an entry from an older state of the directory
-            for name, place in _header(path).items():
-                if listed is None or name in listed:
-                    self._places[name] = place
+                continue
+            self._places |= _header(path)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: place.shape for name, place in self._places.items()}
@@ -136,22 +148,38 @@ def _read_window(file: int, place: _Place, window: Window) -> np.ndarray:
 
 
 def _shards(directory: Path) -> Iterator[tuple[Path, set[str] | None]]:
-    """Each safetensors file with the tensors the index places in it (None: all it holds)."""
-    index = directory / INDEX
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise EasySpecError(f"{index} has no weight_map from tensor names to files")
-        for file in sorted(set(weight_map.values())):
-            if Path(file).name != file or "\0" in file:
-                raise EasySpecError(f"{index}: {file!r} leads out of the checkpoint directory")
-            yield directory / file, {name for name, place in weight_map.items() if place == file}
-    elif (directory / SAFETENSORS).exists():
-        yield directory / SAFETENSORS, None
-    else:
-        raise EasySpecError(
-            f"{directory} holds no weights; expected {SAFETENSORS}, {INDEX} or a converted checkpoint (weights/)"
-        )
+    """Each safetensors file, in order, with the tensors that the index lists for it (None without an index)."""
+    main = _main_file(directory)
+    if not main.name.endswith(".index.json"):
+        yield main, None
+        return
+    weight_map = read_json(main).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise EasySpecError(f"{main} has no weight_map from tensor names to files")
+    for file in sorted(set(weight_map.values())):
+        yield _inside(directory, file, main), {name for name, place in weight_map.items() if place == file}
+
+
+def _main_file(directory: Path) -> Path:
+    """The safetensors file or index that transformers would start from."""
+    config = directory / "config.json"
+    named = read_json(config).get("transformers_weights") if config.exists() else None
+    if isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json")):
+        return _inside(directory, named, config)
+    if named is not None:
+        raise EasySpecError(f"{config}: transformers_weights={named!r} names no safetensors file and no index of some")
+    for name in (SAFETENSORS, INDEX):
+        if (directory / name).exists():
+            return directory / name
+    raise EasySpecError(
+        f"{directory} holds no weights; expected {SAFETENSORS}, {INDEX} or a converted checkpoint (weights/)"
+    )
+
+
+def _inside(directory: Path, file: str, named_by: Path) -> Path:
+    if Path(file).name != file or "\0" in file:
+        raise EasySpecError(f"{named_by}: {file!r} leads out of the checkpoint directory")
+    return directory / file
 
 
 def _header(path: Path) -> dict[str, _Place]:

@@ -1,54 +1,197 @@
-"""Tokenizers: opening one, checking that two agree, and turning a growing list of ids into growing text."""
+"""Tokenizers: opening one, checking that two agree, and encoding prompts. `text` goes back from ids to text."""
 
 import os
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken, processors
+from tokenizers import Tokenizer as TokenizerFile
+
+from easyspec_jax.config import read_json
+from easyspec_jax.conversation import Prompt, Tokenizer, check_text, conversation_of, from_template
 from easyspec_jax.errors import EasySpecError, first_line
+from easyspec_jax.text import TextStream, decode_text
 
-Tokenizer = Any
-"""A transformers tokenizer, whatever its class."""
-
-Message = Mapping[str, str]
-"""One turn of a conversation: its "role" ("system", "user", "assistant") and its "content"."""
-
-Prompt = str | Sequence[Message]
-"""Text to go on from, or a conversation to answer."""
+__all__ = ["TextStream", "check_same_ids", "decode_text", "encode", "load_tokenizer"]
 
 LARGEST_FILE = 256 << 20
 """Bytes of any file of a tokenizer; those of large vocabularies have 40 MiB."""
 
-_RENDERING = 10.0  # seconds that a chat template may take
-_RENDERED = 16 << 20  # characters that it may make beside those of the messages
+_FILE = "tokenizer.json"
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
+
+PROBE = (
+    "Hello world, it's 12345.67 — don't  stop!\n\tdef f(x): return x_1+2 # Ünïcödé ﬁ Å\r\n\n"
+    "中文分詞，日本語。 한국어 русский العربية हिन्दी 👩‍👩‍👧 ½ ² ABCdef HTTPServer 1,000  \u00a0end "
+)
+"""Text on which libraries that read one tokenizer.json differently are likely to differ."""
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint directory, offline and without running its code.
+    """Open the tokenizer of a checkpoint directory, offline and without running its code.
 
-    Code that its configuration names (`auto_map`) is never imported. Raises EasySpecError if there is none, or one of
-    its files is beyond all measure.
+    A `tokenizer.json` is taken at its word: class names and model types choose nothing, as they do in AutoTokenizer.
+    `tokenizer_config.json` and its companions add what they name: special tokens, chat templates, and with
+    `add_bos_token` a BOS where the file's own post-processor writes none. Code that a configuration names (`auto_map`)
+    is never imported.
+
+    Raises:
+        EasySpecError: There is no tokenizer, its files are damaged, unreasonably large or contradict each other, or
+            the installed transformers gives other ids or text than `tokenizer.json` itself.
     """
-    for pattern in ("*.json", "*.jinja", "*.txt", "tokenizer*"):
+    for pattern in ("*.json", "*.jinja", "*.txt", "tokenizer*", "additional_chat_templates/*"):
         for path in filter(Path.is_file, directory.glob(pattern)):
             if path.stat().st_size > LARGEST_FILE:
                 raise EasySpecError(f"{path} is larger than the {LARGEST_FILE >> 20} MiB of any proper one")
+    # Without torch the library warns that it has no models, and none are wanted.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever the library raises for a broken or absent tokenizer
+        if (directory / _FILE).is_file():
+            return _from_file(directory)
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        _ = tokenizer.backend_tokenizer  # without one, ids cannot be decoded piece by piece
+        return tokenizer
+    except EasySpecError:
+        raise
+    except Exception as error:  # whatever the libraries raise for a broken or absent tokenizer
         raise EasySpecError(f"{directory} has no usable tokenizer: {first_line(error)}") from None
 
 
+def _from_file(directory: Path) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`.
+
+    PreTrainedTokenizerFast.from_pretrained would do much of this, but it imports torch where there is one, and ignores
+    `add_bos_token`.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    file = TokenizerFile.from_file(str(directory / _FILE))
+    file.no_truncation()
+    file.no_padding()
+    ids = file.encode(PROBE, add_special_tokens=False).ids
+    text = file.decode(ids, skip_special_tokens=True)
+    config = _read_optional(directory / "tokenizer_config.json")
+    special = _special_tokens(directory, config)
+    _add_declared(file, directory, config, special)
+    if config.get("add_bos_token") is True and "bos_token" in special:
+        _add_bos(file, str(special["bos_token"]))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=file,
+        chat_template=_chat_templates(directory, config),
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=config.get("split_special_tokens") is True,
+        **special,
+    )
+    again = tokenizer(PROBE, add_special_tokens=False, verbose=False).input_ids
+    if list(again) != ids or decode_text(tokenizer, ids) != text:
+        import transformers
+
+        raise EasySpecError(
+            f"{directory / _FILE} is read differently by transformers {transformers.__version__}; "
+            "install another version of it"
+        )
+    return tokenizer
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, AddedToken]:
+    """The tokens that the configuration names, by name; `special_tokens_map.json` counts where it says nothing."""
+    named = _read_optional(directory / "special_tokens_map.json") | dict(config)
+    tokens = {name: _token(named.get(name)) for name in _NAMED}
+    return {name: token for name, token in tokens.items() if token is not None}
+
+
+def _token(entry: Any) -> AddedToken | None:
+    """A special token as the files write it: its text, or an object with that and flags."""
+    if isinstance(entry, str) and entry:
+        return AddedToken(entry, special=True, normalized=False)
+    if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or not entry["content"]:
+        return None
+    flags = {name: entry[name] for name in _FLAGS if isinstance(entry.get(name), bool)}
+    return AddedToken(entry["content"], special=True, **({"normalized": False} | flags))
+
+
+def _add_declared(
+    file: TokenizerFile, directory: Path, config: Mapping[str, Any], special: Mapping[str, AddedToken]
+) -> None:
+    """Add the tokens that only the other files have, and make those special that they name as such.
+
+    Raises:
+        EasySpecError: A token that `tokenizer.json` lacks would get another id than the one declared for it.
+    """
+    declared = {str(token): number for number, token in _added_tokens(config).items()}
+    declared = _read_optional(directory / "added_tokens.json") | declared
+    flags = {str(token): token for token in _added_tokens(config).values()}
+    missing = [token for token in declared if file.token_to_id(token) is None]
+    for token in sorted(missing, key=lambda token: declared[token]):
+        file.add_tokens([flags.get(token, AddedToken(token, normalized=False))])
+        if file.token_to_id(token) != declared[token]:
+            raise EasySpecError(
+                f"{directory}: {token!r} has the id {declared[token]} in the tokenizer's configuration, where "
+                f"{_FILE} leaves it {file.token_to_id(token)}; save the tokenizer again"
+            )
+    known = {number for number, token in file.get_added_tokens_decoder().items() if token.special}
+    further = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
+    listed = map(_token, further if isinstance(further, list) else ())
+    for token in (*special.values(), *listed):
+        if token is not None and file.token_to_id(str(token)) not in known:
+            file.add_special_tokens([flags.get(str(token), token)])
+
+
+def _added_tokens(config: Mapping[str, Any]) -> dict[int, AddedToken]:
+    """The tokens of `added_tokens_decoder`, by id."""
+    entries = config.get("added_tokens_decoder")
+    tokens: dict[int, AddedToken] = {}
+    for number, entry in entries.items() if isinstance(entries, dict) else ():
+        token = _token(entry)
+        if token is not None:
+            token.special = entry.get("special") is True
+            tokens[int(number)] = token
+    return tokens
+
+
+def _add_bos(file: TokenizerFile, bos: str) -> None:
+    """Have texts begin with BOS, unless the post-processor does so by itself."""
+    number = file.token_to_id(bos)
+    if number is None or file.encode("a").ids[:1] == [number]:
+        return
+    template = processors.TemplateProcessing(
+        single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, number)]
+    )
+    before = file.post_processor
+    file.post_processor = template if before is None else processors.Sequence([before, template])
+
+
+def _chat_templates(directory: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """The chat template, or several by name; files of their own come before the configuration's entries."""
+    entries = config.get("chat_template")
+    templates: dict[str, str] = {}
+    if isinstance(entries, str):
+        templates["default"] = entries
+    for entry in entries if isinstance(entries, list) else ():
+        templates[entry["name"]] = entry["template"]
+    paths = [(path.stem, path) for path in sorted(directory.glob("additional_chat_templates/*.jinja"))]
+    for name, path in [*paths, ("default", directory / "chat_template.jinja")]:
+        if path.is_file():
+            templates[name] = path.read_text(encoding="utf-8")
+    return templates.get("default") if templates.keys() <= {"default"} else templates
+
+
 def check_same_ids(target: Tokenizer, draft: Tokenizer) -> None:
-    """Raises EasySpecError unless every token that both tokenizers know has one id, and every id one token.
+    """Check that every token that both tokenizers know has one id, and every id one token.
 
     Special tokens may differ in name, as between Llama 3 and 3.1: the target verifies them like any other.
+
+    Raises:
+        EasySpecError: Names the first token or id for which that is not so.
     """
     of_target, of_draft = target.get_vocab(), draft.get_vocab()
     by_id = {number: token for token, number in of_target.items()}
@@ -72,137 +215,26 @@ def _special_ids(tokenizer: Tokenizer) -> set[int]:
 
 
 def encode(tokenizer: Tokenizer, prompt: Prompt, chat: bool = False) -> list[int]:
-    """A prompt's ids: a conversation through the chat template, text with the tokenizer's own special tokens.
+    """Turn a prompt into ids: a conversation through the chat template, text with the tokenizer's special tokens.
 
-    chat: text is a conversation of one user message. Raises EasySpecError for an empty prompt, invalid Unicode or a
-    tokenizer without a chat template.
+    Args:
+        tokenizer: The target's.
+        prompt: Text, messages or a Conversation.
+        chat: Take text as a conversation of one user message.
+
+    Raises:
+        EasySpecError: The prompt is empty, not valid Unicode or not a conversation, or there is no chat template.
     """
     if isinstance(prompt, str):
-        _check_text(prompt)
+        check_text(prompt)
         if not chat:
             return _ids(tokenizer, prompt, special=True)
         prompt = [{"role": "user", "content": prompt}]
-    _check_messages(prompt)
-    return _ids(tokenizer, from_template(tokenizer, prompt), special=False)
+    return _ids(tokenizer, from_template(tokenizer, conversation_of(prompt)), special=False)
 
 
-def _check_messages(messages: Any) -> None:
-    turns = list(messages) if isinstance(messages, Sequence) and not isinstance(messages, bytes) else []
-    if not turns or not all(isinstance(turn, Mapping) for turn in turns):
-        raise EasySpecError("a prompt is text, or a list of messages with a role and a content")
-    for turn in turns:
-        texts = turn.get("role"), turn.get("content")
-        if not all(isinstance(text, str) for text in texts):
-            raise EasySpecError("every message of a conversation needs a role and a content, both text")
-        for text in texts:
-            _check_text(text)
-
-
-def _check_text(text: str) -> None:
-    if not text:
-        raise EasySpecError("the prompt is empty; give at least one character")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise EasySpecError("the prompt is no valid Unicode; save or type it as UTF-8") from None
-
-
-def _ids(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:
+def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
     ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
     if not ids:
         raise EasySpecError(f"the prompt {text[:40]!r} has no tokens")
     return list(ids)
-
-
-def from_template(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
-    """A conversation as its text, up to where the assistant answers. Raises EasySpecError if there is no template."""
-    if not tokenizer.chat_template:
-        raise EasySpecError("this checkpoint has no chat template; leave out --chat")
-    longest = _RENDERED + sum(len(text) for message in messages for text in message.values())
-    try:
-        with _deadline(_RENDERING):
-            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        if len(text) > longest:
-            raise ValueError(f"it makes {len(text)} characters")
-        return text
-    except Exception as error:  # a template is a program, and fails like one
-        raise EasySpecError(f"the checkpoint's chat template fails ({first_line(error)}); leave out --chat") from None
-
-
-@contextmanager
-def _deadline(seconds: float) -> Iterator[None]:
-    """Python code within raises TimeoutError after so many seconds of its own; a call into C is not cut short."""
-    end, before = time.thread_time() + seconds, sys.gettrace()
-
-    def trace(frame: Any, event: str, argument: Any) -> Any:
-        if time.thread_time() > end:
-            raise TimeoutError(f"it takes longer than {seconds:g} s")
-        return trace
-
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
-
-
-class TextStream:
-    """Text that grows with its ids, never shows half a character, and ends before the stop string completed first.
-
-    ids: the ids taken so far; those after the one that completed a stop string are dropped.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self.ids: list[int] = []
-        self.stopped = False
-        self._tokenizer, self._stop, self._text = tokenizer, stop, ""
-        # Ids from _context to _read give the decoder what it needs to spell the ids after them.
-        self._context = self._read = self._shown = 0
-
-    @property
-    def text(self) -> str:
-        """What the ids say, certain or not."""
-        return self._text + self._spelled(len(self.ids))
-
-    def push(self, ids: Sequence[int]) -> str:
-        """The text that these further ids add, as far as it is certain."""
-        self.ids.extend(ids)
-        added = self._spelled(len(self.ids))
-        text = self._text + added.rstrip("\ufffd")
-        found = [(place + len(stop), place) for stop in self._stop if (place := text.find(stop, self._shown)) >= 0]
-        if found:
-            self.stopped = True
-            self._drop_ids_after_stop()
-            _, place = min(found)  # the stop string that ends first, however many ids come at once
-            text = text[:place]
-        elif added.endswith("\ufffd"):
-            return ""
-        self._text, self._context, self._read = text, self._read, len(self.ids)
-        shown, self._shown = self._shown, len(text) - (0 if self.stopped else self._withheld())
-        return text[shown : self._shown]
-
-    def rest(self) -> str:
-        """What push() still holds back, when no more ids come."""
-        return self.text[self._shown :]
-
-    def _spelled(self, end: int) -> str:
-        """The text of ids[_read:end]."""
-        known = decode_text(self._tokenizer, self.ids[self._context : self._read])
-        return decode_text(self._tokenizer, self.ids[self._context : end])[len(known) :]
-
-    def _drop_ids_after_stop(self) -> None:
-        for end in range(self._read + 1, len(self.ids)):
-            text = self._text + self._spelled(end)
-            if any(stop in text[self._shown :] for stop in self._stop):
-                del self.ids[end:]
-                return
-
-    def _withheld(self) -> int:
-        """Length of the longest end of the text that may yet become a stop string."""
-        starts = (stop[:length] for stop in self._stop for length in range(1, len(stop)))
-        return max((len(start) for start in starts if self._text.endswith(start)), default=0)
-
-
-def decode_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """Text without special tokens."""
-    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -9,7 +9,7 @@ from convert.gguf_fields import OPTIONAL_FIELDS, REQUIRED_FIELDS, ROPE_FACTORS
 from easyspec_jax.checkpoint import Checkpoint, places
 from easyspec_jax.config import ModelConfig
 from easyspec_jax.families import FAMILIES
-from easyspec_jax.model.attention import rope_frequencies
+from easyspec_jax.rope import rope_frequencies
 
 
 def write_gguf(checkpoint: Checkpoint, path: Path) -> None:

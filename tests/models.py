@@ -9,7 +9,7 @@ import torch
 import transformers
 from jax.sharding import PartitionSpec as P
 from numpy.typing import ArrayLike
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from easyspec_jax.checkpoint import Checkpoint, open_checkpoint
@@ -159,6 +159,44 @@ def add_refit(draft: Path, lp_size: int, directory: Path | None = None, noise: f
     path = path_of(directory or draft / DIRECTORY, speculative, layout)
     save(path, some_refit(opened, layout, noise).tensors, layout, opened)
     return str(path.parent)
+
+
+BOS, EOS = "<|bos|>", "<|eos|>"
+TEMPLATE = (
+    BOS + "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}" + EOS + "{% endfor %}[bot]"
+)
+TEXTS = {
+    "ascii": "the cat sat on the mat",
+    "accents": "Señor Łukasz naïvely ate crème brûlée",
+    "cjk": "中文分詞很有意思，日本語もそうです。",
+    "emoji": "ok 👍🏽 👩‍👩‍👧‍👦 done 🏴󠁧󠁢󠁳󠁣󠁴󠁿",
+    "replacement": "a real \ufffd in the text\ufffd",
+    "lines": "one\n\n  two\t three \r\n",
+}
+
+
+def trained_tokenizer() -> PreTrainedTokenizerFast:
+    """A tiny byte-level BPE whose merges cross characters, so that tokens end inside of them; plain text gets a BOS."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator([TEXTS["cjk"], TEXTS["ascii"]] * 3, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, backend.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=BOS,
+        eos_token=EOS,
+        chat_template=TEMPLATE,
+        clean_up_tokenization_spaces=True,
+    )
 
 
 def partition_specs(tree: Any) -> Any:

@@ -11,10 +11,18 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert.orbax import OrbaxStore
-from easyspec_jax.checkpoint import WEIGHTS, check_tensors, expected_shapes, open_checkpoint, write_safetensors
+from easyspec_jax.checkpoint import (
+    WEIGHTS,
+    CanonicalSource,
+    check_tensors,
+    expected_shapes,
+    open_checkpoint,
+    write_safetensors,
+)
 from easyspec_jax.config import model_config
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.families import EMBEDDING, FINAL_NORM, HEAD
+from easyspec_jax.rope import rope_frequencies
 from easyspec_jax.sources import INDEX, SAFETENSORS, OrbaxSource, SafetensorsSource, Window
 
 CONFIG = {
@@ -87,7 +95,9 @@ def test_orbax_is_read_bit_for_bit(tmp_path, dtype):
 def test_orbax_comes_before_safetensors(tmp_path):
     write_huggingface(tmp_path)
     write_converted(tmp_path)
-    assert isinstance(open_checkpoint(tmp_path).source, OrbaxSource)
+    source = open_checkpoint(tmp_path).source
+    assert isinstance(source, CanonicalSource)
+    assert isinstance(source.stored, OrbaxSource)
 
 
 def test_no_directory_and_no_weights(tmp_path):
@@ -141,10 +151,66 @@ def test_stale_entries_of_the_index_are_ignored(tmp_path):
         assert_holds(tmp_path, tensors)
 
 
-def test_index_that_places_a_tensor_elsewhere(tmp_path):
-    write_huggingface(tmp_path, shards=3)
+def test_an_index_that_places_a_tensor_in_another_of_its_files(tmp_path):
+    """transformers reads all that the listed files hold."""
+    tensors = write_huggingface(tmp_path, shards=3)
     edit_index(tmp_path, {EMBEDDING: "model-1.safetensors"})
-    with pytest.raises(EasySpecError, match=r"model\.embed_tokens\.weight is missing"):
+    assert_holds(tmp_path, tensors)
+
+
+def test_an_index_that_omits_a_file(tmp_path):
+    write_huggingface(tmp_path, shards=3)
+    index = json.loads((tmp_path / INDEX).read_text())
+    kept = {name: file for name, file in index["weight_map"].items() if file != "model-1.safetensors"}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": kept}))
+    with pytest.raises(EasySpecError, match="is missing"):
+        open_checkpoint(tmp_path)
+
+
+def test_the_last_file_counts_where_two_hold_a_tensor(tmp_path):
+    tensors = write_huggingface(tmp_path, shards=3)
+    first, last = shard_of(tensors, 0, 3), shard_of(tensors, 2, 3)
+    (name, values) = next(iter(first.items()))
+    save_file(last | {name: values + 1}, tmp_path / "model-2.safetensors")
+    assert_holds(tmp_path, tensors | {name: values + 1})
+
+
+def test_one_file_comes_before_an_index(tmp_path):
+    """A directory saved first in shards and then again in one file, whose index is stale."""
+    write_huggingface(tmp_path, shards=3)
+    tensors = {name: values + 1 for name, values in make_tensors().items()}
+    save_file(tensors, tmp_path / SAFETENSORS)
+    assert_holds(tmp_path, tensors)
+
+
+def test_copies_in_other_formats_are_not_read(tmp_path):
+    tensors = write_huggingface(tmp_path, shards=3)
+    save_file({"layers.0.wq": np.zeros(3, np.float32)}, tmp_path / "consolidated.safetensors")
+    assert_holds(tmp_path, tensors)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_configuration_may_name_its_weights(tmp_path, shards):
+    tensors = write_huggingface(tmp_path, shards)
+    name, other = (SAFETENSORS, "other.safetensors") if shards == 1 else (INDEX, "other.safetensors.index.json")
+    (tmp_path / name).rename(tmp_path / other)
+    save_file({"stray": np.zeros(1, np.float32)}, tmp_path / SAFETENSORS)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"transformers_weights": other}))
+    assert_holds(tmp_path, tensors)
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ("../model.safetensors", "leads out of the checkpoint directory"),
+        ("pytorch_model.bin", "names no safetensors file"),
+        (7, "names no safetensors file"),
+    ],
+)
+def test_weights_that_cannot_be_named(tmp_path, named, message):
+    write_huggingface(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"transformers_weights": named}))
+    with pytest.raises(EasySpecError, match=message):
         open_checkpoint(tmp_path)
 
 
@@ -156,10 +222,11 @@ def test_index_without_a_map(tmp_path, content):
         open_checkpoint(tmp_path)
 
 
-def test_tensors_the_index_omits_stay_out(tmp_path):
+def test_no_tensor_is_dropped_because_the_index_omits_it(tmp_path):
     tensors = write_huggingface(tmp_path, shards=3)
     save_file({**shard_of(tensors, 0, 3), "stray": np.zeros(1, np.float32)}, tmp_path / "model-0.safetensors")
-    assert_holds(tmp_path, tensors)
+    with pytest.raises(EasySpecError, match="stray is unknown"):
+        open_checkpoint(tmp_path)
 
 
 def test_other_types_are_named(tmp_path):
@@ -203,13 +270,68 @@ def test_every_fault_of_the_tensors_is_listed():
         check_tensors(config, Described({"extra": (1,)}), "here")
 
 
-def test_derived_buffers_and_a_tied_head_are_no_faults():
-    config = model_config(CONFIG | {"tie_word_embeddings": True})
-    shapes = expected_shapes(config)
-    assert HEAD not in shapes
-    present = shapes | {HEAD: (10, 8), "model.layers.0.self_attn.rotary_emb.inv_freq": (2,)}
-    for scheme in (None, "hf"):
-        check_tensors(config, Described(present), "here", scheme)
+TIED = CONFIG | {"tie_word_embeddings": True}
+
+
+def write_tied(directory: Path, layout: str, head: np.ndarray | None) -> dict[str, np.ndarray]:
+    """A checkpoint whose configuration ties the head, with a head of its own in either layout."""
+    tensors = make_tensors()
+    del tensors[HEAD]
+    if head is not None:
+        tensors[HEAD] = head
+    (directory / "config.json").write_text(json.dumps(TIED))
+    if layout == "orbax":
+        write_orbax(directory, tensors)
+    else:
+        save_file(tensors, directory / SAFETENSORS)
+    return tensors
+
+
+@pytest.mark.parametrize("layout", ["orbax", "hf"])
+def test_a_stored_head_counts_where_it_differs_from_the_embedding(tmp_path, layout):
+    head = make_tensors()[EMBEDDING].copy()
+    head[-1, -1] += 1e-3
+    tensors = write_tied(tmp_path, layout, head)
+    opened = open_checkpoint(tmp_path)
+    assert not opened.config.tie_word_embeddings
+    np.testing.assert_array_equal(opened.source.read(HEAD), tensors[HEAD])
+
+
+@pytest.mark.parametrize("layout", ["orbax", "hf"])
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_copy_of_the_embedding_is_no_head(tmp_path, layout, stored):
+    write_tied(tmp_path, layout, make_tensors()[EMBEDDING] if stored else None)
+    opened = open_checkpoint(tmp_path)
+    assert opened.config.tie_word_embeddings
+    assert HEAD not in opened.source.shapes()
+
+
+def test_a_copy_in_another_type_is_one_if_its_numbers_are(tmp_path):
+    tensors = write_tied(tmp_path, "hf", None)
+    narrow = tensors[EMBEDDING].astype(ml_dtypes.bfloat16)
+    save_file(tensors | {EMBEDDING: narrow, HEAD: narrow.astype(np.float32)}, tmp_path / SAFETENSORS)
+    assert open_checkpoint(tmp_path).config.tie_word_embeddings
+    save_file(tensors | {HEAD: narrow.astype(np.float32)}, tmp_path / SAFETENSORS)
+    assert not open_checkpoint(tmp_path).config.tie_word_embeddings
+
+
+def test_a_stored_head_of_another_shape_is_refused(tmp_path):
+    write_tied(tmp_path, "hf", np.zeros((11, 8), np.float32))
+    with pytest.raises(EasySpecError, match=r"lm_head\.weight has shape \(11, 8\) instead of \(10, 8\)"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stored_frequencies_are_compared(tmp_path, dtype):
+    """Old exports keep them next to the weights; in half precision they are rounded."""
+    tensors, name = write_huggingface(tmp_path), "model.layers.0.self_attn.rotary_emb.inv_freq"
+    frequencies = rope_frequencies(model_config(CONFIG))
+    save_file(tensors | {name: frequencies.astype(dtype)}, tmp_path / SAFETENSORS)
+    assert_holds(tmp_path, tensors)
+    for wrong in (frequencies / 2, frequencies[:1]):
+        save_file(tensors | {name: wrong.astype(dtype)}, tmp_path / SAFETENSORS)
+        with pytest.raises(EasySpecError, match="other RoPE frequencies than the configuration gives"):
+            open_checkpoint(tmp_path)
 
 
 def test_damaged_orbax_tree(tmp_path):

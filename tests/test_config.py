@@ -43,6 +43,15 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "llama3, older still": {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3}},
     "rope as in transformers 5": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     "llama3 as in transformers 5": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
+    "linear by 1": {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 1.0}},
+    "yarn by 1": {"rope_theta": 5e5, "rope_scaling": {"rope_type": "yarn", "factor": 1}},
+    "dynamic by 1": {"rope_theta": 5e5, "rope_scaling": {"type": "dynamic", "factor": 1.0}},
+    "llama3 with its length outside": {
+        "rope_theta": 5e5,
+        "rope_scaling": {"rope_type": "llama3", **{k: v for k, v in LLAMA3.items() if not k.startswith("original")}},
+        "original_max_position_embeddings": 256,
+    },
+    "a window that hides nothing": {"sliding_window": 512, "use_sliding_window": True, "max_window_layers": 0},
     "both, at odds": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
         "rope_scaling": {"rope_type": "llama3", **LLAMA3},
@@ -76,6 +85,7 @@ def test_agrees_on_what_transformers_writes(family, tmp_path):
 
 def as_transformers_reads(directory: Path) -> ModelConfig:
     config = AutoConfig.from_pretrained(directory)
+    config.standardize_rope_params()  # as its RoPE does before it reads them
     rope = config.rope_parameters
     eos = config.eos_token_id
     return ModelConfig(
@@ -99,6 +109,24 @@ def as_transformers_reads(directory: Path) -> ModelConfig:
     )
 
 
+@pytest.mark.parametrize(
+    ("family", "flags"),
+    [
+        ("qwen2", {"attention_bias": True}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"] * 3}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}),
+        ("qwen3", {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0}),
+    ],
+)
+def test_flags_without_a_meaning_change_nothing(family, flags):
+    plain = {"model_type": family} | SIZES
+    assert model_config(plain | flags) == model_config(plain)
+    layers = AutoConfig.for_model(family, **SIZES | flags).layer_types
+    assert layers == ["full_attention"] * 3
+
+
 def test_generation_config_decides_what_stops(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | SIZES))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], "temperature": 0.6}))
@@ -110,10 +138,11 @@ def test_generation_config_decides_what_stops(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sliding_window": 4096}, "sliding-window attention is not supported"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "sliding-window"),
-        ({"model_type": "mistral"}, "sliding-window"),  # a window of 4096 by default
-        ({"model_type": "qwen2", "use_sliding_window": True}, "sliding-window"),
+        ({"sliding_window": 511}, "sliding-window attention is not supported"),
+        ({"model_type": "mistral", "sliding_window": 511}, "sliding-window"),
+        # A window of 4096 by default.
+        ({"model_type": "mistral", "max_position_embeddings": 4097}, "sliding-window"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, "sliding-w"),
         ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
         ({"num_local_experts": 8}, "mixture-of-experts"),
         ({"model_type": "mixtral"}, "mixture-of-experts models .model_type 'mixtral'. are not supported"),

@@ -13,7 +13,8 @@ from easyspec_jax.decode import refill
 from easyspec_jax.decode.batch import Batch
 from easyspec_jax.decode.loop import PREFILL_CHUNK, Programs
 from easyspec_jax.generate import main
-from easyspec_jax.jobs import open_results, read_items, run_job
+from easyspec_jax.job_lines import read_items
+from easyspec_jax.jobs import open_results, read_job, run_job
 from easyspec_jax.options import Method
 from tests.models import add_refit, save_model
 
@@ -145,14 +146,14 @@ def records(content: bytes) -> list:
 
 def test_a_job_goes_on_from_wherever_it_was_cut(engine, job):
     prompts, out = job
-    assert run_job(engine, prompts, out, PLAIN, batch_size=2) == (8, 4)
+    assert run_job(engine, read_job(prompts, PLAIN), out, batch_size=2) == (8, 4)
     whole = out.read_bytes()
     expected = records(whole)
     assert [record["line"] for record in expected] == [1, 2, 3, 4, 5, 6, 7, 9]
     assert [record["line"] for record in expected if "error" in record] == [2, 4, 6, 7]
     for cut in [*range(0, len(whole), 97), len(whole) - 1, len(whole)]:
         out.write_bytes(whole[:cut])
-        assert run_job(engine, prompts, out, PLAIN, batch_size=2) == (8, 4)
+        assert run_job(engine, read_job(prompts, PLAIN), out, batch_size=2) == (8, 4)
         assert records(out.read_bytes()) == expected
         kept = whole[: whole[:cut].rfind(b"\n") + 1]
         assert out.read_bytes().startswith(kept)
@@ -162,7 +163,7 @@ def test_another_jobs_output_is_refused(engine, job):
     prompts, out = job
     out.write_bytes(b"somebody's\n")
     with pytest.raises(EasySpecError, match="other prompts or settings"):
-        run_job(engine, prompts, out, PLAIN)
+        run_job(engine, read_job(prompts, PLAIN), out)
     out.unlink()
     with open_results(out, {}), pytest.raises(EasySpecError, match="another run"), open_results(out, {}):
         pass
@@ -195,14 +196,14 @@ def test_seeds_follow_line_numbers():
 
 
 def test_files_that_cannot_be_used_are_named(engine, job, tmp_path):
-    prompts, out = job
+    prompts, _ = job
     with pytest.raises(EasySpecError, match=r"--prompts .*absent cannot be read: No such file"):
-        run_job(engine, tmp_path / "absent", out, PLAIN)
+        read_job(tmp_path / "absent", PLAIN)
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(EasySpecError, match=r"--prompts .*empty holds no prompt"):
-        run_job(engine, tmp_path / "empty", out, PLAIN)
+        read_job(tmp_path / "empty", PLAIN)
     with pytest.raises(EasySpecError, match=r"--out .*out\.jsonl cannot be written: No such file"):
-        run_job(engine, prompts, tmp_path / "absent" / "out.jsonl", PLAIN)
+        run_job(engine, read_job(prompts, PLAIN), tmp_path / "absent" / "out.jsonl")
 
 
 def test_a_poisoned_model_ends_the_command_with_one_line(models, capsys):

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from convert.__main__ import main as convert
 from convert.gguf import open_gguf
-from easyspec_jax import config, sources, tokenizer
+from easyspec_jax import config, conversation, sources, tokenizer
 from easyspec_jax.checkpoint import WEIGHTS, open_checkpoint
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.sources import INDEX, SAFETENSORS, OrbaxSource
@@ -78,7 +78,7 @@ def test_templates_stay_in_their_sandbox(template):
 
 
 def test_templates_end(monkeypatch):
-    monkeypatch.setattr(tokenizer, "_RENDERING", 0.1)
+    monkeypatch.setattr(conversation, "_RENDERING", 0.1)
     hostile = byte_tokenizer()
     hostile.chat_template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(EasySpecError, match=r"it takes longer than 0\.1 s"):
@@ -116,6 +116,25 @@ def test_links_within_and_those_of_the_hub_are_followed(planted, tmp_path):
     open_checkpoint(snapshot)
     (tmp_path / "link").symlink_to(snapshot)
     open_checkpoint(tmp_path / "link")
+
+
+def test_links_that_lead_out_are_followed_where_the_user_says_so(planted, tmp_path, capsys):
+    (planted / SAFETENSORS).rename(tmp_path / "elsewhere")
+    (planted / SAFETENSORS).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(EasySpecError, match="put the file there or give --allow-links"):
+        open_checkpoint(planted)
+    assert open_checkpoint(planted, allow_links=True).source.shapes()
+    command = ["--hf", str(planted), "--out", str(tmp_path / "out")]
+    assert convert(command) == 2
+    assert convert([*command, "--allow-links"]) == 0
+    assert open_checkpoint(tmp_path / "out").source.shapes()
+
+
+def test_templates_do_not_lead_out_either(planted, secret):
+    (planted / "additional_chat_templates").mkdir()
+    (planted / "additional_chat_templates" / "tool_use.jinja").symlink_to(secret)
+    with pytest.raises(EasySpecError, match="leads out of the checkpoint directory"):
+        open_checkpoint(planted)
 
 
 def test_a_pipe_is_no_file(planted):
@@ -171,6 +190,8 @@ def test_an_orbax_store_that_claims_more_than_it_has(tmp_path):
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", INDEX])
 def test_json_beyond_all_measure(planted, monkeypatch, name):
     monkeypatch.setattr(config, "LARGEST_JSON", 4096)
+    if name == INDEX:  # which is read only where there is no single file
+        (planted / SAFETENSORS).unlink()
     (planted / name).write_text("[" * 5000)
     with pytest.raises(EasySpecError, match=f"{name} is larger than the 0 MiB of any proper one"):
         open_checkpoint(planted)

@@ -1,52 +1,19 @@
-"""Tokenizers that disagree are refused, prompts become ids once, and text streams out in whole characters."""
+"""Tokenizers are what their files say, those that disagree are refused, and prompts become ids."""
 
-import random
 from types import SimpleNamespace
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.tokenizer import TextStream, check_same_ids, decode_text, encode, load_tokenizer
-
-BOS, EOS = "<|bos|>", "<|eos|>"
-TEMPLATE = (
-    BOS + "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}" + EOS + "{% endfor %}[bot]"
-)
-TEXTS = {
-    "ascii": "the cat sat on the mat",
-    "accents": "Señor Łukasz naïvely ate crème brûlée",
-    "cjk": "中文分詞很有意思，日本語もそうです。",
-    "emoji": "ok 👍🏽 👩‍👩‍👧‍👦 done 🏴󠁧󠁢󠁳󠁣󠁴󠁿",
-    "replacement": "a real \ufffd in the text\ufffd",
-    "lines": "one\n\n  two\t three \r\n",
-}
+from easyspec_jax.tokenizer import check_same_ids, decode_text, encode, load_tokenizer
+from tests.models import BOS, EOS, TEXTS, trained_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A tiny byte-level BPE whose merges cross characters, so that tokens end inside of them; plain text gets a BOS."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=[BOS, EOS],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator([TEXTS["cjk"], TEXTS["ascii"]] * 3, trainer)
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, backend.token_to_id(BOS))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=BOS,
-        eos_token=EOS,
-        chat_template=TEMPLATE,
-        clean_up_tokenization_spaces=True,
-    )
+    return trained_tokenizer()
 
 
 def vocabulary(special: tuple[str, ...] = (), **ids: int) -> SimpleNamespace:
@@ -148,38 +115,6 @@ def test_a_prompt_that_becomes_no_tokens_is_refused():
         encode(silent, "\u200b", chat=False)
 
 
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-@pytest.mark.parametrize("longest", [1, 2, 5, 1000])
-def test_a_stream_shows_whole_characters_and_all_of_them(tokenizer, text, longest):
-    ids = [*encode(tokenizer, text, chat=False), tokenizer.eos_token_id]
-    chance, stream, shown, start = random.Random(0), TextStream(tokenizer), "", 0
-    while start < len(ids):
-        count = chance.randint(1, longest)
-        shown += stream.push(ids[start : start + count])
-        start += count
-        assert text.startswith(shown)
-    assert shown + stream.rest() == text == decode_text(tokenizer, ids)
-
-
-def test_some_tokens_do_end_inside_a_character(tokenizer):
-    pieces = [decode_text(tokenizer, [i]) for i in encode(tokenizer, TEXTS["cjk"] + TEXTS["emoji"], chat=False)]
-    assert sum("\ufffd" in piece for piece in pieces) > 10  # else the tests of the stream prove nothing
-
-
-def test_a_stream_that_breaks_off_inside_a_character_holds_it_back_to_the_end(tokenizer):
-    ids = encode(tokenizer, "ab👍", chat=False)
-    stream = TextStream(tokenizer)
-    assert "".join(stream.push([i]) for i in ids[:-1]) == "ab"
-    assert stream.rest() == "\ufffd"
-    assert stream.push(ids[-1:]) == "👍"
-    assert stream.rest() == ""
-
-
-def test_spaces_are_left_as_they_are(tokenizer):
-    text = "it 's here , he said ."  # what clean_up_tokenization_spaces would tidy, and so change text already shown
-    assert decode_text(tokenizer, encode(tokenizer, text, chat=False)) == text
-
-
 @pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{% if %}", "{{ messages[7]['role'] }}"])
 def test_a_template_that_fails_is_one_line(template):
     broken = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), chat_template=template)
@@ -207,49 +142,3 @@ def test_a_conversation_goes_through_the_template(tokenizer):
     assert tokenizer.decode(ids) == f"{BOS}[user]the cat{EOS}[assistant]sat{EOS}[user]on{EOS}[bot]"
     with pytest.raises(EasySpecError, match="the prompt is empty"):
         encode(tokenizer, [*turns, {"role": "user", "content": ""}])
-
-
-@pytest.mark.parametrize("stop", [["mat"], ["cat", "on the"], ["t s", "at sat on"], ["the mat."], ["\n", "mat"]])
-@pytest.mark.parametrize("longest", [1, 3, 1000])
-def test_a_stream_ends_before_the_first_stop_string(tokenizer, stop, longest):
-    text = TEXTS["ascii"] + ", and so on"
-    found = sorted((text.index(s) + len(s), text.index(s)) for s in stop if s in text)
-    expected = text[: found[0][1]] if found else text
-    ids = encode(tokenizer, text)
-    chance, stream, shown, start = random.Random(0), TextStream(tokenizer, stop), "", 0
-    while start < len(ids) and not stream.stopped:
-        count = chance.randint(1, longest)
-        shown += stream.push(ids[start : start + count])
-        start += count
-        assert expected.startswith(shown)
-    assert shown + stream.rest() == expected == stream.text
-    assert stream.stopped == bool(found)
-    kept = decode_text(tokenizer, stream.ids)
-    assert any(s in kept for s in stop) == bool(found)
-    assert not any(s in decode_text(tokenizer, stream.ids[:-1]) for s in stop)  # not one id more than it takes
-
-
-@pytest.mark.parametrize("cut", range(1, 6))
-def test_a_stop_string_before_half_a_character_is_found_at_once(tokenizer, cut):
-    """Whatever the ids that complete it say beside it; no id of an earlier push is ever taken back."""
-    text = TEXTS["ascii"] + TEXTS["emoji"]
-    ids = encode(tokenizer, text)[: len(encode(tokenizer, TEXTS["ascii"])) + 2 + cut]
-    assert decode_text(tokenizer, ids).startswith(TEXTS["ascii"])
-    for first in range(1, len(ids)):
-        stream = TextStream(tokenizer, ["mat"])
-        stream.push(ids[:first])
-        kept = len(stream.ids)
-        if not stream.stopped:
-            stream.push(ids[first:])
-            assert len(stream.ids) > kept
-        assert stream.stopped
-        assert stream.text == TEXTS["ascii"][:-3]
-
-
-def test_a_stop_string_across_characters_of_many_bytes(tokenizer):
-    text = TEXTS["cjk"]
-    for longest in (1, 4):
-        stream = TextStream(tokenizer, [text[5:7]])
-        ids = encode(tokenizer, text)
-        shown = "".join(stream.push(ids[i : i + longest]) for i in range(0, len(ids), longest) if not stream.stopped)
-        assert shown + stream.rest() == text[:5]

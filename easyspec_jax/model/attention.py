@@ -1,6 +1,5 @@
 """Attention of one layer: rotary embeddings, grouped queries, a per-row cache."""
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -11,10 +10,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from easyspec_jax.config import ModelConfig, RopeScaling
+from easyspec_jax.config import ModelConfig
 from easyspec_jax.model.cache import KVCache, write
 from easyspec_jax.model.norm import rms_norm
 from easyspec_jax.model.projection import Projection
+from easyspec_jax.rope import rope_frequencies
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["start", "mask", "cos", "sin"], meta_fields=[])
@@ -69,23 +69,6 @@ def _window(
     frequencies = jnp.asarray(rope_frequencies(config))
     angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
     return Window(start, mask, jnp.cos(angles), jnp.sin(angles))
-
-
-def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per position of each pair of channels, float32 [head_dim / 2], Llama 3's scaling applied."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-    frequencies = config.rope_theta**-exponents
-    if config.rope_scaling is not None:
-        frequencies = _llama3_scaled(frequencies, config.rope_scaling)
-    return frequencies.astype(np.float32)
-
-
-def _llama3_scaled(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Low frequencies slowed by the factor, high ones kept, a linear blend between (Llama 3.1's model card)."""
-    rotations = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    keep = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = np.clip(keep, 0.0, 1.0)
-    return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
 def rotate(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from easyspec_jax import demo
-from easyspec_jax.command import Parser, cache_compilations, run_command
+from easyspec_jax.command import Parser, add_allow_links, cache_compilations, run_command
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import DType, Platform, SamplingParams, SpeculativeConfig, check_whole
 
@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--platform", choices=get_args(Platform), help="default: the fastest one present")
     parser.add_argument("--dtype", default="auto", choices=get_args(DType),
                         help="default: float32 on a CPU, else the checkpoint's")  # fmt: skip
+    add_allow_links(parser)
     groups = parser.add_argument_group("groups")
     groups.add_argument("--lp-size", type=int, default=default.lp_size, metavar="N",
                         help="layers that run at once (default: %(default)s)")  # fmt: skip

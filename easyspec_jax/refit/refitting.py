@@ -38,7 +38,7 @@ Ways = dict[str, tuple[Layout, Held | None]]
 
 def refit(args: argparse.Namespace, speculative: SpeculativeConfig, sampling: SamplingParams) -> None:
     """Fits, saves, and says what was gained. Raises EasySpecError before anything is computed if it could not."""
-    draft = open_checkpoint(args.draft)
+    draft = open_checkpoint(args.draft, allow_links=args.allow_links)
     layout = layout_of(speculative, draft.config.num_hidden_layers)
     if layout.lp_size == 1:
         raise EasySpecError("in groups of one layer nothing is stale; give an --lp-size of at least 2")
@@ -85,7 +85,14 @@ def _open(args: argparse.Namespace, layout: Layout) -> Engine:
     shape = parse_mesh(args.mesh, group_size=layout.lp_size)
     mesh = f"layer={shape.layer},tensor={shape.tensor}"
     vanilla = SpeculativeConfig(method="vanilla")
-    return open_model(args.draft, mesh=mesh, platform=args.platform, speculative=vanilla, dtype=args.dtype)
+    return open_model(
+        args.draft,
+        mesh=mesh,
+        platform=args.platform,
+        speculative=vanilla,
+        dtype=args.dtype,
+        allow_links=args.allow_links,
+    )
 
 
 def _texts(args: argparse.Namespace, engine: Engine, sampling: SamplingParams) -> Int[np.ndarray, "texts tokens"]:

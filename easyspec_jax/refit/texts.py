@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from easyspec_jax.conversation import Conversation, Tokenizer, from_template
 from easyspec_jax.decode.loop import Programs, decode
 from easyspec_jax.engine import Engine
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.progress import Bar, no_bar
-from easyspec_jax.tokenizer import Tokenizer, encode, from_template
+from easyspec_jax.tokenizer import encode
 
 LENGTH = 240
 """Tokens of a text."""
@@ -116,7 +117,8 @@ def write_texts(
 def opening(tokenizer: Tokenizer) -> list[int]:
     """The ids after which a text is the model's own: up to a user's question, or what begins texts."""
     if tokenizer.chat_template:
-        before, found, _ = from_template(tokenizer, [{"role": "user", "content": _QUESTION}]).partition(_QUESTION)
+        question = Conversation([{"role": "user", "content": _QUESTION}])
+        before, found, _ = from_template(tokenizer, question).partition(_QUESTION)
         if found:
             return tokenizer(before, add_special_tokens=False).input_ids
     first = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from easyspec_jax.command import Parser, cache_compilations, read_prompts, run_command
+from easyspec_jax.command import Parser, add_allow_links, cache_compilations, read_prompts, run_command
 from easyspec_jax.drawing import check_drawing
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.files import check_writable, write_whole
@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--dtype", default="auto", choices=get_args(DType),
                         help="default: float32 on a CPU, else the checkpoint's")  # fmt: skip
     models.add_argument("--max-length", type=int, metavar="L", help="prompt and generated tokens together")
+    add_allow_links(models)
     space = parser.add_argument_group("candidates")
     space.add_argument("--lp-sizes", type=int, nargs="+", metavar="N",
                        help="layers that run at once, 1 for an ordinary draft (default: 1 2 3 4 7)")  # fmt: skip
@@ -85,7 +86,8 @@ def _run(args: argparse.Namespace) -> None:
     from easyspec_jax.tune.tuning import default_sample, keep, open_pair, tune
 
     cache_compilations()
-    engine = open_pair(args.target, args.draft, args.mesh, args.platform, args.max_length, args.dtype)
+    models = args.target, args.draft, args.mesh, args.platform, args.max_length, args.dtype
+    engine = open_pair(*models, allow_links=args.allow_links)
     assert engine.draft is not None
     refits = refit_sizes(engine.draft.directory)
     default = Space.of(engine.draft.config.num_hidden_layers, refits)

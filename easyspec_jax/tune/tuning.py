@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from easyspec_jax.conversation import Prompt
 from easyspec_jax.engine import Engine, open_model
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.mesh import LAYER, TENSOR, MeshShape
 from easyspec_jax.options import DType, Platform, SamplingParams, SpeculativeConfig
 from easyspec_jax.progress import Advance, Bar, no_bar
 from easyspec_jax.refit.store import refit_sizes
-from easyspec_jax.tokenizer import Prompt
 from easyspec_jax.tune import prompts, store
 from easyspec_jax.tune.bench import DeviceBench, Sample
 from easyspec_jax.tune.candidates import Candidate, Draft, Space, candidates
@@ -66,13 +66,22 @@ def open_pair(
     platform: Platform | None,
     max_length: int | None,
     dtype: DType,
+    *,
+    allow_links: bool = False,
 ) -> Engine:
     """The pair with an ordinary draft. Raises EasySpecError as open_model does, and without a draft."""
     if target is not None and draft is None:
         raise EasySpecError("there is nothing to choose without --draft DIR")
     ordinary = SpeculativeConfig(method="sd")
     return open_model(
-        target, draft, mesh=mesh, platform=platform, speculative=ordinary, max_length=max_length, dtype=dtype
+        target,
+        draft,
+        mesh=mesh,
+        platform=platform,
+        speculative=ordinary,
+        max_length=max_length,
+        dtype=dtype,
+        allow_links=allow_links,
     )
 
 

@@ -187,9 +187,25 @@ def test_every_stop_id_of_the_metadata_is_kept(tiny_model, write_gguf, tokenizer
 
 
 def test_an_end_of_turn_alone_stops(tiny_model, write_gguf, tmp_path):
-    metadata = {"tokenizer.ggml.eos_token_id": None, "tokenizer.ggml.eot_token_id": 3}
+    metadata = {
+        "tokenizer.ggml.eos_token_id": None,
+        "tokenizer.ggml.eot_token_id": 3,
+        "tokenizer.chat_template": None,
+    }
     convert(open_gguf(write_gguf(tiny_model(), metadata=metadata)), tmp_path / "out")
     assert read_model_config(tmp_path / "out").stop_ids == (3,)
+
+
+def test_the_end_of_turn_that_the_template_writes_stops(tiny_model, write_gguf, tokenizer_metadata, tmp_path):
+    """As in fine-tunes whose metadata still name the end of text of their base model."""
+    tokens = tokenizer_metadata["tokenizer.ggml.tokens"]
+    metadata = {
+        "tokenizer.ggml.eos_token_id": tokens.index("<|end|>"),
+        "tokenizer.chat_template": "{% for m in messages %}{{ m['content'] }}<|eot|>\n{% endfor %}",
+    }
+    convert(open_gguf(write_gguf(tiny_model(), metadata=metadata)), tmp_path / "out")
+    stop_ids = tuple(tokens.index(token) for token in ("<|end|>", "<|eot|>"))
+    assert read_model_config(tmp_path / "out").stop_ids == stop_ids
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
@@ -214,7 +230,7 @@ def test_other_rope_factors_are_refused(tiny_model, write_gguf):
     [
         ({"general.architecture": "gemma3"}, "architecture 'gemma3' is not supported; supported: llama, qwen2"),
         ({"llama.expert_count": 8}, "mixture-of-experts"),
-        ({"llama.attention.sliding_window": 4096}, "sliding-window"),
+        ({"llama.attention.sliding_window": 127}, "sliding-window"),
         ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "RoPE scaling 'yarn'"),
         ({"llama.rope.scaling.factor": 4.0}, "RoPE scaling 'linear'"),
         ({"llama.rope.scale_linear": 2.0}, "RoPE scaling 'linear'"),
@@ -222,7 +238,7 @@ def test_other_rope_factors_are_refused(tiny_model, write_gguf):
         ({"llama.block_count": None}, r"llama\.block_count is missing"),
         ({"llama.attention.head_count_kv": [2, 1]}, "num_key_value_heads=.2, 1. has the wrong type"),
         ({"split.count": 3}, "one of 3 parts"),
-        ({"tokenizer.ggml.model": "llama"}, "tokenizer model 'llama'"),
+        ({"tokenizer.ggml.model": "bert"}, "tokenizer model 'bert'"),
     ],
 )
 def test_unsupported_metadata_is_refused_by_name(tiny_model, write_gguf, metadata, message):

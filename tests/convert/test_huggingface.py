@@ -77,7 +77,7 @@ def test_duplicate_of_a_tied_head_is_left_out(tiny_model, save, tmp_path):
 
 def test_tokenizer_template_and_stop_ids_come_along(tiny_model, save, tmp_path, tokenizer_metadata):
     source = save(tiny_model())
-    tokenizer = build_tokenizer(tokenizer_metadata, "llama", "tiny")
+    tokenizer = build_tokenizer(tokenizer_metadata, "tiny")
     tokenizer.save_pretrained(source)
     GenerationConfig(eos_token_id=[3, 5]).save_pretrained(source)
     (source / "pytorch_model.bin").write_bytes(b"stays behind")

@@ -68,7 +68,7 @@ def test_a_missing_tokenizer_is_said_in_that_line(tiny_model, tmp_path, capsys, 
     tiny_model().save_pretrained(tmp_path / "hf")
     assert main(["--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "without")]) == 0
     assert capsys.readouterr().out.endswith(" s; it has no tokenizer, which generating needs\n")
-    build_tokenizer(tokenizer_metadata, "llama", "tiny").save_pretrained(tmp_path / "hf")
+    build_tokenizer(tokenizer_metadata, "tiny").save_pretrained(tmp_path / "hf")
     assert main(["--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "with")]) == 0
     assert capsys.readouterr().out.endswith(" s\n")
 
@@ -122,7 +122,7 @@ def test_unusable_destination_is_one_line(tiny_model, tmp_path, capsys):
 
 
 def test_errors_of_the_system_are_one_line(monkeypatch, tmp_path, capsys):
-    def fail(path):
+    def fail(*arguments):
         raise OSError(5, "Input/output error\nof a disk")
 
     monkeypatch.setattr("convert.huggingface.open_huggingface", fail)
@@ -130,7 +130,7 @@ def test_errors_of_the_system_are_one_line(monkeypatch, tmp_path, capsys):
 
 
 def test_interruption_is_one_line(monkeypatch, tmp_path, capsys):
-    def interrupt(path):
+    def interrupt(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("convert.huggingface.open_huggingface", interrupt)

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 
 from easyspec_jax import SamplingParams
-from easyspec_jax.jobs import read_items
+from easyspec_jax.job_lines import read_items
 from experiments.kill_check import differences, main, moments, waits, write_job
 
 IDS = ["a", "b", "c"]
@@ -54,7 +54,7 @@ def test_the_job_is_varied_and_without_errors(tmp_path):
     assert len(samplings) == len(items)
     assert all(8 <= sampling.max_new_tokens <= 24 for sampling in samplings)
     assert {sampling.temperature for sampling in samplings} == {0.0, 0.8, 1.0}
-    assert len({len(item.prompt) for item in items}) > 20
+    assert len({len(str(item.prompt)) for item in items}) > 20
 
 
 def test_moments_lie_in_both_phases_and_leave_work():

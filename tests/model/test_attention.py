@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from easyspec_jax.checkpoint import open_checkpoint
 from easyspec_jax.config import model_config
 from easyspec_jax.mesh import ALL_AXES, MeshShape
-from easyspec_jax.model.attention import Nodes, chain_window, rope_frequencies, rotate, tree_window
+from easyspec_jax.model.attention import Nodes, chain_window, rotate, tree_window
 from easyspec_jax.model.norm import rms_norm
 from easyspec_jax.model.transformer import Decoder
 from tests.helpers import on_mesh
@@ -29,13 +29,6 @@ def test_rotation(family):
     expected, _ = apply_rotary_pos_emb(x, x, cos, sin)
     window = chain_window(jnp.asarray(start), 7, 1024, config)
     np.testing.assert_allclose(rotate(jnp.asarray(x.numpy()), window), expected.numpy(), atol=2e-4, rtol=0)
-
-
-@pytest.mark.parametrize("family", list(FAMILIES))
-def test_frequencies(family):
-    reference = family_config(family)
-    expected = LlamaRotaryEmbedding(reference).inv_freq.numpy()
-    np.testing.assert_allclose(rope_frequencies(model_config(reference.to_dict())), expected, rtol=1e-6)
 
 
 def test_a_token_reads_itself_and_what_came_before():
