@@ -52,7 +52,7 @@ def conversation_of(prompt: Any) -> Conversation:
     tools = conversation.tools or ()
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
         raise EasySpecError("tools must be a list of objects")
-    return Conversation([_message(turn) for turn in messages], list(tools))
+    return Conversation([_message(turn) for turn in messages], tuple(tools))
 
 
 def with_system(prompt: Prompt, system: str) -> Conversation:

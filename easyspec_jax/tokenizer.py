@@ -159,15 +159,18 @@ def _added_tokens(config: Mapping[str, Any]) -> dict[int, AddedToken]:
 
 
 def _add_bos(file: TokenizerFile, bos: str) -> None:
-    """Have texts begin with BOS, unless the post-processor does so by itself."""
-    number = file.token_to_id(bos)
-    if number is None or file.encode("a").ids[:1] == [number]:
+    """Have texts begin with BOS, in front of what the post-processor writes around them, unless that begins so."""
+    number, inner, whole = file.token_to_id(bos), file.encode("a", add_special_tokens=False).ids, file.encode("a").ids
+    if number is None or whole[:1] == [number]:
         return
-    template = processors.TemplateProcessing(
-        single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, number)]
+    start = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
+    before = [bos, *map(file.id_to_token, whole[:start])]
+    after = [*map(file.id_to_token, whole[start + len(inner) :])]
+    file.post_processor = processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        pair=[*before, "$A", *after, "$B:1"],
+        special_tokens=[(token, file.token_to_id(token)) for token in dict.fromkeys([*before, *after])],
     )
-    before = file.post_processor
-    file.post_processor = template if before is None else processors.Sequence([before, template])
 
 
 def _chat_templates(directory: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:

@@ -1,6 +1,8 @@
 """Batch jobs: every line once, whatever happened before; refilled rows are what they are alone."""
 
+import io
 import json
+import shutil
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -13,8 +15,7 @@ from easyspec_jax.decode import refill
 from easyspec_jax.decode.batch import Batch
 from easyspec_jax.decode.loop import PREFILL_CHUNK, Programs
 from easyspec_jax.generate import main
-from easyspec_jax.job_lines import read_items
-from easyspec_jax.jobs import open_results, read_job, run_job
+from easyspec_jax.jobs import check_results, open_results, read_job, run_job
 from easyspec_jax.options import Method
 from tests.models import add_refit, save_model
 
@@ -171,30 +172,6 @@ def test_another_jobs_output_is_refused(engine, job):
         pass
 
 
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ("[]", "no JSON object"), ("[" * 100000, "no JSON"), ('{"id": 1}', "either"),
-        ('{"id": true, "prompt": "a"}', "id must"), ('{"id": 1, "prompt": 5}', "must be a string"),
-        ('{"id": 1, "promt": "a"}', "'promt' is unknown"), ('{"id": 1, "messages": []}', "list of objects"),
-        ('{"id": 1, "prompt": "a", "top_k": 1.5}', "wrong type"), ('{"id": 1, "prompt": "a", "seed": -1}', "seed"),
-        ('{"id": 1, "prompt": "a", "temperature": 1' + "0" * 400 + "}", "ordinary size"),
-        ('{"id": 1, "prompt": "a", "stop": [1]}', "stop must"),
-    ],
-)  # fmt: skip
-def test_bad_lines(line, message):
-    (item,) = read_items(line.encode(), PLAIN)
-    assert item.error is not None
-    assert message in item.error
-
-
-def test_seeds_follow_line_numbers():
-    content = b'{"id": 1, "prompt": "a"}\n\n{"id": 2, "prompt": "b"}\n{"id": 3, "prompt": "c", "seed": 9}'
-    assert [item.sampling and item.sampling.seed for item in read_items(content, SamplingParams(seed=2**32 - 1))] == [
-        2**32 - 1, 1, 9
-    ]  # fmt: skip
-
-
 def test_files_that_cannot_be_used_are_named(engine, job, tmp_path):
     prompts, _ = job
     with pytest.raises(EasySpecError, match=r"--prompts .*absent cannot be read: No such file"):
@@ -232,3 +209,101 @@ def test_several_processes_run_no_job(capsys):
 def test_flags_that_do_not_go_together_are_one_line(flags, complaint, capsys):
     assert main(flags) == 2
     assert capsys.readouterr().err.splitlines() == [f"easyspec_jax.generate: error: {complaint}"]
+
+
+HOSTILE: list[str] = [
+    '{"id": ID, "messages": [{"role": "user", "content": "hi", "weight": {"a": [1, null]}}], "tools": "f"}',
+    '{"id": ID, "messages": [{"role": "assistant", "content": null}]}',
+    '{"id": ID, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+    '{"id": ID, "messages": [[["user"]]]}',
+    '{"id": ID, "messages": [{"role": "user", "content": "x", "n": NaN}, 5]}',
+    '{"id": ID, "prompt": "a\\ud800b"}',
+    '{"id": ID, "prompt": ""}',
+    '{"id": ID, "prompt": ["a", "b"]}',
+    '{"id": ID, "prompt": {"text": "a"}}',
+    '{"id": ID, "prompt": "a", "stop": ["", "b"]}',
+    '{"id": ID, "prompt": "a", "stop": {"a": 1}}',
+    '{"id": ID, "prompt": "a", "seed": 1e3}',
+    '{"id": ID, "prompt": "a", "temperature": NaN}',
+    '{"id": ID, "prompt": "a", "temperature": 1' + "0" * 400 + "}",
+    '{"id": ID, "prompt": "a", "top_p": -Infinity}',
+    '{"id": ID, "prompt": "a", "top_k": 99999999999}',
+    '{"id": ID, "prompt": "a", "max_tokens": 0}',
+    '{"id": ID, "prompt": "a", "max_tokens": true}',
+    '{"id": ID, "prompt": "a", "logprobs": true}',
+    '{"id": ID, "prompt": "a", "body": [1]}',
+    '{"id": ID, "prompt": "a", "messages": [{"role": "user", "content": "b"}]}',
+    '{"id": ID, "prompt": "' + "long " * 9000 + '"}',
+    '{"id": ID, "messages": [{"role": "fail", "content": "b"}]}',
+    '{"id": ID, "messages": [{"role": "user", "content": "b", "deep": ' + "[" * 500 + "]" * 500 + "}]}",
+    '{"id": ID}',
+]
+"""Lines that ask for what cannot be, or in which nothing is of the type that one expects."""
+
+
+def test_no_line_ends_a_job(models, tmp_path, capsys):
+    """200 lines, every fourth hostile: a record for each, under its own id, and exit 1; on a second run the same."""
+    directory = tmp_path / "model"
+    shutil.copytree(models[0], directory)
+    (directory / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'fail' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}"
+        "{% if m.deep %}{{ m.deep | tojson }}{% endif %}{% endfor %}"
+    )
+    lines = []
+    for number in range(1, 201):
+        hostile = HOSTILE[number // 4 % len(HOSTILE)].replace("ID", str(number))
+        lines.append(hostile if number % 4 == 0 else json.dumps({"id": number, "prompt": f"line {number}"}))
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    flags = ["--target", str(directory), "--method", "vanilla", "--max-new-tokens", "3", "--batch-size", "8"]
+    command = [*flags, "--prompts", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    for _ in range(2):
+        assert main(command) == 1
+        found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        assert sorted((record["line"], record["id"]) for record in found) == [(n, n) for n in range(1, 201)]
+        # One line asks for a deep value, which is strange but no error.
+        assert sum("error" in record for record in found if record["line"] % 4 == 0) >= 48
+        assert not any("error" in record for record in found if record["line"] % 4)
+    assert "200 lines" in capsys.readouterr().err
+
+
+def test_a_line_that_would_not_fit_costs_only_itself(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "free_memory", lambda: 40 << 20)
+    lines = [{"id": n, "prompt": "a", "max_new_tokens": limit} for n, limit in enumerate((4, 1000, 4))]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path / "out.jsonl"
+    assert run_job(engine, read_job(tmp_path / "in.jsonl", PLAIN), out, batch_size=8) == (3, 1)
+    errors = {record["id"]: record.get("error", "") for record in records(out.read_bytes())}
+    assert "memory" in errors[1] and not errors[0] and not errors[2]
+
+
+def test_outputs_are_looked_at_before_a_model_is_opened(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("easyspec_jax.generate._open", lambda *arguments: pytest.fail("it was opened"))
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text(json.dumps({"id": 1, "prompt": "a"}))
+    out.write_text("something else\n")
+    for path, complaint in (
+        (out, "belongs to other prompts or settings"),
+        (tmp_path / "absent" / "out.jsonl", "cannot be written: No such file"),
+        (tmp_path, "is a directory"),
+    ):
+        assert main(["--prompts", str(prompts), "--out", str(path)]) == 2
+        assert complaint in capsys.readouterr().err
+    assert main(["--prompts", str(tmp_path / "absent"), "--out", str(tmp_path / "new")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+    with open_results(tmp_path / "new", {}), pytest.raises(EasySpecError, match="another run"):
+        check_results(tmp_path / "new", {})
+
+
+def test_a_job_out_of_standard_input(engine, tmp_path, monkeypatch):
+    content = json.dumps({"id": 1, "prompt": "a"}).encode()
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(content)))
+    assert run_job(engine, read_job("-", PLAIN), tmp_path / "out.jsonl") == (1, 0)
+
+
+def test_fields_that_are_not_used_are_named_once(engine, tmp_path):
+    lines = [{"id": n, "prompt": "a", "category": "x", f"own_{n}": 1} for n in range(7)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    notes: list[str] = []
+    run_job(engine, read_job(tmp_path / "in.jsonl", PLAIN), tmp_path / "out.jsonl", note=notes.append)
+    assert notes == ["fields that are not used: 'category', 'own_0', 'own_1', 'own_2', 'own_3', …"]

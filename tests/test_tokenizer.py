@@ -1,9 +1,13 @@
 """Tokenizers are what their files say, those that disagree are refused, and prompts become ids."""
 
+import json
+import random
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from easyspec_jax.errors import EasySpecError
@@ -142,3 +146,185 @@ def test_a_conversation_goes_through_the_template(tokenizer):
     assert tokenizer.decode(ids) == f"{BOS}[user]the cat{EOS}[assistant]sat{EOS}[user]on{EOS}[bot]"
     with pytest.raises(EasySpecError, match="the prompt is empty"):
         encode(tokenizer, [*turns, {"role": "user", "content": ""}])
+
+
+CORPUS = ["hello world, how are you doing? def main(): return 12345 if x else 'y'\n", TEXTS["cjk"], TEXTS["accents"]]
+SAMPLES = [*TEXTS.values(), "hello world 12345", "  hello  ", "it's DON'T", "a</s>b<s>", "<|im_end|> hello", "\u0301e"]
+SPLIT = Regex(r"\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+")
+CLASSES = ["Qwen2Tokenizer", "LlamaTokenizerFast", "LlamaTokenizer", "PreTrainedTokenizerFast", "GPT2Tokenizer",
+           "GemmaTokenizer", "TokenizersBackend", "Nonsense", None]  # fmt: skip
+
+
+def random_file(chance: random.Random) -> Tokenizer:
+    """A tokenizer.json as one finds them: byte-level or sentencepiece, split, normalised and finished in many ways."""
+    special = ["<unk>", "<s>", "</s>", "<|im_end|>"]
+    if chance.random() < 0.5:
+        file = Tokenizer(models.BPE(ignore_merges=chance.random() < 0.3))
+        splits = chance.choice([[], [pre_tokenizers.Digits(True)], [pre_tokenizers.Split(SPLIT, "isolated")]])
+        own = pre_tokenizers.ByteLevel(add_prefix_space=chance.random() < 0.2, use_regex=not splits)
+        file.pre_tokenizer = pre_tokenizers.Sequence([*splits, own])
+        file.normalizer = chance.choice([None, normalizers.NFC(), normalizers.Sequence([])])
+        file.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        special += [f"<0x{byte:02X}>" for byte in range(256)]
+        file = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=chance.random() < 0.8, fuse_unk=True))
+        spelling = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        if chance.random() < 0.5:
+            steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+            file.normalizer = normalizers.Sequence(steps[chance.randint(0, 1) :])
+            file.pre_tokenizer = None
+            file.decoder = decoders.Sequence([*spelling, decoders.Strip(" ", 1, 0)])
+        else:
+            scheme = chance.choice(["first", "always", "never"])
+            file.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=chance.random() < 0.5)
+            file.decoder = chance.choice([decoders.Metaspace(prepend_scheme=scheme), decoders.Sequence(spelling)])
+        alphabet = []
+    size = 300 + chance.randint(20, 120)
+    file.train_from_iterator(
+        CORPUS * 3,
+        trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    file = Tokenizer.from_str(json.dumps(_with_plain_bytes(json.loads(file.to_str()))))
+    bos, eos = [("<s>", 1)], [("</s>", 2)]
+    file.post_processor = chance.choice([
+        None,
+        processors.ByteLevel(trim_offsets=False),
+        processors.TemplateProcessing(single="<s> $A", special_tokens=bos),
+        processors.TemplateProcessing(single="$A </s>", special_tokens=eos),
+        processors.Sequence([
+            processors.ByteLevel(), processors.TemplateProcessing(single="<s> $A", special_tokens=bos)
+        ]),
+    ])  # fmt: skip
+    if chance.random() < 0.3:
+        file.enable_truncation(chance.randint(1, 8))
+    if chance.random() < 0.3:
+        file.enable_padding(length=chance.choice([None, 40]))
+    return file
+
+
+def _with_plain_bytes(data: dict[str, Any]) -> dict[str, Any]:
+    """Bytes are ordinary entries of the vocabulary, as sentencepiece has them."""
+    return data | {"added_tokens": [token for token in data["added_tokens"] if not token["content"].startswith("<0x")]}
+
+
+def random_configuration(chance: random.Random) -> dict[str, Any]:
+    """A tokenizer_config.json whose class names mean nothing."""
+    fields = {
+        "tokenizer_class": chance.choice(CLASSES),
+        "add_bos_token": chance.choice([True, True, False, None]),
+        "add_eos_token": chance.choice([True, False]),
+        "add_prefix_space": chance.choice([True, False]),
+        "bos_token": chance.choice(["<s>", {"__type": "AddedToken", "content": "<s>", "normalized": False}]),
+        "eos_token": chance.choice(["</s>", "<|im_end|>"]),
+        "unk_token": "<unk>",
+        "legacy": chance.choice([True, False]),
+        "clean_up_tokenization_spaces": chance.choice([True, False]),
+        "model_max_length": chance.choice([4, 10**30]),
+        "use_default_system_prompt": False,
+        "sp_model_kwargs": {},
+        "extra_special_tokens": chance.choice([[], ["<|im_end|>"]]),
+    }
+    return {name: value for name, value in fields.items() if value is not None and chance.random() < 0.7}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_ids_and_text_are_those_of_the_tokenizers_file(tmp_path, seed):
+    """Whatever class and model type say. 8 × 26 = 208 tokenizers, against the tokenizers library itself."""
+    chance, with_bos = random.Random(seed), 0
+    for number in range(26):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        file, config = random_file(chance), random_configuration(chance)
+        file.save(str(directory / "tokenizer.json"))
+        (directory / "tokenizer_config.json").write_text(json.dumps(config))
+        model_type = chance.choice(["llama", "qwen2", "qwen3", "mistral"])
+        (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
+        opened = load_tokenizer(directory)
+        file.no_truncation()
+        file.no_padding()
+        begins = config.get("add_bos_token") is True and "bos_token" in config
+        for text in SAMPLES:
+            inner = file.encode(text, add_special_tokens=False).ids
+            assert opened(text, add_special_tokens=False).input_ids == inner, (config, text)
+            expected = file.encode(text).ids
+            if begins and expected[:1] != [1]:
+                expected, with_bos = [1, *expected], with_bos + 1
+            assert encode(opened, text) == expected, (config, text)
+            assert decode_text(opened, expected) == file.decode(expected), (config, text)
+    assert with_bos > 0  # else the flag was never the one that decided
+
+
+def test_ids_are_those_that_transformers_gives_where_it_reads_the_file(tmp_path):
+    chance = random.Random(99)
+    for number in range(20):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        file, config = random_file(chance), random_configuration(chance)
+        config.pop("add_bos_token", None)  # which transformers 5 ignores next to a tokenizer.json
+        file.save(str(directory / "tokenizer.json"))
+        (directory / "tokenizer_config.json").write_text(json.dumps(config))
+        opened, theirs = load_tokenizer(directory), PreTrainedTokenizerFast.from_pretrained(directory)
+        assert (opened.bos_token, opened.eos_token) == (theirs.bos_token, theirs.eos_token)
+        for text in SAMPLES:
+            ids = theirs(text, padding=False, truncation=False).input_ids
+            assert encode(opened, text) == ids
+            assert decode_text(opened, ids) == decode_text(theirs, ids)
+
+
+def saved(directory: Path, file: Tokenizer, **config: Any) -> Path:
+    file.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def plain_file(*tokens: str) -> Tokenizer:
+    """A tokenizer.json of single letters and given tokens, none of which is special."""
+    vocab = {token: number for number, token in enumerate([*"abcdefghijklmnopqrstuvwxyz ", *tokens])}
+    file = Tokenizer(models.BPE(vocab, []))
+    file.decoder = decoders.Fuse()
+    return file
+
+
+def test_a_token_that_the_configuration_names_is_special(tmp_path):
+    """As fine-tunes name an end of turn that their tokenizer.json holds as an ordinary token."""
+    opened = load_tokenizer(saved(tmp_path, plain_file("<|im_end|>"), eos_token="<|im_end|>"))
+    assert encode(opened, "ab<|im_end|>") == [0, 1, 27]
+    assert decode_text(opened, [0, 27, 1]) == "ab"
+
+
+def test_tokens_that_only_the_configuration_has_get_the_ids_that_it_says(tmp_path):
+    added = {"27": {"content": "<tool>", "special": False}, "28": {"content": "<end>", "special": True}}
+    opened = load_tokenizer(saved(tmp_path, plain_file(), added_tokens_decoder=added))
+    assert encode(opened, "a<tool>b<end>") == [0, 27, 1, 28]
+    assert decode_text(opened, [0, 27, 1, 28]) == "a<tool>b"
+    saved(tmp_path, plain_file(), added_tokens_decoder={"30": {"content": "<end>", "special": True}})
+    with pytest.raises(EasySpecError, match=r"'<end>' has the id 30 in the tokenizer's configuration, where .* 27"):
+        load_tokenizer(tmp_path)
+    saved(tmp_path, plain_file())
+    (tmp_path / "added_tokens.json").write_text('{"<old>": 27}')
+    assert encode(load_tokenizer(tmp_path), "a<old>") == [0, 27]
+
+
+def test_a_library_that_reads_a_file_differently_is_refused(tmp_path, monkeypatch):
+    directory = saved(tmp_path, plain_file())
+    call = PreTrainedTokenizerFast.__call__
+    monkeypatch.setattr(
+        PreTrainedTokenizerFast, "__call__", lambda self, text, **options: call(self, text.lower(), **options)
+    )
+    with pytest.raises(EasySpecError, match="is read differently by transformers"):
+        load_tokenizer(directory)
+
+
+def test_chat_templates_come_from_the_file_before_the_configuration(tmp_path):
+    named = [{"name": "default", "template": "one"}, {"name": "tool_use", "template": "two"}]
+    assert load_tokenizer(saved(tmp_path, plain_file(), chat_template="one")).chat_template == "one"
+    assert load_tokenizer(saved(tmp_path, plain_file(), chat_template=named)).chat_template == {
+        "default": "one",
+        "tool_use": "two",
+    }
+    (tmp_path / "chat_template.jinja").write_text("three")
+    assert load_tokenizer(saved(tmp_path, plain_file(), chat_template="one")).chat_template == "three"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("four")
+    assert load_tokenizer(tmp_path).chat_template == {"default": "three", "tool_use": "four"}

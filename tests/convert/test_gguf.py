@@ -20,6 +20,8 @@ from easyspec_jax.checkpoint import open_checkpoint, unpermute
 from easyspec_jax.config import RopeScaling, model_config, read_model_config
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.families import EMBEDDING
+from easyspec_jax.tokenizer import load_tokenizer
+from tests.convert.conftest import gguf_tensors, model_metadata
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +208,47 @@ def test_the_end_of_turn_that_the_template_writes_stops(tiny_model, write_gguf, 
     convert(open_gguf(write_gguf(tiny_model(), metadata=metadata)), tmp_path / "out")
     stop_ids = tuple(tokens.index(token) for token in ("<|end|>", "<|eot|>"))
     assert read_model_config(tmp_path / "out").stop_ids == stop_ids
+
+
+def write_parts(model, directory: Path, tokenizer: dict) -> list[Path]:
+    """The model as llama.cpp's tools split it, a few tensors to a file."""
+    writer = gguf.GGUFWriter(directory / "model.gguf", "llama", split_max_tensors=5)
+    for key, value in (model_metadata(model) | tokenizer).items():
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    for name, values in gguf_tensors(model).items():
+        writer.add_tensor(name, np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(directory.glob("model-*-of-*.gguf"))
+
+
+def test_parts_are_one_model(tiny_model, write_gguf, tokenizer_metadata, tmp_path):
+    model = tiny_model()
+    parts = write_parts(model, tmp_path, tokenizer_metadata)
+    assert len(parts) > 2
+    whole = open_gguf(write_gguf(model))
+    for part in parts:
+        opened = open_gguf(part)
+        assert opened.files == tuple(parts)
+        assert opened.config == whole.config
+        for name in whole.source.shapes():
+            np.testing.assert_array_equal(opened.source.read(name), whole.source.read(name))
+    convert(opened, tmp_path / "out", verify=True)
+    assert load_tokenizer(tmp_path / "out")("hello").input_ids
+
+
+def test_parts_that_are_not_of_one_model_are_refused(tiny_model, tokenizer_metadata, tmp_path):
+    first, second, *others = write_parts(tiny_model(), tmp_path, tokenizer_metadata)
+    renamed = second.rename(tmp_path / "second.gguf")
+    with pytest.raises(EasySpecError, match=r"00002-of-0000\d\.gguf is missing"):
+        open_gguf(first)
+    with pytest.raises(EasySpecError, match=r"second\.gguf is one of \d parts; name them like model-00001-of-"):
+        open_gguf(renamed)
+    second.write_bytes(others[0].read_bytes())
+    with pytest.raises(EasySpecError, match=r"00002-of-0000\d\.gguf is not part 2 of \d, as its name says"):
+        open_gguf(first)
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])

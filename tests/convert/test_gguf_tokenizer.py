@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Regex, pre_tokenizers
-from transformers import Qwen2Tokenizer
+from tokenizers import Regex, normalizers, pre_tokenizers
+from transformers import LlamaTokenizer, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from transformers.tokenization_utils_base import generate_merges
 
-from convert.gguf_tokenizer import build_tokenizer
+from convert.gguf_tokenizer import build_tokenizer, check_saved
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.tokenizer import load_tokenizer
+from easyspec_jax.tokenizer import decode_text, load_tokenizer
 
 TEXTS = [
     "hello the 123 hello",
@@ -46,6 +48,77 @@ def test_splits_text_as_the_original_tokenizer(tokenizer_metadata, pre, original
     for text in TEXTS:
         spans = [span for _, span in ours.pre_tokenize_str(text)]
         assert spans == [span for _, span in original.pre_tokenize_str(text)], text
+
+
+@pytest.mark.parametrize("pre", ["deepseek-r1-qwen", "smaug-bpe", "tekken"])
+def test_splits_text_as_transformers_does_for_gguf(tokenizer_metadata, pre):
+    ours = build(tokenizer_metadata | {"tokenizer.ggml.pre": pre}).backend_tokenizer.pre_tokenizer
+    original = split_by(GGUF_PRE_TOKENIZER_SPLITS[pre])
+    for text in [*TEXTS, "camelCase XMLHttp ÉCOLE straße/path//\n"]:
+        assert [span for _, span in ours.pre_tokenize_str(text)] == [
+            span for _, span in original.pre_tokenize_str(text)
+        ], text
+
+
+def test_deepseek_llm_splits_as_llama_cpp_does(tokenizer_metadata):
+    """Each of its six expressions splits what the ones before it left; the third matches ASCII letters, too."""
+    pre = build(tokenizer_metadata | {"tokenizer.ggml.pre": "deepseek-llm"}).backend_tokenizer.pre_tokenizer
+    text = "Señor Łukasz: 中文分詞, 12345!\r\n「好」。 ok  "
+    pieces = [text[start:end] for _, (start, end) in pre.pre_tokenize_str(text)]
+    expected = "Se|ñ|or| Ł|ukasz|:| |中文分詞|,| |12345|!|\r|\n|「好」|。| ok|  "
+    assert pieces == expected.split("|")
+
+
+def test_the_end_of_text_begins_where_each_says(tokenizer_metadata):
+    for pre, begins in (("tekken", True), ("smaug-bpe", False), ("deepseek-r1-qwen", False), ("deepseek-llm", False)):
+        metadata = tokenizer_metadata | {"tokenizer.ggml.pre": pre}
+        bos = metadata["tokenizer.ggml.bos_token_id"]
+        assert (build(metadata)("hello").input_ids[0] == bos) == begins
+
+
+SENTENCEPIECES = [
+    "<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "<|im_end|>", "<tool>", "▁", "▁▁",
+    *"abcdehlorwt.1你", "▁h", "el", "lo", "▁hel", "▁hello", "wo", "▁wo", "ld", "▁wor", "▁world", "rl",
+]  # fmt: skip
+SENTENCEPIECE: dict[str, Any] = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": SENTENCEPIECES,
+    "tokenizer.ggml.scores": [0.0] * 261 + [-float(number) for number in range(len(SENTENCEPIECES) - 261)],
+    "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, 3, 4, *[1] * (len(SENTENCEPIECES) - 261)],
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+    "tokenizer.ggml.unknown_token_id": 0,
+}
+
+
+def test_sentencepiece_splits_text_as_transformers_does(tmp_path):
+    """Through Llama's own class, with merges that transformers derives from the same scores."""
+    vocab = {piece: number for number, piece in enumerate(SENTENCEPIECES)}
+    scores = dict(zip(SENTENCEPIECES, SENTENCEPIECE["tokenizer.ggml.scores"], strict=True))
+    theirs = LlamaTokenizer(vocab=vocab, merges=generate_merges(vocab, scores))
+    ours = reopen(build(SENTENCEPIECE), tmp_path, "llama")
+    for text in ["hello world", "hello  world. 1", "worldhello lo", "你 é 👍 hello", "the cat", "x"]:
+        ids = theirs(text, add_special_tokens=False).input_ids
+        assert ours(text).input_ids == [1, *ids], text
+        assert decode_text(ours, [1, *ids]) == text
+
+
+def test_sentencepiece_puts_a_blank_before_every_text_unless_told_otherwise():
+    hello, world = map(SENTENCEPIECES.index, ("▁hello", "▁world"))
+    plain = build(SENTENCEPIECE)
+    assert plain("hello<|im_end|>world").input_ids == [1, hello, 259, world]
+    assert plain("<tool>world").input_ids == [1, 260, world]
+    bare = build(SENTENCEPIECE | {"tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": False})
+    assert bare(" hello world").input_ids == [hello, world]
+    assert decode_text(bare, [hello, world]) == " hello world"
+
+
+def test_a_tokenizer_that_changes_when_it_is_saved_is_refused(tokenizer_metadata, tmp_path):
+    built = build(tokenizer_metadata)
+    built.save_pretrained(tmp_path)
+    built.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(EasySpecError, match="is not the same after it was saved"):
+        check_saved(built, tmp_path)
 
 
 def test_default_splits_as_llama_cpp_does(tokenizer_metadata):
