@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 0, 2 for bad input, 130 if interrupted."""
     started = time.monotonic()
+    _share_free_memory()
     try:
         arguments = _parser().parse_args(argv)
         model = _open(arguments)
@@ -123,5 +124,4 @@ def _share_free_memory() -> None:
 
 
 if __name__ == "__main__":
-    _share_free_memory()
     sys.exit(main())

@@ -192,7 +192,10 @@ def _transfer(job: _Job, store: Store, place: Workplace, piece: Piece) -> bool:
 
 
 def _compare(job: _Job, out: Path, written: StoredSource) -> None:
-    """Raises EasySpecError unless what was written has the source's bits."""
+    """Raise EasySpecError unless what was written has the source's tensors, no others, and their bits."""
+    different = sorted(dict(job.shapes).items() ^ dict(written.shapes()).items())
+    if different:
+        raise EasySpecError(f"{out}: {different[0][0]} is not as in {job.origin}; convert again")
 
     def same(piece: Piece) -> bool:
         values = written.read(piece.name, (slice(piece.start, piece.stop),))

@@ -164,8 +164,8 @@ def _add_bos(file: TokenizerFile, bos: str) -> None:
     if number is None or whole[:1] == [number]:
         return
     start = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
-    before = [bos, *map(file.id_to_token, whole[:start])]
-    after = [*map(file.id_to_token, whole[start + len(inner) :])]
+    before = [bos, *(str(file.id_to_token(i)) for i in whole[:start])]
+    after = [str(file.id_to_token(i)) for i in whole[start + len(inner) :]]
     file.post_processor = processors.TemplateProcessing(
         single=[*before, "$A", *after],
         pair=[*before, "$A", *after, "$B:1"],

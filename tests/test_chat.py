@@ -74,6 +74,17 @@ def test_every_answer_sees_all_that_was_said_until_it_is_forgotten(engine, asked
     assert output.err.count("tokens/s") == 3
 
 
+def test_commands_do_not_reach_the_model(engine, asked, capsys):
+    converse(engine, SAMPLING, no_bar, reader("/help", "one", "/quit", "two"))
+    assert [text for text, _ in asked] == ["[user]one[assistant]"]
+    assert capsys.readouterr().err.count("/clear forgets the conversation") == 1
+
+
+def test_a_system_message_stays_whatever_is_forgotten(engine, asked, capsys):
+    converse(engine, SAMPLING, no_bar, reader("one", "/clear", "two"), system="be brief")
+    assert asked == [("[system]be brief[user]one[assistant]", 7), ("[system]be brief[user]two[assistant]", 7)]
+
+
 def test_what_does_not_fit_is_not_remembered(engine, asked, capsys):
     converse(engine, SAMPLING, no_bar, reader("one", "x" * 200, "two"))
     output = capsys.readouterr()

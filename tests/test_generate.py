@@ -1,15 +1,20 @@
 """The command line is a contract: what it prints, what it refuses, and with which exit code."""
 
+import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import AddedToken
 
+from easyspec_jax.flags import parse_flags, sampling_of
 from easyspec_jax.generate import main
 from tests.models import LAYERS, add_refit, byte_tokenizer, save_model
 
@@ -272,6 +277,62 @@ def test_a_stop_string_ends_the_text_the_same_way_for_every_method(model, argume
         assert stats["accepted"] <= len(cut["token_ids"]) - 1
     assert main([*arguments, "--prompt", "Hello", "--stop", stop]) == 0
     assert capsys.readouterr().out == plain["text"] + "\n"
+
+
+def test_escapes_in_a_stop_string(arguments):
+    def stop(*texts):
+        flags = [word for text in texts for word in ("--stop", text)]
+        return sampling_of(parse_flags("test", "", [*arguments, *flags])).stop
+
+    assert stop(r"\n", r"a\tb", r"\\n", r"\d", "\n") == ("\n", "a\tb", r"\n", r"\d", "\n")
+
+
+def test_prompts_out_of_standard_input(arguments, capsys, monkeypatch):
+    for content, code in ((b"one\n\ntwo\r\n", 0), (b"\n", 2), (b"\xff", 2)):
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(content)))
+        assert main([*arguments, "--json", "--prompt-file", "-"]) == code
+        printed = [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()]
+        assert printed == (["one", "two"] if code == 0 else [])
+
+
+def test_a_system_message_goes_before_every_prompt(model, arguments, capsys, tmp_path):
+    shutil.copytree(model[0], tmp_path / "model")
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    flags = ["--target", str(tmp_path / "model"), "--method", "vanilla", "--json", "--max-new-tokens", "2"]
+    assert main([*flags, "--chat", "--system", "be brief", "--prompt", "one"]) == 0
+    (printed,) = capsys.readouterr().out.splitlines()
+    assert byte_tokenizer().decode(json.loads(printed)["prompt_ids"]) == "[system]be brief[user]one"
+    assert "--system needs --chat" in refusal(capsys, *flags, "--system", "be brief", "--prompt", "one")
+
+
+def test_files_on_another_disk(model, arguments, capsys, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(model[0], directory)
+    (directory / "model.safetensors").rename(tmp_path / "elsewhere")
+    (directory / "model.safetensors").symlink_to(tmp_path / "elsewhere")
+    flags = ["--target", str(directory), "--method", "vanilla", "--max-new-tokens", "2", "--prompt", "a"]
+    assert "give --allow-links" in refusal(capsys, *flags)
+    assert main([*flags, "--allow-links"]) == 0
+
+
+def test_a_text_ends_where_the_template_ends_a_turn(model, arguments, capsys, tmp_path):
+    """The configuration's stop ids are those of a base model; the token that ends turns is none of them."""
+    assert main([*arguments, "--json", "--prompt", "Hello"]) == 0
+    (plain,) = map(json.loads, capsys.readouterr().out.splitlines())
+    tokenizer = byte_tokenizer()
+    ends = str(tokenizer.convert_ids_to_tokens(plain["token_ids"][4]))
+    directory = tmp_path / "model"
+    shutil.copytree(model[0], directory)
+    tokenizer.backend_tokenizer.add_tokens([AddedToken(ends, normalized=False)])  # one that is not hidden
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}" + ends + "{% endfor %}"
+    tokenizer.save_pretrained(directory)
+    assert main([*arguments, "--target", str(directory), "--json", "--prompt", "Hello"]) == 0
+    (printed,) = map(json.loads, capsys.readouterr().out.splitlines())
+    count = plain["token_ids"].index(plain["token_ids"][4]) + 1
+    assert printed["token_ids"] == plain["token_ids"][:count]
+    assert printed["finish_reason"] == "stop"
+    assert printed["text"] == byte_tokenizer().decode(printed["token_ids"][:-1])
 
 
 def test_compare_decodes_the_same_prompts_plainly(arguments, capsys):

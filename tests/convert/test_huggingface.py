@@ -1,6 +1,7 @@
 """Hugging Face directories give bit-equal tensors, and a failed conversion gives nothing."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,16 +11,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from convert.gguf_tokenizer import build_tokenizer
 from convert.huggingface import open_huggingface
-from convert.stream import convert
+from convert.shards import HUGGING_FACE
+from convert.stream import convert, verify
 from easyspec_jax.checkpoint import open_checkpoint
 from easyspec_jax.config import read_model_config
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.families import HEAD
 from easyspec_jax.sources import Window
+from easyspec_jax.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -73,6 +76,57 @@ def test_duplicate_of_a_tied_head_is_left_out(tiny_model, save, tmp_path):
     save_file(tensors | {HEAD: tensors["model.embed_tokens.weight"].clone()}, shard)
     convert(open_huggingface(source), tmp_path / "out")
     assert HEAD not in open_checkpoint(tmp_path / "out").source.shapes()
+
+
+def test_a_head_that_differs_from_the_embedding_is_kept(tiny_model, save, tmp_path):
+    """Fine-tunes that train the head leave their configuration tied."""
+    source = save(tiny_model(tie_word_embeddings=False), "1GB")
+    edit(source / "config.json", lambda config: config | {"tie_word_embeddings": True, "transformers_weights": None})
+    convert(open_huggingface(source), tmp_path / "out", verify=True)
+    opened = open_checkpoint(tmp_path / "out")
+    np.testing.assert_array_equal(opened.source.read(HEAD), load_file(source / "model.safetensors")[HEAD])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    convert(open_huggingface(tmp_path / "out"), tmp_path / "back", format=HUGGING_FACE, verify=True)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "back").state_dict()
+    assert all(torch.equal(theirs[name], values) for name, values in load_file(source / "model.safetensors").items())
+
+
+def test_a_copy_without_its_head_is_not_verified(tiny_model, save, tmp_path):
+    """As an older version of this package converted it."""
+    source = save(tiny_model(tie_word_embeddings=False), "1GB")
+    edit(source / "config.json", lambda config: config | {"tie_word_embeddings": True})
+    headless = tmp_path / "headless"
+    shutil.copytree(source, headless)
+    tensors = load_file(headless / "model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if name != HEAD}, headless / "model.safetensors")
+    convert(open_huggingface(headless), tmp_path / "out")
+    with pytest.raises(EasySpecError, match=r"lm_head\.weight is not as in"):
+        verify(open_huggingface(source), tmp_path / "out")
+
+
+def test_a_tokenizer_that_cannot_be_opened_is_told_before_anything_is_written(tiny_model, save, tmp_path):
+    source = save(tiny_model())
+    (source / "tokenizer.json").write_text("{}")
+    with pytest.raises(EasySpecError, match="has no usable tokenizer"):
+        open_huggingface(source)
+
+
+def test_files_that_a_configuration_names_are_not_named_again(tiny_model, save, tmp_path):
+    source = save(tiny_model(), "1GB")
+    (source / "model.safetensors").rename(source / "other.safetensors")
+    edit(source / "config.json", lambda config: config | {"transformers_weights": "other.safetensors"})
+    convert(open_huggingface(source), tmp_path / "out", format=HUGGING_FACE)
+    assert "transformers_weights" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert open_checkpoint(tmp_path / "out").source.shapes()
+
+
+def test_named_chat_templates_come_along(tiny_model, save, tmp_path, tokenizer_metadata):
+    source = save(tiny_model())
+    build_tokenizer(tokenizer_metadata, "tiny").save_pretrained(source)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    convert(open_huggingface(source), tmp_path / "out")
+    assert load_tokenizer(tmp_path / "out").chat_template["tool_use"] == "tools"
 
 
 def test_tokenizer_template_and_stop_ids_come_along(tiny_model, save, tmp_path, tokenizer_metadata):

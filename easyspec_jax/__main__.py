@@ -1,0 +1,34 @@
+"""The `easyspec` command: `easyspec generate`, `easyspec convert` and so on, wherever it is called."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "generate": ("easyspec_jax.generate", "text from a target model, sped up by a draft"),
+    "convert": ("convert.__main__", "a checkpoint into one that opens straight into shards, or back"),
+    "tune": ("easyspec_jax.tune.__main__", "measure which way of speculating is the fastest"),
+    "refit": ("easyspec_jax.refit.__main__", "fit a draft's projections to layers that run at once"),
+    "plan": ("easyspec_jax.plan.__main__", "what a pair would need and gain on a topology"),
+}
+"""Module and purpose of each command; `python -m MODULE` is the same."""
+
+USAGE = "usage: easyspec COMMAND [flags]; each has --help\n" + "".join(
+    f"  {name:10}{purpose}\n" for name, (_, purpose) in COMMANDS.items()
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 2 if there is none of that name."""
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if name not in COMMANDS:
+        print(f"easyspec: error: there is no command {name!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return import_module(COMMANDS[name][0]).main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
