@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from easyspec_jax.command import Parser, add_allow_links
+from easyspec_jax.cli.command import Parser, add_allow_links
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import FLOAT_DTYPES
 

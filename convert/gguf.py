@@ -16,12 +16,12 @@ from convert.gguf_fields import OPTIONAL_FIELDS, REQUIRED_FIELDS, ROPE_FACTORS, 
 from convert.gguf_tokenizer import build_tokenizer, check_saved
 from convert.stores import write_json
 from convert.stream import Model
-from easyspec_jax.checkpoint import canonical
-from easyspec_jax.config import ModelConfig, model_config
-from easyspec_jax.conversation import end_of_turn_ids
+from easyspec_jax.checkpoint.canonical import canonical
+from easyspec_jax.checkpoint.config import ModelConfig, model_config
+from easyspec_jax.checkpoint.families import FAMILIES, Family
+from easyspec_jax.checkpoint.tensors import Slices, read_bytes
 from easyspec_jax.errors import EasySpecError, first_line
-from easyspec_jax.families import FAMILIES, Family
-from easyspec_jax.sources import Window, read_bytes
+from easyspec_jax.tokenizer.conversation import end_of_turn_ids
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _DTYPES = {"F32": "float32", "F16": "float16"}  # the rest is BF16, or loses more by its quantisation
@@ -69,7 +69,7 @@ class GGUFSource:
 
     def __init__(self, tensors: Mapping[str, tuple[Path, ReaderTensor]]) -> None:
         self._places = {
-            name: _Place(path, tensor.tensor_type, _shape(tensor), int(tensor.data_offset), int(tensor.n_bytes))
+            name: _ByteRange(path, tensor.tensor_type, _shape(tensor), int(tensor.data_offset), int(tensor.n_bytes))
             for name, (path, tensor) in tensors.items()
         }
 
@@ -80,17 +80,17 @@ class GGUFSource:
         kinds = {name: place.kind for name, place in self._places.items()}
         return {name: "float32" if _readable(kind) else kind.name for name, kind in kinds.items()}
 
-    def read(self, name: str, window: Window = ()) -> np.ndarray:
+    def read(self, name: str, window: Slices = ()) -> np.ndarray:
         place = self._places[name]
         rows = window[0] if window else slice(0, place.shape[0])
         return self._read_rows(place, rows)[(slice(None), *window[1:])]
 
-    def _read_rows(self, place: "_Place", rows: slice) -> np.ndarray:
+    def _read_rows(self, place: "_ByteRange", rows: slice) -> np.ndarray:
         if len(place.shape) == 1:  # one row of blocks
             return self._read_blocks(place, 0, 1, place.size)[0, rows]
         return self._read_blocks(place, rows.start, rows.stop, place.size // place.shape[0])
 
-    def _read_blocks(self, place: "_Place", start: int, stop: int, row: int) -> np.ndarray:
+    def _read_blocks(self, place: "_ByteRange", start: int, stop: int, row: int) -> np.ndarray:
         stored = np.empty((stop - start, row), np.uint8)
         try:
             with place.path.open("rb", buffering=0) as file:
@@ -101,7 +101,7 @@ class GGUFSource:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _ByteRange:
     """Where a tensor lies in a GGUF file and how it is quantised; offset and size in bytes."""
 
     path: Path

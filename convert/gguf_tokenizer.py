@@ -10,8 +10,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from convert.gguf_fields import TOKEN_IDS
 from convert.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.text import decode_text
-from easyspec_jax.tokenizer import PROBE, load_tokenizer
+from easyspec_jax.tokenizer.loading import PROBE, load_tokenizer
+from easyspec_jax.tokenizer.stream import decode_text
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5  # values of `tokenizer.ggml.token_type`
 

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from convert.huggingface import COMPANIONS
+from easyspec_jax.checkpoint.safetensors import INDEX
 from easyspec_jax.errors import EasySpecError, first_line
-from easyspec_jax.sources import INDEX
 
 FILES = ("config.json", *COMPANIONS, "model*.safetensors", INDEX)
 """Patterns of what is fetched: nothing that is unpickled or run."""

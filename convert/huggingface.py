@@ -4,9 +4,9 @@ import shutil
 from pathlib import Path
 
 from convert.stream import Model
-from easyspec_jax.checkpoint import open_checkpoint
-from easyspec_jax.config import read_json
-from easyspec_jax.families import EMBEDDING
+from easyspec_jax.checkpoint.config import read_json
+from easyspec_jax.checkpoint.directory import open_checkpoint
+from easyspec_jax.checkpoint.families import EMBEDDING
 from easyspec_jax.tokenizer import load_tokenizer
 
 COMPANIONS = (

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from convert.stores import Format, Shapes, write_json
-from easyspec_jax.checkpoint import WEIGHTS, expected_shapes
+from easyspec_jax.checkpoint.canonical import expected_shapes
+from easyspec_jax.checkpoint.orbax import WEIGHTS
 from easyspec_jax.errors import EasySpecError, first_line
 
 _CHUNK = 1 << 20  # bytes, at most, unless one row is more

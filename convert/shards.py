@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from convert.stores import Format, Shapes, write_json
-from easyspec_jax.checkpoint import places, stored_shapes
-from easyspec_jax.config import ModelConfig
+from easyspec_jax.checkpoint.canonical import places, stored_shapes
+from easyspec_jax.checkpoint.config import ModelConfig
+from easyspec_jax.checkpoint.safetensors import INDEX, SAFETENSORS
+from easyspec_jax.checkpoint.tensors import read_bytes
 from easyspec_jax.errors import EasySpecError, first_line
-from easyspec_jax.sources import INDEX, SAFETENSORS, read_bytes
 
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from easyspec_jax.config import ModelConfig
+from easyspec_jax.checkpoint.config import ModelConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of tensors, by name."""

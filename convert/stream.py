@@ -18,12 +18,13 @@ import numpy as np
 from convert.orbax import ORBAX
 from convert.stores import Format, Shapes, Store, write_json
 from convert.workplace import Workplace, workplace
-from easyspec_jax.checkpoint import expected_shapes, open_checkpoint
-from easyspec_jax.config import ModelConfig, model_config
+from easyspec_jax.checkpoint.canonical import expected_shapes
+from easyspec_jax.checkpoint.config import ModelConfig, model_config
+from easyspec_jax.checkpoint.directory import open_checkpoint
+from easyspec_jax.checkpoint.tensors import StoredSource
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import FLOAT_DTYPES
 from easyspec_jax.progress import bar
-from easyspec_jax.sources import StoredSource
 
 DEFAULT_MEMORY = 2 << 30
 """Bytes of the whole process."""

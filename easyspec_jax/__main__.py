@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
-    "generate": ("easyspec_jax.generate", "text from a target model, sped up by a draft"),
+    "generate": ("easyspec_jax.cli.generate", "text from a target model, sped up by a draft"),
     "convert": ("convert.__main__", "a checkpoint into one that opens straight into shards, or back"),
-    "tune": ("easyspec_jax.tune.__main__", "measure which way of speculating is the fastest"),
-    "refit": ("easyspec_jax.refit.__main__", "fit a draft's projections to layers that run at once"),
-    "plan": ("easyspec_jax.plan.__main__", "what a pair would need and gain on a topology"),
+    "tune": ("easyspec_jax.cli.tune", "measure which way of speculating is the fastest"),
+    "refit": ("easyspec_jax.cli.refit", "fit a draft's projections to layers that run at once"),
+    "plan": ("easyspec_jax.cli.plan", "what a pair would need and gain on a topology"),
 }
-"""Module and purpose of each command; `python -m MODULE` is the same."""
+"""Module and purpose of each command; `python -m easyspec_jax.NAME` and `python -m convert` are the same."""
 
 USAGE = "usage: easyspec COMMAND [flags]; each has --help\n" + "".join(
     f"  {name:10}{purpose}\n" for name, (_, purpose) in COMMANDS.items()

@@ -1,8 +1,16 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and where those that can be regenerated are kept."""
 
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+
+
+def cache_directory() -> Path | None:
+    """Directory for regenerable caches, or None without a home directory."""
+    with suppress(RuntimeError):
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "easyspec_jax"
+    return None
 
 
 def write_whole(path: Path, content: bytes) -> None:

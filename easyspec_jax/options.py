@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, SupportsIndex, get_args
 
-from easyspec_jax.config import ModelConfig
 from easyspec_jax.errors import EasySpecError
 
 Method = Literal["vanilla", "sd", "tree", "easyspec"]
@@ -57,7 +56,7 @@ class SpeculativeConfig:
         check_whole("mlp-lp-size", self.mlp_lp_size, 1)
 
     @property
-    def layout(self) -> Self:
+    def weights_key(self) -> Self:
         """Equal for two configurations if the draft's weights, and their places on a mesh, are."""
         method = "sd" if self.method == "tree" else self.method
         chain = replace(self, method=method, num_speculative_tokens=1, tree_width=None, tree_nodes=None)
@@ -106,19 +105,25 @@ class SamplingParams:
             raise EasySpecError("--stop '' would end every text; give at least one character")
 
 
-def resolve_dtype(requested: DType, platform: str, config: ModelConfig) -> str:
-    """The type to compute in: the one requested or, for "auto", the checkpoint's, but float32 on a CPU.
+def resolve_dtype(requested: DType, platform: str, stored: str) -> str:
+    """Choose the type to compute in: the one requested or, for "auto", the checkpoint's, but float32 on a CPU.
 
-    Raises EasySpecError if that is none of FLOAT_DTYPES.
+    Args:
+        requested: What the user asks for.
+        platform: JAX's name of the devices' platform.
+        stored: The checkpoint's type.
+
+    Raises:
+        EasySpecError: That is not one of FLOAT_DTYPES.
     """
     if requested != "auto":
         check_choice("dtype", requested, FLOAT_DTYPES)
         return requested
     if platform == "cpu":  # where XLA has no fast products of narrower types
         return "float32"
-    if config.dtype not in FLOAT_DTYPES:
-        raise EasySpecError(f"the checkpoint's dtype {config.dtype!r} is not supported; give --dtype")
-    return config.dtype
+    if stored not in FLOAT_DTYPES:
+        raise EasySpecError(f"the checkpoint's dtype {stored!r} is not supported; give --dtype")
+    return stored
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

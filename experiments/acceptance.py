@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from rich.table import Table
 
 from easyspec_jax import Engine, SamplingParams, SpeculativeConfig, open_model
-from easyspec_jax.command import Parser, cache_compilations, read_prompts
+from easyspec_jax.cli.command import Parser, cache_compilations, read_prompts
 from easyspec_jax.draft.grouping import format_layout
 from easyspec_jax.options import Verifier
 from easyspec_jax.progress import bar
@@ -85,7 +85,7 @@ def measure_grid(args: argparse.Namespace, prompts: Sequence[str]) -> list[Row]:
     grid = variants(args.temperatures, args.verifiers, args.widths, args.lp_sizes, args.refit is not None)
     configs = {variant: variant.speculative(args.num_speculative_tokens, args.refit) for variant in grid}
     sampling = {t: SamplingParams(t, seed=args.seed, max_new_tokens=args.max_new_tokens) for t in args.temperatures}
-    layouts = dict.fromkeys(config.layout for config in configs.values())
+    layouts = dict.fromkeys(config.weights_key for config in configs.values())
 
     def opened(layout: SpeculativeConfig) -> Engine:
         return open_model(args.target, args.draft, mesh=args.mesh, platform=args.platform, speculative=layout)
@@ -95,7 +95,7 @@ def measure_grid(args: argparse.Namespace, prompts: Sequence[str]) -> list[Row]:
     rows: dict[Variant, Row] = {}
     with bar("Measuring", len(grid)) as advance:
         for layout in layouts:
-            alike = [variant for variant in grid if configs[variant].layout == layout]
+            alike = [variant for variant in grid if configs[variant].weights_key == layout]
             engine = opened(layout)
             for variant in alike:
                 engine.speculative = configs[variant]  # the weights depend on the layout alone

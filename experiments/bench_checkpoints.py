@@ -25,9 +25,9 @@ import numpy as np
 
 from convert.shards import SafetensorsStore
 from easyspec_jax import EasySpecError, demo
-from easyspec_jax.checkpoint import expected_shapes
-from easyspec_jax.command import Parser
-from easyspec_jax.config import model_config
+from easyspec_jax.checkpoint.canonical import expected_shapes
+from easyspec_jax.checkpoint.config import model_config
+from easyspec_jax.cli.command import Parser
 from experiments.output import RESULTS, check_destination, machine, run_experiment, save
 
 _COMMON = {"model_type": "llama", "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "dtype": "bfloat16"}

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from easyspec_jax import EasySpecError
-from easyspec_jax.command import Parser, cache_compilations
-from easyspec_jax.config import read_json
+from easyspec_jax.checkpoint.config import read_json
+from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.options import resolve_dtype
 from experiments import output
 from experiments.output import RESULTS, check_destination, run_experiment, save
@@ -78,7 +78,7 @@ def opened(args: argparse.Namespace) -> Bench:
     """The devices, and the type to compute in. Raises EasySpecError if something is missing."""
     bench = Bench(args, np.dtype(np.float32), "cpu")
     platform = bench.mesh().devices.flat[0].platform
-    bench = Bench(args, np.dtype(resolve_dtype("auto", platform, bench.configs[0])), platform)
+    bench = Bench(args, np.dtype(resolve_dtype("auto", platform, bench.configs[0].dtype)), platform)
     bench.check_memory()
     if "peers" in args.only:
         torch_device(platform)

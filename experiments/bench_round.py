@@ -21,14 +21,15 @@ from rich.console import Console
 from rich.table import Table
 
 from easyspec_jax import SamplingParams, SpeculativeConfig, demo, open_model
-from easyspec_jax.command import Parser
-from easyspec_jax.decode.loop import Programs, prefill_all
+from easyspec_jax.cli.command import Parser
+from easyspec_jax.decode.loop import prefill_all
+from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.round import RoundConfig, State
-from easyspec_jax.draft.parallel import run_fuzzy
-from easyspec_jax.mesh import ALL_AXES
+from easyspec_jax.draft.layer_group import run_fuzzy
 from easyspec_jax.model.attention import Nodes
 from easyspec_jax.model.transformer import Decoder, run_exact
 from easyspec_jax.options import Verifier
+from easyspec_jax.parallel.mesh import ALL_AXES
 from experiments.output import RESULTS, as_json, check_destination, machine, run_experiment, save, settings
 from experiments.pair import names
 

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from easyspec_jax import Engine
-from easyspec_jax.mesh import ALL_AXES
 from easyspec_jax.model.transformer import Decoder
+from easyspec_jax.parallel.mesh import ALL_AXES
 
 NextLogits = Callable[[Sequence[int]], np.ndarray]
 """From a text to what the target says behind it: float32 [vocabulary]."""

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from easyspec_jax import EasySpecError, SpeculativeConfig
-from easyspec_jax.command import Parser
+from easyspec_jax.cli.command import Parser
 from easyspec_jax.draft.grouping import Group, format_group, paper_groups, position_of
-from easyspec_jax.mesh import MeshShape, parse_mesh
+from easyspec_jax.parallel.mesh import MeshShape, parse_mesh
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,16 +19,16 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from easyspec_jax import EasySpecError, Engine, SamplingParams, SpeculativeConfig, demo, open_model
-from easyspec_jax.checkpoint import open_checkpoint
-from easyspec_jax.command import Parser, cache_compilations, read_prompts, run_command
+from easyspec_jax.checkpoint.directory import open_checkpoint
+from easyspec_jax.cli.command import Parser, cache_compilations, read_prompts, run_command
 from easyspec_jax.draft.grouping import format_layout
-from easyspec_jax.draft.parallel import LayerGroup, load_draft, run_fuzzy
-from easyspec_jax.mesh import ALL_AXES
+from easyspec_jax.draft.layer_group import LayerGroup, load_draft, run_fuzzy
+from easyspec_jax.draft.refit_file import choose_layout
 from easyspec_jax.model.cache import KVCache
 from easyspec_jax.model.transformer import Decoder, Hidden
+from easyspec_jax.parallel.mesh import ALL_AXES
 from easyspec_jax.progress import bar
 from easyspec_jax.refit.fidelity import DEPTHS, fidelity
-from easyspec_jax.refit.store import choose_layout
 from easyspec_jax.refit.teacher import drafted_window, exact_window
 
 PROGRAM = "experiments.fidelity"

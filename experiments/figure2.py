@@ -16,9 +16,9 @@ import numpy as np
 from rich.table import Table
 
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig
-from easyspec_jax.command import Parser, cache_compilations
-from easyspec_jax.mesh import parse_mesh
-from easyspec_jax.timing import Case, alternate, round_case
+from easyspec_jax.cli.command import Parser, cache_compilations
+from easyspec_jax.decode.timing import Case, alternate, round_case
+from easyspec_jax.parallel.mesh import parse_mesh
 from experiments.draw_figure2 import draw
 from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
 from experiments.pair import add_flags, names, open_pair, questions_of

@@ -16,11 +16,11 @@ from typing import Any
 from rich.table import Table
 
 from easyspec_jax import EasySpecError, SpeculativeConfig, demo
-from easyspec_jax.checkpoint import open_checkpoint
-from easyspec_jax.command import Parser, cache_compilations
+from easyspec_jax.checkpoint.directory import open_checkpoint
+from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.draft.grouping import Layout, format_layout, layout_of, paper_groups
+from easyspec_jax.draft.refit_file import find
 from easyspec_jax.refit.fidelity import DEPTHS
-from easyspec_jax.refit.store import find
 from experiments.draw_frontier import draw
 from experiments.fidelity import add_flags, measure_all
 from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show

@@ -6,10 +6,11 @@ import numpy as np
 from gguf import GGUFValueType, GGUFWriter
 
 from convert.gguf_fields import OPTIONAL_FIELDS, REQUIRED_FIELDS, ROPE_FACTORS
-from easyspec_jax.checkpoint import Checkpoint, places
-from easyspec_jax.config import ModelConfig
-from easyspec_jax.families import FAMILIES
-from easyspec_jax.rope import rope_frequencies
+from easyspec_jax.checkpoint.canonical import places
+from easyspec_jax.checkpoint.config import ModelConfig
+from easyspec_jax.checkpoint.directory import Checkpoint
+from easyspec_jax.checkpoint.families import FAMILIES
+from easyspec_jax.checkpoint.rope import rope_frequencies
 
 
 def write_gguf(checkpoint: Checkpoint, path: Path) -> None:

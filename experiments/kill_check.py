@@ -19,7 +19,7 @@ from random import Random
 from typing import Any
 
 from easyspec_jax import EasySpecError
-from easyspec_jax.command import Parser
+from easyspec_jax.cli.command import Parser
 from easyspec_jax.options import check_whole
 from experiments.output import RESULTS, as_json, check_destination, machine, run_experiment, save, settings
 from experiments.requests import WAYS, piece, sampling

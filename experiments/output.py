@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from easyspec_jax import EasySpecError
-from easyspec_jax.command import Parser, run_command
-from easyspec_jax.config import read_json
+from easyspec_jax.checkpoint.config import read_json
+from easyspec_jax.cli.command import Parser, run_command
 from easyspec_jax.drawing import check_drawing
 from easyspec_jax.files import check_writable, write_whole
 

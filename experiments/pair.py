@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from easyspec_jax import Engine, SpeculativeConfig, demo, open_model
-from easyspec_jax.command import Parser, read_prompts
+from easyspec_jax.cli.command import Parser, read_prompts
 from experiments.questions import Question, code_questions, read_questions
 
 HERE = Path(__file__).parent

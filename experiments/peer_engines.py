@@ -14,7 +14,7 @@ import numpy as np
 from convert.huggingface import open_huggingface
 from convert.shards import HUGGING_FACE
 from convert.stream import convert
-from easyspec_jax.checkpoint import open_checkpoint
+from easyspec_jax.checkpoint.directory import open_checkpoint
 from experiments.gguf_file import write_gguf
 from experiments.output import cores
 from experiments.roofline_texts import torch_device

@@ -21,7 +21,7 @@ import jax
 from rich.table import Table
 
 from easyspec_jax import EasySpecError, Engine, SamplingParams, SpeculativeConfig, demo
-from easyspec_jax.command import Parser, cache_compilations
+from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.progress import bar
 from experiments.divergence import NextLogits, divergence, first_difference, next_logits
 from experiments.draw_peers import draw

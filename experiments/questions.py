@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from easyspec_jax import EasySpecError
-from easyspec_jax.completion import Completion
+from easyspec_jax.engine.completion import Completion
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from easyspec_jax.command import Parser, run_command
-from easyspec_jax.config import read_json
+from easyspec_jax.checkpoint.config import read_json
+from easyspec_jax.cli.command import Parser, run_command
 from easyspec_jax.files import write_whole
 from experiments import paper
 from experiments.output import RESULTS

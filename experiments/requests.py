@@ -6,14 +6,14 @@ from random import Random
 from typing import NamedTuple
 
 from easyspec_jax import SamplingParams
-from easyspec_jax.command import read_prompts
+from easyspec_jax.cli.command import read_prompts
 from experiments.pair import HERE
 
 WAYS = (SamplingParams(), SamplingParams(0.8), SamplingParams(1.0, top_k=40, top_p=0.95))
 """One of each kind of program: greedy, sampling, and sampling from the likeliest."""
 
 
-class Request(NamedTuple):
+class RowSampling(NamedTuple):
     """A prompt and how it is continued."""
 
     prompt: str
@@ -32,7 +32,7 @@ def sampling(random: Random, way: int, fewest: int, most: int) -> SamplingParams
     return replace(WAYS[way], seed=seed, max_new_tokens=length)
 
 
-def blocks(seed: int, rows: int, size: int) -> Iterator[Request]:
+def blocks(seed: int, rows: int, size: int) -> Iterator[RowSampling]:
     """Blocks of so many requests, each of one way of sampling.
 
     Each begins with as many short ones as a batch has rows, and goes on with a long one: caches start small and grow.
@@ -41,9 +41,9 @@ def blocks(seed: int, rows: int, size: int) -> Iterator[Request]:
     while True:
         for place in range(size):
             if place < rows:
-                yield Request(piece(random, 1), sampling(random, way, 4, 24))
+                yield RowSampling(piece(random, 1), sampling(random, way, 4, 24))
             elif place == rows:
-                yield Request(piece(random, 1), sampling(random, way, 150, 160))
+                yield RowSampling(piece(random, 1), sampling(random, way, 150, 160))
             else:
-                yield Request(piece(random, 12), sampling(random, way, 4, 48))
+                yield RowSampling(piece(random, 12), sampling(random, way, 4, 48))
         way = (way + 1) % len(WAYS)

@@ -17,18 +17,18 @@ import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16)
 import numpy as np
 from jax.sharding import Mesh
 
-from easyspec_jax.checkpoint import expected_shapes
-from easyspec_jax.config import ModelConfig, model_config, read_json
+from easyspec_jax.checkpoint.canonical import expected_shapes
+from easyspec_jax.checkpoint.config import ModelConfig, model_config, read_json
+from easyspec_jax.checkpoint.families import EMBEDDING, HEAD
+from easyspec_jax.checkpoint.tensors import Slices
 from easyspec_jax.draft.grouping import Group, Layout
-from easyspec_jax.draft.parallel import load_draft
-from easyspec_jax.families import EMBEDDING, HEAD
-from easyspec_jax.mesh import ALL_AXES
+from easyspec_jax.draft.layer_group import load_draft
 from easyspec_jax.model.attention import Attention
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import MLP, Decoder
+from easyspec_jax.parallel.mesh import ALL_AXES
 from easyspec_jax.plan.configurations import BUNDLED
-from easyspec_jax.sources import Window
 
 Fields = dict[str, Any]
 """The content of a config.json."""
@@ -104,7 +104,7 @@ class Synthetic:
     dtype: np.dtype
     successor: np.ndarray | None = None
 
-    def read(self, name: str, window: Window = ()) -> np.ndarray:
+    def read(self, name: str, window: Slices = ()) -> np.ndarray:
         shape = self._shapes[name]
         rows = window[0] if window else slice(0, shape[0])
         return self._rows(name, shape, rows)[(slice(None), *window[1:])]

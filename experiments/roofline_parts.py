@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from easyspec_jax.config import ModelConfig, model_config
-from easyspec_jax.decode.loop import Programs
+from easyspec_jax.checkpoint.config import ModelConfig, model_config
+from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.round import RoundConfig
+from easyspec_jax.decode.timing import Case, alone, alternate, pass_case, round_case
 from easyspec_jax.draft.grouping import paper_groups
-from easyspec_jax.draft.parallel import run_fuzzy
+from easyspec_jax.draft.layer_group import run_fuzzy
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.mesh import open_mesh, parse_mesh
 from easyspec_jax.model.transformer import Decoder, run_exact
-from easyspec_jax.timing import Case, alone, alternate, pass_case, round_case
+from easyspec_jax.parallel.mesh import open_mesh, parse_mesh
 from easyspec_jax.verify import Greedy, Verifier
 from experiments import roofline_models as models
 from experiments import roofline_texts as texts

@@ -13,15 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from easyspec_jax.decode.loop import Programs, decode
+from easyspec_jax.decode.loop import decode
+from easyspec_jax.decode.programs import Programs
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.mesh import ALL_AXES
 from easyspec_jax.options import SamplingParams
+from easyspec_jax.parallel.mesh import ALL_AXES
 from easyspec_jax.progress import bar
 from easyspec_jax.sampling.noise import Purpose, noise_keys, uniform
-from easyspec_jax.sampling.shards import argmax
-from easyspec_jax.tree import Tree, deepest
-from easyspec_jax.verify import Greedy, Request, Verdict
+from easyspec_jax.sampling.vocabulary import argmax
+from easyspec_jax.verify import Greedy, RowSampling, Verdict
+from easyspec_jax.verify.tree import Tree, deepest
 from experiments.output import cores
 from experiments.roofline_models import Fields, Synthetic, torch_model
 
@@ -41,7 +42,7 @@ class SyntheticAcceptance(Greedy):
         target: Float[Array, "batch nodes vocab_shard"],
         tree: Tree,
         position: Int[Array, " batch"],
-        request: Request,
+        request: RowSampling,
     ) -> Verdict:
         """Goes down the path to the first of the deepest nodes, and on with the target's choice."""
         tokens = argmax(target.reshape(-1, target.shape[-1]), ALL_AXES).reshape(tree.tokens.shape)

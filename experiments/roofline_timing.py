@@ -9,8 +9,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from easyspec_jax.mesh import ALL_AXES
-from easyspec_jax.timing import Case
+from easyspec_jax.decode.timing import Case
+from easyspec_jax.parallel.mesh import ALL_AXES
 
 
 def memory_cases(mesh: Mesh, dtype: np.dtype, size: int) -> list[Case]:

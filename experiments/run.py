@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from easyspec_jax import EasySpecError
-from easyspec_jax.command import Parser, run_command
+from easyspec_jax.cli.command import Parser, run_command
 from easyspec_jax.files import check_writable
 from experiments import readme
 from experiments.output import RESULTS

@@ -19,13 +19,13 @@ import numpy as np
 from rich.table import Table
 
 from easyspec_jax import EasySpecError, SpeculativeConfig
-from easyspec_jax.command import Parser
-from easyspec_jax.config import read_json
+from easyspec_jax.checkpoint.config import read_json
+from easyspec_jax.cli.command import Parser
+from easyspec_jax.engine.abstract import absent_mesh
 from easyspec_jax.options import DraftTensorParallelSize, Method, Platform
 from easyspec_jax.plan.configurations import find_config
 from easyspec_jax.plan.machines import Machine, Topology, parse_topology
 from easyspec_jax.plan.report import tokens_per_second
-from easyspec_jax.plan.shapes import absent_mesh
 from easyspec_jax.plan.steps import Costs, Pair, Way, costs, verification_cost
 from easyspec_jax.progress import bar
 from experiments import paper

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from easyspec_jax import EasySpecError, Engine, SpeculativeConfig, open_model
-from easyspec_jax.command import Parser, cache_compilations
+from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.options import check_whole
 from experiments.draw_soak import draw
 from experiments.output import RESULTS, prepare, publish, run_experiment, settings
-from experiments.requests import Request, blocks
+from experiments.requests import RowSampling, blocks
 
 EVENT = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 """What JAX reports of every program that it lowers, whether or not a cache on disk then holds it compiled."""
@@ -62,9 +62,9 @@ class Soak:
 
     def __init__(self, engine: Engine, batch_size: int, check_every: int, seed: int) -> None:
         self.engine, self.batch_size, self.check_every = engine, batch_size, check_every
-        self.kept: list[tuple[Request, list[int]]] = []
+        self.kept: list[tuple[RowSampling, list[int]]] = []
         self._requests, self._compilations = blocks(seed, batch_size, BLOCK), Compilations()
-        self._asked: dict[int, Request] = {}
+        self._asked: dict[int, RowSampling] = {}
 
     def windows(self, rounds: int, window: int, seconds: float) -> Iterator[dict[str, Any]]:
         """What each so many rounds took, until there were `rounds`, or so much time is over.
@@ -101,7 +101,7 @@ class Soak:
             yield self.engine.row(*request)
 
 
-def mismatches(engine: Engine, kept: Iterable[tuple[Request, list[int]]]) -> int:
+def mismatches(engine: Engine, kept: Iterable[tuple[RowSampling, list[int]]]) -> int:
     """How many of these texts plain decoding does not make."""
     plain = engine.baseline()
     different = 0

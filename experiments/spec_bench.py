@@ -18,12 +18,12 @@ import numpy as np
 from rich.table import Table
 
 from easyspec_jax import EasySpecError, Engine, SamplingParams, SpeculativeConfig
-from easyspec_jax.command import Parser, cache_compilations
-from easyspec_jax.conversation import Prompt
-from easyspec_jax.decode.metrics import Stats
+from easyspec_jax.cli.command import Parser, cache_compilations
+from easyspec_jax.decode.stats import Stats
 from easyspec_jax.files import check_writable, write_whole
 from easyspec_jax.options import Method
 from easyspec_jax.progress import bar
+from easyspec_jax.tokenizer.conversation import Prompt
 from experiments.divergence import Divergence, divergence, next_logits
 from experiments.draw_spec_bench import draw
 from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show

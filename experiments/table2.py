@@ -18,15 +18,15 @@ import numpy as np
 from rich.table import Table
 
 from easyspec_jax import EasySpecError, Engine, SamplingParams, SpeculativeConfig
-from easyspec_jax.command import Parser, cache_compilations
-from easyspec_jax.completion import Completion
-from easyspec_jax.draft.parallel import run_fuzzy
-from easyspec_jax.mesh import parse_mesh
+from easyspec_jax.cli.command import Parser, cache_compilations
+from easyspec_jax.cli.console import print_note
+from easyspec_jax.decode.timing import alone, alternate, pass_case, round_case
+from easyspec_jax.draft.layer_group import run_fuzzy
+from easyspec_jax.engine.completion import Completion
 from easyspec_jax.model.transformer import run_exact
+from easyspec_jax.parallel.mesh import parse_mesh
 from easyspec_jax.progress import bar
 from easyspec_jax.refit.__main__ import main as fit_refit
-from easyspec_jax.terminal import print_note
-from easyspec_jax.timing import alone, alternate, pass_case, round_case
 from experiments.draw_table2 import draw
 from experiments.output import RESULTS, machine, prepare, publish, run_experiment, settings, show
 from experiments.pair import add_flags, names, open_pair, questions_of

@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from easyspec_jax import SpeculativeConfig, demo
-from easyspec_jax.command import Parser, cache_compilations
+from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.refit.fidelity import DEPTHS
 from experiments.draw_table4 import draw
 from experiments.fidelity import add_flags, measure_all

@@ -18,19 +18,19 @@ import numpy as np
 from rich.table import Table
 
 from easyspec_jax import EasySpecError, SpeculativeConfig
-from easyspec_jax.command import Parser, cache_compilations
-from easyspec_jax.config import ModelConfig
-from easyspec_jax.draft.parallel import run_fuzzy
-from easyspec_jax.mesh import parse_mesh
+from easyspec_jax.checkpoint.config import ModelConfig
+from easyspec_jax.cli.command import Parser, cache_compilations
+from easyspec_jax.decode.timing import Case, alone, alternate, pass_case
+from easyspec_jax.draft.layer_group import run_fuzzy
+from easyspec_jax.engine.abstract import absent_mesh, abstract_state, bytes_per_device
 from easyspec_jax.model.transformer import run_exact
 from easyspec_jax.options import DraftTensorParallelSize, Platform, resolve_dtype
+from easyspec_jax.parallel.mesh import parse_mesh
 from easyspec_jax.plan.configurations import find_config
 from easyspec_jax.plan.cost import Cost
 from easyspec_jax.plan.machines import MACHINES, Machine, parse_topology
-from easyspec_jax.plan.shapes import absent_mesh, abstract_state, bytes_per_device
 from easyspec_jax.plan.steps import Pair, Way, pass_cost, programs
 from easyspec_jax.progress import bar
-from easyspec_jax.timing import Case, alone, alternate, pass_case
 from experiments import paper
 from experiments.draw_table6 import draw
 from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
@@ -86,7 +86,7 @@ def estimate(
 ) -> dict[str, Any]:
     """The row of a model's step on so many devices of a machine, in a way of decoding."""
     described = describe(machine, devices)
-    dtype = np.dtype(resolve_dtype(args.dtype, described.platform, config))
+    dtype = np.dtype(resolve_dtype(args.dtype, described.platform, config.dtype))
     pair = Pair(config, config, dtype, str(devices), 1, 1, args.context, args.context + 1)
     step, held = step_cost(pair, way, described.platform)
     fits = None if described.memory is None else held <= described.memory

@@ -17,10 +17,10 @@ from typing import Any
 from rich.table import Table
 
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, demo, open_model
-from easyspec_jax.checkpoint import open_checkpoint
-from easyspec_jax.command import Parser, cache_compilations, read_prompts
-from easyspec_jax.config import read_json
-from easyspec_jax.mesh import parse_mesh
+from easyspec_jax.checkpoint.config import read_json
+from easyspec_jax.checkpoint.directory import open_checkpoint
+from easyspec_jax.cli.command import Parser, cache_compilations, read_prompts
+from easyspec_jax.parallel.mesh import parse_mesh
 from experiments.draw_table8 import draw
 from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
 from experiments.pair import HERE

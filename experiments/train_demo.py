@@ -27,10 +27,9 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, open_model
-from easyspec_jax.checkpoint import write_safetensors
-from easyspec_jax.command import Parser
+from easyspec_jax.checkpoint.safetensors import SAFETENSORS, write_safetensors
+from easyspec_jax.cli.command import Parser
 from easyspec_jax.decode.loop import decode
-from easyspec_jax.sources import SAFETENSORS
 from experiments import demo_corpus
 from experiments.demo_model import Params, Shape, checkpoint, init, logits
 

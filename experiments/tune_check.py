@@ -16,11 +16,11 @@ from typing import Any
 from rich.table import Table
 
 from easyspec_jax import Engine
-from easyspec_jax.command import Parser, cache_compilations
-from easyspec_jax.mesh import parse_mesh
+from easyspec_jax.cli.command import Parser, cache_compilations
+from easyspec_jax.draft.refit_file import refit_sizes
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
+from easyspec_jax.parallel.mesh import parse_mesh
 from easyspec_jax.progress import bar
-from easyspec_jax.refit.store import refit_sizes
 from easyspec_jax.tune.bench import Sample
 from easyspec_jax.tune.candidates import Candidate, Space, candidates
 from easyspec_jax.tune.confirm import alternate, confirmed

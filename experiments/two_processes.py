@@ -19,12 +19,12 @@ import numpy as np
 from rich.table import Table
 
 from easyspec_jax import EasySpecError, demo
-from easyspec_jax.checkpoint import open_checkpoint
-from easyspec_jax.command import Parser, cache_compilations
+from easyspec_jax.checkpoint.directory import open_checkpoint
+from easyspec_jax.cli.command import Parser, cache_compilations
+from easyspec_jax.decode.timing import alternate
 from easyspec_jax.options import resolve_dtype
+from easyspec_jax.parallel.hosts import Peer, joined
 from easyspec_jax.plan.steps import Pair
-from easyspec_jax.processes import Place, joined
-from easyspec_jax.timing import alternate
 from experiments.draw_two_processes import draw
 from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
 from experiments.pair import add_flags, names
@@ -65,7 +65,7 @@ def be_one_of_two(args: argparse.Namespace) -> None:
     os.sched_setaffinity(0, {args.core})  # before XLA counts them
     own = ("process_id", "core", "command", "words")
     command = {name: value for name, value in vars(args).items() if name not in own}
-    with joined(PROGRAM, Place(args.coordinator, DEVICES, args.process_id), command):
+    with joined(PROGRAM, Peer(args.coordinator, DEVICES, args.process_id), command):
         print(json.dumps(measure(args)))
 
 
@@ -88,7 +88,7 @@ def rows_of(args: argparse.Namespace, processes: int, seconds: dict[str, list[fl
 def collectives_of(args: argparse.Namespace) -> dict[str, int]:
     """Of a step, by way, as the compiled programs have them."""
     config = open_checkpoint(args.draft or demo.DRAFT).config
-    dtype = np.dtype(resolve_dtype(args.dtype, "cpu", config))
+    dtype = np.dtype(resolve_dtype(args.dtype, "cpu", config.dtype))
     pair = Pair(config, config, dtype, str(DEVICES), 1, 1, args.context, args.context + 1)
     ways = draft_ways(args.lp_sizes, DEVICES)
     return {name_of(way): step_cost(pair, way, "cpu")[0].collectives for way in ways}

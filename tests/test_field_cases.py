@@ -10,8 +10,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoModelForCausalLM
 
 from easyspec_jax.generate import main
-from easyspec_jax.text import TextStream, decode_text
 from easyspec_jax.tokenizer import load_tokenizer
+from easyspec_jax.tokenizer.stream import TextStream, decode_text
 from tests.models import save_model
 
 WORDS = ["hello world how are you doing the quick brown fox def main return 12345 if else while for\n"] * 20

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from easyspec_jax import demo
-from easyspec_jax.engine import open_model
+from easyspec_jax.engine.pair import open_model
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.generate import main
 from easyspec_jax.tokenizer import TextStream, encode, load_tokenizer
@@ -69,7 +69,7 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture
 def idle(monkeypatch):
     """Everything is checked, nothing is computed."""
-    from easyspec_jax.engine import Engine
+    from easyspec_jax.engine.engine import Engine
 
     def stop(self, bar):
         raise EasySpecError("everything was well")

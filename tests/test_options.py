@@ -2,10 +2,8 @@
 
 import pytest
 
-from easyspec_jax.config import model_config
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SamplingParams, SpeculativeConfig, resolve_dtype
-from tests.test_config import SIZES
 
 
 @pytest.mark.parametrize(
@@ -53,14 +51,12 @@ def test_sampling_params_accept_their_bounds(field, value):
 
 
 def test_automatic_dtype_is_the_checkpoints_but_wide_on_a_cpu():
-    config = model_config({"model_type": "llama", "dtype": "bfloat16"} | SIZES)
-    assert resolve_dtype("auto", "gpu", config) == "bfloat16"
-    assert resolve_dtype("auto", "cpu", config) == "float32"
-    assert resolve_dtype("float16", "cpu", config) == "float16"
-    quantised = model_config({"model_type": "llama", "dtype": "int8"} | SIZES)
-    assert resolve_dtype("float32", "gpu", quantised) == "float32"
+    assert resolve_dtype("auto", "gpu", "bfloat16") == "bfloat16"
+    assert resolve_dtype("auto", "cpu", "bfloat16") == "float32"
+    assert resolve_dtype("float16", "cpu", "bfloat16") == "float16"
+    assert resolve_dtype("float32", "gpu", "int8") == "float32"
     with pytest.raises(EasySpecError, match="dtype 'int8' is not supported; give --dtype"):
-        resolve_dtype("auto", "gpu", quantised)
+        resolve_dtype("auto", "gpu", "int8")
 
 
 def test_one_string_is_no_list_of_stops():

@@ -10,13 +10,14 @@ from safetensors.numpy import save_file
 
 from convert.__main__ import main as convert
 from convert.gguf import open_gguf
-from easyspec_jax import config, conversation, sources, tokenizer
-from easyspec_jax.checkpoint import WEIGHTS, open_checkpoint
+from easyspec_jax.checkpoint import config, safetensors
+from easyspec_jax.checkpoint.directory import open_checkpoint
+from easyspec_jax.checkpoint.orbax import WEIGHTS, OrbaxSource
+from easyspec_jax.checkpoint.safetensors import INDEX, SAFETENSORS
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.sources import INDEX, SAFETENSORS, OrbaxSource
-from easyspec_jax.tokenizer import encode, load_tokenizer
+from easyspec_jax.tokenizer import conversation, encode, load_tokenizer, loading
+from tests.checkpoint.test_directory import write_converted, write_huggingface, write_orbax
 from tests.models import byte_tokenizer
-from tests.test_checkpoint import write_converted, write_huggingface, write_orbax
 
 
 @pytest.fixture
@@ -199,7 +200,7 @@ def test_json_beyond_all_measure(planted, monkeypatch, name):
 
 def test_a_header_beyond_all_measure(planted, monkeypatch):
     """Its length is looked at before it is read; one that the file could not hold never is."""
-    monkeypatch.setattr(sources, "LARGEST_JSON", 100)
+    monkeypatch.setattr(safetensors, "LARGEST_JSON", 100)
     with pytest.raises(EasySpecError, match="no header fits it"):
         open_checkpoint(planted)
     monkeypatch.undo()
@@ -220,7 +221,7 @@ def test_shapes_that_the_file_cannot_hold(planted):
 
 
 def test_a_tokenizer_beyond_all_measure(planted):
-    os.truncate(planted / "tokenizer.json", tokenizer.LARGEST_FILE + 1)  # a sparse file
+    os.truncate(planted / "tokenizer.json", loading.LARGEST_FILE + 1)  # a sparse file
     with pytest.raises(EasySpecError, match=r"tokenizer\.json is larger than the 256 MiB of any proper one"):
         load_tokenizer(planted)
 

@@ -1,4 +1,4 @@
-"""One of the processes of tests/test_processes.py: decodes in several ways, and prints a line of JSON for each."""
+"""One of the processes of tests/parallel/test_hosts.py: decodes in several ways, and prints a line of JSON for each."""
 
 import json
 import sys
@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from easyspec_jax import SamplingParams, SpeculativeConfig, checkpoint, open_model
-from easyspec_jax.processes import Place, joined
-from easyspec_jax.sources import SafetensorsSource, Window
+from easyspec_jax import SamplingParams, SpeculativeConfig, open_model
+from easyspec_jax.checkpoint import directory
+from easyspec_jax.checkpoint.safetensors import SafetensorsSource
+from easyspec_jax.checkpoint.tensors import Slices
+from easyspec_jax.parallel.hosts import Peer, joined
 
 
 def decode(model: str, way: dict[str, Any]) -> list[int]:
@@ -25,7 +27,7 @@ class CountingSource(SafetensorsSource):
 
     sizes: ClassVar[list[int]] = []
 
-    def read(self, name: str, window: Window = ()) -> np.ndarray:
+    def read(self, name: str, window: Slices = ()) -> np.ndarray:
         out = super().read(name, window)
         self.sizes.append(out.nbytes)  # by several threads
         return out
@@ -34,8 +36,8 @@ class CountingSource(SafetensorsSource):
 if __name__ == "__main__":
     model, ways, cache, counts, coordinator, count, number = sys.argv[1:]
     jax.config.update("jax_compilation_cache_dir", cache)
-    checkpoint.SafetensorsSource = CountingSource
-    with joined("worker", Place(coordinator, int(count), int(number)), [model, ways]):
+    directory.SafetensorsSource = CountingSource
+    with joined("worker", Peer(coordinator, int(count), int(number)), [model, ways]):
         for way in json.loads(ways):
             print(json.dumps(decode(model, way)), flush=True)
         Path(counts, number).write_text(str(sum(CountingSource.sizes)))

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from easyspec_jax.draft.parallel import run_fuzzy
-from easyspec_jax.mesh import ALL_AXES
+from easyspec_jax.draft.layer_group import run_fuzzy
 from easyspec_jax.model.attention import Nodes
-from easyspec_jax.model.collectives import from_first_device
 from easyspec_jax.model.transformer import Caches, Decoder
-from easyspec_jax.sampling.shards import top
-from easyspec_jax.tree import Tree
-from easyspec_jax.verify import Branches, Request, Verifier
+from easyspec_jax.parallel.collectives import from_first_device
+from easyspec_jax.parallel.mesh import ALL_AXES
+from easyspec_jax.sampling.vocabulary import top
+from easyspec_jax.verify import Branches, RowSampling, Verifier
+from easyspec_jax.verify.tree import Tree
 
 
 class Level(NamedTuple):
@@ -41,7 +41,7 @@ def draft_tree(
     caches: Caches,
     root: Int[Array, " batch"],
     position: Int[Array, " batch"],
-    request: Request,
+    request: RowSampling,
     verifier: Verifier,
     levels: int,
     width: int,

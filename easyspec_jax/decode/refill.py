@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Int
 from easyspec_jax.decode.round import Report, RoundConfig, State, prefill
 from easyspec_jax.model.cache import KVCache, extend, put_row, take_row
 from easyspec_jax.model.transformer import Caches, Decoder
-from easyspec_jax.verify import Request
+from easyspec_jax.verify import RowSampling
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +25,7 @@ class Entrance:
     count: Int[Array, "1"]
     last: Bool[Array, "1"]
     limit: Int[Array, "1"]
-    request: Request
+    request: RowSampling
 
 
 def enter(

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from easyspec_jax.decode.drafting import draft_tree
-from easyspec_jax.draft.parallel import run_fuzzy
+from easyspec_jax.draft.layer_group import run_fuzzy
 from easyspec_jax.model.attention import Nodes
 from easyspec_jax.model.cache import move
 from easyspec_jax.model.transformer import Caches, Decoder, run_exact
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
-from easyspec_jax.sampling.shards import NO_CHOICE
-from easyspec_jax.tree import Tree, bare_root, path_to, prune
-from easyspec_jax.verify import Request, Verdict, Verifier, choose
+from easyspec_jax.sampling.vocabulary import NO_CHOICE
+from easyspec_jax.verify import RowSampling, Verdict, Verifier, choose
+from easyspec_jax.verify.tree import Tree, bare_root, path_to, prune
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class State:
     pending: Int[Array, "batch pending"]
     pending_count: Int[Array, " batch"]
     remaining: Int[Array, " batch"]
-    request: Request
+    request: RowSampling
 
 
 class Fault(IntEnum):
@@ -114,7 +114,7 @@ class Report(NamedTuple):
 
 
 def init_state(
-    target: Decoder, draft: Decoder | None, request: Request, limit: Int[Array, " batch"], capacity: int, size: int
+    target: Decoder, draft: Decoder | None, request: RowSampling, limit: Int[Array, " batch"], capacity: int, size: int
 ) -> State:
     """Empty rows. limit: tokens to generate; capacity: cache entries a row; size: RoundConfig.pending_size."""
     batch = limit.shape[0]

@@ -10,11 +10,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from easyspec_jax.config import ModelConfig
+from easyspec_jax.checkpoint.config import ModelConfig
+from easyspec_jax.checkpoint.rope import rope_frequencies
 from easyspec_jax.model.cache import KVCache, write
 from easyspec_jax.model.norm import rms_norm
 from easyspec_jax.model.projection import Projection
-from easyspec_jax.rope import rope_frequencies
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["start", "mask", "cos", "sin"], meta_fields=[])

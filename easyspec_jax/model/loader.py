@@ -17,19 +17,19 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from easyspec_jax.config import ModelConfig
-from easyspec_jax.families import EMBEDDING, FINAL_NORM, HEAD
-from easyspec_jax.mesh import LAYER, TENSOR, Axes, axes_size
+from easyspec_jax.checkpoint.config import ModelConfig
+from easyspec_jax.checkpoint.families import EMBEDDING, FINAL_NORM, HEAD
+from easyspec_jax.checkpoint.tensors import Slices, TensorSource, read_into
 from easyspec_jax.model.attention import Attention
 from easyspec_jax.model.projection import Projection
 from easyspec_jax.model.sharding import HeadLayout, head_layout
 from easyspec_jax.model.transformer import MLP, Block, Decoder, Layer
-from easyspec_jax.sources import TensorSource, Window, read_into
+from easyspec_jax.parallel.mesh import LAYER, TENSOR, Axes, axes_size
 
-Fill = Callable[[np.ndarray, Window], None]
+Fill = Callable[[np.ndarray, Slices], None]
 """Puts what is not zero of a shard into its memory: an array in its final layout and type, and where it lies."""
 
-FillLayer = Callable[[np.ndarray, Window, int], None]
+FillLayer = Callable[[np.ndarray, Slices, int], None]
 """The same for what belongs to a layer, which is given too."""
 
 Place = Callable[[tuple[int, ...], P, FillLayer], Array]
@@ -90,7 +90,7 @@ class Loader:
         """A layer's feed-forward part, its columns padded to whole shards."""
         hidden, inner, width, shards = self._mlp_sizes()
 
-        def fill(out: np.ndarray, where: Window) -> None:
+        def fill(out: np.ndarray, where: Slices) -> None:
             part = _clipped(where[1].start, width, inner)
             self._read(out[:, : _length(part)], f"model.layers.{index}.mlp.down_proj.weight", slice(0, hidden), part)
 
@@ -108,10 +108,10 @@ class Loader:
             for name, rows in (("gate", out[:width]), ("up", out[width:])):
                 self._read(rows[: _length(part)], f"{prefix}mlp.{name}_proj.{kind}", part)
 
-        def fill_weight(out: np.ndarray, where: Window) -> None:
+        def fill_weight(out: np.ndarray, where: Slices) -> None:
             fill(out.T, where[1].start, "weight")
 
-        def fill_bias(out: np.ndarray, where: Window) -> None:
+        def fill_bias(out: np.ndarray, where: Slices) -> None:
             fill(out, where[0].start, "bias")
 
         biased = f"{prefix}mlp.gate_proj.bias" in self.source.shapes()
@@ -146,7 +146,7 @@ class Loader:
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
     def _vocabulary(self, name: str) -> Array:
-        def fill(out: np.ndarray, where: Window) -> None:
+        def fill(out: np.ndarray, where: Slices) -> None:
             rows = _clipped(where[0].start, len(out), self.config.vocab_size)
             self._read(out[: _length(rows)], name, rows)
 
@@ -167,7 +167,7 @@ class Loader:
         """Puts what belongs to several layers on the mesh, stacked."""
 
         def place(shape: tuple[int, ...], spec: P, fill: FillLayer) -> Array:
-            def fill_slots(out: np.ndarray, where: Window) -> None:
+            def fill_slots(out: np.ndarray, where: Slices) -> None:
                 for part, index in zip(out, layers[where[0]], strict=False):
                     fill(part, where[1:], index)
 
@@ -179,7 +179,7 @@ class Loader:
         layout, head_dim, hidden = self._head_layout(head_axes), self.config.head_dim, self.config.hidden_size
         queries = layout.query_index.shape[1] * head_dim
 
-        def fill_out(out: np.ndarray, where: Window, layer: int) -> None:
+        def fill_out(out: np.ndarray, where: Slices, layer: int) -> None:
             for rows, stored in _head_runs(layout.query_index[where[0].start // queries], head_dim):
                 self._read(out[rows].T, f"model.layers.{layer}.self_attn.o_proj.weight", slice(0, hidden), stored)
 
@@ -208,10 +208,10 @@ class Loader:
                     self._read(part[rows], f"model.layers.{layer}.self_attn.{name}_proj.{kind}", stored)
                 start += len(part)
 
-        def fill_weight(out: np.ndarray, where: Window, layer: int) -> None:
+        def fill_weight(out: np.ndarray, where: Slices, layer: int) -> None:
             fill(out.T, where[1].start // fused, layer, "weight")
 
-        def fill_bias(out: np.ndarray, where: Window, layer: int) -> None:
+        def fill_bias(out: np.ndarray, where: Slices, layer: int) -> None:
             if f"model.layers.{layer}.self_attn.q_proj.bias" in present:
                 fill(out, where[0].start // fused, layer, "bias")
 
@@ -224,7 +224,7 @@ class Loader:
         )
 
     def _layer_vector(self, name: str, size: int, place: Place) -> Array:
-        def fill(out: np.ndarray, where: Window, layer: int) -> None:
+        def fill(out: np.ndarray, where: Slices, layer: int) -> None:
             self._read(out, f"model.layers.{layer}.{name}.weight", *where)
 
         return place((size,), P(None), fill)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jax.sharding import Mesh
 
-from easyspec_jax.config import ModelConfig
+from easyspec_jax.checkpoint.config import ModelConfig
 
 VOCAB_BLOCK = 128
 """Vocabulary shards are whole blocks of this many ids, as accelerators lay out arrays."""

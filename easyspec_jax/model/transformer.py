@@ -11,13 +11,13 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from easyspec_jax.config import ModelConfig
-from easyspec_jax.mesh import Axes
+from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.model.attention import Attention, Nodes, Window, chain_window, tree_window
 from easyspec_jax.model.cache import KVCache
-from easyspec_jax.model.collectives import all_reduce, shard_index
 from easyspec_jax.model.norm import rms_norm
 from easyspec_jax.model.projection import Projection
+from easyspec_jax.parallel.collectives import all_reduce, shard_index
+from easyspec_jax.parallel.mesh import Axes
 
 Hidden = Float[Array, "batch tokens hidden"]
 Caches = tuple[KVCache, ...]

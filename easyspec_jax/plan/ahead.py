@@ -13,11 +13,11 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from easyspec_jax.decode.loop import Programs
+from easyspec_jax.decode.programs import Programs
+from easyspec_jax.engine.abstract import abstract_state
 from easyspec_jax.errors import EasySpecError, first_line
-from easyspec_jax.mesh import ALL_AXES, MeshShape, open_mesh
+from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape, open_mesh
 from easyspec_jax.plan.machines import Topology, target_config
-from easyspec_jax.plan.shapes import abstract_state
 from easyspec_jax.plan.traffic import in_jaxpr
 
 COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(")

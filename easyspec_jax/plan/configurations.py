@@ -4,8 +4,8 @@ from functools import cache
 from math import prod
 from pathlib import Path
 
-from easyspec_jax.checkpoint import expected_shapes
-from easyspec_jax.config import ModelConfig, model_config, read_json, read_model_config
+from easyspec_jax.checkpoint.canonical import expected_shapes
+from easyspec_jax.checkpoint.config import ModelConfig, model_config, read_json, read_model_config
 from easyspec_jax.errors import EasySpecError
 
 BUNDLED = Path(__file__).with_name("configurations.json")

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from easyspec_jax.mesh import ALL_AXES
+from easyspec_jax.parallel.mesh import ALL_AXES
 from easyspec_jax.plan.machines import Machine
 
 SIDE = {"cpu": 4096, "gpu": 16384, "tpu": 16384}

@@ -11,16 +11,16 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from easyspec_jax.config import ModelConfig
-from easyspec_jax.decode.loop import PREFILL_CHUNK, Programs
+from easyspec_jax.checkpoint.config import ModelConfig
+from easyspec_jax.decode.programs import PREFILL_CHUNK, Programs
 from easyspec_jax.decode.round import RoundConfig, State
 from easyspec_jax.draft.grouping import Layout, paper_groups
-from easyspec_jax.draft.parallel import run_fuzzy
-from easyspec_jax.mesh import ALL_AXES, MeshShape, parse_mesh
+from easyspec_jax.draft.layer_group import run_fuzzy
+from easyspec_jax.engine.abstract import abstract_pair, abstract_state, bytes_per_device
 from easyspec_jax.model.transformer import Decoder, run_exact
 from easyspec_jax.options import DraftTensorParallelSize, Method, SamplingParams, SpeculativeConfig
+from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape, parse_mesh
 from easyspec_jax.plan.cost import Cost, cost
-from easyspec_jax.plan.shapes import abstract_pair, abstract_state, bytes_per_device
 
 MakeMesh = Callable[[MeshShape], Mesh]
 

@@ -16,9 +16,9 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from easyspec_jax.config import ModelConfig
+from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.draft.grouping import Group, Layout, paper_groups, runs
-from easyspec_jax.draft.parallel import LayerGroup, load_block
+from easyspec_jax.draft.layer_group import LayerGroup, load_block
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.norm import rms_norm
 from easyspec_jax.model.transformer import Block, Decoder, Hidden, Layer

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from easyspec_jax.config import ModelConfig
+from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.model.loader import Loader
 
 

@@ -19,18 +19,18 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from easyspec_jax.checkpoint.tensors import Held
 from easyspec_jax.draft.grouping import Layout
-from easyspec_jax.draft.parallel import LayerGroup, Refit, load_draft, load_refit, run_fuzzy
-from easyspec_jax.mesh import Axes
-from easyspec_jax.model.collectives import all_reduce
+from easyspec_jax.draft.layer_group import LayerGroup, Refit, load_draft, load_refit, run_fuzzy
+from easyspec_jax.draft.sites import Site, Tensors, joined, named, stale_sites
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.projection import Projection
 from easyspec_jax.model.transformer import Decoder
+from easyspec_jax.parallel.collectives import all_reduce
+from easyspec_jax.parallel.mesh import Axes
 from easyspec_jax.progress import Bar, no_bar
-from easyspec_jax.refit.sites import Site, Tensors, joined, named, stale_sites
-from easyspec_jax.refit.store import Held
 from easyspec_jax.refit.teacher import drafted_window, exact_window
-from easyspec_jax.sampling.shards import LOWEST, normaliser
+from easyspec_jax.sampling.vocabulary import LOWEST, normaliser
 
 RATE = 1e-4
 """Adam's, after a tenth of the steps; it then goes down as a cosine."""

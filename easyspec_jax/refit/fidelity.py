@@ -9,12 +9,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from easyspec_jax.draft.parallel import run_fuzzy
-from easyspec_jax.mesh import Axes
-from easyspec_jax.model.collectives import all_reduce
+from easyspec_jax.draft.layer_group import run_fuzzy
 from easyspec_jax.model.transformer import Caches, Decoder
+from easyspec_jax.parallel.collectives import all_reduce
+from easyspec_jax.parallel.mesh import Axes
 from easyspec_jax.refit.teacher import drafted_window, exact_window
-from easyspec_jax.sampling.shards import argmax, normaliser
+from easyspec_jax.sampling.vocabulary import argmax, normaliser
 
 DEPTHS = 4
 

@@ -17,18 +17,18 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 
-from easyspec_jax.config import ModelConfig
+from easyspec_jax.checkpoint.config import ModelConfig
+from easyspec_jax.checkpoint.tensors import Held
 from easyspec_jax.draft.grouping import Group, Layout
-from easyspec_jax.draft.parallel import LayerGroup, load_block, load_refit, run_fuzzy
-from easyspec_jax.mesh import ALL_AXES
+from easyspec_jax.draft.layer_group import LayerGroup, load_block, load_refit, run_fuzzy
+from easyspec_jax.draft.sites import Site, Tensors, gate_up_site, named, prior, products, qkv_site, target
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.projection import Projection
 from easyspec_jax.model.transformer import Decoder, Hidden, run_exact
+from easyspec_jax.parallel.mesh import ALL_AXES
 from easyspec_jax.progress import Bar, no_bar
 from easyspec_jax.refit.device import run
 from easyspec_jax.refit.equations import NormalEquations
-from easyspec_jax.refit.sites import Site, Tensors, gate_up_site, named, prior, products, qkv_site, target
-from easyspec_jax.refit.store import Held
 from easyspec_jax.refit.teacher import drafted_window, exact_window
 
 TEXTS_A_BATCH = 8

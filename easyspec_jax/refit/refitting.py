@@ -8,25 +8,26 @@ from jaxtyping import Int
 from rich.console import Console
 from rich.table import Table
 
-from easyspec_jax.checkpoint import Checkpoint, open_checkpoint
-from easyspec_jax.command import read_prompts
-from easyspec_jax.decode.loop import Programs
+from easyspec_jax.checkpoint.directory import Checkpoint, open_checkpoint
+from easyspec_jax.checkpoint.tensors import Held
+from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.round import RoundConfig
 from easyspec_jax.draft.grouping import Layout, format_layout, layout_of
-from easyspec_jax.draft.parallel import load_draft
-from easyspec_jax.engine import Engine, open_model
+from easyspec_jax.draft.layer_group import load_draft
+from easyspec_jax.draft.refit_file import DIRECTORY, find, load, path_of, save
+from easyspec_jax.draft.sites import Tensors
+from easyspec_jax.engine.engine import Engine
+from easyspec_jax.engine.pair import open_model
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.files import check_writable
-from easyspec_jax.mesh import ALL_AXES, parse_mesh
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
+from easyspec_jax.parallel.mesh import ALL_AXES, parse_mesh
 from easyspec_jax.progress import bar
 from easyspec_jax.refit.borders import best_layout, measure_groups, sizes_to_try
 from easyspec_jax.refit.distill import distill
 from easyspec_jax.refit.fidelity import DEPTHS, fidelity
 from easyspec_jax.refit.fit import fit
-from easyspec_jax.refit.sites import Tensors
-from easyspec_jax.refit.store import DIRECTORY, Held, find, load, path_of, save
 from easyspec_jax.refit.texts import LENGTH, answer_prompts, read_texts, write_texts
 
 HELD_OUT = 0.1
@@ -36,8 +37,20 @@ Ways = dict[str, tuple[Layout, Held | None]]
 """To draft, by name: what runs at once, and with which refit."""
 
 
-def refit(args: argparse.Namespace, speculative: SpeculativeConfig, sampling: SamplingParams) -> None:
-    """Fits, saves, and says what was gained. Raises EasySpecError before anything is computed if it could not."""
+def refit(
+    args: argparse.Namespace, speculative: SpeculativeConfig, sampling: SamplingParams, prompts: list[str] | None
+) -> None:
+    """Fit, save, and say what was gained.
+
+    Args:
+        args: The command's flags.
+        speculative: Which layers run together.
+        sampling: How the draft writes what it is fitted on.
+        prompts: What it answers for that, if not a text or what it writes by itself.
+
+    Raises:
+        EasySpecError: It could not be done; nothing has been computed yet.
+    """
     draft = open_checkpoint(args.draft, allow_links=args.allow_links)
     layout = layout_of(speculative, draft.config.num_hidden_layers)
     if layout.lp_size == 1:
@@ -48,7 +61,7 @@ def refit(args: argparse.Namespace, speculative: SpeculativeConfig, sampling: Sa
     check_writable(path)
     found = _resumed(find(directory, speculative, layout), draft) if args.resume else None
     engine = _open(args, layout)
-    texts = _texts(args, engine, sampling)
+    texts = _texts(args, engine, sampling, prompts)
     held_out = max(1, round(HELD_OUT * len(texts)))
     loader = engine.loader(draft, ALL_AXES)
     fitted, tensors = found or _fitted(args, loader, layout, texts[held_out:])
@@ -95,12 +108,14 @@ def _open(args: argparse.Namespace, layout: Layout) -> Engine:
     )
 
 
-def _texts(args: argparse.Namespace, engine: Engine, sampling: SamplingParams) -> Int[np.ndarray, "texts tokens"]:
+def _texts(
+    args: argparse.Namespace, engine: Engine, sampling: SamplingParams, prompts: list[str] | None
+) -> Int[np.ndarray, "texts tokens"]:
     count = -(-args.tokens // LENGTH)
     if args.text is not None:
         return read_texts(args.text, engine.tokenizer, count)
-    if args.prompt_file is not None:
-        return answer_prompts(engine, read_prompts(args.prompt_file), count, sampling, args.chat, bar)
+    if prompts is not None:
+        return answer_prompts(engine, prompts, count, sampling, args.chat, bar)
     config = RoundConfig.of(engine.speculative, sampling, stop_ids=())
     programs = Programs(engine.mesh, engine.load(bar)[0], None, config)
     return write_texts(programs, engine.tokenizer, count, sampling, bar)

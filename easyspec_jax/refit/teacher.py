@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from easyspec_jax.config import ModelConfig
+from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.model.attention import Window, chain_window
 
 

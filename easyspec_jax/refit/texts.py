@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from easyspec_jax.conversation import Conversation, Tokenizer, from_template
-from easyspec_jax.decode.loop import Programs, decode
-from easyspec_jax.engine import Engine
+from easyspec_jax.decode.loop import decode
+from easyspec_jax.decode.programs import Programs
+from easyspec_jax.engine.engine import Engine
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.progress import Bar, no_bar
 from easyspec_jax.tokenizer import encode
+from easyspec_jax.tokenizer.conversation import Conversation, Tokenizer, from_template
 
 LENGTH = 240
 """Tokens of a text."""

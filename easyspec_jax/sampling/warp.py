@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from easyspec_jax.mesh import Axes
-from easyspec_jax.sampling.shards import gather_rows, own_rows, whole_rows
+from easyspec_jax.parallel.mesh import Axes
+from easyspec_jax.sampling.vocabulary import gather_rows, own_rows, whole_rows
 
 
 def warp(

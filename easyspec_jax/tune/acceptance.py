@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from easyspec_jax.decode.drafting import draft_tree
-from easyspec_jax.decode.loop import Programs
+from easyspec_jax.decode.programs import Programs
 from easyspec_jax.model.transformer import Decoder
-from easyspec_jax.verify import Greedy, Request
+from easyspec_jax.verify import Greedy, RowSampling
 
 Text = tuple[int, Sequence[int]]
 """Where the root of the first round is, and the token ids of prompt and completion."""
@@ -91,7 +91,7 @@ def _drafts(
     # Rows and heads are one axis of a cache, the third from behind.
     h, ids, caches = copied(0, h), copied(0, ids), jax.tree.map(partial(copied, -3), caches)
     nothing = jnp.zeros((rows,), jnp.float32)
-    request = Request(
+    request = RowSampling(
         nothing.astype(jnp.uint32), nothing.astype(jnp.int32), nothing, nothing.astype(jnp.int32), nothing
     )
 

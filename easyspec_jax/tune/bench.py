@@ -8,14 +8,14 @@ from functools import partial
 import jax
 import numpy as np
 
-from easyspec_jax.conversation import Prompt
 from easyspec_jax.decode.round import RoundConfig
-from easyspec_jax.draft.parallel import run_fuzzy
-from easyspec_jax.engine import Engine
+from easyspec_jax.decode.timing import Case, alone, pass_case, round_case
+from easyspec_jax.draft.layer_group import run_fuzzy
+from easyspec_jax.engine.engine import Engine
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.model.transformer import run_exact
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
-from easyspec_jax.timing import Case, alone, pass_case, round_case
+from easyspec_jax.tokenizer.conversation import Prompt
 from easyspec_jax.tune.acceptance import Text, accepted_by_width
 from easyspec_jax.tune.candidates import Draft
 from easyspec_jax.tune.search import Clock

@@ -8,8 +8,8 @@ from typing import Any
 
 from easyspec_jax.draft.grouping import paper_groups
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.mesh import MeshShape, parse_mesh
 from easyspec_jax.options import DraftTensorParallelSize, SpeculativeConfig, check_whole
+from easyspec_jax.parallel.mesh import MeshShape, parse_mesh
 
 LP_SIZES = (1, 2, 3, 4, 7)
 
@@ -41,7 +41,7 @@ class Candidate:
 
     @property
     def draft(self) -> Draft:
-        return Draft(self.shape, self.speculative.layout)
+        return Draft(self.shape, self.speculative.weights_key)
 
 
 @dataclass(frozen=True)

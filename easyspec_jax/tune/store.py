@@ -9,16 +9,15 @@ from typing import Any
 import numpy as np
 
 from easyspec_jax import demo
-from easyspec_jax.checkpoint import Checkpoint
-from easyspec_jax.command import cache_directory
-from easyspec_jax.config import read_json
-from easyspec_jax.engine import Engine
+from easyspec_jax.checkpoint.config import read_json
+from easyspec_jax.checkpoint.directory import Checkpoint
+from easyspec_jax.checkpoint.families import FINAL_NORM
+from easyspec_jax.draft.refit_file import refit_digest
+from easyspec_jax.engine.engine import Engine
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.families import FINAL_NORM
-from easyspec_jax.files import write_whole
-from easyspec_jax.mesh import parse_mesh
+from easyspec_jax.files import cache_directory, write_whole
 from easyspec_jax.options import SpeculativeConfig
-from easyspec_jax.refit.store import refit_digest
+from easyspec_jax.parallel.mesh import parse_mesh
 
 FILE = "tuned.json"
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from easyspec_jax.conversation import Prompt
-from easyspec_jax.engine import Engine, open_model
+from easyspec_jax.draft.refit_file import refit_sizes
+from easyspec_jax.engine.engine import Engine
+from easyspec_jax.engine.pair import open_model
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.mesh import LAYER, TENSOR, MeshShape
 from easyspec_jax.options import DType, Platform, SamplingParams, SpeculativeConfig
+from easyspec_jax.parallel.mesh import LAYER, TENSOR, MeshShape
 from easyspec_jax.progress import Advance, Bar, no_bar
-from easyspec_jax.refit.store import refit_sizes
+from easyspec_jax.tokenizer.conversation import Prompt
 from easyspec_jax.tune import prompts, store
 from easyspec_jax.tune.bench import DeviceBench, Sample
 from easyspec_jax.tune.candidates import Candidate, Draft, Space, candidates

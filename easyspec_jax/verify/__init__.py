@@ -4,12 +4,12 @@ A new verifier is one module with the methods of `Verifier` and one line in `cho
 """
 
 from easyspec_jax.options import SamplingParams
-from easyspec_jax.verify.base import Branches, Request, Verdict, Verifier
 from easyspec_jax.verify.coupled import Coupled
 from easyspec_jax.verify.greedy import Greedy
 from easyspec_jax.verify.rejection import Rejection
+from easyspec_jax.verify.verifier import Branches, RowSampling, Verdict, Verifier
 
-__all__ = ["Branches", "Coupled", "Greedy", "Rejection", "Request", "Verdict", "Verifier", "choose"]
+__all__ = ["Branches", "Coupled", "Greedy", "Rejection", "RowSampling", "Verdict", "Verifier", "choose"]
 
 
 def choose(name: str, sampling: SamplingParams) -> Verifier:

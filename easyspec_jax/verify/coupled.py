@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from jaxtyping import Array, Float, Int
 
-from easyspec_jax.mesh import Axes
+from easyspec_jax.parallel.mesh import Axes
 from easyspec_jax.sampling.noise import Purpose, gumbel, noise_keys
-from easyspec_jax.verify.base import CANDIDATES, Request, warp_rows
 from easyspec_jax.verify.greedy import Greedy
+from easyspec_jax.verify.verifier import CANDIDATES, RowSampling, warp_rows
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Coupled(Greedy):
         logits: Float[Array, "batch some ids"],
         ids: Int[Array, "batch some ids"],
         position: Int[Array, "batch some"],
-        request: Request,
+        request: RowSampling,
         axes: Axes,
     ) -> Float[Array, "batch some ids"]:
         """Warped logits under the positions' noise."""

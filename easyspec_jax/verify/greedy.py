@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from easyspec_jax.mesh import ALL_AXES, Axes
-from easyspec_jax.sampling.shards import choice, shard_ids
-from easyspec_jax.tree import Tree, deepest
-from easyspec_jax.verify.base import CANDIDATES, Branches, Request, Verdict
+from easyspec_jax.parallel.mesh import ALL_AXES, Axes
+from easyspec_jax.sampling.vocabulary import choice, shard_ids
+from easyspec_jax.verify.tree import Tree, deepest
+from easyspec_jax.verify.verifier import CANDIDATES, Branches, RowSampling, Verdict
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Greedy:
         score: Float[Array, "batch frontier"],
         log_prob: Float[Array, "batch frontier"],
         position: Int[Array, " batch"],
-        request: Request,
+        request: RowSampling,
     ) -> Branches:
         """A path's score is the log-probability that it agrees with the target if the draft is right."""
         positions = jnp.broadcast_to(position[:, None], logits.shape[:2])
@@ -40,7 +40,7 @@ class Greedy:
         target: Float[Array, "batch nodes vocab_shard"],
         tree: Tree,
         position: Int[Array, " batch"],
-        request: Request,
+        request: RowSampling,
     ) -> Verdict:
         """Accepts what the target prefers, wherever it is in the tree."""
         rows = target.reshape(-1, target.shape[-1])
@@ -55,7 +55,7 @@ class Greedy:
         logits: Float[Array, "batch some ids"],
         ids: Int[Array, "batch some ids"],
         position: Int[Array, "batch some"],
-        request: Request,
+        request: RowSampling,
         axes: Axes,
     ) -> Float[Array, "batch some ids"]:
         """What a model's choice at absolute positions is the arg-max of; axes: what the ids are split over."""

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from easyspec_jax.mesh import ALL_AXES
-from easyspec_jax.model.collectives import shard_index
+from easyspec_jax.parallel.collectives import shard_index
+from easyspec_jax.parallel.mesh import ALL_AXES
 from easyspec_jax.sampling.noise import Purpose, gumbel, noise_keys, numbered, uniform
-from easyspec_jax.sampling.shards import choice, normaliser, shard_ids, take
-from easyspec_jax.tree import Tree, children, deepest
-from easyspec_jax.verify.base import CANDIDATES, Branches, Request, Verdict, warp_rows
+from easyspec_jax.sampling.vocabulary import choice, normaliser, shard_ids, take
+from easyspec_jax.verify.tree import Tree, children, deepest
+from easyspec_jax.verify.verifier import CANDIDATES, Branches, RowSampling, Verdict, warp_rows
 
 ROUNDING = 1e-6
 """A probability below which float32 cannot tell what is left of a distribution from nothing."""
@@ -44,7 +44,7 @@ class Rejection:
         score: Float[Array, "batch frontier"],
         log_prob: Float[Array, "batch frontier"],
         position: Int[Array, " batch"],
-        request: Request,
+        request: RowSampling,
     ) -> Branches:
         """A stochastic beam (Kool et al. 2019, arXiv 1903.06059): paths sampled without replacement.
 
@@ -68,7 +68,7 @@ class Rejection:
         target: Float[Array, "batch nodes vocab_shard"],
         tree: Tree,
         position: Int[Array, " batch"],
-        request: Request,
+        request: RowSampling,
     ) -> Verdict:
         """Decides about all nodes at once, from the target's probabilities of the candidates alone."""
         logits = warp_rows(target, request, ALL_AXES, self.truncates)

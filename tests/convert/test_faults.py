@@ -21,8 +21,8 @@ from convert.huggingface import open_huggingface
 from convert.shards import SafetensorsStore
 from convert.stores import Format
 from convert.workplace import workplace
-from easyspec_jax.checkpoint import open_checkpoint
-from easyspec_jax.sources import INDEX
+from easyspec_jax.checkpoint.directory import open_checkpoint
+from easyspec_jax.checkpoint.safetensors import INDEX
 from experiments.bench_checkpoints import write_random
 
 ROOT = Path(__file__).parents[2]

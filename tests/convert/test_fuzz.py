@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from convert.__main__ import main
-from easyspec_jax.sources import INDEX
+from easyspec_jax.checkpoint.safetensors import INDEX
 from experiments.bench_checkpoints import write_random
 from tests.convert.test_faults import FIELDS
 

@@ -16,10 +16,11 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from convert.gguf import open_gguf
 from convert.stream import Model, convert
-from easyspec_jax.checkpoint import open_checkpoint, unpermute
-from easyspec_jax.config import RopeScaling, model_config, read_model_config
+from easyspec_jax.checkpoint.canonical import unpermute
+from easyspec_jax.checkpoint.config import RopeScaling, model_config, read_model_config
+from easyspec_jax.checkpoint.directory import open_checkpoint
+from easyspec_jax.checkpoint.families import EMBEDDING
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.families import EMBEDDING
 from easyspec_jax.tokenizer import load_tokenizer
 from tests.convert.conftest import gguf_tensors, model_metadata
 
@@ -249,6 +250,35 @@ def test_parts_that_are_not_of_one_model_are_refused(tiny_model, tokenizer_metad
     second.write_bytes(others[0].read_bytes())
     with pytest.raises(EasySpecError, match=r"00002-of-0000\d\.gguf is not part 2 of \d, as its name says"):
         open_gguf(first)
+
+
+def renumbered(path: Path, directory: Path, **fields: int) -> Path:
+    """A copy of a part with other numbers in its metadata, which are fields of one size."""
+    reader = gguf.GGUFReader(path, "r")
+    content = bytearray(path.read_bytes())
+    for name, value in fields.items():
+        field = reader.fields[f"split.{name}"]
+        start = field.offset + sum(part.nbytes for part in field.parts[:-1])
+        content[start : start + field.parts[-1].nbytes] = value.to_bytes(field.parts[-1].nbytes, "little")
+    (directory / path.name).write_bytes(content)
+    return directory / path.name
+
+
+def test_parts_whose_tensors_do_not_add_up_are_refused(tiny_model, tokenizer_metadata, tmp_path):
+    first, second, *others = write_parts(tiny_model(), tmp_path, tokenizer_metadata)
+    for path in (second, *others):
+        (tmp_path / "fewer").mkdir(exist_ok=True)
+        (tmp_path / "fewer" / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(EasySpecError, match=r"its parts hold \d+ tensors of 999"):
+        open_gguf(renumbered(first, tmp_path / "fewer", **{"tensors.count": 999}))
+    twice = tmp_path / "twice"
+    twice.mkdir()
+    for path in (first, *others):
+        (twice / path.name).write_bytes(path.read_bytes())
+    again = renumbered(others[0], tmp_path / "fewer", no=1)
+    (twice / second.name).write_bytes(again.read_bytes())
+    with pytest.raises(EasySpecError, match="which an earlier part holds too; fetch all parts again"):
+        open_gguf(first.parent / "twice" / first.name)
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])

@@ -7,7 +7,7 @@ import pytest
 
 from convert.__main__ import main
 from convert.hub import directory_of
-from easyspec_jax.checkpoint import open_checkpoint
+from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.errors import EasySpecError
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"

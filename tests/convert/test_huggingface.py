@@ -17,11 +17,11 @@ from convert.gguf_tokenizer import build_tokenizer
 from convert.huggingface import open_huggingface
 from convert.shards import HUGGING_FACE
 from convert.stream import convert, verify
-from easyspec_jax.checkpoint import open_checkpoint
-from easyspec_jax.config import read_model_config
+from easyspec_jax.checkpoint.config import read_model_config
+from easyspec_jax.checkpoint.directory import open_checkpoint
+from easyspec_jax.checkpoint.families import HEAD
+from easyspec_jax.checkpoint.tensors import Slices
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.families import HEAD
-from easyspec_jax.sources import Window
 from easyspec_jax.tokenizer import load_tokenizer
 
 
@@ -250,7 +250,7 @@ class Interrupted:
     def dtypes(self):
         return self._source.dtypes()
 
-    def read(self, name: str, window: Window = ()) -> np.ndarray:
+    def read(self, name: str, window: Slices = ()) -> np.ndarray:
         self._left -= 1
         if self._left < 0:
             raise self._interruption

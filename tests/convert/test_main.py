@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from convert.__main__ import main
-from easyspec_jax.checkpoint import open_checkpoint
-from easyspec_jax.config import read_model_config
+from easyspec_jax.checkpoint.config import read_model_config
+from easyspec_jax.checkpoint.directory import open_checkpoint
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from easyspec_jax.checkpoint import open_checkpoint
+from easyspec_jax.checkpoint.directory import open_checkpoint
 from experiments.bench_checkpoints import SHAPES, convert, measured, write_random
 
 ROOT = Path(__file__).parents[2]
@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 # What the process has before it reads a weight, and at most.
 OPEN = """
 import sys, jax, numpy as np
-from easyspec_jax.checkpoint import open_checkpoint
-from easyspec_jax.mesh import ALL_AXES, MeshShape, open_mesh
+from easyspec_jax.checkpoint.directory import open_checkpoint
+from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape, open_mesh
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
 

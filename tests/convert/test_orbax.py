@@ -9,8 +9,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from convert.orbax import OrbaxStore
-from easyspec_jax.mesh import ALL_AXES, MeshShape, open_mesh
-from easyspec_jax.sources import OrbaxSource
+from easyspec_jax.checkpoint.orbax import OrbaxSource
+from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape, open_mesh
 
 SHAPES = {"model.layers.0.mlp.down_proj.weight": (1024, 768), "model.layers.0.mlp.up_proj.weight": (512, 1024),
           "model.norm.weight": (1024,)}  # fmt: skip

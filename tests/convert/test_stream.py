@@ -15,11 +15,11 @@ from convert.gguf import open_gguf
 from convert.huggingface import open_huggingface
 from convert.shards import HUGGING_FACE
 from convert.stream import convert
-from easyspec_jax.checkpoint import WEIGHTS
-from easyspec_jax.config import read_model_config
+from easyspec_jax.checkpoint.config import read_model_config
+from easyspec_jax.checkpoint.families import EMBEDDING, HEAD
+from easyspec_jax.checkpoint.orbax import WEIGHTS
+from easyspec_jax.checkpoint.safetensors import SAFETENSORS
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.families import EMBEDDING, HEAD
-from easyspec_jax.sources import SAFETENSORS
 from tests.models import FAMILIES, byte_tokenizer, save_model
 
 IDS = torch.arange(4, 68).reshape(2, 32)

@@ -12,11 +12,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from easyspec_jax.decode.drafting import draft_tree
-from easyspec_jax.mesh import ALL_AXES, Axes, MeshShape
 from easyspec_jax.model.attention import Nodes
-from easyspec_jax.model.collectives import shard_index
-from easyspec_jax.tree import Tree
-from easyspec_jax.verify import Branches, Greedy, Rejection, Request, Verifier
+from easyspec_jax.parallel.collectives import shard_index
+from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape
+from easyspec_jax.verify import Branches, Greedy, Rejection, RowSampling, Verifier
+from easyspec_jax.verify.tree import Tree
 from tests.helpers import goodness_of_fit, on_mesh
 from tests.verify.markov import make_request, softmax
 
@@ -72,7 +72,7 @@ TABLE = make_table()
 def program(verifier: Verifier, levels: int, width: int, mesh: MeshShape, axes: Axes, disagree: bool) -> Any:
     """draft_tree on a mesh, compiled once for all the tests that want it."""
 
-    def body(draft: Any, cache: Any, root: jax.Array, position: jax.Array, request: Request) -> Any:
+    def body(draft: Any, cache: Any, root: jax.Array, position: jax.Array, request: RowSampling) -> Any:
         if disagree:
             draft = Table(jnp.roll(draft.table, shard_index(ALL_AXES), axis=0), draft.axes)
         h = root[:, None].astype(jnp.float32)

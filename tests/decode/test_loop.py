@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from easyspec_jax.checkpoint import open_checkpoint
-from easyspec_jax.decode import loop, room
-from easyspec_jax.decode.loop import PREFILL_CHUNK, Programs, decode, first_tokens, prefill_all
+from easyspec_jax.checkpoint.directory import open_checkpoint
+from easyspec_jax.decode import growth
+from easyspec_jax.decode import programs as compiled
+from easyspec_jax.decode.loop import decode, first_tokens, prefill_all
+from easyspec_jax.decode.programs import PREFILL_CHUNK, Programs
 from easyspec_jax.decode.round import RoundConfig
 from easyspec_jax.draft.grouping import Layout, paper_groups
-from easyspec_jax.draft.parallel import load_draft
-from easyspec_jax.mesh import ALL_AXES, MeshShape
+from easyspec_jax.draft.layer_group import load_draft
 from easyspec_jax.options import SamplingParams
+from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
 from easyspec_jax.verify import Coupled, Greedy, Rejection
 from tests.models import LAYERS, load_target, loader, save_model, some_refit
 
@@ -231,7 +233,7 @@ def test_sampled_text_depends_on_the_seed_alone(pair, refit):
 def test_one_program_whose_state_is_donated(pair, x64, monkeypatch):
     """Also where a process has made 64 bits JAX's default: a state of other types would compile a second round."""
     chex.clear_trace_counter()
-    monkeypatch.setattr(loop, "speculative_round", chex.assert_max_traces(loop.speculative_round, n=1))
+    monkeypatch.setattr(compiled, "speculative_round", chex.assert_max_traces(compiled.speculative_round, n=1))
     with jax.enable_x64(x64):
         check_one_program(pair, replace(GREEDY, width=2 if x64 else 1))
 
@@ -268,7 +270,7 @@ def test_caches_that_grow_change_no_token(pair, levels, width, refit, monkeypatc
     sampling, limits = SamplingParams(temperature=0.8, seed=5), [150, 300, 200]
     run = programs(pair, config, refit=refit)
     expected = texts(run, limits=limits, sampling=sampling)[0]
-    monkeypatch.setattr(room, "AHEAD", 1)
+    monkeypatch.setattr(growth, "AHEAD", 1)
     grown = programs(pair, config, refit=refit)
     assert texts(grown, limits=limits, sampling=sampling)[0] == expected
     assert grown._extend._cache_size() >= 1  # pyright: ignore[reportFunctionMemberAccess]

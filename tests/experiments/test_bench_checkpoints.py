@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from easyspec_jax import EasySpecError
-from easyspec_jax.checkpoint import open_checkpoint
-from easyspec_jax.sources import INDEX
+from easyspec_jax.checkpoint.directory import open_checkpoint
+from easyspec_jax.checkpoint.safetensors import INDEX
 from experiments import bench_checkpoints as bench
 from tests.convert.test_faults import FIELDS
 

@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from easyspec_jax.config import model_config
-from easyspec_jax.decode.loop import Programs, decode
+from easyspec_jax.checkpoint.config import model_config
+from easyspec_jax.decode.loop import decode
+from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.round import RoundConfig
+from easyspec_jax.decode.timing import alone, pass_case, round_case
 from easyspec_jax.draft.grouping import Layout, paper_groups
-from easyspec_jax.draft.parallel import run_fuzzy
-from easyspec_jax.mesh import ALL_AXES, MeshShape, open_mesh
+from easyspec_jax.draft.layer_group import run_fuzzy
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import run_exact
 from easyspec_jax.options import SamplingParams
-from easyspec_jax.timing import alone, pass_case, round_case
+from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape, open_mesh
 from easyspec_jax.verify import Greedy
 from experiments import roofline_models as models
 from experiments import roofline_parts, roofline_texts

@@ -6,10 +6,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from easyspec_jax.checkpoint import open_checkpoint
+from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.draft.grouping import Layout, paper_groups
-from easyspec_jax.draft.parallel import load_draft
-from easyspec_jax.mesh import MeshShape
+from easyspec_jax.draft.layer_group import load_draft
+from easyspec_jax.parallel.mesh import MeshShape
 from experiments.draw_round import Kind, exact_pass, fuzzy_pass, main, owners
 from tests.models import loader, save_model
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from convert.gguf import open_gguf
-from easyspec_jax.checkpoint import expected_shapes, open_checkpoint
+from easyspec_jax.checkpoint.canonical import expected_shapes
+from easyspec_jax.checkpoint.directory import open_checkpoint
 from experiments.gguf_file import write_gguf
 from tests.models import save_model
 

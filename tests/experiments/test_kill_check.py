@@ -6,7 +6,7 @@ from random import Random
 import pytest
 
 from easyspec_jax import SamplingParams
-from easyspec_jax.job_lines import read_items
+from easyspec_jax.cli.job_lines import read_items
 from experiments.kill_check import differences, main, moments, waits, write_job
 
 IDS = ["a", "b", "c"]

@@ -7,7 +7,7 @@ import pytest
 
 from easyspec_jax import SamplingParams, SpeculativeConfig, open_model
 from experiments import draw_soak, soak
-from experiments.requests import Request
+from experiments.requests import RowSampling
 from experiments.soak import Soak, mismatches, verdict
 from tests.models import save_model
 
@@ -56,7 +56,7 @@ def engine(tmp_path_factory):
 
 
 def test_another_token_is_a_mismatch(engine):
-    request = Request("def f(", SamplingParams(temperature=0.8, max_new_tokens=6, seed=5))
+    request = RowSampling("def f(", SamplingParams(temperature=0.8, max_new_tokens=6, seed=5))
     (made,) = engine.generate([request.prompt], request.sampling)
     wrong = [*made.token_ids[:-1], made.token_ids[-1] ^ 1]
     assert mismatches(engine, [(request, made.token_ids)]) == 0

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from easyspec_jax import demo
-from easyspec_jax.checkpoint import open_checkpoint
+from easyspec_jax.checkpoint.directory import open_checkpoint
 from experiments import draw_table8
 from experiments.table8 import main, truncated
 from tests.models import save_model

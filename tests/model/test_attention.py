@@ -8,12 +8,12 @@ import torch
 from jax.sharding import PartitionSpec as P
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from easyspec_jax.checkpoint import open_checkpoint
-from easyspec_jax.config import model_config
-from easyspec_jax.mesh import ALL_AXES, MeshShape
+from easyspec_jax.checkpoint.config import model_config
+from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.model.attention import Nodes, chain_window, rotate, tree_window
 from easyspec_jax.model.norm import rms_norm
 from easyspec_jax.model.transformer import Decoder
+from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
 from tests.helpers import on_mesh
 from tests.models import FAMILIES, family_config, forward, load_target, loader, partition_specs, save_model
 

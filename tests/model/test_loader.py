@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from easyspec_jax.checkpoint import Checkpoint, open_checkpoint
-from easyspec_jax.mesh import MeshShape
+from easyspec_jax.checkpoint.directory import Checkpoint, open_checkpoint
+from easyspec_jax.checkpoint.tensors import Slices, TensorSource, read_into
 from easyspec_jax.model import loader as module
-from easyspec_jax.sources import TensorSource, Window, read_into
+from easyspec_jax.parallel.mesh import MeshShape
 from tests.models import FAMILIES, load_target, loader, save_model
 
 
@@ -25,7 +25,7 @@ class Recorder:
     def shapes(self) -> Any:
         return self._source.shapes()
 
-    def read(self, name: str, window: Window = ()) -> np.ndarray:
+    def read(self, name: str, window: Slices = ()) -> np.ndarray:
         values = self._source.read(name, window)
         with self._lock:
             self.reads.setdefault(name, np.zeros(self.shapes()[name], int))[window] += 1
@@ -70,7 +70,7 @@ def test_blocks_on_the_way_are_bounded(tmp_path, stored, monkeypatch):
     from convert.huggingface import open_huggingface
     from convert.stream import convert
 
-    monkeypatch.setattr("easyspec_jax.sources._BLOCK", 4096)
+    monkeypatch.setattr("easyspec_jax.checkpoint.tensors._BLOCK", 4096)
     save_model(tmp_path / "hf", "llama3")
     directory = tmp_path / "hf"
     if stored == "orbax":

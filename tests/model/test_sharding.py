@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from easyspec_jax.mesh import MeshShape, open_mesh
 from easyspec_jax.model.sharding import VOCAB_BLOCK, head_layout, padded_vocab_size
+from easyspec_jax.parallel.mesh import MeshShape, open_mesh
 from tests.models import family_config
 
 HEADS = [(9, 3), (14, 2), (32, 8), (64, 8), (28, 4), (12, 2), (5, 1), (7, 7)]
@@ -31,7 +31,7 @@ def test_smollm2_on_eight_shards_splits_its_key_heads_instead_of_idling():
 
 
 def test_vocabulary_shards_are_whole_noise_blocks_for_both_models():
-    from easyspec_jax.config import model_config
+    from easyspec_jax.checkpoint.config import model_config
 
     configs = [model_config(family_config("qwen2", vocab_size=size).to_dict()) for size in (1000, 3000)]
     rows = padded_vocab_size(open_mesh(MeshShape(2, 4)), *configs)

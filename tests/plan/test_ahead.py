@@ -8,12 +8,12 @@ import sys
 import numpy as np
 import pytest
 
-from easyspec_jax.config import model_config, read_json
+from easyspec_jax.checkpoint.config import model_config, read_json
+from easyspec_jax.engine.abstract import abstract_state, bytes_per_device
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.mesh import MeshShape
+from easyspec_jax.parallel.mesh import MeshShape
 from easyspec_jax.plan.ahead import Compiled, TooLarge, _memory_line, compile_round, topology_mesh
 from easyspec_jax.plan.machines import MACHINES, Topology, parse_topology
-from easyspec_jax.plan.shapes import abstract_state, bytes_per_device
 from easyspec_jax.plan.steps import Pair, programs, ways
 
 CPU = parse_topology("cpu:8")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from easyspec_jax.mesh import ALL_AXES, MeshShape
+from easyspec_jax.engine.abstract import absent_mesh
+from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
 from easyspec_jax.plan.cost import Cost, cost
 from easyspec_jax.plan.machines import Machine
-from easyspec_jax.plan.shapes import absent_mesh
 from easyspec_jax.plan.traffic import Collective
 
 MESH = absent_mesh(MeshShape(4, 2), "tpu")

@@ -5,7 +5,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from easyspec_jax.mesh import MeshShape, open_mesh
+from easyspec_jax.parallel.mesh import MeshShape, open_mesh
 from easyspec_jax.plan import measure
 from easyspec_jax.plan.machines import MACHINES
 

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from easyspec_jax.config import model_config
-from easyspec_jax.mesh import MeshShape, open_mesh
+from easyspec_jax.checkpoint.config import model_config
+from easyspec_jax.engine.abstract import absent_mesh
+from easyspec_jax.parallel.mesh import MeshShape, open_mesh
 from easyspec_jax.plan.cost import Cost
-from easyspec_jax.plan.shapes import absent_mesh
 from easyspec_jax.plan.steps import Costs, Pair, Way, costs, verification_cost, ways
 from tests.models import family_config
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from easyspec_jax.config import model_config
-from easyspec_jax.decode.loop import Programs
+from easyspec_jax.checkpoint.config import model_config
+from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.round import RoundConfig, State
 from easyspec_jax.draft.grouping import Layout, paper_groups
-from easyspec_jax.draft.parallel import run_fuzzy
-from easyspec_jax.mesh import ALL_AXES, Axes, MeshShape, open_mesh
+from easyspec_jax.draft.layer_group import run_fuzzy
+from easyspec_jax.engine.abstract import abstract_pair, abstract_state
 from easyspec_jax.model.transformer import Decoder, run_exact
-from easyspec_jax.plan.shapes import abstract_pair, abstract_state
+from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape, open_mesh
 from easyspec_jax.plan.traffic import collectives
 from easyspec_jax.verify import Coupled, Greedy, Rejection
 from tests.models import family_config

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from easyspec_jax.checkpoint import open_checkpoint
+from easyspec_jax.checkpoint.directory import open_checkpoint
 from tests.models import save_model
 
 LAYERS = 8

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from easyspec_jax.draft.grouping import Layout, paper_groups
-from easyspec_jax.draft.parallel import load_draft
-from easyspec_jax.mesh import MeshShape
+from easyspec_jax.draft.layer_group import load_draft
+from easyspec_jax.parallel.mesh import MeshShape
 from easyspec_jax.refit.borders import EVERY, best_layout, measure_groups, sizes_to_try
 from easyspec_jax.refit.fidelity import DEPTHS, fidelity
 from tests.models import loader

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from easyspec_jax.checkpoint.tensors import Held
 from easyspec_jax.draft.grouping import Layout, paper_groups
-from easyspec_jax.draft.parallel import load_draft
-from easyspec_jax.mesh import ALL_AXES, MeshShape
+from easyspec_jax.draft.layer_group import load_draft
+from easyspec_jax.draft.sites import joined, named, stale_sites
+from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
 from easyspec_jax.refit.distill import RATE, distill
 from easyspec_jax.refit.fidelity import fidelity
 from easyspec_jax.refit.fit import fit
-from easyspec_jax.refit.sites import joined, named, stale_sites
-from easyspec_jax.refit.store import Held
 from tests.models import loader
 from tests.refit.conftest import LAYERS, TEXTS
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from easyspec_jax.checkpoint.tensors import Held
 from easyspec_jax.draft.grouping import Layout, paper_groups
-from easyspec_jax.draft.parallel import load_draft
-from easyspec_jax.mesh import ALL_AXES, MeshShape
+from easyspec_jax.draft.layer_group import load_draft
+from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
 from easyspec_jax.refit.fidelity import fidelity
 from easyspec_jax.refit.fit import fit
-from easyspec_jax.refit.store import Held
 from tests.models import loader
 from tests.refit.conftest import LAYERS, TEXTS
 

@@ -10,7 +10,7 @@ import torch
 from jax.sharding import PartitionSpec as P
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from easyspec_jax.mesh import ALL_AXES, Axes, MeshShape
+from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape
 from easyspec_jax.sampling.warp import shard_cutoff, warp
 from tests.helpers import on_mesh
 

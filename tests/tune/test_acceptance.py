@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from easyspec_jax.engine import open_model
+from easyspec_jax.decode.timing import alone
+from easyspec_jax.engine.pair import open_model
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
-from easyspec_jax.timing import alone
 from easyspec_jax.tune.acceptance import _ahead, accepted_by_width, mean_accepted, reach
 from tests.models import save_model
 

@@ -3,8 +3,8 @@
 import pytest
 
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.mesh import MeshShape
 from easyspec_jax.options import SpeculativeConfig
+from easyspec_jax.parallel.mesh import MeshShape
 from easyspec_jax.tune.candidates import Candidate, Space, candidates, splits
 
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from easyspec_jax.mesh import MeshShape
 from easyspec_jax.options import DraftTensorParallelSize, SpeculativeConfig
+from easyspec_jax.parallel.mesh import MeshShape
 from easyspec_jax.tune.candidates import Candidate
 from easyspec_jax.tune.predict import SLACK, Figures, frontier, plain_tokens_per_second, predict
 

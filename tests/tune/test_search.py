@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from easyspec_jax.mesh import MeshShape
+from easyspec_jax.parallel.mesh import MeshShape
 from easyspec_jax.tune.candidates import Candidate, Draft, Space, candidates
 from easyspec_jax.tune.predict import SLACK, Figures, predict
 from easyspec_jax.tune.search import measure, search

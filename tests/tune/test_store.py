@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from easyspec_jax import demo
-from easyspec_jax.checkpoint import open_checkpoint
+from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SpeculativeConfig
 from easyspec_jax.tune.store import FILE, Choice, Key, find, identity, keep, places

@@ -3,9 +3,9 @@
 import jax
 import pytest
 
-from easyspec_jax.engine import open_model
-from easyspec_jax.mesh import MeshShape
+from easyspec_jax.engine.pair import open_model
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
+from easyspec_jax.parallel.mesh import MeshShape
 from easyspec_jax.tune import tuning
 from easyspec_jax.tune.bench import DeviceBench, Sample
 from easyspec_jax.tune.candidates import Candidate, Space

@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from easyspec_jax.decode.round import RoundConfig, State, init_state, speculative_round
-from easyspec_jax.mesh import ALL_AXES, Axes, MeshShape
-from easyspec_jax.verify import Request
+from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape
+from easyspec_jax.verify import RowSampling
 from tests.helpers import on_mesh
 
 TOKENS, LENGTH = 11, 3
@@ -70,10 +70,10 @@ class Truncation(NamedTuple):
 NO_TRUNCATION = Truncation(0, 1.0)
 
 
-def make_request(seeds: np.ndarray, temperature: float, truncation: Truncation = NO_TRUNCATION) -> Request:
+def make_request(seeds: np.ndarray, temperature: float, truncation: Truncation = NO_TRUNCATION) -> RowSampling:
     """Rows with seeds of their own."""
     values = ((0, np.int32), (temperature, np.float32), (truncation.top_k, np.int32), (truncation.top_p, np.float32))
-    return Request(seeds.astype(np.uint32), *(np.full(seeds.shape, x, dtype) for x, dtype in values))  # pyright: ignore[reportArgumentType]
+    return RowSampling(seeds.astype(np.uint32), *(np.full(seeds.shape, x, dtype) for x, dtype in values))  # pyright: ignore[reportArgumentType]
 
 
 def program(
@@ -88,11 +88,11 @@ def program(
     planting: makes the fault of a number, which is the program's last argument.
     """
 
-    def body(target: Markov, draft: Markov, request: Request, first: jax.Array, fault: jax.Array) -> jax.Array:
+    def body(target: Markov, draft: Markov, request: RowSampling, first: jax.Array, fault: jax.Array) -> jax.Array:
         with planting(fault):
             return texts(target, draft, request, first)
 
-    def texts(target: Markov, draft: Markov, request: Request, first: jax.Array) -> jax.Array:
+    def texts(target: Markov, draft: Markov, request: RowSampling, first: jax.Array) -> jax.Array:
         limit = jnp.full(request.seed.shape, LENGTH, jnp.int32)
         state = init_state(target, draft, request, limit, 0, config.pending_size)  # pyright: ignore[reportArgumentType]
         pending = jnp.broadcast_to(first, state.pending.shape)
@@ -118,7 +118,7 @@ def program(
 def draw_texts(
     run: Callable[..., jax.Array],
     pair: Pair,
-    request: Request,
+    request: RowSampling,
     vocab: int = 16,
     draft_axes: Axes = ALL_AXES,
     fault: int = 0,

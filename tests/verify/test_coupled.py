@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from easyspec_jax.generate import main
-from easyspec_jax.verify import Coupled, Request
+from easyspec_jax.verify import Coupled, RowSampling
 from tests.helpers import goodness_of_fit
 from tests.models import add_refit, save_model
 from tests.verify.markov import make_request, softmax
@@ -19,7 +19,7 @@ DRAWS, TOKENS = 60_000, 11
 def choices(logits: np.ndarray, temperature: float) -> np.ndarray:
     """What a model with these logits chooses at one position, for every seed."""
 
-    def body(request: Request) -> jax.Array:
+    def body(request: RowSampling) -> jax.Array:
         shape = (DRAWS, 1, TOKENS)
         ids = jnp.broadcast_to(jnp.arange(TOKENS, dtype=jnp.int32), shape)
         position = jnp.full((DRAWS, 1), 7, jnp.int32)

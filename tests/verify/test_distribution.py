@@ -19,11 +19,11 @@ import pytest
 
 from easyspec_jax.decode import round as round_
 from easyspec_jax.decode.round import RoundConfig
-from easyspec_jax.mesh import ALL_AXES, Axes, MeshShape
+from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape
 from easyspec_jax.sampling.noise import Purpose
-from easyspec_jax.tree import Tree
-from easyspec_jax.verify import Coupled, Rejection, Request, rejection
+from easyspec_jax.verify import Coupled, Rejection, RowSampling, rejection
 from easyspec_jax.verify.rejection import Trial
+from easyspec_jax.verify.tree import Tree
 from tests.helpers import goodness_of_fit
 from tests.verify.markov import (
     NO_TRUNCATION,
@@ -68,7 +68,7 @@ class Case:
         requests = (self.request(start + i * CHUNK) for i in range(chunks))
         return np.cumsum([count(draw_texts(run, PAIRS[self.pair], request)) for request in requests], axis=0)
 
-    def request(self, start: int) -> Request:
+    def request(self, start: int) -> RowSampling:
         return make_request(np.arange(start, start + CHUNK), self.temperature, self.truncation)
 
     def probabilities(self) -> np.ndarray:

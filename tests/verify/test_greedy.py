@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from easyspec_jax.mesh import ALL_AXES, MeshShape
 from easyspec_jax.options import SamplingParams
-from easyspec_jax.tree import Tree, bare_root
-from easyspec_jax.verify import Coupled, Greedy, Rejection, Request, Verdict, choose
+from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
+from easyspec_jax.verify import Coupled, Greedy, Rejection, RowSampling, Verdict, choose
+from easyspec_jax.verify.tree import Tree, bare_root
 from tests.helpers import on_mesh
-from tests.test_tree import random_tree
 from tests.verify.markov import make_request
+from tests.verify.test_tree import random_tree
 
 BATCH, VOCAB = 48, 48
 
@@ -54,7 +54,7 @@ def test_the_targets_argmax_passes_wherever_it_is(mesh, width):
     best = np.argmax(target, axis=-1)
     tree = with_tokens(tree, best)
 
-    def body(target: jax.Array, tree: Tree, request: Request) -> Verdict:
+    def body(target: jax.Array, tree: Tree, request: RowSampling) -> Verdict:
         return Greedy().verify(target, tree, request.round, request)
 
     request = make_request(np.arange(BATCH), 0.0)

@@ -1,0 +1,1 @@
+"""Checkpoints: directories opened and checked, tensors read by byte range, configurations and families."""

@@ -1,0 +1,133 @@
+"""What people see beside the text, all of it on stderr: the summary line, the comparison, the devices."""
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import reduce
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import jax
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from easyspec_jax.decode.stats import Stats
+from easyspec_jax.draft.grouping import format_layout, position_of
+from easyspec_jax.engine.completion import batched
+from easyspec_jax.options import SamplingParams
+from easyspec_jax.parallel.mesh import LAYER, TENSOR
+
+if TYPE_CHECKING:
+    from easyspec_jax.engine.completion import Completion
+    from easyspec_jax.engine.engine import Engine, Preparation
+
+
+def total(completions: Sequence["Completion"], batch_size: int = 1) -> Stats:
+    """The figures of all of them together; there is at least one. Those of a batch ran at once."""
+    stats = [completion.stats for completion in completions]
+    return reduce(Stats.__add__, (reduce(Stats.beside, batch) for batch in batched(stats, batch_size)))
+
+
+def print_summary(completions: Sequence["Completion"], engine: "Engine", batch_size: int = 1) -> None:
+    """One line: how fast, and what speculation had to do with it."""
+    stats = total(completions, batch_size)
+    fields = [
+        f"{sum(len(completion.token_ids) for completion in completions)} tokens",
+        f"[bold green]{stats.tokens_per_second:.1f} tokens/s[/]",
+    ]
+    if stats.drafted:
+        fields += [
+            f"[bold]{stats.mean_acceptance_length:.2f}[/] tokens a round",
+            f"acceptance rate {stats.acceptance_rate:.2f}",
+        ]
+    fields += [f"prefill {stats.prefill_seconds:.2f} s", f"{_method(engine)} on {_mesh(engine)}"]
+    _console().print("[dim]—[/] " + " · ".join(fields))
+
+
+def print_comparison(
+    completions: Sequence["Completion"], plain: Sequence["Completion"], engine: "Engine", batch_size: int = 1
+) -> None:
+    """The same prompts by both ways of decoding, side by side, and the gain."""
+    table = Table("", "tokens/s", "tokens a round", "acceptance rate", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    ways = ((_method(engine), total(completions, batch_size)), ("vanilla", total(plain, batch_size)))
+    for name, stats in ways:
+        drafted = [f"{stats.mean_acceptance_length:.2f}", f"{stats.acceptance_rate:.2f}"] if stats.drafted else []
+        table.add_row(name, f"{stats.tokens_per_second:.1f}", *drafted)
+    console = _console()
+    console.print(table)
+    ratio = speedup(*(stats for _, stats in ways))
+    colour = "green" if ratio > 1 else "yellow"
+    same = sum(a.token_ids == b.token_ids for a, b in zip(completions, plain, strict=True))
+    if len(plain) > 1:
+        tokens = f"same tokens for {same} of {len(plain)} prompts"
+    else:
+        tokens = "same tokens" if same else "other tokens"
+    gain = [f"[bold {colour}]{ratio:.2f} ×[/] plain decoding"] if ratio else []
+    console.print("[dim]—[/] " + " · ".join([*gain, tokens, _mesh(engine)]))
+
+
+def speedup(stats: Stats, plain: Stats) -> float:
+    """Tokens per second over those of plain decoding; 0 where there was nothing to decode."""
+    return stats.tokens_per_second / plain.tokens_per_second if plain.tokens_per_second else 0.0
+
+
+def print_devices(engine: "Engine", sampling: SamplingParams, prepared: "Preparation") -> None:
+    """Mesh, groups, times, and for each device which draft layers' attention and how many bytes it holds."""
+    capacity = prepared.capacities[-1]
+    state = engine.programs(sampling).start(sampling, [1], capacity)
+    target, draft = engine.load()
+    columns = [_bytes_per_device(tree) for tree in (target, draft, (state.target, state.draft))]
+    table = Table("device", "grouped draft layers", "target", "draft", f"KV of {capacity} tokens", box=None)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for place, device in enumerate(engine.mesh.devices.flat):
+        layers = _layers_at(place // engine.mesh.shape[TENSOR], engine)
+        sizes = [f"{column[device] / 2**20:.1f} MiB" for column in columns]
+        table.add_row(f"{device.platform}:{device.id}", " ".join(map(str, layers)) or "–", *sizes)
+    console = _console()
+    refit = "" if engine.refit is None else " · refit"
+    console.print(f"mesh {_mesh(engine)} · {engine.dtype} · groups {format_layout(engine.layout) or 'none'}{refit}")
+    console.print(f"loaded in {prepared.load_seconds:.2f} s · compiled in {prepared.compile_seconds:.2f} s")
+    console.print(table)
+
+
+def print_note(text: str) -> None:
+    """One line that is neither text nor an error."""
+    _console().print(f"[dim]—[/] {escape(text)}")
+
+
+def print_example(prompt: str) -> None:
+    """What the bundled pair is about to go on from, for whoever has not given it anything."""
+    _console().print(f"[dim]{escape(prompt)}[/]", end="")
+
+
+def _layers_at(position: int, engine: "Engine") -> list[int]:
+    """The grouped layers whose attention lives at a position of the layer axis."""
+    axis = engine.mesh.shape[LAYER]
+    groups = [group for group in engine.layout.groups if len(group) > 1]
+    return [layer for group in groups for layer in group if position_of(layer, group, axis) == position]
+
+
+def _bytes_per_device(tree: Any) -> Counter[Any]:
+    """Of other processes' devices too, whose shards are not here."""
+    held = Counter[Any]()
+    for leaf in jax.tree.leaves(tree):
+        size = prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        held.update(dict.fromkeys(leaf.sharding.device_set, size))
+    return held
+
+
+def _method(engine: "Engine") -> str:
+    return engine.speculative.method + ("" if engine.refit is None else ", refit")
+
+
+def _mesh(engine: "Engine") -> str:
+    devices = engine.mesh.devices
+    virtual = " of virtual CPU devices" if devices.size > 1 and devices.flat[0].platform == "cpu" else ""
+    return ",".join(f"{axis}={size}" for axis, size in engine.mesh.shape.items()) + virtual
+
+
+def _console() -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True)

@@ -1,0 +1,248 @@
+"""`python -m easyspec_jax.generate`: text from a target model, sped up by a draft on a device mesh."""
+
+import argparse
+import io
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from easyspec_jax import demo
+from easyspec_jax.cli.command import cache_compilations
+from easyspec_jax.cli.flags import AUTO, parse_flags, prompts_of, sampling_of, speculative_of
+from easyspec_jax.errors import EasySpecError
+from easyspec_jax.options import SamplingParams, SpeculativeConfig
+from easyspec_jax.parallel import hosts
+from easyspec_jax.tokenizer.conversation import Prompt, with_system
+
+if TYPE_CHECKING:  # importing JAX takes a second, which --help and a mistyped flag need not wait for
+    from easyspec_jax.engine.completion import Completion
+    from easyspec_jax.engine.engine import Engine
+    from easyspec_jax.progress import Bar
+
+PROGRAM = "easyspec_jax.generate"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code: 0, 1 if a job has bad lines, 2 for bad input, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # text goes through any terminal's encoding
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is refused as a prompt, in one line
+    try:
+        return _run(parse_flags(PROGRAM, str(__doc__), argv))
+    except EasySpecError as error:
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader has had enough
+        _abandon_stdout()
+        return 0
+    except OSError as error:
+        _abandon_stdout()
+        print(f"{PROGRAM}: error: {str(error)[:200]}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        advice = "use more devices, a smaller --dtype, or lower --max-new-tokens"
+        print(f"{PROGRAM}: error: the devices' memory does not suffice; {advice}", file=sys.stderr)
+        return 2
+
+
+def _abandon_stdout() -> None:
+    """Keeps the interpreter from flushing what nobody can take."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run(args: argparse.Namespace) -> int:
+    sampling, speculative = sampling_of(args), speculative_of(args)
+    if args.prompts is not None:
+        return _run_job(args, speculative, sampling)
+    prompts = prompts_of(args)
+    if args.system is not None:
+        prompts = [with_system(prompt, args.system) for prompt in prompts]
+    if not args.distributed:
+        return _speak(args, speculative, sampling, prompts)
+    peer = _peer(args, prompts)
+    command = [{name: value for name, value in vars(args).items() if name != "process_id"}, prompts]
+    with hosts.joined(PROGRAM, peer, command):
+        return _speak(args, speculative, sampling, prompts)
+
+
+def _peer(args: argparse.Namespace, prompts: Sequence[Prompt]) -> hosts.Peer:
+    """This process among all. Raises EasySpecError for what several processes cannot do."""
+    if not prompts:
+        raise EasySpecError("--distributed holds no conversation: give --prompt TEXT or --prompt-file FILE")
+    from easyspec_jax.parallel.mesh import parse_mesh
+
+    peer = hosts.find_peer(args.coordinator, args.num_processes, args.process_id)
+    size = parse_mesh(args.mesh).size
+    if size % peer.num_processes:
+        raise EasySpecError(
+            f"--mesh asks for {size} devices, which {peer.num_processes} processes cannot share equally"
+        )
+    return peer
+
+
+def _speak(
+    args: argparse.Namespace, speculative: SpeculativeConfig, sampling: SamplingParams, prompts: Sequence[Prompt]
+) -> int:
+    from easyspec_jax.progress import bar, no_bar
+
+    bars = no_bar if args.json else bar
+    engine = _open(args, speculative, bars)
+    if prompts:
+        _complete(args, engine, prompts, sampling, bars)
+    else:
+        _converse(args, engine, sampling, bars)
+    return 0
+
+
+def _run_job(args: argparse.Namespace, speculative: SpeculativeConfig, sampling: SamplingParams) -> int:
+    """Does what is left of a job; 1 if some of its lines have errors."""
+    from easyspec_jax.cli.console import print_note
+    from easyspec_jax.cli.jobs import check_results, describe_job, read_job, run_job
+    from easyspec_jax.progress import bar
+
+    # None of these changes a text; where numbers round otherwise, a text may be either run's.
+    free = {"prompts", "out", "batch_size", "verbose", "mesh", "platform", "allow_links"}
+    settings = {name: value for name, value in vars(args).items() if name not in free}
+    if args.system is None:
+        del settings["system"]  # as a job that was begun without this flag has it
+    job, out = read_job(args.prompts, sampling, args.system), Path(args.out)
+    check_results(out, describe_job(job, settings, args.chat))
+    engine = _open(args, speculative, bar)
+    engine.check_memory(2, 1, args.batch_size, sampling)  # at the least
+    engine.load(bar)
+    together = {"chat": args.chat, "batch_size": args.batch_size}
+    done, errors = run_job(engine, job, out, **together, settings=settings, bar=bar, note=print_note)
+    print_note(f"{done} lines in {args.out}, {errors} of them errors")
+    return 1 if errors else 0
+
+
+def _open(args: argparse.Namespace, speculative: SpeculativeConfig, bar: "Bar") -> "Engine":
+    cache_compilations()
+    engine = _open_pair(args, speculative, bar)
+    _note_missing_accelerators(args, engine)
+    return engine
+
+
+def _open_pair(args: argparse.Namespace, speculative: SpeculativeConfig, bar: "Bar") -> "Engine":
+    """The pair as the flags want it, or as it was tuned."""
+    if args.lp_strategy != AUTO:
+        from easyspec_jax.engine.pair import open_model
+
+        return open_model(
+            args.target,
+            args.draft,
+            mesh=args.mesh,
+            platform=args.platform,
+            speculative=speculative,
+            max_length=args.max_length,
+            dtype=args.dtype,
+            allow_links=args.allow_links,
+        )
+    from easyspec_jax.cli.console import print_note
+    from easyspec_jax.parallel.mesh import parse_mesh
+    from easyspec_jax.tune.tuning import auto, open_pair
+
+    models = args.target, args.draft, args.mesh, args.platform, args.max_length, args.dtype
+    pair = open_pair(*models, allow_links=args.allow_links)
+    choice = auto(pair, args.mesh, args.target is None, bar, print_note)
+    return pair.variant(replace(choice.speculative, verifier=args.verifier), parse_mesh(choice.mesh), bar)
+
+
+def _complete(
+    args: argparse.Namespace, engine: "Engine", prompts: Sequence[Prompt], sampling: SamplingParams, bar: "Bar"
+) -> None:
+    """Completes every prompt, and with --compare once more by plain decoding."""
+    from easyspec_jax.cli import console
+    from easyspec_jax.progress import no_bar
+
+    together = {"chat": args.chat, "batch_size": args.batch_size}
+    prepared = engine.compile(prompts, sampling, **together, bar=bar)
+    baseline = engine.baseline() if args.compare else None
+    if baseline is not None:
+        baseline.compile(prompts, sampling, **together, bar=bar)
+    if args.verbose:
+        console.print_devices(engine, sampling, prepared)
+    stream = None if args.json or args.no_stream or args.batch_size > 1 else _show
+    if stream and prompts == [demo.PROMPT]:
+        console.print_example(demo.PROMPT)
+    texts = engine.generate(prompts, sampling, **together, on_text=stream)
+    plain_texts = baseline.generate(prompts, sampling, **together) if baseline is not None else None
+    completions, plain = [], []
+    for number in range(len(prompts)):
+        # A bar beside streaming text would garble both.
+        with (no_bar if stream else bar)("Generating", len(prompts)) as advance:
+            advance(number)
+            completions.append(next(texts))
+        if not args.json:
+            print("" if stream else completions[-1].text, flush=True)
+        if plain_texts is not None:
+            with bar("Decoding plainly", len(prompts)) as advance:
+                advance(number)
+                plain.append(next(plain_texts))
+        if args.json:
+            print(json.dumps(_as_dict(completions[-1], plain[-1] if plain else None)), flush=True)
+    for completion in completions:
+        if completion.error is not None:
+            raise EasySpecError(completion.error)
+    if args.json:
+        return
+    if baseline is not None:
+        console.print_comparison(completions, plain, engine, args.batch_size)
+    else:
+        console.print_summary(completions, engine, args.batch_size)
+
+
+def _converse(args: argparse.Namespace, engine: "Engine", sampling: SamplingParams, bar: "Bar") -> None:
+    """Whoever has typed a question should not wait for the weights: they are loaded before."""
+    from easyspec_jax.cli.chat import GREETING, converse
+    from easyspec_jax.cli.console import print_devices
+
+    prepared = engine.compile([GREETING], sampling, bar=bar)
+    if args.verbose:
+        print_devices(engine, sampling, prepared)
+    converse(engine, sampling, bar, system=args.system)
+
+
+def _as_dict(completion: "Completion", plain: "Completion | None") -> dict[str, Any]:
+    """A completion as `--json` prints it, beside its plain counterpart if there is one."""
+    from easyspec_jax.cli.console import speedup
+
+    printed = completion.as_dict()
+    if plain is not None:
+        printed["plain"] = {
+            "stats": plain.stats.as_dict(),
+            "same_tokens": plain.token_ids == completion.token_ids,
+            "speedup": speedup(completion.stats, plain.stats),
+        }
+    return printed
+
+
+def _show(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def _note_missing_accelerators(args: argparse.Namespace, engine: "Engine") -> None:
+    import jax
+
+    from easyspec_jax.cli.console import print_note
+
+    used, best = engine.mesh.devices.flat[0].platform, jax.default_backend()
+    if args.platform is None and used != best:
+        count = jax.device_count()
+        print_note(
+            f"{engine.mesh.size} devices were asked for and there are {count} of platform {best}: "
+            f"the bundled pair runs on virtual CPU devices; --mesh {count} uses the {best}"
+        )

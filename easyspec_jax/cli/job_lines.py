@@ -1,0 +1,183 @@
+"""A line of a batch job: whose it is, what it asks for and how to sample it; or what is wrong with it.
+
+Besides our own fields a line may have those of OpenAI's batch format. A field that asks for something that would
+change the text and is not supported is an error; one that only describes the line is not used.
+"""
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from easyspec_jax.errors import EasySpecError, first_line
+from easyspec_jax.options import SamplingParams
+from easyspec_jax.tokenizer.conversation import Conversation, Prompt, conversation_of, with_system
+
+SAMPLING = {
+    "temperature": (int, float), "top_k": (int,), "top_p": (int, float), "seed": (int,), "max_new_tokens": (int,),
+    "stop": (str, list),
+}  # fmt: skip
+"""What a line may say about its own sampling, and the types of the values."""
+
+_OTHER_NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "custom_id": "id"}
+
+_DESCRIPTIVE = ("method", "url", "model", "metadata", "user", "stream", "stream_options", "store", "service_tier",
+                "safety_identifier", "prompt_cache_key", "parallel_tool_calls")  # fmt: skip
+"""Fields of OpenAI's formats that change no text."""
+
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "logprobs": (False, 0), "top_logprobs": (0,),
+    "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,), "min_p": (0,), "logit_bias": ({},),
+    "response_format": ({"type": "text"},), "tool_choice": ("auto",), "functions": ([],), "function_call": ("auto",),
+}  # fmt: skip
+"""Fields that are not supported, and the values with which they ask for nothing."""
+
+_KNOWN = {"id", "prompt", "messages", "tools", "body", *SAMPLING, *_OTHER_NAMES, *_DESCRIPTIVE, *_WITHOUT_EFFECT}
+
+
+@dataclass(frozen=True)
+class Item:
+    """A line of the input: the prompt it asks for, or what is wrong with it.
+
+    Attributes:
+        line: Its number, from 1.
+        id: Its own id, whatever JSON value that is where the line has an error.
+        prompt: What to complete.
+        sampling: How; None if the line has an error.
+        error: What is wrong with the line.
+        unused: Names of the fields that were not used.
+    """
+
+    line: int
+    id: Any = None
+    prompt: Prompt = ""
+    sampling: SamplingParams | None = None
+    error: str | None = None
+    unused: tuple[str, ...] = ()
+
+
+def read_items(content: bytes, default: SamplingParams, system: str | None = None) -> list[Item]:
+    """Read every line that is not blank. No line ends the job, whatever is in it.
+
+    Args:
+        content: JSON lines.
+        default: The sampling of lines that do not give their own; line n draws its noise from its seed + n - 1.
+        system: A system message for every conversation without one, and for prompts that are text.
+    """
+    items: list[Item] = []
+    seen: dict[Any, int] = {}
+    for line, text in enumerate(content.split(b"\n"), 1):
+        if not text.strip():
+            continue
+        item = _item(line, text, replace(default, seed=(default.seed + line - 1) % 2**32), system)
+        if item.error is None:
+            first = seen.setdefault(item.id, line)
+            if first != line:
+                item = Item(line, item.id, error=f"id {item.id!r} is that of line {first} too")
+        items.append(item)
+    return items
+
+
+def _item(line: int, text: bytes, default: SamplingParams, system: str | None) -> Item:
+    own_id = None
+    try:
+        fields = _object(line, text)
+        own_id = _writable(next((fields[name] for name in ("id", "custom_id") if fields.get(name) is not None), None))
+        return _parsed(line, fields, default, system)
+    except EasySpecError as error:
+        message = str(error)
+    except Exception as error:  # whatever a hostile line provokes, it costs only this line
+        message = f"cannot be used ({type(error).__name__}: {first_line(error)[:80]})"
+    return Item(line, own_id, error=" ".join(message.split()))
+
+
+def _object(line: int, text: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(text.decode("utf-8-sig" if line == 1 else "utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise EasySpecError(f"no JSON: {str(error)[:80]}") from None
+    if not isinstance(fields, dict):
+        raise EasySpecError("no JSON object")
+    return fields
+
+
+def _writable(value: Any) -> Any:
+    """An id as it can be written back as JSON, None if it cannot."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError):
+        return None
+    return value
+
+
+def _parsed(line: int, fields: dict[str, Any], default: SamplingParams, system: str | None) -> Item:
+    fields, unused = _flat(fields)
+    if not isinstance(fields.get("id"), (str, int)) or isinstance(fields["id"], bool):
+        raise EasySpecError("id must be a string or a whole number")
+    if ("prompt" in fields) == ("messages" in fields):
+        raise EasySpecError("give either prompt or messages")
+    if "messages" in fields:
+        if not isinstance(fields["messages"], list) or not fields["messages"]:
+            raise EasySpecError("messages must be a list of objects with a role and a content")
+        prompt: Prompt = conversation_of(Conversation(fields["messages"], fields.get("tools", ())))
+    elif isinstance(fields["prompt"], str):
+        prompt = fields["prompt"]
+    else:
+        raise EasySpecError("prompt must be a string")
+    if "tools" in fields and "prompt" in fields:
+        raise EasySpecError("tools go with messages, not with a prompt")
+    prompt = prompt if system is None else with_system(prompt, system)
+    return Item(line, fields["id"], prompt, _sampling(fields, default), unused=unused)
+
+
+def _flat(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The fields that are used, under our names, and the names of those that are not; what is null is not there."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    body = given.pop("body", {})
+    if not isinstance(body, dict):
+        raise EasySpecError("body must be an object")
+    flat: dict[str, Any] = {}
+    for name, value in (*given.items(), *body.items()):
+        if value is None:
+            continue
+        _check_field(name, value)
+        ours = _OTHER_NAMES.get(name, name)
+        if flat.setdefault(ours, value) != value:
+            raise EasySpecError(f"{ours} is given twice, as {str(flat[ours])[:40]!r} and {str(value)[:40]!r}")
+    unused = tuple(name for name in flat if name not in _KNOWN)
+    return flat, unused
+
+
+def _check_field(name: str, value: Any) -> None:
+    """Raise EasySpecError for a field that is misspelt, or that asks for something that is not supported."""
+    if name in _WITHOUT_EFFECT and not any(value == plain for plain in _WITHOUT_EFFECT[name]):
+        raise EasySpecError(f"{name} {str(value)[:40]!r} is not supported")
+    if name not in _KNOWN and (meant := difflib.get_close_matches(name[:40], _KNOWN, 1, cutoff=0.8)):
+        raise EasySpecError(f"field {name[:40]!r} is unknown; did you mean {meant[0]!r}?")
+
+
+def _sampling(fields: Mapping[str, Any], default: SamplingParams) -> SamplingParams:
+    own = {name: fields[name] for name in SAMPLING if name in fields}
+    for name, value in own.items():
+        if isinstance(value, bool) or not isinstance(value, SAMPLING[name]):
+            raise EasySpecError(f"{name} {str(value)[:40]!r} is of the wrong type")
+    if "stop" in own:
+        stop = [own["stop"]] if isinstance(own["stop"], str) else own["stop"]
+        if not all(isinstance(text, str) for text in stop):
+            raise EasySpecError("stop must be a string or a list of strings")
+        own["stop"] = tuple(stop)
+    for name in own.keys() & {"temperature", "top_p"}:
+        own[name] = _float(own[name])
+    return replace(default, **own)
+
+
+def _float(value: float) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise EasySpecError("temperature and top_p must be numbers of ordinary size")
+    return number

@@ -1,0 +1,251 @@
+"""Batch jobs: a file of prompts becomes a file of completions, whatever kills the process on the way."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from easyspec_jax.cli.job_lines import Item, read_items
+from easyspec_jax.errors import EasySpecError, first_line
+from easyspec_jax.files import write_whole
+from easyspec_jax.options import SamplingParams
+from easyspec_jax.progress import Bar, no_bar
+
+if TYPE_CHECKING:
+    from easyspec_jax.engine.completion import Generation
+    from easyspec_jax.engine.engine import Engine
+
+SYNC_SECONDS = 1.0
+"""Records of at most this long are lost, and made again, if the machine loses power."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be completed: the input's name, its bytes and its lines."""
+
+    name: str
+    content: bytes
+    items: list[Item]
+
+
+def read_job(prompts: str | Path, sampling: SamplingParams, system: str | None = None) -> Job:
+    """Read the input of a job, a file or "-" for standard input.
+
+    Args:
+        prompts: Path of a file of JSON lines.
+        sampling: The default of lines that do not give their own.
+        system: A system message for every line without one.
+
+    Raises:
+        EasySpecError: The input cannot be read or has no lines.
+    """
+    try:
+        content = sys.stdin.buffer.read() if str(prompts) == "-" else Path(prompts).read_bytes()
+    except OSError as error:
+        raise EasySpecError(f"--prompts {prompts} cannot be read: {error.strerror}") from None
+    items = read_items(content, sampling, system)
+    if not items:
+        raise EasySpecError(f"--prompts {prompts} holds no prompt")
+    return Job(str(prompts), content, items)
+
+
+class Results:
+    """The output: a record a line, appended whole."""
+
+    def __init__(self, handle: int, done: set[int], errors: int) -> None:
+        self._handle, self.done, self.errors, self._synced = handle, done, errors, time.monotonic()
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write a record. It survives the process at once, and a power failure after SYNC_SECONDS."""
+        line = memoryview(json.dumps(record).encode() + b"\n")
+        while line:
+            line = line[os.write(self._handle, line) :]
+        self.done.add(record["line"])
+        self.errors += "error" in record
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            os.fsync(self._handle)
+            self._synced = time.monotonic()
+
+
+@contextmanager
+def open_results(out: Path, described: Mapping[str, Any]) -> Iterator[Results]:
+    """Open the output of a job, lock it and cut off a torn end.
+
+    Args:
+        out: The file of records.
+        described: What its texts depend on; kept next to it as `OUT.job`.
+
+    Raises:
+        EasySpecError: Another process is writing it, or it is the output of anything else.
+    """
+    handle = os.open(out, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        _lock(handle, out)
+        _check_same_job(out, described)
+        write_whole(_description(out), _serialised(described))
+        done, errors, end = _whole_records(out.read_bytes())
+        os.ftruncate(handle, end)
+        yield Results(handle, done, errors)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def check_results(out: Path, described: Mapping[str, Any]) -> None:
+    """Find out, without writing anything, whether open_results() could open an output.
+
+    Raises:
+        EasySpecError: It is the output of anything else, or cannot be written.
+    """
+    if out.is_dir():
+        raise EasySpecError(f"--out {out} is a directory; name a file")
+    place = out if out.exists() else out.parent
+    if not os.access(place, os.W_OK):
+        reason = os.strerror(errno.EACCES if place.exists() else errno.ENOENT)
+        raise EasySpecError(f"--out {out} cannot be written: {reason}")
+    if out.exists():
+        with out.open("rb") as file:
+            _lock(file.fileno(), out)
+            _check_same_job(out, described)
+
+
+def _lock(handle: int, out: Path) -> None:
+    """Lock an open output until it is closed. Raises EasySpecError if another process has."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise EasySpecError(f"another run is writing {out}; wait for it or choose another --out") from None
+
+
+def _check_same_job(out: Path, described: Mapping[str, Any]) -> None:
+    path = _description(out)
+    known = path.exists()
+    if (known and path.read_bytes() != _serialised(described)) or (out.stat().st_size and not known):
+        raise EasySpecError(f"{out} belongs to other prompts or settings (see {path}); choose another --out")
+
+
+def _description(out: Path) -> Path:
+    return out.with_name(out.name + ".job")
+
+
+def _serialised(described: Mapping[str, Any]) -> bytes:
+    return json.dumps(described, sort_keys=True, indent=1).encode() + b"\n"
+
+
+def describe_job(job: Job, settings: Mapping[str, Any], chat: bool) -> dict[str, Any]:
+    """What the texts of a job depend on."""
+    return {"prompts": hashlib.sha256(job.content).hexdigest(), "settings": dict(settings), "chat": chat}
+
+
+def _whole_records(content: bytes) -> tuple[set[int], int, int]:
+    """The input lines that have a record, how many of those are errors, and where the last whole record ends."""
+    done: set[int] = set()
+    errors = end = 0
+    for line in content.splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+            if not line.endswith(b"\n") or record["line"] in done:
+                break
+        except (ValueError, TypeError, KeyError):
+            break
+        done.add(record["line"])
+        errors, end = errors + ("error" in record), end + len(line)
+    return done, errors, end
+
+
+def run_job(
+    engine: "Engine",
+    job: Job,
+    out: Path,
+    *,
+    chat: bool = False,
+    batch_size: int = 1,
+    settings: Mapping[str, Any] | None = None,
+    bar: Bar = no_bar,
+    note: Callable[[str], None] = lambda message: None,
+) -> tuple[int, int]:
+    """Complete every line of a job that an output lacks. A line that cannot be completed gets an error record.
+
+    Args:
+        engine: The model.
+        job: The lines, see read_job().
+        out: The file of records.
+        chat: Prompts that are text are put as a user's.
+        batch_size: Lines decoded together.
+        settings: What else the texts depend on.
+        bar: Shows the progress.
+        note: Called with each line's error, and with the fields that are not used.
+
+    Returns:
+        How many records the output then has, and how many of them are errors.
+
+    Raises:
+        EasySpecError: The output cannot be used.
+    """
+    _note_lines(job.items, note)
+    described = describe_job(job, settings or {}, chat)
+    free = engine.free_memory()
+    try:
+        with open_results(out, described) as results, bar("Generating", len(job.items)) as advance:
+            advance(len(results.done))
+            left = [item for item in job.items if item.line not in results.done]
+            # Stable, so that all that are decoded by the same programs follow one another.
+            left.sort(key=lambda item: repr(item.sampling and engine.config(item.sampling)))
+            taken: list[Item] = []
+
+            def rows() -> Iterator["Generation"]:
+                for item in left:
+                    try:
+                        row = _row(engine, item, chat, batch_size, free)
+                    except EasySpecError as error:
+                        results.append(_error_record(item, str(error)))
+                        advance(1)
+                        continue
+                    taken.append(item)
+                    yield row
+
+            for number, completion in engine.complete_each(rows(), batch_size):
+                record = {"id": taken[number].id, "line": taken[number].line} | completion.as_dict()
+                del record["prompt"], record["prompt_ids"]
+                results.append(record)
+                advance(1)
+            return len(results.done), results.errors
+    except OSError as error:
+        raise EasySpecError(f"--out {out} cannot be written: {error.strerror}") from None
+
+
+def _row(engine: "Engine", item: Item, chat: bool, batch_size: int, free: int | None) -> "Generation":
+    """The row of a line. Raises EasySpecError, whatever is wrong with the line: nothing in it may end the job."""
+    if item.sampling is None:
+        raise EasySpecError(item.error)
+    try:
+        row = engine.row(item.prompt, item.sampling, chat=chat)
+        engine.check_memory(len(row.prompt_ids) + row.limit, len(row.prompt_ids), batch_size, item.sampling, free)
+    except EasySpecError:
+        raise
+    except Exception as error:  # what a template or a tokenizer makes of a hostile line
+        raise EasySpecError(f"cannot be used ({type(error).__name__}: {first_line(error)[:80]})") from None
+    return row
+
+
+def _error_record(item: Item, message: str) -> dict[str, Any]:
+    return {"id": item.id, "line": item.line, "error": f"line {item.line}: {' '.join(message.split())}"}
+
+
+def _note_lines(items: list[Item], note: Callable[[str], None]) -> None:
+    for item in items:
+        if item.error is not None:
+            note(f"line {item.line}: {item.error}")
+    unused = Counter(name for item in items for name in item.unused)
+    if unused:
+        named = ", ".join(f"{name[:40]!r}" for name, _ in unused.most_common(5))
+        note(f"fields that are not used: {named}{', …' if len(unused) > 5 else ''}")

@@ -1,0 +1,115 @@
+"""`python -m easyspec_jax.tune`: which way of decoding is the fastest here? Measures, confirms, and remembers."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+from easyspec_jax.cli.command import Parser, add_allow_links, cache_compilations, read_prompts, run_command
+from easyspec_jax.drawing import check_drawing
+from easyspec_jax.errors import EasySpecError
+from easyspec_jax.files import check_writable, write_whole
+from easyspec_jax.options import DraftTensorParallelSize, DType, Platform, SamplingParams, check_whole
+from easyspec_jax.tune.draw import draw
+
+PROGRAM = "easyspec_jax.tune"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(PROGRAM, _parser(), _run, argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__, allow_abbrev=False)
+    models = parser.add_argument_group("models and devices")
+    models.add_argument("--target", metavar="DIR", help="default: the bundled pair")
+    models.add_argument("--draft", metavar="DIR", help="a smaller model of the same family; the choice is stored in it")
+    models.add_argument("--mesh", default="1",
+                        help='"8" tries its splits, "layer=4,tensor=2" only that (default: %(default)s)')  # fmt: skip
+    models.add_argument("--platform", choices=get_args(Platform), help="default: the fastest one present")
+    models.add_argument("--dtype", default="auto", choices=get_args(DType),
+                        help="default: float32 on a CPU, else the checkpoint's")  # fmt: skip
+    models.add_argument("--max-length", type=int, metavar="L", help="prompt and generated tokens together")
+    add_allow_links(models)
+    space = parser.add_argument_group("candidates")
+    space.add_argument("--lp-sizes", type=int, nargs="+", metavar="N",
+                       help="layers that run at once, 1 for an ordinary draft (default: 1 2 3 4 7)")  # fmt: skip
+    space.add_argument("--mlp-lp-sizes", type=int, nargs="+", default=[1, 2], metavar="M",
+                       help="MLPs of a group that run at once, where devices share them (default: 1 2)")  # fmt: skip
+    space.add_argument("--tree-widths", type=int, nargs="+", default=[1, 4, 8], metavar="W",
+                       help="tokens drafted at each depth, 1 for a chain (default: 1 4 8)")  # fmt: skip
+    space.add_argument("--max-levels", type=int, default=8, metavar="N",
+                       help="depth of the deepest draft of a round (default: %(default)s)")  # fmt: skip
+    space.add_argument("--draft-tensor-parallel-sizes", nargs="+", default=["all", "1"],
+                       choices=get_args(DraftTensorParallelSize), help="default: both")  # fmt: skip
+    sample = parser.add_argument_group("measuring")
+    sample.add_argument("--prompt-file", metavar="FILE",
+                        help="one prompt a line, to measure on (default: a few of our own)")  # fmt: skip
+    sample.add_argument("--chat", action="store_true", help="wrap each of them in the checkpoint's chat template")
+    sample.add_argument("--max-new-tokens", type=int, default=64, metavar="M",
+                        help="of each (default: %(default)s)")  # fmt: skip
+    sample.add_argument("--confirm", type=int, default=3, metavar="K",
+                        help="of the predictions, how many to run (default: %(default)s)")  # fmt: skip
+    sample.add_argument("--seconds", type=float, default=150, metavar="S",
+                        help="for measuring; what is not reached is left out (default: %(default)s)")  # fmt: skip
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print one JSON object")
+    output.add_argument("--plot", type=Path, metavar="FILE", help="draw step time against acceptance, as PNG")
+    output.add_argument("--no-store", action="store_true", help="do not remember the choice for --lp-strategy auto")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+    for name in ("confirm", "max_new_tokens"):
+        check_whole(name.replace("_", "-"), getattr(args, name), 1)
+    if not 0 < args.seconds < float("inf"):
+        raise EasySpecError(f"--seconds {args.seconds} must be a number above 0")
+    given = None if args.prompt_file is None else read_prompts(args.prompt_file)
+    if args.chat and given is None:
+        raise EasySpecError("--chat needs --prompt-file FILE; our own prompts are put as the checkpoint wants them")
+    if args.plot is not None:
+        check_drawing()
+        check_writable(args.plot)
+
+    from rich.console import Console
+
+    from easyspec_jax.cli.console import print_note
+    from easyspec_jax.draft.refit_file import refit_sizes
+    from easyspec_jax.progress import bar, no_bar
+    from easyspec_jax.tune import store
+    from easyspec_jax.tune.candidates import Space
+    from easyspec_jax.tune.report import as_dict, print_tuned
+    from easyspec_jax.tune.tuning import default_sample, keep, open_pair, tune
+
+    cache_compilations()
+    models = args.target, args.draft, args.mesh, args.platform, args.max_length, args.dtype
+    engine = open_pair(*models, allow_links=args.allow_links)
+    assert engine.draft is not None
+    refits = refit_sizes(engine.draft.directory)
+    default = Space.of(engine.draft.config.num_hidden_layers, refits)
+    space = replace(
+        default if args.lp_sizes is None else replace(default, lp_sizes=args.lp_sizes),
+        mlp_lp_sizes=args.mlp_lp_sizes,
+        tree_widths=args.tree_widths,
+        max_levels=args.max_levels,
+        draft_tensor_parallel_sizes=args.draft_tensor_parallel_sizes,
+    )
+    sample = default_sample(engine, bundled=args.target is None)
+    if given is not None:
+        sample = replace(sample, prompts=given, chat=args.chat)
+    sample = replace(sample, sampling=SamplingParams(max_new_tokens=args.max_new_tokens))
+    show = no_bar if args.json else bar
+    tuned = tune(engine, args.mesh, sample, space, finalists=args.confirm, seconds=args.seconds, bar=show)
+    found = as_dict(tuned)
+    if args.plot is not None:
+        write_whole(args.plot, draw(found))
+    if args.json:
+        print(json.dumps(found))
+    else:
+        print_tuned(found, Console(highlight=False, width=None if sys.stdout.isatty() else 120))
+    if not args.no_store:
+        keep(store.key_of(engine, args.mesh), tuned.choice, engine.draft.directory, print_note)

@@ -1,0 +1,1 @@
+"""The engine: a pair of models opened and checked, and prompts turned into completions."""

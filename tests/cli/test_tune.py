@@ -1,0 +1,156 @@
+"""The command line is a contract; and what it stores, generate --lp-strategy auto follows."""
+
+import io
+import json
+import re
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from easyspec_jax.cli import generate
+from easyspec_jax.options import SpeculativeConfig
+from easyspec_jax.tune import store, tuning
+from easyspec_jax.tune.__main__ import main
+from easyspec_jax.tune.report import print_tuned
+from easyspec_jax.tune.store import FILE, Choice
+from easyspec_jax.tune.tuning import open_pair
+from tests.models import save_model
+
+FEW = ["--lp-sizes", "1", "3", "--tree-widths", "1", "--max-levels", "2", "--max-new-tokens", "10", "--confirm", "1"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    save_model(directory, "llama3", vocab_size=260, eos_token_id=3, num_hidden_layers=4)
+    return directory
+
+
+@pytest.fixture
+def pair(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (model / FILE).unlink(missing_ok=True)
+    return ["--target", str(model), "--draft", str(model)]
+
+
+@pytest.fixture(scope="module")
+def printed(model, tmp_path_factory):
+    """What one run printed, and the picture it drew."""
+    plot = tmp_path_factory.mktemp("plot") / "plot.png"
+    with redirect_stdout(io.StringIO()) as output:
+        assert main(["--target", str(model), "--draft", str(model), "--mesh", "2", "--json", "--seconds", "1000",
+                     "--no-store", "--plot", str(plot), *FEW]) == 0  # fmt: skip
+    assert not (model / FILE).exists()
+    return json.loads(output.getvalue()), plot.read_bytes()
+
+
+def test_one_object_has_everything(printed):
+    found, plot = printed
+    assert (found["mesh"], found["platform"], found["dtype"]) == ("2", "cpu", "float32")
+    assert found["drafts_not_reached"] == 0
+    # Placements of the ordinary draft, of the fuzzy one, and of that with pairs of MLPs where devices share them.
+    assert len(found["candidates"]) == 2 + 2 * 2 + 2
+    for candidate in found["candidates"]:
+        rounds = candidate["speculative"]["num_speculative_tokens"]
+        seconds = candidate["first"] + (rounds - 1) * candidate["step"] + candidate["verification"] + found["overhead"]
+        tokens = 1 + candidate["acceptance_rate"] * rounds
+        assert candidate["predicted_tokens_per_second"] == pytest.approx(tokens / seconds)
+        assert not candidate["frontier"] or candidate["deepest_acceptance_rate"] is not None
+    speeds = [found["plain_tokens_per_second"], *(c["confirmed_tokens_per_second"] or 0 for c in found["candidates"])]
+    assert found["choice"]["tokens_per_second"] == max(speeds)
+    assert plot.startswith(b"\x89PNG")
+
+
+def test_the_table_shows_the_object(printed):
+    found, _ = printed
+    stream = io.StringIO()
+    print_tuned(found, Console(file=stream, width=160, highlight=False))
+    lines = [re.split(r"\s{2,}", line.strip().removeprefix("* ")) for line in stream.getvalue().splitlines()]
+    for candidate in found["candidates"]:
+        speed = candidate["predicted_tokens_per_second"]
+        bound = "≤ " if candidate["missing"] else ""
+        mine = [cells for cells in lines if cells[0] == candidate["label"]]
+        assert any(cells[-2] == f"{bound}{speed:.1f}" for cells in mine)
+    assert lines[-1][0].startswith("Best: ")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--lp-sizes", "7"], "--lp-sizes 7 must be from 1 to 4, the draft's layers"),
+        (["--tree-widths", "0"], "--tree-width 0 must be from 1 to 64"),
+        (["--max-levels", "17"], "--max-levels 17 must be from 1 to 16"),
+        (["--draft-tensor-parallel-sizes", "2"], "invalid choice: '2'"),
+        (["--mesh", "many"], "--mesh 'many' is neither"),
+        (["--confirm", "0"], "--confirm 0 must be at least 1"),
+        (["--seconds", "0"], "--seconds 0.0 must be a number above 0"),
+        (["--seconds", "nan"], "--seconds nan must be a number above 0"),
+        (["--chat"], "--chat needs --prompt-file"),
+        (["--prompt-file", "absent"], "cannot be read"),
+        (["--plot", "absent/plot.png"], "No such file or directory"),
+        (["--max-length", "5"], "leaves no room within --max-length 5"),
+        (["--max-new-tokens", "2"], "ends each of these texts within 8 tokens"),
+    ],
+)
+def test_refusals(pair, capsys, options, message):
+    assert main([*pair, *options]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert re.match(rf"easyspec_jax\.tune: error: .*{message}", output.err), output.err
+
+
+def test_a_draft_is_needed(pair, capsys):
+    assert main(pair[:2]) == 2
+    assert "nothing to choose without --draft" in capsys.readouterr().err
+
+
+def text_of(arguments, capsys) -> tuple[dict[str, Any], str]:
+    """The object of one text, and what generate says beside it."""
+    flags = ["--lp-strategy", "auto", "--prompt", "Hello", "--max-new-tokens", "8", "--json"]
+    assert generate.main([*arguments, *flags]) == 0
+    output = capsys.readouterr()
+    return json.loads(output.out), output.err
+
+
+def test_auto_follows_the_stored_choice(pair, model, capsys, monkeypatch):
+    monkeypatch.setattr(tuning, "tune", lambda *_, **__: pytest.fail("measured again"))
+    key = store.key_of(open_pair(model, model, "2", None, None, "auto"), "2")
+    chosen = SpeculativeConfig(lp_size=3, refit="none", num_speculative_tokens=3)
+    store.keep(key, Choice("layer=2,tensor=1", chosen, 3.0, 2.0), model)
+    printed, notes = text_of([*pair, "--mesh", "2"], capsys)
+    assert len(printed["stats"]["accepted_per_position"]) == 3
+    assert "N = 3, TP all, chain, 3 levels on layer=2,tensor=1, 1.50 × plain decoding" in notes
+    assert notes.count("\n") == 1
+
+
+def test_auto_measures_once_where_nothing_is_stored(pair, model, capsys, monkeypatch):
+    calls = []
+
+    def tune(engine, mesh, *_, **__):
+        calls.append(mesh)
+        choice = Choice("layer=1,tensor=1", SpeculativeConfig(method="vanilla"), 2.0, 2.0)
+        return type("Tuned", (), {"choice": choice})
+
+    monkeypatch.setattr(tuning, "tune", tune)
+    _, first = text_of(pair, capsys)
+    assert "measuring for about 2.5 minutes" in first
+    assert f"stored in {model / FILE}" in first
+    printed, second = text_of(pair, capsys)
+    assert printed["stats"]["drafted"] == 0
+    assert "measuring" not in second
+    assert calls == ["1"]
+    held = json.loads((model / FILE).read_text())["choices"][0]
+    assert held["speculative"] == asdict(SpeculativeConfig(method="vanilla"))
+
+
+@pytest.mark.parametrize(
+    "flags", [["--lp-size", "4"], ["--lp-size=2"], ["--method", "sd"], ["--tree-width", "4"], ["--no-calibration"]]
+)
+def test_what_auto_chooses_nobody_else_may(pair, capsys, flags):
+    assert generate.main([*pair, "--lp-strategy", "auto", "--prompt", "x", *flags]) == 2
+    name = flags[0].partition("=")[0]
+    assert f"--lp-strategy auto chooses {name} itself: leave out one of the two" in capsys.readouterr().err

@@ -1,0 +1,3 @@
+from tests.refit.conftest import draft
+
+__all__ = ["draft"]

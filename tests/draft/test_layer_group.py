@@ -1,0 +1,219 @@
+"""A group on the layer axis: fuzzily the paper's Algorithm 2, exactly the model, each at its promised cost."""
+
+import copy
+import re
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.sharding import PartitionSpec as P
+
+from easyspec_jax.checkpoint.directory import open_checkpoint
+from easyspec_jax.draft.grouping import Layout, format_layout, paper_groups
+from easyspec_jax.draft.layer_group import LayerGroup, load_draft, run_fuzzy
+from easyspec_jax.model.transformer import run_exact
+from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
+from tests.models import forward, load_target, loader, partition_specs, save_model, some_refit
+
+MESHES = [MeshShape(1, 1), MeshShape(4, 2), MeshShape(2, 4), MeshShape(8, 1)]
+GROUPS = [(range(0, 1), range(1, 4), range(4, 8)), (range(0, 1), range(1, 8))]
+EXACT = Layout.uniform(paper_groups(8, 1))
+TOKENS = np.random.default_rng(0).integers(0, 300, (2, 40))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A checkpoint of eight layers and its transformers model."""
+    directory = tmp_path_factory.mktemp("draft")
+    reference = save_model(directory, "smollm2", num_hidden_layers=8)
+    return open_checkpoint(directory), reference
+
+
+@torch.no_grad()
+def algorithm_2(reference, layout: Layout, refit=None) -> np.ndarray:
+    """The paper's fuzzy pass out of transformers' own modules: attentions on the group's input, MLPs in order.
+
+    Several MLPs at a time: each is fed what came before the first of them, and the attentions up to its own.
+    """
+    model = reference.model
+    layers = [with_refit(layer, index, refit) for index, layer in enumerate(model.layers)]
+    ids = torch.from_numpy(TOKENS)
+    h = model.embed_tokens(ids)
+    length = ids.shape[1]
+    positions = model.rotary_emb(h, torch.arange(length)[None])
+    mask = torch.triu(torch.full((length, length), -torch.inf), 1)[None, None]
+    for group, mlps in layout:
+        attended = {
+            index: layers[index].self_attn(
+                layers[index].input_layernorm(h), position_embeddings=positions, attention_mask=mask
+            )[0]
+            for index in group
+        }
+        for first in group[::mlps]:
+            outputs = []
+            for index in range(first, min(first + mlps, group.stop)):
+                h = h + attended[index]
+                outputs.append(layers[index].mlp(layers[index].post_attention_layernorm(h)))
+            h = h + sum(outputs)
+    return reference.lm_head(model.norm(h)).numpy()
+
+
+def with_refit(layer, index, refit):
+    """The layer, with those of its parts that a refit replaces replaced."""
+    if refit is None:
+        return layer
+    layer = copy.deepcopy(layer)
+    for name, values in refit.tensors.items():
+        if name.startswith(f"model.layers.{index}."):
+            *path, leaf = name.split(".")[3:]
+            setattr(layer.get_submodule(".".join(path)), leaf, torch.nn.Parameter(torch.from_numpy(values)))
+    return layer
+
+
+@pytest.mark.parametrize("axes", [ALL_AXES, ()], ids=["split", "replicated"])
+@pytest.mark.parametrize("groups", GROUPS, ids=["groups of 3 and 4", "group of 7"])
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_fuzzy_pass_is_algorithm_2(pair, mesh, groups, axes):
+    checkpoint, reference = pair
+    from_ = loader(checkpoint, mesh, axes)
+    logits = forward(load_draft(from_, Layout.uniform(groups)), from_.mesh, TOKENS, run=run_fuzzy)
+    expected = algorithm_2(reference, Layout.uniform(groups))
+    np.testing.assert_allclose(logits[..., :300], expected, atol=1e-4, rtol=0)
+    exact = algorithm_2(reference, EXACT)
+    assert np.abs(expected - exact).max() > 0.1, "the test could not tell fuzzy from exact"
+
+
+@pytest.mark.parametrize("axes", [ALL_AXES, ()], ids=["split", "replicated"])
+@pytest.mark.parametrize(
+    "layout, refitted",
+    [
+        (Layout.uniform(GROUPS[0], 2), False),
+        *((Layout.uniform(GROUPS[0], mlps), True) for mlps in (1, 2, 3, 7)),
+        (Layout(GROUPS[0], (1, 3, 2)), True),
+    ],
+    ids=lambda value: format_layout(value) if isinstance(value, Layout) else None,
+)
+@pytest.mark.parametrize("mesh", [MeshShape(1, 1), MeshShape(4, 2), MeshShape(2, 4)], ids=str)
+def test_mlps_at_once_and_refit_projections(pair, mesh, layout, refitted, axes):
+    checkpoint, reference = pair
+    from_ = loader(checkpoint, mesh, axes)
+    refit = some_refit(checkpoint, layout) if refitted else None
+    draft = load_draft(from_, layout, refit)
+    expected = algorithm_2(reference, layout, refit)
+    np.testing.assert_allclose(forward(draft, from_.mesh, TOKENS, run=run_fuzzy)[..., :300], expected, atol=1e-4)
+    assert np.abs(expected - algorithm_2(reference, Layout.uniform(GROUPS[0]))).max() > 0.05
+    exact = algorithm_2(reference, EXACT)
+    np.testing.assert_allclose(forward(draft, from_.mesh, TOKENS)[..., :300], exact, atol=1e-4)
+
+
+@pytest.mark.parametrize("run", [run_exact, run_fuzzy], ids=["exact", "fuzzy"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_biases_and_head_norms_go_with_their_layers(tmp_path, family, run):
+    reference = save_model(tmp_path, family, num_hidden_layers=8)
+    from_ = loader(open_checkpoint(tmp_path), MeshShape(4, 2))
+    logits = forward(load_draft(from_, Layout.uniform(GROUPS[0])), from_.mesh, TOKENS, run=run)
+    expected = algorithm_2(reference, Layout.uniform(GROUPS[0]) if run is run_fuzzy else EXACT)
+    np.testing.assert_allclose(logits[..., :300], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("branch", [True, False], ids=["branch", "mask"])
+@pytest.mark.parametrize("groups", GROUPS, ids=["groups of 3 and 4", "group of 7"])
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_exact_pass_is_the_model(pair, mesh, groups, branch):
+    checkpoint, reference = pair
+    from_ = loader(checkpoint, mesh)
+    draft = load_draft(from_, Layout.uniform(groups))
+    for block in draft.blocks:
+        if isinstance(block, LayerGroup):
+            block.branch = branch
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(forward(draft, from_.mesh, TOKENS)[..., :300], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("run", [run_exact, run_fuzzy], ids=["exact", "fuzzy"])
+@pytest.mark.parametrize("branch", [True, False], ids=["branch", "mask"])
+def test_kv_of_a_layer_lives_only_where_its_attention_does(pair, run, branch):
+    """Two tokens appended to an empty cache, then the cache of a group of three on four devices."""
+    checkpoint, _ = pair
+    from_ = loader(checkpoint, MeshShape(4, 2))
+    group: Any = load_draft(from_, Layout.uniform(GROUPS[0])).blocks[1]
+    group.branch = branch
+    cache = _run(group, from_, run, tokens=2, capacity=4)[1]
+    written = np.abs(np.asarray(cache.k)).sum(axis=(1, 3)) > 0
+    assert written.tolist() == [[True, True, False, False]] * 3 + [[False] * 4]
+
+
+@pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
+@pytest.mark.parametrize("size", [3, 4, 7])
+def test_collectives_of_a_group(pair, mesh, size):
+    """size + 1 all-reduces fuzzily, of which replicated MLPs leave one; twice the size exactly; nothing else."""
+    checkpoint, _ = pair
+
+    def collectives(axes, run) -> dict[str, int]:
+        from_ = loader(checkpoint, mesh, axes)
+        group = load_draft(from_, Layout.uniform(single_out(size))).blocks[1]
+        text = _run(group, from_, run, tokens=1, capacity=8, compiled=True)
+        names = re.findall(r"= \S+ (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(", text)
+        return {name: names.count(name) for name in set(names)}
+
+    assert collectives(ALL_AXES, run_fuzzy) == {"all-reduce": size + 1}
+    assert collectives(ALL_AXES, run_exact) == {"all-reduce": 2 * size}
+    assert collectives((), run_fuzzy) == {"all-reduce": 1}
+    assert collectives((), run_exact) == {"all-reduce": size}
+
+
+@pytest.mark.parametrize("size, mlp_lp_size, expected", [(4, 2, 3), (4, 4, 2), (7, 2, 5), (7, 7, 2)])
+def test_collectives_of_mlps_at_once(pair, size, mlp_lp_size, expected):
+    """One for the first attentions, and one for each part of the group's MLPs, refit or not."""
+    for refitted in (False, True):
+        from_ = loader(pair[0], MeshShape(4, 2))
+        layout = Layout.uniform(single_out(size), mlp_lp_size)
+        group = load_draft(from_, layout, some_refit(pair[0], layout) if refitted else None).blocks[1]
+        text = _run(group, from_, run_fuzzy, tokens=1, capacity=8, compiled=True)
+        assert len(re.findall(r"= \S+ all-reduce(?:-start)?\(", text)) == expected
+
+
+@pytest.mark.parametrize("size", [3, 4, 7])
+def test_one_device_computes_a_groups_attentions_by_batched_products(pair, size):
+    """Fuzzily four for all of them (queries, keys and values; scores; mixtures; outputs); exactly, four for each."""
+    from_ = loader(pair[0], MeshShape(1, 1))
+    group = load_draft(from_, Layout.uniform(single_out(size))).blocks[1]
+
+    def products(run) -> int:
+        return str(jax.make_jaxpr(partial(_run, group, from_, run, tokens=1, capacity=8))()).count("dot_general[")
+
+    assert products(run_fuzzy) == 4 + 2 * size
+    assert products(run_exact) == 4 * size + 2 * size
+
+
+def single_out(size: int) -> tuple[range, ...]:
+    """Groups of the eight layers, of which the second has `size` and the others one."""
+    return (range(0, 1), range(1, 1 + size), *(range(i, i + 1) for i in range(1 + size, 8)))
+
+
+def _run(group, from_, run, tokens, capacity, compiled=False) -> Any:
+    """Hidden states and cache of one pass through a group, or the optimised HLO of it."""
+    from easyspec_jax.model.attention import chain_window
+
+    @partial(jax.shard_map, mesh=from_.mesh, in_specs=(partition_specs(group), P()),
+             out_specs=(P(), group.cache_spec()), check_vma=False)  # fmt: skip
+    def body(group, h):
+        window = chain_window(jnp.zeros(1, jnp.int32), tokens, capacity, from_.config)
+        return run(group, h, group.init_cache(1, capacity), window)
+
+    h = np.random.default_rng(1).normal(size=(1, tokens, from_.config.hidden_size)).astype(np.float32)
+    program = jax.jit(body)
+    return program.lower(group, h).compile().as_text() if compiled else program(group, h)
+
+
+def test_single_layers_are_ordinary_layers(pair):
+    checkpoint, _ = pair
+    from_ = loader(checkpoint, MeshShape(4, 2))
+    singles = load_draft(from_, Layout.uniform(paper_groups(8, 1)))
+    fuzzy = forward(singles, from_.mesh, TOKENS, run=run_fuzzy)
+    np.testing.assert_array_equal(fuzzy, forward(load_target(from_), from_.mesh, TOKENS))

@@ -1,0 +1,153 @@
+"""What a pair will need is told before anything is read, and is what it then takes."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from easyspec_jax.decode.round import RoundConfig
+from easyspec_jax.draft.grouping import Layout, paper_groups
+from easyspec_jax.engine import fits
+from easyspec_jax.engine.abstract import absent_mesh, abstract_state
+from easyspec_jax.engine.engine import Engine
+from easyspec_jax.engine.fits import GIB, Workload, check_memory, free_memory, needed
+from easyspec_jax.engine.pair import open_model
+from easyspec_jax.errors import EasySpecError
+from easyspec_jax.generate import main
+from easyspec_jax.options import SamplingParams, SpeculativeConfig
+from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
+from easyspec_jax.plan.configurations import bundled
+
+PROMPT, TOKENS, ROWS = 10, 512, 2
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return open_model(mesh="4", platform="cpu")
+
+
+def large(**options) -> Workload:
+    """Llama 3.3 70B with a 1B draft on TPUs that are not here."""
+    target, draft = bundled()["Llama-3.3-70B"], bundled()["Llama-3.2-1B"]
+    layout = Layout.uniform(paper_groups(draft.num_hidden_layers, 4))
+    job = Workload(
+        target, draft, layout, False, ALL_AXES, absent_mesh(MeshShape(4, 2), "tpu"),
+        "bfloat16", RoundConfig.of(SpeculativeConfig(), SamplingParams(), ()), 4000, 100, 1,
+    )  # fmt: skip
+    return replace(job, **options)
+
+
+@pytest.mark.parametrize("refit", ["none", "auto"])
+def test_the_demo_pair_takes_what_was_predicted(refit):
+    """Weights and caches to the byte; what XLA needs beside them for a pass, from 0.75 to 1 of it."""
+    engine = open_model(mesh="4", platform="cpu", speculative=SpeculativeConfig(refit=refit))
+    sampling = SamplingParams()
+    need = needed(engine.workload(TOKENS, PROMPT, ROWS, sampling))
+    arrays = jax.tree.leaves(engine.load())
+    assert need.weights == sum(array.nbytes for array in arrays)
+    programs = engine.programs(sampling)
+    growing = programs.capacities(PROMPT, TOKENS - PROMPT)[-2:]
+    assert len(growing) == 2
+    states = [programs.start(sampling, [0] * ROWS, size) for size in growing]
+    caches = jax.tree.leaves([(state.target, state.draft) for state in states])
+    assert need.caches == sum(shard.data.nbytes for array in caches for shard in array.addressable_shards)
+    chunk = [jax.ShapeDtypeStruct(*of) for of in (((ROWS, 128), np.int32), ((ROWS,), np.int32), ((ROWS,), bool))]
+    prefill = programs._prefill.lower(programs.leaves, abstract_state(programs, ROWS, growing[-1]), *chunk)  # pyright: ignore[reportFunctionMemberAccess]
+    temporary = prefill.compile().memory_analysis().temp_size_in_bytes
+    assert 0.75 * need.working <= engine.mesh.size * temporary <= need.working
+
+
+def test_a_pair_of_70b_takes_what_xla_says():
+    """17.09 GiB of each of 8 TPUs, in docs/architecture.md."""
+    assert needed(large()).total / GIB == pytest.approx(17.09, rel=0.02)
+
+
+def test_what_is_held_is_not_counted_again():
+    whole, draft_only = needed(large()), needed(large(target_held=True))
+    assert needed(large(target_held=True, draft_held=True)).weights == 0
+    assert 0 < draft_only.weights < whole.weights / 10
+    assert draft_only.caches == whole.caches
+
+
+def test_a_replicated_draft_is_whole_on_every_device():
+    job = large(draft_axes=(), layout=Layout.uniform(paper_groups(16, 1)))
+    draft = needed(replace(job, target_held=True)).weights
+    assert draft == pytest.approx(needed(replace(job, target_held=True, draft_axes=ALL_AXES)).weights * 8, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("job", "free", "flags"),
+    [
+        (large(), 12.0, {"--mesh"}),
+        (large(dtype="float32"), 20.0, {"--mesh", "--dtype"}),
+        (large(tokens=100_000), 18.0, {"--mesh", "--max-length"}),
+        (large(tokens=100_000, prompt=99_000), 18.0, {"--mesh"}),
+        (large(rows=64), 20.0, {"--mesh", "--max-length", "--batch-size"}),
+        (large(rows=64, tokens=100_000), 1.0, set()),
+    ],
+)
+def test_the_flags_that_are_named_make_it_fit(job, free, flags):
+    with pytest.raises(EasySpecError, match="GiB on each device") as refusal:
+        check_memory(job, int(free * GIB))
+    line = str(refusal.value)
+    assert "\n" not in line
+    assert f"and {free} GiB are free; " in line
+    assert "weights " in line and "caches " in line
+    named = dict(re.findall(r"(--[a-z-]+) (\w+)", line))
+    assert set(named) == flags
+    if not flags:
+        assert line.endswith("use a machine with more memory, or smaller models")
+    changed = {
+        "--mesh": lambda value: {"mesh": absent_mesh(MeshShape(4, int(value) // 4), "tpu")},
+        "--dtype": lambda value: {"dtype": value},
+        "--max-length": lambda value: {"tokens": int(value), "max_length": int(value)},
+        "--batch-size": lambda value: {"rows": int(value)},
+    }
+    for flag, value in named.items():
+        check_memory(replace(job, **changed[flag](value)), int(free * GIB))
+    for flag in {"--max-length", "--batch-size"} & flags:
+        with pytest.raises(EasySpecError):
+            check_memory(replace(job, **changed[flag](int(named[flag]) + 1)), int(free * GIB))
+
+
+def test_nothing_is_read_where_memory_will_not_suffice(engine, monkeypatch, capsys):
+    monkeypatch.setattr("easyspec_jax.engine.engine.free_memory", lambda mesh: 30 * 2**20)
+    monkeypatch.setattr(Engine, "load", lambda self, bar: pytest.fail("weights were loaded"))
+    assert main(["--platform", "cpu", "--max-new-tokens", "8"]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert "of this machine's memory" in output.err
+    assert "it would fit with --dtype bfloat16" in output.err
+
+
+def test_what_is_free():
+    """The machine's on a CPU, and of accelerators that of the fullest one, if they tell."""
+
+    class Device:
+        platform = "gpu"
+
+        def __init__(self, stats):
+            self.memory_stats = lambda: stats
+
+    def devices(*stats: dict[str, int] | None) -> Any:
+        held = [Device(each) for each in stats]
+        return SimpleNamespace(local_devices=held, devices=np.array(held, object))
+
+    assert free_memory(devices({"bytes_limit": 10, "bytes_in_use": 3}, {"bytes_limit": 8})) == 7
+    assert free_memory(devices(None, {})) is None
+    check_memory(large(), None)
+    told = free_memory(open_model(mesh="1", platform="cpu").mesh)
+    assert told is not None and 2**20 < told < 2**50
+
+
+def test_a_host_without_meminfo(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: "MemFree: 3 kB")
+    assert fits._free_on_host()
+    monkeypatch.setattr(fits.os, "sysconf", lambda name: int("x"))
+    assert fits._free_on_host() is None

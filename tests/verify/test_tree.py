@@ -1,0 +1,161 @@
+"""Token trees against naive walks, on trees made by hand and at random."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.typing import ArrayLike
+
+from easyspec_jax.verify.tree import Tree, bare_root, children, deepest, path_to, prune
+
+BATCH, LEVELS, WIDTH = 24, 4, 3
+
+# Jitted, as the product runs them.
+find_children, find_deepest = jax.jit(children), jax.jit(deepest)
+find_path, cut = jax.jit(path_to, static_argnums=2), jax.jit(prune, static_argnums=1)
+
+
+def make_tree(parents: ArrayLike, score: ArrayLike | None = None, tokens: ArrayLike | None = None) -> Tree:
+    """A tree for each row of parents, which come before their children; what is not given differs from node to node."""
+    parent = np.asarray(parents, np.int32)
+    rows, nodes = np.arange(len(parent)), parent.shape[1]
+    depth, ancestors = np.zeros_like(parent), np.zeros((*parent.shape, nodes), bool)
+    ancestors[:, 0, 0] = True
+    for node in range(1, nodes):
+        depth[:, node] = depth[rows, parent[:, node]] + 1
+        ancestors[:, node] = ancestors[rows, parent[:, node]]
+        ancestors[:, node, node] = True
+    numbers = np.arange(parent.size, dtype=np.int32).reshape(parent.shape)
+    arrays: dict[str, Any] = {
+        "tokens": numbers if tokens is None else np.asarray(tokens, np.int32),
+        "parent": parent,
+        "depth": depth,
+        "entry": np.broadcast_to(np.arange(nodes, dtype=np.int32), parent.shape),
+        "score": -depth.astype(np.float32) if score is None else np.asarray(score, np.float32),
+        "ancestors": ancestors,
+        "rank": numbers + 1000,
+        "candidates": np.stack([numbers, -numbers], axis=-1),
+        "q": np.stack([numbers, -numbers], axis=-1).astype(np.float32),
+    }
+    width = max(int(np.bincount(row[1:]).max()) for row in depth) if nodes > 1 else 0
+    return Tree(**arrays, width=width)
+
+
+def random_tree(seed: int, batch: int = BATCH, levels: int = LEVELS, width: int = WIDTH) -> Tree:
+    """Trees as they are drafted, level by level; scores have many ties, and here and there a branch does not exist."""
+    random = np.random.default_rng(seed)
+    first = [0, *range(1, 2 + levels * width, width)]
+    parent = np.zeros((batch, first[-1]), np.int32)
+    for above, here, below in zip(first, first[1:], first[2:], strict=False):
+        parent[:, here:below] = random.integers(above, here, size=(batch, width))
+    score = np.zeros(parent.shape)
+    below_parent = random.choice([0, 0.5, 1, np.inf], p=[0.4, 0.25, 0.25, 0.1], size=parent.shape)
+    for node in range(1, parent.shape[1]):
+        score[:, node] = score[np.arange(batch), parent[:, node]] - below_parent[:, node]
+    return make_tree(parent, score)
+
+
+@pytest.fixture(scope="module", params=["whole", "pruned"])
+def tree(request) -> Tree:
+    """With nodes of every kind: inner ones and leaves, existing or not."""
+    tree = random_tree(0)
+    return tree if request.param == "whole" else cut(tree, 8)
+
+
+def by_row(*arrays: ArrayLike) -> zip:
+    """Rows of each array, as lists."""
+    return zip(*(np.asarray(x).tolist() for x in arrays), strict=True)
+
+
+def test_children_by_hand():
+    parents = [[0, 0, 0, 1, 1, 2, 5], [0, 0, 0, 2, 1, 2, 3]]
+    score = np.zeros((2, 7))
+    assert find_children(make_tree(parents)).tolist() == [
+        [[1, 2, 0], [3, 4, 0], [5, 0, 0], [0, 0, 0], [0, 0, 0], [6, 0, 0], [0, 0, 0]],
+        [[1, 2, 0], [4, 0, 0], [3, 5, 0], [6, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]],
+    ]
+    score[:, [3, 6]] = -np.inf
+    assert find_children(make_tree(parents, score)).tolist() == [
+        [[1, 2, 0], [4, 0, 0], [5, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]],
+        [[1, 2, 0], [4, 0, 0], [5, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]],
+    ]
+
+
+def test_children_are_those_that_exist_in_their_order(tree):
+    found = find_children(tree)
+    assert found.shape == (*tree.parent.shape, WIDTH)
+    assert found.dtype == jnp.int32
+    for row, parent, exists in by_row(found, tree.parent, tree.exists):
+        for node, ids in enumerate(row):
+            own = [i for i in range(1, len(parent)) if parent[i] == node and exists[i]]
+            assert ids == own + [0] * (WIDTH - len(own))
+
+
+def test_deepest_is_that_of_a_walk(tree):
+    """Where several branches pass as far, the first of them; a node that does not exist never passes."""
+    accept = np.random.default_rng(1).random(tree.parent.shape) < 0.7
+    found = find_deepest(tree, accept)
+    assert found.dtype == jnp.int32
+    depths = set()
+    for leaf, row, parent, depth, exists in by_row(found, accept, tree.parent, tree.depth, tree.exists):
+        passed = [0]
+        for node in range(1, len(parent)):
+            passed += [node] if row[node] and exists[node] and parent[node] in passed else []
+        assert leaf == max(passed, key=lambda node: (depth[node], -node))
+        depths.add(depth[leaf])
+    assert depths >= {0, 1, 2, 3}
+
+
+def test_path_to_every_node(tree):
+    for leaf in range(tree.parent.shape[1]):
+        found = find_path(tree, np.full(BATCH, leaf, np.int32), LEVELS)
+        assert found.shape == (BATCH, LEVELS + 1)
+        for path, parent, depth in by_row(found, tree.parent, tree.depth):
+            node, expected = leaf, [leaf]
+            while node:
+                node = parent[node]
+                expected.insert(0, node)
+            assert path[: depth[leaf] + 1] == expected
+
+
+def best(score: Sequence[float], nodes: int) -> list[int]:
+    """The root and the best others, the first of equals, in their order."""
+    return [0, *sorted(sorted(range(1, len(score)), key=lambda i: (-score[i], i))[:nodes])]
+
+
+@pytest.mark.parametrize("nodes", [0, 1, 5, LEVELS * WIDTH])
+def test_pruning_keeps_the_best_with_all_that_is_above_them(nodes):
+    tree = random_tree(2)
+    tree, pruned = jax.device_get((tree, cut(tree, nodes)))
+    for row, score in enumerate(tree.score.tolist()):
+        kept = best(score, nodes)
+        assert pruned.parent[row].tolist() == [kept.index(parent) for parent in tree.parent[row, kept].tolist()]
+        for name in {field.name for field in fields(Tree)} - {"parent", "ancestors", "width"}:
+            np.testing.assert_array_equal(getattr(pruned, name)[row], getattr(tree, name)[row, kept])
+    anew = make_tree(pruned.parent)
+    np.testing.assert_array_equal(pruned.ancestors, anew.ancestors)
+    np.testing.assert_array_equal(pruned.depth, anew.depth)
+    assert pruned.width == tree.width
+
+
+def test_pruning_twice_is_pruning_once():
+    """So `entry` still says where a node was drafted."""
+    tree = random_tree(3)
+    jax.tree.map(np.testing.assert_array_equal, cut(cut(tree, 8), 4), cut(tree, 4))
+
+
+def test_a_bare_root_is_a_tree_of_one_node():
+    tree = jax.jit(bare_root)(np.asarray([5, 7], np.int32))
+    anew = make_tree([[0], [0]], tokens=[[5], [7]])
+    for name in ("tokens", "parent", "depth", "entry", "score", "ancestors", "width"):
+        np.testing.assert_array_equal(getattr(tree, name), getattr(anew, name))
+    assert not np.any(tree.q)
+    zeros = np.zeros((2, 1), np.int32)
+    assert find_children(tree).shape == (2, 1, 0)
+    assert find_deepest(tree, zeros.astype(bool)).tolist() == [0, 0]
+    assert find_path(tree, zeros[:, 0], 0).tolist() == [[0], [0]]
+    jax.tree.map(np.testing.assert_array_equal, cut(tree, 0), tree)
