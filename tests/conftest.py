@@ -79,3 +79,15 @@ def configs(tmp_path_factory) -> dict[str, Path]:
         paths[name] = directory / f"{name}.json"
         paths[name].write_text(json.dumps(family_config("llama3", **own).to_dict()))
     return paths
+
+
+@pytest.fixture(scope="session")
+def draft(tmp_path_factory):
+    """A checkpoint of eight layers to refit, and transformers' model of it."""
+    from easyspec_jax.checkpoint.directory import open_checkpoint
+    from tests.models import save_model
+    from tests.refit.conftest import LAYERS
+
+    directory = tmp_path_factory.mktemp("refit_draft")
+    reference = save_model(directory, "smollm2", num_hidden_layers=LAYERS)
+    return open_checkpoint(directory), reference

@@ -1,3 +1,0 @@
-from tests.refit.conftest import draft
-
-__all__ = ["draft"]
