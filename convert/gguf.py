@@ -174,8 +174,10 @@ def _read_parts(path: Path) -> tuple[tuple[Path, ...], dict[str, Any], dict[str,
         The files, the metadata of the first one, and every tensor with the file that holds it.
     """
     reader, metadata = _read(path)
-    count = int(metadata.get("split.count", 1) or 1)
-    if count == 1:
+    count = metadata.get("split.count", 1)
+    if type(count) is not int or not 0 <= count < 100_000:
+        raise EasySpecError(f"{path} is truncated or damaged (split.count={str(count)[:40]}); fetch it again")
+    if count <= 1:
         return (path,), metadata, {tensor.name: (path, tensor) for tensor in reader.tensors}
     named = _PART.fullmatch(path.name)
     if named is None or int(named[3]) != count:
@@ -234,7 +236,7 @@ def _config(metadata: Mapping[str, Any], tensors: Mapping[str, ReaderTensor], or
             config[field] = _shortest(value)
         elif field in REQUIRED_FIELDS:
             raise EasySpecError(f"{origin}: the metadata field {prefix}.{key} is missing")
-    config["vocab_size"] = _shape(tensors[_EMBEDDING])[0]
+    config["vocab_size"], *_ = _shape(tensors[_EMBEDDING]) or (0,)
     config["tie_word_embeddings"] = _HEAD not in tensors
     if "sliding_window" in config:
         config |= {"use_sliding_window": True, "max_window_layers": 0}

@@ -14,6 +14,7 @@ from easyspec_jax.tokenizer.loading import PROBE, load_tokenizer
 from easyspec_jax.tokenizer.stream import decode_text
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5  # values of `tokenizer.ggml.token_type`
+_LONGEST_PIECE = 1000  # characters; sentencepiece trains with at most 16 by default
 
 
 def build_tokenizer(metadata: Mapping[str, Any], origin: str) -> Any:
@@ -26,7 +27,7 @@ def build_tokenizer(metadata: Mapping[str, Any], origin: str) -> Any:
     Raises:
         EasySpecError: It is neither sentencepiece BPE nor byte-level BPE with a known pre-tokenizer, or is damaged.
     """
-    kind = metadata.get("tokenizer.ggml.model", "(none)")
+    kind = str(metadata.get("tokenizer.ggml.model", "(none)"))
     if kind not in _KINDS:
         raise EasySpecError(
             f"{origin}: tokenizer model {kind!r} is not supported, only gpt2 (byte-level BPE) and llama "
@@ -38,12 +39,16 @@ def build_tokenizer(metadata: Mapping[str, Any], origin: str) -> Any:
 
     try:
         tokens = metadata["tokenizer.ggml.tokens"]
+        kinds = metadata["tokenizer.ggml.token_type"]
         named = {token: tokens[metadata[key]] for token, key in TOKEN_IDS.items() if key in metadata}
+        # Padding or the unknown token may be an ordinary one, which texts then contain.
+        special = {token for token, kind in zip(tokens, kinds, strict=True) if kind in (_UNKNOWN, _CONTROL)}
+        hidden = {name: token for name, token in named.items() if token in special}
         return PreTrainedTokenizerFast(
             tokenizer_object=_KINDS[kind](metadata, named, origin),
             clean_up_tokenization_spaces=False,
             chat_template=metadata.get("tokenizer.chat_template"),
-            **named,
+            **hidden,
         )
     except KeyError as missing:
         raise EasySpecError(f"{origin}: the tokenizer's {missing} is missing") from None
@@ -109,7 +114,7 @@ def _merges(vocab: Mapping[str, int], scores: Mapping[str, float]) -> list[tuple
     """Every way to put a token together from two others, the best-scored token first, as sentencepiece merges."""
     found: list[tuple[float, int, int, tuple[str, str]]] = []
     for token in vocab:
-        for place in range(1, len(token)):
+        for place in range(1, len(token) if len(token) <= _LONGEST_PIECE else 0):
             left, right = token[:place], token[place:]
             if left in vocab and right in vocab:
                 found.append((-scores[token], vocab[left], vocab[right], (left, right)))
@@ -119,7 +124,11 @@ def _merges(vocab: Mapping[str, int], scores: Mapping[str, float]) -> list[tuple
 def _vocabulary(metadata: Mapping[str, Any]) -> dict[str, int]:
     """Every token's id. Unused tokens pad the vocabulary to the embedding's rows; no text contains them."""
     tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    return {token: id for id, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != _UNUSED}
+    used = [(token, id) for id, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != _UNUSED]
+    vocab = dict(used)
+    if len(vocab) < len(used):
+        raise ValueError("two ids have the same token")
+    return vocab
 
 
 def _with_special_tokens(

@@ -22,7 +22,7 @@ class Store(Protocol):
         ...
 
     def write(self, name: str, start: int, values: np.ndarray) -> None:
-        """Puts a piece in its place, where it is when this returns. Raises EasySpecError if the disk takes it not."""
+        """Write a piece; it is in place on return. Raises EasySpecError if the write fails."""
         ...
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:

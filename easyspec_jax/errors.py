@@ -5,6 +5,6 @@ class EasySpecError(ValueError):
     """Bad input or an unusable environment; the message is one line that says what is wrong and what to do."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What another library's exception says, short enough to be quoted."""
     return next(iter(str(error).splitlines()), type(error).__name__)

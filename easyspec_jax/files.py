@@ -1,6 +1,8 @@
 """Files that are written whole or not at all, and where those that can be regenerated are kept."""
 
+import errno
 import os
+import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +13,15 @@ def cache_directory() -> Path | None:
     with suppress(RuntimeError):
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "easyspec_jax"
     return None
+
+
+def read_input(path: str | Path) -> bytes:
+    """Read a file, or standard input for "-". Raises OSError, also if standard input is closed."""
+    if str(path) != "-":
+        return Path(path).read_bytes()
+    if sys.stdin is None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    return sys.stdin.buffer.read()
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -102,8 +102,11 @@ def _shards(directory: Path) -> Iterator[tuple[Path, set[str] | None]]:
     weight_map = read_json(main).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise EasySpecError(f"{main} has no weight_map from tensor names to files")
-    for file in sorted(set(weight_map.values())):
-        yield _inside(directory, file, main), {name for name, place in weight_map.items() if place == file}
+    listed: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        listed.setdefault(file, set()).add(name)
+    for file, names in sorted(listed.items()):
+        yield _inside(directory, file, main), names
 
 
 def _main_file(directory: Path) -> Path:
@@ -159,7 +162,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _place(path: Path, name: str, entry: dict[str, Any], data: int) -> _ByteRange:
     dtype, shape, (start, stop) = str(entry["dtype"]), entry["shape"], entry["data_offsets"]
-    if not all(type(number) is int and 0 <= number < 2**62 for number in (*shape, start, stop)):
+    if len(shape) > 8 or not all(type(number) is int and 0 <= number < 2**62 for number in (*shape, start, stop)):
         raise ValueError(f"{name[:100]!r} has no proper place")
     bits = 8 * np.dtype(_DTYPES[dtype]).itemsize if dtype in _DTYPES else _OTHER_BITS.get(dtype)
     if bits is not None and prod(shape) * bits != 8 * (stop - start):

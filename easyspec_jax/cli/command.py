@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.files import cache_directory
+from easyspec_jax.files import cache_directory, read_input
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,8 +57,7 @@ def read_prompts(path: str | Path) -> list[str]:
         EasySpecError: It cannot be read, or there are none.
     """
     try:
-        content = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
-        lines = content.decode("utf-8-sig").split("\n")
+        lines = read_input(path).decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise EasySpecError(f"--prompt-file {path} cannot be read: {error}") from None
     prompts = [line.rstrip("\r") for line in lines if line.strip()]
@@ -71,7 +70,7 @@ def cache_compilations() -> None:
     """A second run of the same models and mesh starts at once, unless JAX is told of another cache."""
     import jax
 
-    # An entry that somebody is writing, or was killed at, is compiled again, which is nothing to tell a user.
+    # Half-written entries are compiled again; there is nothing to warn about.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry", UserWarning)
     directory = cache_directory()
     if jax.config.jax_compilation_cache_dir is None and directory is not None:  # pyright: ignore[reportAttributeAccessIssue]

@@ -21,7 +21,7 @@ from easyspec_jax.options import (
 AUTO = "auto"
 TUNED = ("--method", "--num-speculative-tokens", "--tree-width", "--tree-nodes", "--lp-size", "--mlp-lp-size",
          "--refit", "--no-refit", "--no-calibration", "--draft-tensor-parallel-size")  # fmt: skip
-"""What --lp-strategy auto chooses, and nobody else then may."""
+"""Flags that --lp-strategy auto sets itself and that conflict with it."""
 
 
 def parse_flags(program: str, description: str, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -35,7 +35,7 @@ def parse_flags(program: str, description: str, argv: Sequence[str] | None) -> a
 
 
 def sampling_of(args: argparse.Namespace) -> SamplingParams:
-    """Raises EasySpecError for values that cannot be."""
+    """Build SamplingParams from the flags. Raises EasySpecError for invalid values."""
     stop = tuple(_unescaped(text) for text in args.stop)
     return SamplingParams(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens, stop)
 
@@ -47,7 +47,7 @@ def _unescaped(text: str) -> str:
 
 
 def speculative_of(args: argparse.Namespace) -> SpeculativeConfig:
-    """Raises EasySpecError for values that cannot be."""
+    """Build a SpeculativeConfig from the flags. Raises EasySpecError for invalid values."""
     return SpeculativeConfig(
         method=args.method,
         num_speculative_tokens=args.num_speculative_tokens,

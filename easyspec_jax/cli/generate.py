@@ -206,7 +206,7 @@ def _complete(
 
 
 def _converse(args: argparse.Namespace, engine: "Engine", sampling: SamplingParams, bar: "Bar") -> None:
-    """Whoever has typed a question should not wait for the weights: they are loaded before."""
+    """Hold a conversation. The weights are loaded first, so that the first answer starts at once."""
     from easyspec_jax.cli.chat import GREETING, converse
     from easyspec_jax.cli.console import print_devices
 

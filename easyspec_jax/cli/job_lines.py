@@ -31,10 +31,18 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "logprobs": (False, 0), "top_logprobs": (0,),
     "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,), "min_p": (0,), "logit_bias": ({},),
     "response_format": ({"type": "text"},), "tool_choice": ("auto",), "functions": ([],), "function_call": ("auto",),
+    "stop_token_ids": ([],), "stop_sequences": ([],), "eos_token_id": (), "ignore_eos": (False,), "bad_words": ([],),
+    "chat_template": (), "chat_template_kwargs": ({},), "add_generation_prompt": (True,),
+    "continue_final_message": (False,), "guided_json": (), "guided_regex": (), "guided_choice": (),
+    "guided_grammar": (), "structured_outputs": (), "grammar": (), "json_schema": (), "max_output_tokens": (),
+    "max_length": (), "min_tokens": (0,), "num_beams": (1,), "use_beam_search": (False,), "length_penalty": (1,),
+    "no_repeat_ngram_size": (0,), "typical_p": (1,), "reasoning_effort": (), "system": (), "instructions": (),
+    "prompt_token_ids": (), "input": (), "prefix": (), "logit_processors": ([],), "truncate_prompt_tokens": (),
 }  # fmt: skip
 """Fields that are not supported, and the values with which they ask for nothing."""
 
-_KNOWN = {"id", "prompt", "messages", "tools", "body", *SAMPLING, *_OTHER_NAMES, *_DESCRIPTIVE, *_WITHOUT_EFFECT}
+_USED = {"id", "prompt", "messages", "tools", "body", *SAMPLING, *_OTHER_NAMES}
+_KNOWN = {*_USED, *_DESCRIPTIVE, *_WITHOUT_EFFECT}
 
 
 @dataclass(frozen=True)
@@ -144,7 +152,7 @@ def _flat(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
             continue
         _check_field(name, value)
         ours = _OTHER_NAMES.get(name, name)
-        if flat.setdefault(ours, value) != value:
+        if flat.setdefault(ours, value) != value and ours not in _DESCRIPTIVE:
             raise EasySpecError(f"{ours} is given twice, as {str(flat[ours])[:40]!r} and {str(value)[:40]!r}")
     unused = tuple(name for name in flat if name not in _KNOWN)
     return flat, unused
@@ -154,7 +162,7 @@ def _check_field(name: str, value: Any) -> None:
     """Raise EasySpecError for a field that is misspelt, or that asks for something that is not supported."""
     if name in _WITHOUT_EFFECT and not any(value == plain for plain in _WITHOUT_EFFECT[name]):
         raise EasySpecError(f"{name} {str(value)[:40]!r} is not supported")
-    if name not in _KNOWN and (meant := difflib.get_close_matches(name[:40], _KNOWN, 1, cutoff=0.8)):
+    if name not in _KNOWN and (meant := difflib.get_close_matches(name[:40], sorted(_USED), 1, cutoff=0.8)):
         raise EasySpecError(f"field {name[:40]!r} is unknown; did you mean {meant[0]!r}?")
 
 

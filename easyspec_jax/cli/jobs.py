@@ -5,7 +5,6 @@ import fcntl
 import hashlib
 import json
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from easyspec_jax.cli.job_lines import Item, read_items
 from easyspec_jax.errors import EasySpecError, first_line
-from easyspec_jax.files import write_whole
+from easyspec_jax.files import read_input, write_whole
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.progress import Bar, no_bar
 
@@ -49,7 +48,7 @@ def read_job(prompts: str | Path, sampling: SamplingParams, system: str | None =
         EasySpecError: The input cannot be read or has no lines.
     """
     try:
-        content = sys.stdin.buffer.read() if str(prompts) == "-" else Path(prompts).read_bytes()
+        content = read_input(prompts)
     except OSError as error:
         raise EasySpecError(f"--prompts {prompts} cannot be read: {error.strerror}") from None
     items = read_items(content, sampling, system)
@@ -155,7 +154,7 @@ def _whole_records(content: bytes) -> tuple[set[int], int, int]:
             record = json.loads(line)
             if not line.endswith(b"\n") or record["line"] in done:
                 break
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             break
         done.add(record["line"])
         errors, end = errors + ("error" in record), end + len(line)
@@ -213,7 +212,7 @@ def run_job(
                     taken.append(item)
                     yield row
 
-            for number, completion in engine.complete_each(rows(), batch_size):
+            for number, completion in engine.complete_each(rows(), batch_size, checked=True):
                 record = {"id": taken[number].id, "line": taken[number].line} | completion.as_dict()
                 del record["prompt"], record["prompt_ids"]
                 results.append(record)

@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 
 
 def batched(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
-    """Consecutive items, so many at a time, the last ones perhaps fewer. Raises EasySpecError if size < 1."""
+    """Split items into consecutive batches of a size; the last may be shorter. Raises EasySpecError if size < 1."""
     if size < 1:
         raise EasySpecError(f"--batch-size {size} must be at least 1")
     return [items[first : first + size] for first in range(0, len(items), size)]

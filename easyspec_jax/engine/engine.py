@@ -242,19 +242,24 @@ class Engine:
         """What complete_each() takes. Raises EasySpecError for a bad prompt."""
         return self._row(prompt, self.encode(prompt, chat), sampling)
 
-    def complete_each(self, rows: Iterable[Generation], batch_size: int) -> Iterator[tuple[int, Completion]]:
+    def complete_each(
+        self, rows: Iterable[Generation], batch_size: int, *, checked: bool = False
+    ) -> Iterator[tuple[int, Completion]]:
         """The number and the Completion of each row as it finishes; a finished one's place goes to the next at once.
 
         Rows are taken as places become free, so there may be any number of them. Each has its own sampling; one that
         needs other programs (greedy decoding, sampling, top-k or top-p) waits until all before it are done, so rows
-        are best sorted by Engine.config. In float32 every text is what it is alone.
+        are best sorted by Engine.config. In float32 every text is what it is alone. checked: every row has passed
+        check_memory.
         """
         if batch_size < 1:
             raise EasySpecError(f"--batch-size {batch_size} must be at least 1")
         for config, alike in itertools.groupby(enumerate(rows), lambda item: self.config(item[1].sampling)):
             first = list(itertools.islice(alike, batch_size))
-            tokens = max(len(row.prompt_ids) + row.limit for _, row in first)
-            self.check_memory(tokens, max(len(row.prompt_ids) for _, row in first), batch_size, first[0][1].sampling)
+            if not checked:
+                tokens = max(len(row.prompt_ids) + row.limit for _, row in first)
+                prompt = max(len(row.prompt_ids) for _, row in first)
+                self.check_memory(tokens, prompt, batch_size, first[0][1].sampling)
             programs = self.programs(first[0][1].sampling)
             assert programs.config == config
             capacity = max(programs.capacities(len(row.prompt_ids), row.limit)[0] for _, row in first)
@@ -361,4 +366,4 @@ def _seen_from(mesh: Mesh, array: jax.Array) -> jax.Array:
 
 
 def _ignore(piece: str) -> None:
-    """For whoever does not watch the text grow."""
+    """Discard streamed text."""

@@ -138,20 +138,21 @@ def end_of_turn_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     their own, which only the template knows.
 
     Returns:
-        That token's id, or nothing if there is no template or it writes no added token there.
+        That token's id, or nothing if there is no template or no added token comes next.
     """
     if not tokenizer.chat_template:
         return ()
     asked = Conversation([{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}])
     try:
-        text = _rendered(tokenizer, asked, _RENDERING / 10, add_generation_prompt=False)
+        text = _rendered(tokenizer, asked, _RENDERING, add_generation_prompt=False)
         after = text.rpartition(_ANSWER)[2] if _ANSWER in text else ""
         ids = tokenizer(after, add_special_tokens=False, verbose=False).input_ids
     except Exception:  # a template may refuse this conversation, and is heard when a real one is rendered
         return ()
     added = tokenizer.added_tokens_decoder
     for number in ids:
-        if number in added:
+        token = added.get(number)
+        if token is not None and (token.special or token.content.strip()):
             return (number,)
         if tokenizer.decode([number]).strip():
             break

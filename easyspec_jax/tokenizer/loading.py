@@ -56,7 +56,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         return tokenizer
     except EasySpecError:
         raise
-    except Exception as error:  # whatever the libraries raise for a broken or absent tokenizer
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # whatever the libraries raise for a broken tokenizer, Rust's panics included
         raise EasySpecError(f"{directory} has no usable tokenizer: {first_line(error)}") from None
 
 
@@ -73,9 +75,10 @@ def _from_file(directory: Path) -> Tokenizer:
     file.no_padding()
     ids = file.encode(PROBE, add_special_tokens=False).ids
     text = file.decode(ids, skip_special_tokens=True)
-    config = _read_optional(directory / "tokenizer_config.json")
-    special = _special_tokens(directory, config)
-    _add_declared(file, directory, config, special)
+    config = _read_configuration(directory)
+    named = _named_tokens(config)
+    _add_declared(file, directory, config, named)
+    special = {name: named[name] for name in _NAMED if name in named}
     if config.get("add_bos_token") is True and "bos_token" in special:
         _add_bos(file, str(special["bos_token"]))
     tokenizer = PreTrainedTokenizerFast(
@@ -85,6 +88,7 @@ def _from_file(directory: Path) -> Tokenizer:
         split_special_tokens=config.get("split_special_tokens") is True,
         **special,
     )
+    file.encode(PROBE)  # a damaged post-processor panics here rather than at the first prompt
     again = tokenizer(PROBE, add_special_tokens=False, verbose=False).input_ids
     if list(again) != ids or decode_text(tokenizer, ids) != text:
         import transformers
@@ -96,19 +100,33 @@ def _from_file(directory: Path) -> Tokenizer:
     return tokenizer
 
 
+def _read_configuration(directory: Path) -> dict[str, Any]:
+    """The contents of `tokenizer_config.json`.
+
+    Without an `added_tokens_decoder` it is of an older kind, which two further files complete, as in transformers.
+    """
+    config = _read_optional(directory / "tokenizer_config.json")
+    if "added_tokens_decoder" in config:
+        return config
+    added = _read_optional(directory / "added_tokens.json")
+    declared = {str(number): {"content": token} for token, number in added.items()}
+    return config | _read_optional(directory / "special_tokens_map.json") | {"added_tokens_decoder": declared}
+
+
 def _read_optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, AddedToken]:
-    """The tokens that the configuration names, by name; `special_tokens_map.json` counts where it says nothing."""
-    named = _read_optional(directory / "special_tokens_map.json") | dict(config)
-    tokens = {name: _token(named.get(name)) for name in _NAMED}
+def _named_tokens(config: Mapping[str, Any]) -> dict[str, AddedToken]:
+    """The tokens that the configuration gives a role, such as `bos_token` or a model's own `tool_token`."""
+    further = config.get("extra_special_tokens")
+    roles = dict(config) | (further if isinstance(further, dict) else {})
+    tokens = {name: _token(entry) for name, entry in roles.items() if name.endswith("_token") or name not in config}
     return {name: token for name, token in tokens.items() if token is not None}
 
 
 def _token(entry: Any) -> AddedToken | None:
-    """A special token as the files write it: its text, or an object with that and flags."""
+    """A token as the files write it: its text, or an object with that and flags."""
     if isinstance(entry, str) and entry:
         return AddedToken(entry, special=True, normalized=False)
     if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or not entry["content"]:
@@ -118,48 +136,62 @@ def _token(entry: Any) -> AddedToken | None:
 
 
 def _add_declared(
-    file: TokenizerFile, directory: Path, config: Mapping[str, Any], special: Mapping[str, AddedToken]
+    file: TokenizerFile, directory: Path, config: Mapping[str, Any], named: Mapping[str, AddedToken]
 ) -> None:
-    """Add the tokens that only the other files have, and make those special that they name as such.
+    """Add the tokens that only the configuration has, and make those special that it gives a role.
 
     Raises:
         EasySpecError: A token that `tokenizer.json` lacks would get another id than the one declared for it.
     """
-    declared = {str(token): number for number, token in _added_tokens(config).items()}
-    declared = _read_optional(directory / "added_tokens.json") | declared
-    flags = {str(token): token for token in _added_tokens(config).values()}
-    missing = [token for token in declared if file.token_to_id(token) is None]
-    for token in sorted(missing, key=lambda token: declared[token]):
-        file.add_tokens([flags.get(token, AddedToken(token, normalized=False))])
-        if file.token_to_id(token) != declared[token]:
+    roles = {str(token) for token in named.values()}
+    for number, token in _declared_tokens(config):
+        token.special = token.special or str(token) in roles
+        lacking = file.token_to_id(str(token)) is None
+        _add(file, token)
+        if lacking and file.token_to_id(str(token)) != number:
             raise EasySpecError(
-                f"{directory}: {token!r} has the id {declared[token]} in the tokenizer's configuration, where "
-                f"{_FILE} leaves it {file.token_to_id(token)}; save the tokenizer again"
+                f"{directory}: {str(token)!r} has the id {number} in the tokenizer's configuration, where "
+                f"{_FILE} leaves it {file.token_to_id(str(token))}; save the tokenizer again"
             )
-    known = {number for number, token in file.get_added_tokens_decoder().items() if token.special}
-    further = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
-    listed = map(_token, further if isinstance(further, list) else ())
-    for token in (*special.values(), *listed):
-        if token is not None and file.token_to_id(str(token)) not in known:
-            file.add_special_tokens([flags.get(str(token), token)])
+    for token in named.values():
+        _add(file, token)
+    further = config.get("extra_special_tokens") or config.get("additional_special_tokens")
+    added = {token.content for token in file.get_added_tokens_decoder().values()}
+    for entry in further if isinstance(further, list) else ():
+        token = _token(entry)
+        if token is not None and str(token) not in added:
+            _add(file, token)
 
 
-def _added_tokens(config: Mapping[str, Any]) -> dict[int, AddedToken]:
-    """The tokens of `added_tokens_decoder`, by id."""
-    entries = config.get("added_tokens_decoder")
-    tokens: dict[int, AddedToken] = {}
+def _add(file: TokenizerFile, token: AddedToken) -> None:
+    """Have texts split at a token, and make it special if it is; a token that is so already stays as it is."""
+    known = {token.content: token.special for token in file.get_added_tokens_decoder().values()}
+    if token.special and not known.get(str(token)):
+        file.add_special_tokens([token])
+    elif str(token) not in known:
+        file.add_tokens([token])
+
+
+def _declared_tokens(config: Mapping[str, Any]) -> list[tuple[int, AddedToken]]:
+    """The tokens of `added_tokens_decoder` in order of their ids."""
+    entries = config["added_tokens_decoder"]
+    declared: list[tuple[int, AddedToken]] = []
     for number, entry in entries.items() if isinstance(entries, dict) else ():
         token = _token(entry)
         if token is not None:
-            token.special = entry.get("special") is True
-            tokens[int(number)] = token
-    return tokens
+            token.special = isinstance(entry, dict) and entry.get("special") is True
+            declared.append((int(number), token))
+    return sorted(declared, key=lambda pair: pair[0])
 
 
 def _add_bos(file: TokenizerFile, bos: str) -> None:
     """Have texts begin with BOS, in front of what the post-processor writes around them, unless that begins so."""
-    number, inner, whole = file.token_to_id(bos), file.encode("a", add_special_tokens=False).ids, file.encode("a").ids
-    if number is None or whole[:1] == [number]:
+    number, inner, whole = (
+        file.token_to_id(bos),
+        file.encode(PROBE, add_special_tokens=False).ids,
+        file.encode(PROBE).ids,
+    )
+    if number is None or not inner or whole[:1] == [number]:
         return
     start = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
     before = [bos, *(str(file.id_to_token(i)) for i in whole[:start])]

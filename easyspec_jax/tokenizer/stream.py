@@ -63,8 +63,8 @@ def _parts(decoder: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _is_piecewise(parts: list[dict[str, Any]]) -> bool:
     kinds = [part["type"] for part in parts]
-    # Once everything is fused, a pattern can match across tokens.
-    fused = kinds.index("Fuse") if "Fuse" in kinds else len(kinds)
+    # Once everything is one string, a pattern can match across tokens.
+    fused = min((place for place, kind in enumerate(kinds) if kind in ("Fuse", "ByteLevel")), default=len(kinds))
     return all(
         (kind == "Strip" and not part["stop"]) or (kind in _PIECEWISE and not (kind == "Replace" and place > fused))
         for place, (kind, part) in enumerate(zip(kinds, parts, strict=True))
@@ -103,7 +103,8 @@ class TextStream:
         self.stopped = False
         self._decoder = _detokenizer(tokenizer)
         self._stop, self._stop_ids = stop, frozenset(stop_ids)
-        self._all = list(prompt_ids)  # the prompt and the ids that are spelled
+        # The prompt and the ids that are spelled, without those that the decoder never sees.
+        self._all = [number for number in prompt_ids if not self._decoder.is_hidden(number)]
         self._certain = ""  # text that no further id can change
         self._shown = 0  # characters of it that push() has returned
         self._read_to(len(self._all), "")
@@ -128,7 +129,7 @@ class TextStream:
 
     def _take(self, number: int) -> None:
         self.ids.append(number)
-        if number in self._stop_ids:
+        if number in self._stop_ids or self._decoder.is_hidden(number):
             return
         self._all.append(number)
         if not self._decoder.piecewise and not self._stop:
@@ -160,10 +161,9 @@ class TextStream:
         start = place = len(self._all)
         while place > self._anchor:
             place -= 1
-            if self._decoder.is_byte(self._all[place]):
-                start = place
-            elif not self._decoder.is_hidden(self._all[place]):
+            if not self._decoder.is_byte(self._all[place]):
                 break
+            start = place
         return start
 
     def _first_stop(self, text: str) -> int | None:
@@ -173,8 +173,14 @@ class TextStream:
 
     def _withheld(self) -> int:
         """Length of the longest end of the certain text that may yet become a stop string."""
-        starts = (stop[:length] for stop in self._stop for length in range(1, len(stop)))
-        return max((len(start) for start in starts if self._certain.endswith(start)), default=0)
+        shown = self._certain[self._shown :]
+        longest = 0
+        for stop in self._stop:
+            for length in range(min(len(stop) - 1, len(shown)), longest, -1):
+                if shown.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest
 
 
 def _common_length(first: str, second: str) -> int:

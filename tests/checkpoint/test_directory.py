@@ -383,3 +383,18 @@ def test_safetensors_that_cannot_be_written_are_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(EasySpecError, match=r"file cannot be written: "):
         write_safetensors(tmp_path / "file" / SAFETENSORS, [("w", np.zeros(2))])
+
+
+def test_an_adapter_is_not_left_out(tmp_path):
+    write_huggingface(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(EasySpecError, match=r"holds an adapter .*; merge it into the model first"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("allow_links", [False, True])
+def test_a_link_to_itself_is_one_line(tmp_path, allow_links):
+    write_huggingface(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(EasySpecError, match="loop is a link that leads"):
+        open_checkpoint(tmp_path, allow_links=allow_links)

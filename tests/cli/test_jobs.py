@@ -267,13 +267,21 @@ def test_no_line_ends_a_job(models, tmp_path, capsys):
 
 
 def test_a_line_that_would_not_fit_costs_only_itself(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "free_memory", lambda: 40 << 20)
+    """Whatever is free later: other programs come and go."""
+    answers = iter([40 << 20, *[1000] * 99])
+    monkeypatch.setattr(engine, "free_memory", lambda: next(answers))
     lines = [{"id": n, "prompt": "a", "max_new_tokens": limit} for n, limit in enumerate((4, 1000, 4))]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
     out = tmp_path / "out.jsonl"
     assert run_job(engine, read_job(tmp_path / "in.jsonl", PLAIN), out, batch_size=8) == (3, 1)
     errors = {record["id"]: record.get("error", "") for record in records(out.read_bytes())}
     assert "memory" in errors[1] and not errors[0] and not errors[2]
+
+
+def test_closed_standard_input_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(EasySpecError, match="--prompts - cannot be read: Bad file descriptor"):
+        read_job("-", PLAIN)
 
 
 def test_outputs_are_looked_at_before_a_model_is_opened(tmp_path, capsys, monkeypatch):

@@ -311,6 +311,8 @@ def test_other_rope_factors_are_refused(tiny_model, write_gguf):
         ({"llama.block_count": None}, r"llama\.block_count is missing"),
         ({"llama.attention.head_count_kv": [2, 1]}, "num_key_value_heads=.2, 1. has the wrong type"),
         ({"split.count": 3}, "one of 3 parts"),
+        ({"split.count": "x"}, "split.count=x"),
+        ({"tokenizer.ggml.model": ["gpt2"]}, "tokenizer model"),
         ({"tokenizer.ggml.model": "bert"}, "tokenizer model 'bert'"),
     ],
 )

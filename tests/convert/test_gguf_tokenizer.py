@@ -229,3 +229,21 @@ def reopen(tokenizer: Any, directory: Path, family: str) -> Any:
     tokenizer.save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps({"model_type": family}))
     return load_tokenizer(directory)
+
+
+@pytest.mark.parametrize("role", ["padding", "unknown"])
+def test_an_ordinary_token_with_a_role_stays_in_texts(tokenizer_metadata, tmp_path, role):
+    """llama.cpp's converter gives id 0 to roles that a model has no token for."""
+    number = tokenizer_metadata["tokenizer.ggml.tokens"].index("!")
+    built = build(tokenizer_metadata | {f"tokenizer.ggml.{role}_token_id": number})
+    for opened in (built, reopen(built, tmp_path, "llama")):
+        ids = opened("hi!").input_ids
+        assert ids[-1] == number
+        assert decode_text(opened, ids) == "hi!"
+
+
+def test_two_ids_of_one_token_are_refused(tokenizer_metadata):
+    tokens = list(tokenizer_metadata["tokenizer.ggml.tokens"])
+    tokens[1] = tokens[0]
+    with pytest.raises(EasySpecError, match="two ids have the same token"):
+        build(tokenizer_metadata | {"tokenizer.ggml.tokens": tokens})

@@ -100,7 +100,7 @@ def test_a_copy_without_its_head_is_not_verified(tiny_model, save, tmp_path):
     tensors = load_file(headless / "model.safetensors")
     save_file({name: tensor for name, tensor in tensors.items() if name != HEAD}, headless / "model.safetensors")
     convert(open_huggingface(headless), tmp_path / "out")
-    with pytest.raises(EasySpecError, match=r"lm_head\.weight is not as in"):
+    with pytest.raises(EasySpecError, match="tie_word_embeddings is True, not False as in"):
         verify(open_huggingface(source), tmp_path / "out")
 
 
@@ -274,3 +274,12 @@ def edit(path: Path, change: Callable[[dict], dict]) -> None:
 
 def remaining(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_changed_configuration_is_not_verified(tiny_model, save, tmp_path):
+    source = save(tiny_model())
+    convert(open_huggingface(source), tmp_path / "out")
+    verify(open_huggingface(source), tmp_path / "out")
+    edit(tmp_path / "out" / "config.json", lambda config: config | {"rms_norm_eps": 0.5})
+    with pytest.raises(EasySpecError, match=r"rms_norm_eps is 0\.5, not 1e-06 as in .*; convert again"):
+        verify(open_huggingface(source), tmp_path / "out")

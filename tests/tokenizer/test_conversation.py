@@ -24,7 +24,7 @@ def tokenizer(template: str | None) -> PreTrainedTokenizerFast:
     letters = [*"abcdefghijklmnopqrstuvwxyz?{}\"':,. \n[]"]
     file = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
     file.add_special_tokens(list(SPECIAL[:3]))
-    file.add_tokens([AddedToken(SPECIAL[3], special=False)])
+    file.add_tokens([AddedToken(text, special=False) for text in (SPECIAL[3], "\n\n\n")])
     return PreTrainedTokenizerFast(tokenizer_object=file, eos_token="</s>", chat_template=template)
 
 
@@ -35,6 +35,7 @@ def tokenizer(template: str | None) -> PreTrainedTokenizerFast:
         ("{% for m in messages %}{{ m.content }} {{ eos_token }}{% endfor %}", "</s>"),
         ("{% for m in messages %}{{ m.content }}\n\n <tool>{% endfor %}", "<tool>"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", None),
+        ("{% for m in messages %}{{ m.content }}\n\n\n{% endfor %}", None),  # an added token, but of blanks
         ("{% for m in messages %}{{ m.content }} bye</s>{% endfor %}", None),
         ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}</s>{% endif %}{% endfor %}", None),
         ("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}", None),

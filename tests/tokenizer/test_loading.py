@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from easyspec_jax.errors import EasySpecError
@@ -328,3 +328,59 @@ def test_chat_templates_come_from_the_file_before_the_configuration(tmp_path):
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("four")
     assert load_tokenizer(tmp_path).chat_template == {"default": "three", "tool_use": "four"}
+
+
+TOOL = {"content": "<tool>", "special": True}
+ROLES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
+    "none": ({}, None),
+    "a role": ({"eos_token": "<tool>"}, None),
+    "a role of its own": ({"tool_token": "<tool>"}, None),
+    "declared": ({"added_tokens_decoder": {"27": TOOL}}, None),
+    "declared as text": ({"added_tokens_decoder": {"27": TOOL | {"special": False}}}, None),
+    "declared as text, with a role": (
+        {"eos_token": "<tool>", "added_tokens_decoder": {"27": TOOL | {"special": False}}},
+        None,
+    ),
+    "extra": ({"extra_special_tokens": ["<tool>"]}, None),
+    "extra by name": ({"extra_special_tokens": {"tool_token": "<tool>"}}, None),
+    "additional": ({"additional_special_tokens": ["<tool>"]}, None),
+    "additional, declared as text": (
+        {"additional_special_tokens": ["<tool>"], "added_tokens_decoder": {"27": TOOL | {"special": False}}},
+        None,
+    ),
+    "map": ({"eos_token": "z"}, {"eos_token": "<tool>"}),
+    "map that is too old": ({"eos_token": "z", "added_tokens_decoder": {}}, {"eos_token": "<tool>"}),
+    "additional in a map": ({}, {"additional_special_tokens": ["<tool>"]}),
+}
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("roles", ROLES)
+def test_a_token_is_special_where_transformers_takes_it_for_special(tmp_path, roles, known):
+    file, (config, special_tokens_map) = plain_file("<tool>"), ROLES[roles]
+    if known:
+        file.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
+    saved(tmp_path, file, **config)
+    if special_tokens_map is not None:
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps(special_tokens_map))
+    opened, theirs = load_tokenizer(tmp_path), PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert opened.eos_token == theirs.eos_token
+    for text in ("x<tool>y", "x <tool>", "z"):
+        assert opened(text).input_ids == theirs(text).input_ids
+    assert decode_text(opened, [23, 27, 24]) == decode_text(theirs, [23, 27, 24])
+
+
+def test_bos_goes_in_front_of_what_the_post_processor_writes(tmp_path):
+    file = plain_file("<s>", "<c>")
+    file.post_processor = processors.TemplateProcessing(single="<c> $A <c>", special_tokens=[("<c>", 28)])
+    opened = load_tokenizer(saved(tmp_path, file, bos_token="<s>", add_bos_token=True))
+    assert encode(opened, "ab") == [27, 28, 0, 1, 28]
+
+
+def test_a_post_processor_that_panics_is_one_line(tmp_path):
+    data = json.loads(plain_file("<c>").to_str())
+    piece = {"SpecialToken": {"id": "<gone>", "type_id": 0}}
+    data["post_processor"] = {"type": "TemplateProcessing", "single": [piece], "pair": [piece], "special_tokens": {}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(EasySpecError, match="has no usable tokenizer"):
+        load_tokenizer(tmp_path)

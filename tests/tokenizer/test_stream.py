@@ -114,6 +114,7 @@ DECODERS = {
     "suffix": decoders.BPEDecoder("a"),
     "strips the end": decoders.Strip("x", 0, 1),
     "replaces across tokens": decoders.Sequence([FUSE, decoders.Replace("xa", "!")]),
+    "replaces across bytes": decoders.Sequence([decoders.ByteLevel(), decoders.Replace("xa", "!")]),
 }
 
 
@@ -210,3 +211,10 @@ def test_a_text_of_many_tokens_is_decoded_once():
     finally:
         stream._decoder.decode = decode  # pyright: ignore[reportAttributeAccessIssue]
     assert max(decoded) <= 4
+
+
+def test_a_very_long_stop_string_costs_no_time():
+    tokenizer, (x,) = TOKENIZERS["gemma"], map(PIECES.index, "x")
+    stream = TextStream(tokenizer, ["x" * 10**6 + "a", "x" * 5 + "b"])
+    assert stream.push([x] * 300) == ""
+    assert stream.rest() == stream.text == "x" * 300
