@@ -1,4 +1,4 @@
-"""What all pictures share: their looks, and files that depend on what is drawn alone. Drawing is an extra."""
+"""Style shared by all pictures, and files that depend on nothing but what is drawn. Drawing is an extra."""
 
 import io
 from collections.abc import Callable, Mapping

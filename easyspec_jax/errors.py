@@ -6,5 +6,5 @@ class EasySpecError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's exception says, short enough to be quoted."""
+    """First line of another library's exception, short enough to be quoted."""
     return next(iter(str(error).splitlines()), type(error).__name__)

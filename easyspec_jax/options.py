@@ -1,4 +1,4 @@
-"""What a user may choose: how to speculate, how to sample, where and in what type to compute."""
+"""Options: how to speculate, how to sample, where and in what type to compute."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, SupportsIndex, get_args
@@ -133,7 +133,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def check_whole(name: str, value: Any, least: int, most: int | None = None, note: str = "") -> None:
-    """Raises EasySpecError if value is no whole number from least to most; name is the flag without dashes."""
+    """Raise EasySpecError unless value is a whole number from least to most; name is the flag without dashes."""
     if not isinstance(value, SupportsIndex):
         raise EasySpecError(f"--{name} {value!r} must be a whole number")
     if value.__index__() < least or (most is not None and value.__index__() > most):

@@ -27,7 +27,7 @@ Scheme = Literal["canonical", "hf", "gguf"]
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
-    """What the sizes in a family's table stand for."""
+    """Map the size names of a family's table to numbers."""
     return {
         "hidden": config.hidden_size,
         "inner": config.intermediate_size,
@@ -55,7 +55,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class StoredAs:
-    """Where others keep a canonical tensor: from a row of one of theirs.
+    """Location of a canonical tensor in someone else's naming: rows of one of their tensors.
 
     unit: rows of a head, where they are stored as pairs of channels; otherwise 1.
     """

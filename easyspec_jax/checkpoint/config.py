@@ -1,4 +1,4 @@
-"""What a model is: a frozen configuration, read from a `config.json`."""
+"""Model configuration: a frozen dataclass, read from a `config.json`."""
 
 import json
 from dataclasses import asdict, dataclass

@@ -76,7 +76,7 @@ def check_files(directory: Path, allow_links: bool = False) -> None:
     keeps a snapshot's files next to it, in `blobs`, which may be linked to.
 
     Raises:
-        EasySpecError: A file is a link that leads out of the directory (unless allow_links), or is no ordinary file.
+        EasySpecError: A file is a link that leads out of the directory (unless allow_links), or not an ordinary file.
     """
     root = directory.resolve()
     homes = [root] + ([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])

@@ -27,7 +27,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Family:
-    """What a `model_type` means.
+    """Definition of a `model_type`.
 
     tensors: all of them; an untied head comes last. read_config: the contents of a `config.json` in Llama's terms, with
     the family's defaults. class_name: transformers' class. gguf: the architecture that GGUF files name; "" for none.

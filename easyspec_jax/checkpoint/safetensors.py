@@ -31,7 +31,7 @@ _OTHER_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0
 
 @dataclass(frozen=True)
 class _ByteRange:
-    """Where a tensor lies in a safetensors file: `offset` bytes from its start, in row-major order."""
+    """Location of a tensor in a safetensors file: `offset` bytes from its start, in row-major order."""
 
     path: Path
     dtype: str
@@ -132,7 +132,7 @@ def _inside(directory: Path, file: str, named_by: Path) -> Path:
 
 
 def _header(path: Path) -> dict[str, _ByteRange]:
-    """Where each tensor of a file lies; every byte of it belongs to exactly one."""
+    """Locate each tensor of a file; every byte of the file belongs to exactly one."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

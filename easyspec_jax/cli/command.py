@@ -1,4 +1,4 @@
-"""What the commands share."""
+"""Parsing, running and caching shared by all commands."""
 
 import argparse
 import os

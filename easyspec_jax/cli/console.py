@@ -1,4 +1,4 @@
-"""What people see beside the text, all of it on stderr: the summary line, the comparison, the devices."""
+"""Output next to the text, all of it on stderr: the summary line, the comparison, the devices."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -99,7 +99,7 @@ def print_note(text: str) -> None:
 
 
 def print_example(prompt: str) -> None:
-    """What the bundled pair is about to go on from, for whoever has not given it anything."""
+    """Print the bundled pair's example prompt, which its text continues."""
     _console().print(f"[dim]{escape(prompt)}[/]", end="")
 
 
@@ -111,7 +111,7 @@ def _layers_at(position: int, engine: "Engine") -> list[int]:
 
 
 def _bytes_per_device(tree: Any) -> Counter[Any]:
-    """Of other processes' devices too, whose shards are not here."""
+    """Bytes held on each device, those of other processes included."""
     held = Counter[Any]()
     for leaf in jax.tree.leaves(tree):
         size = prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -64,7 +64,7 @@ def speculative_of(args: argparse.Namespace) -> SpeculativeConfig:
 
 
 def prompts_of(args: argparse.Namespace) -> list[str]:
-    """What is to be completed; nothing if a conversation is wanted instead."""
+    """Return the prompts to complete; none if a conversation is wanted instead."""
     if args.prompt is not None:
         return args.prompt
     if args.prompt_file is None:

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # text goes through any terminal's encoding
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is refused as a prompt, in one line
+        sys.stdin.reconfigure(errors="surrogateescape")  # invalid text is refused as a prompt, in one line
     try:
         return _run(parse_flags(PROGRAM, str(__doc__), argv))
     except EasySpecError as error:

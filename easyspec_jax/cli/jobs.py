@@ -29,7 +29,7 @@ SYNC_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be completed: the input's name, its bytes and its lines."""
+    """Input of a job: its name, its bytes and its lines."""
 
     name: str
     content: bytes
@@ -141,7 +141,7 @@ def _serialised(described: Mapping[str, Any]) -> bytes:
 
 
 def describe_job(job: Job, settings: Mapping[str, Any], chat: bool) -> dict[str, Any]:
-    """What the texts of a job depend on."""
+    """Describe everything that the texts of a job depend on."""
     return {"prompts": hashlib.sha256(job.content).hexdigest(), "settings": dict(settings), "chat": chat}
 
 

@@ -82,7 +82,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _prepare_jax(topology: Topology, measure: bool) -> None:
-    """What must be said before JAX starts: a plan for devices that are not here must not look for them."""
+    """Configure JAX before it starts, so that planning for absent devices does not look for them."""
     if measure:
         return
     quiet = {

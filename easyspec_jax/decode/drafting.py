@@ -29,7 +29,7 @@ class Level(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """Of each node of a level: the ids that may follow it, and the draft's probabilities of them."""
+    """For each node of a level, the ids that may follow it and their probabilities under the draft."""
 
     ids: Int[Array, "batch width ids"]
     q: Float[Array, "batch width ids"]
@@ -104,7 +104,7 @@ def best_branches(
 
 
 def _root_level(tokens: Int[Array, " batch"], nodes: int) -> Level:
-    """Level 0, of a tree of so many nodes."""
+    """Level 0 of a tree."""
     zero = jnp.zeros((tokens.shape[0], 1), jnp.int32)
     certain = zero.astype(jnp.float32)
     is_root = jnp.broadcast_to(jnp.arange(nodes) == 0, (tokens.shape[0], 1, nodes))

@@ -18,7 +18,7 @@ class CacheGrowth:
         self._lengths, self._first, self._ends = (np.zeros(rows, np.int64) for _ in range(3))
 
     def enter(self, row: int, prompt: int, limit: int) -> None:
-        """A row has a text of so many tokens, to be continued by up to `limit` more."""
+        """Note that a row has a text of `prompt` tokens, to be continued by up to `limit` more."""
         self._lengths[row], self._first[row], self._ends[row] = prompt, prompt + min(limit, AHEAD), prompt + limit
 
     def leave(self, row: int) -> None:

@@ -47,7 +47,7 @@ def settle(state: State) -> None:
 
 
 def warm_up(programs: Programs, capacities: Sequence[int], rows: int = 1) -> None:
-    """Compiles what decode() uses for so many rows whose caches grow like this, by decoding rows that are finished."""
+    """Compile what decode() uses for rows whose caches grow like this, by decoding rows that are finished."""
     state = programs.start(SamplingParams(), [0] * rows, capacities[0])
     state, _ = prefill_all(programs, state, [[0]] * rows)
     state, _ = programs.round(state)

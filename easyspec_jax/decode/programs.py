@@ -1,4 +1,4 @@
-"""What is compiled: the steps of one pair of models, each once per cache size."""
+"""Compiled steps of one pair of models, each compiled once per cache size."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class Programs:
         return tokens + self.config.scratch + 1
 
     def capacities(self, prompt: int, limit: int) -> tuple[int, ...]:
-        """The sizes that caches go through while a prompt of so many tokens is continued up to its limit."""
+        """Cache sizes on the way from a prompt of `prompt` tokens to its limit."""
         sizes = [self.capacity(prompt + min(limit, AHEAD))]
         while sizes[-1] < self.capacity(prompt + limit):
             sizes.append(self.capacity(sizes[-1]))
@@ -158,7 +158,7 @@ class Programs:
 
     @property
     def _shardings(self) -> Any:
-        """Of the results, spelled out: JAX spells what it infers in several ways, and each would compile anew."""
+        """Shardings of the results, spelled out: JAX infers several equal spellings, and each would compile again."""
         return jax.tree.map(partial(NamedSharding, self.mesh), self._results)
 
     def mapped(self, body: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ from easyspec_jax.verify.tree import Tree, bare_root, path_to, prune
 
 @dataclass(frozen=True)
 class RoundConfig:
-    """What a compiled round is specialised to.
+    """Static options that a compiled round is specialised to.
 
     levels: of the drafted tree, 0 for plain decoding; width: nodes a level, 1 for a chain; nodes: how many of all nodes
     are verified, None for all.
@@ -73,7 +73,7 @@ class RoundConfig:
 )
 @dataclass(frozen=True)
 class State:
-    """Where every row stands between rounds.
+    """State of every row between rounds.
 
     target, draft: caches, of whose entries the first length (draft_length) are committed. pending: the last tokens of
     the text, which the draft's cache lacks; the last of them is also the one that the target's cache lacks. remaining:
@@ -99,7 +99,7 @@ class Fault(IntEnum):
 
 
 class Report(NamedTuple):
-    """What a pass added to each row: its first `num_tokens` tokens; of `drafted` levels `accepted` are among them.
+    """Tokens that a pass added to each row: the first `num_tokens`; of `drafted` levels `accepted` are among them.
 
     Levels that the text cannot reach, past a stop token, the limit or a fault, count as neither drafted nor accepted.
     fault: a Fault, which ends the row.

@@ -1,4 +1,4 @@
-"""What speculation gained, in the terms of serving engines."""
+"""Statistics of speculation, as serving engines define them."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
@@ -6,7 +6,7 @@ from typing import Any, Self
 
 @dataclass(frozen=True)
 class Stats:
-    """Of one request. Times in seconds; the first token, made by prefill, belongs to no round.
+    """Statistics of one request. Times in seconds; the first token, made by prefill, belongs to no round.
 
     drafted and accepted count positions (levels), those past a stop token or the limit in neither.
     accepted_per_position[i]: rounds whose draft was accepted at position i.

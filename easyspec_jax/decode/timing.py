@@ -42,7 +42,7 @@ class Case:
     reset: Callable[[Any], Any] | None = None
 
     def sample(self, calls: int) -> float:
-        """Seconds of a step, over so many calls that are dispatched as fast as the host can."""
+        """Seconds of a step, averaged over calls that are dispatched as fast as the host can."""
         if self.reset is not None:
             self.state = self.reset(self.state)
         jax.block_until_ready(self.state)

@@ -15,7 +15,7 @@ Group = range
 
 @dataclass(frozen=True)
 class Layout:
-    """What of a draft runs at once: the attentions of each group, and so many of its MLPs at a time (at most all)."""
+    """Layers of a draft that run at once: the attentions of each group, and some of its MLPs at a time."""
 
     groups: tuple[Group, ...]
     mlp_lp_sizes: tuple[int, ...]
@@ -46,7 +46,7 @@ class Layout:
 
 
 def runs(layers: int, mlp_lp_size: int) -> int:
-    """In how many turns the MLPs of so many layers run, so many at a time."""
+    """Count the turns in which the MLPs of `layers` layers run, `mlp_lp_size` at a time."""
     return -(-layers // mlp_lp_size)
 
 
@@ -58,7 +58,7 @@ def paper_groups(num_layers: int, lp_size: int) -> tuple[Group, ...]:
 
 
 def layout_of(speculative: SpeculativeConfig, num_layers: int) -> Layout:
-    """What of a draft of so many layers runs at once. Raises EasySpecError for groups that it cannot have."""
+    """Group the layers of a draft. Raises EasySpecError for groups that it cannot have."""
     if speculative.method != "easyspec":
         return Layout.uniform(paper_groups(num_layers, 1))
     if speculative.lp_strategy is not None:

@@ -84,7 +84,7 @@ class LayerGroup(nnx.Module):
         return h + attended[0], cache, fed
 
     def after(self, size: int, fed: Sequence[Hidden]) -> Hidden:
-        """What a fuzzy pass of only the first `size` layers comes to, of what trace_fuzzy() says that MLPs were fed.
+        """Result of a fuzzy pass over the first `size` layers only, from the MLP inputs that trace_fuzzy() returns.
 
         Later layers of a group change nothing of what earlier ones are fed.
         """
@@ -172,7 +172,7 @@ def load_block(loader: Loader, group: Group, mlp_lp_size: int = 1, refit: Tensor
 
 
 def load_refit(loader: Loader, group: Group, refit: TensorSource) -> Refit:
-    """What a group's fuzzy pass multiplies by instead, where the refit has tensors for it."""
+    """Projections that replace a group's own in fuzzy passes, where the refit has them."""
     fitted = replace(loader, source=Overlay(loader.source, refit))
     held = refit.shapes()
     return Refit(

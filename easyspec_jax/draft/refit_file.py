@@ -1,4 +1,4 @@
-"""Where a refit lies: beside the weights it was made from, and good for those alone."""
+"""Refits on disk: kept next to the weights they were made from, and valid for those alone."""
 
 import hashlib
 import re
@@ -23,7 +23,7 @@ DIRECTORY = "refit"
 
 
 def path_of(directory: Path, speculative: SpeculativeConfig, layout: Layout) -> Path:
-    """Where a refit is written. Whoever names a size only takes what groups the refit chose; layout: what is named."""
+    """Path of a refit. With only a size given, the refit chooses the groups itself; layout: the groups given."""
     if speculative.lp_strategy is None:
         mlps = f"_mlp{speculative.mlp_lp_size}" if speculative.mlp_lp_size > 1 else ""
         return directory / f"lp{speculative.lp_size}{mlps}.safetensors"

@@ -121,6 +121,6 @@ def abstract_state(programs: Programs, rows: int, capacity: int) -> State:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Of a pytree of arrays, or of jax.ShapeDtypeStructs that say how they are sharded."""
+    """Bytes per device of a pytree of arrays, or of jax.ShapeDtypeStructs with shardings."""
     leaves = jax.tree.leaves(tree)
     return sum(prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

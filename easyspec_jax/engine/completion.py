@@ -1,4 +1,4 @@
-"""What a prompt becomes, while it does and when it has."""
+"""A prompt's text while it is generated, and when it is complete."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ def batched(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
 
 @dataclass(frozen=True)
 class Completion:
-    """What one prompt became.
+    """Text generated for one prompt.
 
     token_ids: generated ids, a stop token included, or up to the one that completed a stop string; text ends before
     either. finish_reason: "stop", "length" or "error", which error explains. tokens_per_round: of token_ids, all

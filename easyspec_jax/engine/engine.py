@@ -38,7 +38,7 @@ from easyspec_jax.tokenizer.stream import TextStream
 
 @dataclass(frozen=True)
 class Preparation:
-    """What compile() did: cache sizes in tokens, and seconds spent on weights and on programs."""
+    """Result of compile(): cache sizes in tokens, and seconds spent on weights and on programs."""
 
     capacities: list[int]
     load_seconds: float
@@ -239,7 +239,7 @@ class Engine:
         yield from (self._completion(row) for row in rows)
 
     def row(self, prompt: Prompt, sampling: SamplingParams, *, chat: bool = False) -> Generation:
-        """What complete_each() takes. Raises EasySpecError for a bad prompt."""
+        """Prepare a prompt for complete_each(). Raises EasySpecError for a bad prompt."""
         return self._row(prompt, self.encode(prompt, chat), sampling)
 
     def complete_each(
@@ -287,7 +287,7 @@ class Engine:
                     yield number, self._completion(row)
 
     def config(self, sampling: SamplingParams) -> RoundConfig:
-        """What the programs for a way of sampling are specialised to."""
+        """Static options of the programs for a way of sampling."""
         return RoundConfig.of(self.speculative, sampling, self.target.config.stop_ids)
 
     def _row(self, prompt: Prompt, ids: list[int], sampling: SamplingParams) -> Generation:
@@ -326,7 +326,7 @@ class Engine:
         check_memory(self.workload(tokens, prompt, rows, sampling), self.free_memory() if free is None else free)
 
     def workload(self, tokens: int, prompt: int, rows: int, sampling: SamplingParams) -> Workload:
-        """What check_memory is asked of: rows of up to so many tokens, of which a prompt takes some."""
+        """Workload that check_memory is asked about: rows of up to `tokens` tokens, `prompt` of them the prompt."""
         return Workload(
             target=self.target.config,
             draft=self.draft and self.draft.config,
@@ -345,7 +345,7 @@ class Engine:
         )
 
     def loader(self, checkpoint: Checkpoint, axes: Axes) -> Loader:
-        """What puts a checkpoint on this mesh, its vocabulary aligned with that of the pair."""
+        """Loader of a checkpoint onto this mesh, its vocabulary aligned with that of the pair."""
         configs = [c.config for c in (self.target, self.draft) if c is not None]
         return Loader(
             source=checkpoint.source,

@@ -28,7 +28,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Workload:
-    """What is about to be loaded and decoded.
+    """Models and texts that are about to be loaded and decoded.
 
     layout, refit, draft_axes: how the draft is laid out. tokens: the longest text, prompt included; prompt: its
     prompt; rows: texts decoded together. target_held, draft_held: whether these weights lie on the devices already.
@@ -81,7 +81,7 @@ def needed(job: Workload) -> Need:
 
 @lru_cache(maxsize=64)  # the flags that would help are found by trying many
 def _of_models(job: Workload) -> tuple[tuple[Decoder, Decoder | None], int, int]:
-    """What does not depend on the texts: the models, bytes of their weights, and bytes of a row's cache entry."""
+    """Sizes independent of the texts: the models, bytes of their weights, and bytes of a row's cache entry."""
     models = abstract_pair(job.target, job.draft, job.mesh, job.layout, job.refit, job.draft_axes, np.dtype(job.dtype))
     missing = [model for model, held in zip(models, (job.target_held, job.draft_held), strict=True) if not held]
     state = abstract_state(Programs(job.mesh, *models, job.round), 1, PREFILL_CHUNK)
@@ -92,7 +92,7 @@ def _of_models(job: Workload) -> tuple[tuple[Decoder, Decoder | None], int, int]
 
 
 def _working(model: Decoder, programs: Programs, job: Workload) -> int:
-    """Of one pass on one device: scores, mask and softmax in float32, an MLP's insides, logits of all nodes."""
+    """Bytes of one pass on one device: scores, mask and softmax in float32, an MLP's insides, logits of all nodes."""
     config, split = model.config, axes_size(job.mesh, model.axes)
     nodes = 1 + (job.round.nodes or job.round.levels * job.round.width)
     capacity = programs.capacity(job.tokens)

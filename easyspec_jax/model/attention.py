@@ -20,7 +20,7 @@ from easyspec_jax.model.projection import Projection
 @partial(jax.tree_util.register_dataclass, data_fields=["start", "mask", "cos", "sin"], meta_fields=[])
 @dataclass(frozen=True)
 class Window:
-    """Where the tokens of one pass stand: row b's tokens take the cache entries from start[b] on.
+    """Positions of the tokens of one pass: row b's tokens take the cache entries from start[b] on.
 
     mask[b, t, s]: token t may read entry s. cos, sin: the rotation of each token, in float32.
     """
@@ -39,7 +39,7 @@ def chain_window(start: Int[Array, " batch"], tokens: int, capacity: int, config
 
 
 class Nodes(NamedTuple):
-    """Where some nodes of token trees stand: they take the cache entries from start[b] on.
+    """Positions of some nodes of token trees: they take the cache entries from start[b] on.
 
     Node i of row b's tree has the entry root[b] + i, behind everything that all nodes may read. depth: levels below
     the root; ancestors[b, t, i]: token t may read node i.

@@ -66,7 +66,7 @@ def move(cache: KVCache, source: Int[Array, "batch entries"], start: Int[Array, 
 
 
 def take_row(cache: KVCache, row: Int[Array, ""], batch: int) -> KVCache:
-    """One of so many rows, as a cache of a batch of one."""
+    """One row, as a cache of a batch of one."""
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, *_heads(x, row, batch), axis=-3), cache)
 
 

@@ -230,7 +230,7 @@ class Loader:
         return place((size,), P(None), fill)
 
     def _mlp_sizes(self) -> tuple[int, int, int, int]:
-        """Of the hidden state, of the inner one, of a shard's part of it, and how many shards there are."""
+        """Sizes of the hidden state, of the inner one and of a shard's part of it, and the number of shards."""
         shards, inner = axes_size(self.mesh, self.axes), self.config.intermediate_size
         return self.config.hidden_size, inner, -(-inner // shards), shards
 
@@ -250,7 +250,7 @@ def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _clipped(start: int, size: int, limit: int) -> slice:
-    """What of start to start + size there is below the limit; beyond it is padding."""
+    """Part of start to start + size below the limit; beyond it is padding."""
     return slice(min(start, limit), min(start + size, limit))
 
 

@@ -210,7 +210,7 @@ def joined(program: str, place: Peer, command: Any) -> Iterator[None]:
 
 @contextmanager
 def _spoken_for(first: bool) -> Iterator[None]:
-    """What Python prints, and libraries on stderr, is seen of the first process only; Gloo's chatter, of none."""
+    """Show the output of the first process only, and Gloo's chatter of none."""
     sys.stdout.flush()
     with ExitStack() as stack:
         nowhere = stack.enter_context(open(os.devnull, "w"))
@@ -236,7 +236,7 @@ def _muted(number: int, nowhere: int, stack: ExitStack) -> int:
 
 
 def _slow_to_abort(stack: ExitStack) -> None:
-    """Where process 0 dies, JAX aborts the others at once, and the watch could not say why: let it sleep before."""
+    """Delay JAX's abort when process 0 dies, so that the watch can say why first."""
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
     # A handler is given the signal's number: six seconds.

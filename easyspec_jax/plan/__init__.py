@@ -1,1 +1,1 @@
-"""What a pair of models will cost on a machine, told without weights and without the machine."""
+"""Cost of a pair of models on a machine, estimated without weights and without the machine."""

@@ -29,7 +29,7 @@ class CannotCompile(Exception):
 
 @dataclass(frozen=True)
 class Compiled:
-    """What XLA says of a program; bytes are each device's.
+    """XLA's figures for a program; bytes are per device.
 
     arguments: the weights and the state, which is donated: `donated` bytes of it come back as results. temporaries:
     everything else while it runs. collectives: those in the text of the program and of its trace, where a loop's count
@@ -55,7 +55,7 @@ class Compiled:
 
 @dataclass(frozen=True)
 class TooLarge:
-    """What XLA says where a program needs more memory than the devices have."""
+    """XLA's message for a program that needs more memory than the devices have."""
 
     reason: str
 

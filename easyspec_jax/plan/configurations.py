@@ -1,4 +1,4 @@
-"""What a model is, by name or from a file: enough to plan for it without its weights."""
+"""Model configurations by name or from a file, enough to plan without weights."""
 
 from functools import cache
 from math import prod
@@ -51,5 +51,5 @@ def check_pair(target: ModelConfig, draft: ModelConfig) -> None:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Of all tensors of a checkpoint, a tied head counted once."""
+    """Count the parameters of a checkpoint, a tied head once."""
     return sum(prod(shape) for shape in expected_shapes(config).values())

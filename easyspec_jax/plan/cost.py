@@ -1,4 +1,4 @@
-"""What a program costs on each device, read off its trace; and how long that takes, by an explicit model.
+"""Cost of a program on each device, read off its trace, and its time by an explicit model.
 
 The model is deliberately plain, so that what it says can be followed by hand:
 
@@ -32,7 +32,7 @@ MOVES = {"gather", "dynamic_update_slice", "sort", "top_k", "cumsum", "cummax", 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one program on each device. wire_bytes: that a device sends; bytes: that it reads and writes in its memory."""
+    """Cost of a program per device. wire_bytes: sent by a device; bytes: the least it must read and write in memory."""
 
     kernels: int = 0
     collectives: int = 0
@@ -54,7 +54,7 @@ class Cost:
 
 
 def cost(function: Callable[..., Any], *args: Any, mesh_shape: Mapping[str, int]) -> Cost:
-    """Of one call. args may be jax.ShapeDtypeStruct; nothing is compiled.
+    """Cost of one call. args may be jax.ShapeDtypeStruct; nothing is compiled.
 
     Of several branches the costliest counts, as devices that wait for the one that took it would say. Raises ValueError
     where the number of iterations of a loop that does more than element-wise work is not known.

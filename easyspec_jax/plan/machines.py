@@ -1,4 +1,4 @@
-"""What a latency model knows of machines: one table, and the names of topologies."""
+"""Machines as a latency model knows them: one table, and the names of topologies."""
 
 import re
 from dataclasses import dataclass, replace
@@ -67,7 +67,7 @@ class Topology:
 
 
 def parse_topology(text: str) -> Topology:
-    """Of "v5e:2x4" (TPUs, by the shape of their torus) or "h100:8".
+    """Parse "v5e:2x4" (TPUs, by the shape of their torus) or "h100:8".
 
     Raises EasySpecError, listing what there is, for anything else.
     """
@@ -96,7 +96,7 @@ def _example(machine: Machine) -> str:
 
 @dataclass(frozen=True)
 class Chip:
-    """What XLA must know of a GPU to compile for it: CUDA's device properties, bytes and GHz."""
+    """Description of a GPU that XLA needs to compile for it: CUDA's device properties, bytes and GHz."""
 
     name: str
     capability: tuple[int, int]

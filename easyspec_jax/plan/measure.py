@@ -76,7 +76,7 @@ def _each(
 
 
 def _seconds(program: Callable[[jax.Array], jax.Array], x: jax.Array, repeats: int = 7) -> float:
-    """Of the fastest of several calls."""
+    """Seconds of the fastest of several calls."""
 
     def call() -> float:
         begun = time.perf_counter()

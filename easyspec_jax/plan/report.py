@@ -96,7 +96,7 @@ def _compiled(compiled: Compiled | TooLarge | str, machine: Machine) -> dict[str
 
 
 def print_plan(plan: dict[str, Any], console: Console) -> None:
-    """What as_dict() returned, as tables."""
+    """Print the result of as_dict() as tables."""
     ways = plan["ways"]
     machine = plan["machine"]
     console.print(

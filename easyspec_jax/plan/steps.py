@@ -1,4 +1,4 @@
-"""What the steps of every way of decoding cost for a pair of models, from the traces of the real programs."""
+"""Cost of the steps of every way of decoding for a pair of models, from traces of the real programs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ MakeMesh = Callable[[MeshShape], Mesh]
 
 @dataclass(frozen=True)
 class Pair:
-    """What is planned for. mesh: as for `--mesh`; max_length: prompt and generated tokens together."""
+    """Models and mesh to plan for. mesh: as for `--mesh`; max_length: prompt and generated tokens together."""
 
     target: ModelConfig
     draft: ModelConfig
@@ -59,7 +59,7 @@ class Way:
         return f"{name}, draft TP {self.draft_tensor_parallel_size}"
 
     def layout(self, num_layers: int) -> Layout:
-        """Of a draft with so many layers."""
+        """Layout of a draft with this many layers."""
         return Layout.uniform(paper_groups(num_layers, self.lp_size), self.mlp_lp_size)
 
 
@@ -74,7 +74,7 @@ def ways(lp_sizes: Sequence[int], tree_width: int, mlp_lp_size: int = 1, refit: 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one way. The bytes are those that each device holds. A vanilla `step` is one of the target's.
+    """Costs of one way of decoding. The bytes are per device. A vanilla `step` is one of the target's.
 
     step: one pass of the draft over a level, exact without groups, else fuzzy. calibration: the exact pass over the
     pending tokens, None where there is none. prefill: of the whole prompt, both models. round: everything.
@@ -138,7 +138,7 @@ def costs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Costs:
 
 
 def verification_cost(pair: Pair, make_mesh: MakeMesh) -> Cost:
-    """Of the target's pass over the text's last token and all drafted ones, logits included."""
+    """Cost of the target's pass over the text's last token and all drafted ones, logits included."""
     run = programs(pair, Way("vanilla"), make_mesh)
     state = abstract_state(run, 1, run.capacity(pair.max_length))
     return pass_cost(run, state, "target", 1 + pair.num_speculative_tokens * pair.tree_width)
@@ -147,7 +147,7 @@ def verification_cost(pair: Pair, make_mesh: MakeMesh) -> Cost:
 def pass_cost(
     run: Programs, state: State, which: str, tokens: int, scored: int | None = None, fuzzy: bool = False
 ) -> Cost:
-    """Of one pass of "target" or "draft", and the logits of its last `scored` tokens (None: of all)."""
+    """Cost of one pass of "target" or "draft", with the logits of its last `scored` tokens (None: of all)."""
 
     def body(target: Decoder, draft: Decoder | None, state: State) -> Any:
         model = target if which == "target" else draft

@@ -1,4 +1,4 @@
-"""What a program sends between devices, read off its trace: nothing is compiled and no device is needed."""
+"""Traffic of a program between devices, read off its trace: nothing is compiled and no device is needed."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

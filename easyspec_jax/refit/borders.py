@@ -1,4 +1,4 @@
-"""Where groups should begin and end: measured fidelity of every candidate alone, then dynamic programming.
+"""Choice of group borders: measured fidelity of every candidate alone, then dynamic programming.
 
 Layers differ in how much it costs to run them at once. A layout of as many groups as the paper's rule makes, none of
 them larger, with no more MLPs in a row, is as fast; the best of them is found by minimising the sum of -log(overlap)
@@ -52,7 +52,7 @@ def best_layout(overlaps: Overlaps, num_layers: int, lp_size: int, mlp_lp_size: 
     """
     most = runs(num_layers, min(mlp_lp_size, lp_size))
     collectives = most + len(paper_groups(num_layers, lp_size))
-    # Behind so many groups: the least loss over the layers before an end, with so many MLPs in a row.
+    # By number of groups: the least loss over the layers before an end, by number of MLPs in a row.
     best: list[dict[tuple[int, int], tuple[float, Layout]]] = [{(0, 0): (0.0, Layout((), ()))}]
     while best[-1]:
         reached: dict[tuple[int, int], tuple[float, Layout]] = {}
@@ -141,7 +141,7 @@ def _exact(layer: Layer, config: ModelConfig, h: Hidden) -> Hidden:
 def _alone(
     loader: Loader, block: Block, exact: Float[np.ndarray, "texts tokens hidden"]
 ) -> Float[np.ndarray, "sizes texts sampled hidden"]:
-    """What the fuzzy pass makes of the first two, three, … layers of a group before which nothing was fuzzy."""
+    """Outputs of the fuzzy pass over the first two, three, … layers of a group that nothing fuzzy precedes."""
     fuzzy = [run(loader, _through_prefixes, block, (batch,), P()) for batch, _ in _batches(exact)]
     return np.concatenate([np.asarray(h, np.float32) for h in fuzzy], axis=1)
 
@@ -155,7 +155,7 @@ def _through_prefixes(block: LayerGroup, config: ModelConfig, h: Hidden) -> Floa
 
 
 def _batches(exact: Float[np.ndarray, "texts tokens hidden"]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """What the exact and the fuzzy pass are fed where nothing before was fuzzy."""
+    """Inputs of the exact and the fuzzy pass where nothing before was fuzzy."""
     batches = (exact[first : first + TEXTS_A_BATCH] for first in range(0, len(exact), TEXTS_A_BATCH))
     return [(batch, batch) for batch in batches]
 

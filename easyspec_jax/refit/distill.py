@@ -52,7 +52,7 @@ def distill(
     steps: int,
     bar: Bar = no_bar,
 ) -> Tensors:
-    """A refit's tensors after so many steps on texts, which are taken in random order.
+    """Return a refit's tensors after `steps` steps on texts, which are taken in random order.
 
     Every device holds all projections in float32, and two moments of them; only products are split.
     """

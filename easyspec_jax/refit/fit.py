@@ -163,7 +163,7 @@ def _sums(
 
 
 def through_block(block: Any, config: ModelConfig, exact: Hidden, fuzzy: Hidden) -> tuple[Hidden, Hidden]:
-    """What both passes make of a block's inputs."""
+    """Outputs of both passes for a block's inputs."""
     batch, tokens = exact.shape[:2]
     cache = block.init_cache(batch, 2 * tokens)
     exact, cache = run_exact(block, exact, cache, exact_window(batch, tokens, 2 * tokens, config))
@@ -172,7 +172,7 @@ def through_block(block: Any, config: ModelConfig, exact: Hidden, fuzzy: Hidden)
 
 
 def embed(loader: Loader, texts: Int[np.ndarray, "texts tokens"]) -> Iterator[np.ndarray]:
-    """What both passes begin with, batch by batch: float32 [texts, tokens, hidden]."""
+    """Inputs of both passes, batch by batch: float32 [texts, tokens, hidden]."""
     decoder = loader.decoder(())
     for first in range(0, len(texts), TEXTS_A_BATCH):
         batch = texts[first : first + TEXTS_A_BATCH]

@@ -27,7 +27,7 @@ def drafted_window(depth: int, batch: int, tokens: int, capacity: int, config: M
 
 
 def sampled_positions(every: int, depths: int, tokens: int) -> Int[np.ndarray, " sampled"]:
-    """Of a text: at each `every`-th position a draft of so many depths begins, if it does not go past the end."""
+    """Positions of a text at which drafts begin: every `every`-th one whose draft does not go past the end."""
     return np.concatenate([np.arange(first, first + depths) for first in range(0, tokens - depths + 1, every)])
 
 

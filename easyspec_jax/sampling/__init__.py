@@ -1,1 +1,1 @@
-"""What draft and verifier both need: noise, warping, vocabulary shards."""
+"""Noise, warping and vocabulary shards, which draft and verifier both need."""

@@ -13,7 +13,7 @@ Keys = Array
 
 
 class Purpose(IntEnum):
-    """What a draw is for; draws for different purposes are independent."""
+    """Purpose of a draw; draws for different purposes are independent."""
 
     DRAFT = 0
     ACCEPT = 1

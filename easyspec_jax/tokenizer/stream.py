@@ -157,7 +157,7 @@ class TextStream:
         return self._text + spelled[_common_length(self._known, spelled) :]
 
     def _start_of_open_bytes(self) -> int:
-        """Where the bytes begin, if the ids end with some, that a further byte could turn into other characters."""
+        """Find where trailing byte tokens begin, which a further byte could turn into other characters."""
         start = place = len(self._all)
         while place > self._anchor:
             place -= 1
@@ -167,7 +167,7 @@ class TextStream:
         return start
 
     def _first_stop(self, text: str) -> int | None:
-        """Where the stop string begins that ends first in a text, if one is in what has not been shown."""
+        """Find the stop string that ends first in the text not shown yet; returns where it begins."""
         found = [(place + len(stop), place) for stop in self._stop if (place := text.find(stop, self._shown)) >= 0]
         return min(found)[1] if found else None
 

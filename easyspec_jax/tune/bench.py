@@ -37,7 +37,7 @@ LOOPS = 3
 
 @dataclass(frozen=True)
 class Sample:
-    """What acceptance is measured on. chat: prompts that are text are put as a user's."""
+    """Prompts that acceptance is measured on. chat: prompts that are text are put as a user's."""
 
     prompts: Sequence[Prompt]
     sampling: SamplingParams
@@ -76,7 +76,7 @@ class DeviceBench:
         return min(prompt_length + self.sample.sampling.max_new_tokens, self.engine.max_length)
 
     def _write_texts(self, clock: Clock) -> tuple[list[Text], float, float]:
-        """What the target makes of the prompts; seconds of a plain step, and what a token takes on top of it."""
+        """Write texts with the target; returns them, seconds of a plain step, and seconds that a token takes on top."""
         texts, steps, overheads = [], [], []
         for prompt in self.sample.prompts:
             if texts and clock() > WRITING:
@@ -93,7 +93,7 @@ class DeviceBench:
         return texts, float(np.median(steps)), max(0.0, float(np.median(overheads)))
 
     def verification(self, nodes: int) -> float:
-        """Seconds of the target's pass over so many nodes, the root included."""
+        """Seconds of the target's pass over some nodes, the root included."""
         return self._seconds(pass_case("verification", self._target, nodes, run_exact, **self._lengths))
 
     def step(self, draft: Draft, width: int) -> float:

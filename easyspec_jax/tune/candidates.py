@@ -1,4 +1,4 @@
-"""What there is to choose from: ways to speculate, each on a split of the mesh."""
+"""Candidates: ways to speculate, each on a split of the mesh."""
 
 import re
 from collections.abc import Sequence, Set
@@ -28,7 +28,7 @@ class Draft:
 
     @property
     def drafting(self) -> SpeculativeConfig:
-        """What acceptance depends on besides the tree: equal for drafts that compute the same numbers."""
+        """Key of a draft's acceptance besides the tree: equal for drafts that compute the same numbers."""
         return replace(self.layout, draft_tensor_parallel_size="all")
 
 
@@ -63,12 +63,12 @@ class Space:
 
     @classmethod
     def of(cls, num_layers: int, refits: Set[tuple[int, int]] = frozenset()) -> "Space":
-        """What is tried by default for a draft of so many layers, which has these refits."""
+        """Default space for a draft of this many layers with these refits."""
         sizes = {size for size in LP_SIZES if size <= num_layers} | {lp_size for lp_size, _ in refits}
         return cls(sorted(sizes), refits=refits)
 
     def check(self, num_layers: int) -> None:
-        """Raises EasySpecError for what no draft of so many layers can be."""
+        """Check a space against a draft's number of layers. Raises EasySpecError for what it cannot be."""
         check_whole("max-levels", self.max_levels, 1, 16)
         for width in self.tree_widths:
             SpeculativeConfig(tree_width=width)
@@ -78,7 +78,7 @@ class Space:
             check_whole("mlp-lp-sizes", size, 1)
 
     def speculations(self, num_layers: int) -> list[SpeculativeConfig]:
-        """Every way to draft with so many layers; of sizes that give the same groups only the first."""
+        """Every way to draft with this many layers; of sizes that give the same groups only the first."""
         found: dict[Any, tuple[int, int]] = {}
         for size, most in product(sorted(self.lp_sizes), sorted(self.mlp_lp_sizes)):
             mlps = min(most, size)
@@ -98,7 +98,7 @@ class Space:
 
 
 def splits(mesh: str, group_size: int) -> list[MeshShape]:
-    """The shapes that --mesh allows for groups of so many layers: one if it names one.
+    """The shapes that --mesh allows for groups of this many layers: one if it names one.
 
     A layer axis longer than a group would leave devices idle.
     """

@@ -1,4 +1,4 @@
-"""What was predicted is run: whole texts, all ways in turn."""
+"""Confirm predictions by running them: whole texts, the ways alternating."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar

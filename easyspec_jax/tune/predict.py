@@ -21,7 +21,7 @@ SLACK = 1.05
 
 @dataclass(frozen=True)
 class Figures:
-    """What has been measured so far; times in seconds.
+    """Measurements so far; times in seconds.
 
     plain: of a step of plain decoding. overhead: of the host for a step or round, on top. verification: of a target's
     pass over so many nodes, the root included, of two sizes at least. step: of a draft's fuzzy pass over so
@@ -39,7 +39,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one candidate; figures that were not measured (missing) are as good as they could be.
+    """Prediction for one candidate; figures not measured (missing) are assumed to be as good as they could be.
 
     accepted: tokens of a round, on average.
     """
@@ -54,7 +54,7 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        """Of a round."""
+        """Seconds of a round."""
         steps = self.candidate.speculative.num_speculative_tokens - 1
         return self.first + steps * self.step + self.verification + self.overhead
 
@@ -96,7 +96,7 @@ def predict(figures: Figures, candidate: Candidate) -> Prediction:
 
 
 def plain_tokens_per_second(figures: Figures) -> float:
-    """Of plain decoding."""
+    """Speed of plain decoding."""
     return 1 / (figures.plain + figures.overhead)
 
 
@@ -159,7 +159,7 @@ def _at_least_as_exact(one: SpeculativeConfig, other: SpeculativeConfig) -> bool
 
 
 def frontier(points: Sequence[tuple[float, float]], measured: Sequence[bool]) -> list[bool]:
-    """Of (time, acceptance) points, which are measured and have no other that is as fast, as good and not the same."""
+    """Pareto frontier of measured (time, acceptance) points."""
     known = {point for point, real in zip(points, measured, strict=True) if real}
     return [
         real and not any(other[0] <= point[0] and other[1] >= point[1] for other in known - {point})

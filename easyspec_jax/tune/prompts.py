@@ -1,4 +1,4 @@
-"""What acceptance is measured on where the user gives no prompts."""
+"""Prompts to measure acceptance on where the user gives none."""
 
 CODE = (
     "def read_lines(path, encoding='utf-8'):\n",

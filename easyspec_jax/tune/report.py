@@ -1,4 +1,4 @@
-"""What was found as one object, and that object as a table: what `--json` prints is what the table shows."""
+"""Results as one object and as a table: `--json` prints what the table shows."""
 
 from dataclasses import asdict
 from typing import Any
@@ -16,7 +16,7 @@ SHOWN = 16
 
 
 def as_dict(tuned: Tuned) -> dict[str, Any]:
-    """What was found, as `--json` prints it; times in seconds, best candidate first.
+    """Results as `--json` prints them; times in seconds, best candidate first.
 
     acceptance_rate: the share of drafted positions accepted at this number of levels; deepest_acceptance_rate: at the
     most levels, by which `frontier` is told: no other draft takes less time a step and has more accepted. missing: what
@@ -66,7 +66,7 @@ def _row(row: Row, on_frontier: bool) -> dict[str, Any]:
 
 
 def print_tuned(found: dict[str, Any], console: Console) -> None:
-    """What as_dict() returned, as a table."""
+    """Print the result of as_dict() as a table."""
     names = ("draft", "layer × tensor", "levels", "step", "first", "verify", "accepted", "predicted", "confirmed")
     table = Table(*names, box=None, pad_edge=False)
     for column in table.columns[1:]:

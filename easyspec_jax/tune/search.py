@@ -10,18 +10,18 @@ from easyspec_jax.tune.predict import Figures, Prediction, pending_size, plain_t
 
 
 class Bench(Protocol):
-    """What can be measured, each at a cost of seconds."""
+    """Measurements on offer, each at a cost of seconds."""
 
     def verification(self, nodes: int) -> float:
-        """Seconds of the target's pass over so many nodes, the root included."""
+        """Seconds of the target's pass over some nodes, the root included."""
         ...
 
     def step(self, draft: Draft, width: int) -> float:
-        """Seconds of a fuzzy pass over so many nodes, their logits included."""
+        """Seconds of a fuzzy pass over some nodes, their logits included."""
         ...
 
     def first(self, draft: Draft, tokens: int) -> float:
-        """Seconds of an exact pass over so many pending tokens, the last one's logits included."""
+        """Seconds of an exact pass over some pending tokens, the last one's logits included."""
         ...
 
     def acceptance(self, draft: Draft, width: int) -> dict[int, tuple[float, ...]]:

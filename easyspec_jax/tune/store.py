@@ -24,7 +24,7 @@ FILE = "tuned.json"
 
 @dataclass(frozen=True)
 class Key:
-    """What a choice was measured for. mesh: as for --mesh; target, draft: see identity(); refits: of the draft."""
+    """Key of a stored choice. mesh: as for --mesh; target, draft: see identity(); refits: of the draft."""
 
     target: str
     draft: str

@@ -36,7 +36,7 @@ MAX_NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of a draft and a tree width, at the best number of levels; confirmed: tokens a second, if run.
+    """Figures of a draft and a tree width at the best number of levels; confirmed: tokens a second, if run.
 
     deepest_acceptance: the share of drafted positions accepted at the most levels, None where it was not measured.
     """
@@ -211,7 +211,7 @@ def _deepest_acceptance(figures: Figures, draft: Draft, width: int) -> float | N
 
 
 def auto(engine: Engine, mesh: str, bundled: bool, bar: Bar, note: Callable[[str], None]) -> Choice:
-    """What was chosen for this very target, draft, type and machine, after measuring if nothing was yet.
+    """Return the choice stored for this target, draft, type and machine, or measure first if there is none.
 
     engine: see open_pair; note is given a line about what is done.
     """

@@ -58,5 +58,5 @@ class Greedy:
         request: RowSampling,
         axes: Axes,
     ) -> Float[Array, "batch some ids"]:
-        """What a model's choice at absolute positions is the arg-max of; axes: what the ids are split over."""
+        """Scores whose arg-max is a model's choice at absolute positions; axes: the mesh axes that split the ids."""
         return logits

@@ -34,7 +34,7 @@ class Rejection:
     truncates: bool = False
 
     def candidates(self, width: int) -> int:
-        """What lies beyond them is never drafted, and left to the residual."""
+        """Candidate ids; all others are never drafted, and left to the residual."""
         return max(width, CANDIDATES)
 
     def branch(
@@ -109,7 +109,7 @@ def conditioned(
 
 
 class Trial(NamedTuple):
-    """Of every node, after some of its children have been tried.
+    """State of every node after some of its children have been tried.
 
     left[b, i, c]: candidate c was not rejected. The target's distribution has become max(0, p - spent * q), not
     normalised, and the draft's q without the rejected. accepted: the child that was, or 0.
@@ -157,7 +157,7 @@ def accept_children(
 def target_left(
     p: Float[Array, "batch nodes ids"], q: Float[Array, "batch nodes ids"], trial: Trial
 ) -> tuple[Float[Array, "batch nodes ids"], Float[Array, "batch nodes"]]:
-    """What rejections have left of the target's distribution, and its sum over the whole vocabulary."""
+    """Target's distribution after rejections, unnormalised, and its sum over the whole vocabulary."""
     rest = jnp.where(trial.left, jnp.maximum(p - trial.spent[:, :, None] * q, 0.0), 0.0)
     outside = jnp.maximum(1.0 - jnp.sum(p, axis=-1), 0.0)
     return rest, outside + jnp.sum(rest, axis=-1)
@@ -166,7 +166,7 @@ def target_left(
 def draft_left(
     q: Float[Array, "batch nodes ids"], trial: Trial
 ) -> tuple[Float[Array, "batch nodes ids"], Float[Array, "batch nodes"]]:
-    """What rejections have left of the draft's distribution, and its sum."""
+    """Draft's distribution after rejections, unnormalised, and its sum."""
     rest = jnp.where(trial.left, q, 0.0)
     return rest, jnp.sum(rest, axis=-1)
 

@@ -18,7 +18,7 @@ class Tree:
 
     A node comes behind its parent, siblings in the order in which they were drawn. depth: levels below the root.
     entry: the node's number when it was drafted, and its place in the draft's cache, counted from the root's.
-    score: the greater, the better worth verifying, never above the parent's; -inf for what is no node.
+    score: the greater, the better worth verifying, never above the parent's; -inf where there is no node.
     ancestors[b, i, j]: j is i or above it. candidates[b, i]: ids among which i's children were drawn, with
     probabilities q (0 for leaves); rank[b, i]: which of its parent's candidates i is. width: the most nodes of a level.
     """

@@ -1,4 +1,4 @@
-"""What a verifier is."""
+"""The interface of a verifier."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ class RowSampling:
     top_p: Float[Array, " batch"]
 
     def repeat(self, times: int) -> Self:
-        """Each row so many times in succession."""
+        """Repeat each row a number of times in succession."""
         return jax.tree.map(lambda x: x.repeat(times), self)
 
 
@@ -35,7 +35,7 @@ CANDIDATES = 128
 
 
 class Branches(NamedTuple):
-    """What each of the tokens that may follow a node is worth.
+    """Worth of each token that may follow a node.
 
     score: decides which become nodes and which nodes are verified, best first; never above the parent's, -inf for
     never. log_prob: of the path from the root, under the draft. q: the token's probability after its parent.
@@ -70,7 +70,7 @@ class Verifier(Protocol):
     """Called inside `shard_map`; hashable, because it is part of the compiled program."""
 
     def candidates(self, width: int) -> int:
-        """How many ids, the draft's likeliest, branch() wants to see after each node of a tree of so many a level."""
+        """Number of the draft's likeliest ids that branch() needs after each node of a tree of this width."""
         ...
 
     def branch(
