@@ -1,6 +1,5 @@
 """Builds a Hugging Face tokenizer from the tokenizer metadata of a GGUF file."""
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from convert.gguf_fields import TOKEN_IDS
 from convert.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.tokenizer.loading import PROBE, load_tokenizer
+from easyspec_jax.tokenizer.loading import PROBE, load_tokenizer, quiet_transformers
 from easyspec_jax.tokenizer.stream import decode_text
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5  # values of `tokenizer.ggml.token_type`
@@ -33,8 +32,7 @@ def build_tokenizer(metadata: Mapping[str, Any], origin: str) -> Any:
             f"{origin}: tokenizer model {kind!r} is not supported, only gpt2 (byte-level BPE) and llama "
             "(sentencepiece); convert the model's Hugging Face directory instead"
         )
-    # Without torch the library warns that it has no models, and none are wanted.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    quiet_transformers()
     from transformers import PreTrainedTokenizerFast
 
     try:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """What a `tokenizer.ggml.pre` stands for.
+    """Definition of a `tokenizer.ggml.pre`.
 
     Attributes:
         splits: Regular expressions, each applied to the pieces that the ones before it left.
@@ -49,7 +49,7 @@ _DEEPSEEK_LLM = PreTokenizer(
 _LLAMA3 = PreTokenizer((_TIKTOKEN % "{1,3}",), ignore_merges=True, add_bos=True)
 
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
-    # llama.cpp's fallback, which is no model's own.
+    # llama.cpp's fallback; no model was trained with it.
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
     "deepseek-llm": _DEEPSEEK_LLM,
     "deepseek-r1-qwen": PreTokenizer((_TIKTOKEN % "",)),

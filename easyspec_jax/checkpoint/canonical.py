@@ -1,4 +1,4 @@
-"""Canonical tensors: Llama's names and layouts in Hugging Face, whoever stored them (linear weights are [out, in]).
+"""Canonical tensors: Llama's names and layouts in Hugging Face, however they are stored (linear weights are [out, in]).
 
 What a configuration asks for, how others name, join and permute it, and whether that is what they have stored.
 """
@@ -91,7 +91,7 @@ def stored_shapes(config: ModelConfig, scheme: Scheme) -> dict[str, tuple[int, .
 def canonical(
     config: ModelConfig, source: StoredSource, scheme: Scheme, origin: str
 ) -> tuple[ModelConfig, StoredSource]:
-    """Present the tensors of a source under their canonical names, whoever stored them.
+    """Present the tensors of a source under their canonical names.
 
     No stored tensor is dropped unseen. A head beside a tied embedding is compared with it: if they are equal, it is a
     copy; otherwise it is a head of its own, as fine-tunes leave it, and the configuration returned is untied. Stored

@@ -28,6 +28,11 @@ PROBE = (
 """Text on which libraries that read one tokenizer.json differently are likely to differ."""
 
 
+def quiet_transformers() -> None:
+    """Keep transformers from warning, where there is no torch, that it has no models: none are wanted."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
 def load_tokenizer(directory: Path) -> Tokenizer:
     """Open the tokenizer of a checkpoint directory, offline and without running its code.
 
@@ -44,8 +49,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         for path in filter(Path.is_file, directory.glob(pattern)):
             if path.stat().st_size > LARGEST_FILE:
                 raise EasySpecError(f"{path} is larger than the {LARGEST_FILE >> 20} MiB of any proper one")
-    # Without torch the library warns that it has no models, and none are wanted.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    quiet_transformers()
     try:
         if (directory / _FILE).is_file():
             return _from_file(directory)
