@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("convert: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     seconds = time.monotonic() - started
-    notes = f", {result.reused / 1e6:,.1f} MB of it from an interrupted run" if result.reused else ""
+    notes = (
+        f", {result.reused / 1e6:,.1f} MB of it from an interrupted run" if result.reused else ""
+    )
     notes += ", verified" if arguments.verify else ""
     notes += "" if model.has_tokenizer else "; it has no tokenizer, which generating needs"
     print(
@@ -65,7 +67,14 @@ def _convert(model: "Model", arguments: argparse.Namespace) -> "Result":
     if arguments.verify and arguments.dtype is None and arguments.out.is_dir():
         return verify(model, arguments.out, arguments.memory)
     format = ORBAX if arguments.to_hf is None else HUGGING_FACE
-    return convert(model, arguments.out, arguments.dtype, format, memory=arguments.memory, verify=arguments.verify)
+    return convert(
+        model,
+        arguments.out,
+        arguments.dtype,
+        format,
+        memory=arguments.memory,
+        verify=arguments.verify,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,17 +85,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--hf", metavar="DIR|ID", help="a Hugging Face directory with safetensors, or a model's id on the hub"
+        "--hf",
+        metavar="DIR|ID",
+        help="a Hugging Face directory with safetensors, or a model's id on the hub",
     )
     source.add_argument(
-        "--gguf", type=Path, metavar="FILE", help="a GGUF file of architecture llama, qwen2 or qwen3, or one part of it"
+        "--gguf",
+        type=Path,
+        metavar="FILE",
+        help="a GGUF file of architecture llama, qwen2 or qwen3, or one part of it",
     )
     source.add_argument(
-        "--to-hf", type=Path, metavar="DIR", help="a checkpoint of either kind, to export as a Hugging Face directory"
+        "--to-hf",
+        type=Path,
+        metavar="DIR",
+        help="a checkpoint of either kind, to export as a Hugging Face directory",
     )
-    parser.add_argument("--revision", help="commit, branch or tag of a model on the hub; by default its main branch")
+    parser.add_argument(
+        "--revision", help="commit, branch or tag of a model on the hub; by default its main branch"
+    )
     add_allow_links(parser)
-    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="the directory to create")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", required=True, help="the directory to create"
+    )
     parser.add_argument(
         "--dtype",
         choices=FLOAT_DTYPES,

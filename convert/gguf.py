@@ -24,7 +24,10 @@ from easyspec_jax.errors import EasySpecError, first_line
 from easyspec_jax.tokenizer.conversation import end_of_turn_ids
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
-_DTYPES = {"F32": "float32", "F16": "float16"}  # the rest is BF16, or loses more by its quantisation
+_DTYPES = {
+    "F32": "float32",
+    "F16": "float16",
+}  # the rest is BF16, or loses more by its quantisation
 
 
 def open_gguf(path: Path) -> Model:
@@ -44,7 +47,10 @@ def open_gguf(path: Path) -> Model:
         raise EasySpecError(f"{origin}: {_EMBEDDING} is missing")
     rope_factors = tensors.get(ROPE_FACTORS)
     stored.pop(ROPE_FACTORS, None)
-    config = _config(metadata, tensors, origin) | {"architectures": [family.class_name], "model_type": model_type}
+    config = _config(metadata, tensors, origin) | {
+        "architectures": [family.class_name],
+        "model_type": model_type,
+    }
     model = model_config(config, origin=origin)
     _refuse_partial_rope(metadata, model, origin)
     if rope_factors is not None:
@@ -69,7 +75,13 @@ class GGUFSource:
 
     def __init__(self, tensors: Mapping[str, tuple[Path, ReaderTensor]]) -> None:
         self._places = {
-            name: _ByteRange(path, tensor.tensor_type, _shape(tensor), int(tensor.data_offset), int(tensor.n_bytes))
+            name: _ByteRange(
+                path,
+                tensor.tensor_type,
+                _shape(tensor),
+                int(tensor.data_offset),
+                int(tensor.n_bytes),
+            )
             for name, (path, tensor) in tensors.items()
         }
 
@@ -96,7 +108,9 @@ class GGUFSource:
             with place.path.open("rb", buffering=0) as file:
                 read_bytes(file.fileno(), stored, place.offset + start * row)
         except (OSError, EOFError) as error:
-            raise EasySpecError(f"{place.path} cannot be read ({first_line(error)}); fetch it again") from None
+            raise EasySpecError(
+                f"{place.path} cannot be read ({first_line(error)}); fetch it again"
+            ) from None
         return dequantize(stored, place.kind)
 
 
@@ -132,7 +146,9 @@ class _Reader(GGUFReader):
 
     _entries = 0
 
-    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
+    def _get(
+        self, offset: int, dtype: Any, count: int = 1, override_order: Any = None
+    ) -> np.ndarray:
         values = super()._get(offset, dtype, count, override_order)
         if len(values) < count:
             raise ValueError("it ends too early")
@@ -167,7 +183,9 @@ class _Reader(GGUFReader):
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
-def _read_parts(path: Path) -> tuple[tuple[Path, ...], dict[str, Any], dict[str, tuple[Path, ReaderTensor]]]:
+def _read_parts(
+    path: Path,
+) -> tuple[tuple[Path, ...], dict[str, Any], dict[str, tuple[Path, ReaderTensor]]]:
     """Read a file, or all the parts that it is one of.
 
     Returns:
@@ -176,26 +194,39 @@ def _read_parts(path: Path) -> tuple[tuple[Path, ...], dict[str, Any], dict[str,
     reader, metadata = _read(path)
     count = metadata.get("split.count", 1)
     if type(count) is not int or not 0 <= count < 100_000:
-        raise EasySpecError(f"{path} is truncated or damaged (split.count={str(count)[:40]}); fetch it again")
+        raise EasySpecError(
+            f"{path} is truncated or damaged (split.count={str(count)[:40]}); fetch it again"
+        )
     if count <= 1:
         return (path,), metadata, {tensor.name: (path, tensor) for tensor in reader.tensors}
     named = _PART.fullmatch(path.name)
     if named is None or int(named[3]) != count:
-        raise EasySpecError(f"{path} is one of {count} parts; name them like model-00001-of-{count:05}.gguf")
-    paths = tuple(path.with_name(f"{named[1]}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1))
+        raise EasySpecError(
+            f"{path} is one of {count} parts; name them like model-00001-of-{count:05}.gguf"
+        )
+    paths = tuple(
+        path.with_name(f"{named[1]}-{number:05}-of-{count:05}.gguf")
+        for number in range(1, count + 1)
+    )
     tensors: dict[str, tuple[Path, ReaderTensor]] = {}
     first: dict[str, Any] = {}
     for number, part in enumerate(paths):
         reader, metadata = _read(part)
         if (metadata.get("split.no"), metadata.get("split.count")) != (number, count):
-            raise EasySpecError(f"{part} is not part {number + 1} of {count}, as its name says; fetch it again")
+            raise EasySpecError(
+                f"{part} is not part {number + 1} of {count}, as its name says; fetch it again"
+            )
         first = first or metadata
         twice = [tensor.name for tensor in reader.tensors if tensor.name in tensors]
         if twice:
-            raise EasySpecError(f"{part} holds {twice[0]}, which an earlier part holds too; fetch all parts again")
+            raise EasySpecError(
+                f"{part} holds {twice[0]}, which an earlier part holds too; fetch all parts again"
+            )
         tensors |= {tensor.name: (part, tensor) for tensor in reader.tensors}
     if first.get("split.tensors.count", len(tensors)) != len(tensors):
-        raise EasySpecError(f"{path}: its parts hold {len(tensors)} tensors of {first['split.tensors.count']}")
+        raise EasySpecError(
+            f"{path}: its parts hold {len(tensors)} tensors of {first['split.tensors.count']}"
+        )
     return paths, first, tensors
 
 
@@ -207,13 +238,19 @@ def _read(path: Path) -> tuple[GGUFReader, dict[str, Any]]:
         raise EasySpecError(f"{path} is missing; expected a GGUF file") from None
     except OSError as error:
         raise EasySpecError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, IndexError, KeyError) as error:  # the reader indexes and decodes without looking
+    except (
+        ValueError,
+        IndexError,
+        KeyError,
+    ) as error:  # the reader indexes and decodes without looking
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise EasySpecError(f"{path} is no GGUF file") from None
         raise EasySpecError(f"{path} is truncated or damaged ({error}); fetch it again") from None
     if reader.byte_order != "I":
-        raise EasySpecError(f"{path} is stored in another byte order than this machine's; fetch the other variant")
+        raise EasySpecError(
+            f"{path} is stored in another byte order than this machine's; fetch the other variant"
+        )
     return reader, metadata
 
 
@@ -222,11 +259,15 @@ def _family(metadata: Mapping[str, Any], origin: str) -> tuple[str, Family]:
     supported = {family.gguf: (kind, family) for kind, family in FAMILIES.items() if family.gguf}
     if name not in supported:
         names = ", ".join(sorted(supported))
-        raise EasySpecError(f"{origin}: GGUF architecture {name!r} is not supported; supported: {names}")
+        raise EasySpecError(
+            f"{origin}: GGUF architecture {name!r} is not supported; supported: {names}"
+        )
     return supported[name]
 
 
-def _config(metadata: Mapping[str, Any], tensors: Mapping[str, ReaderTensor], origin: str) -> dict[str, Any]:
+def _config(
+    metadata: Mapping[str, Any], tensors: Mapping[str, ReaderTensor], origin: str
+) -> dict[str, Any]:
     """The contents of `config.json`, without the family and a dtype."""
     prefix = metadata["general.architecture"]
     config: dict[str, Any] = {}
@@ -247,15 +288,23 @@ def _config(metadata: Mapping[str, Any], tensors: Mapping[str, ReaderTensor], or
 
 def _rope_type(metadata: Mapping[str, Any], prefix: str) -> str:
     """The kind of RoPE scaling in the metadata, whose own default is linear scaling by 1."""
-    factor = metadata.get(f"{prefix}.rope.scaling.factor") or metadata.get(f"{prefix}.rope.scale_linear") or 1.0
+    factor = (
+        metadata.get(f"{prefix}.rope.scaling.factor")
+        or metadata.get(f"{prefix}.rope.scale_linear")
+        or 1.0
+    )
     kind = metadata.get(f"{prefix}.rope.scaling.type", "linear")
     return "default" if kind == "none" or factor == 1.0 else kind
 
 
 def _refuse_partial_rope(metadata: Mapping[str, Any], model: ModelConfig, origin: str) -> None:
-    rotated = metadata.get(f"{metadata['general.architecture']}.rope.dimension_count", model.head_dim)
+    rotated = metadata.get(
+        f"{metadata['general.architecture']}.rope.dimension_count", model.head_dim
+    )
     if rotated != model.head_dim:
-        raise EasySpecError(f"{origin}: RoPE over {rotated} of {model.head_dim} dimensions is not supported")
+        raise EasySpecError(
+            f"{origin}: RoPE over {rotated} of {model.head_dim} dimensions is not supported"
+        )
 
 
 def _shortest(value: Any) -> Any:
@@ -269,7 +318,9 @@ def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def _generation(metadata: Mapping[str, Any], further: Sequence[int]) -> dict[str, Any]:
     """The contents of `generation_config.json`: every id that ends a text, by the metadata and further ones."""
-    stop_ids = list(dict.fromkeys([*(metadata[key] for key in STOP_IDS if key in metadata), *further]))
+    stop_ids = list(
+        dict.fromkeys([*(metadata[key] for key in STOP_IDS if key in metadata), *further])
+    )
     if not stop_ids:
         return _token_ids(metadata)
     return _token_ids(metadata) | {"eos_token_id": stop_ids if len(stop_ids) > 1 else stop_ids[0]}
@@ -285,7 +336,9 @@ def _llama3_scaling(factors: np.ndarray, model: ModelConfig, origin: str) -> dic
     smooth = np.clip((length / wavelengths - low) / (high - low), 0.0, 1.0)
     expected = 1 / ((1 - smooth) / factor + smooth)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
-        raise EasySpecError(f"{origin}: {ROPE_FACTORS} holds a RoPE scaling other than Llama 3's; not supported")
+        raise EasySpecError(
+            f"{origin}: {ROPE_FACTORS} holds a RoPE scaling other than Llama 3's; not supported"
+        )
     return {
         "rope_type": "llama3",
         "factor": factor,

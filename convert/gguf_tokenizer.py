@@ -4,7 +4,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from convert.gguf_fields import TOKEN_IDS
 from convert.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
@@ -38,9 +47,13 @@ def build_tokenizer(metadata: Mapping[str, Any], origin: str) -> Any:
     try:
         tokens = metadata["tokenizer.ggml.tokens"]
         kinds = metadata["tokenizer.ggml.token_type"]
-        named = {token: tokens[metadata[key]] for token, key in TOKEN_IDS.items() if key in metadata}
+        named = {
+            token: tokens[metadata[key]] for token, key in TOKEN_IDS.items() if key in metadata
+        }
         # Padding or the unknown token may be an ordinary one, which texts then contain.
-        special = {token for token, kind in zip(tokens, kinds, strict=True) if kind in (_UNKNOWN, _CONTROL)}
+        special = {
+            token for token, kind in zip(tokens, kinds, strict=True) if kind in (_UNKNOWN, _CONTROL)
+        }
         hidden = {name: token for name, token in named.items() if token in special}
         return PreTrainedTokenizerFast(
             tokenizer_object=_KINDS[kind](metadata, named, origin),
@@ -65,10 +78,14 @@ def check_saved(tokenizer: Any, directory: Path) -> None:
     saved = load_tokenizer(directory)
     ids = tokenizer(PROBE).input_ids
     if saved(PROBE).input_ids != ids or decode_text(saved, ids) != decode_text(tokenizer, ids):
-        raise EasySpecError("the tokenizer is not the same after it was saved; install another version of transformers")
+        raise EasySpecError(
+            "the tokenizer is not the same after it was saved; install another version of transformers"
+        )
 
 
-def _byte_level_bpe(metadata: Mapping[str, Any], named: Mapping[str, str], origin: str) -> Tokenizer:
+def _byte_level_bpe(
+    metadata: Mapping[str, Any], named: Mapping[str, str], origin: str
+) -> Tokenizer:
     """Byte-level BPE with merges, split by regular expressions first."""
     pre = _pre_tokenizer(metadata, origin)
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
@@ -87,16 +104,28 @@ def _pre_tokenizer(metadata: Mapping[str, Any], origin: str) -> PreTokenizer:
     name = metadata.get("tokenizer.ggml.pre", "(none)")
     if name not in PRE_TOKENIZERS:
         known = ", ".join(sorted(PRE_TOKENIZERS))
-        raise EasySpecError(f"{origin}: pre-tokenizer {name!r} is not supported; supported: {known}")
+        raise EasySpecError(
+            f"{origin}: pre-tokenizer {name!r} is not supported; supported: {known}"
+        )
     return PRE_TOKENIZERS[name]
 
 
-def _sentencepiece_bpe(metadata: Mapping[str, Any], named: Mapping[str, str], origin: str) -> Tokenizer:
+def _sentencepiece_bpe(
+    metadata: Mapping[str, Any], named: Mapping[str, str], origin: str
+) -> Tokenizer:
     """Sentencepiece's BPE: blanks are part of tokens, rare characters are bytes, and tokens have scores, not merges."""
     vocab = _vocabulary(metadata)
-    scores = dict(zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"], strict=True))
+    scores = dict(
+        zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"], strict=True)
+    )
     unknown = named.get("unk_token")
-    model = models.BPE(vocab=vocab, merges=_merges(vocab, scores), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    model = models.BPE(
+        vocab=vocab,
+        merges=_merges(vocab, scores),
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=True,
+    )
     tokenizer = Tokenizer(model)
     blank = "\u2581"
     steps: list[Any] = [normalizers.Replace(" ", blank)]
@@ -104,7 +133,10 @@ def _sentencepiece_bpe(metadata: Mapping[str, Any], named: Mapping[str, str], or
     if metadata.get("tokenizer.ggml.add_space_prefix", True):
         steps.insert(0, normalizers.Prepend(blank))
         spelling.append(decoders.Strip(" ", 1, 0))
-    tokenizer.normalizer, tokenizer.decoder = normalizers.Sequence(steps), decoders.Sequence(spelling)
+    tokenizer.normalizer, tokenizer.decoder = (
+        normalizers.Sequence(steps),
+        decoders.Sequence(spelling),
+    )
     return _with_special_tokens(tokenizer, metadata, named, add_bos=True)
 
 
@@ -122,7 +154,11 @@ def _merges(vocab: Mapping[str, int], scores: Mapping[str, float]) -> list[tuple
 def _vocabulary(metadata: Mapping[str, Any]) -> dict[str, int]:
     """Every token's id. Unused tokens pad the vocabulary to the embedding's rows; no text contains them."""
     tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    used = [(token, id) for id, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != _UNUSED]
+    used = [
+        (token, id)
+        for id, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+        if kind != _UNUSED
+    ]
     vocab = dict(used)
     if len(vocab) < len(used):
         raise ValueError("two ids have the same token")

@@ -96,12 +96,16 @@ class OrbaxStore:
             "shape": self._shapes[name],
             "data_type": self._dtype.name,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": self._chunk(name)}},
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+            "codecs": [
+                {"name": "bytes", "configuration": {"endian": "little"}},
+                {"name": "crc32c"},
+            ],
         }
         spec = {
             "driver": "zarr3",
             # Small nodes: each piece's commit writes those that it changes anew.
-            "kvstore": _ocdbt(self._written) | {"path": f"{name}/", "config": {"max_decoded_node_bytes": 1 << 16}},
+            "kvstore": _ocdbt(self._written)
+            | {"path": f"{name}/", "config": {"max_decoded_node_bytes": 1 << 16}},
             "metadata": metadata,
             "store_data_equal_to_fill_value": True,
             "fill_missing_data_reads": False,
@@ -144,7 +148,8 @@ def _orbax_metadata(names: Shapes) -> dict[str, Any]:
     leaf = {"value_type": "np.ndarray", "skip_deserialize": False}
     return {
         "tree_metadata": {
-            str((name,)): {"key_metadata": [{"key": name, "key_type": 2}], "value_metadata": leaf} for name in names
+            str((name,)): {"key_metadata": [{"key": name, "key_type": 2}], "value_metadata": leaf}
+            for name in names
         },
         "use_ocdbt": True,
         "use_zarr3": True,
@@ -166,4 +171,6 @@ def _checkpoint_metadata() -> dict[str, Any]:
     }
 
 
-ORBAX = Format("orbax", lambda directory, config: OrbaxStore(directory, expected_shapes(config), config.dtype))
+ORBAX = Format(
+    "orbax", lambda directory, config: OrbaxStore(directory, expected_shapes(config), config.dtype)
+)

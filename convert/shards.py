@@ -66,7 +66,10 @@ class SafetensorsStore:
         if len({path for path, _ in self._places.values()}) > 1:
             total = sum(prod(shape) for shape in self._shapes.values()) * self._dtype.itemsize
             weight_map = {name: path.name for name, (path, _) in self._places.items()}
-            write_json(self._directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            write_json(
+                self._directory / INDEX,
+                {"metadata": {"total_size": total}, "weight_map": weight_map},
+            )
 
     def _header(self, names: list[str]) -> tuple[bytes, dict[str, int]]:
         """The beginning of a file, and where in it each tensor starts."""
@@ -86,7 +89,9 @@ class SafetensorsStore:
         """The file and the byte in it where a row of a canonical tensor begins."""
         stored = self._stored[name]
         path, offset = self._places[stored.name]
-        return path, offset + (stored.start + row) * prod(self._shapes[stored.name][1:]) * self._dtype.itemsize
+        return path, offset + (stored.start + row) * prod(
+            self._shapes[stored.name][1:]
+        ) * self._dtype.itemsize
 
     def _unwritable(self, error: Exception) -> EasySpecError:
         return EasySpecError(f"{self._directory} cannot be written: {first_line(error)}")

@@ -108,7 +108,9 @@ def verify(model: Model, out: Path, memory: int = DEFAULT_MEMORY) -> Result:
     found = asdict(opened.config)
     for name, value in asdict(parsed).items():
         if name != "stop_ids" and found[name] != value:  # these are those of the companions too
-            raise EasySpecError(f"{out}: {name} is {found[name]!r}, not {value!r} as in {model.origin}; convert again")
+            raise EasySpecError(
+                f"{out}: {name} is {found[name]!r}, not {value!r} as in {model.origin}; convert again"
+            )
     job = _job(model, parsed, memory)
     _compare(job, out, opened.source)
     return Result(job.parameters, job.dtype, job.size, 0)
@@ -152,18 +154,26 @@ class _Job:
 
     def read(self, piece: Piece) -> np.ndarray:
         """A piece out of the source, as it is to be written. Raises EasySpecError, naming it, if it is not finite."""
-        return cast(piece.name, self.source.read(piece.name, (slice(piece.start, piece.stop),)), self.dtype)
+        return cast(
+            piece.name, self.source.read(piece.name, (slice(piece.start, piece.stop),)), self.dtype
+        )
 
-    def run(self, work: Callable[[Piece], Any], pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Any]]:
+    def run(
+        self, work: Callable[[Piece], Any], pieces: Iterable[Piece]
+    ) -> Iterator[tuple[Piece, Any]]:
         """Each piece with what work makes of it, in any order, several at once within the budget."""
         stored, pending, used = self.source.dtypes(), dict[Future[Any], tuple[Piece, int]](), 0
         with ThreadPoolExecutor(_WORKERS) as pool:
             try:
                 for piece in pieces:
                     itemsize = np.dtype(self.dtype).itemsize
-                    cost = _COPIES * (piece.size + piece.size // itemsize * np.dtype(stored[piece.name]).itemsize)
+                    cost = _COPIES * (
+                        piece.size + piece.size // itemsize * np.dtype(stored[piece.name]).itemsize
+                    )
                     if cost > self.budget:
-                        raise EasySpecError(f"{self.origin}: {piece.name} needs --memory {_BASE + cost} or more")
+                        raise EasySpecError(
+                            f"{self.origin}: {piece.name} needs --memory {_BASE + cost} or more"
+                        )
                     while used + cost > self.budget:
                         for future in wait(pending, return_when=FIRST_COMPLETED).done:
                             done, freed = pending.pop(future)
@@ -214,13 +224,17 @@ def _compare(job: _Job, out: Path, written: StoredSource) -> None:
 def cast(name: str, values: np.ndarray, dtype: str) -> np.ndarray:
     """The same shape in another dtype. Raises EasySpecError, naming the tensor, if either is not finite."""
     if not is_finite(values):
-        raise EasySpecError(f"{name} holds NaN or infinity: the checkpoint is damaged; fetch it again")
+        raise EasySpecError(
+            f"{name} holds NaN or infinity: the checkpoint is damaged; fetch it again"
+        )
     if values.dtype == np.dtype(dtype):
         return values
     with np.errstate(over="ignore", invalid="ignore"):
         result = values.astype(dtype)
     if not is_finite(result):
-        raise EasySpecError(f"{name} has values that are not finite in {dtype}; choose another --dtype")
+        raise EasySpecError(
+            f"{name} has values that are not finite in {dtype}; choose another --dtype"
+        )
     return result
 
 
@@ -234,7 +248,10 @@ def is_finite(values: np.ndarray) -> bool:
     limit = np.array([np.inf, -np.inf], values.dtype)
     return all(
         values.view(f"{kind}{values.itemsize}").max() < bound
-        for kind, bound in (("i", limit.view(f"i{values.itemsize}")[0]), ("u", limit.view(f"u{values.itemsize}")[1]))
+        for kind, bound in (
+            ("i", limit.view(f"i{values.itemsize}")[0]),
+            ("u", limit.view(f"u{values.itemsize}")[1]),
+        )
     )
 
 
@@ -250,15 +267,23 @@ def _configuration(model: Model, dtype: str | None) -> tuple[dict[str, Any], Mod
     """What `config.json` is to say, and what it means."""
     dtype = dtype or model.dtype
     if dtype not in FLOAT_DTYPES:
-        raise EasySpecError(f"{model.origin}: the embedding is stored as {dtype}; choose a --dtype to write")
-    config = {name: value for name, value in model.config.items() if name != "torch_dtype"} | {"dtype": dtype}
+        raise EasySpecError(
+            f"{model.origin}: the embedding is stored as {dtype}; choose a --dtype to write"
+        )
+    config = {name: value for name, value in model.config.items() if name != "torch_dtype"} | {
+        "dtype": dtype
+    }
     return config, model_config(config, origin=model.origin)
 
 
 def _task(model: Model, config: dict[str, Any], format: Format) -> str:
     """A digest of what is written from what: a run with the same one can go on with this one's pieces."""
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(model.files)]
-    return hashlib.sha256(json.dumps([config, format.name, files], sort_keys=True).encode()).hexdigest()
+    files = [
+        (str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(model.files)
+    ]
+    return hashlib.sha256(
+        json.dumps([config, format.name, files], sort_keys=True).encode()
+    ).hexdigest()
 
 
 def _check_space(place: Workplace, pieces: Iterable[Piece]) -> None:

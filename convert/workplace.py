@@ -78,7 +78,9 @@ def _locked(partial: Path, out: Path) -> int:
                 raise
             os.close(handle)  # it was renamed or removed before it was locked
     except BlockingIOError:
-        raise EasySpecError(f"another conversion is writing {out}; wait for it or choose another --out") from None
+        raise EasySpecError(
+            f"another conversion is writing {out}; wait for it or choose another --out"
+        ) from None
     except OSError as error:
         raise EasySpecError(f"{out.parent} cannot be written: {error.strerror}") from None
 
@@ -89,7 +91,10 @@ def _resumed(partial: Path, task: str) -> dict[tuple[str, int], int]:
     with suppress(OSError, UnicodeDecodeError):
         head, *lines = journal.read_text(encoding="utf-8").split("\n")
         if head == task:
-            return {(name, start): checksum for name, start, checksum in filter(None, map(_parsed, lines))}
+            return {
+                (name, start): checksum
+                for name, start, checksum in filter(None, map(_parsed, lines))
+            }
     for path in partial.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     journal.write_text(task + "\n", encoding="utf-8")

@@ -6,7 +6,10 @@ from importlib import import_module
 
 COMMANDS = {
     "generate": ("easyspec_jax.cli.generate", "text from a target model, sped up by a draft"),
-    "convert": ("convert.__main__", "a checkpoint into one that opens straight into shards, or back"),
+    "convert": (
+        "convert.__main__",
+        "a checkpoint into one that opens straight into shards, or back",
+    ),
     "tune": ("easyspec_jax.cli.tune", "measure which way of speculating is the fastest"),
     "refit": ("easyspec_jax.cli.refit", "fit a draft's projections to layers that run at once"),
     "plan": ("easyspec_jax.cli.plan", "what a pair would need and gain on a topology"),
@@ -25,7 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0
     if name not in COMMANDS:
-        print(f"easyspec: error: there is no command {name!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            f"easyspec: error: there is no command {name!r}; choose from {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
         return 2
     return import_module(COMMANDS[name][0]).main(rest)
 

@@ -44,14 +44,26 @@ class SpeculativeConfig:
     def __post_init__(self) -> None:
         check_choice("method", self.method, get_args(Method))
         check_choice("verifier", self.chosen_verifier, get_args(Verifier))
-        check_choice("draft-tensor-parallel-size", self.draft_tensor_parallel_size, get_args(DraftTensorParallelSize))
+        check_choice(
+            "draft-tensor-parallel-size",
+            self.draft_tensor_parallel_size,
+            get_args(DraftTensorParallelSize),
+        )
         check_whole("num-speculative-tokens", self.num_speculative_tokens, 1, 16)
         check_whole("tree-width", self.width, 1, MAX_WIDTH)
         if self.method in ("vanilla", "sd") and (self.width > 1 or self.tree_nodes is not None):
-            raise EasySpecError(f"--method {self.method} grows no trees: leave out --tree-width and --tree-nodes")
+            raise EasySpecError(
+                f"--method {self.method} grows no trees: leave out --tree-width and --tree-nodes"
+            )
         if self.tree_nodes is not None:
             levels = self.num_speculative_tokens
-            check_whole("tree-nodes", self.tree_nodes, levels, levels * self.width, ": one node a level to all")
+            check_whole(
+                "tree-nodes",
+                self.tree_nodes,
+                levels,
+                levels * self.width,
+                ": one node a level to all",
+            )
         check_whole("lp-size", self.lp_size, 1)
         check_whole("mlp-lp-size", self.mlp_lp_size, 1)
 
@@ -59,7 +71,9 @@ class SpeculativeConfig:
     def weights_key(self) -> Self:
         """Equal for two configurations if the draft's weights, and their places on a mesh, are."""
         method = "sd" if self.method == "tree" else self.method
-        chain = replace(self, method=method, num_speculative_tokens=1, tree_width=None, tree_nodes=None)
+        chain = replace(
+            self, method=method, num_speculative_tokens=1, tree_width=None, tree_nodes=None
+        )
         return replace(chain, calibration=True, verifier=None)
 
     @property
@@ -92,11 +106,17 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.temperature != 0 and not 1e-3 <= self.temperature < float("inf"):  # below, logits overflow float32
-            raise EasySpecError(f"--temperature {self.temperature} must be 0 (greedy) or a number of at least 0.001")
+        if self.temperature != 0 and not 1e-3 <= self.temperature < float(
+            "inf"
+        ):  # below, logits overflow float32
+            raise EasySpecError(
+                f"--temperature {self.temperature} must be 0 (greedy) or a number of at least 0.001"
+            )
         check_whole("top-k", self.top_k, 0, 2**31 - 1, " ids (0: all)")
         if not 0 < self.top_p <= 1:
-            raise EasySpecError(f"--top-p {self.top_p} must be a probability above 0, up to 1 (all)")
+            raise EasySpecError(
+                f"--top-p {self.top_p} must be a probability above 0, up to 1 (all)"
+            )
         check_whole("seed", self.seed, 0, 2**32 - 1)
         check_whole("max-new-tokens", self.max_new_tokens, 1)
         if isinstance(self.stop, str):

@@ -18,7 +18,9 @@ class Bar(Protocol):
 
 
 @contextmanager
-def no_bar(description: str, total: int | None = None, *, in_bytes: bool = False) -> Iterator[Advance]:
+def no_bar(
+    description: str, total: int | None = None, *, in_bytes: bool = False
+) -> Iterator[Advance]:
     """Shows nothing."""
     yield lambda amount: None
 
@@ -47,6 +49,8 @@ def bar(description: str, total: int | None = None, *, in_bytes: bool = False) -
     numbers = (TimeElapsedColumn(),) if total is None else (done, TimeRemainingColumn())
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), *numbers)
     # stdout is left alone: rich would send what is printed there to stderr.
-    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as progress:
+    with Progress(
+        *columns, console=Console(stderr=True), transient=True, redirect_stdout=False
+    ) as progress:
         task = progress.add_task(description, total=total)
         yield lambda amount: progress.advance(task, amount)

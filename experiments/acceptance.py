@@ -42,7 +42,11 @@ class Variant:
     def draft(self) -> str:
         if self.lp_size == 1:
             return "exact"
-        return f"N = {self.lp_size}" + ("" if self.calibration else ", no calibration") + (", refit" * self.refit)
+        return (
+            f"N = {self.lp_size}"
+            + ("" if self.calibration else ", no calibration")
+            + (", refit" * self.refit)
+        )
 
     def speculative(self, num_speculative_tokens: int, refit: str | None) -> SpeculativeConfig:
         """The engine's configuration; refit: the directory with refits. Raises EasySpecError if there is none."""
@@ -82,13 +86,22 @@ def variants(
 
 def measure_grid(args: argparse.Namespace, prompts: Sequence[str]) -> list[Row]:
     """Every variant's acceptance. Raises EasySpecError for an impossible one before any is measured."""
-    grid = variants(args.temperatures, args.verifiers, args.widths, args.lp_sizes, args.refit is not None)
-    configs = {variant: variant.speculative(args.num_speculative_tokens, args.refit) for variant in grid}
-    sampling = {t: SamplingParams(t, seed=args.seed, max_new_tokens=args.max_new_tokens) for t in args.temperatures}
+    grid = variants(
+        args.temperatures, args.verifiers, args.widths, args.lp_sizes, args.refit is not None
+    )
+    configs = {
+        variant: variant.speculative(args.num_speculative_tokens, args.refit) for variant in grid
+    }
+    sampling = {
+        t: SamplingParams(t, seed=args.seed, max_new_tokens=args.max_new_tokens)
+        for t in args.temperatures
+    }
     layouts = dict.fromkeys(config.weights_key for config in configs.values())
 
     def opened(layout: SpeculativeConfig) -> Engine:
-        return open_model(args.target, args.draft, mesh=args.mesh, platform=args.platform, speculative=layout)
+        return open_model(
+            args.target, args.draft, mesh=args.mesh, platform=args.platform, speculative=layout
+        )
 
     for layout in layouts:
         opened(layout)  # which checks it and reads no weights
@@ -109,7 +122,9 @@ def measure(
     engine: Engine, sampling: SamplingParams, prompts: Sequence[str], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Acceptance over all prompts."""
-    completions = list(engine.generate(prompts, sampling, chat=args.chat, batch_size=args.batch_size))
+    completions = list(
+        engine.generate(prompts, sampling, chat=args.chat, batch_size=args.batch_size)
+    )
     stats = sum((completion.stats for completion in completions[1:]), completions[0].stats)
     return {
         "groups": format_layout(engine.layout),
@@ -124,21 +139,33 @@ def measure(
 
 def print_tables(rows: Sequence[Row]) -> None:
     """A table for every way of sampling: drafts downward, tree widths to the right."""
-    for (temperature, verifier), same in groupby(rows, key=lambda row: (row["temperature"], row["verifier"])):
+    for (temperature, verifier), same in groupby(
+        rows, key=lambda row: (row["temperature"], row["verifier"])
+    ):
         cells = {(row["draft"], row["tree_width"]): row for row in same}
         drafts, widths = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
-        title, caption = f"temperature {temperature:g}, {verifier}", "tokens a round, acceptance rate"
-        table = Table("draft", *(f"width {width}" for width in widths), title=title, caption=caption)
+        title, caption = (
+            f"temperature {temperature:g}, {verifier}",
+            "tokens a round, acceptance rate",
+        )
+        table = Table(
+            "draft", *(f"width {width}" for width in widths), title=title, caption=caption
+        )
         for draft in drafts:
             found = (cells[draft, width] for width in widths)
-            table.add_row(draft, *(f"{r['mean_acceptance_length']:.2f} {r['acceptance_rate']:.3f}" for r in found))
+            table.add_row(
+                draft,
+                *(f"{r['mean_acceptance_length']:.2f} {r['acceptance_rate']:.3f}" for r in found),
+            )
         show(table)
 
 
 def run(args: argparse.Namespace) -> None:
     """Measures the grid, prints it, writes the JSON and draws it."""
     cache_compilations()
-    prompts = read_prompts(args.prompt_file or HERE / ("prompts.txt" if args.target else "code_prompts.txt"))
+    prompts = read_prompts(
+        args.prompt_file or HERE / ("prompts.txt" if args.target else "code_prompts.txt")
+    )
     out = destination(args)
     rows = measure_grid(args, prompts)
     print_tables(rows)
@@ -162,20 +189,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mesh", default="1")
     parser.add_argument("--platform")
     parser.add_argument(
-        "--refit", metavar="DIR", help="also drafts with the refits there, one for each lp-size above 1"
+        "--refit",
+        metavar="DIR",
+        help="also drafts with the refits there, one for each lp-size above 1",
     )
-    parser.add_argument("--widths", type=int, nargs="+", default=[1, 4, 8, 12], help="of the drafted tree")
-    parser.add_argument("--lp-sizes", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6], help="1 is the exact draft")
+    parser.add_argument(
+        "--widths", type=int, nargs="+", default=[1, 4, 8, 12], help="of the drafted tree"
+    )
+    parser.add_argument(
+        "--lp-sizes", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6], help="1 is the exact draft"
+    )
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])
-    parser.add_argument("--verifiers", nargs="+", choices=get_args(Verifier), default=get_args(Verifier))
+    parser.add_argument(
+        "--verifiers", nargs="+", choices=get_args(Verifier), default=get_args(Verifier)
+    )
     parser.add_argument("--num-speculative-tokens", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=1, help="prompts decoded together")
     parser.add_argument("--chat", action="store_true")
-    parser.add_argument("--prompt-file", type=Path, help="default: questions, or code for the bundled pair")
     parser.add_argument(
-        "--out", type=Path, help="default: results/acceptance.json, or …_demo.json for the bundled pair"
+        "--prompt-file", type=Path, help="default: questions, or code for the bundled pair"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="default: results/acceptance.json, or …_demo.json for the bundled pair",
     )
     return run_experiment("experiments.acceptance", parser, run, argv)
 

@@ -30,16 +30,21 @@ from easyspec_jax.checkpoint.config import model_config
 from easyspec_jax.cli.command import Parser
 from experiments.output import RESULTS, check_destination, machine, run_experiment, save
 
-_COMMON = {"model_type": "llama", "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "dtype": "bfloat16"}
+_COMMON = {
+    "model_type": "llama",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "dtype": "bfloat16",
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "7b": _COMMON | {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008,
                      "num_attention_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False},
     "1b": _COMMON | {"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192,
                      "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
                      "tie_word_embeddings": True},
-    "0.1b": _COMMON | {"num_hidden_layers": 6, "hidden_size": 1024, "intermediate_size": 2816,
-                       "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 8192,
-                       "tie_word_embeddings": False},
+    "0.17b": _COMMON | {"num_hidden_layers": 14, "hidden_size": 1024, "intermediate_size": 2816,
+                        "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 8192,
+                        "tie_word_embeddings": False},
 }  # fmt: skip
 
 _OPEN = """
@@ -62,7 +67,9 @@ def write_random(directory: Path, fields: dict[str, Any], shards: int) -> int:
         shutil.copyfile(demo.TARGET / name, directory / name)
     store = SafetensorsStore(directory, config, largest=-(-size // shards) + (size >> 6))
     # A million numbers over and over, and a few more, so that rows differ.
-    block = (0.02 * np.random.default_rng(0).standard_normal(1_000_003, np.float32)).astype(config.dtype)
+    block = (0.02 * np.random.default_rng(0).standard_normal(1_000_003, np.float32)).astype(
+        config.dtype
+    )
     for name, shape in shapes.items():
         step = max(1, (8 << 20) // prod(shape[1:]))
         for start in range(0, shape[0], step):
@@ -86,12 +93,16 @@ def measured(command: Sequence[str | Path], interval: float = 0.02) -> Run:
         [*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
         while process.poll() is None:
-            peak = max(peak, sum(map(_resident, _tree(process.pid))), _resident(process.pid, "VmHWM"))
+            peak = max(
+                peak, sum(map(_resident, _tree(process.pid))), _resident(process.pid, "VmHWM")
+            )
             time.sleep(interval)
         seconds = time.perf_counter() - begun
         if process.returncode:
             assert process.stderr is not None
-            raise EasySpecError(f"{command[0]} failed ({process.returncode}): {process.stderr.read()[-500:]}")
+            raise EasySpecError(
+                f"{command[0]} failed ({process.returncode}): {process.stderr.read()[-500:]}"
+            )
     return Run(seconds, peak)
 
 
@@ -123,7 +134,9 @@ def open_(directory: Path, mesh: str) -> Run:
 
 def copy(source: Path, out: Path) -> Run:
     """One copy by the system's command, and the disk's word that it is there."""
-    return measured(["sh", "-c", 'cp -r "$0" "$1" && find "$1" -type f -exec sync {} +', source, out])
+    return measured(
+        ["sh", "-c", 'cp -r "$0" "$1" && find "$1" -type f -exec sync {} +', source, out]
+    )
 
 
 def forget(directory: Path) -> None:
@@ -134,7 +147,9 @@ def forget(directory: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def alternately(rounds: int, source: Path, out: Path, *ways: Callable[[Path, Path], Run]) -> list[list[Run]]:
+def alternately(
+    rounds: int, source: Path, out: Path, *ways: Callable[[Path, Path], Run]
+) -> list[list[Run]]:
     """Every way in turn, from a cold disk to a path that is free again afterwards."""
     runs: list[list[Run]] = [[] for _ in ways]
     for _ in range(rounds):
@@ -145,13 +160,17 @@ def alternately(rounds: int, source: Path, out: Path, *ways: Callable[[Path, Pat
     return runs
 
 
-def bench(shape: str, shards: int, rounds: int, meshes: Sequence[str], memory: str, directory: Path) -> dict[str, Any]:
+def bench(
+    shape: str, shards: int, rounds: int, meshes: Sequence[str], memory: str, directory: Path
+) -> dict[str, Any]:
     """All figures of a shape; the disk holds three times its bytes at most."""
     source, out = directory / "hf", directory / "orbax"
     try:
         size = write_random(source, SHAPES[shape], shards)
         options = ("--memory", memory)
-        converted, copied = alternately(rounds, source, out, lambda a, b: convert(a, b, *options), copy)
+        converted, copied = alternately(
+            rounds, source, out, lambda a, b: convert(a, b, *options), copy
+        )
         convert(source, out, *options)
         forget(out)
         opened = {f"{kind}, mesh {mesh}": open_(place, mesh)
@@ -166,9 +185,14 @@ def bench(shape: str, shards: int, rounds: int, meshes: Sequence[str], memory: s
         "memory": memory,
         "convert": [asdict(run) for run in converted],
         "copy": [asdict(run) for run in copied],
-        "open": {name: asdict(run) | {"over_weights": run.peak_bytes / size} for name, run in opened.items()},
+        "open": {
+            name: asdict(run) | {"over_weights": run.peak_bytes / size}
+            for name, run in opened.items()
+        },
         "convert_peak_bytes": max(run.peak_bytes for run in converted),
-        "speed_over_copy": median(b.seconds / a.seconds for a, b in zip(converted, copied, strict=True)),
+        "speed_over_copy": median(
+            b.seconds / a.seconds for a, b in zip(converted, copied, strict=True)
+        ),
     }
 
 
@@ -177,9 +201,16 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or RESULTS / f"bench_checkpoints_{args.shape}.json"
     check_destination(out)
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
-        report = bench(args.shape, args.shards, args.rounds, args.mesh, args.memory, Path(directory))
-    save(out, json.dumps({"command": args.command, "machine": machine("cpu"), **report}, indent=2) + "\n")
-    print(f"{out}: {report['convert_peak_bytes'] / 2**30:.2f} GiB at most, {report['speed_over_copy']:.2f} of a copy")
+        report = bench(
+            args.shape, args.shards, args.rounds, args.mesh, args.memory, Path(directory)
+        )
+    save(
+        out,
+        json.dumps({"command": args.command, "machine": machine("cpu"), **report}, indent=2) + "\n",
+    )
+    print(
+        f"{out}: {report['convert_peak_bytes'] / 2**30:.2f} GiB at most, {report['speed_over_copy']:.2f} of a copy"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -190,8 +221,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mesh", nargs="+", default=["8"])
     parser.add_argument("--memory", default="2GiB", help="as for convert")
-    parser.add_argument("--directory", type=Path, help="where there is room; by default a temporary directory")
-    parser.add_argument("--out", type=Path, help="by default experiments/results/bench_checkpoints_SHAPE.json")
+    parser.add_argument(
+        "--directory", type=Path, help="where there is room; by default a temporary directory"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="by default experiments/results/bench_checkpoints_SHAPE.json"
+    )
     return run_experiment("experiments.bench_checkpoints", parser, run, argv)
 
 

@@ -37,7 +37,12 @@ def run(args: argparse.Namespace) -> None:
     parts = saved(out, args.shape)
     bench = opened(args)
     settings = output.settings(args, "only", "shape", "command")
-    told = {"command": args.command, "machine": machine(bench), "dtype": bench.dtype.name, "settings": settings}
+    told = {
+        "command": args.command,
+        "machine": machine(bench),
+        "dtype": bench.dtype.name,
+        "settings": settings,
+    }
     Console().print(", ".join(f"{name} {value}" for name, value in told["machine"].items()))
     for name in (name for name in PARTS if name in args.only):
         rows = PARTS[name](bench)
@@ -50,14 +55,21 @@ def check(args: argparse.Namespace) -> None:
     """Raises EasySpecError for what cannot be measured."""
     for name in ("repeats", "calls", "context", "max_new_tokens", "memory_mib"):
         if getattr(args, name) < 1:
-            raise EasySpecError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    for name, shares in (("synthetic-acceptance", args.synthetic_acceptance), ("agreement", [args.agreement])):
+            raise EasySpecError(
+                f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1"
+            )
+    for name, shares in (
+        ("synthetic-acceptance", args.synthetic_acceptance),
+        ("agreement", [args.agreement]),
+    ):
         for share in shares:
             if not 0 <= share <= 1:
                 raise EasySpecError(f"--{name} {share} must be from 0 to 1")
     positions = min(fields["max_position_embeddings"] for fields in SHAPES[args.shape])
     if args.context + args.max_new_tokens > positions:
-        raise EasySpecError(f"--context and --max-new-tokens exceed the {positions} positions of --shape {args.shape}")
+        raise EasySpecError(
+            f"--context and --max-new-tokens exceed the {positions} positions of --shape {args.shape}"
+        )
 
 
 def saved(out: Path, shape: str) -> dict[str, Any]:
@@ -70,7 +82,9 @@ def saved(out: Path, shape: str) -> dict[str, Any]:
         return {}
     held = read_json(out)
     if held.get("shape") != shape or not isinstance(held.get("parts"), dict):
-        raise EasySpecError(f"--out {out} holds no results of --shape {shape}; remove it or choose another")
+        raise EasySpecError(
+            f"--out {out} holds no results of --shape {shape}; remove it or choose another"
+        )
     return held["parts"]
 
 
@@ -103,7 +117,9 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
     table = Table(title=title)
     table.add_column(no_wrap=True)
     for column in columns:
-        table.add_column({"seconds": "ms", "floor_seconds": "floor, ms"}.get(column, column.replace("_", " ")))
+        table.add_column(
+            {"seconds": "ms", "floor_seconds": "floor, ms"}.get(column, column.replace("_", " "))
+        )
     for row in rows:
         table.add_row(row["name"], *(shown(column, row.get(column)) for column in columns))
     Console().print(table)
@@ -122,8 +138,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.bench_roofline", description=__doc__)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="cpu", help="target and draft")
     parser.add_argument("--mesh", default="1")
-    parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS), help="some of the parts")
-    parser.add_argument("--repeats", type=int, default=7, help="samples of each case, and texts of each way")
+    parser.add_argument(
+        "--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS), help="some of the parts"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=7, help="samples of each case, and texts of each way"
+    )
     parser.add_argument("--calls", type=int, default=8, help="dispatched in a row for a sample")
     parser.add_argument("--context", type=int, default=256, help="tokens of the text so far")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="of texts")
@@ -135,12 +155,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="A",
         help="probabilities with which a drafted level passes if the one above it does",
     )
-    parser.add_argument("--agreement", type=float, default=0.8, help="share of ids on which peers' drafts are right")
-    parser.add_argument("--memory-mib", type=int, default=1024, help="read to measure bandwidth; far above any cache")
+    parser.add_argument(
+        "--agreement", type=float, default=0.8, help="share of ids on which peers' drafts are right"
+    )
+    parser.add_argument(
+        "--memory-mib",
+        type=int,
+        default=1024,
+        help="read to measure bandwidth; far above any cache",
+    )
     parser.add_argument("--out", type=Path, help="default: results/bench_roofline_<shape>.json")
     # Torch needs memory too, and a large target more than JAX's three quarters.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name, which excludes the newer
+    if (
+        "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ
+    ):  # the older name, which excludes the newer
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
     return run_experiment("experiments.bench_roofline", parser, run, argv)
 

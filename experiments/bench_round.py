@@ -30,7 +30,15 @@ from easyspec_jax.model.attention import Nodes
 from easyspec_jax.model.transformer import Decoder, run_exact
 from easyspec_jax.options import Verifier
 from easyspec_jax.parallel.mesh import ALL_AXES
-from experiments.output import RESULTS, as_json, check_destination, machine, run_experiment, save, settings
+from experiments.output import (
+    RESULTS,
+    as_json,
+    check_destination,
+    machine,
+    run_experiment,
+    save,
+    settings,
+)
 from experiments.pair import names
 
 WARM_UP = 3
@@ -38,8 +46,17 @@ WARM_UP = 3
 
 def passes(target: Decoder, draft: Decoder, state: State, config: RoundConfig) -> Any:
     """The state and the logits after a round's passes, over tokens that are not chosen but merely there."""
-    h, caches = draft(state.pending, state.draft, state.draft_length, run_exact if config.calibration else run_fuzzy)
-    batch, width, nodes = h.shape[0], config.width, 1 + (config.nodes or config.levels * config.width)
+    h, caches = draft(
+        state.pending,
+        state.draft,
+        state.draft_length,
+        run_exact if config.calibration else run_fuzzy,
+    )
+    batch, width, nodes = (
+        h.shape[0],
+        config.width,
+        1 + (config.nodes or config.levels * config.width),
+    )
     first = draft.logits(h[:, :1])
 
     def deepen(carry: Any, depth: jax.Array) -> Any:
@@ -59,7 +76,9 @@ def passes(target: Decoder, draft: Decoder, state: State, config: RoundConfig) -
         jnp.zeros((batch, nodes), jnp.int32),
         jnp.ones((batch, nodes, nodes), bool),
     )
-    h, target_caches = target(jnp.broadcast_to(state.pending[:, :1], (batch, nodes)), state.target, tree)
+    h, target_caches = target(
+        jnp.broadcast_to(state.pending[:, :1], (batch, nodes)), state.target, tree
+    )
     return replace(state, target=target_caches, draft=caches), (first, later, target.logits(h))
 
 
@@ -73,11 +92,15 @@ def compiled_passes(programs: Programs) -> Any:
     return jax.jit(body, donate_argnums=1)
 
 
-def measure(programs: Programs, prompt: list[int], sampling: SamplingParams, repeats: int) -> dict[str, list[float]]:
+def measure(
+    programs: Programs, prompt: list[int], sampling: SamplingParams, repeats: int
+) -> dict[str, list[float]]:
     """Seconds of passes and of rounds, in turn; the first few of each are not timed."""
     bare = compiled_passes(programs)
     capacity = programs.capacity(len(prompt) + sampling.max_new_tokens)
-    state, _ = prefill_all(programs, programs.start(sampling, [sampling.max_new_tokens], capacity), [prompt])
+    state, _ = prefill_all(
+        programs, programs.start(sampling, [sampling.max_new_tokens], capacity), [prompt]
+    )
     spare = jax.tree.map(jnp.copy, state)
     seconds: dict[str, list[float]] = {"passes": [], "round": []}
     for _ in range(repeats + WARM_UP):
@@ -105,7 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-speculative-tokens", type=int, default=5)
     parser.add_argument("--tree-width", type=int, default=8)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])
-    parser.add_argument("--verifiers", nargs="+", choices=get_args(Verifier), default=get_args(Verifier))
+    parser.add_argument(
+        "--verifiers", nargs="+", choices=get_args(Verifier), default=get_args(Verifier)
+    )
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--out", type=Path, default=RESULTS / "bench_round.json")
     return run_experiment("experiments.bench_round", parser, report, argv)
@@ -127,14 +152,20 @@ def report(args: argparse.Namespace) -> None:
         )
         engine = open_model(args.target, args.draft, mesh=args.mesh, speculative=speculative)
         sampling = SamplingParams(
-            temperature=temperature, max_new_tokens=(args.num_speculative_tokens + 1) * (args.repeats + WARM_UP)
+            temperature=temperature,
+            max_new_tokens=(args.num_speculative_tokens + 1) * (args.repeats + WARM_UP),
         )
         prompt = engine.encode(demo.PROMPT)
         seconds = measure(engine.programs(sampling), prompt, sampling, args.repeats)
         # Within each pair: a shared machine drifts.
-        shares = [1 - bare / whole for bare, whole in zip(seconds["passes"], seconds["round"], strict=True)]
+        shares = [
+            1 - bare / whole
+            for bare, whole in zip(seconds["passes"], seconds["round"], strict=True)
+        ]
         name = verifier or "greedy"
-        rows.append({"verifier": name, "temperature": temperature, "bookkeeping": median(shares)} | seconds)
+        rows.append(
+            {"verifier": name, "temperature": temperature, "bookkeeping": median(shares)} | seconds
+        )
         figures = (f"{1e3 * median(seconds[part]):.1f}" for part in ("round", "passes"))
         table.add_row(name, f"{temperature:g}", *figures, f"{100 * median(shares):.1f} %")
     Console().print(table)

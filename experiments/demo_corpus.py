@@ -11,7 +11,9 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-LEFT_OUT = frozenset({"encodings", "idlelib", "pydoc_data", "site-packages", "dist-packages", "test", "tests"})
+LEFT_OUT = frozenset(
+    {"encodings", "idlelib", "pydoc_data", "site-packages", "dist-packages", "test", "tests"}
+)
 """Folders of tables, of text that is no library, and of other people's packages."""
 
 END_OF_TEXT = "<|endoftext|>"
@@ -66,21 +68,30 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def pack(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> np.ndarray:
     """Every text's ids, each text ended by the special token; uint16 [tokens]."""
     ids = tokenizer(list(texts), verbose=False).input_ids
-    return np.asarray([token for text in ids for token in (*text, tokenizer.eos_token_id)], np.uint16)
+    return np.asarray(
+        [token for text in ids for token in (*text, tokenizer.eos_token_id)], np.uint16
+    )
 
 
 def build(directory: Path, vocab_size: int) -> Corpus:
     """The corpus and its tokenizer in a directory; made on the first call and read after that."""
     packed = directory / "corpus.npz"
     if not packed.exists():
-        files = {path: path.read_text(encoding="utf-8", errors="replace") for path in library_files()}
+        files = {
+            path: path.read_text(encoding="utf-8", errors="replace") for path in library_files()
+        }
         train = [text for path, text in files.items() if not is_held_out(path)]
         heldout = [text for path, text in files.items() if is_held_out(path)]
         tokenizer = train_tokenizer(train, vocab_size)
         tokenizer.save_pretrained(directory / "tokenizer")
         size = sum(len(text.encode()) for text in heldout)
         partial = directory / "partial.npz"
-        np.savez(partial, train=pack(tokenizer, train), heldout=pack(tokenizer, heldout), heldout_bytes=size)
+        np.savez(
+            partial,
+            train=pack(tokenizer, train),
+            heldout=pack(tokenizer, heldout),
+            heldout_bytes=size,
+        )
         partial.rename(packed)
     with np.load(packed) as arrays:
         return Corpus(arrays["train"], arrays["heldout"], int(arrays["heldout_bytes"]))

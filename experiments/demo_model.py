@@ -69,7 +69,10 @@ def init(shape: Shape, key: Array) -> Params:
         return scale * jax.random.normal(key, (layers, *size))
 
     first, *others = jax.random.split(key, len(matrices) + 1)
-    weights = {name: matrix(own, name, size) for own, (name, size) in zip(others, matrices.items(), strict=True)}
+    weights = {
+        name: matrix(own, name, size)
+        for own, (name, size) in zip(others, matrices.items(), strict=True)
+    }
     norms = {name: jnp.ones((layers, hidden)) for name in ("attention_norm", "mlp_norm")}
     return {
         "embedding": 0.02 * jax.random.normal(first, (shape.vocab_size, hidden)),
@@ -78,7 +81,9 @@ def init(shape: Shape, key: Array) -> Params:
     }
 
 
-def logits(shape: Shape, params: Params, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length vocab"]:
+def logits(
+    shape: Shape, params: Params, tokens: Int[Array, "batch length"]
+) -> Float[Array, "batch length vocab"]:
     """Next-token logits at every position of windows that start at position 0."""
     cos, sin = _rotation(shape, tokens.shape[1])
 
@@ -92,7 +97,11 @@ def logits(shape: Shape, params: Params, tokens: Int[Array, "batch length"]) -> 
 
 
 def _norm(shape: Shape, x: Array, weight: Array) -> Array:
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + shape.rms_norm_eps) * weight[None, None]
+    return (
+        x
+        * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + shape.rms_norm_eps)
+        * weight[None, None]
+    )
 
 
 def _rotation(shape: Shape, length: int) -> tuple[Array, Array]:
@@ -136,7 +145,9 @@ def checkpoint(shape: Shape, params: Params) -> dict[str, np.ndarray]:
         "mlp_norm": "post_attention_layernorm",
     }
     tensors = {
-        f"model.layers.{layer}.{name}.weight": np.ascontiguousarray(np.asarray(params["layers"][ours][layer]).T)
+        f"model.layers.{layer}.{name}.weight": np.ascontiguousarray(
+            np.asarray(params["layers"][ours][layer]).T
+        )
         for layer in range(shape.num_hidden_layers)
         for ours, name in names.items()
     }

@@ -52,7 +52,11 @@ def next_logits(engine: Engine) -> NextLogits:
     target = engine.load()[0]
     specs = jax.tree.map(lambda x: x.sharding.spec, target)
     mapped = jax.shard_map(
-        _logits, mesh=engine.mesh, in_specs=(specs, P(), P()), out_specs=P(ALL_AXES), check_vma=False
+        _logits,
+        mesh=engine.mesh,
+        in_specs=(specs, P(), P()),
+        out_specs=P(ALL_AXES),
+        check_vma=False,
     )
     program = jax.jit(mapped)
 

@@ -44,7 +44,9 @@ class Line:
     style: dict[str, Any]
 
     def has(self, row: Row) -> bool:
-        return row["tree_width"] == self.width and (row["lp_size"] == 1 or kind_of(row) == self.kind)
+        return row["tree_width"] == self.width and (
+            row["lp_size"] == 1 or kind_of(row) == self.kind
+        )
 
 
 def kind_of(row: Row) -> str:
@@ -91,7 +93,11 @@ def _figure(measured: dict[str, Any]) -> "Figure":
 
 def way_of(row: Row) -> str:
     """How the row's tokens were chosen."""
-    return "greedy" if row["temperature"] == 0 else f"temperature {row['temperature']:g}, {row['verifier']}"
+    return (
+        "greedy"
+        if row["temperature"] == 0
+        else f"temperature {row['temperature']:g}, {row['verifier']}"
+    )
 
 
 def draw_panel(axes: "Axes", lines: Sequence[Line], rows: Sequence[Row], name: str) -> None:
@@ -108,10 +114,18 @@ def draw_legend(figure: "Figure", lines: Sequence[Line]) -> None:
     from matplotlib.lines import Line2D
 
     first = lines[0].kind
-    widths = [Line2D([], [], **line.style, label=f"tree width {line.width}") for line in lines if line.kind == first]
+    widths = [
+        Line2D([], [], **line.style, label=f"tree width {line.width}")
+        for line in lines
+        if line.kind == first
+    ]
     kinds = dict.fromkeys(line.kind for line in lines)
-    strokes = [Line2D([], [], color=SOFT, **STROKES[kind], marker="o", label=kind) for kind in kinds]
-    figure.legend(handles=[*widths, *strokes], loc="outside lower center", ncols=len(widths) + len(strokes))
+    strokes = [
+        Line2D([], [], color=SOFT, **STROKES[kind], marker="o", label=kind) for kind in kinds
+    ]
+    figure.legend(
+        handles=[*widths, *strokes], loc="outside lower center", ncols=len(widths) + len(strokes)
+    )
 
 
 def title_of(measured: dict[str, Any]) -> str:

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KINDS = {".": ("idle", "#dcdcdc"), "x": ("in collectives, waiting included", "#e69f00"), "c": ("computing", "#0072b2")}
+KINDS = {
+    ".": ("idle", "#dcdcdc"),
+    "x": ("in collectives, waiting included", "#e69f00"),
+    "c": ("computing", "#0072b2"),
+}
 """By the letter of a lane. Of Okabe and Ito, and far apart in grey."""
 
 
@@ -30,9 +34,13 @@ def _figure(measured: dict[str, Any]) -> "Figure":
 
     rows = measured["results"]
     lanes = max(len(row["lanes"]) for row in rows)
-    figure = Figure(figsize=(12, 1.8 + len(rows) * (0.75 + 0.21 * lanes)), dpi=120, layout="constrained")
+    figure = Figure(
+        figsize=(12, 1.8 + len(rows) * (0.75 + 0.21 * lanes)), dpi=120, layout="constrained"
+    )
     figure.suptitle(
-        f"One round on every device: {pair_title(measured)}, --mesh {measured['mesh']}", weight="bold", size=13
+        f"One round on every device: {pair_title(measured)}, --mesh {measured['mesh']}",
+        weight="bold",
+        size=13,
     )
     panels = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
     for axes, row in zip(panels, rows, strict=True):
@@ -49,7 +57,10 @@ def _panel(axes: "Axes", row: dict[str, Any]) -> None:
     for place, letters in enumerate(row["lanes"].values()):
         # Each over what may show through where it fills a pixel in part.
         for (_, color), shown in zip(KINDS.values(), (".xc", "xc", "c"), strict=True):
-            bars = [(first * milliseconds, count * milliseconds) for first, count in runs(letters, shown)]
+            bars = [
+                (first * milliseconds, count * milliseconds)
+                for first, count in runs(letters, shown)
+            ]
             axes.broken_barh(bars, (place - 0.4, 0.8), facecolor=color, linewidth=0)
     split = " × ".join(f"{size} {axis}" for axis, size in row["mesh"].items())
     shares = f"computing {row['computing']:.0%}, in collectives {row['in_collectives']:.0%}, idle {row['idle']:.0%}"

@@ -36,7 +36,9 @@ def _figure(measured: dict[str, Any]) -> "Figure":
         _curves(axes, [row for row in rows if row["refit"] == kind])
         axes.set_title("with a refit" if kind else "plain", size=11)
     panels[0].set_ylabel("Σ min(p fuzzy, p exact)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(LOOKS))
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(LOOKS)
+    )
     return figure
 
 

@@ -29,7 +29,9 @@ def _figure(measured: dict[str, Any]) -> "Figure":
     from matplotlib.patches import Patch
 
     rows = [row for row in measured["results"] if "missing" not in row]
-    missing = [f"{row['name']}: {row['missing']}" for row in measured["results"] if "missing" in row]
+    missing = [
+        f"{row['name']}: {row['missing']}" for row in measured["results"] if "missing" in row
+    ]
     figure = Figure(figsize=(9, 1.9 + 0.42 * len(rows)), dpi=120, layout="constrained")
     figure.suptitle(pair_title(measured), weight="bold", size=13)
     axes: Any = figure.subplots()
@@ -40,15 +42,25 @@ def _figure(measured: dict[str, Any]) -> "Figure":
         axes.barh(place, middle, height=0.62, color=THEIRS if _foreign(row["name"]) else OURS)
         axes.errorbar([middle], [place], xerr=spread, color=INK, capsize=3, linewidth=1)
         text = f"{middle:.2f} ×, {row['identical']:.0%} identical"
-        box = {"facecolor": WHITE, "edgecolor": "none", "pad": 1}  # over the line that marks plain decoding
+        box = {
+            "facecolor": WHITE,
+            "edgecolor": "none",
+            "pad": 1,
+        }  # over the line that marks plain decoding
         at = {"textcoords": "offset points", "xytext": (7, 0), "va": "center", "size": 9}
         axes.annotate(text, (max(ratios), place), bbox=box, **at)
     axes.axvline(1, color=SOFT, linestyle=(0, (4, 2)), linewidth=1)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.35 * max(max(row["over_plain"]) for row in rows))  # leaves room for what stands behind the bars
-    axes.set_xlabel("tokens/s over those of our plain decoding" + "".join(f"\n{line}" for line in missing))
-    axes.set_title(f"{measured['platform']}, {measured['dtype']}, {measured['threads']} threads", size=11)
+    axes.set_xlim(
+        0, 1.35 * max(max(row["over_plain"]) for row in rows)
+    )  # leaves room for what stands behind the bars
+    axes.set_xlabel(
+        "tokens/s over those of our plain decoding" + "".join(f"\n{line}" for line in missing)
+    )
+    axes.set_title(
+        f"{measured['platform']}, {measured['dtype']}, {measured['threads']} threads", size=11
+    )
     dress_bars(axes)
     handles = [Patch(color=OURS, label="this package"), Patch(color=THEIRS, label="other engines")]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)

@@ -70,7 +70,9 @@ def exact_pass(groups: Sequence[Group], mesh: MeshShape) -> list[Step]:
 def fuzzy_pass(groups: Sequence[Group], mesh: MeshShape) -> list[Step]:
     """A group's attentions at once, then its MLPs in order."""
     return [
-        step for group in groups for step in (attentions(group, group, mesh), *(mlp(layer, mesh) for layer in group))
+        step
+        for group in groups
+        for step in (attentions(group, group, mesh), *(mlp(layer, mesh) for layer in group))
     ]
 
 
@@ -162,13 +164,31 @@ class Page:
     axes: "Axes"
 
     def say(
-        self, x: float, y: float, text: str, *, ha: str = "center", size: float = 12, bold: bool = False, ink: str = INK
+        self,
+        x: float,
+        y: float,
+        text: str,
+        *,
+        ha: str = "center",
+        size: float = 12,
+        bold: bool = False,
+        ink: str = INK,
     ) -> None:
         weight = "bold" if bold else "normal"
         self.axes.text(x, y, text, ha=ha, va="center_baseline", size=size, weight=weight, color=ink)
 
     def box(self, x: float, y: float, width: float, height: float, color: str) -> None:
-        self.axes.bar(x, height, width, y, align="edge", color=color, edgecolor=WHITE, linewidth=0.8, clip_on=False)
+        self.axes.bar(
+            x,
+            height,
+            width,
+            y,
+            align="edge",
+            color=color,
+            edgecolor=WHITE,
+            linewidth=0.8,
+            clip_on=False,
+        )
 
     def line(self, *points: tuple[float, float], **style: Any) -> None:
         self.axes.plot(*zip(*points, strict=True), color=SOFT, linewidth=1, clip_on=False, **style)
@@ -194,7 +214,10 @@ class Page:
         """Each step's blocks on the rows of their devices."""
         for start, step in enumerate(steps):
             for block in step:
-                y, height = track.top + block.devices.start * track.row, len(block.devices) * track.row
+                y, height = (
+                    track.top + block.devices.start * track.row,
+                    len(block.devices) * track.row,
+                )
                 self.box(track.x(start), y, track.step, height, block.kind.value)
                 if labelled:
                     size = min(12, 1.4 * track.step / len(block.label))
@@ -207,11 +230,15 @@ def draw(picture: Round, out: Path) -> None:
     from matplotlib.figure import Figure
 
     whole = Track(LEFT, 84, round_step(picture), 16, picture.mesh.size)
-    exact = Track(LEFT, whole.bottom + 160, (RIGHT - LEFT) / len(picture.exact), 21, picture.mesh.size)
+    exact = Track(
+        LEFT, whole.bottom + 160, (RIGHT - LEFT) / len(picture.exact), 21, picture.mesh.size
+    )
     fuzzy = replace(exact, top=exact.bottom + 80)
     height = fuzzy.bottom + 84
     # Letters become outlines: a reader's own fonts would have other widths.
-    with matplotlib.rc_context({"svg.hashsalt": "round", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
+    with matplotlib.rc_context(
+        {"svg.hashsalt": "round", "svg.fonttype": "path", "font.family": "DejaVu Sans"}
+    ):
         figure = Figure(figsize=(WIDTH / 72, height / 72), facecolor=WHITE)
         page = Page(figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0)))
         page.axes.set_axis_off()
@@ -219,7 +246,9 @@ def draw(picture: Round, out: Path) -> None:
         draw_round(page, whole, picture)
         draw_passes(page, exact, fuzzy, picture)
         svg = StringIO()
-        figure.savefig(svg, format="svg", metadata={"Title": picture.title, "Creator": None, "Date": None})
+        figure.savefig(
+            svg, format="svg", metadata={"Title": picture.title, "Creator": None, "Date": None}
+        )
     out.write_text(re.sub(r"\s*\n\s*", "\n", svg.getvalue()), encoding="utf-8")
 
 
@@ -243,12 +272,21 @@ def draw_legend(page: Page, y: float) -> None:
 
 def draw_round(page: Page, track: Track, picture: Round) -> None:
     """The whole round on one timeline, and the tokens that come of it."""
-    page.say(12, 20, "One round: tokens drafted in turn, verified in one pass", ha="left", size=15, bold=True)
+    page.say(
+        12,
+        20,
+        "One round: tokens drafted in turn, verified in one pass",
+        ha="left",
+        size=15,
+        bold=True,
+    )
     page.lanes(track, RIGHT)
     page.say(LEFT - 8, track.bottom + 24, "tokens", ha="right")
     exact, fuzzy, later = picture.exact, picture.fuzzy, picture.levels - 1
     verify = draft = draw_drafting(page, track, exact, 1)
-    page.bracket(track.left, draft.left - GAP, track.top - 5, f"exact pass, {len(exact)} steps", "calibrate")
+    page.bracket(
+        track.left, draft.left - GAP, track.top - 5, f"exact pass, {len(exact)} steps", "calibrate"
+    )
     for token in range(2, picture.levels + 1):
         verify = draw_drafting(page, verify, fuzzy, token)
     if later:
@@ -284,11 +322,15 @@ def draw_verdict(page: Page, track: Track, accepted: int) -> None:
 def draw_passes(page: Page, exact: Track, fuzzy: Track, picture: Round) -> None:
     """One token drafted exactly and fuzzily, on one scale."""
     before, after = len(picture.exact), len(picture.fuzzy)
-    page.say(12, exact.top - 70, "One drafted token, exactly and fuzzily", ha="left", size=15, bold=True)
+    page.say(
+        12, exact.top - 70, "One drafted token, exactly and fuzzily", ha="left", size=15, bold=True
+    )
     draw_pass(page, exact, picture, exact_pass, f"Exact pass: {before} steps")
     page.say(LEFT + 158, exact.top - 42, "every attention waits for the layer before", ha="left")
     draw_pass(page, fuzzy, picture, fuzzy_pass, f"Fuzzy pass: {after} steps")
-    page.say(LEFT + 158, fuzzy.top - 42, "a group’s attentions read one input and run at once", ha="left")
+    page.say(
+        LEFT + 158, fuzzy.top - 42, "a group’s attentions read one input and run at once", ha="left"
+    )
     draw_saving(page, exact, fuzzy, before, after)
     page.say(LEFT - 14, fuzzy.bottom + 13, "steps", ha="right", ink=SOFT)
     for step in range(0, before + 1, 2):
@@ -316,7 +358,10 @@ def draw_saving(page: Page, exact: Track, fuzzy: Track, before: int, after: int)
     if start - end > 110:
         page.line((start, exact.bottom), (start, fuzzy.bottom), linestyle=":")
         page.axes.annotate(
-            "", (end, fuzzy.middle), (start, fuzzy.middle), arrowprops={"arrowstyle": "->", "color": INK}
+            "",
+            (end, fuzzy.middle),
+            (start, fuzzy.middle),
+            arrowprops={"arrowstyle": "->", "color": INK},
         )
         page.say((start + end) / 2, fuzzy.middle - 12, f"{before - after} steps fewer", bold=True)
 
@@ -327,7 +372,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=12, help="of the draft")
     parser.add_argument("--lp-size", type=int, default=default.lp_size, help="layers a group")
     parser.add_argument("--devices", type=int, default=4)
-    parser.add_argument("--num-speculative-tokens", type=int, default=default.num_speculative_tokens)
+    parser.add_argument(
+        "--num-speculative-tokens", type=int, default=default.num_speculative_tokens
+    )
     parser.add_argument("--out", type=Path, default=DOCS / "round.svg")
     try:
         args = parser.parse_args(argv)
@@ -344,7 +391,9 @@ def plan(args: argparse.Namespace) -> Round:
         if not 1 <= (value := getattr(args, name)) <= most:
             raise EasySpecError(f"--{name.replace('_', '-')} {value} must be from 1 to {most}")
     groups = paper_groups(args.layers, args.lp_size)
-    return Round(groups, parse_mesh(str(args.devices), max(map(len, groups))), args.num_speculative_tokens)
+    return Round(
+        groups, parse_mesh(str(args.devices), max(map(len, groups))), args.num_speculative_tokens
+    )
 
 
 if __name__ == "__main__":

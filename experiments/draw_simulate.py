@@ -36,12 +36,21 @@ def _figure(measured: dict[str, Any]) -> "Figure":
     of = {pair: [row for row in rows if (row["target"], row["draft"]) == pair] for pair in pairs}
     ways = {pair: list(dict.fromkeys(row["way"] for row in own)) for pair, own in of.items()}
     heights = [0.8 + len(names) for names in ways.values()]
-    figure = Figure(figsize=(2 + 3.2 * len(machines), 1.6 + 0.62 * sum(heights)), dpi=110, layout="constrained")
+    figure = Figure(
+        figsize=(2 + 3.2 * len(machines), 1.6 + 0.62 * sum(heights)), dpi=110, layout="constrained"
+    )
     figure.suptitle(
-        "Predicted speed-up over plain decoding on one device, greedily (estimates)", weight="bold", size=13
+        "Predicted speed-up over plain decoding on one device, greedily (estimates)",
+        weight="bold",
+        size=13,
     )
     grid = figure.subplots(
-        len(pairs), len(machines), squeeze=False, sharex=True, sharey="row", gridspec_kw={"height_ratios": heights}
+        len(pairs),
+        len(machines),
+        squeeze=False,
+        sharex=True,
+        sharey="row",
+        gridspec_kw={"height_ratios": heights},
     )
     for line, pair in zip(grid, pairs, strict=True):
         for axes, machine in zip(line, machines, strict=True):
@@ -50,7 +59,9 @@ def _figure(measured: dict[str, Any]) -> "Figure":
     for axes in grid[-1]:
         axes.set_xlabel("× one device")
     handles: list[Any] = [Patch(color=color, label=LABELS[size]) for size, color in COLORS.items()]
-    marker = Line2D([], [], color=INK, marker="D", linestyle="none", label="the paper, measured on 8×A100")
+    marker = Line2D(
+        [], [], color=INK, marker="D", linestyle="none", label="the paper, measured on 8×A100"
+    )
     figure.legend(handles=[*handles, marker], loc="outside lower center", ncols=4)
     return figure
 

@@ -27,19 +27,42 @@ def _figure(measured: dict[str, Any]) -> "Figure":
     figure.suptitle(f"{pair_title(measured)}, --mesh {measured['mesh']}", weight="bold", size=13)
     speed, length = figure.subplots(1, 2, sharey=True)
     panels = (
-        (speed, "speed over plain decoding", "speedup", SPEED, [row["speedup_deviation"] for row in rows]),
+        (
+            speed,
+            "speed over plain decoding",
+            "speedup",
+            SPEED,
+            [row["speedup_deviation"] for row in rows],
+        ),
         (length, "tokens a round", "mean_acceptance_length", LENGTH, None),
     )
     for axes, label, name, color, deviations in panels:
         values = [row[name] for row in rows]
-        axes.barh(range(len(rows)), values, xerr=deviations, color=color, height=0.62, ecolor=INK, capsize=3)
+        axes.barh(
+            range(len(rows)),
+            values,
+            xerr=deviations,
+            color=color,
+            height=0.62,
+            ecolor=INK,
+            capsize=3,
+        )
         for place, value in enumerate(values):
-            text: dict[str, Any] = {"textcoords": "offset points", "xytext": (4, 0), "va": "center", "size": 9}
-            axes.annotate(f"{value:.2f}", (value + (deviations[place] if deviations else 0), place), **text)
+            text: dict[str, Any] = {
+                "textcoords": "offset points",
+                "xytext": (4, 0),
+                "va": "center",
+                "size": 9,
+            }
+            axes.annotate(
+                f"{value:.2f}", (value + (deviations[place] if deviations else 0), place), **text
+            )
         axes.set_xlabel(label)
         axes.margins(x=0.16)
         dress_bars(axes)
-        axes.set_yticks(range(len(rows)), [f"{row['category']}\n{row['questions']} questions" for row in rows])
+        axes.set_yticks(
+            range(len(rows)), [f"{row['category']}\n{row['questions']} questions" for row in rows]
+        )
         axes.set_ylim(len(rows) - 0.5, -0.5)
     speed.axvline(1, color=INK, linewidth=1, linestyle=":")
     return figure

@@ -37,7 +37,11 @@ def _figure(measured: dict[str, Any]) -> "Figure":
         _draw_panel(axes, [row for row in rows if row["temperature"] == temperature])
         axes.set_title(f"temperature {temperature:g}", size=11)
     panels[-1].set_xlabel("seconds for 100 tokens")
-    handles = {label: bars for axes in panels for bars, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    handles = {
+        label: bars
+        for axes in panels
+        for bars, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
     return figure
 
@@ -45,19 +49,36 @@ def _figure(measured: dict[str, Any]) -> "Figure":
 def _draw_panel(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     for place, way in enumerate(dict.fromkeys(row["way"] for row in rows)):
         own = [row for row in rows if row["way"] == way]
-        whole, gain = (float(np.mean([row[name] for row in own])) for name in ("seconds_per_100_tokens", "speedup"))
+        whole, gain = (
+            float(np.mean([row[name] for row in own]))
+            for name in ("seconds_per_100_tokens", "speedup")
+        )
         if "drafting" in own[0]:
             drafting, verification = (
                 float(np.mean([row[name] for row in own])) for name in ("drafting", "verification")
             )
             axes.barh(place, drafting, color=DRAFTING, height=0.62, label="drafting")
-            axes.barh(place, verification, left=drafting, color=VERIFICATION, height=0.62, label="verification")
+            axes.barh(
+                place,
+                verification,
+                left=drafting,
+                color=VERIFICATION,
+                height=0.62,
+                label="verification",
+            )
             axes.plot([whole, whole], [place - 0.36, place + 0.36], color=INK, label="as it ran")
             end = max(whole, drafting + verification)
         else:
             axes.barh(place, whole, color=WHOLE, height=0.62, label="not divided")
             end = whole
-        axes.annotate(f"{gain:.2f} ×", (end, place), textcoords="offset points", xytext=(6, 0), va="center", size=9)
+        axes.annotate(
+            f"{gain:.2f} ×",
+            (end, place),
+            textcoords="offset points",
+            xytext=(6, 0),
+            va="center",
+            size=9,
+        )
     axes.set_yticks(range(len(names := list(dict.fromkeys(row["way"] for row in rows)))), names)
     axes.invert_yaxis()
     axes.margins(x=0.12)

@@ -43,11 +43,21 @@ def _figure(measured: dict[str, Any]) -> "Figure":
     axes.set_xticks(range(1, 1 + max(len(row["overlap"]) for row in rows)))
     axes.set_xlabel("draft depth")
     axes.set_ylabel("Σ min(p fuzzy, p exact)")
-    handles = [Line2D([], [], color=c, marker=m, label=f"N = {size}") for size, (c, m) in looks.items()]
+    handles = [
+        Line2D([], [], color=c, marker=m, label=f"N = {size}") for size, (c, m) in looks.items()
+    ]
     if any(row["refit"] for row in rows):
         handles += [
             Line2D([], [], color=SOFT, linestyle="-", marker="o", label="refit"),
-            Line2D([], [], color=SOFT, linestyle=(0, (4, 2)), marker="o", markerfacecolor=WHITE, label="plain"),
+            Line2D(
+                [],
+                [],
+                color=SOFT,
+                linestyle=(0, (4, 2)),
+                marker="o",
+                markerfacecolor=WHITE,
+                label="plain",
+            ),
         ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure

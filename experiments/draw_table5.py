@@ -33,10 +33,19 @@ def _figure(measured: dict[str, Any]) -> "Figure":
     }
     figure = Figure(figsize=(11, 1.6 + 0.36 * len(rows)), dpi=120, layout="constrained")
     figure.suptitle(f"{pair_title(measured)}, --mesh {measured['mesh']}", weight="bold", size=13)
-    for axes, (name, values) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
-        axes.barh(range(len(rows)), values, color=[COLORS[row["at_once"]] for row in rows], height=0.62)
+    for axes, (name, values) in zip(
+        figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True
+    ):
+        axes.barh(
+            range(len(rows)), values, color=[COLORS[row["at_once"]] for row in rows], height=0.62
+        )
         for place, value in enumerate(values):
-            text: dict[str, Any] = {"textcoords": "offset points", "xytext": (4, 0), "va": "center", "size": 9}
+            text: dict[str, Any] = {
+                "textcoords": "offset points",
+                "xytext": (4, 0),
+                "va": "center",
+                "size": 9,
+            }
             axes.annotate(f"{value:.2f}", (value, place), **text)
         axes.set_xlabel(name)
         axes.margins(x=0.16)

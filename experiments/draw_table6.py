@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#000000", "#cc79a7", "#e69f00")
 MARKERS = "osD^vP"
-LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1)), (0, (8, 2, 2, 2)), (0, (2, 3)))
+LINES: tuple[Any, ...] = (
+    "-",
+    (0, (5, 2)),
+    (0, (1, 1.5)),
+    (0, (5, 1, 1, 1)),
+    (0, (8, 2, 2, 2)),
+    (0, (2, 3)),
+)
 """By the way of decoding, told apart without colours too; the colours are those of Okabe and Ito."""
 
 PLAIN, HERE, PAPER = "plain decoding", "here", "the paper, A100"
@@ -45,7 +52,10 @@ def panels(measured: Mapping[str, Any]) -> tuple[dict[str, Series], dict[str, Se
             lines = drafts.setdefault(f"{machine}, {row['model']}", {}).setdefault(row["way"], {})
         lines[row["devices"]] = row["steps_per_second"]
     if "paper" in measured:
-        paper = {name: {int(size): speed for size, speed in line.items()} for name, line in measured["paper"].items()}
+        paper = {
+            name: {int(size): speed for size, speed in line.items()}
+            for name, line in measured["paper"].items()
+        }
         plain[PAPER] = paper
     return plain, drafts
 
@@ -55,8 +65,14 @@ def _figure(measured: dict[str, Any]) -> "Figure":
 
     plain, drafts = panels(measured)
     columns = min(4, max(len(plain), len(drafts)))
-    rows = [list(of.items())[at : at + columns] for of in (plain, drafts) for at in range(0, len(of), columns)]
-    figure = Figure(figsize=(1.5 + 3.6 * columns, 0.8 + 3.4 * len(rows)), dpi=110, layout="constrained")
+    rows = [
+        list(of.items())[at : at + columns]
+        for of in (plain, drafts)
+        for at in range(0, len(of), columns)
+    ]
+    figure = Figure(
+        figsize=(1.5 + 3.6 * columns, 0.8 + 3.4 * len(rows)), dpi=110, layout="constrained"
+    )
     source = "measured" if measured["measured"] else "estimated by the cost model"
     figure.suptitle(f"Steps a second by the number of devices, {source}", weight="bold", size=13)
     grid = figure.subplots(len(rows), columns, squeeze=False)
@@ -65,13 +81,22 @@ def _figure(measured: dict[str, Any]) -> "Figure":
             axes.set_visible(False)
         for axes, (title, series) in zip(line, own, strict=False):
             drafted = title in drafts
-            _draw_panel(axes, series, f"drafting: {title}" if drafted else f"{PLAIN}: {title}", measured["devices"])
+            _draw_panel(
+                axes,
+                series,
+                f"drafting: {title}" if drafted else f"{PLAIN}: {title}",
+                measured["devices"],
+            )
             axes.set_ylabel("draft steps/s" if drafted else "tokens/s")
             if not drafted:
                 axes.set_ylim(0, 1.45 * axes.get_ylim()[1])  # room for the legend
-                axes.legend(fontsize=7.5, loc="upper left", ncols=2, handlelength=2.6, columnspacing=1)
+                axes.legend(
+                    fontsize=7.5, loc="upper left", ncols=2, handlelength=2.6, columnspacing=1
+                )
     lines = {line.get_label(): line for axes in grid[-1] for line in axes.get_lines()}
-    figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=len(lines), title="drafting")
+    figure.legend(
+        handles=list(lines.values()), loc="outside lower center", ncols=len(lines), title="drafting"
+    )
     return figure
 
 
@@ -80,12 +105,16 @@ def _draw_panel(axes: Any, series: Series, title: str, devices: Sequence[int]) -
     for (name, points), (color, marker, style) in zip(series.items(), looks, strict=False):
         places = sorted(points)
         speeds = [points[place] for place in places]
-        axes.plot(places, speeds, color=color, marker=marker, linestyle=style, markersize=5, label=name)
+        axes.plot(
+            places, speeds, color=color, marker=marker, linestyle=style, markersize=5, label=name
+        )
     axes.set_xscale("log", base=2)
     axes.set_xticks(devices, [str(size) for size in devices])
     axes.minorticks_off()
     axes.set_xlabel("devices")
-    axes.set_ylim(0, 1.08 * max((speed for points in series.values() for speed in points.values()), default=1))
+    axes.set_ylim(
+        0, 1.08 * max((speed for points in series.values() for speed in points.values()), default=1)
+    )
     axes.set_title(title, size=10)
     axes.tick_params(colors=SOFT, labelcolor=INK)
 

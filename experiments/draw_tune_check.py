@@ -28,7 +28,9 @@ def _figure(measured: dict[str, Any]) -> "Figure":
 
     rows = measured["results"]
     figure = Figure(figsize=(1.2 + 4.8 * len(rows), 4.6), dpi=120, layout="constrained")
-    figure.suptitle(f"{pair_title(measured)}: tune's choice\namong all candidates", weight="bold", size=13)
+    figure.suptitle(
+        f"{pair_title(measured)}: tune's choice\namong all candidates", weight="bold", size=13
+    )
     panels = figure.subplots(1, len(rows), squeeze=False)[0]
     for axes, row in zip(panels, rows, strict=True):
         _sweep(axes, row)
@@ -41,8 +43,15 @@ def _sweep(axes: "Axes", row: dict[str, Any]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     gains = sorted(row["gains"].values(), reverse=True)
-    axes.plot(range(1, len(gains) + 1), gains, "o", color=SOFT, markersize=4, label="candidates, as swept")
-    axes.axhline(row["fastest_over_plain"], color=FASTEST, linestyle=(0, (4, 2)), label="the fastest, run again")
+    axes.plot(
+        range(1, len(gains) + 1), gains, "o", color=SOFT, markersize=4, label="candidates, as swept"
+    )
+    axes.axhline(
+        row["fastest_over_plain"],
+        color=FASTEST,
+        linestyle=(0, (4, 2)),
+        label="the fastest, run again",
+    )
     axes.axhline(row["choice_over_plain"], color=CHOICE, label="the choice, run beside it")
     axes.set_title(f"--mesh {row['mesh']}: {row['choice']}", size=9)
     axes.set_xlabel("candidates, best first")

@@ -32,13 +32,24 @@ def _figure(measured: dict[str, Any]) -> "Figure":
         times = [1e3 * rows[way]["step_seconds"] for way in ways]
         axes.barh(range(len(ways)), times, color=COLORS[processes], height=0.62)
         for place, way in enumerate(ways):
-            text: dict[str, Any] = {"textcoords": "offset points", "xytext": (4, 0), "va": "center", "size": 9}
-            axes.annotate(f"{times[place]:.1f}, {rows[way]['time_of_tp']:.2f} × TP", (times[place], place), **text)
+            text: dict[str, Any] = {
+                "textcoords": "offset points",
+                "xytext": (4, 0),
+                "va": "center",
+                "size": 9,
+            }
+            axes.annotate(
+                f"{times[place]:.1f}, {rows[way]['time_of_tp']:.2f} × TP",
+                (times[place], place),
+                **text,
+            )
         axes.set_title(title, size=11)
         axes.set_xlabel("milliseconds")
         axes.margins(x=0.3)
         dress_bars(axes)
-        axes.set_yticks(range(len(ways)), [f"{way}\n{rows[way]['collectives']} collectives" for way in ways])
+        axes.set_yticks(
+            range(len(ways)), [f"{way}\n{rows[way]['collectives']} collectives" for way in ways]
+        )
         axes.set_ylim(len(ways) - 0.5, -0.5)
     return figure
 

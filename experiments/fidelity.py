@@ -40,9 +40,13 @@ Cosines = dict[str, list[Float[Array, " tokens"]]]
 """Of each thing that is approximated, by stale layer."""
 
 
-def continuations(engine: Engine, prompts: Sequence[str], chat: bool, new_tokens: int) -> tuple[Texts, Counted]:
+def continuations(
+    engine: Engine, prompts: Sequence[str], chat: bool, new_tokens: int
+) -> tuple[Texts, Counted]:
     """Prompts with what the model greedily makes of them, and the positions that predict the latter."""
-    completions = list(engine.generate(prompts, SamplingParams(max_new_tokens=new_tokens), chat=chat))
+    completions = list(
+        engine.generate(prompts, SamplingParams(max_new_tokens=new_tokens), chat=chat)
+    )
     ids = [completion.prompt_ids + completion.token_ids for completion in completions]
     texts = np.zeros((len(ids), max(map(len, ids))), np.int32)
     counted = np.zeros(texts.shape, bool)
@@ -60,10 +64,15 @@ def cosines(draft: Decoder, mesh: Any, texts: Texts, counted: Counted) -> dict[s
         with jax.default_matmul_precision("highest"):
             return _through_blocks(draft, ids)
 
-    program: Any = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=(specs, P()), out_specs=P(), check_vma=False))
+    program: Any = jax.jit(
+        jax.shard_map(body, mesh=mesh, in_specs=(specs, P()), out_specs=P(), check_vma=False)
+    )
     results = [program(draft, ids[None]) for ids in texts]
     names = [name for name, layers in results[0].items() if layers]
-    return {name: float(np.stack([np.asarray(r[name]) for r in results], axis=1)[:, counted].mean()) for name in names}
+    return {
+        name: float(np.stack([np.asarray(r[name]) for r in results], axis=1)[:, counted].mean())
+        for name in names
+    }
 
 
 def _through_blocks(draft: Decoder, ids: Int[Array, "1 tokens"]) -> Cosines:
@@ -79,7 +88,9 @@ def _through_blocks(draft: Decoder, ids: Int[Array, "1 tokens"]) -> Cosines:
         if isinstance(block, LayerGroup):
             after, cache, fed = block.trace_exact(exact, cache, exact_at)
             for slot in range(1, len(fed)):
-                for name, value in _of_layer(block, slot, fed[slot], fuzzy, cache, fuzzy_at).items():
+                for name, value in _of_layer(
+                    block, slot, fed[slot], fuzzy, cache, fuzzy_at
+                ).items():
                     found[name].append(value)
             exact = after
         else:
@@ -89,39 +100,63 @@ def _through_blocks(draft: Decoder, ids: Int[Array, "1 tokens"]) -> Cosines:
 
 
 def _of_layer(
-    block: LayerGroup, slot: int, fed: tuple[Hidden, Hidden], fuzzy: Hidden, cache: KVCache, window: Any
+    block: LayerGroup,
+    slot: int,
+    fed: tuple[Hidden, Hidden],
+    fuzzy: Hidden,
+    cache: KVCache,
+    window: Any,
 ) -> dict[str, Float[Array, " tokens"]]:
     attention, own = (
         jax.tree.map(lambda w: w[slot], part)
-        for part in (block.attention, block.attention.qkv if block.refit is None else block.refit.qkv)
+        for part in (
+            block.attention,
+            block.attention.qkv if block.refit is None else block.refit.qkv,
+        )
     )
     heads = zip(attention.heads(attention.qkv(fed[0])), attention.heads(own(fuzzy)), strict=True)
     attended = attention(fuzzy, cache, window, slot, qkv=own)[0]
     pairs = {"h": (fed[0], fuzzy), "attn_out": (fed[1] - fed[0], attended)}
     for name, (exact, got) in zip("qkv", heads, strict=True):
-        pairs[name] = tuple(x.transpose(0, 2, 1, 3).reshape(1, x.shape[2], -1) for x in (exact, got))
-    return {name: _cosine(*(x[0].astype(jnp.float32) for x in pair)) for name, pair in pairs.items()}
+        pairs[name] = tuple(
+            x.transpose(0, 2, 1, 3).reshape(1, x.shape[2], -1) for x in (exact, got)
+        )
+    return {
+        name: _cosine(*(x[0].astype(jnp.float32) for x in pair)) for name, pair in pairs.items()
+    }
 
 
-def _cosine(a: Float[Array, "tokens size"], b: Float[Array, "tokens size"]) -> Float[Array, " tokens"]:
+def _cosine(
+    a: Float[Array, "tokens size"], b: Float[Array, "tokens size"]
+) -> Float[Array, " tokens"]:
     lengths = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
     return jnp.sum(a * b, axis=-1) / jnp.maximum(lengths, jnp.finfo(jnp.float32).tiny)
 
 
-def prepare(args: argparse.Namespace, speculations: Sequence[SpeculativeConfig]) -> tuple[Engine, Texts, Counted]:
+def prepare(
+    args: argparse.Namespace, speculations: Sequence[SpeculativeConfig]
+) -> tuple[Engine, Texts, Counted]:
     """The draft as a model that speaks for itself, and what it says to the prompts; flags: see add_flags().
 
     Raises EasySpecError for groups in which nothing is fuzzy, before anything is computed.
     """
-    prompts = read_prompts(args.prompts or HERE / ("code_prompts.txt" if args.draft == demo.DRAFT else "prompts.txt"))
+    prompts = read_prompts(
+        args.prompts or HERE / ("code_prompts.txt" if args.draft == demo.DRAFT else "prompts.txt")
+    )
     draft = open_checkpoint(args.draft)
     if any(choose_layout(speculative, draft)[0].lp_size == 1 for speculative in speculations):
-        raise EasySpecError("in groups of one layer nothing is fuzzy; give an --lp-size of at least 2")
-    engine = open_model(args.draft, speculative=SpeculativeConfig(method="vanilla"), dtype="float32")
+        raise EasySpecError(
+            "in groups of one layer nothing is fuzzy; give an --lp-size of at least 2"
+        )
+    engine = open_model(
+        args.draft, speculative=SpeculativeConfig(method="vanilla"), dtype="float32"
+    )
     return engine, *continuations(engine, prompts, args.chat, args.max_new_tokens)
 
 
-def measured(engine: Engine, speculative: SpeculativeConfig, texts: Texts, counted: Counted) -> dict[str, Any]:
+def measured(
+    engine: Engine, speculative: SpeculativeConfig, texts: Texts, counted: Counted
+) -> dict[str, Any]:
     """How faithful one way to draft is."""
     layout, refit = choose_layout(speculative, engine.target)
     model = load_draft(engine.loader(engine.target, ALL_AXES), layout, refit)
@@ -140,7 +175,9 @@ def measured(engine: Engine, speculative: SpeculativeConfig, texts: Texts, count
     }
 
 
-def measure_all(args: argparse.Namespace, speculations: Sequence[SpeculativeConfig]) -> list[dict[str, Any]]:
+def measure_all(
+    args: argparse.Namespace, speculations: Sequence[SpeculativeConfig]
+) -> list[dict[str, Any]]:
     """A row for every way to draft, on the same texts; flags: see add_flags(). Raises EasySpecError as prepare()."""
     engine, texts, counted = prepare(args, speculations)
     rows = []
@@ -154,8 +191,14 @@ def measure_all(args: argparse.Namespace, speculations: Sequence[SpeculativeConf
 def add_flags(parser: Parser) -> None:
     """The draft, and what it is measured on."""
     parser.add_argument("--draft", type=Path, default=demo.DRAFT, help="default: the bundled one")
-    parser.add_argument("--prompts", type=Path, help="one a line (default: questions, or code for the bundled draft)")
-    parser.add_argument("--chat", action="store_true", help="wrap each prompt in the draft's chat template")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        help="one a line (default: questions, or code for the bundled draft)",
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="wrap each prompt in the draft's chat template"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128)
 
 
@@ -166,7 +209,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lp-size", type=int, default=default.lp_size, metavar="N")
     parser.add_argument("--lp-strategy", metavar="S", help="explicit groups")
     parser.add_argument("--mlp-lp-size", type=int, default=default.mlp_lp_size, metavar="M")
-    parser.add_argument("--refit", default="none", metavar="DIR", help='"auto": the one beside the draft, if any')
+    parser.add_argument(
+        "--refit", default="none", metavar="DIR", help='"auto": the one beside the draft, if any'
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -174,7 +219,10 @@ def _parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """Measures and prints."""
     speculative = SpeculativeConfig(
-        lp_size=args.lp_size, lp_strategy=args.lp_strategy, mlp_lp_size=args.mlp_lp_size, refit=args.refit
+        lp_size=args.lp_size,
+        lp_strategy=args.lp_strategy,
+        mlp_lp_size=args.mlp_lp_size,
+        refit=args.refit,
     )
     cache_compilations()
     engine, texts, counted = prepare(args, [speculative])
@@ -185,8 +233,13 @@ def run(args: argparse.Namespace) -> None:
 def _described(result: dict[str, Any]) -> str:
     columns = range(1, DEPTHS + 1)
     lines = [f"{'depth':8}" + "".join(f"{depth:8}" for depth in columns)]
-    lines += [f"{name:8}" + "".join(f"{value:8.3f}" for value in result[name]) for name in ("overlap", "agree")]
-    return "\n".join([*lines, "cosine  " + "  ".join(f"{name} {x:.3f}" for name, x in result["cosine"].items())])
+    lines += [
+        f"{name:8}" + "".join(f"{value:8.3f}" for value in result[name])
+        for name in ("overlap", "agree")
+    ]
+    return "\n".join(
+        [*lines, "cosine  " + "  ".join(f"{name} {x:.3f}" for name, x in result["cosine"].items())]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -45,19 +45,28 @@ def open_ways(args: argparse.Namespace) -> list[Way]:
     """What is compared. Raises EasySpecError as open_model does."""
     levels, width = args.num_speculative_tokens, args.tree_width if args.tree_width > 1 else None
     method = "sd" if width is None else "tree"
-    exact = open_pair(args, SpeculativeConfig(method=method, num_speculative_tokens=levels, tree_width=width))
-    fuzzy = SpeculativeConfig(num_speculative_tokens=levels, tree_width=width, lp_size=args.lp_size, refit=args.refit)
+    exact = open_pair(
+        args, SpeculativeConfig(method=method, num_speculative_tokens=levels, tree_width=width)
+    )
+    fuzzy = SpeculativeConfig(
+        num_speculative_tokens=levels, tree_width=width, lp_size=args.lp_size, refit=args.refit
+    )
     return [
         Way(TENSOR_PARALLEL if exact.mesh.size > 1 else ONE_DEVICE, exact.baseline()),
         Way(f"+{method}", exact),
-        Way(f"EasySpec, N = {args.lp_size}", exact.variant(fuzzy, parse_mesh(args.mesh, group_size=args.lp_size))),
+        Way(
+            f"EasySpec, N = {args.lp_size}",
+            exact.variant(fuzzy, parse_mesh(args.mesh, group_size=args.lp_size)),
+        ),
     ]
 
 
 def trace(case: Case, rounds: int) -> Timeline:
     """Of so many rounds of a case that is warm."""
     options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # an event for every call of Python's would slow the dispatch down
+    options.python_tracer_level = (
+        0  # an event for every call of Python's would slow the dispatch down
+    )
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory, profiler_options=options):
             for _ in range(rounds):
@@ -70,7 +79,9 @@ def trace(case: Case, rounds: int) -> Timeline:
 def row_of(way: Way, own: Timeline, bin_ns: float) -> dict[str, Any]:
     """The median round of a trace. Raises EasySpecError if a device of the mesh is not in the trace."""
     if len(own.devices) != way.engine.mesh.size:
-        raise EasySpecError(f"{way.name}: the trace shows {len(own.devices)} of {way.engine.mesh.size} devices")
+        raise EasySpecError(
+            f"{way.name}: the trace shows {len(own.devices)} of {way.engine.mesh.size} devices"
+        )
     begin, end = middle(own.rounds)
     edges = np.append(np.arange(begin, end, bin_ns), end)
     parts = {device: by_bin(own, device, edges) for device in own.devices}
@@ -91,11 +102,16 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for every way."""
     questions, sampling = questions_of(args), SamplingParams(max_new_tokens=args.max_new_tokens)
     ways = open_ways(args)
-    stats = {name: [one.stats for one in made] for name, made in complete(ways, questions, sampling).items()}
+    stats = {
+        name: [one.stats for one in made]
+        for name, made in complete(ways, questions, sampling).items()
+    }
     cases, where = [], 2 * args.max_new_tokens
     for way in ways:
         programs = way.engine.programs(sampling)
-        cases.append(round_case(way.name, programs, context=where // 2, capacity=programs.capacity(where)))
+        cases.append(
+            round_case(way.name, programs, context=where // 2, capacity=programs.capacity(where))
+        )
     seconds = alternate(cases, args.repeats, 1)
     traces = [trace(case, args.rounds) for case in cases]
     longest = max(end - begin for begin, end in (middle(own.rounds) for own in traces))
@@ -104,7 +120,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         row
         | {
             "round_seconds": float(np.median(seconds[row["way"]])),
-            "tokens_per_round": sum(one.decoded_tokens for one in own) / sum(one.rounds for one in own),
+            "tokens_per_round": sum(one.decoded_tokens for one in own)
+            / sum(one.rounds for one in own),
         }
         for row, own in zip(rows, stats.values(), strict=True)
     ]
@@ -112,7 +129,15 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """What measure() returned."""
-    table = Table("", "ms a round", "under the profiler", "computing", "in collectives", "idle", "tokens a round")
+    table = Table(
+        "",
+        "ms a round",
+        "under the profiler",
+        "computing",
+        "in collectives",
+        "idle",
+        "tokens a round",
+    )
     table.box, table.pad_edge = None, False
     for column in table.columns[1:]:
         column.justify = "right"
@@ -145,10 +170,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_flags(parser)
     parser.set_defaults(mesh="8")
     parser.add_argument("--lp-size", type=int, default=default.lp_size)
-    parser.add_argument("--refit", default="none", metavar="DIR", help='"auto": that beside the draft, if any')
-    parser.add_argument("--num-speculative-tokens", type=int, default=default.num_speculative_tokens)
+    parser.add_argument(
+        "--refit", default="none", metavar="DIR", help='"auto": that beside the draft, if any'
+    )
+    parser.add_argument(
+        "--num-speculative-tokens", type=int, default=default.num_speculative_tokens
+    )
     parser.add_argument("--tree-width", type=int, default=1)
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="rounds are timed behind texts as long")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, help="rounds are timed behind texts as long"
+    )
     parser.add_argument("--rounds", type=int, default=9, help="under the profiler")
     parser.add_argument("--repeats", type=int, default=15, help="of a round without it")
     parser.add_argument("--out", type=Path, default=RESULTS / "figure2.json")

@@ -42,7 +42,9 @@ def ways(strategies: Sequence[str], refit: Path | None, num_layers: int) -> list
         return plain
     held = [way for way in plain if find(refit, way, layout_of(way, num_layers)).is_file()]
     if not held:
-        raise EasySpecError(f"--refit {refit} has none for these layouts; run easyspec_jax.refit --lp-strategy S")
+        raise EasySpecError(
+            f"--refit {refit} has none for these layouts; run easyspec_jax.refit --lp-strategy S"
+        )
     return [*plain, *(replace(way, refit=str(refit)) for way in held)]
 
 
@@ -51,7 +53,11 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     depths = [f"depth {depth + 1}" for depth in range(DEPTHS)]
     table = Table("collectives", "MLPs in a row", "", *depths, "layout", box=None, pad_edge=False)
     for row in rows:
-        counts = str(row["collectives"]), str(row["sequential_mlps"]), "refit" if row["refit"] else ""
+        counts = (
+            str(row["collectives"]),
+            str(row["sequential_mlps"]),
+            "refit" if row["refit"] else "",
+        )
         table.add_row(*counts, *(f"{overlap:.3f}" for overlap in row["overlap"]), row["groups"])
     show(table)
 
@@ -64,7 +70,12 @@ def run(args: argparse.Namespace) -> None:
     asked = ways(args.lp_strategies or default_strategies(layers), args.refit, layers)
     rows = sorted(measure_all(args, asked), key=lambda row: (row["refit"], -row["collectives"]))
     print_table(rows)
-    publish(args.out, settings(args, "prompts", "refit") | {"bundled": args.draft == demo.DRAFT}, rows, draw)
+    publish(
+        args.out,
+        settings(args, "prompts", "refit") | {"bundled": args.draft == demo.DRAFT},
+        rows,
+        draw,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_flags(parser)
     parser.add_argument("--lp-strategies", nargs="+", metavar="S",
                         help="default: the paper's groups of two to four, one, two or all MLPs at a time")  # fmt: skip
-    parser.add_argument("--refit", type=Path, metavar="DIR", help="with a refit for some of the layouts")
+    parser.add_argument(
+        "--refit", type=Path, metavar="DIR", help="with a refit for some of the layouts"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "frontier.json")
     return run_experiment("experiments.frontier", parser, run, argv)
 

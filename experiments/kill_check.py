@@ -21,7 +21,15 @@ from typing import Any
 from easyspec_jax import EasySpecError
 from easyspec_jax.cli.command import Parser
 from easyspec_jax.options import check_whole
-from experiments.output import RESULTS, as_json, check_destination, machine, run_experiment, save, settings
+from experiments.output import (
+    RESULTS,
+    as_json,
+    check_destination,
+    machine,
+    run_experiment,
+    save,
+    settings,
+)
 from experiments.requests import WAYS, piece, sampling
 
 TIMINGS = ("prefill_seconds", "decode_seconds", "tokens_per_second")
@@ -38,7 +46,12 @@ def write_job(path: Path, lines: int, random: Random) -> list[str]:
     with path.open("w", encoding="utf-8") as file:
         for name in ids:
             own = sampling(random, random.randrange(len(WAYS)), 8, 24)
-            fields = {"id": name, "prompt": piece(random, 6), "seed": own.seed, "max_new_tokens": own.max_new_tokens}
+            fields = {
+                "id": name,
+                "prompt": piece(random, 6),
+                "seed": own.seed,
+                "max_new_tokens": own.max_new_tokens,
+            }
             chosen = {"temperature": own.temperature, "top_k": own.top_k, "top_p": own.top_p}
             file.write(json.dumps(fields | chosen) + "\n")
     return ids
@@ -50,7 +63,10 @@ def without_timings(content: bytes) -> bytes:
     for record in found:
         for name in TIMINGS:
             record.get("stats", {}).pop(name, None)
-    return b"".join(json.dumps(record).encode() + b"\n" for record in sorted(found, key=lambda record: record["id"]))
+    return b"".join(
+        json.dumps(record).encode() + b"\n"
+        for record in sorted(found, key=lambda record: record["id"])
+    )
 
 
 def differences(ids: Sequence[str], undisturbed: bytes, killed: bytes) -> dict[str, Any]:
@@ -71,7 +87,15 @@ class Job:
 
     def __init__(self, prompts: Path, out: Path, batch_size: int) -> None:
         self.out = out
-        program = [sys.executable, "-m", "easyspec_jax.generate", "--platform", "cpu", "--batch-size", str(batch_size)]
+        program = [
+            sys.executable,
+            "-m",
+            "easyspec_jax.generate",
+            "--platform",
+            "cpu",
+            "--batch-size",
+            str(batch_size),
+        ]
         self._command = [*program, "--prompts", str(prompts), "--out", str(out)]
 
     def run(self) -> float:
@@ -88,7 +112,9 @@ class Job:
         """Started, and killed after so many seconds, or by its first record; returns the seconds that it had."""
         begun, before = time.perf_counter(), self.records
         with self._started() as process:
-            self._wait(process, lambda: time.perf_counter() - begun >= seconds or self.records > before)
+            self._wait(
+                process, lambda: time.perf_counter() - begun >= seconds or self.records > before
+            )
             return self._killed(process, begun)
 
     def kill_growing(self, records: float) -> float:
@@ -116,7 +142,9 @@ class Job:
     def _killed(process: subprocess.Popen[bytes], begun: float) -> float:
         process.kill()
         if process.wait() >= 0:
-            raise EasySpecError("the job was done before it was killed often enough: give more --lines")
+            raise EasySpecError(
+                "the job was done before it was killed often enough: give more --lines"
+            )
         return time.perf_counter() - begun
 
     def _started(self) -> subprocess.Popen[bytes]:
@@ -136,7 +164,9 @@ def moments(kills: int, random: Random) -> list[tuple[float, bool]]:
     return found
 
 
-def waits(kills: Sequence[tuple[float, bool]], start: float, left: Callable[[], int]) -> Iterator[float]:
+def waits(
+    kills: Sequence[tuple[float, bool]], start: float, left: Callable[[], int]
+) -> Iterator[float]:
     """How long to wait before each kill: seconds of a start-up that takes `start`, or records.
 
     left: records to be written. They are shared among the kills to come and one more, so that the job is not done
@@ -148,7 +178,9 @@ def waits(kills: Sequence[tuple[float, bool]], start: float, left: Callable[[], 
         growing -= grows
 
 
-def measure(args: argparse.Namespace, directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def measure(
+    args: argparse.Namespace, directory: Path
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What was found, and a row for every run."""
     random, begun = Random(args.seed), time.perf_counter()
     ids = write_job(directory / "in.jsonl", args.lines, random)
@@ -163,11 +195,25 @@ def measure(args: argparse.Namespace, directory: Path) -> tuple[dict[str, Any], 
         before = killed.records
         seconds = killed.kill_growing(wait) if growing else killed.kill_starting(wait)
         moment = "while the output grew" if growing else "during start-up"
-        rows.append({"run": number, "killed": moment, "after_seconds": seconds, "added": killed.records - before})
+        rows.append(
+            {
+                "run": number,
+                "killed": moment,
+                "after_seconds": seconds,
+                "added": killed.records - before,
+            }
+        )
         print(f"kill {number} {moment}: {killed.records} records", flush=True)
     before = killed.records
     killed.run()
-    rows.append({"run": len(rows) + 1, "killed": "never", "after_seconds": None, "added": killed.records - before})
+    rows.append(
+        {
+            "run": len(rows) + 1,
+            "killed": "never",
+            "after_seconds": None,
+            "added": killed.records - before,
+        }
+    )
     found = differences(ids, undisturbed.out.read_bytes(), killed.out.read_bytes())
     return {"seconds": time.perf_counter() - begun} | found, rows
 
@@ -192,9 +238,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "kill_check.json")
     found: dict[str, Any] = {"equal": True}
-    return run_experiment("experiments.kill_check", parser, lambda args: found.update(run(args)), argv) or int(
-        not found["equal"]
-    )
+    return run_experiment(
+        "experiments.kill_check", parser, lambda args: found.update(run(args)), argv
+    ) or int(not found["equal"])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,10 @@ Draw = Callable[[dict[str, Any]], bytes]
 
 
 def run_experiment(
-    program: str, parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], argv: Sequence[str] | None
+    program: str,
+    parser: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace], None],
+    argv: Sequence[str] | None,
 ) -> int:
     """As run_command; the results tell what was typed, as args.command."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -49,7 +52,9 @@ def prepare(out: Path) -> None:
     check_drawing()
 
 
-def publish(out: Path, fields: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], draw: Draw) -> None:
+def publish(
+    out: Path, fields: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], draw: Draw
+) -> None:
     """Writes the fields, the machine and the rows as JSON, and beside it the picture of all that."""
     measured = dict(fields) | {"machine": machine(fields.get("platform")), "results": list(rows)}
     save(out, as_json(measured))
@@ -87,7 +92,11 @@ def cores() -> int:
 
 def pair_title(measured: Mapping[str, Any]) -> str:
     """Whose results these are."""
-    return "the bundled pair" if measured.get("bundled") else f"{measured['target']}, drafted by {measured['draft']}"
+    return (
+        "the bundled pair"
+        if measured.get("bundled")
+        else f"{measured['target']}, drafted by {measured['draft']}"
+    )
 
 
 def draft_title(measured: Mapping[str, Any]) -> str:
@@ -97,7 +106,11 @@ def draft_title(measured: Mapping[str, Any]) -> str:
 
 def as_json(measured: Mapping[str, Any]) -> str:
     """One line for every field and every row of the results."""
-    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in measured.items() if name != "results"]
+    lines = [
+        f"{json.dumps(name)}: {json.dumps(value)}"
+        for name, value in measured.items()
+        if name != "results"
+    ]
     results = ",\n".join(f"  {json.dumps(row)}" for row in measured["results"])
     return "{\n " + ",\n ".join([*lines, f'"results": [\n{results}\n ]']) + "\n}\n"
 

@@ -25,7 +25,9 @@ def add_flags(parser: Parser) -> None:
     )
 
 
-def open_pair(args: argparse.Namespace, speculative: SpeculativeConfig, mesh: str | None = None) -> Engine:
+def open_pair(
+    args: argparse.Namespace, speculative: SpeculativeConfig, mesh: str | None = None
+) -> Engine:
     """The models of the flags, on their mesh or another. Raises EasySpecError as open_model does."""
     return open_model(
         args.target,
@@ -46,5 +48,8 @@ def questions_of(args: argparse.Namespace) -> list[Question]:
 
 def names(args: argparse.Namespace) -> dict[str, Any]:
     """What the models are called, and whether they are the bundled pair."""
-    called = {name: Path(getattr(args, name) or getattr(demo, name.upper())).name for name in ("target", "draft")}
+    called = {
+        name: Path(getattr(args, name) or getattr(demo, name.upper())).name
+        for name in ("target", "draft")
+    }
     return called | {"bundled": args.target is None}

@@ -27,9 +27,16 @@ class Row(NamedTuple):
     easyspec: tuple[Cell, Cell]
 
 
-def _row(temperature: float, name: str, tp: tuple[float, float], *cells: tuple[float, float, float, float]) -> Row:
+def _row(
+    temperature: float,
+    name: str,
+    tp: tuple[float, float],
+    *cells: tuple[float, float, float, float],
+) -> Row:
     sd, other_sd, tree, other_tree, easyspec, other_easyspec = (Cell(*cell) for cell in cells)
-    return Row(temperature, name, tp, (sd, other_sd), (tree, other_tree), (easyspec, other_easyspec))
+    return Row(
+        temperature, name, tp, (sd, other_sd), (tree, other_tree), (easyspec, other_easyspec)
+    )
 
 
 TABLE_2 = (
@@ -83,7 +90,8 @@ SPEEDS = {
 """Of Table 6: tokens/s on A100s by the number of devices."""
 
 TABLE_6: Table = [
-    {"model": name} | {f"{size}": line.get(size) for size in (1, 2, 4, 8)} for name, line in SPEEDS.items()
+    {"model": name} | {f"{size}": line.get(size) for size in (1, 2, 4, 8)}
+    for name, line in SPEEDS.items()
 ]
 
 TABLE_8: Table = [
@@ -108,7 +116,11 @@ def table_2(pair: int, temperature: float) -> Table:
             "TP": row.tp[pair],
             **{
                 f"{name}, {what}": getattr(cells[pair], field)
-                for name, cells in (("+sd", row.sd), ("+tree", row.tree), ("EasySpec", row.easyspec))
+                for name, cells in (
+                    ("+sd", row.sd),
+                    ("+tree", row.tree),
+                    ("EasySpec", row.easyspec),
+                )
                 for what, field in (("speed-up", "speedup"), ("α", "acceptance_rate"))
             },
         }
@@ -143,15 +155,19 @@ def pairs() -> list[PublishedPair]:
 
     Where Table 2 or 5 has only a speed-up or only a speed, the other is by Table 2's time on one device.
     """
-    return [_of_table_2(place, temperature) for temperature in (0, 0.8) for place in range(len(PAIRS))] + [
-        _of_table_5(row) for row in TABLE_5 if row["at once"].startswith("attention only")
-    ]
+    return [
+        _of_table_2(place, temperature) for temperature in (0, 0.8) for place in range(len(PAIRS))
+    ] + [_of_table_5(row) for row in TABLE_5 if row["at once"].startswith("attention only")]
 
 
 def _of_table_2(place: int, temperature: float) -> PublishedPair:
     rows = [row for row in TABLE_2 if row.temperature == temperature]
     speedup = fmean(row.tp[place] for row in rows)
-    ways = {"TP": Published(None, speedup, fmean(row.tp[place] * 100 / _alone(row, place) for row in rows))}
+    ways = {
+        "TP": Published(
+            None, speedup, fmean(row.tp[place] * 100 / _alone(row, place) for row in rows)
+        )
+    }
     ways |= {name: _mean([cells(row)[place] for row in rows]) for name, cells in _CELLS.items()}
     return PublishedPair(*PAIRS[place], temperature, 4, f"the mean of the {len(rows)} sets", ways)
 
@@ -167,7 +183,11 @@ def _of_table_5(row: dict[str, Any]) -> PublishedPair:
     return PublishedPair(target, f"{target.rpartition('-')[0]}-{draft}", 0, size, "MMLU", ways)
 
 
-_CELLS = {"+sd": lambda row: row.sd, "+tree": lambda row: row.tree, "EasySpec": lambda row: row.easyspec}
+_CELLS = {
+    "+sd": lambda row: row.sd,
+    "+tree": lambda row: row.tree,
+    "EasySpec": lambda row: row.easyspec,
+}
 
 
 def _alone(row: Row, place: int) -> float:

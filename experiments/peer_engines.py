@@ -63,7 +63,9 @@ class Task:
 
     def ended(self, tokens: Sequence[int]) -> list[int]:
         """Up to the first stop token, and no longer than was asked for."""
-        end = next((place + 1 for place, token in enumerate(tokens) if token in self.stop_ids), None)
+        end = next(
+            (place + 1 for place, token in enumerate(tokens) if token in self.stop_ids), None
+        )
         return list(tokens[:end])[: self.max_new_tokens]
 
 
@@ -77,7 +79,10 @@ def transformers_peers(task: Task) -> dict[str, Peer]:
         torch.set_num_threads(cores())
     options: dict[str, Any] = {"dtype": getattr(torch, task.dtype)}
     models: Any = AutoModelForCausalLM
-    target, draft = (models.from_pretrained(task.exported(name), **options).to(device) for name in ("target", "draft"))
+    target, draft = (
+        models.from_pretrained(task.exported(name), **options).to(device)
+        for name in ("target", "draft")
+    )
     defaults = draft.generation_config.to_dict()
 
     def complete(prompt: Sequence[int], **options: Any) -> list[int]:
@@ -107,7 +112,10 @@ def transformers_peers(task: Task) -> dict[str, Peer]:
         "transformers, assisted": assisted,
         f"transformers, assisted by {task.num_speculative_tokens}": partial(assisted, **fixed),
     }
-    return {name: Peer(way, f"{version('transformers')}, torch {torch.__version__}") for name, way in ways.items()}
+    return {
+        name: Peer(way, f"{version('transformers')}, torch {torch.__version__}")
+        for name, way in ways.items()
+    }
 
 
 def llama_cpp_peers(task: Task) -> dict[str, Peer]:
@@ -127,12 +135,16 @@ def llama_cpp_peers(task: Task) -> dict[str, Peer]:
         caches = {"type_k": float32, "type_v": float32}
         threads = {"n_threads": cores(), "n_threads_batch": cores()}
         length = task.length + levels + 1  # what is drafted past the end
-        return llama_cpp.Llama(str(path), n_ctx=length, verbose=False, **threads, **caches, **options)
+        return llama_cpp.Llama(
+            str(path), n_ctx=length, verbose=False, **threads, **caches, **options
+        )
 
     second = opened(files["draft"])
 
     def drafted(ids: np.ndarray, /, **_: Any) -> np.ndarray:
-        return np.fromiter(itertools.islice(second.generate(ids.tolist(), temp=0.0), levels), np.intc)
+        return np.fromiter(
+            itertools.islice(second.generate(ids.tolist(), temp=0.0), levels), np.intc
+        )
 
     def peer(model: Any, weights: str = EXACT) -> Peer:
         def complete(prompt: Sequence[int]) -> list[int]:
@@ -165,10 +177,16 @@ def vllm_peers(task: Task) -> dict[str, Peer]:
         raise Missing("compared on GPUs alone")
     vllm = _installed("vllm")
     model = vllm.LLM(
-        str(task.exported("target")), dtype=task.dtype, max_model_len=task.length, gpu_memory_utilization=0.4
+        str(task.exported("target")),
+        dtype=task.dtype,
+        max_model_len=task.length,
+        gpu_memory_utilization=0.4,
     )
     sampling = vllm.SamplingParams(
-        temperature=0.0, max_tokens=task.max_new_tokens, stop_token_ids=list(task.stop_ids), detokenize=False
+        temperature=0.0,
+        max_tokens=task.max_new_tokens,
+        stop_token_ids=list(task.stop_ids),
+        detokenize=False,
     )
 
     def complete(prompt: Sequence[int]) -> list[int]:

@@ -88,13 +88,20 @@ def rows_of(
 
 def _speeds(own: Measured, plain: Measured) -> dict[str, Any]:
     speed, other = (
-        [sum(map(len, one.texts.values())) / sum(seconds) for seconds in one.seconds] for one in (own, plain)
+        [sum(map(len, one.texts.values())) / sum(seconds) for seconds in one.seconds]
+        for one in (own, plain)
     )
-    return {"tokens_per_second": speed, "over_plain": [a / b for a, b in zip(speed, other, strict=True)]}
+    return {
+        "tokens_per_second": speed,
+        "over_plain": [a / b for a, b in zip(speed, other, strict=True)],
+    }
 
 
 def _compared(
-    texts: Sequence[Sequence[int]], plain: Measured, prompts: Sequence[Sequence[int]], behind: NextLogits
+    texts: Sequence[Sequence[int]],
+    plain: Measured,
+    prompts: Sequence[Sequence[int]],
+    behind: NextLogits,
 ) -> dict[str, Any]:
     shared, places = 0, []
     for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
@@ -108,7 +115,9 @@ def _compared(
     return {"identical": shared / sum(map(len, plain.texts.values())), "divergences": places}
 
 
-def ours(engine: Engine, prompts: Mapping[tuple[int, ...], str], sampling: SamplingParams, chat: bool) -> Complete:
+def ours(
+    engine: Engine, prompts: Mapping[tuple[int, ...], str], sampling: SamplingParams, chat: bool
+) -> Complete:
     """Decoding by this package, from the text again, compiled before it is timed."""
     engine.compile(list(prompts.values()), sampling, chat=chat)
     return lambda ids: next(engine.generate([prompts[tuple(ids)]], sampling, chat=chat)).token_ids
@@ -124,7 +133,9 @@ def open_ours(args: argparse.Namespace) -> dict[str, Engine]:
     return {PLAIN: chain.baseline(), "sd": chain, name: grouped}
 
 
-def measure(args: argparse.Namespace, directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure(
+    args: argparse.Namespace, directory: Path
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """All rows, those of absent engines included, and what they were measured on."""
     questions = questions_of(args)
     engines = open_ours(args)
@@ -148,19 +159,43 @@ def measure(args: argparse.Namespace, directory: Path) -> tuple[list[dict[str, A
     )
     peers, missing = open_peers(task)
     own = {
-        name: Peer(ours(engine, prompts, sampling, chat), f"jax {jax.__version__}") for name, engine in engines.items()
+        name: Peer(ours(engine, prompts, sampling, chat), f"jax {jax.__version__}")
+        for name, engine in engines.items()
     }
     ways = own | peers
-    measured = alternate({name: way.complete for name, way in ways.items()}, list(prompts), args.repeats)
+    measured = alternate(
+        {name: way.complete for name, way in ways.items()}, list(prompts), args.repeats
+    )
     rows = rows_of(measured, list(prompts), next_logits(plain))
-    rows = [row | {"version": ways[row["name"]].version, "weights": ways[row["name"]].weights} for row in rows]
-    settings = {"platform": platform, "dtype": plain.dtype, "threads": cores(), "prompts": len(prompts), "chat": chat}
-    return [*rows, *({"name": name, "missing": reason} for name, reason in missing.items())], settings
+    rows = [
+        row | {"version": ways[row["name"]].version, "weights": ways[row["name"]].weights}
+        for row in rows
+    ]
+    settings = {
+        "platform": platform,
+        "dtype": plain.dtype,
+        "threads": cores(),
+        "prompts": len(prompts),
+        "chat": chat,
+    }
+    return [
+        *rows,
+        *({"name": name, "missing": reason} for name, reason in missing.items()),
+    ], settings
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """What measure() returned."""
-    table = Table("", "tokens/s", "over plain", "identical", "largest logit gap", "weights", box=None, pad_edge=False)
+    table = Table(
+        "",
+        "tokens/s",
+        "over plain",
+        "identical",
+        "largest logit gap",
+        "weights",
+        box=None,
+        pad_edge=False,
+    )
     for column in table.columns[1:-1]:
         column.justify = "right"
     for row in rows:
@@ -184,7 +219,9 @@ def run(args: argparse.Namespace) -> None:
     if args.repeats < 1:
         raise EasySpecError(f"--repeats {args.repeats} must be at least 1")
     if args.gguf is not None and not args.gguf.is_file():
-        raise EasySpecError(f"--gguf {args.gguf} is no file; leave it out, or give a GGUF file of the target")
+        raise EasySpecError(
+            f"--gguf {args.gguf} is no file; leave it out, or give a GGUF file of the target"
+        )
     prepare(args.out)
     cache_compilations()
     with tempfile.TemporaryDirectory() as directory:
@@ -198,8 +235,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     default = SpeculativeConfig()
     parser = Parser(prog="python -m experiments.peers", description=__doc__)
     add_flags(parser)
-    parser.add_argument("--gguf", type=Path, help="also times llama.cpp on this file of the target, perhaps quantised")
-    parser.add_argument("--num-speculative-tokens", type=int, default=default.num_speculative_tokens)
+    parser.add_argument(
+        "--gguf",
+        type=Path,
+        help="also times llama.cpp on this file of the target, perhaps quantised",
+    )
+    parser.add_argument(
+        "--num-speculative-tokens", type=int, default=default.num_speculative_tokens
+    )
     parser.add_argument("--lp-size", type=int, default=default.lp_size)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)

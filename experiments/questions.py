@@ -57,7 +57,11 @@ def read_questions(path: Path) -> list[Question]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise EasySpecError(f"--questions {path} cannot be read: {error}") from None
-    found = [_question(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    found = [
+        _question(line, f"{path}, line {number}")
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
     if not found:
         raise EasySpecError(f"--questions {path} holds no question")
     return found

@@ -73,7 +73,10 @@ SECTIONS: dict[str, tuple[str, Tabulate]] = {
     "two_processes": ("Two processes, a core each", collectives),
     "two_processes_smollm2": ("Two processes, a core each: SmolLM2-135M-Instruct", collectives),
     "peers": ("Other engines in the same run", engines),
-    "peers_smollm2": ("Other engines in the same run: SmolLM2-135M-Instruct as its own draft", engines),
+    "peers_smollm2": (
+        "Other engines in the same run: SmolLM2-135M-Instruct as its own draft",
+        engines,
+    ),
     "bench_round": ("Bookkeeping: what a round takes beyond its passes", bookkeeping),
     "kill_check": ("A job of 500 prompts, killed at random moments", kills),
     "soak": ("A soak: memory, programs and speed over many rounds", soaked),
@@ -91,7 +94,9 @@ MACHINE = {"cores", "platform", "devices", "device_kind"}
 
 PAPER: dict[str, dict[str, Table]] = {
     "table2": {
-        f"{target}, drafted by {draft}, temperature {temperature:g}": paper.table_2(pair, temperature)
+        f"{target}, drafted by {draft}, temperature {temperature:g}": paper.table_2(
+            pair, temperature
+        )
         for pair, (target, draft) in enumerate(paper.PAIRS)
         for temperature in (0, 0.8)
     },
@@ -105,7 +110,9 @@ PAPER: dict[str, dict[str, Table]] = {
 def page(results: Path) -> str:
     """The whole document. results: the directory with the files. Raises EasySpecError for one that is no JSON."""
     found = {path.stem: path for path in sorted(results.glob("*.json"))}
-    order = [name for name in SECTIONS if name in found] + [name for name in found if name not in SECTIONS]
+    order = [name for name in SECTIONS if name in found] + [
+        name for name in found if name not in SECTIONS
+    ]
     return "\n".join([INTRODUCTION, *(section(found[name]) for name in order)])
 
 
@@ -147,7 +154,10 @@ def subject(measured: Mapping[str, Any]) -> str:
 def told(path: Path, measured: Mapping[str, Any]) -> str:
     """The command, the machine and the file, as far as the file knows them."""
     sources = [measured, *measured.get("parts", {}).values()]
-    parts = [f"`{command}`" for command in dict.fromkeys(own["command"] for own in sources if "command" in own)]
+    parts = [
+        f"`{command}`"
+        for command in dict.fromkeys(own["command"] for own in sources if "command" in own)
+    ]
     machines = [own["machine"] for own in sources if "machine" in own]
     parts += dict.fromkeys(machine_line(own) for own in machines if own.keys() >= MACHINE)
     return "; ".join([*parts, f"[JSON](results/{path.name})"]) + "."
@@ -164,7 +174,11 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 def markdown(table: Table) -> str:
     """A table whose columns are those of all its rows."""
     names = list(dict.fromkeys(name for row in table for name in row))
-    lines = [names, ["-"] * len(names), *([_cell(row.get(name)) for name in names] for row in table)]
+    lines = [
+        names,
+        ["-"] * len(names),
+        *([_cell(row.get(name)) for name in names] for row in table),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -172,7 +186,13 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
+        return (
+            f"{value:.3f}"
+            if abs(value) < 1
+            else f"{value:.2f}"
+            if abs(value) < 100
+            else f"{value:.0f}"
+        )
     return str(value).replace("|", "\\|")
 
 
@@ -183,7 +203,9 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.readme", description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the page comes into the directory above it")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="the page comes into the directory above it"
+    )
     return run_command("experiments.readme", parser, run, argv)
 
 

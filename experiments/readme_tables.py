@@ -16,7 +16,8 @@ def speeds(measured: Mapping[str, Any]) -> Table:
     }  # fmt: skip
     named = [name for name in columns if any(name in row for row in measured["results"])]
     return [
-        {columns[name]: _with_deviation(row, name) for name in named} | {"T": f"{row['temperature']:g}"}
+        {columns[name]: _with_deviation(row, name) for name in named}
+        | {"T": f"{row['temperature']:g}"}
         for row in measured["results"]
     ]
 
@@ -50,7 +51,10 @@ def cosines(measured: Mapping[str, Any]) -> Table:
     """Of table4."""
     return [
         {"N": row["lp_size"], "refit": "yes" if row["refit"] else "no"}
-        | {name.replace("attn_out", "attention output"): value for name, value in row["cosine"].items()}
+        | {
+            name.replace("attn_out", "attention output"): value
+            for name, value in row["cosine"].items()
+        }
         | {f"overlap at depth {depth}": value for depth, value in enumerate(row["overlap"], 1)}
         for row in measured["results"]
     ]
@@ -80,7 +84,11 @@ def losses(measured: Mapping[str, Any]) -> Table:
     greedy = [row for row in measured["results"] if row["temperature"] == 0]
     kinds, sizes, widths = (
         list(dict.fromkeys(values))
-        for values in (map(kind, greedy), (row["lp_size"] for row in greedy), (row["tree_width"] for row in greedy))
+        for values in (
+            map(kind, greedy),
+            (row["lp_size"] for row in greedy),
+            (row["tree_width"] for row in greedy),
+        )
     )
     table = []
     for width in widths:
@@ -110,13 +118,17 @@ def predictions(measured: Mapping[str, Any]) -> Table:
               "draft_tensor_parallel_size": "draft TP", "acceptance_rate": "α"}  # fmt: skip
     table: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
-        named = {column: row[name] for name, column in shared.items()} | {"T": f"{row['temperature']:g}"}
+        named = {column: row[name] for name, column in shared.items()} | {
+            "T": f"{row['temperature']:g}"
+        }
         shown = table.setdefault(tuple(row[name] for name in shared), named)
         shown[row["machine"]] = f"{row['tokens_per_second']:.1f} ({row['speedup']:.2f} ×)"
     for key, shown in table.items():
         row = next(row for row in rows if tuple(row[name] for name in shared) == key)
         if row["paper_speedup"] is not None:
-            shown["the paper, 8×A100"] = f"{row['paper_tokens_per_second']:.1f} ({row['paper_speedup']:.2f} ×)"
+            shown["the paper, 8×A100"] = (
+                f"{row['paper_tokens_per_second']:.1f} ({row['paper_speedup']:.2f} ×)"
+            )
     return list(table.values())
 
 
@@ -126,7 +138,8 @@ def by_devices(measured: Mapping[str, Any]) -> Table:
     for row in measured["results"]:
         machine = row.get("machine", "here")
         shown = table.setdefault(
-            (machine, row["model"], row["way"]), {"machine": machine, "model": row["model"], "way": row["way"]}
+            (machine, row["model"], row["way"]),
+            {"machine": machine, "model": row["model"], "way": row["way"]},
         )
         fits = row.get("fits") is not False
         shown[f"{row['devices']}"] = f"{row['steps_per_second']:.1f}" if fits else "does not fit"
@@ -140,7 +153,9 @@ def engines(measured: Mapping[str, Any]) -> Table:
         if "missing" in row:
             table.append({"engine": row["name"], "weights": f"not measured: {row['missing']}"})
             continue
-        gaps = [place["logit_gap"] for place in row["divergences"] if place["logit_gap"] is not None]
+        gaps = [
+            place["logit_gap"] for place in row["divergences"] if place["logit_gap"] is not None
+        ]
         table.append({
             "engine": row["name"],
             "tokens/s": median(row["tokens_per_second"]),
@@ -159,7 +174,10 @@ def flat(measured: Mapping[str, Any]) -> Table:
     rows = measured.get("results")
     if not isinstance(rows, list):
         return []
-    return [{name: value for name, value in row.items() if not isinstance(value, dict | list)} for row in rows]
+    return [
+        {name: value for name, value in row.items() if not isinstance(value, dict | list)}
+        for row in rows
+    ]
 
 
 def timelines(measured: Mapping[str, Any]) -> Table:
@@ -256,4 +274,7 @@ def soaked(measured: Mapping[str, Any]) -> Table:
         "throughput_change_percent": "throughput, %", "throughput_noise_percent": "noise of a window, %",
         "checked": "texts checked", "mismatches": "that differ",
     }  # fmt: skip
-    return [{"rounds": measured["results"][-1]["rounds"]} | {label: measured[name] for name, label in names.items()}]
+    return [
+        {"rounds": measured["results"][-1]["rounds"]}
+        | {label: measured[name] for name, label in names.items()}
+    ]

@@ -74,7 +74,8 @@ class Bench:
     def bytes(self) -> tuple[int, int]:
         """What one pass of the target, and one of the draft, cannot but read."""
         target, draft = (
-            models.weight_bytes(config, self.dtype) + models.kv_bytes(config, self.dtype, self.args.context)
+            models.weight_bytes(config, self.dtype)
+            + models.kv_bytes(config, self.dtype, self.args.context)
             for config in self.configs
         )
         return target, draft
@@ -90,7 +91,9 @@ class Bench:
         devices = self.mesh().devices.flat
         stats = devices[0].memory_stats() or {}
         # Virtual devices share the host's memory.
-        held = len(devices) * stats["bytes_limit"] if "bytes_limit" in stats else texts.host_memory()
+        held = (
+            len(devices) * stats["bytes_limit"] if "bytes_limit" in stats else texts.host_memory()
+        )
         if sum(self.bytes) > held:
             needed = f"{sum(self.bytes) / 2**30:.1f} GiB for its weights in {self.dtype.name}"
             raise EasySpecError(
@@ -116,7 +119,9 @@ class Bench:
         memory = memory_cases(self.mesh(), self.dtype, self.args.memory_mib * 2**20)
         measured = alternate([*memory, *cases], self.args.repeats, self.args.calls)
         seconds = {name: np.asarray(samples) for name, samples in measured.items()}
-        return Timings(seconds, np.max([case.bytes / seconds[case.name] for case in memory], axis=0))
+        return Timings(
+            seconds, np.max([case.bytes / seconds[case.name] for case in memory], axis=0)
+        )
 
 
 def bandwidth(bench: Bench) -> list[Row]:
@@ -126,7 +131,13 @@ def bandwidth(bench: Bench) -> list[Row]:
     rows = []
     for case in cases:
         speeds = case.bytes / timings.seconds[case.name] / 1e9
-        rows.append({"name": case.name, "GB_per_second": float(np.median(speeds)), "repeats": speeds.tolist()})
+        rows.append(
+            {
+                "name": case.name,
+                "GB_per_second": float(np.median(speeds)),
+                "repeats": speeds.tolist(),
+            }
+        )
     return rows
 
 
@@ -135,10 +146,15 @@ def target(bench: Bench) -> list[Row]:
     programs = alone(bench.mesh(), bench.target(bench.mesh()))
     size = bench.bytes[0]
     cases = [round_case("plain step", programs, size, **bench.lengths)]
-    cases += [pass_case(f"{n} tokens", programs, n, run_exact, size, **bench.lengths) for n in VERIFIED]
+    cases += [
+        pass_case(f"{n} tokens", programs, n, run_exact, size, **bench.lengths) for n in VERIFIED
+    ]
     timings = bench.measure(cases)
     plain = timings.seconds["plain step"]
-    return [timings.row(case.name, size, over_plain=timings.seconds[case.name] / plain) for case in cases]
+    return [
+        timings.row(case.name, size, over_plain=timings.seconds[case.name] / plain)
+        for case in cases
+    ]
 
 
 def draft(bench: Bench) -> list[Row]:
@@ -151,12 +167,17 @@ def draft(bench: Bench) -> list[Row]:
         mesh = bench.mesh(n)
         programs = alone(mesh, bench.draft(mesh, n))
         runs = {"exact": run_exact, "fuzzy": run_fuzzy} if n > 1 else {"exact": run_exact}
-        step = partial(pass_case, programs=programs, tokens=1, bytes=size, loops=LEVELS - 1, **bench.lengths)
+        step = partial(
+            pass_case, programs=programs, tokens=1, bytes=size, loops=LEVELS - 1, **bench.lengths
+        )
         cases += [step(f"{kind}, N = {n}", run=run) for kind, run in runs.items()]
     timings = bench.measure(cases)
     floor = size / timings.rate
     gap = timings.seconds["exact, N = 1"] - floor
-    return [timings.row(case.name, size, gap_over_exact=(timings.seconds[case.name] - floor) / gap) for case in cases]
+    return [
+        timings.row(case.name, size, gap_over_exact=(timings.seconds[case.name] - floor) / gap)
+        for case in cases
+    ]
 
 
 def rounds(bench: Bench) -> list[Row]:
@@ -165,15 +186,30 @@ def rounds(bench: Bench) -> list[Row]:
     target, draft = bench.target(mesh), bench.draft(mesh)
     of_target, of_draft = alone(mesh, target), alone(mesh, draft)
     size, small = bench.bytes
-    calibration = pass_case("calibration", of_draft, LEVELS + 1, run_exact, small, scored=1, **bench.lengths)
+    calibration = pass_case(
+        "calibration", of_draft, LEVELS + 1, run_exact, small, scored=1, **bench.lengths
+    )
     cases, parts = [calibration], {}
     for width in WIDTHS:
         config = RoundConfig(LEVELS, calibration=True, verifier=Greedy(), stop_ids=(), width=width)
         nodes = 1 + LEVELS * width
-        steps = pass_case(f"fuzzy, width {width}", of_draft, width, run_fuzzy, small, loops=LEVELS - 1, **bench.lengths)
-        check = pass_case(f"verification, {nodes} tokens", of_target, nodes, run_exact, size, **bench.lengths)
+        steps = pass_case(
+            f"fuzzy, width {width}",
+            of_draft,
+            width,
+            run_fuzzy,
+            small,
+            loops=LEVELS - 1,
+            **bench.lengths,
+        )
+        check = pass_case(
+            f"verification, {nodes} tokens", of_target, nodes, run_exact, size, **bench.lengths
+        )
         whole = round_case(
-            f"round, width {width}", Programs(mesh, target, draft, config), size + LEVELS * small, **bench.lengths
+            f"round, width {width}",
+            Programs(mesh, target, draft, config),
+            size + LEVELS * small,
+            **bench.lengths,
         )
         cases += [steps, check, whole]
         parts[whole.name] = (calibration.name, steps.name, check.name)
@@ -197,9 +233,13 @@ def synthetic(bench: Bench) -> list[Row]:
         verifier = texts.SyntheticAcceptance(rate)
         ways[f"acceptance {rate:g}"] = texts.ours(speculative(mesh, target, draft, verifier))
     rng = np.random.default_rng(0)
-    prompts = rng.integers(bench.configs[0].vocab_size, size=(bench.args.repeats + 1, bench.args.context)).tolist()
+    prompts = rng.integers(
+        bench.configs[0].vocab_size, size=(bench.args.repeats + 1, bench.args.context)
+    ).tolist()
     measured = texts.alternate_texts(ways, prompts, bench.args.max_new_tokens)
-    return [speed_row(name, of_way, {"plain": measured["plain"]}) for name, of_way in measured.items()]
+    return [
+        speed_row(name, of_way, {"plain": measured["plain"]}) for name, of_way in measured.items()
+    ]
 
 
 def peers(bench: Bench) -> list[Row]:
@@ -218,8 +258,13 @@ def peers(bench: Bench) -> list[Row]:
     def ours() -> dict[str, texts.Complete]:
         mesh = bench.mesh()
         target = models.load(of_target, mesh)
-        draft = models.load(of_draft, mesh, paper_groups(of_draft.config.num_hidden_layers, LP_SIZE))
-        programs = {"plain": alone(mesh, target), "easyspec": speculative(mesh, target, draft, Greedy())}
+        draft = models.load(
+            of_draft, mesh, paper_groups(of_draft.config.num_hidden_layers, LP_SIZE)
+        )
+        programs = {
+            "plain": alone(mesh, target),
+            "easyspec": speculative(mesh, target, draft, Greedy()),
+        }
         return {name: texts.ours(own) for name, own in programs.items()}
 
     def theirs() -> dict[str, texts.Complete]:
@@ -246,7 +291,9 @@ def peers(bench: Bench) -> list[Row]:
 
 def speculative(mesh: Mesh, target: Decoder, draft: Decoder, verifier: Verifier) -> Programs:
     """Programs of the default method: calibrated chains."""
-    return Programs(mesh, target, draft, RoundConfig(LEVELS, calibration=True, verifier=verifier, stop_ids=()))
+    return Programs(
+        mesh, target, draft, RoundConfig(LEVELS, calibration=True, verifier=verifier, stop_ids=())
+    )
 
 
 def speed_row(name: str, measured: texts.Measured, others: dict[str, texts.Measured]) -> Row:
@@ -254,8 +301,13 @@ def speed_row(name: str, measured: texts.Measured, others: dict[str, texts.Measu
     seconds, made = np.asarray(measured.seconds), measured.texts
     speeds = np.asarray([len(text.tokens) for text in made]) / seconds
     row = {"name": name, "tokens_per_second": float(np.median(speeds))}
-    row |= {f"over_{key}": float(np.median(np.asarray(other.seconds) / seconds)) for key, other in others.items()}
-    row["tokens_per_pass"] = sum(len(text.tokens) for text in made) / sum(text.passes for text in made)
+    row |= {
+        f"over_{key}": float(np.median(np.asarray(other.seconds) / seconds))
+        for key, other in others.items()
+    }
+    row["tokens_per_pass"] = sum(len(text.tokens) for text in made) / sum(
+        text.passes for text in made
+    )
     drafted = sum(text.drafted or 0 for text in made)
     if drafted:
         row["acceptance_rate"] = sum(text.accepted or 0 for text in made) / drafted

@@ -48,7 +48,9 @@ class SyntheticAcceptance(Greedy):
         tokens = argmax(target.reshape(-1, target.shape[-1]), ALL_AXES).reshape(tree.tokens.shape)
         end = jnp.argmax(jnp.where(tree.exists, tree.depth, -1), axis=1)
         on_path = jnp.take_along_axis(tree.ancestors, end[:, None, None], axis=1)[:, 0]
-        keys = noise_keys(request.seed, position[:, None] + tree.depth - 1, 0 * request.round, Purpose.ACCEPT)
+        keys = noise_keys(
+            request.seed, position[:, None] + tree.depth - 1, 0 * request.round, Purpose.ACCEPT
+        )
         leaf = deepest(tree, on_path & (uniform(keys) < self.acceptance))
         return Verdict(leaf, jnp.take_along_axis(tokens, leaf[:, None], axis=1)[:, 0])
 
@@ -75,7 +77,9 @@ class Measured:
     texts: list[Text] = field(default_factory=list)
 
 
-def alternate_texts(ways: Mapping[str, Complete], prompts: Sequence[Sequence[int]], count: int) -> dict[str, Measured]:
+def alternate_texts(
+    ways: Mapping[str, Complete], prompts: Sequence[Sequence[int]], count: int
+) -> dict[str, Measured]:
     """Lets every way complete each prompt by `count` tokens, all ways in turn; the first prompt is not timed."""
     measured = {name: Measured() for name in ways}
     with bar("Generating", len(prompts) * len(ways)) as advance:
@@ -108,17 +112,27 @@ def ours(programs: Programs) -> Complete:
 
 
 def theirs(
-    pair: tuple[Fields, Fields], sources: tuple[Synthetic, Synthetic], device: str, num_assistant_tokens: int
+    pair: tuple[Fields, Fields],
+    sources: tuple[Synthetic, Synthetic],
+    device: str,
+    num_assistant_tokens: int,
 ) -> dict[str, Complete]:
     """Plain and assisted generation by transformers, with as many drafted tokens a round as ours, whatever happens."""
     import torch
 
     if device == "cpu":
         torch.set_num_threads(cores())
-    target, draft = (torch_model(fields, source, device) for fields, source in zip(pair, sources, strict=True))
+    target, draft = (
+        torch_model(fields, source, device) for fields, source in zip(pair, sources, strict=True)
+    )
     settings = draft.generation_config
-    settings.num_assistant_tokens, settings.num_assistant_tokens_schedule = num_assistant_tokens, "constant"
-    settings.assistant_confidence_threshold = 0.0  # otherwise drafts end where the assistant is unsure
+    settings.num_assistant_tokens, settings.num_assistant_tokens_schedule = (
+        num_assistant_tokens,
+        "constant",
+    )
+    settings.assistant_confidence_threshold = (
+        0.0  # otherwise drafts end where the assistant is unsure
+    )
     calls: list[None] = []
     target.register_forward_hook(lambda *_: calls.append(None))
 
@@ -126,7 +140,12 @@ def theirs(
         calls.clear()
         ids = torch.tensor([list(prompt)], device=device)
         made = target.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0, **options
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+            **options,
         )
         return Text(made[0, len(prompt) :].tolist(), len(calls))
 
@@ -150,7 +169,9 @@ def torch_device(platform: str) -> str:
         return "cpu"
     if platform == "gpu" and torch.cuda.is_available():
         return "cuda"
-    raise EasySpecError(f"torch {torch.__version__} cannot use the {platform} that JAX runs on; leave out peers")
+    raise EasySpecError(
+        f"torch {torch.__version__} cannot use the {platform} that JAX runs on; leave out peers"
+    )
 
 
 def fit_together(device: str, size: int) -> bool:
@@ -159,7 +180,9 @@ def fit_together(device: str, size: int) -> bool:
         return True
     import torch
 
-    return 2.5 * size < torch.cuda.get_device_properties(0).total_memory  # the half more for all that is no weight
+    return (
+        2.5 * size < torch.cuda.get_device_properties(0).total_memory
+    )  # the half more for all that is no weight
 
 
 def release(device: str) -> None:

@@ -38,7 +38,9 @@ def memory_cases(mesh: Mesh, dtype: np.dtype, size: int) -> list[Case]:
     copy = jax.jit(jnp.negative, donate_argnums=0, out_shardings=spread)
     own = jax.jit(fill, out_shardings=spread)()
     reads = [
-        Case(f"read, {name}", partial(jax.jit(way, out_shardings=spread), array), last, array.nbytes)
+        Case(
+            f"read, {name}", partial(jax.jit(way, out_shardings=spread), array), last, array.nbytes
+        )
         for name, way in (("sum", summed), ("product", product))
     ]
     return [Case("copy", copy, own, 2 * own.nbytes), *reads]

@@ -55,7 +55,14 @@ STEPS = (
 def arguments(step: Step, results: Path, size: str) -> list[str]:
     """A step's command; size: "full", "quick" or "smoke"."""
     flags = {"full": "", "quick": step.quick, "smoke": step.smoke or ""}[size]
-    return [sys.executable, "-m", step.module, *flags.split(), "--out", str(results / f"{step.name}.json")]
+    return [
+        sys.executable,
+        "-m",
+        step.module,
+        *flags.split(),
+        "--out",
+        str(results / f"{step.name}.json"),
+    ]
 
 
 def chosen(only: Sequence[str] | None, smoke: bool) -> list[Step]:
@@ -64,7 +71,11 @@ def chosen(only: Sequence[str] | None, smoke: bool) -> list[Step]:
     unknown = [name for name in only or () if name not in names]
     if unknown:
         raise EasySpecError(f"--only {unknown[0]!r} is none of {', '.join(names)}")
-    return [step for step in STEPS if (not only or step.name in only) and not (smoke and step.smoke is None)]
+    return [
+        step
+        for step in STEPS
+        if (not only or step.name in only) and not (smoke and step.smoke is None)
+    ]
 
 
 def take(steps: Sequence[Step], results: Path, size: str) -> None:
@@ -78,7 +89,9 @@ def take(steps: Sequence[Step], results: Path, size: str) -> None:
         print(f"{step.name}: {time.perf_counter() - begun:.0f} s", flush=True)
     readme.run(argparse.Namespace(results=results))
     if failed:
-        raise EasySpecError(f"failed: {', '.join(failed)}; what these results were before is still there")
+        raise EasySpecError(
+            f"failed: {', '.join(failed)}; what these results were before is still there"
+        )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -96,10 +109,14 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.run", description=__doc__)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of {', '.join(step.name for step in STEPS)}")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help=f"of {', '.join(step.name for step in STEPS)}"
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="small settings: minutes on 2 cores")
-    size.add_argument("--smoke", action="store_true", help="the smallest, into a directory that is thrown away")
+    size.add_argument(
+        "--smoke", action="store_true", help="the smallest, into a directory that is thrown away"
+    )
     return run_command("experiments.run", parser, run, argv)
 
 

@@ -61,7 +61,9 @@ def absent(platform: Platform) -> partial[Any]:
     return partial(absent_mesh, platform=platform)
 
 
-def share_lost(measured: dict[str, Any], temperature: float, tree_width: int, lp_size: int) -> float | None:
+def share_lost(
+    measured: dict[str, Any], temperature: float, tree_width: int, lp_size: int
+) -> float | None:
     """Of what plain groups lose against an exact draft in a file of experiments.acceptance, what refit ones still lose.
 
     Where texts are sampled, by the coupled verifier, with which all drafts make the same ones. None: there is no refit,
@@ -70,19 +72,24 @@ def share_lost(measured: dict[str, Any], temperature: float, tree_width: int, lp
     rows = [
         row
         for row in measured["results"]
-        if row["temperature"] == temperature and row["tree_width"] == tree_width and row["verifier"] != "rejection"
+        if row["temperature"] == temperature
+        and row["tree_width"] == tree_width
+        and row["verifier"] != "rejection"
     ]
     exact = [row["acceptance_rate"] for row in rows if row["lp_size"] == 1]
     groups = [row for row in rows if row["lp_size"] == lp_size and row["calibration"]]
     refit, plain = (
-        [row["acceptance_rate"] for row in groups if row.get("refit", False) == fit] for fit in (True, False)
+        [row["acceptance_rate"] for row in groups if row.get("refit", False) == fit]
+        for fit in (True, False)
     )
     if not (exact and refit and plain and exact[0] > plain[0]):
         return None
     return (exact[0] - refit[0]) / (exact[0] - plain[0])
 
 
-def ways_of(pair: paper.PublishedPair, lost: float | None) -> Iterator[tuple[str, float | None, Way]]:
+def ways_of(
+    pair: paper.PublishedPair, lost: float | None
+) -> Iterator[tuple[str, float | None, Way]]:
     """Name, acceptance rate and way, for both placements of a draft. lost: as share_lost() says."""
     sizes: tuple[DraftTensorParallelSize, ...] = get_args(DraftTensorParallelSize)
     for name, published in pair.ways.items():
@@ -93,10 +100,17 @@ def ways_of(pair: paper.PublishedPair, lost: float | None) -> Iterator[tuple[str
         lp_size = pair.lp_size if method == "easyspec" else 1
         for size in sizes:
             yield name, published.acceptance_rate, Way(method, lp_size, size)
-    exact, plain = (pair.ways[name].acceptance_rate if name in pair.ways else None for name in ("+tree", "EasySpec"))
+    exact, plain = (
+        pair.ways[name].acceptance_rate if name in pair.ways else None
+        for name in ("+tree", "EasySpec")
+    )
     if lost is not None and exact is not None and plain is not None:
         for size in sizes:
-            yield REFIT, exact - lost * (exact - plain), Way("easyspec", pair.lp_size, size, refit=True)
+            yield (
+                REFIT,
+                exact - lost * (exact - plain),
+                Way("easyspec", pair.lp_size, size, refit=True),
+            )
 
 
 def fitted(args: argparse.Namespace, pair: paper.PublishedPair, topology: Topology) -> Topology:
@@ -106,7 +120,10 @@ def fitted(args: argparse.Namespace, pair: paper.PublishedPair, topology: Topolo
     """
     plain, published = Way("vanilla"), pair.ways["TP"]
     mesh = absent(topology.machine.platform)
-    alone, split = (count(_planned(args, pair, devices, 1), plain, mesh).round for devices in (1, topology.devices))
+    alone, split = (
+        count(_planned(args, pair, devices, 1), plain, mesh).round
+        for devices in (1, topology.devices)
+    )
     idle = replace(topology.machine, launch=0.0, latency=0.0)
     seconds = 1 / published.tokens_per_second
     launch = (published.speedup * seconds - alone.seconds(idle)) / alone.kernels
@@ -133,9 +150,17 @@ def rows_of(
         rows.append(
             about
             | {"way": name, "lp_size": way.lp_size, "acceptance_rate": rate}
-            | {"draft_tensor_parallel_size": None if rate is None else way.draft_tensor_parallel_size}
+            | {
+                "draft_tensor_parallel_size": None
+                if rate is None
+                else way.draft_tensor_parallel_size
+            }
             | speeds
-            | {"speedup": speeds["tokens_per_second"] / own, **_beside(pair.ways.get(name)), **times}
+            | {
+                "speedup": speeds["tokens_per_second"] / own,
+                **_beside(pair.ways.get(name)),
+                **times,
+            }
         )
     return rows
 
@@ -159,28 +184,50 @@ def estimate(args: argparse.Namespace, topologies: Sequence[Topology]) -> list[d
 def _planned(args: argparse.Namespace, pair: paper.PublishedPair, devices: int, width: int) -> Pair:
     target, draft = (find_config(SHAPES[name], "SHAPES")[1] for name in (pair.target, pair.draft))
     length = args.prompt_length + args.max_new_tokens
-    return Pair(target, draft, DTYPE, str(devices), args.num_speculative_tokens, width, args.prompt_length, length)
+    return Pair(
+        target,
+        draft,
+        DTYPE,
+        str(devices),
+        args.num_speculative_tokens,
+        width,
+        args.prompt_length,
+        length,
+    )
 
 
 def _speeds(pair: Pair, counted: Costs, rate: float | None, machine: Machine) -> dict[str, Any]:
     """Estimates. drafting is all of a round but its verification, as seconds for 100 tokens."""
     speed = tokens_per_second(counted, pair.num_speculative_tokens, rate or 0.0, machine)
     seconds = counted.round.seconds(machine)
-    fields = {"round_seconds": seconds, "tokens_per_second": speed, "drafting": None, "verification": None}
+    fields = {
+        "round_seconds": seconds,
+        "tokens_per_second": speed,
+        "drafting": None,
+        "verification": None,
+    }
     if rate is not None:
         share = verification(pair, absent(machine.platform)).seconds(machine) / seconds
         fields |= {"drafting": (1 - share) * 100 / speed, "verification": share * 100 / speed}
-    held = {"collectives": counted.round.collectives, "kernels": counted.round.kernels, "bytes": counted.memory}
+    held = {
+        "collectives": counted.round.collectives,
+        "kernels": counted.round.kernels,
+        "bytes": counted.memory,
+    }
     return fields | held | {"fits": machine.memory is None or counted.memory <= machine.memory}
 
 
 def _beside(published: paper.Published | None) -> dict[str, Any]:
     """What the paper measured on 8×A100."""
     names = ("tokens_per_second", "speedup", "drafting", "verification")
-    return {f"paper_{name}": None if published is None else getattr(published, name) for name in names}
+    return {
+        f"paper_{name}": None if published is None else getattr(published, name) for name in names
+    }
 
 
-def assumptions(args: argparse.Namespace, topologies: Sequence[Topology], rows: Sequence[dict[str, Any]]) -> list[str]:
+def assumptions(
+    args: argparse.Namespace, topologies: Sequence[Topology], rows: Sequence[dict[str, Any]]
+) -> list[str]:
     """All that an estimate takes for granted."""
     machines = {topology.machine.name: topology.machine for topology in topologies}
     shapes = ", ".join(f"{name} as {shape}" for name, shape in SHAPES.items())
@@ -263,7 +310,9 @@ def run(args: argparse.Namespace) -> None:
     """Estimates, prints, writes the JSON and draws it."""
     prepare(args.out)
     SpeculativeConfig(
-        method="tree", num_speculative_tokens=args.num_speculative_tokens, tree_width=args.tree_width
+        method="tree",
+        num_speculative_tokens=args.num_speculative_tokens,
+        tree_width=args.tree_width,
     )  # says what is wrong with them
     if min(args.prompt_length, args.max_new_tokens) < 1:
         raise EasySpecError("--prompt-length and --max-new-tokens must be at least 1")
@@ -279,7 +328,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.simulate", description=__doc__)
     parser.add_argument("--topologies", nargs="+", default=["a100:8", "h100:8", "v5p:2x2x1", "v5p:2x2x2"],
                         help="as of easyspec_jax.plan")  # fmt: skip
-    parser.add_argument("--num-speculative-tokens", type=int, default=default.num_speculative_tokens)
+    parser.add_argument(
+        "--num-speculative-tokens", type=int, default=default.num_speculative_tokens
+    )
     parser.add_argument("--tree-width", type=int, default=4)
     parser.add_argument("--prompt-length", type=int, default=256)
     parser.add_argument("--max-new-tokens", type=int, default=128)

@@ -111,7 +111,9 @@ def mismatches(engine: Engine, kept: Iterable[tuple[RowSampling, list[int]]]) ->
     return different
 
 
-def verdict(windows: Sequence[Mapping[str, Any]], warm_up: int, checked: int, different: int) -> dict[str, Any]:
+def verdict(
+    windows: Sequence[Mapping[str, Any]], warm_up: int, checked: int, different: int
+) -> dict[str, Any]:
     """What became of memory, programs and speed after so many rounds of warm-up, in per cent; `flat` if all is well.
 
     First and last are the medians of the first and the last tenth of the windows. Throughput is judged by tokens a
@@ -120,9 +122,13 @@ def verdict(windows: Sequence[Mapping[str, Any]], warm_up: int, checked: int, di
     """
     warm = [window for window in windows if window["rounds"] > warm_up]
     if len(warm) < 3:
-        raise EasySpecError("too few rounds after --warm-up: give more --rounds or --minutes, or a smaller --window")
+        raise EasySpecError(
+            "too few rounds after --warm-up: give more --rounds or --minutes, or a smaller --window"
+        )
     speeds = np.array([window["tokens_per_cpu_second"] for window in warm])
-    noise = 100 * float(np.median(np.abs(np.diff(speeds)))) / 0.6745 / 2**0.5 / float(np.median(speeds))
+    noise = (
+        100 * float(np.median(np.abs(np.diff(speeds)))) / 0.6745 / 2**0.5 / float(np.median(speeds))
+    )
     found = {
         "memory_growth_percent": _change([window["resident_bytes"] for window in warm]),
         "compilations_after_warm_up": warm[-1]["compilations"] - warm[0]["compilations"],
@@ -152,12 +158,18 @@ def run(args: argparse.Namespace) -> Mapping[str, Any]:
     for name in ("rounds", "warm_up", "window", "batch_size", "check_every"):
         check_whole(name.replace("_", "-"), getattr(args, name), 1)
     if args.rounds < args.warm_up + 4 * args.window:
-        raise EasySpecError(f"--rounds {args.rounds} must be at least --warm-up {args.warm_up} and four windows")
+        raise EasySpecError(
+            f"--rounds {args.rounds} must be at least --warm-up {args.warm_up} and four windows"
+        )
     cache_compilations()
     prepare(args.out)
     resident_bytes()
     engine = open_model(platform="cpu", speculative=SpeculativeConfig(verifier="coupled"))
-    soak, rows, begun = Soak(engine, args.batch_size, args.check_every, args.seed), [], time.perf_counter()
+    soak, rows, begun = (
+        Soak(engine, args.batch_size, args.check_every, args.seed),
+        [],
+        time.perf_counter(),
+    )
     for row in soak.windows(args.rounds, args.window, 60 * args.minutes):
         rows.append(row)
         print(f"{row['rounds']} rounds: {row['resident_bytes'] / 2**20:.0f} MiB, {row['compilations']} compilations, "
@@ -172,17 +184,21 @@ def run(args: argparse.Namespace) -> Mapping[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.soak", description=__doc__)
     parser.add_argument("--rounds", type=int, default=50000)
-    parser.add_argument("--minutes", type=float, default=120, help="rounds that do not fit are left out")
+    parser.add_argument(
+        "--minutes", type=float, default=120, help="rounds that do not fit are left out"
+    )
     parser.add_argument("--warm-up", type=int, default=3000, help="rounds that are not judged")
     parser.add_argument("--window", type=int, default=1000, help="rounds between two samples")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--check-every", type=int, default=100, help="texts between two that are checked")
+    parser.add_argument(
+        "--check-every", type=int, default=100, help="texts between two that are checked"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "soak.json")
     found: dict[str, Any] = {"flat": True}
-    return run_experiment("experiments.soak", parser, lambda args: found.update(run(args)), argv) or int(
-        not found["flat"]
-    )
+    return run_experiment(
+        "experiments.soak", parser, lambda args: found.update(run(args)), argv
+    ) or int(not found["flat"])
 
 
 if __name__ == "__main__":

@@ -41,16 +41,26 @@ def answer(engine: Engine, question: Question, sampling: SamplingParams) -> Answ
     turns, seconds = [], []
     prompt: Prompt = [] if engine.tokenizer.chat_template else ""
     for said in question.turns:
-        prompt = prompt + said if isinstance(prompt, str) else [*prompt, {"role": "user", "content": said}]
+        prompt = (
+            prompt + said
+            if isinstance(prompt, str)
+            else [*prompt, {"role": "user", "content": said}]
+        )
         begun = time.perf_counter()
         turns.append(next(engine.generate([prompt], sampling)))
         seconds.append(time.perf_counter() - begun)
         text = turns[-1].text
-        prompt = prompt + text if isinstance(prompt, str) else [*prompt, {"role": "assistant", "content": text}]
+        prompt = (
+            prompt + text
+            if isinstance(prompt, str)
+            else [*prompt, {"role": "assistant", "content": text}]
+        )
     return Answer(question, tuple(turns), tuple(seconds))
 
 
-def answer_all(engine: Engine, plain: Engine, questions: Sequence[Question], sampling: SamplingParams) -> list[Pair]:
+def answer_all(
+    engine: Engine, plain: Engine, questions: Sequence[Question], sampling: SamplingParams
+) -> list[Pair]:
     """Alternately, question by question; each is first answered once to compile what it takes."""
     pairs = []
     with bar("Answering", len(questions)) as advance:
@@ -74,7 +84,9 @@ def divergences(plain: Engine, pairs: Sequence[Pair]) -> list[Divergence | None]
     return found
 
 
-def summary(category: str, pairs: Sequence[Pair], parted: Sequence[Divergence | None]) -> dict[str, Any]:
+def summary(
+    category: str, pairs: Sequence[Pair], parted: Sequence[Divergence | None]
+) -> dict[str, Any]:
     """One row of the table. Speeds are means over questions of tokens by wall time, as in Spec-Bench."""
     speeds = [np.array([_speed(pair[way]) for pair in pairs]) for way in range(2)]
     stats = reduce(Stats.__add__, (turn.stats for ours, _ in pairs for turn in ours.turns))
@@ -102,13 +114,17 @@ def summaries(pairs: Sequence[Pair], parted: Sequence[Divergence | None]) -> lis
     rows = []
     for category in dict.fromkeys(ours.question.category for ours, _ in pairs):
         own = [place for place, (ours, _) in enumerate(pairs) if ours.question.category == category]
-        rows.append(summary(category, [pairs[place] for place in own], [parted[place] for place in own]))
+        rows.append(
+            summary(category, [pairs[place] for place in own], [parted[place] for place in own])
+        )
     return [*rows, summary(OVERALL, pairs, parted)]
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """What summaries() returned."""
-    table = Table("category", "tokens/s", "plain", "speed-up", "tokens a round", "same answers", box=None)
+    table = Table(
+        "category", "tokens/s", "plain", "speed-up", "tokens a round", "same answers", box=None
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
@@ -138,7 +154,10 @@ def run(args: argparse.Namespace) -> None:
     rows = summaries(pairs, divergences(plain, pairs))
     called = names(args)
     for way, (path, label) in enumerate(zip(files, (args.method, "vanilla"), strict=False)):
-        lines = (json.dumps(pair[way].as_dict(f"{called['target']}-{label}", time.time())) for pair in pairs)
+        lines = (
+            json.dumps(pair[way].as_dict(f"{called['target']}-{label}", time.time()))
+            for pair in pairs
+        )
         write_whole(path, "".join(f"{line}\n" for line in lines).encode())
     print_table(rows)
     fields = settings(args, "questions", "answers") | called | {"refit": engine.refit is not None}
@@ -171,11 +190,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     default = SpeculativeConfig()
     parser = Parser(prog="python -m experiments.spec_bench", description=__doc__)
     add_flags(parser)
-    parser.add_argument("--method", choices=[m for m in Method.__args__ if m != "vanilla"], default=default.method)
-    parser.add_argument("--num-speculative-tokens", type=int, default=default.num_speculative_tokens)
+    parser.add_argument(
+        "--method", choices=[m for m in Method.__args__ if m != "vanilla"], default=default.method
+    )
+    parser.add_argument(
+        "--num-speculative-tokens", type=int, default=default.num_speculative_tokens
+    )
     parser.add_argument("--tree-width", type=int)
     parser.add_argument("--lp-size", type=int, default=default.lp_size)
-    parser.add_argument("--refit", default=default.refit, help='"auto", "none" or a directory (default: %(default)s)')
+    parser.add_argument(
+        "--refit",
+        default=default.refit,
+        help='"auto", "none" or a directory (default: %(default)s)',
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--answers", type=Path, metavar="FILE",
                         help="keeps the answers as JSON lines; plain decoding's come into …-plain.jsonl")  # fmt: skip

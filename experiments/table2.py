@@ -50,7 +50,9 @@ def open_ways(args: argparse.Namespace) -> list[Way]:
     levels, width = args.num_speculative_tokens, args.tree_width
     chain = open_pair(args, SpeculativeConfig(method="sd", num_speculative_tokens=levels))
     tree = SpeculativeConfig(method="tree", num_speculative_tokens=levels, tree_width=width)
-    fuzzy = SpeculativeConfig(num_speculative_tokens=levels, tree_width=width, lp_size=args.lp_size, refit="none")
+    fuzzy = SpeculativeConfig(
+        num_speculative_tokens=levels, tree_width=width, lp_size=args.lp_size, refit="none"
+    )
     shape = parse_mesh(args.mesh, group_size=args.lp_size)
     ways = [
         Way(TENSOR_PARALLEL, chain.baseline()),
@@ -60,7 +62,12 @@ def open_ways(args: argparse.Namespace) -> list[Way]:
     ]
     with refit_of(args) as refit:
         if refit is not None:
-            ways.append(Way(f"EasySpec, N = {args.lp_size}, refit", chain.variant(replace(fuzzy, refit=refit), shape)))
+            ways.append(
+                Way(
+                    f"EasySpec, N = {args.lp_size}, refit",
+                    chain.variant(replace(fuzzy, refit=refit), shape),
+                )
+            )
     if chain.mesh.size == 1:
         return [Way(ONE_DEVICE, ways[0].engine), *ways[1:]]
     return [Way(ONE_DEVICE, open_pair(args, SpeculativeConfig(method="vanilla"), mesh="1")), *ways]
@@ -75,7 +82,16 @@ def refit_of(args: argparse.Namespace) -> Iterator[str | None]:
     draft = [] if args.draft is None else ["--draft", args.draft]
     platform = [] if args.platform is None else ["--platform", args.platform]
     with TemporaryDirectory() as directory:
-        asked = [*draft, *platform, "--dtype", args.dtype, "--lp-size", f"{args.lp_size}", "--out", directory]
+        asked = [
+            *draft,
+            *platform,
+            "--dtype",
+            args.dtype,
+            "--lp-size",
+            f"{args.lp_size}",
+            "--out",
+            directory,
+        ]
         if fit_refit([*asked, "--tokens", f"{args.fit_tokens}"]):
             raise EasySpecError(f"--fit-tokens {args.fit_tokens}: no refit for this run; see above")
         yield directory
@@ -116,17 +132,25 @@ def phases(engine: Engine, sampling: SamplingParams, tokens: int, repeats: int) 
         round_case("round", programs, **where),
         pass_case("verification", of_target, nodes, run_exact, **where),
         pass_case("first", of_draft, config.pending_size, first, scored=1, **where),
-        pass_case("step", of_draft, config.width, run_fuzzy, loops=max(1, config.levels - 1), **where),
+        pass_case(
+            "step", of_draft, config.width, run_fuzzy, loops=max(1, config.levels - 1), **where
+        ),
     ]
     calls = 2  # of each in turn
     seconds = {name: np.asarray(times) for name, times in alternate(cases, repeats, calls).items()}
     drafting = seconds["first"] + (config.levels - 1) * seconds["step"]
     verification = seconds["verification"]
-    parts = {"drafting": drafting, "verification": verification, "together": drafting + verification}
+    parts = {
+        "drafting": drafting,
+        "verification": verification,
+        "together": drafting + verification,
+    }
     return {name: float(np.median(part / seconds["round"])) for name, part in parts.items()}
 
 
-def rows_of(name: str, temperature: float, made: dict[str, list[Completion]]) -> list[dict[str, Any]]:
+def rows_of(
+    name: str, temperature: float, made: dict[str, list[Completion]]
+) -> list[dict[str, Any]]:
     """A row for every way: seconds for 100 tokens, the gain over the first way, and acceptance over all prompts.
 
     A deviation is that over the prompts.
@@ -175,9 +199,14 @@ def measure(args: argparse.Namespace, questions: Sequence[Question]) -> list[dic
         for name in dict.fromkeys(question.category for question in questions):
             of_set = [question for question in questions if question.category == name]
             rows += rows_of(name, temperature, complete(ways, of_set, sampling))
-        found = {way.name: phases(way.engine, sampling, 2 * args.max_new_tokens, args.repeats) for way in drafted}
+        found = {
+            way.name: phases(way.engine, sampling, 2 * args.max_new_tokens, args.repeats)
+            for way in drafted
+        }
         rows = [
-            with_phases(row, found[row["way"]]) if row["temperature"] == temperature and row["way"] in found else row
+            with_phases(row, found[row["way"]])
+            if row["temperature"] == temperature and row["way"] in found
+            else row
             for row in rows
         ]
     return rows
@@ -196,7 +225,17 @@ def apart(rows: Sequence[dict[str, Any]], platform: str) -> list[str]:
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """What measure() returned."""
-    names = ("T", "set", "", "s/100 tokens", "drafting", "verification", "speed-up", "α", "phases/round")
+    names = (
+        "T",
+        "set",
+        "",
+        "s/100 tokens",
+        "drafting",
+        "verification",
+        "speed-up",
+        "α",
+        "phases/round",
+    )
     table = Table(*names, box=None, pad_edge=False)
     for column in table.columns[3:]:
         column.justify = "right"
@@ -234,18 +273,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     default = SpeculativeConfig()
     parser = Parser(prog="python -m experiments.table2", description=__doc__)
     add_flags(parser)
-    parser.add_argument("--num-speculative-tokens", type=int, default=default.num_speculative_tokens)
+    parser.add_argument(
+        "--num-speculative-tokens", type=int, default=default.num_speculative_tokens
+    )
     parser.add_argument("--tree-width", type=int, default=4)
     parser.add_argument("--lp-size", type=int, default=default.lp_size)
     refits = parser.add_mutually_exclusive_group()
     refits.add_argument("--refit", metavar="DIR", help="also drafts with the refit there")
     refits.add_argument(
-        "--fit-tokens", type=int, metavar="T", help="also drafts with a refit to so many tokens, made now"
+        "--fit-tokens",
+        type=int,
+        metavar="T",
+        help="also drafts with a refit to so many tokens, made now",
     )
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--profile-phases", action="store_true", help="time drafting and verification apart")
+    parser.add_argument(
+        "--profile-phases", action="store_true", help="time drafting and verification apart"
+    )
     parser.add_argument("--repeats", type=int, default=15, help="of every phase")
     parser.add_argument("--out", type=Path, default=RESULTS / "table2.json")
     return run_experiment("experiments.table2", parser, run, argv)

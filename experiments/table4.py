@@ -23,7 +23,9 @@ from experiments.output import RESULTS, prepare, publish, run_experiment, settin
 def speculations(args: argparse.Namespace) -> list[SpeculativeConfig]:
     """Every way to draft that is asked for."""
     refits = ["none"] if args.refit is None else ["none", args.refit]
-    return [SpeculativeConfig(lp_size=size, refit=refit) for size in args.lp_sizes for refit in refits]
+    return [
+        SpeculativeConfig(lp_size=size, refit=refit) for size in args.lp_sizes for refit in refits
+    ]
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
@@ -44,7 +46,12 @@ def run(args: argparse.Namespace) -> None:
     prepare(args.out)
     rows = measure_all(args, speculations(args))
     print_table(rows)
-    publish(args.out, settings(args, "prompts", "refit") | {"bundled": args.draft == demo.DRAFT}, rows, draw)
+    publish(
+        args.out,
+        settings(args, "prompts", "refit") | {"bundled": args.draft == demo.DRAFT},
+        rows,
+        draw,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -43,7 +43,9 @@ def open_ways(args: argparse.Namespace) -> dict[Way, dict[str, Any]]:
     }
     for size in args.lp_sizes:
         for at_once, mlps in ((ATTENTION, 1), (LAYERS, size)):
-            fuzzy = SpeculativeConfig(tree_width=width, lp_size=size, mlp_lp_size=mlps, refit=args.refit, **common)
+            fuzzy = SpeculativeConfig(
+                tree_width=width, lp_size=size, mlp_lp_size=mlps, refit=args.refit, **common
+            )
             engine = exact.variant(fuzzy, parse_mesh(args.mesh, group_size=size))
             ways[Way(f"{at_once}, N = {size}", engine)] = {"at_once": at_once, "lp_size": size}
     return ways
@@ -70,7 +72,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     ways = open_ways(args)
     rows = rows_of("all", 0.0, complete(list(ways), questions, sampling))
     drafted = [way for way in ways if way.engine.draft is not None]
-    seconds = alternate([step_case(way, sampling, 2 * args.max_new_tokens) for way in drafted], args.repeats, CALLS)
+    seconds = alternate(
+        [step_case(way, sampling, 2 * args.max_new_tokens) for way in drafted], args.repeats, CALLS
+    )
     return [
         row
         | about
@@ -85,7 +89,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """What measure() returned."""
-    table = Table("at once", "α", "ms a draft step", "tokens/s", "speed-up", box=None, pad_edge=False)
+    table = Table(
+        "at once", "α", "ms a draft step", "tokens/s", "speed-up", box=None, pad_edge=False
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
@@ -114,8 +120,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.table5", description=__doc__)
     add_flags(parser)
     parser.add_argument("--lp-sizes", type=int, nargs="+", default=[2, 3, 4])
-    parser.add_argument("--refit", default="none", metavar="DIR", help='"auto": those beside the draft, if any')
-    parser.add_argument("--num-speculative-tokens", type=int, default=default.num_speculative_tokens)
+    parser.add_argument(
+        "--refit", default="none", metavar="DIR", help='"auto": those beside the draft, if any'
+    )
+    parser.add_argument(
+        "--num-speculative-tokens", type=int, default=default.num_speculative_tokens
+    )
     parser.add_argument("--tree-width", type=int, default=4)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=15, help="of every draft step")

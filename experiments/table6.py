@@ -42,9 +42,14 @@ ESTIMATES = "Estimates of the cost model for machines that were not here; the pa
 
 def draft_ways(lp_sizes: Iterable[int], devices: int) -> list[Way]:
     """How a draft's step may use so many devices; on one there is nothing to split."""
-    sizes: tuple[DraftTensorParallelSize, ...] = get_args(DraftTensorParallelSize) if devices > 1 else ("all",)
+    sizes: tuple[DraftTensorParallelSize, ...] = (
+        get_args(DraftTensorParallelSize) if devices > 1 else ("all",)
+    )
     ordinary = [Way("sd", 1, size) for size in sizes]
-    return [*ordinary, *(Way("easyspec", n, size) for n in lp_sizes if n > 1 < devices for size in sizes)]
+    return [
+        *ordinary,
+        *(Way("easyspec", n, size) for n in lp_sizes if n > 1 < devices for size in sizes),
+    ]
 
 
 def name_of(way: Way) -> str:
@@ -61,11 +66,17 @@ def row(model: str, way: str, devices: int, seconds: float, **fields: Any) -> di
 
 def modelled(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows by the cost model: machine by machine, model by model. A step that does not fit the memory says so."""
-    models = {name: config for text in args.models for name, config in [find_config(text, "--models")]}
-    drafts = {name: config for text in args.drafts for name, config in [find_config(text, "--drafts")]}
+    models = {
+        name: config for text in args.models for name, config in [find_config(text, "--models")]
+    }
+    drafts = {
+        name: config for text in args.drafts for name, config in [find_config(text, "--drafts")]
+    }
     for name, config in (models | drafts).items():
         if args.context >= config.max_position_embeddings:
-            raise EasySpecError(f"--context {args.context} is no less than {name}'s {config.max_position_embeddings}")
+            raise EasySpecError(
+                f"--context {args.context} is no less than {name}'s {config.max_position_embeddings}"
+            )
     for machine in args.machines:
         describe(machine, 1)
     rows: list[dict[str, Any]] = []
@@ -76,7 +87,10 @@ def modelled(args: argparse.Namespace) -> list[dict[str, Any]]:
                     rows.append(estimate(args, machine, devices, name, config, Way("vanilla")))
                 for name, config in drafts.items():
                     sizes = [n for n in args.lp_sizes if n <= config.num_hidden_layers]
-                    rows += [estimate(args, machine, devices, name, config, way) for way in draft_ways(sizes, devices)]
+                    rows += [
+                        estimate(args, machine, devices, name, config, way)
+                        for way in draft_ways(sizes, devices)
+                    ]
                 advance(1)
     return rows
 
@@ -122,7 +136,9 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
         for case in cases:
             model = called["target" if case.name == PLAIN else "draft"]
             fields = {"deviation": float(np.std(seconds[case.name]))}
-            rows.append(row(model, case.name, devices, float(np.median(seconds[case.name])), **fields))
+            rows.append(
+                row(model, case.name, devices, float(np.median(seconds[case.name])), **fields)
+            )
     return rows
 
 
@@ -145,12 +161,18 @@ def timed_cases(args: argparse.Namespace, devices: int) -> Iterable[Case]:
 
 def print_table(rows: Sequence[dict[str, Any]], devices: Sequence[int]) -> None:
     """One line a machine, model and way; steps a second by the number of devices."""
-    table = Table("machine", "model", "", *(f"{count}" for count in devices), box=None, pad_edge=False)
+    table = Table(
+        "machine", "model", "", *(f"{count}" for count in devices), box=None, pad_edge=False
+    )
     for column in table.columns[3:]:
         column.justify = "right"
     kinds = dict.fromkeys((row.get("machine", "here"), row["model"], row["way"]) for row in rows)
     for kind in kinds:
-        own = {row["devices"]: row for row in rows if (row.get("machine", "here"), row["model"], row["way"]) == kind}
+        own = {
+            row["devices"]: row
+            for row in rows
+            if (row.get("machine", "here"), row["model"], row["way"]) == kind
+        }
         table.add_row(*kind, *(_cell(own.get(count)) for count in devices))
     show(table)
 
@@ -190,13 +212,24 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help="time the pair on the devices that are here (default: if there are several)")  # fmt: skip
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--lp-sizes", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--machines", nargs="+", default=["a100", "h100", "v5p"], help="for estimates")
+    parser.add_argument(
+        "--machines", nargs="+", default=["a100", "h100", "v5p"], help="for estimates"
+    )
     parser.add_argument("--models", nargs="+", default=["Llama-3.3-70B", "Llama-3.1-8B", "Qwen2.5-7B"],
                         help="for estimates of plain decoding: names as of easyspec_jax.plan")  # fmt: skip
-    parser.add_argument("--drafts", nargs="+", default=["Llama-3.1-8B", "Llama-3.2-1B"], help="likewise, of drafting")
-    parser.add_argument("--context", type=int, default=256, help="tokens before the step (default: %(default)s)")
+    parser.add_argument(
+        "--drafts",
+        nargs="+",
+        default=["Llama-3.1-8B", "Llama-3.2-1B"],
+        help="likewise, of drafting",
+    )
+    parser.add_argument(
+        "--context", type=int, default=256, help="tokens before the step (default: %(default)s)"
+    )
     parser.add_argument("--repeats", type=int, default=15, help="where it is measured")
-    parser.add_argument("--calls", type=int, default=8, help="of a step for one sample, where it is measured")
+    parser.add_argument(
+        "--calls", type=int, default=8, help="of a step for one sample, where it is measured"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "table6.json")
     return run_experiment("experiments.table6", parser, run, argv)
 

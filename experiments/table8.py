@@ -56,14 +56,21 @@ def pairs_of(args: argparse.Namespace, directory: Path) -> list[Pair]:
     """Those of the flags, or the bundled ones; directory: where truncated drafts may lie. Raises EasySpecError."""
     if args.pairs is None:
         layers = open_checkpoint(demo.TARGET).config.num_hidden_layers
-        short = [truncated(demo.TARGET, kept, directory / f"target-{kept}-layers") for kept in range(3, layers)]
+        short = [
+            truncated(demo.TARGET, kept, directory / f"target-{kept}-layers")
+            for kept in range(3, layers)
+        ]
         return [(demo.TARGET, draft) for draft in (demo.DRAFT, demo.TARGET, *reversed(short))]
     if len(args.pairs) % 2:
-        raise EasySpecError("--pairs takes a target and a draft for each pair; one directory is left over")
+        raise EasySpecError(
+            "--pairs takes a target and a draft for each pair; one directory is left over"
+        )
     return list(zip(args.pairs[::2], args.pairs[1::2], strict=True))
 
 
-def measure(args: argparse.Namespace, pairs: Sequence[Pair], questions: Sequence[Question]) -> list[dict[str, Any]]:
+def measure(
+    args: argparse.Namespace, pairs: Sequence[Pair], questions: Sequence[Question]
+) -> list[dict[str, Any]]:
     """Pair by pair, a row for every way."""
     rows, sampling = [], SamplingParams(max_new_tokens=args.max_new_tokens)
     levels = {"num_speculative_tokens": args.num_speculative_tokens}
@@ -82,14 +89,21 @@ def measure(args: argparse.Namespace, pairs: Sequence[Pair], questions: Sequence
             Way("tree", chain.variant(tree)),
             Way("easyspec", chain.variant(fuzzy, parse_mesh(args.mesh, group_size=size))),
         ]
-        about = {"target": target.name, "draft": draft.name, "draft_layers": layers, "lp_size": size}
+        about = {
+            "target": target.name,
+            "draft": draft.name,
+            "draft_layers": layers,
+            "lp_size": size,
+        }
         rows += [about | row for row in rows_of("all", 0.0, complete(ways, questions, sampling))]
     return rows
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """What measure() returned."""
-    table = Table("target", "draft", "layers", "", "α", "tokens/s", "speed-up", box=None, pad_edge=False)
+    table = Table(
+        "target", "draft", "layers", "", "α", "tokens/s", "speed-up", box=None, pad_edge=False
+    )
     for row in rows:
         rate = row["acceptance_rate"]
         table.add_row(
@@ -121,12 +135,16 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     default = SpeculativeConfig()
     parser = Parser(prog="python -m experiments.table8", description=__doc__)
-    parser.add_argument("--pairs", type=Path, nargs="+", metavar="DIR", help="a target and a draft for each pair")
+    parser.add_argument(
+        "--pairs", type=Path, nargs="+", metavar="DIR", help="a target and a draft for each pair"
+    )
     parser.add_argument("--mesh", default="1")
     parser.add_argument("--platform")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--questions", type=Path, help="in Spec-Bench's form")
-    parser.add_argument("--num-speculative-tokens", type=int, default=default.num_speculative_tokens)
+    parser.add_argument(
+        "--num-speculative-tokens", type=int, default=default.num_speculative_tokens
+    )
     parser.add_argument("--tree-width", type=int, default=4)
     parser.add_argument("--lp-size", type=int, default=default.lp_size)
     parser.add_argument("--max-new-tokens", type=int, default=128)

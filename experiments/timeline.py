@@ -72,13 +72,22 @@ def timeline_of(profile: Any) -> Timeline:
         for plane in planes if plane.name == "/host:CPU"
         for line in plane.lines for event in line.events if event.name == ROUND
     )  # fmt: skip
-    sorts: dict[bool, dict[int, list[tuple[float, float]]]] = {True: defaultdict(list), False: defaultdict(list)}
+    sorts: dict[bool, dict[int, list[tuple[float, float]]]] = {
+        True: defaultdict(list),
+        False: defaultdict(list),
+    }
     for operation in (own for plane in planes for own in operations(plane)):
         if kind(operation.name) not in CONTAINERS:
-            sorts[is_collective(operation.name)][operation.device].append((operation.begin, operation.end))
+            sorts[is_collective(operation.name)][operation.device].append(
+                (operation.begin, operation.end)
+            )
     if not rounds or not sorts[False]:
-        raise EasySpecError(f"the trace shows {len(rounds)} rounds and operations of {len(sorts[False])} devices")
-    computing, collectives = ({device: spans(own) for device, own in sorts[sort].items()} for sort in (False, True))
+        raise EasySpecError(
+            f"the trace shows {len(rounds)} rounds and operations of {len(sorts[False])} devices"
+        )
+    computing, collectives = (
+        {device: spans(own) for device, own in sorts[sort].items()} for sort in (False, True)
+    )
     return Timeline(spans(rounds), computing, collectives)
 
 
@@ -90,12 +99,16 @@ def operations(plane: Any) -> Iterator[Operation]:
         chosen = [line for line in lines if line.name == "XLA Ops"]
         device = int(name.rpartition(":")[2])
         for line in chosen or [line for line in lines if line.name.startswith("Stream")]:
-            yield from (Operation(event.name, device, event.start_ns, event.end_ns) for event in line.events)
+            yield from (
+                Operation(event.name, device, event.start_ns, event.end_ns) for event in line.events
+            )
     elif name == "/host:CPU":
         for event in (event for line in lines for event in line.events):
             told = dict(event.stats)
             if "hlo_op" in told and "device_ordinal" in told:
-                yield Operation(str(told["hlo_op"]), int(told["device_ordinal"]), event.start_ns, event.end_ns)
+                yield Operation(
+                    str(told["hlo_op"]), int(told["device_ordinal"]), event.start_ns, event.end_ns
+                )
 
 
 def kind(name: str) -> str:
@@ -130,10 +143,15 @@ def covered(own: Spans, edges: Float[np.ndarray, "edges"]) -> Float[np.ndarray, 
     return np.diff(np.interp(edges, apart.ravel(), sums))
 
 
-def by_bin(own: Timeline, device: int, edges: Float[np.ndarray, "edges"]) -> Float[np.ndarray, "3 bins"]:
+def by_bin(
+    own: Timeline, device: int, edges: Float[np.ndarray, "edges"]
+) -> Float[np.ndarray, "3 bins"]:
     """Nanoseconds of every bin in which a device computes, is in collectives alone, and does neither."""
     nothing = np.empty((0, 2))
-    computing, collectives = own.computing.get(device, nothing), own.collectives.get(device, nothing)
+    computing, collectives = (
+        own.computing.get(device, nothing),
+        own.collectives.get(device, nothing),
+    )
     busy = covered(np.concatenate([computing, collectives]), edges)
     computed = covered(computing, edges)
     return np.stack([computed, busy - computed, np.diff(edges) - busy])
@@ -156,4 +174,7 @@ def lane(parts: Float[np.ndarray, "3 bins"]) -> str:
 
 def runs(lane: str, letters: str) -> list[tuple[int, int]]:
     """Where any of these letters stand in a lane: the first bin and the number of bins, run by run."""
-    return [(own.start(), own.end() - own.start()) for own in re.finditer(f"[{re.escape(letters)}]+", lane)]
+    return [
+        (own.start(), own.end() - own.start())
+        for own in re.finditer(f"[{re.escape(letters)}]+", lane)
+    ]

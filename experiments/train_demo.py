@@ -96,7 +96,9 @@ class Trained:
         return {name: getattr(self, name) for name in ("loss", "steps", "tokens", "seconds")}
 
 
-def train(shape: Shape, loss: Loss, windows: Windows, schedule: Schedule, directory: Path) -> Trained:
+def train(
+    shape: Shape, loss: Loss, windows: Windows, schedule: Schedule, directory: Path
+) -> Trained:
     """Learns from windows(step), int32 [batch, LENGTH + 1].
 
     The state is saved to the directory every few minutes, and read from it when it is there.
@@ -112,14 +114,22 @@ def train(shape: Shape, loss: Loss, windows: Windows, schedule: Schedule, direct
     params = init(shape, jax.random.key(0))
     state = {"params": params, "rule": rule.init(params)}
     losses, earlier = [], 0.0
-    with ocp.CheckpointManager(directory.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=1)) as manager:
+    with ocp.CheckpointManager(
+        directory.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=1)
+    ) as manager:
         start = manager.latest_step() or 0
         if start > schedule.steps:
-            raise EasySpecError(f"{directory} has had {start} steps; ask for as many, or choose another --work")
+            raise EasySpecError(
+                f"{directory} has had {start} steps; ask for as many, or choose another --work"
+            )
         if start:
             content = {"state": state, "losses": np.zeros(start), "seconds": np.zeros(())}
             content = manager.restore(start, args=ocp.args.StandardRestore(content))
-            state, losses, earlier = content["state"], content["losses"].tolist(), float(content["seconds"])
+            state, losses, earlier = (
+                content["state"],
+                content["losses"].tolist(),
+                float(content["seconds"]),
+            )
         seconds, saved, begun = earlier, earlier, time.monotonic()
         for done in range(start + 1, schedule.steps + 1):
             state, value = learn(state, jnp.asarray(windows(done - 1), jnp.int32))
@@ -128,9 +138,15 @@ def train(shape: Shape, loss: Loss, windows: Windows, schedule: Schedule, direct
             if done % 20 == 0:
                 speed = (done - start) * schedule.batch * LENGTH / (seconds - earlier)
                 recent = np.mean(losses[-20:])
-                console.print(f"{directory.name} {done}/{schedule.steps}  loss {recent:.3f}  {speed:.0f} tokens/s")
+                console.print(
+                    f"{directory.name} {done}/{schedule.steps}  loss {recent:.3f}  {speed:.0f} tokens/s"
+                )
             if seconds - saved > schedule.save_seconds or done == schedule.steps:
-                content = {"state": state, "losses": np.asarray(losses), "seconds": np.asarray(seconds)}
+                content = {
+                    "state": state,
+                    "losses": np.asarray(losses),
+                    "seconds": np.asarray(seconds),
+                }
                 manager.save(done, args=ocp.args.StandardSave(content))
                 manager.wait_until_finished()
                 saved = seconds
@@ -138,14 +154,19 @@ def train(shape: Shape, loss: Loss, windows: Windows, schedule: Schedule, direct
     return Trained(state["params"], float(np.mean(losses[-100:])), schedule.steps, tokens, seconds)
 
 
-def next_token_loss(shape: Shape, params: Params, windows: Int[Array, "batch length+1"]) -> Float[Array, ""]:
+def next_token_loss(
+    shape: Shape, params: Params, windows: Int[Array, "batch length+1"]
+) -> Float[Array, ""]:
     """Cross entropy of every next token, in nats."""
     predicted = logits(shape, params, windows[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(predicted, windows[:, 1:]).mean()
 
 
 def distillation_loss(
-    teacher: Callable[[Array], Array], shape: Shape, params: Params, windows: Int[Array, "batch length+1"]
+    teacher: Callable[[Array], Array],
+    shape: Shape,
+    params: Params,
+    windows: Int[Array, "batch length+1"],
 ) -> Float[Array, ""]:
     """Kullback-Leibler divergence from the teacher's next-token distributions, in nats."""
     wanted = jax.nn.log_softmax(teacher(windows[:, :-1]))
@@ -164,7 +185,8 @@ def bits_per_byte(shape: Shape, params: Params, tokens: np.ndarray, size: int) -
     evaluate = jax.jit(partial(next_token_loss, shape))
     cut = (len(tokens) - 1) // LENGTH * LENGTH + 1
     nats = sum(
-        LENGTH * float(evaluate(params, jnp.asarray(tokens[None, start : start + LENGTH + 1], jnp.int32)))
+        LENGTH
+        * float(evaluate(params, jnp.asarray(tokens[None, start : start + LENGTH + 1], jnp.int32)))
         for start in range(0, cut - 1, LENGTH)
     )
     return nats / np.log(2) / (size * (cut - 1) / len(tokens))
@@ -172,7 +194,9 @@ def bits_per_byte(shape: Shape, params: Params, tokens: np.ndarray, size: int) -
 
 def write_texts(target: Path, tokens: np.ndarray, rows: int, batches: int) -> np.ndarray:
     """Texts by the target that go on from the library's, greedy and sampled in turn; their ids in one array."""
-    engine = open_model(target, mesh="1", speculative=SpeculativeConfig(method="vanilla"), dtype="float32")
+    engine = open_model(
+        target, mesh="1", speculative=SpeculativeConfig(method="vanilla"), dtype="float32"
+    )
     texts: list[list[int]] = []
     for batch in range(batches):
         starts = np.random.default_rng([1, batch]).integers(0, len(tokens) - PROMPT, rows)
@@ -181,7 +205,10 @@ def write_texts(target: Path, tokens: np.ndarray, rows: int, batches: int) -> np
         limits = [LENGTH - PROMPT - 2] * rows
         written = prompts
         for report in decode(engine.programs(sampling), prompts, limits, sampling):
-            written = [text + report.tokens[row, : report.num_tokens[row]].tolist() for row, text in enumerate(written)]
+            written = [
+                text + report.tokens[row, : report.num_tokens[row]].tolist()
+                for row, text in enumerate(written)
+            ]
         texts += written
         console.print(f"written {batch + 1}/{batches}")
     return np.asarray(list(itertools.chain.from_iterable(texts)), np.uint16)
@@ -198,8 +225,12 @@ def save_model(directory: Path, shape: Shape, params: Params, tokenizer: Path) -
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.train_demo", description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="corpus, training states and written texts")
-    parser.add_argument("--out", type=Path, required=True, help="gets target/, draft/ and training.json")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="corpus, training states and written texts"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="gets target/, draft/ and training.json"
+    )
     parser.add_argument("--target-steps", type=int, default=1400)
     parser.add_argument("--draft-steps", type=int, default=1500)
     parser.add_argument("--written-batches", type=int, default=16, help="of 64 texts")
@@ -209,7 +240,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"experiments.train_demo: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("experiments.train_demo: stopped; the same command goes on from here", file=sys.stderr)
+        print(
+            "experiments.train_demo: stopped; the same command goes on from here", file=sys.stderr
+        )
         return 130
     return 0
 
@@ -223,20 +256,27 @@ def run(args: argparse.Namespace) -> None:
 
     schedule = Schedule(args.target_steps)
     windows = partial(random_windows, corpus.train, schedule.batch)
-    target = train(TARGET, partial(next_token_loss, TARGET), windows, schedule, args.work / "target")
+    target = train(
+        TARGET, partial(next_token_loss, TARGET), windows, schedule, args.work / "target"
+    )
     save_model(args.out / "target", TARGET, target.params, tokenizer)
 
     texts = args.work / "written.npy"
     if not texts.exists():
         partial_texts = args.work / "partial.npy"
-        np.save(partial_texts, write_texts(args.out / "target", corpus.train, rows=64, batches=args.written_batches))
+        np.save(
+            partial_texts,
+            write_texts(args.out / "target", corpus.train, rows=64, batches=args.written_batches),
+        )
         partial_texts.rename(texts)
     written = np.load(texts)
 
     schedule = Schedule(args.draft_steps)
 
     def mixed(step: int) -> np.ndarray:
-        halves = [random_windows(tokens, schedule.batch // 2, step) for tokens in (corpus.train, written)]
+        halves = [
+            random_windows(tokens, schedule.batch // 2, step) for tokens in (corpus.train, written)
+        ]
         return np.concatenate(halves)
 
     loss = partial(distillation_loss, partial(logits, TARGET, target.params), DRAFT)
@@ -245,7 +285,9 @@ def run(args: argparse.Namespace) -> None:
     report(args.out / "training.json", corpus, len(written), target, draft)
 
 
-def report(path: Path, corpus: demo_corpus.Corpus, written: int, target: Trained, draft: Trained) -> None:
+def report(
+    path: Path, corpus: demo_corpus.Corpus, written: int, target: Trained, draft: Trained
+) -> None:
     """Writes and prints the figures of the model card, but for acceptance: see experiments.acceptance."""
     figures = {
         "python": platform.python_version(),
@@ -257,7 +299,11 @@ def report(path: Path, corpus: demo_corpus.Corpus, written: int, target: Trained
     for name, shape, trained in (("target", TARGET, target), ("draft", DRAFT, draft)):
         heldout = bits_per_byte(shape, trained.params, corpus.heldout, corpus.heldout_bytes)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(trained.params))
-        figures[name] = {"parameters": parameters, **trained.as_dict(), "heldout_bits_per_byte": heldout}
+        figures[name] = {
+            "parameters": parameters,
+            **trained.as_dict(),
+            "heldout_bits_per_byte": heldout,
+        }
     path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     console.print_json(data=figures)
 

@@ -39,7 +39,9 @@ def speed(engine: Engine, sample: Sample, _: int) -> float:
     return sum((done.stats for done in completions[1:]), completions[0].stats).tokens_per_second
 
 
-def sweep(engine: Engine, sample: Sample, grid: Sequence[Candidate], times: int) -> dict[Candidate, float]:
+def sweep(
+    engine: Engine, sample: Sample, grid: Sequence[Candidate], times: int
+) -> dict[Candidate, float]:
     """Every candidate's gain over plain decoding, which alternates with it. engine: see tune's open_pair."""
     plain, gains = engine.baseline(), {}
     plain.compile(sample.prompts, sample.sampling, chat=sample.chat)
@@ -47,7 +49,9 @@ def sweep(engine: Engine, sample: Sample, grid: Sequence[Candidate], times: int)
         for candidate in grid:
             own = engine.variant(candidate.speculative, candidate.shape)
             own.compile(sample.prompts, sample.sampling, chat=sample.chat)
-            ways = {name: partial(speed, way, sample) for name, way in (("own", own), ("plain", plain))}
+            ways = {
+                name: partial(speed, way, sample) for name, way in (("own", own), ("plain", plain))
+            }
             speeds = confirmed(alternate(ways, times, lambda number: True), "plain")
             gains[candidate] = speeds["own"] / speeds["plain"]
             advance(1)
@@ -71,7 +75,11 @@ def check(args: argparse.Namespace, mesh: str, engine: Engine) -> dict[str, Any]
         mlp_lp_sizes=args.mlp_lp_sizes,
         refits=refit_sizes(engine.draft.directory),
     )
-    grid = [c for c in candidates(mesh, layers, space) if c.speculative.num_speculative_tokens in args.levels]
+    grid = [
+        c
+        for c in candidates(mesh, layers, space)
+        if c.speculative.num_speculative_tokens in args.levels
+    ]
     sample = default_sample(engine, bundled=args.target is None)
     sample = replace(sample, sampling=SamplingParams(max_new_tokens=args.max_new_tokens))
     tuned = tune(engine, mesh, sample, space, bar=bar)
@@ -79,7 +87,9 @@ def check(args: argparse.Namespace, mesh: str, engine: Engine) -> dict[str, Any]
     best = sorted(gains, key=lambda candidate: gains[candidate], reverse=True)[: args.best]
     chosen = Candidate(parse_mesh(tuned.choice.mesh), tuned.choice.speculative)
     plain = Candidate(chosen.shape, SpeculativeConfig(method="vanilla"))
-    engines = {c: engine.variant(c.speculative, c.shape) for c in dict.fromkeys([chosen, *best, plain])}
+    engines = {
+        c: engine.variant(c.speculative, c.shape) for c in dict.fromkeys([chosen, *best, plain])
+    }
     for own in engines.values():
         own.compile(sample.prompts, sample.sampling, chat=sample.chat)
     ways = {candidate: partial(speed, own, sample) for candidate, own in engines.items()}
@@ -103,16 +113,32 @@ def _name(candidate: Candidate) -> str:
     """In a line of a table; one device has no split to tell of."""
     if candidate.speculative.method == "vanilla":
         return "plain decoding"
-    split = f" on layer={candidate.shape.layer},tensor={candidate.shape.tensor}" if candidate.shape.size > 1 else ""
+    split = (
+        f" on layer={candidate.shape.layer},tensor={candidate.shape.tensor}"
+        if candidate.shape.size > 1
+        else ""
+    )
     return f"{label(candidate.speculative)}, {candidate.speculative.num_speculative_tokens} levels{split}"
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """What was found, a row a mesh."""
-    table = Table("mesh", "seconds", "choice", "over plain", "fastest of all", "over plain", "share", box=None)
+    table = Table(
+        "mesh", "seconds", "choice", "over plain", "fastest of all", "over plain", "share", box=None
+    )
     for row in rows:
-        (own, gain), (other, most) = ((row[name], f"{row[f'{name}_over_plain']:.2f}") for name in ("choice", "fastest"))
-        table.add_row(row["mesh"], f"{row['seconds']:.0f}", own, gain, other, most, f"{row['share_of_fastest']:.2f}")
+        (own, gain), (other, most) = (
+            (row[name], f"{row[f'{name}_over_plain']:.2f}") for name in ("choice", "fastest")
+        )
+        table.add_row(
+            row["mesh"],
+            f"{row['seconds']:.0f}",
+            own,
+            gain,
+            other,
+            most,
+            f"{row['share_of_fastest']:.2f}",
+        )
     show(table)
 
 
@@ -135,8 +161,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mlp-lp-sizes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tree-widths", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--levels", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
-    parser.add_argument("--times", type=int, default=3, help="that each candidate of the sweep runs")
-    parser.add_argument("--best", type=int, default=3, help="of the sweep, beside which the choice is run again")
+    parser.add_argument(
+        "--times", type=int, default=3, help="that each candidate of the sweep runs"
+    )
+    parser.add_argument(
+        "--best", type=int, default=3, help="of the sweep, beside which the choice is run again"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="of each prompt")
     parser.add_argument("--out", type=Path, default=RESULTS / "tune_check.json")
     return run_experiment("experiments.tune_check", parser, run, argv)

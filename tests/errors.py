@@ -50,15 +50,28 @@ class Site:
 
 def sites() -> list[Site]:
     """All of easyspec_jax and convert."""
-    files = sorted(path for package in ("easyspec_jax", "convert") for path in (ROOT / package).rglob("*.py"))
+    files = sorted(
+        path for package in ("easyspec_jax", "convert") for path in (ROOT / package).rglob("*.py")
+    )
     return [site for path in files for site in _sites_of(path)]
 
 
 def _sites_of(path: Path) -> list[Site]:
-    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    calls = [
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+    ]
     name = path.relative_to(ROOT).as_posix()
-    made = [call for call in calls if getattr(call.func, "id", getattr(call.func, "attr", None)) in KINDS]
-    return [Site(name, call.lineno, call.end_lineno or call.lineno, _text(call.args[0])) for call in made]
+    made = [
+        call
+        for call in calls
+        if getattr(call.func, "id", getattr(call.func, "attr", None)) in KINDS
+    ]
+    return [
+        Site(name, call.lineno, call.end_lineno or call.lineno, _text(call.args[0]))
+        for call in made
+    ]
 
 
 def _text(node: ast.expr) -> str:
@@ -125,14 +138,22 @@ def main(arguments: list[str]) -> int:
 
 def write(records: Path) -> list[Site]:
     """Puts what was recorded into the document; returns the messages that no test reaches."""
-    lines = sorted({line for path in records.iterdir() for line in path.read_text(encoding="utf-8").splitlines()})
+    lines = sorted(
+        {
+            line
+            for path in records.iterdir()
+            for line in path.read_text(encoding="utf-8").splitlines()
+        }
+    )
     every, before, tests = sites(), documented(), dict[Site, str]()
     for path, number, test in (line.split("\t") for line in lines):
         for site in every:
             if site.path == path and site.first <= int(number) <= site.last:
                 tests.setdefault(site, test)
     tests = {site: before.get(head_of(site)) or tests.get(site, "") for site in every}
-    rows = dict.fromkeys(row(site, test) for site, test in sorted(tests.items(), key=lambda item: item[0].key))
+    rows = dict.fromkeys(
+        row(site, test) for site, test in sorted(tests.items(), key=lambda item: item[0].key)
+    )
     DOCUMENT.write_text(HEAD + "\n".join(rows) + "\n", encoding="utf-8")
     return [site for site, test in tests.items() if not test]
 

@@ -10,9 +10,13 @@ from scipy import stats
 from easyspec_jax.parallel.mesh import MeshShape, open_mesh
 
 
-def on_mesh(shape: MeshShape, body: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+def on_mesh(
+    shape: MeshShape, body: Callable[..., Any], in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
     """body, jitted anew inside `shard_map` as the product runs it."""
-    mapped = jax.shard_map(body, mesh=open_mesh(shape), in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    mapped = jax.shard_map(
+        body, mesh=open_mesh(shape), in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
     return jax.jit(mapped)
 
 
@@ -24,10 +28,14 @@ def goodness_of_fit(counts: np.ndarray, probabilities: np.ndarray) -> float:
     if counts[probabilities == 0].any():
         return 0.0
     statistic, freedom = 0.0, 0
-    for observed, expected in zip(counts, counts.sum(axis=1, keepdims=True) * probabilities, strict=True):
+    for observed, expected in zip(
+        counts, counts.sum(axis=1, keepdims=True) * probabilities, strict=True
+    ):
         order = np.argsort(expected)
         # Pooled from the rarest cell upwards, until the pool is large enough too.
-        pool = max(int(np.sum(expected < 5)), int(np.searchsorted(np.cumsum(expected[order]), 5)) + 1)
+        pool = max(
+            int(np.sum(expected < 5)), int(np.searchsorted(np.cumsum(expected[order]), 5)) + 1
+        )
         starts = np.concatenate([[0], np.arange(pool, len(order))])
         observed, expected = (np.add.reduceat(x[order], starts) for x in (observed, expected))
         if expected[0] >= 5:

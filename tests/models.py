@@ -55,11 +55,21 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "smollm2": (
         transformers.LlamaConfig,
-        {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+        {
+            "hidden_size": 72,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "tie_word_embeddings": True,
+        },
     ),
     "qwen2": (
         transformers.Qwen2Config,
-        {"hidden_size": 112, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True},
+        {
+            "hidden_size": 112,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        },
     ),
     "mistral": (
         transformers.MistralConfig,
@@ -108,16 +118,25 @@ def save_model(directory: Path, family: str, seed: int = 0, **options: Any) -> A
 def byte_tokenizer(order: int = 1) -> PreTrainedTokenizerFast:
     """A tokenizer of 256 bytes behind four special tokens; order -1 numbers the bytes backwards."""
     special = ["<unk>", "<bos>", "<eos>", "<pad>"]
-    vocab = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())[::order]])}
+    vocab = {
+        token: i
+        for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())[::order]])
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
     )
 
 
-def loader(checkpoint: Checkpoint, mesh: MeshShape, axes: Axes = ALL_AXES, *others: Checkpoint) -> Loader:
+def loader(
+    checkpoint: Checkpoint, mesh: MeshShape, axes: Axes = ALL_AXES, *others: Checkpoint
+) -> Loader:
     """A float32 loader of one checkpoint, its vocabulary aligned with that of others."""
     opened = open_mesh(mesh)
     configs = [c.config for c in (checkpoint, *others)]
@@ -143,13 +162,17 @@ def some_refit(checkpoint: Checkpoint, layout: Layout, noise: float = 1.0) -> He
     tensors: dict[str, np.ndarray] = {}
     for site in stale_sites(layout):
         norm = checkpoint.source.read(f"{site.norm}.weight").astype(np.float32)
-        tensors[f"{site.norm}.weight"] = norm * random.uniform(1 - noise / 2, 1 + noise / 2, norm.size).astype(
-            np.float32
-        )
+        tensors[f"{site.norm}.weight"] = norm * random.uniform(
+            1 - noise / 2, 1 + noise / 2, norm.size
+        ).astype(np.float32)
         for part in site.parts:
             weight = checkpoint.source.read(f"{part}.weight").astype(np.float32)
-            tensors[f"{part}.weight"] = weight + 0.05 * noise * random.normal(size=weight.shape).astype(np.float32)
-            tensors[f"{part}.bias"] = 0.1 * noise * random.normal(size=len(weight)).astype(np.float32)
+            tensors[f"{part}.weight"] = weight + 0.05 * noise * random.normal(
+                size=weight.shape
+            ).astype(np.float32)
+            tensors[f"{part}.bias"] = (
+                0.1 * noise * random.normal(size=len(weight)).astype(np.float32)
+            )
     return Held(tensors)
 
 
@@ -164,7 +187,10 @@ def add_refit(draft: Path, lp_size: int, directory: Path | None = None, noise: f
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 TEMPLATE = (
-    BOS + "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}" + EOS + "{% endfor %}[bot]"
+    BOS
+    + "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}"
+    + EOS
+    + "{% endfor %}[bot]"
 )
 TEXTS = {
     "ascii": "the cat sat on the mat",
@@ -216,6 +242,10 @@ def forward(model: Decoder, mesh: Any, tokens: ArrayLike, **options: Any) -> np.
 
     specs = (partition_specs(model), P())
     mapped = jax.shard_map(
-        body, mesh=mesh, in_specs=specs, out_specs=P(None, None, model.axes or None), check_vma=False
+        body,
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=P(None, None, model.axes or None),
+        check_vma=False,
     )
     return np.asarray(jax.jit(mapped)(model, ids))

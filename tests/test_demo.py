@@ -52,17 +52,30 @@ def test_on_one_accelerator_the_pair_falls_back_to_virtual_devices_and_says_so(c
     devices = jax.devices
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    monkeypatch.setattr(jax, "devices", lambda platform=None: devices("cpu")[: None if platform else 1])
+    monkeypatch.setattr(
+        jax, "devices", lambda platform=None: devices("cpu")[: None if platform else 1]
+    )
     assert main(["--mesh", "2", "--method", "vanilla", "--json", "--max-new-tokens", "2"]) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert "virtual CPU devices" in line
     assert "--mesh 1 uses the gpu" in line
-    assert main(["--target", str(demo.TARGET), "--mesh", "2", "--method", "vanilla", "--prompt", "a"]) == 2
+    assert (
+        main(["--target", str(demo.TARGET), "--mesh", "2", "--method", "vanilla", "--prompt", "a"])
+        == 2
+    )
     assert "use --mesh 1" in capsys.readouterr().err
 
 
 def test_in_an_empty_directory(tmp_path):
-    command = [sys.executable, "-m", "easyspec_jax.generate", "--max-new-tokens", "4", "--platform", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "easyspec_jax.generate",
+        "--max-new-tokens",
+        "4",
+        "--platform",
+        "cpu",
+    ]
     run = subprocess.run(
         command,
         cwd=tmp_path,

@@ -10,5 +10,7 @@ from easyspec_jax.errors import EasySpecError
 
 def test_without_matplotlib_its_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(EasySpecError, match=r"drawing needs matplotlib: pip install '\.\[experiments\]'"):
+    with pytest.raises(
+        EasySpecError, match=r"drawing needs matplotlib: pip install '\.\[experiments\]'"
+    ):
         check_drawing()

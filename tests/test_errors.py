@@ -12,4 +12,6 @@ def test_the_table_lists_every_message_and_no_other():
 def test_every_message_has_a_test_that_is_there():
     for head, test in documented().items():
         path, _, name = test.partition("::")
-        assert name and f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), f"{head}: {UPDATE}"
+        assert name and f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), (
+            f"{head}: {UPDATE}"
+        )

@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoModelForCausalLM
 
 from easyspec_jax.generate import main
@@ -14,11 +23,21 @@ from easyspec_jax.tokenizer import load_tokenizer
 from easyspec_jax.tokenizer.stream import TextStream, decode_text
 from tests.models import save_model
 
-WORDS = ["hello world how are you doing the quick brown fox def main return 12345 if else while for\n"] * 20
+WORDS = [
+    "hello world how are you doing the quick brown fox def main return 12345 if else while for\n"
+] * 20
 
 
 def generated(directory: Path, prompt: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    command = ["--target", str(directory), "--method", "vanilla", "--json", "--max-new-tokens", "10"]
+    command = [
+        "--target",
+        str(directory),
+        "--method",
+        "vanilla",
+        "--json",
+        "--max-new-tokens",
+        "10",
+    ]
     assert main([*command, "--prompt", prompt]) == 0
     return json.loads(capsys.readouterr().out)
 
@@ -27,7 +46,11 @@ def as_transformers_decodes(directory: Path, ids: list[int]) -> list[int]:
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     prompt = torch.tensor([ids])
     found = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=10, do_sample=False, pad_token_id=0
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=10,
+        do_sample=False,
+        pad_token_id=0,
     )
     return found[0, len(ids) :].tolist()
 
@@ -51,7 +74,12 @@ def sentencepiece() -> tuple[Tokenizer, dict[str, Any]]:
     data = json.loads(raw.to_str())
     data["added_tokens"] = data["added_tokens"][:3]
     raw = Tokenizer.from_str(json.dumps(data))
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    steps = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     raw.decoder = decoders.Sequence(steps)
     return raw, {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
 
@@ -60,7 +88,9 @@ def distilled() -> tuple[Tokenizer, dict[str, Any]]:
     """DeepSeek-R1-Distill-Qwen's kind: Qwen2's splits, and a BOS that only the configuration asks for."""
     raw = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(r"\p{N}| ?\p{L}+|\s+|[^\s\p{L}\p{N}]+"), "isolated")
-    raw.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
     raw.decoder, raw.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<bos>", "<eos>"]
@@ -68,7 +98,12 @@ def distilled() -> tuple[Tokenizer, dict[str, Any]]:
         vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     raw.train_from_iterator(WORDS, trainer)
-    config = {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "add_eos_token": False, "legacy": True}
+    config = {
+        "tokenizer_class": "LlamaTokenizerFast",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "legacy": True,
+    }
     return raw, config | {"bos_token": "<bos>", "eos_token": "<eos>"}
 
 
@@ -100,7 +135,9 @@ def test_messages_with_fields_that_are_no_strings(tmp_path):
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
     files = ["--prompts", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl")]
-    assert main(["--target", str(model), "--method", "vanilla", "--max-new-tokens", "2", *files]) == 0
+    assert (
+        main(["--target", str(model), "--method", "vanilla", "--max-new-tokens", "2", *files]) == 0
+    )
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [record["id"] for record in found] == ["good", "weight", "null"]
 
@@ -114,7 +151,12 @@ def test_a_special_token_inside_of_a_sentencepiece_text(tmp_path):
     opened = load_tokenizer(tmp_path)
     hello, world = (raw.encode(text, add_special_tokens=False).ids for text in ("hello", "world"))
     (end,) = raw.encode("<|im_end|>", add_special_tokens=False).ids
-    for rounds in ([[*hello, end, *world]], [hello, [end], world], [[*hello, end], world], [hello, [end, *world]]):
+    for rounds in (
+        [[*hello, end, *world]],
+        [hello, [end], world],
+        [[*hello, end], world],
+        [hello, [end, *world]],
+    ):
         stream = TextStream(opened)
         said = "".join(stream.push(ids) for ids in rounds) + stream.rest()
         assert said == stream.text == decode_text(opened, [*hello, end, *world]) == "hello world"
@@ -124,7 +166,9 @@ def test_a_special_token_inside_of_a_sentencepiece_text(tmp_path):
 
 def test_one_file_beside_a_stale_index(tmp_path, capsys):
     """Case 7: refused as incomplete, where transformers loads the file."""
-    save_model(tmp_path, "llama3", seed=0, eos_token_id=None).save_pretrained(tmp_path, max_shard_size="40KB")
+    save_model(tmp_path, "llama3", seed=0, eos_token_id=None).save_pretrained(
+        tmp_path, max_shard_size="40KB"
+    )
     save_model(tmp_path, "llama3", seed=1, eos_token_id=None)
     assert (tmp_path / "model.safetensors.index.json").is_file()
     found = generated(tmp_path, "hi", capsys)

@@ -22,13 +22,35 @@ CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function
 
 
 def fuzz(examples: int) -> Any:
-    return settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=CHECKS)
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=CHECKS,
+    )
 
 
 NUMBERS = st.sampled_from(["0", "1", "2", "-1", "7", "64", "65", "1e9", "nan", "inf", "-inf", "1_0", "٣", "0x1", "",
                            " ", "2.5", str(2**31), str(2**64), "9" * 5000, "1e-400"])  # fmt: skip
 ODD = st.sampled_from(
-    ["", " ", "\0", "\n", "\udcff", "👍🏽", "a\u202eb", "\ufeff", "--", "-", "=", ",", "..", "/", "\ufffd"]
+    [
+        "",
+        " ",
+        "\0",
+        "\n",
+        "\udcff",
+        "👍🏽",
+        "a\u202eb",
+        "\ufeff",
+        "--",
+        "-",
+        "=",
+        ",",
+        "..",
+        "/",
+        "\ufffd",
+    ]
 )
 TEXTS = ODD | st.text(max_size=12) | st.text(st.characters(), max_size=12)
 WHOLE = ("--batch-size", "--num-speculative-tokens", "--tree-width", "--tree-nodes", "--lp-size", "--mlp-lp-size",
@@ -88,7 +110,11 @@ def stop_tuning(*args: Any) -> None:
 @given(flags=st.lists(FLAGS, max_size=6), pair=st.booleans())
 def test_command_lines(model, idle, flags, pair):
     argv = [word for flag in flags for word in flag]
-    known = ["--platform", "cpu", "--target", str(model), "--draft", str(model), "--lp-size", "1"] if pair else []
+    known = (
+        ["--platform", "cpu", "--target", str(model), "--draft", str(model), "--lp-size", "1"]
+        if pair
+        else []
+    )
     check([*known, *argv])
 
 
@@ -96,17 +122,40 @@ def test_command_lines(model, idle, flags, pair):
 @given(
     prompts=st.lists(TEXTS, min_size=1, max_size=2),
     temperature=st.sampled_from(["0", "1"]),
-    switches=st.lists(st.sampled_from(["--json", "--no-stream", "--chat", "--compare"]), max_size=2),
+    switches=st.lists(
+        st.sampled_from(["--json", "--no-stream", "--chat", "--compare"]), max_size=2
+    ),
 )
 def test_texts_that_are_decoded(model, prompts, temperature, switches):
-    argv = ["--platform", "cpu", "--target", str(model), "--method", "vanilla", "--max-new-tokens", "2"]
-    check([*argv, "--temperature", temperature, *switches, *(f"--prompt={prompt}" for prompt in prompts)])
+    argv = [
+        "--platform",
+        "cpu",
+        "--target",
+        str(model),
+        "--method",
+        "vanilla",
+        "--max-new-tokens",
+        "2",
+    ]
+    check(
+        [
+            *argv,
+            "--temperature",
+            temperature,
+            *switches,
+            *(f"--prompt={prompt}" for prompt in prompts),
+        ]
+    )
 
 
 VALUES = st.none() | st.integers() | st.binary(max_size=3) | TEXTS | st.lists(TEXTS, max_size=2)
-MESSAGES = st.fixed_dictionaries({}, optional={"role": TEXTS | VALUES, "content": TEXTS | VALUES, "more": VALUES})
+MESSAGES = st.fixed_dictionaries(
+    {}, optional={"role": TEXTS | VALUES, "content": TEXTS | VALUES, "more": VALUES}
+)
 PROMPTS = VALUES | st.lists(MESSAGES | VALUES, max_size=3) | MESSAGES
-TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}{% endfor %}{{ bos_token }}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}{% endfor %}{{ bos_token }}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +180,18 @@ def test_prompts_and_conversations(tokenizer, prompt, chat):
 @pytest.mark.parametrize("chat", [False, True])
 def test_prompts_of_100_000_characters(tokenizer, seed, chat):
     chance = random.Random(seed)
-    alphabet = ["a", "👍", string.printable, "\0", "é\u0301", "\u4e00", " ", "\n", "ab", "\U0010ffff"][seed]
+    alphabet = [
+        "a",
+        "👍",
+        string.printable,
+        "\0",
+        "é\u0301",
+        "\u4e00",
+        " ",
+        "\n",
+        "ab",
+        "\U0010ffff",
+    ][seed]
     text = "".join(chance.choice(alphabet) for _ in range(100_000))
     assert encode(tokenizer, text, chat)
     assert encode(load_tokenizer(demo.TARGET), text)
@@ -140,7 +200,10 @@ def test_prompts_of_100_000_characters(tokenizer, seed, chat):
 
 
 @fuzz(100)
-@given(ids=st.lists(st.integers(0, 2**31 - 1) | st.integers(0, 300), max_size=30), stop=st.lists(TEXTS.filter(len)))
+@given(
+    ids=st.lists(st.integers(0, 2**31 - 1) | st.integers(0, 300), max_size=30),
+    stop=st.lists(TEXTS.filter(len)),
+)
 def test_tokens_outside_the_vocabulary(tokenizer, ids, stop):
     stream = TextStream(tokenizer, stop)
     shown = "".join(stream.push([number]) for number in ids if not stream.stopped) + stream.rest()

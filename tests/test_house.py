@@ -17,8 +17,18 @@ def test_the_engine_needs_no_leaf(leaf, tmp_path):
     shutil.copytree(source, tmp_path / "easyspec_jax", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.rmtree(tmp_path / "easyspec_jax" / leaf)
     (tmp_path / "easyspec_jax" / "cli" / f"{leaf}.py").unlink()
-    command = [sys.executable, "-m", "easyspec_jax.generate", "--platform", "cpu", "--max-new-tokens", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "easyspec_jax.generate",
+        "--platform",
+        "cpu",
+        "--max-new-tokens",
+        "2",
+    ]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip()

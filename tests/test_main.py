@@ -27,7 +27,9 @@ def test_the_commands_are_listed(argv, capsys):
 
 def test_an_unknown_command_is_one_line(capsys):
     assert main(["chat"]) == 2
-    assert capsys.readouterr().err.startswith("easyspec: error: there is no command 'chat'; choose from generate, ")
+    assert capsys.readouterr().err.startswith(
+        "easyspec: error: there is no command 'chat'; choose from generate, "
+    )
 
 
 def test_a_file_of_the_name_of_a_package_is_not_run(tmp_path):
@@ -36,7 +38,11 @@ def test_a_file_of_the_name_of_a_package_is_not_run(tmp_path):
     save_model(tmp_path / "model", "smollm2")
     command = Path(sys.executable).with_name("easyspec")
     ran = subprocess.run(
-        [command, "convert", "--hf", "model", "--out", "out"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [command, "convert", "--hf", "model", "--out", "out"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (ran.returncode, ran.stderr) == (0, "")
     assert (tmp_path / "out" / "config.json").is_file()

@@ -11,7 +11,11 @@ from easyspec_jax.options import SamplingParams, SpeculativeConfig, resolve_dtyp
     [
         ("method", "medusa", "--method 'medusa' is not one of vanilla, sd, tree, easyspec"),
         ("verifier", "hopeful", "--verifier 'hopeful' is not one of"),
-        ("draft_tensor_parallel_size", "2", "--draft-tensor-parallel-size '2' is not one of 1, all"),
+        (
+            "draft_tensor_parallel_size",
+            "2",
+            "--draft-tensor-parallel-size '2' is not one of 1, all",
+        ),
         ("num_speculative_tokens", 0, "--num-speculative-tokens 0 must be"),
         ("num_speculative_tokens", 17, "--num-speculative-tokens 17 must be"),
         ("lp_size", 0, "--lp-size 0 must be at least 1"),
@@ -44,7 +48,13 @@ def test_sampling_params_name_the_flag(field, value, flag):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", 0.0), ("temperature", 1e-3), ("seed", 0), ("seed", 2**32 - 1), ("max_new_tokens", 1)],
+    [
+        ("temperature", 0.0),
+        ("temperature", 1e-3),
+        ("seed", 0),
+        ("seed", 2**32 - 1),
+        ("max_new_tokens", 1),
+    ],
 )
 def test_sampling_params_accept_their_bounds(field, value):
     assert getattr(SamplingParams(**{field: value}), field) == value

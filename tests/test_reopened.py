@@ -20,7 +20,9 @@ def test_another_split_and_one_device_say_the_same(pair):
     speculative = SpeculativeConfig(num_speculative_tokens=2, lp_size=4)
     texts = []
     for place, mesh in (("orbax", "layer=4,tensor=2"), ("orbax", "layer=2,tensor=4"), ("hf", "1")):
-        engine = open_model(pair / place, pair / place, mesh=mesh, speculative=speculative, max_length=64)
+        engine = open_model(
+            pair / place, pair / place, mesh=mesh, speculative=speculative, max_length=64
+        )
         (completion,) = engine.generate(["the same text"], SamplingParams(max_new_tokens=16))
         texts.append(completion.token_ids)
     assert len(texts[0]) > 4

@@ -47,9 +47,13 @@ def test_code_beside_a_tokenizer_is_never_imported(planted, tmp_path, known):
     (planted / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
     for name in ("vocab.pkl", "tokenizer.pkl", "pytorch_model.bin"):  # what unpickling would run
         (planted / name).write_bytes(b"cos\nmkdir\n(S'" + os.fsencode(ran) + b"'\ntR.")
-    edit(planted / "config.json", auto_map={"AutoTokenizer": "evil.Evil", "AutoConfig": "evil.Evil"})
+    edit(
+        planted / "config.json", auto_map={"AutoTokenizer": "evil.Evil", "AutoConfig": "evil.Evil"}
+    )
     map_ = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
-    edit(planted / "tokenizer_config.json", **map_, **({} if known else {"tokenizer_class": "Evil"}))
+    edit(
+        planted / "tokenizer_config.json", **map_, **({} if known else {"tokenizer_class": "Evil"})
+    )
     try:
         assert encode(load_tokenizer(planted), "ab")
     except EasySpecError as error:
@@ -81,7 +85,9 @@ def test_templates_stay_in_their_sandbox(template):
 def test_templates_end(monkeypatch):
     monkeypatch.setattr(conversation, "_RENDERING", 0.1)
     hostile = byte_tokenizer()
-    hostile.chat_template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    hostile.chat_template = (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    )
     with pytest.raises(EasySpecError, match=r"it takes longer than 0\.1 s"):
         encode(hostile, "hello", chat=True)
     monkeypatch.undo()
@@ -96,7 +102,9 @@ def test_links_do_not_lead_out(planted, secret, tmp_path, capsys, name, relative
     """Also because a conversion copies what belongs to the tokenizer, for whoever it is then given to."""
     (planted / name).unlink(missing_ok=True)
     (planted / name).symlink_to(Path("..", secret.name) if relative else secret)
-    with pytest.raises(EasySpecError, match=f"{name} is a link that leads out of the checkpoint directory"):
+    with pytest.raises(
+        EasySpecError, match=f"{name} is a link that leads out of the checkpoint directory"
+    ):
         open_checkpoint(planted)
     assert convert(["--hf", str(planted), "--out", str(tmp_path / "out")]) == 2
     assert not (tmp_path / "out").exists()
@@ -107,7 +115,10 @@ def test_links_within_and_those_of_the_hub_are_followed(planted, tmp_path):
     (planted / SAFETENSORS).rename(planted / "weights.real" / "a")
     (planted / SAFETENSORS).symlink_to("weights.real/a")
     open_checkpoint(planted)
-    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1234", tmp_path / "models--a--b" / "blobs"
+    snapshot, blobs = (
+        tmp_path / "models--a--b" / "snapshots" / "1234",
+        tmp_path / "models--a--b" / "blobs",
+    )
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     write_huggingface(snapshot)
@@ -210,7 +221,12 @@ def test_a_header_beyond_all_measure(planted, monkeypatch):
 
 
 def test_shapes_that_the_file_cannot_hold(planted):
-    edit(planted / "config.json", hidden_size=2**20, num_attention_heads=2**10, intermediate_size=2**30)
+    edit(
+        planted / "config.json",
+        hidden_size=2**20,
+        num_attention_heads=2**10,
+        intermediate_size=2**30,
+    )
     with pytest.raises(EasySpecError, match="do not match the configuration"):
         open_checkpoint(planted)
     save_file({"w": np.zeros(1, np.float32)}, planted / SAFETENSORS)
@@ -222,7 +238,9 @@ def test_shapes_that_the_file_cannot_hold(planted):
 
 def test_a_tokenizer_beyond_all_measure(planted):
     os.truncate(planted / "tokenizer.json", loading.LARGEST_FILE + 1)  # a sparse file
-    with pytest.raises(EasySpecError, match=r"tokenizer\.json is larger than the 256 MiB of any proper one"):
+    with pytest.raises(
+        EasySpecError, match=r"tokenizer\.json is larger than the 256 MiB of any proper one"
+    ):
         load_tokenizer(planted)
 
 
@@ -240,9 +258,24 @@ ARRAY, BYTE, TEXT = 9, 0, 8
 @pytest.mark.parametrize(
     ("kind", "value", "counts", "complaint"),
     [
-        (ARRAY, ARRAY.to_bytes(4, "little") + (1).to_bytes(8, "little"), {}, "has an array of arrays"),
-        (ARRAY, (ARRAY.to_bytes(4, "little") + (1).to_bytes(8, "little")) * 9999, {}, "has an array of arrays"),
-        (ARRAY, BYTE.to_bytes(4, "little") + (2**40).to_bytes(8, "little"), {}, "claims more than 4194304 entries"),
+        (
+            ARRAY,
+            ARRAY.to_bytes(4, "little") + (1).to_bytes(8, "little"),
+            {},
+            "has an array of arrays",
+        ),
+        (
+            ARRAY,
+            (ARRAY.to_bytes(4, "little") + (1).to_bytes(8, "little")) * 9999,
+            {},
+            "has an array of arrays",
+        ),
+        (
+            ARRAY,
+            BYTE.to_bytes(4, "little") + (2**40).to_bytes(8, "little"),
+            {},
+            "claims more than 4194304 entries",
+        ),
         (TEXT, (2**40).to_bytes(8, "little"), {}, "a text in its metadata is too long"),
         (TEXT, (2**20).to_bytes(8, "little"), {}, "it ends too early"),
         (BYTE, b"", {"fields": 2**63}, "claims more than"),

@@ -39,8 +39,12 @@ def open_engine(checkpoint):
 
     @lru_cache(maxsize=1)  # one pair of models in memory at a time
     def open_(mesh: str, method: Method, calibration: bool = True, refit: str = "none") -> Engine:
-        speculative = SpeculativeConfig(method=method, lp_size=4, calibration=calibration, refit=refit)
-        return open_model(checkpoint, checkpoint, mesh=mesh, platform="cpu", speculative=speculative)
+        speculative = SpeculativeConfig(
+            method=method, lp_size=4, calibration=calibration, refit=refit
+        )
+        return open_model(
+            checkpoint, checkpoint, mesh=mesh, platform="cpu", speculative=speculative
+        )
 
     return open_
 
@@ -55,7 +59,10 @@ def plain(checkpoint, smollm2_gguf):
     ids, texts = [], []
     for prompt in PROMPTS:
         encoded = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
         )
         generated = model.generate(**encoded, max_new_tokens=NEW_TOKENS, do_sample=False)
         ids.append(encoded.input_ids[0].tolist())
@@ -94,7 +101,9 @@ def test_greedy_tokens_are_those_of_transformers(batch, plain, mesh, method):
 
 def test_greedy_tokens_are_those_of_transformers_with_a_refit(batch, plain, checkpoint, tmp_path):
     """Of noise instead of least squares, which would take a minute."""
-    rows, drafted, accepted = batch("8", "easyspec", refit=add_refit(checkpoint, 4, tmp_path, noise=0.05))
+    rows, drafted, accepted = batch(
+        "8", "easyspec", refit=add_refit(checkpoint, 4, tmp_path, noise=0.05)
+    )
     assert rows == plain[1]
     assert 0 < accepted < drafted
 
@@ -124,7 +133,9 @@ def drafts(checkpoint, tmp_path_factory):
     assert convert(["--to-hf", str(checkpoint), "--out", str(directory / "whole")]) == 0
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     for name in ("shallow", "noisy"):
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(directory / "whole", dtype=torch.float32)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            directory / "whole", dtype=torch.float32
+        )
         if name == "shallow":
             model.model.layers = model.model.layers[:20]
             model.config.num_hidden_layers = 20
@@ -166,7 +177,11 @@ def texts(engine: Engine, temperature: float, batch_size: int) -> list[list[int]
 @pytest.fixture(scope="module")
 def plainly(checkpoint):
     """By plain decoding, one prompt after another."""
-    engine = open_model(checkpoint, platform="cpu", speculative=SpeculativeConfig(method="vanilla", verifier="coupled"))
+    engine = open_model(
+        checkpoint,
+        platform="cpu",
+        speculative=SpeculativeConfig(method="vanilla", verifier="coupled"),
+    )
     return cache(lambda temperature: texts(engine, temperature, batch_size=1))
 
 
@@ -192,5 +207,7 @@ def test_one_seed_is_one_text(checkpoint, drafts, refit_of, plainly, draft, mesh
     if chosen.get("refit"):
         chosen["refit"] = refit_of(draft)
     speculative = SpeculativeConfig(**chosen, verifier="coupled")
-    engine = open_model(checkpoint, drafts[draft], mesh=mesh, platform="cpu", speculative=speculative)
+    engine = open_model(
+        checkpoint, drafts[draft], mesh=mesh, platform="cpu", speculative=speculative
+    )
     assert texts(engine, temperature, batch_size=5) == plainly(temperature)

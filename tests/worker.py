@@ -17,8 +17,12 @@ from easyspec_jax.parallel.hosts import Peer, joined
 
 def decode(model: str, way: dict[str, Any]) -> list[int]:
     """The token ids that the model drafts for itself on four devices in one way."""
-    engine = open_model(model, model, mesh="layer=2,tensor=2", speculative=SpeculativeConfig(**way), dtype="float32")
-    (completion,) = engine.generate(["Hello"], SamplingParams(temperature=1.0, seed=3, max_new_tokens=8))
+    engine = open_model(
+        model, model, mesh="layer=2,tensor=2", speculative=SpeculativeConfig(**way), dtype="float32"
+    )
+    (completion,) = engine.generate(
+        ["Hello"], SamplingParams(temperature=1.0, seed=3, max_new_tokens=8)
+    )
     return completion.token_ids
 
 

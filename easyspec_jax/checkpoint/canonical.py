@@ -44,7 +44,9 @@ def tensors(config: ModelConfig) -> Iterator[tuple[str, int, Tensor]]:
              if tensor.name != HEAD or not config.tie_word_embeddings]  # fmt: skip
     yield from ((tensor.name, 0, tensor) for tensor in table if "{}" not in tensor.name)
     for layer in range(config.num_hidden_layers):
-        yield from ((tensor.name.format(layer), layer, tensor) for tensor in table if "{}" in tensor.name)
+        yield from (
+            (tensor.name.format(layer), layer, tensor) for tensor in table if "{}" in tensor.name
+        )
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -126,7 +128,10 @@ def canonical(
 def _same_values(source: TensorSource, first: str, second: str) -> bool:
     """Whether two matrices of one shape hold equal numbers, in whatever types; stops at the first difference."""
     return all(
-        np.array_equal(source.read(first, (rows,)).astype(np.float64), source.read(second, (rows,)).astype(np.float64))
+        np.array_equal(
+            source.read(first, (rows,)).astype(np.float64),
+            source.read(second, (rows,)).astype(np.float64),
+        )
         for rows in row_blocks(source.shapes()[first])
     )
 
@@ -137,8 +142,12 @@ def _check_frequencies(config: ModelConfig, source: StoredSource, origin: str) -
     for name in filter(_is_frequencies, source.shapes()):
         stored = source.read(name).astype(np.float32)
         # Half precision keeps 8 to 11 bits, and of the slowest frequencies almost none.
-        rtol, atol = (1e-2, 1e-7) if source.dtypes()[name] in ("bfloat16", "float16") else (1e-4, 0.0)
-        if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=rtol, atol=atol):
+        rtol, atol = (
+            (1e-2, 1e-7) if source.dtypes()[name] in ("bfloat16", "float16") else (1e-4, 0.0)
+        )
+        if stored.shape != expected.shape or not np.allclose(
+            stored, expected, rtol=rtol, atol=atol
+        ):
             raise EasySpecError(
                 f"{origin}: {name} holds other RoPE frequencies than the configuration gives; "
                 "correct rope_theta or rope_scaling in config.json, or remove the tensor"
@@ -168,8 +177,13 @@ class CanonicalSource:
         place = self.places[name]
         rows = window[0] if window else slice(0, self.expected[name][0])
         # Whole heads, where a row's place depends on the head's others.
-        first, last = rows.start // place.unit * place.unit, -(-rows.stop // place.unit) * place.unit
-        values = self.stored.read(place.name, (slice(place.start + first, place.start + last), *window[1:]))
+        first, last = (
+            rows.start // place.unit * place.unit,
+            -(-rows.stop // place.unit) * place.unit,
+        )
+        values = self.stored.read(
+            place.name, (slice(place.start + first, place.start + last), *window[1:])
+        )
         if place.unit > 1:
             values = unpermute(values, place.unit)
         return values[rows.start - first : rows.stop - first]
@@ -202,7 +216,9 @@ def check_tensors(
     """
     expected, dtypes = stored_shapes(config, scheme), source.dtypes()
     present = {
-        name: shape for name, shape in source.shapes().items() if name not in copies and not _is_frequencies(name)
+        name: shape
+        for name, shape in source.shapes().items()
+        if name not in copies and not _is_frequencies(name)
     }
     both = [name for name in expected if name in present]
     kinds = (
@@ -215,7 +231,9 @@ def check_tensors(
     )  # fmt: skip
     if any(kinds):
         listed = [fault for faults in kinds for fault in (*faults[:3], *_more(len(faults) - 3))]
-        raise EasySpecError(f"{origin}: tensors do not match the configuration: {'; '.join(listed)}")
+        raise EasySpecError(
+            f"{origin}: tensors do not match the configuration: {'; '.join(listed)}"
+        )
 
 
 def _more(count: int) -> tuple[str, ...]:

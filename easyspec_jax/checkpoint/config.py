@@ -88,7 +88,9 @@ def model_config(
             intermediate_size=int(config["intermediate_size"]),
             num_attention_heads=heads,
             num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or _divided(int(config["hidden_size"]), heads, origin)),
+            head_dim=int(
+                config.get("head_dim") or _divided(int(config["hidden_size"]), heads, origin)
+            ),
             vocab_size=int(config["vocab_size"]),
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
@@ -98,10 +100,14 @@ def model_config(
             qkv_bias=family.has("self_attn.q_proj.bias"),
             qk_norm=family.has("self_attn.q_norm.weight"),
             stop_ids=_stop_ids(generation or {}, origin) or _stop_ids(config, origin),
-            dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
+            dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix(
+                "torch."
+            ),
         )
     except KeyError as missing:
-        raise EasySpecError(f"{origin}: the field {missing} is missing; is this a complete checkpoint?") from None
+        raise EasySpecError(
+            f"{origin}: the field {missing} is missing; is this a complete checkpoint?"
+        ) from None
     except EasySpecError:
         raise
     except (TypeError, ValueError, OverflowError) as wrong:
@@ -116,10 +122,14 @@ def read_json(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             content = file.read(LARGEST_JSON + 1)
         if len(content) > LARGEST_JSON:
-            raise EasySpecError(f"{path} is larger than the {LARGEST_JSON >> 20} MiB of any proper one")
+            raise EasySpecError(
+                f"{path} is larger than the {LARGEST_JSON >> 20} MiB of any proper one"
+            )
         value = json.loads(content.decode("utf-8"))
     except FileNotFoundError:
-        raise EasySpecError(f"{path} is missing; expected a checkpoint directory with a config.json") from None
+        raise EasySpecError(
+            f"{path} is missing; expected a checkpoint directory with a config.json"
+        ) from None
     except EasySpecError:
         raise
     except (OSError, ValueError, RecursionError) as error:
@@ -131,10 +141,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _family(config: dict[str, Any], model_type: str, origin: str) -> Family:
     experts = next(
-        (name for name in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(name)), None
+        (
+            name
+            for name in ("num_local_experts", "num_experts", "n_routed_experts")
+            if config.get(name)
+        ),
+        None,
     )
     if experts or "moe" in model_type or model_type == "mixtral":
-        raise EasySpecError(f"{origin}: mixture-of-experts models (model_type {model_type!r}) are not supported")
+        raise EasySpecError(
+            f"{origin}: mixture-of-experts models (model_type {model_type!r}) are not supported"
+        )
     if model_type not in FAMILIES:
         raise EasySpecError(
             f"{origin}: model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}"
@@ -146,16 +163,22 @@ def _refuse_unsupported(config: dict[str, Any], origin: str) -> None:
     """Raises EasySpecError for what would give another text; config is in Llama's terms."""
     # A window as long as the model's positions never hides a token.
     window = config.get("sliding_window") or config["max_position_embeddings"]
-    if window < config["max_position_embeddings"] or "sliding_attention" in (config.get("layer_types") or ()):
+    if window < config["max_position_embeddings"] or "sliding_attention" in (
+        config.get("layer_types") or ()
+    ):
         raise EasySpecError(f"{origin}: sliding-window attention is not supported")
     for name, supported in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if config.get(name, supported) != supported:
-            raise EasySpecError(f"{origin}: {name}={config[name]!r} is not supported (only {supported!r})")
+            raise EasySpecError(
+                f"{origin}: {name}={config[name]!r} is not supported (only {supported!r})"
+            )
 
 
 def _divided(hidden: int, heads: int, origin: str) -> int:
     if heads > 0 and hidden % heads:
-        raise EasySpecError(f"{origin}: hidden_size={hidden} does not divide into {heads} heads; give it a head_dim")
+        raise EasySpecError(
+            f"{origin}: hidden_size={hidden} does not divide into {heads} heads; give it a head_dim"
+        )
     return hidden // max(heads, 1)
 
 
@@ -171,7 +194,9 @@ def _check_types(config: dict[str, Any], origin: str) -> None:
     for name, kind in (dict.fromkeys(_SIZES, int) | others).items():
         value = config.get(name)
         if value is not None and type(value) is not kind:
-            raise EasySpecError(f"{origin}: {name}={value!r} has the wrong type; expected {kind.__name__}")
+            raise EasySpecError(
+                f"{origin}: {name}={value!r} has the wrong type; expected {kind.__name__}"
+            )
 
 
 def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
@@ -189,7 +214,9 @@ def _rope_scaling(rope: dict[str, Any], origin: str) -> RopeScaling | None:
     if kind == "default" or _scales_nothing(kind, rope):
         return None
     if kind != "llama3":
-        raise EasySpecError(f"{origin}: RoPE scaling {kind!r} is not supported; supported: default, llama3")
+        raise EasySpecError(
+            f"{origin}: RoPE scaling {kind!r} is not supported; supported: default, llama3"
+        )
     return RopeScaling(
         factor=float(rope["factor"]),
         low_freq_factor=float(rope["low_freq_factor"]),
@@ -219,16 +246,24 @@ def _check_values(config: ModelConfig, origin: str) -> None:
     limits = dict.fromkeys(_SIZES, _INT32) | {"num_hidden_layers": 10_000}
     for name, limit in limits.items():
         if not 1 <= getattr(config, name) < limit:
-            raise EasySpecError(f"{origin}: {name}={getattr(config, name)} must be at least 1 and below {limit}")
+            raise EasySpecError(
+                f"{origin}: {name}={getattr(config, name)} must be at least 1 and below {limit}"
+            )
     if config.num_attention_heads % config.num_key_value_heads:
         raise EasySpecError(
             f"{origin}: {config.num_attention_heads} query heads do not divide into "
             f"{config.num_key_value_heads} key-value heads"
         )
     if config.head_dim % 2:
-        raise EasySpecError(f"{origin}: head_dim={config.head_dim} must be even for rotary embeddings")
+        raise EasySpecError(
+            f"{origin}: head_dim={config.head_dim} must be even for rotary embeddings"
+        )
     scaling = {} if config.rope_scaling is None else asdict(config.rope_scaling)
-    for name, value in {"rms_norm_eps": config.rms_norm_eps, "rope_theta": config.rope_theta, **scaling}.items():
+    for name, value in {
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        **scaling,
+    }.items():
         if not 0 < value < float("inf"):
             raise EasySpecError(f"{origin}: {name}={value} must be positive and finite")
     if scaling and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:

@@ -56,13 +56,19 @@ def open_checkpoint(directory: Path | str, *, allow_links: bool = False) -> Chec
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise EasySpecError(f"{directory} is no directory; expected a converted or a Hugging Face checkpoint")
+        raise EasySpecError(
+            f"{directory} is no directory; expected a converted or a Hugging Face checkpoint"
+        )
     check_files(directory, allow_links)
     if (directory / "adapter_config.json").exists():
-        raise EasySpecError(f"{directory} holds an adapter (adapter_config.json); merge it into the model first")
+        raise EasySpecError(
+            f"{directory} holds an adapter (adapter_config.json); merge it into the model first"
+        )
     config = read_model_config(directory)
     if (directory / WEIGHTS).is_dir():
-        config, source = canonical(config, OrbaxSource(directory / WEIGHTS), "canonical", origin=str(directory))
+        config, source = canonical(
+            config, OrbaxSource(directory / WEIGHTS), "canonical", origin=str(directory)
+        )
     else:
         stored = SafetensorsSource(directory, frozenset(stored_shapes(config, "hf")))
         config, source = canonical(config, stored, "hf", origin=str(directory))
@@ -86,13 +92,17 @@ def check_files(directory: Path, allow_links: bool = False) -> None:
         directory.glob("additional_chat_templates/*"),
     )
     for path in itertools.chain(directory.iterdir(), *deeper):
-        leads_out = path.is_symlink() and not any(_resolved(path).is_relative_to(home) for home in homes)
+        leads_out = path.is_symlink() and not any(
+            _resolved(path).is_relative_to(home) for home in homes
+        )
         if leads_out and not allow_links:
             raise EasySpecError(
                 f"{path} is a link that leads out of the checkpoint directory; put the file there or give --allow-links"
             )
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise EasySpecError(f"{path} is no ordinary file; remove it from the checkpoint directory")
+            raise EasySpecError(
+                f"{path} is no ordinary file; remove it from the checkpoint directory"
+            )
 
 
 def _resolved(link: Path) -> Path:

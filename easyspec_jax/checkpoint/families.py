@@ -93,7 +93,10 @@ def read_llama(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_mistral(config: dict[str, Any]) -> dict[str, Any]:
-    return {"sliding_window": 4096, "num_key_value_heads": 8} | config  # only a null says that there is no window
+    return {
+        "sliding_window": 4096,
+        "num_key_value_heads": 8,
+    } | config  # only a null says that there is no window
 
 
 def read_qwen2(config: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +110,10 @@ def read_qwen3(config: dict[str, Any]) -> dict[str, Any]:
 
 def read_qwen_window(config: dict[str, Any]) -> dict[str, Any]:
     """Clear `sliding_window` unless some layer slides: with `use_sliding_window`, those from `max_window_layers` on."""
-    above = config.get("layer_types") is None and config.get("max_window_layers", 28) < config["num_hidden_layers"]
+    above = (
+        config.get("layer_types") is None
+        and config.get("max_window_layers", 28) < config["num_hidden_layers"]
+    )
     slides = config.get("use_sliding_window") and above
     return config if slides else config | {"sliding_window": None}
 

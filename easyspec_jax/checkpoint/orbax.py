@@ -35,11 +35,14 @@ class OrbaxSource:
             metadata = read_json(directory / "_METADATA")
             spec: dict[str, Any] = {"driver": "zarr3" if metadata["use_zarr3"] else "zarr"}
             if metadata.get("store_array_data_equal_to_fill_value"):
-                spec["fill_missing_data_reads"] = False  # where zeros are stored as well, what is absent is lost
+                spec["fill_missing_data_reads"] = (
+                    False  # where zeros are stored as well, what is absent is lost
+                )
             leaves = metadata["tree_metadata"].values()
             names = [".".join(key["key"] for key in leaf["key_metadata"]) for leaf in leaves]
             opening = {
-                name: tensorstore.open(spec | {"kvstore": store | {"path": f"{name}/"}}, open=True) for name in names
+                name: tensorstore.open(spec | {"kvstore": store | {"path": f"{name}/"}}, open=True)
+                for name in names
             }
             self._arrays = {name: future.result() for name, future in opening.items()}
             _check_sizes(self._arrays.values(), directory)

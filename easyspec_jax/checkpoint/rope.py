@@ -19,6 +19,8 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
 def _llama3_scaled(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     """Slow low frequencies by the factor, keep high ones, blend linearly in between (Llama 3.1's model card)."""
     rotations = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    keep = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = (rotations - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
     keep = np.clip(keep, 0.0, 1.0)
     return frequencies * (keep + (1 - keep) / scaling.factor)

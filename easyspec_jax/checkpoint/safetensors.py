@@ -58,7 +58,12 @@ class SafetensorsSource:
     def __init__(self, directory: Path, wanted: frozenset[str] | None = None) -> None:
         self._places: dict[str, _ByteRange] = {}
         for path, listed in _shards(directory):
-            if listed is not None and wanted is not None and not listed & wanted and not path.is_file():
+            if (
+                listed is not None
+                and wanted is not None
+                and not listed & wanted
+                and not path.is_file()
+            ):
                 continue
             self._places |= _header(path)
 
@@ -71,17 +76,23 @@ class SafetensorsSource:
     def read(self, name: str, window: Slices = ()) -> np.ndarray:
         place = self._places[name]
         if place.dtype not in _DTYPES:
-            raise EasySpecError(f"{place.path}: {name} is stored as {place.dtype}, which is not supported")
+            raise EasySpecError(
+                f"{place.path}: {name} is stored as {place.dtype}, which is not supported"
+            )
         try:
             with place.path.open("rb", buffering=0) as file:
                 return _read_window(file.fileno(), place, window)
         except (OSError, EOFError) as error:
-            raise EasySpecError(f"{place.path} cannot be read ({first_line(error)}); fetch it again") from None
+            raise EasySpecError(
+                f"{place.path} cannot be read ({first_line(error)}); fetch it again"
+            ) from None
 
 
 def _read_window(file: int, place: _ByteRange, window: Slices) -> np.ndarray:
     dtype = np.dtype(_DTYPES[place.dtype])
-    ranges = [(part.start, part.stop) for part in window] + [(0, size) for size in place.shape[len(window) :]]
+    ranges = [(part.start, part.stop) for part in window] + [
+        (0, size) for size in place.shape[len(window) :]
+    ]
     out = np.empty([stop - start for start, stop in ranges], dtype)
     row = prod(place.shape[1:]) * dtype.itemsize
     if out.shape[1:] == place.shape[1:]:  # whole rows are one range
@@ -100,7 +111,9 @@ def _shards(directory: Path) -> Iterator[tuple[Path, set[str] | None]]:
         yield main, None
         return
     weight_map = read_json(main).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) for file in weight_map.values()
+    ):
         raise EasySpecError(f"{main} has no weight_map from tensor names to files")
     listed: dict[str, set[str]] = {}
     for name, file in weight_map.items():
@@ -116,7 +129,9 @@ def _main_file(directory: Path) -> Path:
     if isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json")):
         return _inside(directory, named, config)
     if named is not None:
-        raise EasySpecError(f"{config}: transformers_weights={named!r} names no safetensors file and no index of some")
+        raise EasySpecError(
+            f"{config}: transformers_weights={named!r} names no safetensors file and no index of some"
+        )
     for name in (SAFETENSORS, INDEX):
         if (directory / name).exists():
             return directory / name
@@ -144,13 +159,26 @@ def _header(path: Path) -> dict[str, _ByteRange]:
         entries.pop("__metadata__", None)
         places = {name: _place(path, name, entry, data) for name, entry in entries.items()}
         ranges = sorted(entry["data_offsets"] for entry in entries.values())
-        if any(first[1] != second[0] for first, second in pairwise([[0, 0], *ranges, [size - data, size - data]])):
+        if any(
+            first[1] != second[0]
+            for first, second in pairwise([[0, 0], *ranges, [size - data, size - data]])
+        ):
             raise ValueError("its tensors do not fill it")
         return places
     except FileNotFoundError:
         raise EasySpecError(f"{path} is missing; fetch the whole checkpoint again") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, MemoryError) as error:
-        raise EasySpecError(f"{path} is truncated or damaged ({first_line(error)[:200]}); fetch it again") from None
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+        MemoryError,
+    ) as error:
+        raise EasySpecError(
+            f"{path} is truncated or damaged ({first_line(error)[:200]}); fetch it again"
+        ) from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -162,7 +190,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _place(path: Path, name: str, entry: dict[str, Any], data: int) -> _ByteRange:
     dtype, shape, (start, stop) = str(entry["dtype"]), entry["shape"], entry["data_offsets"]
-    if len(shape) > 8 or not all(type(number) is int and 0 <= number < 2**62 for number in (*shape, start, stop)):
+    if len(shape) > 8 or not all(
+        type(number) is int and 0 <= number < 2**62 for number in (*shape, start, stop)
+    ):
         raise ValueError(f"{name[:100]!r} has no proper place")
     bits = 8 * np.dtype(_DTYPES[dtype]).itemsize if dtype in _DTYPES else _OTHER_BITS.get(dtype)
     if bits is not None and prod(shape) * bits != 8 * (stop - start):

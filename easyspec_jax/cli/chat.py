@@ -56,10 +56,14 @@ def converse(
         elif text == "/clear":
             messages = begin
         elif text:
-            messages = _answer(engine, [*messages, {"role": "user", "content": text}], sampling, bar)
+            messages = _answer(
+                engine, [*messages, {"role": "user", "content": text}], sampling, bar
+            )
 
 
-def _answer(engine: Engine, messages: list[Message], sampling: SamplingParams, bar: Bar) -> list[Message]:
+def _answer(
+    engine: Engine, messages: list[Message], sampling: SamplingParams, bar: Bar
+) -> list[Message]:
     """The conversation with its answer, or without its last message if that gets none."""
     earlier = sum(message["role"] == "user" for message in messages) - 1
     turn = replace(sampling, seed=(sampling.seed + earlier) % 2**32)

@@ -21,7 +21,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(
-    program: str, parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], argv: Sequence[str] | None
+    program: str,
+    parser: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace], None],
+    argv: Sequence[str] | None,
 ) -> int:
     """Runs a command on its arguments; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     try:
@@ -71,7 +74,9 @@ def cache_compilations() -> None:
     import jax
 
     # Half-written entries are compiled again; there is nothing to warn about.
-    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry", UserWarning)
+    warnings.filterwarnings(
+        "ignore", "Error (reading|writing) persistent compilation cache entry", UserWarning
+    )
     directory = cache_directory()
     if jax.config.jax_compilation_cache_dir is None and directory is not None:  # pyright: ignore[reportAttributeAccessIssue]
         with suppress(OSError):

@@ -25,10 +25,14 @@ if TYPE_CHECKING:
 def total(completions: Sequence["Completion"], batch_size: int = 1) -> Stats:
     """The figures of all of them together; there is at least one. Those of a batch ran at once."""
     stats = [completion.stats for completion in completions]
-    return reduce(Stats.__add__, (reduce(Stats.beside, batch) for batch in batched(stats, batch_size)))
+    return reduce(
+        Stats.__add__, (reduce(Stats.beside, batch) for batch in batched(stats, batch_size))
+    )
 
 
-def print_summary(completions: Sequence["Completion"], engine: "Engine", batch_size: int = 1) -> None:
+def print_summary(
+    completions: Sequence["Completion"], engine: "Engine", batch_size: int = 1
+) -> None:
     """One line: how fast, and what speculation had to do with it."""
     stats = total(completions, batch_size)
     fields = [
@@ -45,15 +49,25 @@ def print_summary(completions: Sequence["Completion"], engine: "Engine", batch_s
 
 
 def print_comparison(
-    completions: Sequence["Completion"], plain: Sequence["Completion"], engine: "Engine", batch_size: int = 1
+    completions: Sequence["Completion"],
+    plain: Sequence["Completion"],
+    engine: "Engine",
+    batch_size: int = 1,
 ) -> None:
     """The same prompts by both ways of decoding, side by side, and the gain."""
     table = Table("", "tokens/s", "tokens a round", "acceptance rate", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
-    ways = ((_method(engine), total(completions, batch_size)), ("vanilla", total(plain, batch_size)))
+    ways = (
+        (_method(engine), total(completions, batch_size)),
+        ("vanilla", total(plain, batch_size)),
+    )
     for name, stats in ways:
-        drafted = [f"{stats.mean_acceptance_length:.2f}", f"{stats.acceptance_rate:.2f}"] if stats.drafted else []
+        drafted = (
+            [f"{stats.mean_acceptance_length:.2f}", f"{stats.acceptance_rate:.2f}"]
+            if stats.drafted
+            else []
+        )
         table.add_row(name, f"{stats.tokens_per_second:.1f}", *drafted)
     console = _console()
     console.print(table)
@@ -79,7 +93,9 @@ def print_devices(engine: "Engine", sampling: SamplingParams, prepared: "Prepara
     state = engine.programs(sampling).start(sampling, [1], capacity)
     target, draft = engine.load()
     columns = [_bytes_per_device(tree) for tree in (target, draft, (state.target, state.draft))]
-    table = Table("device", "grouped draft layers", "target", "draft", f"KV of {capacity} tokens", box=None)
+    table = Table(
+        "device", "grouped draft layers", "target", "draft", f"KV of {capacity} tokens", box=None
+    )
     for column in table.columns[2:]:
         column.justify = "right"
     for place, device in enumerate(engine.mesh.devices.flat):
@@ -88,8 +104,12 @@ def print_devices(engine: "Engine", sampling: SamplingParams, prepared: "Prepara
         table.add_row(f"{device.platform}:{device.id}", " ".join(map(str, layers)) or "–", *sizes)
     console = _console()
     refit = "" if engine.refit is None else " · refit"
-    console.print(f"mesh {_mesh(engine)} · {engine.dtype} · groups {format_layout(engine.layout) or 'none'}{refit}")
-    console.print(f"loaded in {prepared.load_seconds:.2f} s · compiled in {prepared.compile_seconds:.2f} s")
+    console.print(
+        f"mesh {_mesh(engine)} · {engine.dtype} · groups {format_layout(engine.layout) or 'none'}{refit}"
+    )
+    console.print(
+        f"loaded in {prepared.load_seconds:.2f} s · compiled in {prepared.compile_seconds:.2f} s"
+    )
     console.print(table)
 
 
@@ -107,7 +127,9 @@ def _layers_at(position: int, engine: "Engine") -> list[int]:
     """The grouped layers whose attention lives at a position of the layer axis."""
     axis = engine.mesh.shape[LAYER]
     groups = [group for group in engine.layout.groups if len(group) > 1]
-    return [layer for group in groups for layer in group if position_of(layer, group, axis) == position]
+    return [
+        layer for group in groups for layer in group if position_of(layer, group, axis) == position
+    ]
 
 
 def _bytes_per_device(tree: Any) -> Counter[Any]:
@@ -125,7 +147,9 @@ def _method(engine: "Engine") -> str:
 
 def _mesh(engine: "Engine") -> str:
     devices = engine.mesh.devices
-    virtual = " of virtual CPU devices" if devices.size > 1 and devices.flat[0].platform == "cpu" else ""
+    virtual = (
+        " of virtual CPU devices" if devices.size > 1 and devices.flat[0].platform == "cpu" else ""
+    )
     return ",".join(f"{axis}={size}" for axis, size in engine.mesh.shape.items()) + virtual
 
 

@@ -27,7 +27,14 @@ TUNED = ("--method", "--num-speculative-tokens", "--tree-width", "--tree-nodes",
 def parse_flags(program: str, description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     """A command line, by default this process's. Raises EasySpecError for flags that do not go together."""
     parser = Parser(prog=f"python -m {program}", description=description, allow_abbrev=False)
-    for add in (_add_models, _add_hosts, _add_prompts, _add_speculation, _add_sampling, _add_output):
+    for add in (
+        _add_models,
+        _add_hosts,
+        _add_prompts,
+        _add_speculation,
+        _add_sampling,
+        _add_output,
+    ):
         add(parser)
     args = parser.parse_args(argv)
     _check(args, flags_in(argv))
@@ -37,7 +44,9 @@ def parse_flags(program: str, description: str, argv: Sequence[str] | None) -> a
 def sampling_of(args: argparse.Namespace) -> SamplingParams:
     """Build SamplingParams from the flags. Raises EasySpecError for invalid values."""
     stop = tuple(_unescaped(text) for text in args.stop)
-    return SamplingParams(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens, stop)
+    return SamplingParams(
+        args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens, stop
+    )
 
 
 def _unescaped(text: str) -> str:
@@ -72,14 +81,18 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
             return []
         if args.target is None:
             return [demo.PROMPT]
-        raise EasySpecError("no prompt; give --prompt TEXT or --prompt-file FILE, or only --chat for a conversation")
+        raise EasySpecError(
+            "no prompt; give --prompt TEXT or --prompt-file FILE, or only --chat for a conversation"
+        )
     return read_prompts(args.prompt_file)
 
 
 def _check(args: argparse.Namespace, given: set[str]) -> None:
     contrary = [flag for flag in TUNED if flag in given]
     if args.lp_strategy == AUTO and contrary:
-        raise EasySpecError(f"--lp-strategy auto chooses {contrary[0]} itself: leave out one of the two")
+        raise EasySpecError(
+            f"--lp-strategy auto chooses {contrary[0]} itself: leave out one of the two"
+        )
     if (args.prompts is None) != (args.out is None):
         raise EasySpecError("--prompts FILE and --out FILE go together")
     if args.system is not None and not args.chat:
@@ -91,9 +104,13 @@ def _check(args: argparse.Namespace, given: set[str]) -> None:
     if needy and not args.distributed:
         raise EasySpecError(f"{needy[0]} needs --distributed")
     if args.distributed and args.lp_strategy == AUTO:
-        raise EasySpecError("--lp-strategy auto measures, and --distributed processes would differ: give the flags")
+        raise EasySpecError(
+            "--lp-strategy auto measures, and --distributed processes would differ: give the flags"
+        )
     if args.distributed and args.prompts is not None:
-        raise EasySpecError("--distributed runs no jobs: give --prompt TEXT or --prompt-file FILE instead of --prompts")
+        raise EasySpecError(
+            "--distributed runs no jobs: give --prompt TEXT or --prompt-file FILE instead of --prompts"
+        )
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
@@ -101,11 +118,17 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--target", metavar="DIR", help="converted or Hugging Face checkpoint of the model to speak "
                         "(default: a small bundled pair that completes Python)")  # fmt: skip
     models.add_argument("--draft", metavar="DIR", help="a smaller model of the same family")
-    models.add_argument("--mesh", default="1", help='devices: "8", or "layer=4,tensor=2" (default: %(default)s)')
-    models.add_argument("--platform", choices=get_args(Platform), help="default: the fastest one present")
+    models.add_argument(
+        "--mesh", default="1", help='devices: "8", or "layer=4,tensor=2" (default: %(default)s)'
+    )
+    models.add_argument(
+        "--platform", choices=get_args(Platform), help="default: the fastest one present"
+    )
     models.add_argument("--dtype", default="auto", choices=get_args(DType),
                         help="default: float32 on a CPU, else the checkpoint's")  # fmt: skip
-    models.add_argument("--max-length", type=int, metavar="L", help="prompt and generated tokens together")
+    models.add_argument(
+        "--max-length", type=int, metavar="L", help="prompt and generated tokens together"
+    )
     add_allow_links(models)
 
 
@@ -113,7 +136,9 @@ def _add_hosts(parser: argparse.ArgumentParser) -> None:
     hosts = parser.add_argument_group("several hosts", "The same command on every one of them.")
     hosts.add_argument("--distributed", action="store_true",
                        help="be one of several processes: as the cluster says, or as the flags below do")  # fmt: skip
-    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is, for all to reach")
+    hosts.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="where process 0 is, for all to reach"
+    )
     hosts.add_argument("--num-processes", type=int, metavar="N")
     hosts.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1; process 0 prints")
 
@@ -123,17 +148,23 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
     source = prompts.add_mutually_exclusive_group()
     source.add_argument("--prompt", action="append", metavar="TEXT",
                         help="may be repeated (default: an example, for the bundled pair)")  # fmt: skip
-    source.add_argument("--prompt-file", metavar="FILE", help="one prompt a line (-: standard input)")
+    source.add_argument(
+        "--prompt-file", metavar="FILE", help="one prompt a line (-: standard input)"
+    )
     source.add_argument("--prompts", metavar="FILE",
                         help="a job: JSON lines with id, prompt or messages, and sampling "
                         "(-: standard input)")  # fmt: skip
-    prompts.add_argument("--out", metavar="FILE", help="where a job's results go; goes on where it was stopped")
+    prompts.add_argument(
+        "--out", metavar="FILE", help="where a job's results go; goes on where it was stopped"
+    )
     prompts.add_argument("--batch-size", type=int, default=1, metavar="B",
                          help="prompts decoded together (default: %(default)s)")  # fmt: skip
     prompts.add_argument("--chat", action="store_true",
                          help="wrap each prompt in the checkpoint's chat template; "
                          "without a prompt, hold a conversation")  # fmt: skip
-    prompts.add_argument("--system", metavar="TEXT", help="begin every conversation with this system message")
+    prompts.add_argument(
+        "--system", metavar="TEXT", help="begin every conversation with this system message"
+    )
 
 
 def _add_speculation(parser: argparse.ArgumentParser) -> None:
@@ -159,8 +190,12 @@ def _add_speculation(parser: argparse.ArgumentParser) -> None:
     refit = drafting.add_mutually_exclusive_group()
     refit.add_argument("--refit", default=default.refit, metavar="DIR",
                        help="projections fitted to these groups (default: the draft directory's, if any)")  # fmt: skip
-    refit.add_argument("--no-refit", dest="refit", action="store_const", const="none", help="use none")
-    drafting.add_argument("--no-calibration", action="store_true", help="keep the fuzzy KV of accepted tokens")
+    refit.add_argument(
+        "--no-refit", dest="refit", action="store_const", const="none", help="use none"
+    )
+    drafting.add_argument(
+        "--no-calibration", action="store_true", help="keep the fuzzy KV of accepted tokens"
+    )
     drafting.add_argument("--draft-tensor-parallel-size", default=default.draft_tensor_parallel_size,
                           choices=get_args(DraftTensorParallelSize),
                           help="what of the draft is not layer-parallel is replicated or split over all devices "
@@ -185,9 +220,17 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
-    output.add_argument("--no-stream", action="store_true", help="print each text when it is complete")
-    output.add_argument("--json", action="store_true", help="print one JSON object a prompt, and no text")
     output.add_argument(
-        "--compare", action="store_true", help="decode each prompt plainly too, and show what was gained"
+        "--no-stream", action="store_true", help="print each text when it is complete"
     )
-    output.add_argument("--verbose", action="store_true", help="show the mesh, the groups and each device's memory")
+    output.add_argument(
+        "--json", action="store_true", help="print one JSON object a prompt, and no text"
+    )
+    output.add_argument(
+        "--compare",
+        action="store_true",
+        help="decode each prompt plainly too, and show what was gained",
+    )
+    output.add_argument(
+        "--verbose", action="store_true", help="show the mesh, the groups and each device's memory"
+    )

@@ -19,7 +19,9 @@ from easyspec_jax.options import SamplingParams, SpeculativeConfig
 from easyspec_jax.parallel import hosts
 from easyspec_jax.tokenizer.conversation import Prompt, with_system
 
-if TYPE_CHECKING:  # importing JAX takes a second, which --help and a mistyped flag need not wait for
+if (
+    TYPE_CHECKING
+):  # importing JAX takes a second, which --help and a mistyped flag need not wait for
     from easyspec_jax.engine.completion import Completion
     from easyspec_jax.engine.engine import Engine
     from easyspec_jax.progress import Bar
@@ -31,9 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, 1 if a job has bad lines, 2 for bad input, 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # text goes through any terminal's encoding
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # text goes through any terminal's encoding
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # invalid text is refused as a prompt, in one line
+        sys.stdin.reconfigure(
+            errors="surrogateescape"
+        )  # invalid text is refused as a prompt, in one line
     try:
         return _run(parse_flags(PROGRAM, str(__doc__), argv))
     except EasySpecError as error:
@@ -81,7 +87,9 @@ def _run(args: argparse.Namespace) -> int:
 def _peer(args: argparse.Namespace, prompts: Sequence[Prompt]) -> hosts.Peer:
     """This process among all. Raises EasySpecError for what several processes cannot do."""
     if not prompts:
-        raise EasySpecError("--distributed holds no conversation: give --prompt TEXT or --prompt-file FILE")
+        raise EasySpecError(
+            "--distributed holds no conversation: give --prompt TEXT or --prompt-file FILE"
+        )
     from easyspec_jax.parallel.mesh import parse_mesh
 
     peer = hosts.find_peer(args.coordinator, args.num_processes, args.process_id)
@@ -94,7 +102,10 @@ def _peer(args: argparse.Namespace, prompts: Sequence[Prompt]) -> hosts.Peer:
 
 
 def _speak(
-    args: argparse.Namespace, speculative: SpeculativeConfig, sampling: SamplingParams, prompts: Sequence[Prompt]
+    args: argparse.Namespace,
+    speculative: SpeculativeConfig,
+    sampling: SamplingParams,
+    prompts: Sequence[Prompt],
 ) -> int:
     from easyspec_jax.progress import bar, no_bar
 
@@ -107,7 +118,9 @@ def _speak(
     return 0
 
 
-def _run_job(args: argparse.Namespace, speculative: SpeculativeConfig, sampling: SamplingParams) -> int:
+def _run_job(
+    args: argparse.Namespace, speculative: SpeculativeConfig, sampling: SamplingParams
+) -> int:
     """Does what is left of a job; 1 if some of its lines have errors."""
     from easyspec_jax.cli.console import print_note
     from easyspec_jax.cli.jobs import check_results, describe_job, read_job, run_job
@@ -124,7 +137,9 @@ def _run_job(args: argparse.Namespace, speculative: SpeculativeConfig, sampling:
     engine.check_memory(2, 1, args.batch_size, sampling)  # at the least
     engine.load(bar)
     together = {"chat": args.chat, "batch_size": args.batch_size}
-    done, errors = run_job(engine, job, out, **together, settings=settings, bar=bar, note=print_note)
+    done, errors = run_job(
+        engine, job, out, **together, settings=settings, bar=bar, note=print_note
+    )
     print_note(f"{done} lines in {args.out}, {errors} of them errors")
     return 1 if errors else 0
 
@@ -158,11 +173,17 @@ def _open_pair(args: argparse.Namespace, speculative: SpeculativeConfig, bar: "B
     models = args.target, args.draft, args.mesh, args.platform, args.max_length, args.dtype
     pair = open_pair(*models, allow_links=args.allow_links)
     choice = auto(pair, args.mesh, args.target is None, bar, print_note)
-    return pair.variant(replace(choice.speculative, verifier=args.verifier), parse_mesh(choice.mesh), bar)
+    return pair.variant(
+        replace(choice.speculative, verifier=args.verifier), parse_mesh(choice.mesh), bar
+    )
 
 
 def _complete(
-    args: argparse.Namespace, engine: "Engine", prompts: Sequence[Prompt], sampling: SamplingParams, bar: "Bar"
+    args: argparse.Namespace,
+    engine: "Engine",
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams,
+    bar: "Bar",
 ) -> None:
     """Completes every prompt, and with --compare once more by plain decoding."""
     from easyspec_jax.cli import console
@@ -205,7 +226,9 @@ def _complete(
         console.print_summary(completions, engine, args.batch_size)
 
 
-def _converse(args: argparse.Namespace, engine: "Engine", sampling: SamplingParams, bar: "Bar") -> None:
+def _converse(
+    args: argparse.Namespace, engine: "Engine", sampling: SamplingParams, bar: "Bar"
+) -> None:
     """Hold a conversation. The weights are loaded first, so that the first answer starts at once."""
     from easyspec_jax.cli.chat import GREETING, converse
     from easyspec_jax.cli.console import print_devices

@@ -21,7 +21,11 @@ SAMPLING = {
 }  # fmt: skip
 """What a line may say about its own sampling, and the types of the values."""
 
-_OTHER_NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "custom_id": "id"}
+_OTHER_NAMES = {
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "custom_id": "id",
+}
 
 _DESCRIPTIVE = ("method", "url", "model", "metadata", "user", "stream", "stream_options", "store", "service_tier",
                 "safety_identifier", "prompt_cache_key", "parallel_tool_calls")  # fmt: skip
@@ -92,7 +96,11 @@ def _item(line: int, text: bytes, default: SamplingParams, system: str | None) -
     own_id = None
     try:
         fields = _object(line, text)
-        own_id = _writable(next((fields[name] for name in ("id", "custom_id") if fields.get(name) is not None), None))
+        own_id = _writable(
+            next(
+                (fields[name] for name in ("id", "custom_id") if fields.get(name) is not None), None
+            )
+        )
         return _parsed(line, fields, default, system)
     except EasySpecError as error:
         message = str(error)
@@ -153,7 +161,9 @@ def _flat(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         _check_field(name, value)
         ours = _OTHER_NAMES.get(name, name)
         if flat.setdefault(ours, value) != value and ours not in _DESCRIPTIVE:
-            raise EasySpecError(f"{ours} is given twice, as {str(flat[ours])[:40]!r} and {str(value)[:40]!r}")
+            raise EasySpecError(
+                f"{ours} is given twice, as {str(flat[ours])[:40]!r} and {str(value)[:40]!r}"
+            )
     unused = tuple(name for name in flat if name not in _KNOWN)
     return flat, unused
 
@@ -162,7 +172,9 @@ def _check_field(name: str, value: Any) -> None:
     """Raise EasySpecError for a field that is misspelt, or that asks for something that is not supported."""
     if name in _WITHOUT_EFFECT and not any(value == plain for plain in _WITHOUT_EFFECT[name]):
         raise EasySpecError(f"{name} {str(value)[:40]!r} is not supported")
-    if name not in _KNOWN and (meant := difflib.get_close_matches(name[:40], sorted(_USED), 1, cutoff=0.8)):
+    if name not in _KNOWN and (
+        meant := difflib.get_close_matches(name[:40], sorted(_USED), 1, cutoff=0.8)
+    ):
         raise EasySpecError(f"field {name[:40]!r} is unknown; did you mean {meant[0]!r}?")
 
 

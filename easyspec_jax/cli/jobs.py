@@ -122,14 +122,20 @@ def _lock(handle: int, out: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise EasySpecError(f"another run is writing {out}; wait for it or choose another --out") from None
+        raise EasySpecError(
+            f"another run is writing {out}; wait for it or choose another --out"
+        ) from None
 
 
 def _check_same_job(out: Path, described: Mapping[str, Any]) -> None:
     path = _description(out)
     known = path.exists()
-    if (known and path.read_bytes() != _serialised(described)) or (out.stat().st_size and not known):
-        raise EasySpecError(f"{out} belongs to other prompts or settings (see {path}); choose another --out")
+    if (known and path.read_bytes() != _serialised(described)) or (
+        out.stat().st_size and not known
+    ):
+        raise EasySpecError(
+            f"{out} belongs to other prompts or settings (see {path}); choose another --out"
+        )
 
 
 def _description(out: Path) -> Path:
@@ -142,7 +148,11 @@ def _serialised(described: Mapping[str, Any]) -> bytes:
 
 def describe_job(job: Job, settings: Mapping[str, Any], chat: bool) -> dict[str, Any]:
     """Describe everything that the texts of a job depend on."""
-    return {"prompts": hashlib.sha256(job.content).hexdigest(), "settings": dict(settings), "chat": chat}
+    return {
+        "prompts": hashlib.sha256(job.content).hexdigest(),
+        "settings": dict(settings),
+        "chat": chat,
+    }
 
 
 def _whole_records(content: bytes) -> tuple[set[int], int, int]:
@@ -222,22 +232,32 @@ def run_job(
         raise EasySpecError(f"--out {out} cannot be written: {error.strerror}") from None
 
 
-def _row(engine: "Engine", item: Item, chat: bool, batch_size: int, free: int | None) -> "Generation":
+def _row(
+    engine: "Engine", item: Item, chat: bool, batch_size: int, free: int | None
+) -> "Generation":
     """The row of a line. Raises EasySpecError, whatever is wrong with the line: nothing in it may end the job."""
     if item.sampling is None:
         raise EasySpecError(item.error)
     try:
         row = engine.row(item.prompt, item.sampling, chat=chat)
-        engine.check_memory(len(row.prompt_ids) + row.limit, len(row.prompt_ids), batch_size, item.sampling, free)
+        engine.check_memory(
+            len(row.prompt_ids) + row.limit, len(row.prompt_ids), batch_size, item.sampling, free
+        )
     except EasySpecError:
         raise
     except Exception as error:  # what a template or a tokenizer makes of a hostile line
-        raise EasySpecError(f"cannot be used ({type(error).__name__}: {first_line(error)[:80]})") from None
+        raise EasySpecError(
+            f"cannot be used ({type(error).__name__}: {first_line(error)[:80]})"
+        ) from None
     return row
 
 
 def _error_record(item: Item, message: str) -> dict[str, Any]:
-    return {"id": item.id, "line": item.line, "error": f"line {item.line}: {' '.join(message.split())}"}
+    return {
+        "id": item.id,
+        "line": item.line,
+        "error": f"line {item.line}: {' '.join(message.split())}",
+    }
 
 
 def _note_lines(items: list[Item], note: Callable[[str], None]) -> None:

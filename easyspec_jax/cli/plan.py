@@ -15,7 +15,9 @@ from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import DraftTensorParallelSize, DType, SpeculativeConfig, resolve_dtype
 from easyspec_jax.plan.machines import MACHINES, Topology, parse_topology
 
-if TYPE_CHECKING:  # importing JAX takes a second, which --help and a mistyped flag need not wait for
+if (
+    TYPE_CHECKING
+):  # importing JAX takes a second, which --help and a mistyped flag need not wait for
     from easyspec_jax.plan.ahead import Compiled, TooLarge
     from easyspec_jax.plan.report import Plan
     from easyspec_jax.plan.steps import Pair, Way
@@ -45,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--max-length", type=int, default=3072, metavar="L",
                         help="prompt and generated tokens together (default: %(default)s)")  # fmt: skip
     decoding = parser.add_argument_group("decoding")
-    decoding.add_argument("--mesh", help='"layer=4,tensor=2" (default: as --mesh with the number of devices)')
+    decoding.add_argument(
+        "--mesh", help='"layer=4,tensor=2" (default: as --mesh with the number of devices)'
+    )
     decoding.add_argument("--num-speculative-tokens", type=int, default=default.num_speculative_tokens, metavar="N",
                           help="depth of the draft of a round (default: %(default)s)")  # fmt: skip
     decoding.add_argument("--tree-width", type=int, default=1, metavar="W",
@@ -58,10 +62,14 @@ def _parser() -> argparse.ArgumentParser:
                           help="likewise; the tables have both (default: %(default)s)")  # fmt: skip
     decoding.add_argument("--mlp-lp-size", type=int, default=default.mlp_lp_size, metavar="M",
                           help="MLPs of a group that run at once (default: %(default)s)")  # fmt: skip
-    decoding.add_argument("--refit", action="store_true", help="count a refit's projections beside the draft's own")
+    decoding.add_argument(
+        "--refit", action="store_true", help="count a refit's projections beside the draft's own"
+    )
     parser.add_argument("--measure", action="store_true",
                         help="measure the machine's figures on the devices that are here")  # fmt: skip
-    parser.add_argument("--no-compile", action="store_true", help="count only: no memory of temporaries")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="count only: no memory of temporaries"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -116,7 +124,9 @@ def _plan(args: argparse.Namespace, topology: Topology) -> "Plan":
     if args.measure:
         topology = _measured(topology, pair)
     compiled = "--no-compile"
-    if not args.no_compile:  # before the counting, which need not wait for a slice that does not exist
+    if (
+        not args.no_compile
+    ):  # before the counting, which need not wait for a slice that does not exist
         with show("Compiling"):
             compiled = _compile(pair, way, topology)
     absent = partial(absent_mesh, platform=topology.machine.platform)
@@ -140,7 +150,9 @@ def _compile(pair: "Pair", way: "Way", topology: Topology) -> "Compiled | TooLar
         return str(reason)
 
 
-def _pair(args: argparse.Namespace, topology: Topology, target: ModelConfig, draft: ModelConfig) -> "Pair":
+def _pair(
+    args: argparse.Namespace, topology: Topology, target: ModelConfig, draft: ModelConfig
+) -> "Pair":
     """Checked against the topology and the models. Raises EasySpecError."""
     import numpy as np
 
@@ -154,7 +166,9 @@ def _pair(args: argparse.Namespace, topology: Topology, target: ModelConfig, dra
         mlp_lp_size=args.mlp_lp_size,
     )
     if args.lp_size > draft.num_hidden_layers:
-        raise EasySpecError(f"--lp-size {args.lp_size} must be from 1 to the draft's {draft.num_hidden_layers} layers")
+        raise EasySpecError(
+            f"--lp-size {args.lp_size} must be from 1 to the draft's {draft.num_hidden_layers} layers"
+        )
     positions = min(target.max_position_embeddings, draft.max_position_embeddings)
     if not 2 <= args.max_length <= positions:
         raise EasySpecError(

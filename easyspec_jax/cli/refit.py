@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import get_args
 
 from easyspec_jax import demo
-from easyspec_jax.cli.command import Parser, add_allow_links, cache_compilations, read_prompts, run_command
+from easyspec_jax.cli.command import (
+    Parser,
+    add_allow_links,
+    cache_compilations,
+    read_prompts,
+    run_command,
+)
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import DType, Platform, SamplingParams, SpeculativeConfig, check_whole
 
@@ -24,11 +30,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     default = SpeculativeConfig()
     parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--draft", type=Path, default=demo.DRAFT, metavar="DIR", help="default: the bundled one")
+    parser.add_argument(
+        "--draft", type=Path, default=demo.DRAFT, metavar="DIR", help="default: the bundled one"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help="where to keep it (default: refit/ in the draft's directory)")  # fmt: skip
-    parser.add_argument("--mesh", default="1", help='devices: "8", or "layer=4,tensor=2" (default: %(default)s)')
-    parser.add_argument("--platform", choices=get_args(Platform), help="default: the fastest one present")
+    parser.add_argument(
+        "--mesh", default="1", help='devices: "8", or "layer=4,tensor=2" (default: %(default)s)'
+    )
+    parser.add_argument(
+        "--platform", choices=get_args(Platform), help="default: the fastest one present"
+    )
     parser.add_argument("--dtype", default="auto", choices=get_args(DType),
                         help="default: float32 on a CPU, else the checkpoint's")  # fmt: skip
     add_allow_links(parser)
@@ -36,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     groups.add_argument("--lp-size", type=int, default=default.lp_size, metavar="N",
                         help="layers that run at once (default: %(default)s)")  # fmt: skip
     groups.add_argument(
-        "--lp-strategy", metavar="S", help='explicit groups, such as "0,1-3,4-7x2,8"; x2: two MLPs at a time'
+        "--lp-strategy",
+        metavar="S",
+        help='explicit groups, such as "0,1-3,4-7x2,8"; x2: two MLPs at a time',
     )
     groups.add_argument("--borders", default="measured", choices=("measured", "paper"),
                         help="which groups of --lp-size: those that cost least without more collectives or MLPs in a "
@@ -46,11 +60,17 @@ def _parser() -> argparse.ArgumentParser:
                         "%(default)s)")  # fmt: skip
     texts = parser.add_argument_group("what to fit on")
     given = texts.add_mutually_exclusive_group()
-    given.add_argument("--text", type=Path, metavar="FILE", help="default: what the draft itself writes")
+    given.add_argument(
+        "--text", type=Path, metavar="FILE", help="default: what the draft itself writes"
+    )
     given.add_argument("--prompt-file", type=Path, metavar="FILE",
                        help="prompts, one a line, with what the draft answers; best are such as will come")  # fmt: skip
-    texts.add_argument("--chat", action="store_true", help="wrap each of them in the draft's chat template")
-    texts.add_argument("--tokens", type=int, default=TOKENS, metavar="T", help="default: %(default)s")
+    texts.add_argument(
+        "--chat", action="store_true", help="wrap each of them in the draft's chat template"
+    )
+    texts.add_argument(
+        "--tokens", type=int, default=TOKENS, metavar="T", help="default: %(default)s"
+    )
     texts.add_argument("--temperature", type=float, default=TEMPERATURE, metavar="T",
                        help="of what the draft writes (default: %(default)s)")  # fmt: skip
     texts.add_argument("--seed", type=int, default=0)
@@ -66,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
-    speculative = SpeculativeConfig(lp_size=args.lp_size, lp_strategy=args.lp_strategy, mlp_lp_size=args.mlp_lp_size)
+    speculative = SpeculativeConfig(
+        lp_size=args.lp_size, lp_strategy=args.lp_strategy, mlp_lp_size=args.mlp_lp_size
+    )
     sampling = SamplingParams(args.temperature, seed=args.seed)
     check_whole("tokens", args.tokens, 1000)
     check_whole("distill", args.distill, 0)
@@ -78,7 +100,9 @@ def _run(args: argparse.Namespace) -> None:
         raise EasySpecError(f"--ridge {args.ridge} must be a number above 0")
 
     prompts = None if args.prompt_file is None else read_prompts(args.prompt_file)
-    from easyspec_jax.refit.refitting import refit  # imports JAX, which a mistyped flag need not wait for
+    from easyspec_jax.refit.refitting import (
+        refit,
+    )  # imports JAX, which a mistyped flag need not wait for
 
     cache_compilations()
     refit(args, speculative, sampling, prompts)

@@ -8,11 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from easyspec_jax.cli.command import Parser, add_allow_links, cache_compilations, read_prompts, run_command
+from easyspec_jax.cli.command import (
+    Parser,
+    add_allow_links,
+    cache_compilations,
+    read_prompts,
+    run_command,
+)
 from easyspec_jax.drawing import check_drawing
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.files import check_writable, write_whole
-from easyspec_jax.options import DraftTensorParallelSize, DType, Platform, SamplingParams, check_whole
+from easyspec_jax.options import (
+    DraftTensorParallelSize,
+    DType,
+    Platform,
+    SamplingParams,
+    check_whole,
+)
 from easyspec_jax.tune.draw import draw
 
 PROGRAM = "easyspec_jax.tune"
@@ -27,13 +39,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__, allow_abbrev=False)
     models = parser.add_argument_group("models and devices")
     models.add_argument("--target", metavar="DIR", help="default: the bundled pair")
-    models.add_argument("--draft", metavar="DIR", help="a smaller model of the same family; the choice is stored in it")
+    models.add_argument(
+        "--draft",
+        metavar="DIR",
+        help="a smaller model of the same family; the choice is stored in it",
+    )
     models.add_argument("--mesh", default="1",
                         help='"8" tries its splits, "layer=4,tensor=2" only that (default: %(default)s)')  # fmt: skip
-    models.add_argument("--platform", choices=get_args(Platform), help="default: the fastest one present")
+    models.add_argument(
+        "--platform", choices=get_args(Platform), help="default: the fastest one present"
+    )
     models.add_argument("--dtype", default="auto", choices=get_args(DType),
                         help="default: float32 on a CPU, else the checkpoint's")  # fmt: skip
-    models.add_argument("--max-length", type=int, metavar="L", help="prompt and generated tokens together")
+    models.add_argument(
+        "--max-length", type=int, metavar="L", help="prompt and generated tokens together"
+    )
     add_allow_links(models)
     space = parser.add_argument_group("candidates")
     space.add_argument("--lp-sizes", type=int, nargs="+", metavar="N",
@@ -49,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     sample = parser.add_argument_group("measuring")
     sample.add_argument("--prompt-file", metavar="FILE",
                         help="one prompt a line, to measure on (default: a few of our own)")  # fmt: skip
-    sample.add_argument("--chat", action="store_true", help="wrap each of them in the checkpoint's chat template")
+    sample.add_argument(
+        "--chat", action="store_true", help="wrap each of them in the checkpoint's chat template"
+    )
     sample.add_argument("--max-new-tokens", type=int, default=64, metavar="M",
                         help="of each (default: %(default)s)")  # fmt: skip
     sample.add_argument("--confirm", type=int, default=3, metavar="K",
@@ -58,8 +80,12 @@ def _parser() -> argparse.ArgumentParser:
                         help="for measuring; what is not reached is left out (default: %(default)s)")  # fmt: skip
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one JSON object")
-    output.add_argument("--plot", type=Path, metavar="FILE", help="draw step time against acceptance, as PNG")
-    output.add_argument("--no-store", action="store_true", help="do not remember the choice for --lp-strategy auto")
+    output.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw step time against acceptance, as PNG"
+    )
+    output.add_argument(
+        "--no-store", action="store_true", help="do not remember the choice for --lp-strategy auto"
+    )
     return parser
 
 
@@ -70,7 +96,9 @@ def _run(args: argparse.Namespace) -> None:
         raise EasySpecError(f"--seconds {args.seconds} must be a number above 0")
     given = None if args.prompt_file is None else read_prompts(args.prompt_file)
     if args.chat and given is None:
-        raise EasySpecError("--chat needs --prompt-file FILE; our own prompts are put as the checkpoint wants them")
+        raise EasySpecError(
+            "--chat needs --prompt-file FILE; our own prompts are put as the checkpoint wants them"
+        )
     if args.plot is not None:
         check_drawing()
         check_writable(args.plot)
@@ -103,7 +131,9 @@ def _run(args: argparse.Namespace) -> None:
         sample = replace(sample, prompts=given, chat=args.chat)
     sample = replace(sample, sampling=SamplingParams(max_new_tokens=args.max_new_tokens))
     show = no_bar if args.json else bar
-    tuned = tune(engine, args.mesh, sample, space, finalists=args.confirm, seconds=args.seconds, bar=show)
+    tuned = tune(
+        engine, args.mesh, sample, space, finalists=args.confirm, seconds=args.seconds, bar=show
+    )
     found = as_dict(tuned)
     if args.plot is not None:
         write_whole(args.plot, draw(found))

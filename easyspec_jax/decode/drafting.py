@@ -52,15 +52,23 @@ def draft_tree(
     position: of the roots, in the text and in the caches, where node i takes the entry position + i.
     """
 
-    def grow(level: Level, h: Float[Array, "batch some hidden"], depth: Array) -> tuple[Level, Candidates]:
+    def grow(
+        level: Level, h: Float[Array, "batch some hidden"], depth: Array
+    ) -> tuple[Level, Candidates]:
         logits = draft.logits(h)
-        best, ids = top(logits.reshape(-1, logits.shape[-1]), verifier.candidates(width), draft.axes)
+        best, ids = top(
+            logits.reshape(-1, logits.shape[-1]), verifier.candidates(width), draft.axes
+        )
         best, ids = (x.reshape(*h.shape[:2], -1) for x in (best, ids))
-        branches = verifier.branch(best, ids, level.score, level.log_prob, position + depth, request)
+        branches = verifier.branch(
+            best, ids, level.score, level.log_prob, position + depth, request
+        )
         first, above = first_node(depth, width), first_node(depth - 1, width)
         return best_branches(level, ids, branches, first, above, width), Candidates(ids, branches.q)
 
-    def deepen(carry: tuple[Level, Caches], depth: Array) -> tuple[tuple[Level, Caches], tuple[Level, Candidates]]:
+    def deepen(
+        carry: tuple[Level, Caches], depth: Array
+    ) -> tuple[tuple[Level, Caches], tuple[Level, Candidates]]:
         level, caches = carry
         depths = jnp.broadcast_to(depth, level.tokens.shape)
         nodes = Nodes(position + first_node(depth, width), position, depths, level.ancestors)
@@ -71,7 +79,9 @@ def draft_tree(
     top_level = _root_level(root, 1 + levels * width)
     first, of_root = grow(top_level, h[:, None], jnp.ones((), jnp.int32))
     # A loop, because its body compiles once however many levels there are.
-    (_, caches), (later, of_later) = jax.lax.scan(deepen, (first, caches), jnp.arange(1, levels, dtype=jnp.int32))
+    (_, caches), (later, of_later) = jax.lax.scan(
+        deepen, (first, caches), jnp.arange(1, levels, dtype=jnp.int32)
+    )
     tree = _assemble((top_level, first, later), (of_root, of_later), width)
     # Where each device has drafted for itself, kernels need not round alike.
     return (tree if draft.axes else from_first_device(tree, ALL_AXES)), caches
@@ -83,7 +93,12 @@ def first_node(depth: Array, width: int) -> Array:
 
 
 def best_branches(
-    level: Level, ids: Int[Array, "batch some ids"], branches: Branches, first: Array, above: Array, width: int
+    level: Level,
+    ids: Int[Array, "batch some ids"],
+    branches: Branches,
+    first: Array,
+    above: Array,
+    width: int,
 ) -> Level:
     """The best `width` branches of a level as the next level; first, above: numbers of both levels' first nodes."""
 
@@ -92,7 +107,9 @@ def best_branches(
 
     score, place = jax.lax.top_k(branches.score.reshape(ids.shape[0], -1), width)
     parent, rank = jnp.divmod(place, ids.shape[2])
-    own = jax.nn.one_hot(first + jnp.arange(width, dtype=jnp.int32), level.ancestors.shape[2], dtype=bool)
+    own = jax.nn.one_hot(
+        first + jnp.arange(width, dtype=jnp.int32), level.ancestors.shape[2], dtype=bool
+    )
     return Level(
         tokens=chosen(ids),
         parent=above + parent,
@@ -111,7 +128,9 @@ def _root_level(tokens: Int[Array, " batch"], nodes: int) -> Level:
     return Level(tokens[:, None], zero, zero, certain, certain, is_root)
 
 
-def _assemble(levels: tuple[Level, Level, Level], candidates: tuple[Candidates, Candidates], width: int) -> Tree:
+def _assemble(
+    levels: tuple[Level, Level, Level], candidates: tuple[Candidates, Candidates], width: int
+) -> Tree:
     """The tree of levels 0, 1 and, stacked, the others; candidates: of level 0 and, stacked, of all but the last."""
 
     def in_order(first: Array, *others: Array) -> Array:

@@ -19,7 +19,11 @@ class CacheGrowth:
 
     def enter(self, row: int, prompt: int, limit: int) -> None:
         """Note that a row has a text of `prompt` tokens, to be continued by up to `limit` more."""
-        self._lengths[row], self._first[row], self._ends[row] = prompt, prompt + min(limit, AHEAD), prompt + limit
+        self._lengths[row], self._first[row], self._ends[row] = (
+            prompt,
+            prompt + min(limit, AHEAD),
+            prompt + limit,
+        )
 
     def leave(self, row: int) -> None:
         """A row's text is finished."""

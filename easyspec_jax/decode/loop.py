@@ -13,7 +13,10 @@ from easyspec_jax.options import SamplingParams
 
 
 def decode(
-    programs: Programs, prompts: Sequence[Sequence[int]], limits: Sequence[int], sampling: SamplingParams
+    programs: Programs,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    sampling: SamplingParams,
 ) -> Generator[Report]:
     """Generates up to limits[i] tokens after prompts[i] (token ids, none empty).
 
@@ -60,7 +63,9 @@ Chunk = tuple[np.ndarray, Report]
 """Which rows' prompts end with a chunk, bool [batch], and what its prefill reported."""
 
 
-def prefill_all(programs: Programs, state: State, prompts: Sequence[Sequence[int]]) -> tuple[State, list[Chunk]]:
+def prefill_all(
+    programs: Programs, state: State, prompts: Sequence[Sequence[int]]
+) -> tuple[State, list[Chunk]]:
     """The state after all prompts, and what first_tokens needs."""
     lengths = np.asarray([len(prompt) for prompt in prompts])
     chunks = []

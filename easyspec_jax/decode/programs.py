@@ -11,7 +11,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from easyspec_jax.decode.refill import Entrance, enter, extended
-from easyspec_jax.decode.round import Report, RoundConfig, State, init_state, prefill, speculative_round
+from easyspec_jax.decode.round import (
+    Report,
+    RoundConfig,
+    State,
+    init_state,
+    prefill,
+    speculative_round,
+)
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.parallel.mesh import replicated
@@ -45,7 +52,9 @@ class Programs:
         size = 1 << (max(self._needed(tokens), PREFILL_CHUNK) - 1).bit_length()
         if self.max_length is None:
             return size
-        return min(size, -(-self._needed(max(tokens, self.max_length)) // PREFILL_CHUNK) * PREFILL_CHUNK)
+        return min(
+            size, -(-self._needed(max(tokens, self.max_length)) // PREFILL_CHUNK) * PREFILL_CHUNK
+        )
 
     def _needed(self, tokens: int) -> int:
         return tokens + self.config.scratch + 1
@@ -60,9 +69,13 @@ class Programs:
     def start(self, sampling: SamplingParams, limits: Sequence[int], capacity: int) -> State:
         """Empty rows, one per limit (tokens to generate). Row i's noise is that of seed + i."""
         request = self._request(sampling, len(limits))
-        return self._start(self.leaves, request, self._replicated(np.asarray(limits, np.int32)), capacity)
+        return self._start(
+            self.leaves, request, self._replicated(np.asarray(limits, np.int32)), capacity
+        )
 
-    def prefill(self, state: State, tokens: np.ndarray, count: np.ndarray, last: np.ndarray) -> tuple[State, Report]:
+    def prefill(
+        self, state: State, tokens: np.ndarray, count: np.ndarray, last: np.ndarray
+    ) -> tuple[State, Report]:
         """One chunk of every row's prompt; int32 [batch, PREFILL_CHUNK], int32 and bool [batch]."""
         arrays = (self._replicated(x) for x in (tokens, count, last))
         return self._prefill(self.leaves, state, *arrays)
@@ -82,7 +95,9 @@ class Programs:
             numbers = (np.full(1, number, np.int32) for number in (start, len(part), limit))
             begun, count, limits = (self._replicated(number) for number in numbers)
             last = self._replicated(np.full(1, start + PREFILL_CHUNK >= len(prompt)))
-            text = Entrance(self._replicated(tokens), begun, count, last, limits, self._request(sampling, 1))
+            text = Entrance(
+                self._replicated(tokens), begun, count, last, limits, self._request(sampling, 1)
+            )
             state, report = self._enter(self.leaves, state, self._replicated(np.int32(row)), text)
         assert report is not None, "an empty prompt"
         return state, report
@@ -118,12 +133,16 @@ class Programs:
         return State(
             target=self.target.cache_specs(),
             draft=() if self.draft is None else self.draft.cache_specs(),
-            **dict.fromkeys(("length", "draft_length", "pending", "pending_count", "remaining", "request"), P()),  # pyright: ignore[reportArgumentType]
+            **dict.fromkeys(
+                ("length", "draft_length", "pending", "pending_count", "remaining", "request"), P()
+            ),  # pyright: ignore[reportArgumentType]
         )
 
     @cached_property
     def _start(self) -> Callable[..., State]:
-        def program(leaves: list[jax.Array], request: RowSampling, limit: jax.Array, capacity: int) -> State:
+        def program(
+            leaves: list[jax.Array], request: RowSampling, limit: jax.Array, capacity: int
+        ) -> State:
             body = partial(init_state, capacity=capacity, size=self.config.pending_size)
             return self.mapped(body, (P(), P()), self.state_spec)(leaves, request, limit)
 
@@ -131,12 +150,16 @@ class Programs:
 
     @cached_property
     def _prefill(self) -> Callable[..., tuple[State, Report]]:
-        body = self.mapped(partial(prefill, config=self.config), (self.state_spec, P(), P(), P()), self._results)
+        body = self.mapped(
+            partial(prefill, config=self.config), (self.state_spec, P(), P(), P()), self._results
+        )
         return jax.jit(body, donate_argnums=1, out_shardings=self._shardings)
 
     @cached_property
     def _enter(self) -> Callable[..., tuple[State, Report]]:
-        body = self.mapped(partial(enter, config=self.config), (self.state_spec, P(), P()), self._results)
+        body = self.mapped(
+            partial(enter, config=self.config), (self.state_spec, P(), P()), self._results
+        )
         return jax.jit(body, donate_argnums=1, out_shardings=self._shardings)
 
     @cached_property
@@ -145,11 +168,15 @@ class Programs:
             body = partial(extended, capacity=capacity)
             return self.mapped(body, (self.state_spec,), self.state_spec)(leaves, state)
 
-        return jax.jit(program, static_argnums=2, out_shardings=self._shardings[0])  # no size fits the donated one
+        return jax.jit(
+            program, static_argnums=2, out_shardings=self._shardings[0]
+        )  # no size fits the donated one
 
     @cached_property
     def _round(self) -> Callable[..., tuple[State, Report]]:
-        body = self.mapped(partial(speculative_round, config=self.config), (self.state_spec,), self._results)
+        body = self.mapped(
+            partial(speculative_round, config=self.config), (self.state_spec,), self._results
+        )
         return jax.jit(body, donate_argnums=1, out_shardings=self._shardings)
 
     @property
@@ -161,7 +188,9 @@ class Programs:
         """Shardings of the results, spelled out: JAX infers several equal spellings, and each would compile again."""
         return jax.tree.map(partial(NamedSharding, self.mesh), self._results)
 
-    def mapped(self, body: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any) -> Callable[..., Any]:
+    def mapped(
+        self, body: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any
+    ) -> Callable[..., Any]:
         """body(target, draft, …) on every device of the mesh, as a function of the models' leaves."""
         models = jax.tree.structure((self.target, self.draft))
         # Otherwise a GPU rounds float32 products to TF32 and a TPU to bfloat16.
@@ -173,5 +202,9 @@ class Programs:
 
         specs = [leaf.sharding.spec for leaf in self.leaves]  # pyright: ignore[reportAttributeAccessIssue]
         return jax.shard_map(
-            on_device, mesh=self.mesh, in_specs=(specs, *in_specs), out_specs=out_specs, check_vma=False
+            on_device,
+            mesh=self.mesh,
+            in_specs=(specs, *in_specs),
+            out_specs=out_specs,
+            check_vma=False,
         )

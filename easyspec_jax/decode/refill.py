@@ -29,7 +29,12 @@ class Entrance:
 
 
 def enter(
-    target: Decoder, draft: Decoder | None, state: State, row: Int[Array, ""], text: Entrance, config: RoundConfig
+    target: Decoder,
+    draft: Decoder | None,
+    state: State,
+    row: Int[Array, ""],
+    text: Entrance,
+    config: RoundConfig,
 ) -> tuple[State, Report]:
     """prefill() of one row, whatever text it had, while the others rest; the report is of that row alone."""
     batch = state.length.shape[0]
@@ -37,7 +42,9 @@ def enter(
 
     def own(cache: KVCache) -> KVCache:
         # Masked entries weigh nothing, but nothing times a NaN that another text left is a NaN.
-        return jax.tree.map(lambda x: jnp.where(first, jnp.zeros_like(x), x), take_row(cache, row, batch))
+        return jax.tree.map(
+            lambda x: jnp.where(first, jnp.zeros_like(x), x), take_row(cache, row, batch)
+        )
 
     alone = State(
         target=tuple(map(own, state.target)),
@@ -65,5 +72,7 @@ def enter(
 
 def extended(target: Decoder, draft: Decoder | None, state: State, capacity: int) -> State:
     """The state with larger caches."""
-    of_target, of_draft = (tuple(extend(cache, capacity) for cache in caches) for caches in (state.target, state.draft))
+    of_target, of_draft = (
+        tuple(extend(cache, capacity) for cache in caches) for caches in (state.target, state.draft)
+    )
     return replace(state, target=of_target, draft=of_draft)

@@ -41,7 +41,9 @@ class RoundConfig:
     nodes: int | None = None
 
     @classmethod
-    def of(cls, speculative: SpeculativeConfig, sampling: SamplingParams, stop_ids: tuple[int, ...]) -> "RoundConfig":
+    def of(
+        cls, speculative: SpeculativeConfig, sampling: SamplingParams, stop_ids: tuple[int, ...]
+    ) -> "RoundConfig":
         """The round of a way to speculate, for a way of sampling; the numbers of the latter are arguments of it."""
         return cls(
             levels=0 if speculative.method == "vanilla" else speculative.num_speculative_tokens,
@@ -68,7 +70,16 @@ class RoundConfig:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["target", "draft", "length", "draft_length", "pending", "pending_count", "remaining", "request"],
+    data_fields=[
+        "target",
+        "draft",
+        "length",
+        "draft_length",
+        "pending",
+        "pending_count",
+        "remaining",
+        "request",
+    ],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -114,7 +125,12 @@ class Report(NamedTuple):
 
 
 def init_state(
-    target: Decoder, draft: Decoder | None, request: RowSampling, limit: Int[Array, " batch"], capacity: int, size: int
+    target: Decoder,
+    draft: Decoder | None,
+    request: RowSampling,
+    limit: Int[Array, " batch"],
+    capacity: int,
+    size: int,
 ) -> State:
     """Empty rows. limit: tokens to generate; capacity: cache entries a row; size: RoundConfig.pending_size."""
     batch = limit.shape[0]
@@ -152,7 +168,9 @@ def prefill(
     tree = bare_root(_take(tokens, end))
     verdict = config.verifier.verify(logits, tree, state.length + count, state.request)
     live = last & (state.remaining > 0)
-    report, remaining, _ = _accept(verdict, tree, state.remaining, live, jnp.ones_like(live), config, 0)
+    report, remaining, _ = _accept(
+        verdict, tree, state.remaining, live, jnp.ones_like(live), config, 0
+    )
     first = jnp.broadcast_to(report.tokens[:, :1], state.pending.shape)
     appended = replace(
         state,
@@ -173,13 +191,17 @@ def speculative_round(
     """Drafts, verifies and commits up to config.levels + 1 tokens a row (EasySpec, arXiv 2502.02493)."""
     root = _take(state.pending, state.pending_count - 1)
     tree, sound, draft_caches = (
-        (bare_root(root), jnp.ones(root.shape, bool), ()) if draft is None else _draft(draft, root, state, config)
+        (bare_root(root), jnp.ones(root.shape, bool), ())
+        if draft is None
+        else _draft(draft, root, state, config)
     )
     nodes = Nodes(state.length, state.length, tree.depth, tree.ancestors)
     h, target_caches = target(tree.tokens, state.target, nodes)
     verdict = config.verifier.verify(target.logits(h), tree, state.length + 1, state.request)
     live = state.remaining > 0
-    report, remaining, path = _accept(verdict, tree, state.remaining, live, sound, config, config.levels)
+    report, remaining, path = _accept(
+        verdict, tree, state.remaining, live, sound, config, config.levels
+    )
     verified = replace(state, target=target_caches, draft=draft_caches, remaining=remaining)
     return _commit(_move_path(verified, tree, path, config), report, live, config), report
 
@@ -188,10 +210,23 @@ def _draft(
     draft: Decoder, root: Int[Array, " batch"], state: State, config: RoundConfig
 ) -> tuple[Tree, Bool[Array, " batch"], Caches]:
     """The pass over the pending tokens, and the tree that grows from its last hidden state; whether that is sound."""
-    h, caches = draft(state.pending, state.draft, state.draft_length, run_exact if config.calibration else run_fuzzy)
+    h, caches = draft(
+        state.pending,
+        state.draft,
+        state.draft_length,
+        run_exact if config.calibration else run_fuzzy,
+    )
     h = _take(h, state.pending_count - 1)
     tree, caches = draft_tree(
-        draft, h, caches, root, state.length, state.request, config.verifier, config.levels, config.width
+        draft,
+        h,
+        caches,
+        root,
+        state.length,
+        state.request,
+        config.verifier,
+        config.levels,
+        config.width,
     )
     # Logits that are not finite make no probabilities. What follows an impossible token is nobody's business.
     sound = jnp.all(jnp.isfinite(tree.q) | jnp.isneginf(tree.score)[:, :, None], axis=(1, 2))
@@ -218,12 +253,16 @@ def _accept(
     tokens = jnp.where(columns < passed[:, None], drafted, verdict.token[:, None])
 
     reach = jnp.minimum(passed + 1, remaining)
-    ends = jnp.isin(tokens, jnp.asarray((*config.stop_ids, NO_CHOICE), jnp.int32)) & (columns < reach[:, None])
+    ends = jnp.isin(tokens, jnp.asarray((*config.stop_ids, NO_CHOICE), jnp.int32)) & (
+        columns < reach[:, None]
+    )
     ended = jnp.any(ends, axis=1)
     end = jnp.argmax(ends, axis=1).astype(jnp.int32)
     chosen = _take(tokens, end) != NO_CHOICE
     fault = jnp.where(ended & ~chosen, Fault.TARGET.value, Fault.NONE.value)
-    fault = jnp.where(live, jnp.where(sound, fault, Fault.DRAFT.value), Fault.NONE.value).astype(jnp.int32)
+    fault = jnp.where(live, jnp.where(sound, fault, Fault.DRAFT.value), Fault.NONE.value).astype(
+        jnp.int32
+    )
 
     count = jnp.where(ended, end + chosen.astype(jnp.int32), reach)
     offered = jnp.minimum(levels, jnp.where(ended, count, remaining))
@@ -233,7 +272,9 @@ def _accept(
     return Report(tokens, count, offered, accepted, remaining == 0, fault), remaining, path
 
 
-def _move_path(state: State, tree: Tree, path: Int[Array, "batch levels+1"], config: RoundConfig) -> State:
+def _move_path(
+    state: State, tree: Tree, path: Int[Array, "batch levels+1"], config: RoundConfig
+) -> State:
     """The state with the accepted path's entries right behind the text, where those of a chain are from the start."""
     if config.width == 1:
         return state
@@ -245,7 +286,9 @@ def _move_path(state: State, tree: Tree, path: Int[Array, "batch levels+1"], con
     return replace(state, target=target, draft=draft)
 
 
-def _commit(state: State, report: Report, live: Bool[Array, " batch"], config: RoundConfig) -> State:
+def _commit(
+    state: State, report: Report, live: Bool[Array, " batch"], config: RoundConfig
+) -> State:
     """Advances the lengths past what the caches now hold, and keeps the rest of the new tokens as pending."""
     kept = jnp.zeros_like(report.num_tokens)
     if not config.calibration and config.levels > 0:
@@ -256,7 +299,9 @@ def _commit(state: State, report: Report, live: Bool[Array, " batch"], config: R
     return replace(
         state,
         length=state.length + report.num_tokens,
-        draft_length=jnp.where(live, state.draft_length + state.pending_count + kept, state.draft_length),
+        draft_length=jnp.where(
+            live, state.draft_length + state.pending_count + kept, state.draft_length
+        ),
         pending=jnp.where(live[:, None], pending, state.pending),
         pending_count=jnp.where(live, report.num_tokens - kept, state.pending_count),
         request=request,

@@ -42,7 +42,9 @@ class Stats:
             rounds=self.rounds + 1,
             drafted=self.drafted + drafted,
             accepted=self.accepted + accepted,
-            accepted_per_position=tuple(n + (i < accepted) for i, n in enumerate(self.accepted_per_position)),
+            accepted_per_position=tuple(
+                n + (i < accepted) for i, n in enumerate(self.accepted_per_position)
+            ),
             decoded_tokens=self.decoded_tokens + tokens,
         )
 

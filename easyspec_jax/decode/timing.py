@@ -70,7 +70,9 @@ def alternate(cases: Sequence[Case], repeats: int, calls: int) -> dict[str, list
 
 def alone(mesh: Mesh, model: Decoder) -> Programs:
     """Programs of plain decoding by one model."""
-    return Programs(mesh, model, None, RoundConfig(levels=0, calibration=False, verifier=Greedy(), stop_ids=()))
+    return Programs(
+        mesh, model, None, RoundConfig(levels=0, calibration=False, verifier=Greedy(), stop_ids=())
+    )
 
 
 def pass_case(
@@ -94,7 +96,9 @@ def pass_case(
     # An argument, as in a round: XLA would simplify what it knows.
     at = replicated(np.full(1, context, np.int32), programs.mesh)
 
-    def once(model: Decoder, at: Array, carry: tuple[Caches, Int[Array, "1 tokens"]]) -> tuple[Caches, Array]:
+    def once(
+        model: Decoder, at: Array, carry: tuple[Caches, Int[Array, "1 tokens"]]
+    ) -> tuple[Caches, Array]:
         caches, ids = carry
         depth = jnp.arange(tokens, dtype=jnp.int32)[None]
         h, caches = model(ids, caches, Nodes(at, at, depth, jnp.tri(tokens, dtype=bool)[None]), run)
@@ -102,7 +106,9 @@ def pass_case(
         best = argmax(logits[0], model.axes)
         return caches, jnp.broadcast_to(best[None], ids.shape)
 
-    def body(model: Decoder, _: None, carry: tuple[Caches, Array], at: Array) -> tuple[Caches, Array]:
+    def body(
+        model: Decoder, _: None, carry: tuple[Caches, Array], at: Array
+    ) -> tuple[Caches, Array]:
         if loops == 1:
             return once(model, at, carry)
         return jax.lax.fori_loop(0, loops, lambda _, carry: once(model, at, carry), carry)
@@ -115,7 +121,9 @@ def pass_case(
     return Case(name, lambda state: step(programs.leaves, state, at), state, bytes, loops)
 
 
-def round_case(name: str, programs: Programs, bytes: int = 0, *, context: int, capacity: int) -> Case:
+def round_case(
+    name: str, programs: Programs, bytes: int = 0, *, context: int, capacity: int
+) -> Case:
     """Rounds as decoding dispatches them; every sample begins behind a text of `context` tokens.
 
     The caches hold no such text: what they hold costs nothing.

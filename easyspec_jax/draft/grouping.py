@@ -84,7 +84,9 @@ def parse_layout(strategy: str, num_layers: int, mlp_lp_size: int = 1) -> Layout
             raise EasySpecError(f"--lp-strategy {strategy!r} names layer {layer} twice")
     for layer in range(num_layers):
         if layer not in named:
-            raise EasySpecError(f"--lp-strategy {strategy!r} leaves out layer {layer} of 0 to {num_layers - 1}")
+            raise EasySpecError(
+                f"--lp-strategy {strategy!r} leaves out layer {layer} of 0 to {num_layers - 1}"
+            )
     if named != sorted(named):
         raise EasySpecError(f"--lp-strategy {strategy!r} does not name the layers in order")
     return Layout(groups, tuple(min(mlps or mlp_lp_size, len(group)) for group, mlps in parts))
@@ -92,7 +94,9 @@ def parse_layout(strategy: str, num_layers: int, mlp_lp_size: int = 1) -> Layout
 
 def format_layout(layout: Layout) -> str:
     """The inverse of parse_layout."""
-    return ",".join(format_group(group) + (f"x{mlps}" if mlps > 1 else "") for group, mlps in layout)
+    return ",".join(
+        format_group(group) + (f"x{mlps}" if mlps > 1 else "") for group, mlps in layout
+    )
 
 
 def format_group(group: Group) -> str:

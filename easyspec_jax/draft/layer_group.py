@@ -65,7 +65,9 @@ class LayerGroup(nnx.Module):
         h, cache, _ = self.trace_fuzzy(h, cache, window)
         return h, cache
 
-    def trace_fuzzy(self, h: Hidden, cache: KVCache, window: Window) -> tuple[Hidden, KVCache, list[Hidden]]:
+    def trace_fuzzy(
+        self, h: Hidden, cache: KVCache, window: Window
+    ) -> tuple[Hidden, KVCache, list[Hidden]]:
         """As fuzzy(), and what each MLP was fed."""
         qkv = self.attention.qkv if self.refit is None else self.refit.qkv
         attend = jax.vmap(lambda attention, slot, own: attention(h, slot, window, qkv=own))
@@ -127,23 +129,36 @@ class LayerGroup(nnx.Module):
     def _addend(self, parts: Float[Array, "slots batch tokens hidden"], layer: int) -> Hidden:
         """This device's addend of one layer's attention output: zero unless the layer is its own."""
         owner, slot = divmod(layer, self.slots)
-        return jnp.where(jax.lax.axis_index(LAYER) == owner, parts[slot], jnp.zeros_like(parts[slot]))
+        return jnp.where(
+            jax.lax.axis_index(LAYER) == owner, parts[slot], jnp.zeros_like(parts[slot])
+        )
 
-    def _attend_in_turn(self, layer: int, h: Hidden, cache: KVCache, window: Window) -> tuple[Hidden, KVCache]:
+    def _attend_in_turn(
+        self, layer: int, h: Hidden, cache: KVCache, window: Window
+    ) -> tuple[Hidden, KVCache]:
         owner, slot = divmod(layer, self.slots)
         attention = jax.tree.map(lambda w: w[slot], self.attention)
         if jax.lax.axis_size(LAYER) == 1:
             return attention(h, cache, window, slot)
         mine = jax.lax.axis_index(LAYER) == owner
         if self.branch:
-            return jax.lax.cond(mine, lambda c: attention(h, c, window, slot), lambda c: (jnp.zeros_like(h), c), cache)
+            return jax.lax.cond(
+                mine,
+                lambda c: attention(h, c, window, slot),
+                lambda c: (jnp.zeros_like(h), c),
+                cache,
+            )
         attended, cache = attention(h, cache, window, slot, where=mine)
         return jnp.where(mine, attended, jnp.zeros_like(attended)), cache
 
 
 def run_fuzzy(block: Block, h: Hidden, cache: KVCache, window: Window) -> tuple[Hidden, KVCache]:
     """The fuzzy pass through one block: groups at once, single layers exactly."""
-    return block.fuzzy(h, cache, window) if isinstance(block, LayerGroup) else run_exact(block, h, cache, window)
+    return (
+        block.fuzzy(h, cache, window)
+        if isinstance(block, LayerGroup)
+        else run_exact(block, h, cache, window)
+    )
 
 
 def load_draft(loader: Loader, layout: Layout, refit: TensorSource | None = None) -> Decoder:
@@ -154,7 +169,9 @@ def load_draft(loader: Loader, layout: Layout, refit: TensorSource | None = None
     return loader.decoder([load_block(loader, group, mlps, refit) for group, mlps in layout])
 
 
-def load_block(loader: Loader, group: Group, mlp_lp_size: int = 1, refit: TensorSource | None = None) -> Block:
+def load_block(
+    loader: Loader, group: Group, mlp_lp_size: int = 1, refit: TensorSource | None = None
+) -> Block:
     """An ordinary layer, or a group of several."""
     if len(group) == 1:
         return loader.layer(group.start)
@@ -176,6 +193,12 @@ def load_refit(loader: Loader, group: Group, refit: TensorSource) -> Refit:
     fitted = replace(loader, source=Overlay(loader.source, refit))
     held = refit.shapes()
     return Refit(
-        fitted.stacked_qkv(group, slots=slots_per_device(group, loader.mesh.shape[LAYER]) * loader.mesh.shape[LAYER]),
-        [fitted.gate_up(i) if f"model.layers.{i}.mlp.gate_proj.weight" in held else None for i in group],
+        fitted.stacked_qkv(
+            group,
+            slots=slots_per_device(group, loader.mesh.shape[LAYER]) * loader.mesh.shape[LAYER],
+        ),
+        [
+            fitted.gate_up(i) if f"model.layers.{i}.mlp.gate_proj.weight" in held else None
+            for i in group
+        ],
     )

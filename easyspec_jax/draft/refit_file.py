@@ -35,7 +35,10 @@ def path_of(directory: Path, speculative: SpeculativeConfig, layout: Layout) -> 
 
 def refit_sizes(draft: Path) -> frozenset[tuple[int, int]]:
     """lp_size and mlp_lp_size of the refits that a draft's directory holds."""
-    names = (re.fullmatch(r"lp(\d+)(?:_mlp(\d+))?\.safetensors", path.name) for path in (draft / DIRECTORY).glob("*"))
+    names = (
+        re.fullmatch(r"lp(\d+)(?:_mlp(\d+))?\.safetensors", path.name)
+        for path in (draft / DIRECTORY).glob("*")
+    )
     return frozenset((int(name[1]), int(name[2] or 1)) for name in names if name)
 
 
@@ -68,16 +71,30 @@ def load(path: Path, draft: Checkpoint) -> tuple[Layout, Held]:
             metadata = file.metadata() or {}
             held = Held({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         layout = parse_layout(metadata["groups"], draft.config.num_hidden_layers)
-    except (SafetensorError, OSError, EasySpecError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise EasySpecError(f"{path} is no refit of this draft ({first_line(error)}); {again}") from None
+    except (
+        SafetensorError,
+        OSError,
+        EasySpecError,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        raise EasySpecError(
+            f"{path} is no refit of this draft ({first_line(error)}); {again}"
+        ) from None
     if metadata.get("draft") != draft.fingerprint:
-        raise EasySpecError(f"{path} was made from other weights than those of {draft.directory}; {again}")
+        raise EasySpecError(
+            f"{path} was made from other weights than those of {draft.directory}; {again}"
+        )
     if held.shapes() != refit_shapes(layout, draft.source.shapes()):
         raise EasySpecError(f"{path} holds other tensors than its groups need; {again}")
     return layout, held
 
 
-def refit_shapes(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def refit_shapes(
+    layout: Layout, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a refit; shapes: of the draft's."""
     expected: dict[str, tuple[int, ...]] = {}
     for site in stale_sites(layout):
@@ -96,7 +113,11 @@ def find(directory: Path, speculative: SpeculativeConfig, layout: Layout) -> Pat
     path = path_of(directory, speculative, layout)
     if path.is_file() or speculative.lp_strategy is None:
         return path
-    alike = (file for file in sorted(directory.glob("*.safetensors")) if _groups_in(file) == format_layout(layout))
+    alike = (
+        file
+        for file in sorted(directory.glob("*.safetensors"))
+        if _groups_in(file) == format_layout(layout)
+    )
     return next(alike, path)
 
 
@@ -106,7 +127,9 @@ def _groups_in(path: Path) -> str | None:
     return None
 
 
-def choose_layout(speculative: SpeculativeConfig, draft: Checkpoint) -> tuple[Layout, TensorSource | None]:
+def choose_layout(
+    speculative: SpeculativeConfig, draft: Checkpoint
+) -> tuple[Layout, TensorSource | None]:
     """The groups to draft with, and their refit, if there is any.
 
     Raises EasySpecError for impossible groups, or if the refit that was asked for is missing or unfit.
@@ -115,12 +138,18 @@ def choose_layout(speculative: SpeculativeConfig, draft: Checkpoint) -> tuple[La
     if speculative.refit == "none" or layout.lp_size == 1:
         return layout, None
     beside = draft.directory / DIRECTORY
-    path = find(beside if speculative.refit == "auto" else Path(speculative.refit), speculative, layout)
+    path = find(
+        beside if speculative.refit == "auto" else Path(speculative.refit), speculative, layout
+    )
     if path.is_file():
         found, refit = load(path, draft)
         if speculative.lp_strategy is None or found == layout:
             return found, refit
-        raise EasySpecError(f"{path} is for the groups {format_layout(found)}; run easyspec_jax.refit again")
+        raise EasySpecError(
+            f"{path} is for the groups {format_layout(found)}; run easyspec_jax.refit again"
+        )
     if speculative.refit == "auto":
         return layout, None
-    raise EasySpecError(f"--refit {speculative.refit} has no {path.name}; run easyspec_jax.refit for these groups")
+    raise EasySpecError(
+        f"--refit {speculative.refit} has no {path.name}; run easyspec_jax.refit for these groups"
+    )

@@ -30,12 +30,17 @@ class Site:
 
 def qkv_site(layer: int) -> Site:
     prefix = f"model.layers.{layer}."
-    return Site(f"{prefix}input_layernorm", tuple(f"{prefix}self_attn.{name}_proj" for name in "qkv"))
+    return Site(
+        f"{prefix}input_layernorm", tuple(f"{prefix}self_attn.{name}_proj" for name in "qkv")
+    )
 
 
 def gate_up_site(layer: int) -> Site:
     prefix = f"model.layers.{layer}."
-    return Site(f"{prefix}post_attention_layernorm", tuple(f"{prefix}mlp.{name}_proj" for name in ("gate", "up")))
+    return Site(
+        f"{prefix}post_attention_layernorm",
+        tuple(f"{prefix}mlp.{name}_proj" for name in ("gate", "up")),
+    )
 
 
 def stale_sites(layout: Layout) -> Iterator[Site]:
@@ -48,14 +53,19 @@ def stale_sites(layout: Layout) -> Iterator[Site]:
 def prior(loader: Loader, site: Site) -> np.ndarray:
     """A projection of normed inputs and a 1: [hidden + 1, out], in float64."""
     norm = loader.source.read(f"{site.norm}.weight").astype(np.float64)
-    weights = [loader.source.read(f"{part}.weight").astype(np.float64).T * norm[:, None] for part in site.parts]
+    weights = [
+        loader.source.read(f"{part}.weight").astype(np.float64).T * norm[:, None]
+        for part in site.parts
+    ]
     return np.concatenate([np.concatenate(weights, axis=1), _bias(loader, site)[None]])
 
 
 def _bias(loader: Loader, site: Site) -> np.ndarray:
     shapes = loader.source.shapes()
     biases = (
-        loader.source.read(f"{part}.bias") if f"{part}.bias" in shapes else np.zeros(shapes[f"{part}.weight"][0])
+        loader.source.read(f"{part}.bias")
+        if f"{part}.bias" in shapes
+        else np.zeros(shapes[f"{part}.weight"][0])
         for part in site.parts
     )
     return np.concatenate([bias.astype(np.float64) for bias in biases])
@@ -79,19 +89,29 @@ def named(loader: Loader, site: Site, projection: Float[np.ndarray, "inputs out"
     columns = np.split(projection, np.cumsum(sizes)[:-1], axis=1)
     tensors: Tensors = {f"{site.norm}.weight": np.ones(projection.shape[0] - 1, np.float32)}
     for part, values in zip(site.parts, columns, strict=True):
-        tensors |= {f"{part}.weight": np.ascontiguousarray(values[:-1].T), f"{part}.bias": values[-1]}
+        tensors |= {
+            f"{part}.weight": np.ascontiguousarray(values[:-1].T),
+            f"{part}.bias": values[-1],
+        }
     return tensors
 
 
 def joined(tensors: Tensors, site: Site) -> Float[np.ndarray, "inputs out"]:
     """The inverse of named()."""
-    columns = [np.concatenate([tensors[f"{part}.weight"].T, tensors[f"{part}.bias"][None]]) for part in site.parts]
+    columns = [
+        np.concatenate([tensors[f"{part}.weight"].T, tensors[f"{part}.bias"][None]])
+        for part in site.parts
+    ]
     return np.concatenate(columns, axis=1)
 
 
-def products(h: Hidden, y: Float[Array, "batch tokens out"], config: ModelConfig) -> tuple[Array, Array]:
+def products(
+    h: Hidden, y: Float[Array, "batch tokens out"], config: ModelConfig
+) -> tuple[Array, Array]:
     """xᵀx and xᵀy of the inputs x that a refit projection has: normed, with a 1 for the bias."""
     x = rms_norm(h.astype(jnp.float32), jnp.ones(h.shape[-1], jnp.float32), config.rms_norm_eps)
-    x = jnp.concatenate([x, jnp.ones((*x.shape[:2], 1), jnp.float32)], axis=-1).reshape(-1, x.shape[-1] + 1)
+    x = jnp.concatenate([x, jnp.ones((*x.shape[:2], 1), jnp.float32)], axis=-1).reshape(
+        -1, x.shape[-1] + 1
+    )
     y = y.astype(jnp.float32).reshape(x.shape[0], -1)
     return x.T @ x, x.T @ y

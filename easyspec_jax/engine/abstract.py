@@ -41,7 +41,11 @@ class AbsentDevice:
 def absent_mesh(shape: MeshShape, platform: Platform) -> Mesh:
     """As easyspec_jax.parallel.mesh.open_mesh, of devices that need not be there."""
     devices = np.asarray([AbsentDevice(index, platform) for index in range(shape.size)], object)
-    return Mesh(devices.reshape(shape.layer, shape.tensor), ALL_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    return Mesh(
+        devices.reshape(shape.layer, shape.tensor),
+        ALL_AXES,
+        axis_types=(jax.sharding.AxisType.Auto,) * 2,
+    )
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,9 @@ def abstract_pair(
     def loader(config: ModelConfig, axes: Axes) -> ShapeLoader:
         configs = [c for c in (target, draft) if c is not None]
         rows = padded_vocab_size(mesh, *configs)
-        return ShapeLoader(Shapes(expected_shapes(config)), config, mesh, axes, dtype, rows, config.vocab_size)  # pyright: ignore[reportArgumentType]
+        return ShapeLoader(
+            Shapes(expected_shapes(config)), config, mesh, axes, dtype, rows, config.vocab_size
+        )  # pyright: ignore[reportArgumentType]
 
     of_target = loader(target, ALL_AXES)
     layers = [of_target.layer(index) for index in range(target.num_hidden_layers)]
@@ -109,13 +115,20 @@ def abstract_state(programs: Programs, rows: int, capacity: int) -> State:
     """The state that `programs` would start with, with a jax.ShapeDtypeStruct for every array."""
     everywhere = NamedSharding(programs.mesh, P())
     types = (np.uint32, np.int32, np.float32, np.int32, np.float32)
-    request = RowSampling(*(jax.ShapeDtypeStruct((rows,), dtype, sharding=everywhere) for dtype in types))  # pyright: ignore[reportArgumentType]
+    fields: list[Any] = [
+        jax.ShapeDtypeStruct((rows,), dtype, sharding=everywhere) for dtype in types
+    ]
+    request = RowSampling(*fields)
     limits = jax.ShapeDtypeStruct((rows,), np.int32, sharding=everywhere)
     body = partial(init_state, capacity=capacity, size=programs.config.pending_size)
-    state = jax.eval_shape(programs.mapped(body, (P(), P()), programs.state_spec), programs.leaves, request, limits)
+    state = jax.eval_shape(
+        programs.mapped(body, (P(), P()), programs.state_spec), programs.leaves, request, limits
+    )
 
     def placed(sharding: NamedSharding, part: Any) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part
+        )
 
     return jax.tree.map(placed, programs._shardings[0], state)
 

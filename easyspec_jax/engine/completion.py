@@ -92,7 +92,9 @@ class Generation:
     def _push(self, report: Report, row: int) -> tuple[str, int]:
         """The text that a report adds to the row, and of how many tokens."""
         before = len(self.text.ids)
-        piece = self.text.push([int(token) for token in report.tokens[row, : report.num_tokens[row]]])
+        piece = self.text.push(
+            [int(token) for token in report.tokens[row, : report.num_tokens[row]]]
+        )
         self.finished = self.text.stopped or bool(report.done[row])
         self.fault = Fault.NONE if self.text.stopped else Fault(int(report.fault[row]))
         return piece, len(self.text.ids) - before
@@ -101,8 +103,20 @@ class Generation:
         """The finished row. directories: of the models that may be at fault."""
         reason, error = "length", None
         if self.fault:
-            reason, error = "error", f"{directories[self.fault]} gave logits that are not finite; check its weights"
+            reason, error = (
+                "error",
+                f"{directories[self.fault]} gave logits that are not finite; check its weights",
+            )
         elif self.text.stopped or self.text.ids[-1] in stop_ids:
             reason = "stop"
         ids, text = self.text.ids, self.text.text
-        return Completion(self.prompt, self.prompt_ids, ids, text, reason, self.stats, self.tokens_per_round, error)
+        return Completion(
+            self.prompt,
+            self.prompt_ids,
+            ids,
+            text,
+            reason,
+            self.stats,
+            self.tokens_per_round,
+            error,
+        )

@@ -60,8 +60,19 @@ class Engine:
         max_length: int,
         dtype: str,
     ) -> None:
-        self.target, self.draft, self.tokenizer, self.layout, self.refit = target, draft, tokenizer, layout, refit
-        self.mesh, self.speculative, self.max_length, self.dtype = mesh, speculative, max_length, dtype
+        self.target, self.draft, self.tokenizer, self.layout, self.refit = (
+            target,
+            draft,
+            tokenizer,
+            layout,
+            refit,
+        )
+        self.mesh, self.speculative, self.max_length, self.dtype = (
+            mesh,
+            speculative,
+            max_length,
+            dtype,
+        )
         self._target: Decoder | None = None
         self._draft: Decoder | None = None
         self._programs: dict[RoundConfig, Programs] = {}
@@ -72,7 +83,9 @@ class Engine:
         target = self._load_target(bar)
         if self._draft is None and self.draft is not None:
             with bar("Loading draft"):
-                self._draft = load_draft(self.loader(self.draft, self._draft_axes), self.layout, self.refit)
+                self._draft = load_draft(
+                    self.loader(self.draft, self._draft_axes), self.layout, self.refit
+                )
         hosts.meet()  # their disks may differ
         connect(self.mesh)
         return target, self._draft
@@ -94,9 +107,13 @@ class Engine:
 
     def baseline(self) -> "Engine":
         """Plain decoding of the same target on the same mesh; its weights are shared."""
-        return self.variant(SpeculativeConfig(method="vanilla", verifier=self.speculative.chosen_verifier))
+        return self.variant(
+            SpeculativeConfig(method="vanilla", verifier=self.speculative.chosen_verifier)
+        )
 
-    def variant(self, speculative: SpeculativeConfig, shape: MeshShape | None = None, bar: Bar = no_bar) -> "Engine":
+    def variant(
+        self, speculative: SpeculativeConfig, shape: MeshShape | None = None, bar: Bar = no_bar
+    ) -> "Engine":
         """The same pair on the same devices, decoded otherwise; weights that lie alike are shared.
 
         shape: how the devices are split, by default as here. Raises EasySpecError for groups that the draft cannot
@@ -109,11 +126,21 @@ class Engine:
         draft, layout, refit = None, Layout.uniform(()), None
         if speculative.method != "vanilla":
             if self.draft is None:
-                raise EasySpecError(f"--method {speculative.method} needs --draft DIR (or use --method vanilla)")
+                raise EasySpecError(
+                    f"--method {speculative.method} needs --draft DIR (or use --method vanilla)"
+                )
             draft = self.draft
             layout, refit = choose_layout(speculative, draft)
         engine = Engine(
-            self.target, draft, self.tokenizer, layout, refit, mesh, speculative, self.max_length, self.dtype
+            self.target,
+            draft,
+            self.tokenizer,
+            layout,
+            refit,
+            mesh,
+            speculative,
+            self.max_length,
+            self.dtype,
         )
         engine._target = jax.tree.map(partial(_seen_from, mesh), self._load_target(bar))
         if mesh == self.mesh and speculative.weights_key == self.speculative.weights_key:
@@ -129,7 +156,9 @@ class Engine:
                 "(by default what both models were made for); shorten it"
             )
         if max(ids) >= self.target.config.vocab_size:
-            raise EasySpecError(f"the tokenizer gives id {max(ids)}, for which the target has no embedding")
+            raise EasySpecError(
+                f"the tokenizer gives id {max(ids)}, for which the target has no embedding"
+            )
         return ids
 
     def generate(
@@ -150,9 +179,13 @@ class Engine:
         if isinstance(prompts, str):
             raise EasySpecError("generate() takes a list of prompts, not one string")
         if any(isinstance(prompt, Mapping) for prompt in prompts):
-            raise EasySpecError("generate() takes a list of prompts; put one conversation into a list")
+            raise EasySpecError(
+                "generate() takes a list of prompts; put one conversation into a list"
+            )
         if on_text is not None and batch_size > 1:
-            raise EasySpecError("texts of one batch cannot be streamed at once; leave out on_text or batch_size")
+            raise EasySpecError(
+                "texts of one batch cannot be streamed at once; leave out on_text or batch_size"
+            )
         sampling = sampling or SamplingParams()
         batches = batched([(prompt, self.encode(prompt, chat)) for prompt in prompts], batch_size)
         return itertools.chain.from_iterable(
@@ -206,7 +239,9 @@ class Engine:
         sizes = sorted(set().union(*growths))
         return Preparation(sizes, loaded - begun, time.perf_counter() - loaded)
 
-    def _growth(self, programs: Programs, batch: Sequence[Sequence[int]], sampling: SamplingParams) -> tuple[int, ...]:
+    def _growth(
+        self, programs: Programs, batch: Sequence[Sequence[int]], sampling: SamplingParams
+    ) -> tuple[int, ...]:
         """The sizes that the caches of a batch go through."""
         paths = [programs.capacities(len(ids), self._limit(ids, sampling)) for ids in batch]
         first, last = (max(path[place] for path in paths) for place in (0, -1))
@@ -254,7 +289,9 @@ class Engine:
         """
         if batch_size < 1:
             raise EasySpecError(f"--batch-size {batch_size} must be at least 1")
-        for config, alike in itertools.groupby(enumerate(rows), lambda item: self.config(item[1].sampling)):
+        for config, alike in itertools.groupby(
+            enumerate(rows), lambda item: self.config(item[1].sampling)
+        ):
             first = list(itertools.islice(alike, batch_size))
             if not checked:
                 tokens = max(len(row.prompt_ids) + row.limit for _, row in first)
@@ -262,7 +299,9 @@ class Engine:
                 self.check_memory(tokens, prompt, batch_size, first[0][1].sampling)
             programs = self.programs(first[0][1].sampling)
             assert programs.config == config
-            capacity = max(programs.capacities(len(row.prompt_ids), row.limit)[0] for _, row in first)
+            capacity = max(
+                programs.capacities(len(row.prompt_ids), row.limit)[0] for _, row in first
+            )
             with closing(Batch(programs, batch_size, capacity)) as batch:
                 yield from self._refilled(batch, itertools.chain(first, alike), batch_size)  # noqa: B031
 
@@ -323,7 +362,10 @@ class Engine:
         Raises:
             EasySpecError: It would not fit.
         """
-        check_memory(self.workload(tokens, prompt, rows, sampling), self.free_memory() if free is None else free)
+        check_memory(
+            self.workload(tokens, prompt, rows, sampling),
+            self.free_memory() if free is None else free,
+        )
 
     def workload(self, tokens: int, prompt: int, rows: int, sampling: SamplingParams) -> Workload:
         """Workload that check_memory is asked about: rows of up to `tokens` tokens, `prompt` of them the prompt."""

@@ -18,7 +18,12 @@ from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.decode.programs import PREFILL_CHUNK, Programs
 from easyspec_jax.decode.round import RoundConfig
 from easyspec_jax.draft.grouping import Layout
-from easyspec_jax.engine.abstract import absent_mesh, abstract_pair, abstract_state, bytes_per_device
+from easyspec_jax.engine.abstract import (
+    absent_mesh,
+    abstract_pair,
+    abstract_state,
+    bytes_per_device,
+)
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.parallel.mesh import MAX_VIRTUAL_DEVICES, TENSOR, Axes, axes_size, parse_mesh
@@ -82,8 +87,14 @@ def needed(job: Workload) -> Need:
 @lru_cache(maxsize=64)  # the flags that would help are found by trying many
 def _of_models(job: Workload) -> tuple[tuple[Decoder, Decoder | None], int, int]:
     """Sizes independent of the texts: the models, bytes of their weights, and bytes of a row's cache entry."""
-    models = abstract_pair(job.target, job.draft, job.mesh, job.layout, job.refit, job.draft_axes, np.dtype(job.dtype))
-    missing = [model for model, held in zip(models, (job.target_held, job.draft_held), strict=True) if not held]
+    models = abstract_pair(
+        job.target, job.draft, job.mesh, job.layout, job.refit, job.draft_axes, np.dtype(job.dtype)
+    )
+    missing = [
+        model
+        for model, held in zip(models, (job.target_held, job.draft_held), strict=True)
+        if not held
+    ]
     state = abstract_state(Programs(job.mesh, *models, job.round), 1, PREFILL_CHUNK)
     entry = bytes_per_device((state.target, state.draft)) // PREFILL_CHUNK
     if _platform(job.mesh) != "cpu":
@@ -97,7 +108,10 @@ def _working(model: Decoder, programs: Programs, job: Workload) -> int:
     nodes = 1 + (job.round.nodes or job.round.levels * job.round.width)
     capacity = programs.capacity(job.tokens)
     # The exact pass of a group computes one layer at a time, split over "tensor" alone.
-    heads = -(-config.num_attention_heads // (split if model is programs.target else job.mesh.shape[TENSOR]))
+    heads = -(
+        -config.num_attention_heads
+        // (split if model is programs.target else job.mesh.shape[TENSOR])
+    )
     inner = -(-config.intermediate_size // split)
     vocabulary = model.embedding.shape[0] // split
     for_each_token = 4 * ((2 * heads + 1) * capacity + 3 * inner + 6 * config.hidden_size)
@@ -109,14 +123,20 @@ def free_memory(mesh: Mesh) -> int | None:
     if _platform(mesh) == "cpu":
         return _free_on_host()
     told = [device.memory_stats() for device in mesh.local_devices]
-    limits = [stats["bytes_limit"] - stats.get("bytes_in_use", 0) for stats in told if stats and "bytes_limit" in stats]
+    limits = [
+        stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+        for stats in told
+        if stats and "bytes_limit" in stats
+    ]
     return min(limits, default=None)
 
 
 def _free_on_host() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        return next(
+            1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")
+        )
     except (OSError, ValueError, StopIteration):  # no Linux
         pass
     try:
@@ -134,7 +154,9 @@ def check_memory(job: Workload, free: int | None) -> None:
     parts = f"weights {_gib(need.weights)}, caches {_gib(need.caches)}, intermediate results {_gib(need.working)}"
     helping = list(_flags_that_help(job, free))
     advice = (
-        f"it would fit with {' or '.join(helping)}" if helping else "use a machine with more memory, or smaller models"
+        f"it would fit with {' or '.join(helping)}"
+        if helping
+        else "use a machine with more memory, or smaller models"
     )
     raise EasySpecError(
         f"the models need {_gib(need.total)} GiB {where} ({parts}) and {_gib(free)} GiB are free; {advice}"
@@ -152,9 +174,15 @@ def _flags_that_help(job: Workload, free: int) -> Iterator[str]:
             if devices <= MAX_VIRTUAL_DEVICES and fits(replace(job, mesh=_mesh_of(devices, job))):
                 yield f"--mesh {devices}"
                 break
-    if job.dtype == "float32" and not (job.target_held or job.draft_held) and fits(replace(job, dtype="bfloat16")):
+    if (
+        job.dtype == "float32"
+        and not (job.target_held or job.draft_held)
+        and fits(replace(job, dtype="bfloat16"))
+    ):
         yield "--dtype bfloat16"
-    tokens = _largest(lambda tokens: fits(replace(job, tokens=tokens, max_length=tokens)), job.tokens)
+    tokens = _largest(
+        lambda tokens: fits(replace(job, tokens=tokens, max_length=tokens)), job.tokens
+    )
     if tokens > job.prompt:
         yield f"--max-length {tokens}"
     if rows := _largest(lambda rows: fits(replace(job, rows=rows)), job.rows):

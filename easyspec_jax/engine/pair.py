@@ -48,11 +48,16 @@ def open_model(
     second, layout, refit = None, Layout.uniform(()), None
     if speculative.method != "vanilla":
         if draft is None:
-            raise EasySpecError(f"--method {speculative.method} needs --draft DIR (or use --method vanilla)")
+            raise EasySpecError(
+                f"--method {speculative.method} needs --draft DIR (or use --method vanilla)"
+            )
         second = open_checkpoint(draft, allow_links=allow_links)
         check_same_ids(tokenizer, load_tokenizer(second.directory))
         layout, refit = choose_layout(speculative, second)
-    smallest = min((c for c in (opened, second) if c is not None), key=lambda c: c.config.max_position_embeddings)
+    smallest = min(
+        (c for c in (opened, second) if c is not None),
+        key=lambda c: c.config.max_position_embeddings,
+    )
     positions = smallest.config.max_position_embeddings
     if max_length is not None and not 2 <= max_length <= positions:
         raise EasySpecError(
@@ -77,4 +82,8 @@ def _with_stop_ids(checkpoint: Checkpoint, further: Iterable[int]) -> Checkpoint
     """The checkpoint with further ids that end a text, as far as its embedding has them."""
     known = checkpoint.config.stop_ids
     added = tuple(i for i in further if i not in known and i < checkpoint.config.vocab_size)
-    return replace(checkpoint, config=replace(checkpoint.config, stop_ids=(*known, *added))) if added else checkpoint
+    return (
+        replace(checkpoint, config=replace(checkpoint.config, stop_ids=(*known, *added)))
+        if added
+        else checkpoint
+    )

@@ -17,7 +17,9 @@ from easyspec_jax.model.norm import rms_norm
 from easyspec_jax.model.projection import Projection
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["start", "mask", "cos", "sin"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["start", "mask", "cos", "sin"], meta_fields=[]
+)
 @dataclass(frozen=True)
 class Window:
     """Positions of the tokens of one pass: row b's tokens take the cache entries from start[b] on.
@@ -31,7 +33,9 @@ class Window:
     sin: Float[Array, "batch tokens half"]
 
 
-def chain_window(start: Int[Array, " batch"], tokens: int, capacity: int, config: ModelConfig) -> Window:
+def chain_window(
+    start: Int[Array, " batch"], tokens: int, capacity: int, config: ModelConfig
+) -> Window:
     """The window of consecutive tokens, each reading everything up to itself."""
     positions = start[:, None] + jnp.arange(tokens, dtype=start.dtype)[None, :]
     mask = jnp.arange(capacity, dtype=start.dtype)[None, None, :] <= positions[:, :, None]
@@ -77,7 +81,9 @@ def rotate(
     """Rotary position embedding in Hugging Face's layout: channel i pairs with channel i + head_dim / 2."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = window.cos[:, None], window.sin[:, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -98,7 +104,9 @@ class Attention(nnx.Module):
         group: int,
     ) -> None:
         self.qkv, self.out = qkv, nnx.Param(out)
-        self.query_norm, self.key_norm = (None, None) if head_norms is None else map(nnx.Param, head_norms)
+        self.query_norm, self.key_norm = (
+            (None, None) if head_norms is None else map(nnx.Param, head_norms)
+        )
         self.kv_heads, self.group = kv_heads, group
 
     def __call__(
@@ -134,18 +142,27 @@ class Attention(nnx.Module):
         queries = self.kv_heads * self.group
         q, k, v = jnp.split(x, [queries, queries + self.kv_heads], axis=1)
         if self.query_norm is not None and self.key_norm is not None:
-            q, k = rms_norm(q, self.query_norm[...], self.qkv.eps), rms_norm(k, self.key_norm[...], self.qkv.eps)
+            q, k = (
+                rms_norm(q, self.query_norm[...], self.qkv.eps),
+                rms_norm(k, self.key_norm[...], self.qkv.eps),
+            )
         return q, k, v
 
-    def _attend(self, q: Array, cache: KVCache, mask: Bool[Array, "batch tokens capacity"]) -> Array:
+    def _attend(
+        self, q: Array, cache: KVCache, mask: Bool[Array, "batch tokens capacity"]
+    ) -> Array:
         batch, _, tokens, head_dim = q.shape
         # A key head's queries are extra rows of one product, so keys are read once.
         q = q.reshape(batch * self.kv_heads, self.group * tokens, head_dim)
         scores = jnp.einsum("kqd,ksd->kqs", q, cache.k, preferred_element_type=jnp.float32)
-        scores = scores.reshape(batch, self.kv_heads, self.group, tokens, -1) * np.float32(head_dim**-0.5)
+        scores = scores.reshape(batch, self.kv_heads, self.group, tokens, -1) * np.float32(
+            head_dim**-0.5
+        )
         scores = jnp.where(mask[:, None, None], scores, np.float32(-np.inf))
         weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
         weights = weights.reshape(batch * self.kv_heads, self.group * tokens, -1)
         mixed = jnp.einsum("kqs,ksd->kqd", weights, cache.v)
-        mixed = mixed.reshape(batch, self.kv_heads * self.group, tokens, head_dim).transpose(0, 2, 1, 3)
+        mixed = mixed.reshape(batch, self.kv_heads * self.group, tokens, head_dim).transpose(
+            0, 2, 1, 3
+        )
         return mixed.reshape(batch, tokens, -1) @ self.out[...]

@@ -54,11 +54,15 @@ def write(
     return KVCache(_by_row(put, cache.k, k, start), _by_row(put, cache.v, v, start))
 
 
-def move(cache: KVCache, source: Int[Array, "batch entries"], start: Int[Array, " batch"]) -> KVCache:
+def move(
+    cache: KVCache, source: Int[Array, "batch entries"], start: Int[Array, " batch"]
+) -> KVCache:
     """The cache with row b's entries source[b] copied to start[b] and on, in every layer of a stack."""
 
     def put(
-        row: Float[Array, "*slots kv_heads capacity head_dim"], entries: Int[Array, " entries"], at: Int[Array, ""]
+        row: Float[Array, "*slots kv_heads capacity head_dim"],
+        entries: Int[Array, " entries"],
+        at: Int[Array, ""],
     ) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(row, row[..., entries, :], at, axis=-2)
 
@@ -67,7 +71,9 @@ def move(cache: KVCache, source: Int[Array, "batch entries"], start: Int[Array, 
 
 def take_row(cache: KVCache, row: Int[Array, ""], batch: int) -> KVCache:
     """One row, as a cache of a batch of one."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, *_heads(x, row, batch), axis=-3), cache)
+    return jax.tree.map(
+        lambda x: jax.lax.dynamic_slice_in_dim(x, *_heads(x, row, batch), axis=-3), cache
+    )
 
 
 def put_row(cache: KVCache, own: KVCache, row: Int[Array, ""], batch: int) -> KVCache:
@@ -81,21 +87,31 @@ def put_row(cache: KVCache, own: KVCache, row: Int[Array, ""], batch: int) -> KV
 
 def extend(cache: KVCache, capacity: int) -> KVCache:
     """The cache with zeros behind its entries, up to a greater capacity."""
-    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, capacity - x.shape[-2]), (0, 0)]), cache)
+    return jax.tree.map(
+        lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, capacity - x.shape[-2]), (0, 0)]), cache
+    )
 
 
-def _heads(x: Float[Array, "*slots batch_heads capacity head_dim"], row: Int[Array, ""], batch: int) -> tuple[Any, int]:
+def _heads(
+    x: Float[Array, "*slots batch_heads capacity head_dim"], row: Int[Array, ""], batch: int
+) -> tuple[Any, int]:
     """The first of a row's heads among all rows', and how many there are."""
     heads = x.shape[-3] // batch
     return row * heads, heads
 
 
 def _by_row(
-    put: Callable[..., Array], x: Float[Array, "*slots batch_heads capacity head_dim"], *of_rows: Array
+    put: Callable[..., Array],
+    x: Float[Array, "*slots batch_heads capacity head_dim"],
+    *of_rows: Array,
 ) -> Float[Array, "*slots batch_heads capacity head_dim"]:
     """put(row, …) of every row of a cache, with the row's part of each other argument."""
     batch, axis = len(of_rows[0]), x.ndim - 3
-    if batch == 1:  # an update at one place; under vmap it would be a scatter, around which XLA makes copies
+    if (
+        batch == 1
+    ):  # an update at one place; under vmap it would be a scatter, around which XLA makes copies
         return put(x, *(y[0] for y in of_rows))
     rows = x.reshape(*x.shape[:axis], batch, -1, *x.shape[-2:])
-    return jax.vmap(put, in_axes=(axis, *(0,) * len(of_rows)), out_axes=axis)(rows, *of_rows).reshape(x.shape)
+    return jax.vmap(put, in_axes=(axis, *(0,) * len(of_rows)), out_axes=axis)(
+        rows, *of_rows
+    ).reshape(x.shape)

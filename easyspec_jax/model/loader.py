@@ -92,7 +92,12 @@ class Loader:
 
         def fill(out: np.ndarray, where: Slices) -> None:
             part = _clipped(where[1].start, width, inner)
-            self._read(out[:, : _length(part)], f"model.layers.{index}.mlp.down_proj.weight", slice(0, hidden), part)
+            self._read(
+                out[:, : _length(part)],
+                f"model.layers.{index}.mlp.down_proj.weight",
+                slice(0, hidden),
+                part,
+            )
 
         down = self.place_shards((hidden, width * shards), P(None, self.axes or None), fill)
         return MLP(self.gate_up(index), down)
@@ -124,7 +129,9 @@ class Loader:
 
     def place(self, array: np.ndarray, spec: P) -> Array:
         """A host array on the mesh; each process hands over only the shards of its own devices."""
-        return self.place_shards(array.shape, spec, lambda out, where: np.copyto(out, array[where], casting="unsafe"))
+        return self.place_shards(
+            array.shape, spec, lambda out, where: np.copyto(out, array[where], casting="unsafe")
+        )
 
     def place_shards(self, shape: tuple[int, ...], spec: P, fill: Fill) -> Array:
         """An array on the mesh, of which each process makes only the shards of its own devices."""
@@ -136,7 +143,9 @@ class Loader:
             return out
 
         places = {
-            device: tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
+            device: tuple(
+                part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True)
+            )
             for device, index in sharding.addressable_devices_indices_map(shape).items()
         }
         distinct = list(dict.fromkeys(places.values()))
@@ -150,10 +159,14 @@ class Loader:
             rows = _clipped(where[0].start, len(out), self.config.vocab_size)
             self._read(out[: _length(rows)], name, rows)
 
-        return self.place_shards((self.vocab_rows, self.config.hidden_size), P(self.axes or None, None), fill)
+        return self.place_shards(
+            (self.vocab_rows, self.config.hidden_size), P(self.axes or None, None), fill
+        )
 
     def _vector(self, name: str) -> Array:
-        return self.place_shards((self.config.hidden_size,), P(None), lambda out, where: self._read(out, name, *where))
+        return self.place_shards(
+            (self.config.hidden_size,), P(None), lambda out, where: self._read(out, name, *where)
+        )
 
     def _place_layer(self, layer: int) -> Place:
         """Puts what belongs to one layer on the mesh."""
@@ -176,25 +189,42 @@ class Loader:
         return place
 
     def _attention(self, layers: Sequence[int], head_axes: Axes, place: Place) -> Attention:
-        layout, head_dim, hidden = self._head_layout(head_axes), self.config.head_dim, self.config.hidden_size
+        layout, head_dim, hidden = (
+            self._head_layout(head_axes),
+            self.config.head_dim,
+            self.config.hidden_size,
+        )
         queries = layout.query_index.shape[1] * head_dim
 
         def fill_out(out: np.ndarray, where: Slices, layer: int) -> None:
             for rows, stored in _head_runs(layout.query_index[where[0].start // queries], head_dim):
-                self._read(out[rows].T, f"model.layers.{layer}.self_attn.o_proj.weight", slice(0, hidden), stored)
+                self._read(
+                    out[rows].T,
+                    f"model.layers.{layer}.self_attn.o_proj.weight",
+                    slice(0, hidden),
+                    stored,
+                )
 
         norm = partial(self._layer_vector, size=head_dim, place=place)
         return Attention(
             self._qkv(layers, head_axes, place),
-            out=place((len(layout.kv_index) * queries, hidden), P(head_axes or None, None), fill_out),
-            head_norms=(norm("self_attn.q_norm"), norm("self_attn.k_norm")) if self.config.qk_norm else None,
+            out=place(
+                (len(layout.kv_index) * queries, hidden), P(head_axes or None, None), fill_out
+            ),
+            head_norms=(norm("self_attn.q_norm"), norm("self_attn.k_norm"))
+            if self.config.qk_norm
+            else None,
             kv_heads=layout.kv_heads,
             group=layout.group,
         )
 
     def _qkv(self, layers: Sequence[int], head_axes: Axes, place: Place) -> Projection:
         layout, split = self._head_layout(head_axes), head_axes or None
-        shards, head_dim, hidden = len(layout.kv_index), self.config.head_dim, self.config.hidden_size
+        shards, head_dim, hidden = (
+            len(layout.kv_index),
+            self.config.head_dim,
+            self.config.hidden_size,
+        )
         fused = (layout.query_index.shape[1] + 2 * layout.kv_heads) * head_dim
         present = self.source.shapes()
 
@@ -205,7 +235,9 @@ class Loader:
             for name, heads in zip("qkv", indices, strict=True):
                 part = out[start : start + len(heads) * head_dim]
                 for rows, stored in _head_runs(heads, head_dim):
-                    self._read(part[rows], f"model.layers.{layer}.self_attn.{name}_proj.{kind}", stored)
+                    self._read(
+                        part[rows], f"model.layers.{layer}.self_attn.{name}_proj.{kind}", stored
+                    )
                 start += len(part)
 
         def fill_weight(out: np.ndarray, where: Slices, layer: int) -> None:
@@ -265,4 +297,7 @@ def _head_runs(heads: np.ndarray, head_dim: int) -> Iterator[tuple[slice, slice]
         run = [head for head in heads[start:stop] if head >= 0]
         if run:
             first = stop - len(run)
-            yield slice(first * head_dim, stop * head_dim), slice(run[0] * head_dim, (run[-1] + 1) * head_dim)
+            yield (
+                slice(first * head_dim, stop * head_dim),
+                slice(run[0] * head_dim, (run[-1] + 1) * head_dim),
+            )

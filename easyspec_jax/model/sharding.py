@@ -47,7 +47,9 @@ def head_layout(num_heads: int, num_kv_heads: int, shards: int) -> HeadLayout:
             chosen = np.arange(copy * per_copy, min((copy + 1) * per_copy, queries))
             kv_index[unit] = head
             query_index[unit, : len(chosen)] = head * queries + chosen
-    return HeadLayout(per_shard, per_copy, kv_index.reshape(shards, -1), query_index.reshape(shards, -1))
+    return HeadLayout(
+        per_shard, per_copy, kv_index.reshape(shards, -1), query_index.reshape(shards, -1)
+    )
 
 
 def padded_vocab_size(mesh: Mesh, *configs: ModelConfig) -> int:

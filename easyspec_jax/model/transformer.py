@@ -120,7 +120,9 @@ class Decoder(nnx.Module):
             written.append(cache)
         return rms_norm(h, self.norm[...], self.config.rms_norm_eps), tuple(written)
 
-    def _window(self, where: Int[Array, " batch"] | Nodes | Window, tokens: int, capacity: int) -> Window:
+    def _window(
+        self, where: Int[Array, " batch"] | Nodes | Window, tokens: int, capacity: int
+    ) -> Window:
         if isinstance(where, Window):
             return where
         if isinstance(where, Nodes):
@@ -152,7 +154,9 @@ class Decoder(nnx.Module):
 
 
 def _product(
-    matrix: Float[Array, "out inner"], x: Float[Array, "batch tokens inner"], dtype: DTypeLike | None = None
+    matrix: Float[Array, "out inner"],
+    x: Float[Array, "batch tokens inner"],
+    dtype: DTypeLike | None = None,
 ) -> Float[Array, "batch tokens out"]:
     """Every token's x times the rows of a matrix; dtype: of the result, by default x's.
 

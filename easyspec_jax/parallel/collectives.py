@@ -35,15 +35,26 @@ def from_first_device(tree: T, axes: Axes) -> T:
     words = jnp.concatenate([_words(leaf).reshape(-1) for leaf in leaves])
     words = all_reduce(jnp.where(shard_index(axes) == 0, words, jnp.zeros_like(words)), axes)
     parts = jnp.split(words, np.cumsum([leaf.size for leaf in leaves])[:-1])
-    arrays = (_from_words(part.reshape(leaf.shape), leaf.dtype) for part, leaf in zip(parts, leaves, strict=True))
+    arrays = (
+        _from_words(part.reshape(leaf.shape), leaf.dtype)
+        for part, leaf in zip(parts, leaves, strict=True)
+    )
     return jax.tree.unflatten(structure, arrays)
 
 
 def _words(x: Array) -> Int[Array, "*shape"]:
     """Each entry as an integer that holds its bits."""
-    return jax.lax.bitcast_convert_type(x, jnp.int32) if x.dtype == jnp.float32 else x.astype(jnp.int32)
+    return (
+        jax.lax.bitcast_convert_type(x, jnp.int32)
+        if x.dtype == jnp.float32
+        else x.astype(jnp.int32)
+    )
 
 
 def _from_words(words: Int[Array, "*shape"], dtype: jnp.dtype) -> Array:
     """The inverse of _words()."""
-    return jax.lax.bitcast_convert_type(words, jnp.float32) if dtype == jnp.float32 else words.astype(dtype)
+    return (
+        jax.lax.bitcast_convert_type(words, jnp.float32)
+        if dtype == jnp.float32
+        else words.astype(dtype)
+    )

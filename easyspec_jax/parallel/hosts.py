@@ -51,7 +51,9 @@ class Peer:
         if self.num_processes < 1:
             raise EasySpecError(f"--num-processes {self.num_processes} must be at least 1")
         if not 0 <= self.process_id < self.num_processes:
-            raise EasySpecError(f"--process-id {self.process_id} must be from 0 to {self.num_processes - 1}")
+            raise EasySpecError(
+                f"--process-id {self.process_id} must be from 0 to {self.num_processes - 1}"
+            )
 
     @property
     def host(self) -> str:
@@ -78,7 +80,9 @@ def find_peer(coordinator: str | None, num_processes: int | None, process_id: in
             coordinator, num_processes, process_id, None, None, int(START)
         )
     except Exception as error:  # whatever a cluster's environment lacks
-        raise EasySpecError(f"--distributed: the cluster cannot be told ({first_line(error)}); {advice}") from None
+        raise EasySpecError(
+            f"--distributed: the cluster cannot be told ({first_line(error)}); {advice}"
+        ) from None
     address, processes, own, devices = found
     if address is None or processes is None or own is None:
         raise EasySpecError(f"--distributed: no cluster that JAX knows is found here; {advice}")
@@ -93,7 +97,11 @@ class Watch:
 
     def __init__(self, program: str, own: int, links: Mapping[int, socket.socket]) -> None:
         self._program, self._own, self._links, self._stderr = program, own, links, os.dup(2)
-        self._ending, self._arrival, self._arrived = threading.Lock(), threading.Condition(), set[int]()
+        self._ending, self._arrival, self._arrived = (
+            threading.Lock(),
+            threading.Condition(),
+            set[int](),
+        )
         for number, link in links.items():
             link.settimeout(SILENCE)
             threading.Thread(target=self._listen, args=(number, link), daemon=True).start()
@@ -135,7 +143,9 @@ class Watch:
         self._ending.acquire()  # for good: one line is enough
         self._send(f"stopped {reason}")
         with suppress(OSError):
-            os.write(self._stderr, f"{self._program}: error: {reason}; this process stops too\n".encode())
+            os.write(
+                self._stderr, f"{self._program}: error: {reason}; this process stops too\n".encode()
+            )
         os._exit(2)  # the other threads may wait in collectives for ever
 
     def _beat(self) -> None:
@@ -198,10 +208,20 @@ def joined(program: str, place: Peer, command: Any) -> Iterator[None]:
             yield
         except BaseException as error:
             # A collective that failed is one or the other; the watch is about to say whose fault it is.
-            if isinstance(error, jax.errors.JaxRuntimeError | ValueError) and "RESOURCE_EXHAUSTED" not in str(error):
+            if isinstance(
+                error, jax.errors.JaxRuntimeError | ValueError
+            ) and "RESOURCE_EXHAUSTED" not in str(error):
                 time.sleep(SILENCE + BEAT)  # muted still: JAX complains meanwhile
-            code = 130 if isinstance(error, KeyboardInterrupt) else 0 if isinstance(error, BrokenPipeError) else 2
-            watch.stop(first_line(error) if isinstance(error, Exception) else "it was interrupted", code)
+            code = (
+                130
+                if isinstance(error, KeyboardInterrupt)
+                else 0
+                if isinstance(error, BrokenPipeError)
+                else 2
+            )
+            watch.stop(
+                first_line(error) if isinstance(error, Exception) else "it was interrupted", code
+            )
             raise
         watch.meet("done")
         jax.distributed.shutdown()
@@ -255,10 +275,14 @@ def _gather(place: Peer, digest: str) -> tuple[dict[int, socket.socket], str]:
     """Connections to all others, by number, and where JAX's coordinator is to be."""
     deadline, links = time.monotonic() + START, dict[int, socket.socket]()
     try:
-        family, _, _, _, own = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)[0]
+        family, _, _, _, own = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)[
+            0
+        ]
         server = socket.create_server((own[0], place.port), family=family)
     except OSError as error:
-        raise EasySpecError(f"--coordinator {place.coordinator} cannot be opened here: {first_line(error)}") from None
+        raise EasySpecError(
+            f"--coordinator {place.coordinator} cannot be opened here: {first_line(error)}"
+        ) from None
     with server:
         while len(links) < place.num_processes - 1:
             server.settimeout(max(0.01, deadline - time.monotonic()))
@@ -272,7 +296,10 @@ def _gather(place: Peer, digest: str) -> tuple[dict[int, socket.socket], str]:
                 if time.monotonic() < deadline:
                     continue  # somebody who said nothing
                 missing = sorted(set(range(1, place.num_processes)) - links.keys())
-                _refuse(links, f"process {missing[0]} did not come to {place.coordinator} within {START:.0f} s")
+                _refuse(
+                    links,
+                    f"process {missing[0]} did not come to {place.coordinator} within {START:.0f} s",
+                )
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # none of ours
             links[number if complaint is None else -1] = link
@@ -287,14 +314,18 @@ def _gather(place: Peer, digest: str) -> tuple[dict[int, socket.socket], str]:
     return links, address
 
 
-def _complaint(hello: Mapping[str, Any], place: Peer, digest: str, links: Mapping[int, socket.socket]) -> str | None:
+def _complaint(
+    hello: Mapping[str, Any], place: Peer, digest: str, links: Mapping[int, socket.socket]
+) -> str | None:
     number, processes = hello["process"], hello["processes"]
     if processes != place.num_processes:
         return f"process {number} was given --num-processes {processes}, and process 0 {place.num_processes}"
     if number == 0 or number in links:
         return f"two processes were given --process-id {number}"
     if hello["command"] != digest:
-        return f"process {number} was given other flags or prompts than process 0; all need the same"
+        return (
+            f"process {number} was given other flags or prompts than process 0; all need the same"
+        )
     return None
 
 
@@ -311,7 +342,9 @@ def _report(place: Peer, digest: str) -> tuple[dict[int, socket.socket], str]:
     deadline = time.monotonic() + START
     while True:
         try:
-            link = socket.create_connection((place.host, place.port), timeout=max(0.01, deadline - time.monotonic()))
+            link = socket.create_connection(
+                (place.host, place.port), timeout=max(0.01, deadline - time.monotonic())
+            )
             break
         except OSError as error:
             if time.monotonic() > deadline:
@@ -329,7 +362,9 @@ def _report(place: Peer, digest: str) -> tuple[dict[int, socket.socket], str]:
             return {0: link}, answer["address"]
     except (OSError, ValueError, KeyError, TypeError):
         link.close()
-        raise EasySpecError(f"--coordinator {place.coordinator} gives no answer that process 0 would give") from None
+        raise EasySpecError(
+            f"--coordinator {place.coordinator} gives no answer that process 0 would give"
+        ) from None
     link.close()
     raise EasySpecError(f"--distributed: {answer['refused']}")
 

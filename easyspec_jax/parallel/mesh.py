@@ -53,7 +53,9 @@ def parse_mesh(text: str, group_size: int = 1) -> MeshShape:
     axes = dict(re.findall(r"(?<![^,])(\w+)=([1-9]\d{0,5})(?:,|\Z)", text))
     if set(axes) == set(ALL_AXES) and text.count(",") == 1:
         return MeshShape(int(axes[LAYER]), int(axes[TENSOR]))
-    raise EasySpecError(f'--mesh {text[:40]!r} is neither a number of devices such as "8" nor "layer=4,tensor=2"')
+    raise EasySpecError(
+        f'--mesh {text[:40]!r} is neither a number of devices such as "8" nor "layer=4,tensor=2"'
+    )
 
 
 def open_mesh(shape: MeshShape, platform: Platform | None = None, or_cpu: bool = False) -> Mesh:
@@ -65,7 +67,9 @@ def open_mesh(shape: MeshShape, platform: Platform | None = None, or_cpu: bool =
     """
     processes = hosts.count()
     if shape.size % processes:
-        raise EasySpecError(f"--mesh asks for {shape.size} devices, which {processes} processes cannot share equally")
+        raise EasySpecError(
+            f"--mesh asks for {shape.size} devices, which {processes} processes cannot share equally"
+        )
     if shape.size <= MAX_VIRTUAL_DEVICES:
         _request_cpu_devices(shape.size // processes)
     devices = _devices(platform)
@@ -73,11 +77,15 @@ def open_mesh(shape: MeshShape, platform: Platform | None = None, or_cpu: bool =
         devices = _devices("cpu")
     if len(devices) < shape.size:
         kind = devices[0].platform
-        advice = f"use --mesh {len(devices)}" + ("" if kind == "cpu" else " or --platform cpu (virtual devices)")
+        advice = f"use --mesh {len(devices)}" + (
+            "" if kind == "cpu" else " or --platform cpu (virtual devices)"
+        )
         raise EasySpecError(
             f"--mesh asks for {shape.size} devices but there are {len(devices)} of platform {kind}; {advice}"
         )
-    return Mesh(spread(devices, shape, processes), ALL_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    return Mesh(
+        spread(devices, shape, processes), ALL_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
 
 
 def spread(devices: Sequence[Any], shape: MeshShape, processes: int) -> np.ndarray:
@@ -90,10 +98,16 @@ def spread(devices: Sequence[Any], shape: MeshShape, processes: int) -> np.ndarr
     for process in range(processes) if processes > 1 else ():
         own.append([device for device in devices if device.process_index == process])
         if len(own[-1]) < each:
-            raise EasySpecError(f"--mesh asks for {each} devices a process, and process {process} has {len(own[-1])}")
-    chosen = np.asarray([of_process[:each] for of_process in own] or [devices[: shape.size]], object)
+            raise EasySpecError(
+                f"--mesh asks for {each} devices a process, and process {process} has {len(own[-1])}"
+            )
+    chosen = np.asarray(
+        [of_process[:each] for of_process in own] or [devices[: shape.size]], object
+    )
     layer = math.gcd(shape.layer, each)  # of one process
-    blocks = chosen.reshape(shape.layer // layer, shape.tensor * layer // each, layer, each // layer)
+    blocks = chosen.reshape(
+        shape.layer // layer, shape.tensor * layer // each, layer, each // layer
+    )
     return blocks.transpose(0, 2, 1, 3).reshape(shape.layer, shape.tensor)
 
 
@@ -106,7 +120,9 @@ def connect(mesh: Mesh) -> None:
     if hosts.count() == 1:
         return
     for axes in (ALL_AXES, (LAYER,), (TENSOR,)):
-        total = jax.shard_map(partial(jax.lax.psum, axis_name=axes), mesh=mesh, in_specs=P(), out_specs=P())
+        total = jax.shard_map(
+            partial(jax.lax.psum, axis_name=axes), mesh=mesh, in_specs=P(), out_specs=P()
+        )
         jax.block_until_ready(jax.jit(total)(replicated(np.ones(1, np.float32), mesh)))
 
 
@@ -114,7 +130,9 @@ def replicated(x: ArrayLike, mesh: Mesh) -> jax.Array:
     """The same array on every device; every process has to have it."""
     array = np.asarray(x)
     # device_put would have all processes compare it first.
-    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, P()), lambda index: array[index])
+    return jax.make_array_from_callback(
+        array.shape, NamedSharding(mesh, P()), lambda index: array[index]
+    )
 
 
 def _devices(platform: Platform | None) -> list[Any]:
@@ -122,7 +140,9 @@ def _devices(platform: Platform | None) -> list[Any]:
         return jax.devices(platform)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        raise EasySpecError(f"--platform {platform or '(default)'}: JAX finds no such device here ({reason})") from None
+        raise EasySpecError(
+            f"--platform {platform or '(default)'}: JAX finds no such device here ({reason})"
+        ) from None
 
 
 def _request_cpu_devices(count: int) -> None:

@@ -20,7 +20,9 @@ from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape, open_mesh
 from easyspec_jax.plan.machines import Topology, target_config
 from easyspec_jax.plan.traffic import in_jaxpr
 
-COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(")
+COLLECTIVE = re.compile(
+    r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\("
+)
 
 
 class CannotCompile(Exception):
@@ -72,12 +74,16 @@ def topology_mesh(topology: Topology, shape: MeshShape) -> Mesh:
         devices = _absent_devices(topology.name, "tpu", ("libtpu",), "plan")
     else:
         options = {"target_config": target_config(machine), "topology": f"1x1x{topology.devices}"}
-        devices = _absent_devices("", "cuda", ("jax_cuda12_plugin", "jax_cuda13_plugin"), "cuda12", **options)
+        devices = _absent_devices(
+            "", "cuda", ("jax_cuda12_plugin", "jax_cuda13_plugin"), "cuda12", **options
+        )
     grid = np.asarray(devices, object).reshape(shape.layer, shape.tensor)
     return Mesh(grid, ALL_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
-def _absent_devices(name: str, platform: str, modules: tuple[str, ...], extra: str, **options: str) -> list[Any]:
+def _absent_devices(
+    name: str, platform: str, modules: tuple[str, ...], extra: str, **options: str
+) -> list[Any]:
     """Devices to compile for, if one of the modules, a compiler, is there; an extra of this package installs it."""
     if not any(find_spec(module) for module in modules):
         raise CannotCompile(f"memory and compile time need a compiler: pip install '.[{extra}]'")
@@ -85,8 +91,12 @@ def _absent_devices(name: str, platform: str, modules: tuple[str, ...], extra: s
         return list(topologies.get_topology_desc(name, platform=platform, **options).devices)
     except Exception as error:  # the compiler's own reasons, as whatever JAX makes of them
         if "INVALID_ARGUMENT" in str(error):
-            raise EasySpecError(f"--topology {name}: there is no such slice ({first_line(error)[:200]})") from None
-        raise CannotCompile(f"the compiler for {platform} does not start: {first_line(error)[:200]}") from None
+            raise EasySpecError(
+                f"--topology {name}: there is no such slice ({first_line(error)[:200]})"
+            ) from None
+        raise CannotCompile(
+            f"the compiler for {platform} does not start: {first_line(error)[:200]}"
+        ) from None
 
 
 def compile_round(programs: Programs, max_length: int) -> Compiled | TooLarge:

@@ -18,7 +18,10 @@ PADDING = 0.01
 @cache
 def bundled() -> dict[str, ModelConfig]:
     """The configurations that come with the package."""
-    return {name: model_config(config, config, origin=name) for name, config in read_json(BUNDLED).items()}
+    return {
+        name: model_config(config, config, origin=name)
+        for name, config in read_json(BUNDLED).items()
+    }
 
 
 def find_config(text: str, flag: str) -> tuple[str, ModelConfig]:

@@ -62,7 +62,9 @@ def cost(function: Callable[..., Any], *args: Any, mesh_shape: Mapping[str, int]
     jaxpr = jax.make_jaxpr(function)(*args).jaxpr
     sent = list(in_jaxpr(jaxpr, mesh_shape))
     work = list(_work(jaxpr, mesh_shape))
-    kernels = sum(len(list(run)) if own else 1 for own, run in groupby(work, key=lambda one: one is not None))
+    kernels = sum(
+        len(list(run)) if own else 1 for own, run in groupby(work, key=lambda one: one is not None)
+    )
     own = [one for one in work if one is not None]
     return Cost(
         kernels=kernels,
@@ -90,9 +92,14 @@ def _work(jaxpr: Jaxpr, sizes: Mapping[str, int]) -> Iterator[Work]:
         elif name in MOVES or name.startswith("scatter"):
             yield 2 * _moved(equation), 0
         elif name == "scan":
-            yield from equation.params["length"] * list(_work(equation.params["jaxpr"].jaxpr, sizes))
+            yield from equation.params["length"] * list(
+                _work(equation.params["jaxpr"].jaxpr, sizes)
+            )
         elif name == "cond":
-            yield from max((list(_work(branch.jaxpr, sizes)) for branch in equation.params["branches"]), key=_weight)
+            yield from max(
+                (list(_work(branch.jaxpr, sizes)) for branch in equation.params["branches"]),
+                key=_weight,
+            )
         else:
             parts = [list(_work(part, sizes)) for part in inner(equation)]
             if name == "while" and any(one is not None for part in parts for one in part):

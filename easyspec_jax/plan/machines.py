@@ -73,16 +73,24 @@ def parse_topology(text: str) -> Topology:
     """
     name, _, shape = text.lower().partition(":")
     if name not in MACHINES:
-        raise EasySpecError(f"--topology {text!r}: no machine {name!r}; there are {', '.join(MACHINES)}")
+        raise EasySpecError(
+            f"--topology {text!r}: no machine {name!r}; there are {', '.join(MACHINES)}"
+        )
     machine = MACHINES[name]
     if not re.fullmatch(r"[1-9]\d{0,2}(x[1-9]\d{0,2})*", shape):
-        raise EasySpecError(f"--topology {text!r} does not say how many devices; such as {_example(machine)}")
+        raise EasySpecError(
+            f"--topology {text!r} does not say how many devices; such as {_example(machine)}"
+        )
     sizes = [int(size) for size in shape.split("x")]
     if len(sizes) != max(machine.dimensions, 1):
-        raise EasySpecError(f"--topology {text!r}: give {_named_by(machine)} of {name}, such as {_example(machine)}")
+        raise EasySpecError(
+            f"--topology {text!r}: give {_named_by(machine)} of {name}, such as {_example(machine)}"
+        )
     devices = prod(sizes)
     if machine.platform == "cpu":  # a host's devices share it
-        machine = replace(machine, bandwidth=machine.bandwidth / devices, flops=machine.flops / devices)
+        machine = replace(
+            machine, bandwidth=machine.bandwidth / devices, flops=machine.flops / devices
+        )
     return Topology(f"{name}:{shape}", machine, devices)
 
 

@@ -49,7 +49,9 @@ def measured(machine: Machine, mesh: Mesh, dtype: np.dtype) -> Machine:
 def _on_every_device(mesh: Mesh, dtype: np.dtype, *shape: int) -> jax.Array:
     """Zeros of this shape on each device."""
     sharding = NamedSharding(mesh, P(ALL_AXES))
-    return jax.jit(lambda: jnp.zeros((mesh.size * shape[0], *shape[1:]), dtype), out_shardings=sharding)()
+    return jax.jit(
+        lambda: jnp.zeros((mesh.size * shape[0], *shape[1:]), dtype), out_shardings=sharding
+    )()
 
 
 def _mapped(mesh: Mesh, body: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
@@ -62,7 +64,10 @@ def _all_reduce(x: jax.Array) -> jax.Array:
 
 
 def _each(
-    mesh: Mesh, operation: Callable[[jax.Array], jax.Array], x: jax.Array, lengths: tuple[int, int] = (16, 144)
+    mesh: Mesh,
+    operation: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    lengths: tuple[int, int] = (16, 144),
 ) -> float:
     """Seconds of one operation among others that wait for each other: what a longer chain of them takes more."""
 

@@ -67,7 +67,12 @@ def _cost(cost: Cost, machine: Machine) -> dict[str, Any]:
 
 def _way(costs: Costs, plan: Plan) -> dict[str, Any]:
     machine, levels = plan.topology.machine, plan.pair.num_speculative_tokens
-    steps = {"step": costs.step, "calibration": costs.calibration, "prefill": costs.prefill, "round": costs.round}
+    steps = {
+        "step": costs.step,
+        "calibration": costs.calibration,
+        "prefill": costs.prefill,
+        "round": costs.round,
+    }
     return {
         "label": costs.way.label,
         **asdict(costs.way),
@@ -80,9 +85,13 @@ def _way(costs: Costs, plan: Plan) -> dict[str, Any]:
             "total": costs.memory,
             "fits": None if machine.memory is None else costs.memory <= machine.memory,
         },
-        "steps": {name: None if cost is None else _cost(cost, machine) for name, cost in steps.items()},
+        "steps": {
+            name: None if cost is None else _cost(cost, machine) for name, cost in steps.items()
+        },
         "time_to_first_token": costs.prefill.seconds(machine),
-        "tokens_per_second": {str(rate): tokens_per_second(costs, levels, rate, machine) for rate in RATES},
+        "tokens_per_second": {
+            str(rate): tokens_per_second(costs, levels, rate, machine) for rate in RATES
+        },
     }
 
 
@@ -155,7 +164,9 @@ def _steps_table(plan: dict[str, Any]) -> Table:
 
 def _memory_table(plan: dict[str, Any]) -> Table:
     limit = plan["machine"]["memory"]
-    table = _table("memory per device", "mesh", "target", "draft", "caches", "total", "of the device")
+    table = _table(
+        "memory per device", "mesh", "target", "draft", "caches", "total", "of the device"
+    )
     for way in plan["ways"]:
         memory = way["memory"]
         sizes = [_gib(memory[name]) for name in ("target", "draft", "caches", "total")]
@@ -173,7 +184,10 @@ def _speed_table(plan: dict[str, Any]) -> Table:
     best = {name: max(way["tokens_per_second"][name] for way in plan["ways"]) for name in names}
     for way in plan["ways"]:
         speeds = [(way["tokens_per_second"][name], best[name]) for name in names]
-        cells = [f"[bold green]*{speed:.1f}[/]" if speed == most else f"{speed:.1f}" for speed, most in speeds]
+        cells = [
+            f"[bold green]*{speed:.1f}[/]" if speed == most else f"{speed:.1f}"
+            for speed, most in speeds
+        ]
         table.add_row(escape(way["label"]), *cells)
     return table
 
@@ -194,7 +208,11 @@ def _print_compiled(compiled: dict[str, Any], console: Console) -> None:
         f"{_counts(compiled['traced_collectives'])} (a loop's once)"
     )
     optimal = compiled["optimal_seconds"]
-    extra = "" if optimal is None else f"; XLA's optimal_seconds, which decides nothing here: {_milliseconds(optimal)}"
+    extra = (
+        ""
+        if optimal is None
+        else f"; XLA's optimal_seconds, which decides nothing here: {_milliseconds(optimal)}"
+    )
     console.print(
         f"  traced in {compiled['trace_seconds']:.1f} s, compiled in {compiled['compile_seconds']:.1f} s{extra}"
     )

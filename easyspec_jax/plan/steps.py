@@ -63,12 +63,16 @@ class Way:
         return Layout.uniform(paper_groups(num_layers, self.lp_size), self.mlp_lp_size)
 
 
-def ways(lp_sizes: Sequence[int], tree_width: int, mlp_lp_size: int = 1, refit: bool = False) -> list[Way]:
+def ways(
+    lp_sizes: Sequence[int], tree_width: int, mlp_lp_size: int = 1, refit: bool = False
+) -> list[Way]:
     """All that are compared: plain decoding, an ordinary draft and layer-parallel ones, each with both placements."""
     ordinary: Method = "sd" if tree_width == 1 else "tree"
     sizes: tuple[DraftTensorParallelSize, ...] = ("1", "all")
     drafted = [Way(ordinary, 1, size) for size in sizes]
-    parallel = [Way("easyspec", n, size, min(mlp_lp_size, n), refit) for n in lp_sizes for size in sizes]
+    parallel = [
+        Way("easyspec", n, size, min(mlp_lp_size, n), refit) for n in lp_sizes for size in sizes
+    ]
     return [Way("vanilla"), *drafted, *parallel]
 
 
@@ -109,7 +113,9 @@ def programs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Programs:
         tree_width=pair.tree_width if drafted else None,
     )
     config = RoundConfig.of(speculative, SamplingParams(), pair.target.stop_ids)
-    return Programs(mesh, *abstract_pair(pair.target, draft, mesh, layout, way.refit, axes, pair.dtype), config)
+    return Programs(
+        mesh, *abstract_pair(pair.target, draft, mesh, layout, way.refit, axes, pair.dtype), config
+    )
 
 
 def costs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Costs:
@@ -118,7 +124,10 @@ def costs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Costs:
     state = abstract_state(run, 1, run.capacity(pair.max_length))
     measure = partial(cost, mesh_shape=run.mesh.shape)
     one_pass = partial(pass_cost, run, state)
-    chunk = [jax.ShapeDtypeStruct(*shape) for shape in (((1, PREFILL_CHUNK), np.int32), ((1,), np.int32), ((1,), bool))]
+    chunk = [
+        jax.ShapeDtypeStruct(*shape)
+        for shape in (((1, PREFILL_CHUNK), np.int32), ((1,), np.int32), ((1,), bool))
+    ]
     chunks = -(-pair.prompt_length // PREFILL_CHUNK)
     calibration = None
     if run.config.calibration:
@@ -130,7 +139,9 @@ def costs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Costs:
         target_bytes=bytes_per_device(run.target),
         draft_bytes=bytes_per_device(run.draft),
         cache_bytes=bytes_per_device((state.target, state.draft)),
-        step=one_pass("target", 1) if run.draft is None else one_pass("draft", pair.tree_width, fuzzy=True),
+        step=one_pass("target", 1)
+        if run.draft is None
+        else one_pass("draft", pair.tree_width, fuzzy=True),
         calibration=calibration,
         prefill=measure(run._prefill, run.leaves, state, *chunk) * chunks,
         round=measure(run._round, run.leaves, state),
@@ -145,7 +156,12 @@ def verification_cost(pair: Pair, make_mesh: MakeMesh) -> Cost:
 
 
 def pass_cost(
-    run: Programs, state: State, which: str, tokens: int, scored: int | None = None, fuzzy: bool = False
+    run: Programs,
+    state: State,
+    which: str,
+    tokens: int,
+    scored: int | None = None,
+    fuzzy: bool = False,
 ) -> Cost:
     """Cost of one pass of "target" or "draft", with the logits of its last `scored` tokens (None: of all)."""
 
@@ -153,10 +169,14 @@ def pass_cost(
         model = target if which == "target" else draft
         assert model is not None
         ids = jnp.zeros((1, tokens), jnp.int32)
-        h, caches = model(ids, getattr(state, which), state.length, run_fuzzy if fuzzy else run_exact)
+        h, caches = model(
+            ids, getattr(state, which), state.length, run_fuzzy if fuzzy else run_exact
+        )
         return model.logits(h if scored is None else h[:, -scored:]), caches
 
     model = run.target if which == "target" else run.draft
     assert model is not None
     specs = P(None, None, model.axes or None), getattr(run.state_spec, which)
-    return cost(run.mapped(body, (run.state_spec,), specs), run.leaves, state, mesh_shape=run.mesh.shape)
+    return cost(
+        run.mapped(body, (run.state_spec,), specs), run.leaves, state, mesh_shape=run.mesh.shape
+    )

@@ -8,7 +8,12 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-KINDS = {"psum": "all-reduce", "psum_invariant": "all-reduce", "all_gather": "all-gather", "all_to_all": "all-to-all"}
+KINDS = {
+    "psum": "all-reduce",
+    "psum_invariant": "all-reduce",
+    "all_gather": "all-gather",
+    "all_to_all": "all-to-all",
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,9 @@ class Collective:
         return times * self.bytes * (self.devices - 1) / self.devices
 
 
-def collectives(function: Callable[..., Any], *args: Any, mesh_shape: Mapping[str, int]) -> list[Collective]:
+def collectives(
+    function: Callable[..., Any], *args: Any, mesh_shape: Mapping[str, int]
+) -> list[Collective]:
     """Those that one call issues, in order; a loop's as often as it runs. args may be jax.ShapeDtypeStruct.
 
     Axes of size 1 need no communication. Raises ValueError where the number of iterations is not known.

@@ -62,7 +62,10 @@ def best_layout(overlaps: Overlaps, num_layers: int, lp_size: int, mlp_lp_size: 
                 total, place = loss - np.log(kept), (in_a_row + runs(len(group), mlps), group.stop)
                 fits = place[0] <= min(most, collectives - len(best)) and place[1] <= num_layers
                 if fits and total < reached.get(place, (np.inf,))[0]:
-                    reached[place] = total, Layout((*layout.groups, group), (*layout.mlp_lp_sizes, mlps))
+                    reached[place] = (
+                        total,
+                        Layout((*layout.groups, group), (*layout.mlp_lp_sizes, mlps)),
+                    )
         best.append(reached)
     whole = [found for behind in best for (_, end), found in behind.items() if end == num_layers]
     return min(whole, key=lambda found: found[0])[1]
@@ -74,7 +77,9 @@ def sizes_to_try(lp_size: int, mlp_lp_size: int) -> tuple[int, ...]:
 
 
 def _beginning(overlaps: Overlaps, begin: int) -> list[tuple[Candidate, float]]:
-    return [(candidate, kept) for candidate, kept in overlaps.items() if candidate[0].start == begin]
+    return [
+        (candidate, kept) for candidate, kept in overlaps.items() if candidate[0].start == begin
+    ]
 
 
 def measure_groups(
@@ -100,14 +105,19 @@ def measure_groups(
             exact = inputs[start][-compared:]
             _carry(loader, start, exact, carried)
             # Where a group ends does not matter to its projections.
-            largest, fed = range(start, min(start + lp_size, layers)), _batches(inputs[start][:-compared])
+            largest, fed = (
+                range(start, min(start + lp_size, layers)),
+                _batches(inputs[start][:-compared]),
+            )
             block = load_block(loader, largest)
             if isinstance(block, LayerGroup):
                 attentions = fit_attentions(loader, largest, block, fed, ridge)
                 for mlps in sorted({min(size, len(largest)) for size in mlp_lp_sizes}):
                     block.mlp_lp_size = mlps
                     fit_mlps(loader, largest, block, attentions, fed, ridge)
-                    found = zip(range(2, len(largest) + 1), _alone(loader, block, exact), strict=True)
+                    found = zip(
+                        range(2, len(largest) + 1), _alone(loader, block, exact), strict=True
+                    )
                     carried |= {(largest[:size], min(size, mlps)): h for size, h in found}
             advance(1)
         return _overlaps(loader, inputs[layers][-compared:], carried)
@@ -122,14 +132,18 @@ class LayerInputs:
     def __getitem__(self, layer: int) -> Float[np.ndarray, "texts tokens hidden"]:
         return np.load(self._directory / f"{layer}.npy")
 
-    def fill(self, loader: Loader, texts: Int[np.ndarray, "texts tokens"], advance: Advance) -> None:
+    def fill(
+        self, loader: Loader, texts: Int[np.ndarray, "texts tokens"], advance: Advance
+    ) -> None:
         """Goes through the model once."""
         states = list(embed(loader, texts))
         for layer in range(loader.config.num_hidden_layers + 1):
             np.save(self._directory / f"{layer}.npy", np.concatenate(states))
             if layer < loader.config.num_hidden_layers:
                 block = loader.layer(layer)
-                states = [np.asarray(run(loader, _exact, block, (h,), P()), np.float32) for h in states]
+                states = [
+                    np.asarray(run(loader, _exact, block, (h,), P()), np.float32) for h in states
+                ]
                 advance(1)
 
 
@@ -146,22 +160,33 @@ def _alone(
     return np.concatenate([np.asarray(h, np.float32) for h in fuzzy], axis=1)
 
 
-def _through_prefixes(block: LayerGroup, config: ModelConfig, h: Hidden) -> Float[Array, "sizes batch sampled hidden"]:
+def _through_prefixes(
+    block: LayerGroup, config: ModelConfig, h: Hidden
+) -> Float[Array, "sizes batch sampled hidden"]:
     batch, tokens = h.shape[:2]
-    _, cache = block(h, block.init_cache(batch, 2 * tokens), exact_window(batch, tokens, 2 * tokens, config))
+    _, cache = block(
+        h, block.init_cache(batch, 2 * tokens), exact_window(batch, tokens, 2 * tokens, config)
+    )
     window = sampled_window(EVERY, DEPTHS, batch, tokens, 2 * tokens, config)
     fed = block.trace_fuzzy(h[:, sampled_positions(EVERY, DEPTHS, tokens)], cache, window)[2]
     return jnp.stack([block.after(size, fed) for size in range(2, len(fed) + 1)])
 
 
-def _batches(exact: Float[np.ndarray, "texts tokens hidden"]) -> list[tuple[np.ndarray, np.ndarray]]:
+def _batches(
+    exact: Float[np.ndarray, "texts tokens hidden"],
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Inputs of the exact and the fuzzy pass where nothing before was fuzzy."""
-    batches = (exact[first : first + TEXTS_A_BATCH] for first in range(0, len(exact), TEXTS_A_BATCH))
+    batches = (
+        exact[first : first + TEXTS_A_BATCH] for first in range(0, len(exact), TEXTS_A_BATCH)
+    )
     return [(batch, batch) for batch in batches]
 
 
 def _carry(
-    loader: Loader, layer: int, exact: Float[np.ndarray, "texts tokens hidden"], carried: dict[Candidate, np.ndarray]
+    loader: Loader,
+    layer: int,
+    exact: Float[np.ndarray, "texts tokens hidden"],
+    carried: dict[Candidate, np.ndarray],
 ) -> None:
     """Takes the candidates that end before a layer through it."""
     passing = [candidate for candidate in carried if candidate[0].stop <= layer]
@@ -169,7 +194,9 @@ def _carry(
     for first in range(0, len(passing), _CARRIED):
         some = passing[first : first + _CARRIED]
         streams = np.stack([carried[candidate] for candidate in some])
-        streams = np.pad(streams, [(0, _CARRIED - len(some)), *[(0, 0)] * 3])  # one shape, compiled once
+        streams = np.pad(
+            streams, [(0, _CARRIED - len(some)), *[(0, 0)] * 3]
+        )  # one shape, compiled once
         arrays = exact, streams, np.asarray(len(some))
         after = np.asarray(run(loader, _through_layer, block, arrays, P()), np.float32)
         carried.update(zip(some, after, strict=False))
@@ -195,7 +222,9 @@ def _through_layer(
 
 
 def _overlaps(
-    loader: Loader, exact: Float[np.ndarray, "texts tokens hidden"], carried: Mapping[Candidate, np.ndarray]
+    loader: Loader,
+    exact: Float[np.ndarray, "texts tokens hidden"],
+    carried: Mapping[Candidate, np.ndarray],
 ) -> Overlaps:
     decoder = loader.decoder(())
     texts = []

@@ -19,10 +19,14 @@ def run(loader: Loader, step: Callable[..., Any], modules: Any, arrays: Sequence
     """step(modules, config, *arrays, *static) on every device; specs: of the results."""
     leaves, structure = jax.tree.flatten(modules)
     leaf_specs = tuple(leaf.sharding.spec for leaf in leaves)
-    program = _program(step, static, loader.mesh, loader.config, structure, leaf_specs, len(arrays), specs)
+    program = _program(
+        step, static, loader.mesh, loader.config, structure, leaf_specs, len(arrays), specs
+    )
     dtypes = (loader.dtype if array.dtype.kind == "f" else array.dtype for array in arrays)
     everywhere = NamedSharding(loader.mesh, P())
-    placed = [jax.device_put(x.astype(dtype), everywhere) for x, dtype in zip(arrays, dtypes, strict=True)]
+    placed = [
+        jax.device_put(x.astype(dtype), everywhere) for x, dtype in zip(arrays, dtypes, strict=True)
+    ]
     return program(leaves, *placed)
 
 
@@ -44,4 +48,6 @@ def _program(
             return step(jax.tree.unflatten(structure, leaves), config, *arrays, *static)
 
     in_specs = (list(leaf_specs), *(P(),) * count)
-    return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=specs, check_vma=False))
+    return jax.jit(
+        jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=specs, check_vma=False)
+    )

@@ -61,7 +61,9 @@ def distill(
     everywhere = NamedSharding(loader.mesh, P())
     trained: Trained = [jax.device_put(joined(tensors, site), everywhere) for site in sites]
     columns = _columns(loader, layout, sites, trained)
-    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0.0, RATE, -(-steps // 10), steps), b2=0.99)
+    optimizer = optax.adam(
+        optax.warmup_cosine_decay_schedule(0.0, RATE, -(-steps // 10), steps), b2=0.99
+    )
     moments = jax.device_put(optimizer.init(trained), everywhere)
     program, order = _step(optimizer, draft, loader.mesh), _shuffled(len(texts))
     with bar("Distilling", steps) as advance:
@@ -87,7 +89,9 @@ def _step(optimizer: optax.GradientTransformation, draft: Decoder, mesh: Mesh) -
     specs = jax.tree.map(lambda x: x.sharding.spec, draft)
     loss = jax.shard_map(_loss, mesh=mesh, in_specs=(specs, P()), out_specs=P(), check_vma=False)
 
-    def step(trained: Trained, moments: Any, draft: Decoder, columns: list[Columns], ids: Array) -> tuple[Trained, Any]:
+    def step(
+        trained: Trained, moments: Any, draft: Decoder, columns: list[Columns], ids: Array
+    ) -> tuple[Trained, Any]:
         with jax.default_matmul_precision("highest"):
             gradient = jax.grad(lambda trained: loss(_with(draft, columns, trained), ids))(trained)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats and counts
@@ -101,7 +105,9 @@ def _loss(draft: Decoder, ids: Int[Array, "texts tokens"]) -> Float[Array, ""]:
     """KL(exact, fuzzy) of what the draft says at depth 1, at temperature 1; its mean over all tokens, in nats."""
     batch, tokens = ids.shape
     capacity, config = 2 * tokens, draft.config
-    h, caches = draft(ids, draft.init_caches(batch, capacity), exact_window(batch, tokens, capacity, config))
+    h, caches = draft(
+        ids, draft.init_caches(batch, capacity), exact_window(batch, tokens, capacity, config)
+    )
     exact = jax.lax.stop_gradient(draft.logits(h).reshape(batch * tokens, -1))
     h, _ = draft(ids, caches, drafted_window(1, batch, tokens, capacity, config), run_fuzzy)
     fuzzy = draft.logits(h).reshape(batch * tokens, -1)
@@ -115,13 +121,17 @@ def _divergence(
     return all_reduce(jnp.sum(jnp.exp(p) * (p - q), axis=-1), axes)
 
 
-def _log_probabilities(logits: Float[Array, "tokens vocab_shard"], axes: Axes) -> Float[Array, "tokens vocab_shard"]:
+def _log_probabilities(
+    logits: Float[Array, "tokens vocab_shard"], axes: Axes
+) -> Float[Array, "tokens vocab_shard"]:
     """Finite also for ids that do not exist."""
     greatest, total = normaliser(logits, axes)
     return jnp.maximum(logits, LOWEST) - greatest - jnp.log(total)
 
 
-def _columns(loader: Loader, layout: Layout, sites: Sequence[Site], trained: Trained) -> list[Columns]:
+def _columns(
+    loader: Loader, layout: Layout, sites: Sequence[Site], trained: Trained
+) -> list[Columns]:
     """Found by loading a refit whose biases are the numbers of their columns."""
     numbered: Tensors = {}
     for site, projection in zip(sites, trained, strict=True):
@@ -140,7 +150,9 @@ def _columns(loader: Loader, layout: Layout, sites: Sequence[Site], trained: Tra
 
 def _with(draft: Decoder, columns: Sequence[Columns], trained: Trained) -> Decoder:
     """The draft with these projections in its refit."""
-    draft = jax.tree.map(lambda leaf: leaf, draft)  # a module can only be changed in the trace that made it
+    draft = jax.tree.map(
+        lambda leaf: leaf, draft
+    )  # a module can only be changed in the trace that made it
     dtype = draft.embedding[...].dtype
     pairs = zip(trained, columns, strict=True)
     placed = iter([jnp.pad(x, ((0, 0), (1, 0)))[:, numbers].astype(dtype) for x, numbers in pairs])

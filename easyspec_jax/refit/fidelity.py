@@ -39,7 +39,9 @@ def fidelity(
     mapped = jax.shard_map(body, mesh=mesh, in_specs=(specs, P()), out_specs=P(), check_vma=False)
     program: Any = jax.jit(mapped)
     results = [program(draft, ids[None].astype(np.int32)) for ids in texts]
-    overlaps, agrees = (np.stack([np.asarray(result[i]) for result in results], axis=1) for i in range(2))
+    overlaps, agrees = (
+        np.stack([np.asarray(result[i]) for result in results], axis=1) for i in range(2)
+    )
     return [float(x[counted].mean()) for x in overlaps], [float(x[counted].mean()) for x in agrees]
 
 
@@ -54,7 +56,9 @@ def _compare(
     best = argmax(exact, draft.axes)
     overlaps, agrees = [], []
     for depth in range(1, depths + 1):
-        h, caches = draft(ids, caches, drafted_window(depth, batch, tokens, capacity, draft.config), run_fuzzy)
+        h, caches = draft(
+            ids, caches, drafted_window(depth, batch, tokens, capacity, draft.config), run_fuzzy
+        )
         fuzzy = draft.logits(h)[0]
         overlaps.append(overlap(exact, fuzzy, draft.axes))
         agrees.append(argmax(fuzzy, draft.axes) == best)
@@ -69,6 +73,8 @@ def overlap(
     return all_reduce(jnp.sum(jnp.minimum(p, q), axis=-1), axes)
 
 
-def _probabilities(logits: Float[Array, "tokens vocab_shard"], axes: Axes) -> Float[Array, "tokens vocab_shard"]:
+def _probabilities(
+    logits: Float[Array, "tokens vocab_shard"], axes: Axes
+) -> Float[Array, "tokens vocab_shard"]:
     greatest, total = normaliser(logits, axes)
     return jnp.exp(logits - greatest) / total

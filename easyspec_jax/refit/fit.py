@@ -21,7 +21,16 @@ from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.checkpoint.tensors import Held
 from easyspec_jax.draft.grouping import Group, Layout
 from easyspec_jax.draft.layer_group import LayerGroup, load_block, load_refit, run_fuzzy
-from easyspec_jax.draft.sites import Site, Tensors, gate_up_site, named, prior, products, qkv_site, target
+from easyspec_jax.draft.sites import (
+    Site,
+    Tensors,
+    gate_up_site,
+    named,
+    prior,
+    products,
+    qkv_site,
+    target,
+)
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.projection import Projection
 from easyspec_jax.model.transformer import Decoder, Hidden, run_exact
@@ -57,11 +66,17 @@ class States:
 
     def __setitem__(self, number: int, states: Sequence[ArrayLike]) -> None:
         self._count = max(self._count, number + 1)
-        np.save(self._directory / f"{number}.npy", np.stack([np.asarray(x, np.float32) for x in states]))
+        np.save(
+            self._directory / f"{number}.npy", np.stack([np.asarray(x, np.float32) for x in states])
+        )
 
 
 def fit(
-    loader: Loader, layout: Layout, texts: Int[np.ndarray, "texts tokens"], ridge: float, bar: Bar = no_bar
+    loader: Loader,
+    layout: Layout,
+    texts: Int[np.ndarray, "texts tokens"],
+    ridge: float,
+    bar: Bar = no_bar,
 ) -> Tensors:
     """The replaced tensors of every stale projection of a draft, fitted on texts.
 
@@ -84,7 +99,9 @@ def fit(
     return fitted
 
 
-def fit_attentions(loader: Loader, group: Group, block: LayerGroup, states: Batches, ridge: float) -> Tensors:
+def fit_attentions(
+    loader: Loader, group: Group, block: LayerGroup, states: Batches, ridge: float
+) -> Tensors:
     """The tensors of a group's stale attentions, however its MLPs run."""
     stale = range(1, len(group))
     sites = [qkv_site(group[index]) for index in stale]
@@ -92,7 +109,12 @@ def fit_attentions(loader: Loader, group: Group, block: LayerGroup, states: Batc
 
 
 def fit_mlps(
-    loader: Loader, group: Group, block: LayerGroup, attentions: Tensors, states: Batches, ridge: float
+    loader: Loader,
+    group: Group,
+    block: LayerGroup,
+    attentions: Tensors,
+    states: Batches,
+    ridge: float,
 ) -> Tensors:
     """A group's tensors: those of its attentions, and of the MLPs that are stale; the block then runs with them."""
     tensors = dict(attentions)
@@ -110,16 +132,24 @@ Fed = tuple[Hidden, Hidden]
 """What a projection is fed in the fuzzy pass, and what in the exact one."""
 
 
-def _attentions_fed(block: LayerGroup, config: ModelConfig, exact: Hidden, fuzzy: Hidden, stale: range) -> list[Fed]:
+def _attentions_fed(
+    block: LayerGroup, config: ModelConfig, exact: Hidden, fuzzy: Hidden, stale: range
+) -> list[Fed]:
     batch, tokens = exact.shape[:2]
-    fed = block.trace_exact(exact, block.init_cache(batch, tokens), exact_window(batch, tokens, tokens, config))[2]
+    fed = block.trace_exact(
+        exact, block.init_cache(batch, tokens), exact_window(batch, tokens, tokens, config)
+    )[2]
     return [(fuzzy, fed[index][0]) for index in stale]
 
 
-def _mlps_fed(block: LayerGroup, config: ModelConfig, exact: Hidden, fuzzy: Hidden, stale: range) -> list[Fed]:
+def _mlps_fed(
+    block: LayerGroup, config: ModelConfig, exact: Hidden, fuzzy: Hidden, stale: range
+) -> list[Fed]:
     batch, tokens = exact.shape[:2]
     cache = block.init_cache(batch, 2 * tokens)
-    _, cache, expected = block.trace_exact(exact, cache, exact_window(batch, tokens, 2 * tokens, config))
+    _, cache, expected = block.trace_exact(
+        exact, cache, exact_window(batch, tokens, 2 * tokens, config)
+    )
     got = block.trace_fuzzy(fuzzy, cache, drafted_window(1, batch, tokens, 2 * tokens, config))[2]
     return [(got[index], expected[index][1]) for index in stale]
 
@@ -162,7 +192,9 @@ def _sums(
     return tuple(products(got, target(expected), config) for target, (got, expected) in pairs)
 
 
-def through_block(block: Any, config: ModelConfig, exact: Hidden, fuzzy: Hidden) -> tuple[Hidden, Hidden]:
+def through_block(
+    block: Any, config: ModelConfig, exact: Hidden, fuzzy: Hidden
+) -> tuple[Hidden, Hidden]:
     """Outputs of both passes for a block's inputs."""
     batch, tokens = exact.shape[:2]
     cache = block.init_cache(batch, 2 * tokens)

@@ -38,7 +38,10 @@ Ways = dict[str, tuple[Layout, Held | None]]
 
 
 def refit(
-    args: argparse.Namespace, speculative: SpeculativeConfig, sampling: SamplingParams, prompts: list[str] | None
+    args: argparse.Namespace,
+    speculative: SpeculativeConfig,
+    sampling: SamplingParams,
+    prompts: list[str] | None,
 ) -> None:
     """Fit, save, and say what was gained.
 
@@ -54,7 +57,9 @@ def refit(
     draft = open_checkpoint(args.draft, allow_links=args.allow_links)
     layout = layout_of(speculative, draft.config.num_hidden_layers)
     if layout.lp_size == 1:
-        raise EasySpecError("in groups of one layer nothing is stale; give an --lp-size of at least 2")
+        raise EasySpecError(
+            "in groups of one layer nothing is stale; give an --lp-size of at least 2"
+        )
     directory = args.out or draft.directory / DIRECTORY
     path = path_of(directory, speculative, layout)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +94,9 @@ def _fitted(
     if args.borders == "measured" and args.lp_strategy is None:
         tried = sizes_to_try(layout.lp_size, args.mlp_lp_size)
         overlaps = measure_groups(loader, layout.lp_size, tried, texts, args.ridge, bar)
-        layout = best_layout(overlaps, loader.config.num_hidden_layers, layout.lp_size, args.mlp_lp_size)
+        layout = best_layout(
+            overlaps, loader.config.num_hidden_layers, layout.lp_size, args.mlp_lp_size
+        )
     return layout, fit(loader, layout, texts, args.ridge, bar)
 
 
@@ -124,10 +131,14 @@ def _texts(
 def _report(loader: Loader, ways: Ways, texts: Int[np.ndarray, "texts tokens"]) -> None:
     """A table of what fuzzy drafts keep of the exact one's distribution."""
     everywhere = np.ones(texts.shape, bool)
-    table = Table("draft", *(f"depth {depth + 1}" for depth in range(DEPTHS)), box=None, pad_edge=False)
+    table = Table(
+        "draft", *(f"depth {depth + 1}" for depth in range(DEPTHS)), box=None, pad_edge=False
+    )
     with bar("Comparing", len(ways)) as advance:
         for name, (layout, refitted) in ways.items():
-            overlaps, _ = fidelity(load_draft(loader, layout, refitted), loader.mesh, texts, everywhere)
+            overlaps, _ = fidelity(
+                load_draft(loader, layout, refitted), loader.mesh, texts, everywhere
+            )
             table.add_row(name, *(f"{overlap:.3f}" for overlap in overlaps))
             advance(1)
     console = Console(stderr=True, highlight=False, soft_wrap=True)

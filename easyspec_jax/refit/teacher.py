@@ -18,7 +18,9 @@ def exact_window(batch: int, tokens: int, capacity: int, config: ModelConfig) ->
     return chain_window(jnp.zeros((batch,), jnp.int32), tokens, capacity, config)
 
 
-def drafted_window(depth: int, batch: int, tokens: int, capacity: int, config: ModelConfig) -> Window:
+def drafted_window(
+    depth: int, batch: int, tokens: int, capacity: int, config: ModelConfig
+) -> Window:
     """The window of whole texts, every token drafted at this depth; to be gone through in order of depth, from 1."""
     exact = exact_window(batch, tokens, capacity, config)
     mask = np.broadcast_to(_mask(depth, tokens, capacity), (batch, tokens, capacity))
@@ -28,10 +30,14 @@ def drafted_window(depth: int, batch: int, tokens: int, capacity: int, config: M
 
 def sampled_positions(every: int, depths: int, tokens: int) -> Int[np.ndarray, " sampled"]:
     """Positions of a text at which drafts begin: every `every`-th one whose draft does not go past the end."""
-    return np.concatenate([np.arange(first, first + depths) for first in range(0, tokens - depths + 1, every)])
+    return np.concatenate(
+        [np.arange(first, first + depths) for first in range(0, tokens - depths + 1, every)]
+    )
 
 
-def sampled_window(every: int, depths: int, batch: int, tokens: int, capacity: int, config: ModelConfig) -> Window:
+def sampled_window(
+    every: int, depths: int, batch: int, tokens: int, capacity: int, config: ModelConfig
+) -> Window:
     """The window of sampled_positions(): chains of tokens, drafted at the depths from 1 on; their KV lies behind the
     texts'."""
     exact = exact_window(batch, tokens, capacity, config)
@@ -39,7 +45,9 @@ def sampled_window(every: int, depths: int, batch: int, tokens: int, capacity: i
     chain, depth = np.divmod(np.arange(len(positions)), depths)
     mask = np.zeros((len(positions), capacity), bool)
     mask[:, :tokens] = np.arange(tokens) < (positions - depth)[:, None]
-    mask[:, tokens : tokens + len(positions)] = (chain == chain[:, None]) & (depth <= depth[:, None])
+    mask[:, tokens : tokens + len(positions)] = (chain == chain[:, None]) & (
+        depth <= depth[:, None]
+    )
     start: Int[Array, " batch"] = jnp.full((batch,), tokens, jnp.int32)
     mask = jnp.asarray(np.broadcast_to(mask, (batch, *mask.shape)))
     return Window(start, mask, exact.cos[:, positions], exact.sin[:, positions])

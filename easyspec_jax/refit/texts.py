@@ -37,12 +37,19 @@ def read_texts(path: Path, tokenizer: Tokenizer, count: int) -> Int[np.ndarray, 
         raise EasySpecError(f"--text {path} cannot be read: {error}") from None
     ids = encode(tokenizer, content) if content else []
     if len(ids) < FEWEST * LENGTH:
-        raise EasySpecError(f"--text {path} holds {len(ids)} tokens; give at least {FEWEST * LENGTH}")
+        raise EasySpecError(
+            f"--text {path} holds {len(ids)} tokens; give at least {FEWEST * LENGTH}"
+        )
     return _cut(ids, count)
 
 
 def answer_prompts(
-    engine: Engine, prompts: Sequence[str], count: int, sampling: SamplingParams, chat: bool, bar: Bar = no_bar
+    engine: Engine,
+    prompts: Sequence[str],
+    count: int,
+    sampling: SamplingParams,
+    chat: bool,
+    bar: Bar = no_bar,
 ) -> Int[np.ndarray, "texts tokens"]:
     """Up to `count` texts, one after another out of prompts with what the engine makes of them.
 
@@ -75,7 +82,11 @@ def _answers(
 ) -> Iterator[list[int]]:
     """Prompts with their answers, in order; greedy ones would be the same again."""
     asked = (
-        engine.row(prompt, replace(sampling, seed=(sampling.seed + turn * len(prompts) + number) % 2**32), chat=chat)
+        engine.row(
+            prompt,
+            replace(sampling, seed=(sampling.seed + turn * len(prompts) + number) % 2**32),
+            chat=chat,
+        )
         for turn in (itertools.count() if sampling.temperature else range(1))
         for number, prompt in enumerate(prompts)
     )
@@ -94,7 +105,11 @@ def _cut(ids: Sequence[int], count: int) -> Int[np.ndarray, "texts tokens"]:
 
 
 def write_texts(
-    programs: Programs, tokenizer: Tokenizer, count: int, sampling: SamplingParams, bar: Bar = no_bar
+    programs: Programs,
+    tokenizer: Tokenizer,
+    count: int,
+    sampling: SamplingParams,
+    bar: Bar = no_bar,
 ) -> Int[np.ndarray, "texts tokens"]:
     """Texts that the programs' target writes, conversations if it has a chat template.
 

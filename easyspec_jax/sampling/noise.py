@@ -42,7 +42,8 @@ def noise_keys(
 def numbered(keys: Keys, count: int) -> Keys:
     """`count` independent keys for each one: [*rows, count]."""
     return jnp.vectorize(
-        lambda key: jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(count, dtype=jnp.int32)), signature="()->(n)"
+        lambda key: jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(count, dtype=jnp.int32)),
+        signature="()->(n)",
     )(keys)
 
 
@@ -51,7 +52,9 @@ def gumbel(keys: Keys, ids: Int[Array, "*rows ids"]) -> Float[Array, "*rows ids"
 
     Folding an id into a key hashes it to 64 bits. They make one uniform number: 32 bits alone would truncate the tail.
     """
-    folded = jnp.vectorize(lambda key, row: jax.vmap(partial(jax.random.fold_in, key))(row), signature="(),(i)->(i)")
+    folded = jnp.vectorize(
+        lambda key, row: jax.vmap(partial(jax.random.fold_in, key))(row), signature="(),(i)->(i)"
+    )
     words = jax.random.key_data(folded(keys, ids)).astype(jnp.float32)
     u = words[..., 0] * np.float32(2.0**-32) + words[..., 1] * np.float32(2.0**-64)
     return -jnp.log(-jnp.log1p(-jnp.minimum(u, np.float32(1 - 2.0**-24))))

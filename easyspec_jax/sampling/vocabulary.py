@@ -66,11 +66,15 @@ def top(
     ids = local + shard_index(axes) * scores.shape[-1]
     words = jnp.stack([jax.lax.bitcast_convert_type(best, jnp.int32), ids])
     words = jax.lax.all_gather(words, axes, axis=2, tiled=True)
-    best, place = jax.lax.top_k(jax.lax.bitcast_convert_type(words[0], jnp.float32), min(k, words.shape[-1]))
+    best, place = jax.lax.top_k(
+        jax.lax.bitcast_convert_type(words[0], jnp.float32), min(k, words.shape[-1])
+    )
     return best, jnp.take_along_axis(words[1], place, axis=1)
 
 
-def take(x: Float[Array, "rows vocab_shard"], ids: Int[Array, "rows ids"], axes: Axes) -> Float[Array, "rows ids"]:
+def take(
+    x: Float[Array, "rows vocab_shard"], ids: Int[Array, "rows ids"], axes: Axes
+) -> Float[Array, "rows ids"]:
     """The row's entries at some ids of the whole vocabulary; one all-reduce."""
     local = ids - shard_index(axes) * x.shape[-1]
     mine = (local >= 0) & (local < x.shape[-1])
@@ -106,7 +110,9 @@ def padded_rows(rows: int, axes: Axes) -> int:
     return -(-rows // devices) * devices
 
 
-def whole_rows(x: Float[Array, "rows vocab_shard"], axes: Axes) -> Float[Array, "rows_per_device vocab"]:
+def whole_rows(
+    x: Float[Array, "rows vocab_shard"], axes: Axes
+) -> Float[Array, "rows_per_device vocab"]:
     """Rows dealt out to the devices of axes, whole, by one all-to-all."""
     if shard_count(axes) == 1:
         return x
@@ -119,7 +125,9 @@ def own_rows(x: Shaped[Array, "rows *rest"], axes: Axes) -> Shaped[Array, "rows_
     return jax.lax.dynamic_slice_in_dim(_pad(x, axes), shard_index(axes) * per_device, per_device)
 
 
-def gather_rows(x: Shaped[Array, "rows_per_device *rest"], rows: int, axes: Axes) -> Shaped[Array, "rows *rest"]:
+def gather_rows(
+    x: Shaped[Array, "rows_per_device *rest"], rows: int, axes: Axes
+) -> Shaped[Array, "rows *rest"]:
     """The inverse of own_rows; one all-gather."""
     return jax.lax.all_gather(x, axes, tiled=True)[:rows] if shard_count(axes) > 1 else x
 

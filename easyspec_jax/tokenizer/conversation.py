@@ -61,7 +61,9 @@ def with_system(prompt: Prompt, system: str) -> Conversation:
     conversation = messages if isinstance(messages, Conversation) else Conversation(messages)
     if any(turn.get("role") == "system" for turn in conversation.messages):
         return conversation
-    return replace(conversation, messages=[{"role": "system", "content": system}, *conversation.messages])
+    return replace(
+        conversation, messages=[{"role": "system", "content": system}, *conversation.messages]
+    )
 
 
 def _message(turn: Any) -> Message:
@@ -70,7 +72,9 @@ def _message(turn: Any) -> Message:
     fields = {name: value for name, value in turn.items() if value is not None}
     calls = fields.get("tool_calls")
     if calls:
-        fields["tool_calls"] = [_tool_call(call) for call in calls] if isinstance(calls, list) else calls
+        fields["tool_calls"] = (
+            [_tool_call(call) for call in calls] if isinstance(calls, list) else calls
+        )
     content = _content(fields["content"]) if "content" in fields else "" if calls else None
     if not isinstance(fields.get("role"), str) or content is None:
         raise EasySpecError("every message of a conversation needs a role and a content, both text")
@@ -86,7 +90,9 @@ def _content(content: Any) -> str | None:
         return content if isinstance(content, str) else None
     texts = []
     for part in content:
-        kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else ("text", part)
+        kind, text = (
+            (part.get("type"), part.get("text")) if isinstance(part, Mapping) else ("text", part)
+        )
         if kind != "text" or not isinstance(text, str):
             raise EasySpecError(f"content parts must be text; one is of type {str(kind)[:40]!r}")
         texts.append(text)
@@ -126,7 +132,9 @@ def from_template(tokenizer: Tokenizer, conversation: Conversation) -> str:
     try:
         text = _rendered(tokenizer, conversation, _RENDERING, add_generation_prompt=True)
     except Exception as error:  # a template is a program, and fails like one
-        raise EasySpecError(f"the checkpoint's chat template fails ({first_line(error)}); leave out --chat") from None
+        raise EasySpecError(
+            f"the checkpoint's chat template fails ({first_line(error)}); leave out --chat"
+        ) from None
     check_text(text)
     return text
 
@@ -142,12 +150,16 @@ def end_of_turn_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """
     if not tokenizer.chat_template:
         return ()
-    asked = Conversation([{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}])
+    asked = Conversation(
+        [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
+    )
     try:
         text = _rendered(tokenizer, asked, _RENDERING, add_generation_prompt=False)
         after = text.rpartition(_ANSWER)[2] if _ANSWER in text else ""
         ids = tokenizer(after, add_special_tokens=False, verbose=False).input_ids
-    except Exception:  # a template may refuse this conversation, and is heard when a real one is rendered
+    except (
+        Exception
+    ):  # a template may refuse this conversation, and is heard when a real one is rendered
         return ()
     added = tokenizer.added_tokens_decoder
     for number in ids:
@@ -159,7 +171,9 @@ def end_of_turn_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     return ()
 
 
-def _rendered(tokenizer: Tokenizer, conversation: Conversation, seconds: float, add_generation_prompt: bool) -> str:
+def _rendered(
+    tokenizer: Tokenizer, conversation: Conversation, seconds: float, add_generation_prompt: bool
+) -> str:
     """The template's text. Raises whatever it raises, TimeoutError after some seconds, ValueError if it is huge."""
     longest = _RENDERED + len(str(conversation))
     with _deadline(seconds):

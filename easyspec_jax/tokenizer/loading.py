@@ -10,7 +10,13 @@ from tokenizers import Tokenizer as TokenizerFile
 
 from easyspec_jax.checkpoint.config import read_json
 from easyspec_jax.errors import EasySpecError, first_line
-from easyspec_jax.tokenizer.conversation import Prompt, Tokenizer, check_text, conversation_of, from_template
+from easyspec_jax.tokenizer.conversation import (
+    Prompt,
+    Tokenizer,
+    check_text,
+    conversation_of,
+    from_template,
+)
 from easyspec_jax.tokenizer.stream import decode_text
 
 LARGEST_FILE = 256 << 20
@@ -18,7 +24,15 @@ LARGEST_FILE = 256 << 20
 
 _FILE = "tokenizer.json"
 
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_NAMED = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 PROBE = (
@@ -48,21 +62,27 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     for pattern in ("*.json", "*.jinja", "*.txt", "tokenizer*", "additional_chat_templates/*"):
         for path in filter(Path.is_file, directory.glob(pattern)):
             if path.stat().st_size > LARGEST_FILE:
-                raise EasySpecError(f"{path} is larger than the {LARGEST_FILE >> 20} MiB of any proper one")
+                raise EasySpecError(
+                    f"{path} is larger than the {LARGEST_FILE >> 20} MiB of any proper one"
+                )
     quiet_transformers()
     try:
         if (directory / _FILE).is_file():
             return _from_file(directory)
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
         _ = tokenizer.backend_tokenizer  # without one, ids cannot be decoded piece by piece
         return tokenizer
     except EasySpecError:
         raise
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # whatever the libraries raise for a broken tokenizer, Rust's panics included
+    except (
+        BaseException
+    ) as error:  # whatever the libraries raise for a broken tokenizer, Rust's panics included
         raise EasySpecError(f"{directory} has no usable tokenizer: {first_line(error)}") from None
 
 
@@ -114,7 +134,11 @@ def _read_configuration(directory: Path) -> dict[str, Any]:
         return config
     added = _read_optional(directory / "added_tokens.json")
     declared = {str(number): {"content": token} for token, number in added.items()}
-    return config | _read_optional(directory / "special_tokens_map.json") | {"added_tokens_decoder": declared}
+    return (
+        config
+        | _read_optional(directory / "special_tokens_map.json")
+        | {"added_tokens_decoder": declared}
+    )
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
@@ -125,7 +149,11 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, AddedToken]:
     """The tokens that the configuration gives a role, such as `bos_token` or a model's own `tool_token`."""
     further = config.get("extra_special_tokens")
     roles = dict(config) | (further if isinstance(further, dict) else {})
-    tokens = {name: _token(entry) for name, entry in roles.items() if name.endswith("_token") or name not in config}
+    tokens = {
+        name: _token(entry)
+        for name, entry in roles.items()
+        if name.endswith("_token") or name not in config
+    }
     return {name: token for name, token in tokens.items() if token is not None}
 
 
@@ -133,7 +161,11 @@ def _token(entry: Any) -> AddedToken | None:
     """A token as the files write it: its text, or an object with that and flags."""
     if isinstance(entry, str) and entry:
         return AddedToken(entry, special=True, normalized=False)
-    if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or not entry["content"]:
+    if (
+        not isinstance(entry, dict)
+        or not isinstance(entry.get("content"), str)
+        or not entry["content"]
+    ):
         return None
     flags = {name: entry[name] for name in _FLAGS if isinstance(entry.get(name), bool)}
     return AddedToken(entry["content"], special=True, **({"normalized": False} | flags))
@@ -203,7 +235,9 @@ def _add_bos(file: TokenizerFile, bos: str) -> None:
     file.post_processor = processors.TemplateProcessing(
         single=[*before, "$A", *after],
         pair=[*before, "$A", *after, "$B:1"],
-        special_tokens=[(token, file.token_to_id(token)) for token in dict.fromkeys([*before, *after])],
+        special_tokens=[
+            (token, file.token_to_id(token)) for token in dict.fromkeys([*before, *after])
+        ],
     )
 
 
@@ -215,7 +249,9 @@ def _chat_templates(directory: Path, config: Mapping[str, Any]) -> str | dict[st
         templates["default"] = entries
     for entry in entries if isinstance(entries, list) else ():
         templates[entry["name"]] = entry["template"]
-    paths = [(path.stem, path) for path in sorted(directory.glob("additional_chat_templates/*.jinja"))]
+    paths = [
+        (path.stem, path) for path in sorted(directory.glob("additional_chat_templates/*.jinja"))
+    ]
     for name, path in [*paths, ("default", directory / "chat_template.jinja")]:
         if path.is_file():
             templates[name] = path.read_text(encoding="utf-8")
@@ -240,7 +276,9 @@ def check_same_ids(target: Tokenizer, draft: Tokenizer) -> None:
                 f"target and draft give {token!r} different token ids ({other} and {number}); "
                 "choose a draft of the target's family"
             )
-        if by_id.get(number, token) != token and not (number in special[0] and number in special[1]):
+        if by_id.get(number, token) != token and not (
+            number in special[0] and number in special[1]
+        ):
             raise EasySpecError(
                 f"target and draft give token id {number} to different tokens ({by_id[number]!r} and {token!r}); "
                 "choose a draft of the target's family"

@@ -36,7 +36,9 @@ class Detokenizer:
         parts = [] if decoder is None else _parts(json.loads(decoder.__getstate__()))
         self.piecewise = _is_piecewise(parts)
         self._has_bytes = any(part["type"] == "ByteFallback" for part in parts)
-        self.is_anchor, self.is_byte, self.is_hidden = map(cache, (self._is_anchor, self._is_byte, self._is_hidden))
+        self.is_anchor, self.is_byte, self.is_hidden = map(
+            cache, (self._is_anchor, self._is_byte, self._is_hidden)
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""
@@ -50,7 +52,9 @@ class Detokenizer:
     def _is_byte(self, number: int) -> bool:
         """Whether the token may be one byte, which a sentencepiece decoder spells together with its neighbours."""
         token = self._backend.id_to_token(number) or ""
-        return self._has_bytes and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+        return (
+            self._has_bytes and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+        )
 
     def _is_hidden(self, number: int) -> bool:
         """Whether the decoder never sees the token: it is special, or not in the vocabulary."""
@@ -64,9 +68,13 @@ def _parts(decoder: dict[str, Any]) -> list[dict[str, Any]]:
 def _is_piecewise(parts: list[dict[str, Any]]) -> bool:
     kinds = [part["type"] for part in parts]
     # Once everything is one string, a pattern can match across tokens.
-    fused = min((place for place, kind in enumerate(kinds) if kind in ("Fuse", "ByteLevel")), default=len(kinds))
+    fused = min(
+        (place for place, kind in enumerate(kinds) if kind in ("Fuse", "ByteLevel")),
+        default=len(kinds),
+    )
     return all(
-        (kind == "Strip" and not part["stop"]) or (kind in _PIECEWISE and not (kind == "Replace" and place > fused))
+        (kind == "Strip" and not part["stop"])
+        or (kind in _PIECEWISE and not (kind == "Replace" and place > fused))
         for place, (kind, part) in enumerate(zip(kinds, parts, strict=True))
     )
 
@@ -147,7 +155,9 @@ class TextStream:
 
     def _read_to(self, end: int, text: str) -> None:
         """Settle that the ids up to end say text, so that spelling goes on from the last anchor before it."""
-        anchors = (place for place in range(end - 1, -1, -1) if self._decoder.is_anchor(self._all[place]))
+        anchors = (
+            place for place in range(end - 1, -1, -1) if self._decoder.is_anchor(self._all[place])
+        )
         self._anchor = next(anchors, 0)
         self._known, self._text = self._decoder.decode(self._all[self._anchor : end]), text
 
@@ -168,7 +178,11 @@ class TextStream:
 
     def _first_stop(self, text: str) -> int | None:
         """Find the stop string that ends first in the text not shown yet; returns where it begins."""
-        found = [(place + len(stop), place) for stop in self._stop if (place := text.find(stop, self._shown)) >= 0]
+        found = [
+            (place + len(stop), place)
+            for stop in self._stop
+            if (place := text.find(stop, self._shown)) >= 0
+        ]
         return min(found)[1] if found else None
 
     def _withheld(self) -> int:
@@ -188,7 +202,9 @@ def _common_length(first: str, second: str) -> int:
     if second.startswith(first):
         return len(first)
     pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
+    return next(
+        (place for place, (one, other) in pairs if one != other), min(len(first), len(second))
+    )
 
 
 def decode_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

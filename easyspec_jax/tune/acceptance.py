@@ -50,7 +50,8 @@ def accepted_by_width(
     known = lengths - firsts - levels
     return {
         width: tuple(
-            mean_accepted(reach(tokens, parents, following, width), known, depth + 1) for depth in range(levels)
+            mean_accepted(reach(tokens, parents, following, width), known, depth + 1)
+            for depth in range(levels)
         )
         for width in widths
     }
@@ -92,7 +93,11 @@ def _drafts(
     h, ids, caches = copied(0, h), copied(0, ids), jax.tree.map(partial(copied, -3), caches)
     nothing = jnp.zeros((rows,), jnp.float32)
     request = RowSampling(
-        nothing.astype(jnp.uint32), nothing.astype(jnp.int32), nothing, nothing.astype(jnp.int32), nothing
+        nothing.astype(jnp.uint32),
+        nothing.astype(jnp.int32),
+        nothing,
+        nothing.astype(jnp.int32),
+        nothing,
     )
 
     def at(position: Int[Array, " rows"]) -> tuple[Array, Array]:
@@ -121,14 +126,18 @@ def reach(
         nodes = slice(1 + level * widest, 1 + (level + 1) * widest)
         above = parents[..., nodes]
         own = np.take_along_axis(kept, above, axis=-1)
-        kept[..., nodes] = own & (np.cumsum(own, axis=-1) <= width)  # nodes of a level are sorted, the best first
+        kept[..., nodes] = own & (
+            np.cumsum(own, axis=-1) <= width
+        )  # nodes of a level are sorted, the best first
         same = tokens[..., nodes] == following[..., level, None]
         right[..., nodes] = kept[..., nodes] & same & np.take_along_axis(right, above, axis=-1)
         reached += right[..., nodes].any(axis=-1)
     return reached
 
 
-def mean_accepted(reached: Int[np.ndarray, "texts spots"], known: Int[np.ndarray, " texts"], levels: int) -> float:
+def mean_accepted(
+    reached: Int[np.ndarray, "texts spots"], known: Int[np.ndarray, " texts"], levels: int
+) -> float:
     """Accepted tokens of a round, over all rounds that begin at one of a text's `known` first spots."""
     rounds = accepted = 0
     for own, count in zip(reached, known, strict=True):
@@ -142,7 +151,11 @@ def mean_accepted(reached: Int[np.ndarray, "texts spots"], known: Int[np.ndarray
 def _by_text(x: np.ndarray, texts: int) -> np.ndarray:
     """[steps, copies * texts, nodes] to [texts, copies * steps, nodes]."""
     steps, rows, nodes = x.shape
-    return x.reshape(steps, rows // texts, texts, nodes).transpose(2, 1, 0, 3).reshape(texts, -1, nodes)
+    return (
+        x.reshape(steps, rows // texts, texts, nodes)
+        .transpose(2, 1, 0, 3)
+        .reshape(texts, -1, nodes)
+    )
 
 
 def _ahead(text: Sequence[int], spots: int, levels: int) -> np.ndarray:

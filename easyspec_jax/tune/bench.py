@@ -52,7 +52,12 @@ class DeviceBench:
     """
 
     def __init__(
-        self, engine: Engine, sample: Sample, levels: int, widths: Sequence[int], clock: Clock = lambda: 0.0
+        self,
+        engine: Engine,
+        sample: Sample,
+        levels: int,
+        widths: Sequence[int],
+        clock: Clock = lambda: 0.0,
     ) -> None:
         self.engine, self.sample, self.levels, self.widths = engine, sample, levels, widths
         self._held: tuple[Draft, Engine] | None = None
@@ -63,9 +68,14 @@ class DeviceBench:
         widest = SpeculativeConfig(num_speculative_tokens=levels, tree_width=max(widths))
         config = RoundConfig.of(widest, sample.sampling, ())
         text = self.text_length(self.longest)
-        self._lengths = {"context": text // 2, "capacity": replace(programs, config=config).capacity(text)}
+        self._lengths = {
+            "context": text // 2,
+            "capacity": replace(programs, config=config).capacity(text),
+        }
         self._target = alone(engine.mesh, self.baseline.load()[0])
-        self._plain = round_case("plain step", programs, context=text // 2, capacity=programs.capacity(text))
+        self._plain = round_case(
+            "plain step", programs, context=text // 2, capacity=programs.capacity(text)
+        )
         self._plain.sample(1)
         self._calls = _calls(self._plain)
         self.texts, self.plain, self.overhead = self._write_texts(clock)
@@ -81,7 +91,9 @@ class DeviceBench:
         for prompt in self.sample.prompts:
             if texts and clock() > WRITING:
                 break
-            done = next(self.baseline.generate([prompt], self.sample.sampling, chat=self.sample.chat))
+            done = next(
+                self.baseline.generate([prompt], self.sample.sampling, chat=self.sample.chat)
+            )
             steps.append(self._plain.sample(self._calls))
             if len(done.token_ids) > self.levels:
                 texts.append((len(done.prompt_ids), [*done.prompt_ids, *done.token_ids]))
@@ -94,7 +106,9 @@ class DeviceBench:
 
     def verification(self, nodes: int) -> float:
         """Seconds of the target's pass over some nodes, the root included."""
-        return self._seconds(pass_case("verification", self._target, nodes, run_exact, **self._lengths))
+        return self._seconds(
+            pass_case("verification", self._target, nodes, run_exact, **self._lengths)
+        )
 
     def step(self, draft: Draft, width: int) -> float:
         """See search.Bench; infinite if the devices' memory does not suffice."""
@@ -140,7 +154,9 @@ class DeviceBench:
         case.sample(1)  # compiles
         calls = _calls(case)
         begun, ratios = time.perf_counter(), []
-        while len(ratios) < REPEATS and (len(ratios) < 3 or time.perf_counter() - begun < CASE_SECONDS):
+        while len(ratios) < REPEATS and (
+            len(ratios) < 3 or time.perf_counter() - begun < CASE_SECONDS
+        ):
             ratios.append(case.sample(calls) / self._plain.sample(self._calls))
         return float(np.median(ratios)) * self.plain
 

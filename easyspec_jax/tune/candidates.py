@@ -64,7 +64,9 @@ class Space:
     @classmethod
     def of(cls, num_layers: int, refits: Set[tuple[int, int]] = frozenset()) -> "Space":
         """Default space for a draft of this many layers with these refits."""
-        sizes = {size for size in LP_SIZES if size <= num_layers} | {lp_size for lp_size, _ in refits}
+        sizes = {size for size in LP_SIZES if size <= num_layers} | {
+            lp_size for lp_size, _ in refits
+        }
         return cls(sorted(sizes), refits=refits)
 
     def check(self, num_layers: int) -> None:
@@ -82,8 +84,15 @@ class Space:
         found: dict[Any, tuple[int, int]] = {}
         for size, most in product(sorted(self.lp_sizes), sorted(self.mlp_lp_sizes)):
             mlps = min(most, size)
-            found.setdefault((paper_groups(num_layers, size), mlps, (size, mlps) in self.refits), (size, mlps))
-        axes = found.values(), self.draft_tensor_parallel_sizes, self.tree_widths, range(1, self.max_levels + 1)
+            found.setdefault(
+                (paper_groups(num_layers, size), mlps, (size, mlps) in self.refits), (size, mlps)
+            )
+        axes = (
+            found.values(),
+            self.draft_tensor_parallel_sizes,
+            self.tree_widths,
+            range(1, self.max_levels + 1),
+        )
         return [self._speculation(*values) for values in product(*axes)]
 
     def _speculation(
@@ -93,8 +102,14 @@ class Space:
         shared = SpeculativeConfig(num_speculative_tokens=levels, draft_tensor_parallel_size=tp)
         if lp_size > 1:
             refit = "auto" if sizes in self.refits else "none"
-            return replace(shared, lp_size=lp_size, mlp_lp_size=mlp_lp_size, refit=refit, tree_width=width)
-        return replace(shared, method="sd") if width == 1 else replace(shared, method="tree", tree_width=width)
+            return replace(
+                shared, lp_size=lp_size, mlp_lp_size=mlp_lp_size, refit=refit, tree_width=width
+            )
+        return (
+            replace(shared, method="sd")
+            if width == 1
+            else replace(shared, method="tree", tree_width=width)
+        )
 
 
 def splits(mesh: str, group_size: int) -> list[MeshShape]:
@@ -105,7 +120,11 @@ def splits(mesh: str, group_size: int) -> list[MeshShape]:
     if not re.fullmatch(r"\d+", mesh):
         return [parse_mesh(mesh)]
     devices = parse_mesh(mesh).size
-    return [MeshShape(n, devices // n) for n in range(min(group_size, devices), 0, -1) if devices % n == 0]
+    return [
+        MeshShape(n, devices // n)
+        for n in range(min(group_size, devices), 0, -1)
+        if devices % n == 0
+    ]
 
 
 def candidates(mesh: str, num_layers: int, space: Space) -> list[Candidate]:
@@ -113,7 +132,10 @@ def candidates(mesh: str, num_layers: int, space: Space) -> list[Candidate]:
     space.check(num_layers)
     found = []
     for speculative in space.speculations(num_layers):
-        replicated, one_device = speculative.draft_tensor_parallel_size == "1", parse_mesh(mesh).size == 1
+        replicated, one_device = (
+            speculative.draft_tensor_parallel_size == "1",
+            parse_mesh(mesh).size == 1,
+        )
         if replicated and one_device and "all" in space.draft_tensor_parallel_sizes:
             continue  # on one device both are the same
         if speculative.mlp_lp_size > min(space.mlp_lp_sizes) and (replicated or one_device):

@@ -14,7 +14,10 @@ Complete = Callable[[int], float]
 
 
 def alternate(
-    ways: Mapping[Name, Complete], prompts: int, go_on: Callable[[int], bool], advance: Advance = lambda amount: None
+    ways: Mapping[Name, Complete],
+    prompts: int,
+    go_on: Callable[[int], bool],
+    advance: Advance = lambda amount: None,
 ) -> dict[Name, list[float]]:
     """Tokens a second of every way for one prompt after the other; go_on(n): whether to begin after n of them."""
     speeds: dict[Name, list[float]] = {name: [] for name in ways}
@@ -35,4 +38,7 @@ def confirmed(speeds: Mapping[Name, Sequence[float]], baseline: Name) -> dict[Na
     A shared machine drifts from prompt to prompt, and prompts are not equally easy.
     """
     plain = np.asarray(speeds[baseline])
-    return {name: float(np.median(np.asarray(own) / plain) * np.median(plain)) for name, own in speeds.items()}
+    return {
+        name: float(np.median(np.asarray(own) / plain) * np.median(plain))
+        for name, own in speeds.items()
+    }

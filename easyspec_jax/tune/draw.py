@@ -21,7 +21,9 @@ def _figure(found: dict[str, Any]) -> "Figure":
     from matplotlib.figure import Figure
 
     measured = [
-        c for c in found["candidates"] if c["deepest_acceptance_rate"] is not None and "step" not in c["missing"]
+        c
+        for c in found["candidates"]
+        if c["deepest_acceptance_rate"] is not None and "step" not in c["missing"]
     ]
     widths = sorted({c["speculative"]["tree_width"] or 1 for c in measured})
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
@@ -31,12 +33,25 @@ def _figure(found: dict[str, Any]) -> "Figure":
         axes.plot(*zip(*front, strict=True), color=FRONT, zorder=1, label="frontier")
     for width, marker in zip(widths, MARKERS, strict=False):
         points = [_point(c) for c in measured if (c["speculative"]["tree_width"] or 1) == width]
-        axes.scatter(*zip(*points, strict=True), marker=marker, color=INK, zorder=2, label=f"tree width {width}")
+        axes.scatter(
+            *zip(*points, strict=True),
+            marker=marker,
+            color=INK,
+            zorder=2,
+            label=f"tree width {width}",
+        )
     for candidate in measured:
         axes.annotate(
-            _name(candidate), _point(candidate), textcoords="offset points", xytext=(6, 4), fontsize=8, color=SOFT
+            _name(candidate),
+            _point(candidate),
+            textcoords="offset points",
+            xytext=(6, 4),
+            fontsize=8,
+            color=SOFT,
         )
-    axes.set_title(f"{found['target']}, drafted by {found['draft']}, --mesh {found['mesh']}", weight="bold")
+    axes.set_title(
+        f"{found['target']}, drafted by {found['draft']}, --mesh {found['mesh']}", weight="bold"
+    )
     axes.set_xlabel("time of a draft step, ms")
     axes.set_ylabel("share of drafted positions accepted")
     if measured:

@@ -67,7 +67,17 @@ def _row(row: Row, on_frontier: bool) -> dict[str, Any]:
 
 def print_tuned(found: dict[str, Any], console: Console) -> None:
     """Print the result of as_dict() as a table."""
-    names = ("draft", "layer × tensor", "levels", "step", "first", "verify", "accepted", "predicted", "confirmed")
+    names = (
+        "draft",
+        "layer × tensor",
+        "levels",
+        "step",
+        "first",
+        "verify",
+        "accepted",
+        "predicted",
+        "confirmed",
+    )
     table = Table(*names, box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -77,16 +87,38 @@ def print_tuned(found: dict[str, Any], console: Console) -> None:
         f"passes in ms, speeds in tokens/s, {found['overhead'] * 1e3:.2g} ms a round for the host"
     )
     candidates = found["candidates"]
-    fastest = max([found["plain_tokens_per_second"], *(c["confirmed_tokens_per_second"] or 0 for c in candidates)])
+    fastest = max(
+        [
+            found["plain_tokens_per_second"],
+            *(c["confirmed_tokens_per_second"] or 0 for c in candidates),
+        ]
+    )
     for candidate in candidates[:SHOWN]:
         table.add_row(*_cells(candidate, fastest))
     plain = _speed(found["plain_tokens_per_second"], fastest)
-    table.add_row("plain decoding", "", "", "", "", f"{found['plain_step'] * 1e3:.3g}", "", _plain_speed(found), plain)
+    table.add_row(
+        "plain decoding",
+        "",
+        "",
+        "",
+        "",
+        f"{found['plain_step'] * 1e3:.3g}",
+        "",
+        _plain_speed(found),
+        plain,
+    )
     console.print(table)
     more = len(candidates) - SHOWN
-    notes = ["* on the frontier of step time and acceptance", "≤, ≥: not measured, because at best it loses"]
+    notes = [
+        "* on the frontier of step time and acceptance",
+        "≤, ≥: not measured, because at best it loses",
+    ]
     notes += [f"{more} more in --json"] if more > 0 else []
-    notes += [f"{found['drafts_not_reached']} placements not reached in time"] if found["drafts_not_reached"] else []
+    notes += (
+        [f"{found['drafts_not_reached']} placements not reached in time"]
+        if found["drafts_not_reached"]
+        else []
+    )
     console.print(f"[dim]{'; '.join(notes)}[/]")
     console.print(f"Best: [bold]{escape(found['choice']['label'])}[/]")
 

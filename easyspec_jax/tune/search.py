@@ -6,7 +6,13 @@ from typing import Protocol
 
 from easyspec_jax.progress import Advance
 from easyspec_jax.tune.candidates import Candidate, Draft
-from easyspec_jax.tune.predict import Figures, Prediction, pending_size, plain_tokens_per_second, predict
+from easyspec_jax.tune.predict import (
+    Figures,
+    Prediction,
+    pending_size,
+    plain_tokens_per_second,
+    predict,
+)
 
 
 class Bench(Protocol):
@@ -67,7 +73,9 @@ def search(
             advance(1)
             continue
         settled.append(best)
-        open_ = [candidate for candidate in open_ if not _same_but_for_levels(candidate, best.candidate)]
+        open_ = [
+            candidate for candidate in open_ if not _same_but_for_levels(candidate, best.candidate)
+        ]
     return sorted(settled, key=_known_first, reverse=True)
 
 
@@ -79,13 +87,18 @@ def _known_first(prediction: Prediction) -> tuple[bool, float]:
     return "acceptance" not in prediction.missing, prediction.score
 
 
-def time_steps(candidates: Sequence[Candidate], figures: Figures, bench: Bench, clock: Clock, advance: Advance) -> None:
+def time_steps(
+    candidates: Sequence[Candidate], figures: Figures, bench: Bench, clock: Clock, advance: Advance
+) -> None:
     """Times a step of one token of every draft: first the placement that is the default of each grouping, then what
     differs least from the fastest so far, because time may not suffice for all.
     """
     drafts = list(dict.fromkeys(candidate.draft for candidate in candidates))
     defaults = {draft.lp_size: draft for draft in reversed(drafts)}.values()
-    splits = {draft: [d.shape for d in drafts if d.layout == draft.layout].index(draft.shape) for draft in drafts}
+    splits = {
+        draft: [d.shape for d in drafts if d.layout == draft.layout].index(draft.shape)
+        for draft in drafts
+    }
 
     def distance(one: Draft, other: Draft) -> int:
         """Other splits of the mesh come last, because they matter least; each grouping has a default of its own."""
@@ -103,7 +116,9 @@ def time_steps(candidates: Sequence[Candidate], figures: Figures, bench: Bench, 
         advance(1)
 
 
-def measure(best: Prediction, figures: Figures, bench: Bench, candidates: Sequence[Candidate]) -> None:
+def measure(
+    best: Prediction, figures: Figures, bench: Bench, candidates: Sequence[Candidate]
+) -> None:
     """Measures the first figure that a prediction lacks."""
     draft, speculative = best.candidate.draft, best.candidate.speculative
     width, phase = speculative.width, best.missing[0]
@@ -111,7 +126,9 @@ def measure(best: Prediction, figures: Figures, bench: Bench, candidates: Sequen
     if phase == "step":
         figures.step[draft][width] = bench.step(draft, width)
     elif phase == "verification":
-        larger = [size for size in verification_sizes(candidates) if size > max(figures.verification)]
+        larger = [
+            size for size in verification_sizes(candidates) if size > max(figures.verification)
+        ]
         figures.verification[larger[0]] = bench.verification(larger[0])
     elif phase == "acceptance":
         known = figures.acceptance.setdefault(draft.drafting, {})

@@ -108,7 +108,10 @@ def keep(key: Key, choice: Choice, draft: Path) -> Path:
     reason = "there is no cache directory"
     for path in places(key, draft):
         others = [entry for entry in _entries(path) if entry.get("key") != asdict(key)]
-        text = json.dumps({"choices": [*others, {"key": asdict(key), **asdict(choice)}]}, indent=1) + "\n"
+        text = (
+            json.dumps({"choices": [*others, {"key": asdict(key), **asdict(choice)}]}, indent=1)
+            + "\n"
+        )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, text.encode())
@@ -133,6 +136,8 @@ def _choice(entry: dict[str, Any]) -> Choice | None:
     try:
         parse_mesh(entry["mesh"])
         speculative = SpeculativeConfig(**entry["speculative"])
-        return Choice(entry["mesh"], speculative, entry["tokens_per_second"], entry["plain_tokens_per_second"])
+        return Choice(
+            entry["mesh"], speculative, entry["tokens_per_second"], entry["plain_tokens_per_second"]
+        )
     except (EasySpecError, KeyError, TypeError):
         return None

@@ -112,7 +112,9 @@ def tune(
     found = candidates(mesh, engine.draft.config.num_hidden_layers, space)
     for prompt in sample.prompts:
         engine.encode(prompt, sample.chat)
-    engine.variant(SpeculativeConfig(method="vanilla"), bar=bar)  # reads the target, which is no part of measuring
+    engine.variant(
+        SpeculativeConfig(method="vanilla"), bar=bar
+    )  # reads the target, which is no part of measuring
     begun = time.monotonic()
 
     def clock() -> float:
@@ -123,7 +125,9 @@ def tune(
         bench = DeviceBench(engine, sample, space.max_levels, space.tree_widths, clock)
         # Larger ones are measured when trees come to be asked for.
         sizes = [size for size in verification_sizes(found) if size <= 9]
-        figures = Figures(bench.plain, bench.overhead, {size: bench.verification(size) for size in sizes})
+        figures = Figures(
+            bench.plain, bench.overhead, {size: bench.verification(size) for size in sizes}
+        )
         best = search(found, figures, bench, finalists, clock, advance)
     bench.release()
     with bar("Confirming") as advance:
@@ -155,7 +159,11 @@ def confirm(
         with_draft.setdefault(candidate.draft, engines[candidate])
         engines[candidate].compile([bench.longest], sampling, chat=chat)
         advance(1)
-    prompts = [prompt for prompt in bench.sample.prompts if all(fits(prompt, bench, own) for own in engines.values())]
+    prompts = [
+        prompt
+        for prompt in bench.sample.prompts
+        if all(fits(prompt, bench, own) for own in engines.values())
+    ]
     begun = clock()
 
     def complete(engine: Engine, number: int) -> float:
@@ -179,12 +187,20 @@ def fits(prompt: Prompt, bench: DeviceBench, engine: Engine) -> bool:
 def choose(speeds: Mapping[Candidate | None, float], engine: Engine) -> Choice:
     """The fastest as it ran, whatever was predicted; None is plain decoding."""
     best = max(speeds, key=lambda candidate: speeds[candidate])
-    shape = MeshShape(engine.mesh.shape[LAYER], engine.mesh.shape[TENSOR]) if best is None else best.shape
+    shape = (
+        MeshShape(engine.mesh.shape[LAYER], engine.mesh.shape[TENSOR])
+        if best is None
+        else best.shape
+    )
     speculative = SpeculativeConfig(method="vanilla") if best is None else best.speculative
-    return Choice(f"{LAYER}={shape.layer},{TENSOR}={shape.tensor}", speculative, speeds[best], speeds[None])
+    return Choice(
+        f"{LAYER}={shape.layer},{TENSOR}={shape.tensor}", speculative, speeds[best], speeds[None]
+    )
 
 
-def rows(found: Sequence[Candidate], figures: Figures, speeds: Mapping[Candidate | None, float]) -> list[Row]:
+def rows(
+    found: Sequence[Candidate], figures: Figures, speeds: Mapping[Candidate | None, float]
+) -> list[Row]:
     """One for each draft and tree width that was measured at all, at its best number of levels; best first."""
     predictions: dict[tuple[Draft, int], Prediction] = {}
     for candidate in found:
@@ -194,15 +210,23 @@ def rows(found: Sequence[Candidate], figures: Figures, speeds: Mapping[Candidate
             if old is None or _rank(new, speeds) > _rank(old, speeds):
                 predictions[place] = new
     made = [
-        Row(prediction, _deepest_acceptance(figures, draft, width), speeds.get(prediction.candidate))
+        Row(
+            prediction, _deepest_acceptance(figures, draft, width), speeds.get(prediction.candidate)
+        )
         for (draft, width), prediction in predictions.items()
     ]
     return sorted(made, key=lambda row: _rank(row.prediction, speeds), reverse=True)
 
 
-def _rank(prediction: Prediction, speeds: Mapping[Candidate | None, float]) -> tuple[float, bool, float]:
+def _rank(
+    prediction: Prediction, speeds: Mapping[Candidate | None, float]
+) -> tuple[float, bool, float]:
     """Confirmed ones first, then those measured through."""
-    return speeds.get(prediction.candidate, 0.0), not prediction.missing, prediction.tokens_per_second
+    return (
+        speeds.get(prediction.candidate, 0.0),
+        not prediction.missing,
+        prediction.tokens_per_second,
+    )
 
 
 def _deepest_acceptance(figures: Figures, draft: Draft, width: int) -> float | None:
@@ -219,7 +243,9 @@ def auto(engine: Engine, mesh: str, bundled: bool, bar: Bar, note: Callable[[str
     key, directory = store.key_of(engine, mesh), engine.draft.directory
     choice = store.find(key, directory)
     if choice is None:
-        note(f"no choice is stored for this pair, mesh and machine: measuring for about {SECONDS / 60:g} minutes")
+        note(
+            f"no choice is stored for this pair, mesh and machine: measuring for about {SECONDS / 60:g} minutes"
+        )
         space = Space.of(engine.draft.config.num_hidden_layers, refit_sizes(directory))
         choice = tune(engine, mesh, default_sample(engine, bundled), space, bar=bar).choice
         keep(key, choice, directory, note)

@@ -9,7 +9,16 @@ from easyspec_jax.verify.greedy import Greedy
 from easyspec_jax.verify.rejection import Rejection
 from easyspec_jax.verify.verifier import Branches, RowSampling, Verdict, Verifier
 
-__all__ = ["Branches", "Coupled", "Greedy", "Rejection", "RowSampling", "Verdict", "Verifier", "choose"]
+__all__ = [
+    "Branches",
+    "Coupled",
+    "Greedy",
+    "Rejection",
+    "RowSampling",
+    "Verdict",
+    "Verifier",
+    "choose",
+]
 
 
 def choose(name: str, sampling: SamplingParams) -> Verifier:

@@ -53,7 +53,9 @@ class Rejection:
         """
         warped = warp_rows(logits, request, (), self.truncates)
         # What exists must have a probability that float32 can hold and divide by.
-        warped = jnp.where(warped > jnp.max(warped, axis=-1, keepdims=True) - NEGLIGIBLE, warped, -jnp.inf)
+        warped = jnp.where(
+            warped > jnp.max(warped, axis=-1, keepdims=True) - NEGLIGIBLE, warped, -jnp.inf
+        )
         log_q = jax.nn.log_softmax(warped, axis=-1)
         keys = noise_keys(request.seed, position[:, None], request.round, Purpose.DRAFT)[:, 0]
         noise = gumbel(numbered(keys, logits.shape[1]), ids)
@@ -132,9 +134,16 @@ def accept_children(
 
     def try_child(trial: Trial, child: Int[Array, "batch nodes"]) -> tuple[Trial, None]:
         rank = jnp.take_along_axis(tree.rank, child, axis=1)[:, :, None]
-        (target, target_norm), (draft, draft_norm) = target_left(p, tree.q, trial), draft_left(tree.q, trial)
-        target_at, draft_at = (jnp.take_along_axis(x, rank, axis=-1)[:, :, 0] for x in (target, draft))
-        passes = jnp.take_along_axis(u, child, axis=1) * draft_at * target_norm < target_at * draft_norm
+        (target, target_norm), (draft, draft_norm) = (
+            target_left(p, tree.q, trial),
+            draft_left(tree.q, trial),
+        )
+        target_at, draft_at = (
+            jnp.take_along_axis(x, rank, axis=-1)[:, :, 0] for x in (target, draft)
+        )
+        passes = (
+            jnp.take_along_axis(u, child, axis=1) * draft_at * target_norm < target_at * draft_norm
+        )
         tried = (child > 0) & (trial.accepted == 0)
         rejected = tried & ~passes
         chosen = jnp.arange(p.shape[2], dtype=jnp.int32)[None, None, :] == rank
@@ -146,7 +155,9 @@ def accept_children(
         ), None
 
     nodes = tree.tokens.shape
-    start = Trial(jnp.ones(p.shape, bool), jnp.zeros(nodes, jnp.float32), jnp.zeros(nodes, jnp.int32))
+    start = Trial(
+        jnp.ones(p.shape, bool), jnp.zeros(nodes, jnp.float32), jnp.zeros(nodes, jnp.int32)
+    )
     end, _ = jax.lax.scan(try_child, start, jnp.moveaxis(children(tree), 2, 0))
     own = jnp.arange(nodes[1], dtype=jnp.int32)[None, :]
     accept = jnp.take_along_axis(end.accepted, tree.parent, axis=1) == own
@@ -172,7 +183,9 @@ def draft_left(
 
 
 def _replace(
-    row: Float[Array, "batch vocab_shard"], ids: Int[Array, "batch ids"], values: Float[Array, "batch ids"]
+    row: Float[Array, "batch vocab_shard"],
+    ids: Int[Array, "batch ids"],
+    values: Float[Array, "batch ids"],
 ) -> Float[Array, "batch vocab_shard"]:
     """A shard of rows with other values at some ids of the whole vocabulary."""
     size = row.shape[-1]

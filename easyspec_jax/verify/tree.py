@@ -76,7 +76,9 @@ def children(tree: Tree) -> Int[Array, "batch nodes width"]:
     nodes, width = tree.parent.shape[1], tree.width
     is_child = tree.exists & (jnp.arange(nodes) > 0)[None, :]
 
-    def of_row(parent: Int[Array, " nodes"], is_child: Bool[Array, " nodes"]) -> Int[Array, "nodes width"]:
+    def of_row(
+        parent: Int[Array, " nodes"], is_child: Bool[Array, " nodes"]
+    ) -> Int[Array, "nodes width"]:
         sibling = (parent[:, None] == parent[None, :]) & is_child[None, :]
         place = jnp.sum(jnp.tril(sibling, -1), axis=1, dtype=jnp.int32)
         place = jnp.where(is_child, place, width)

@@ -13,7 +13,9 @@ from easyspec_jax.verify.tree import Tree
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["seed", "round", "temperature", "top_k", "top_p"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["seed", "round", "temperature", "top_k", "top_p"],
+    meta_fields=[],
 )
 @dataclass(frozen=True)
 class RowSampling:
@@ -57,12 +59,19 @@ class Verdict(NamedTuple):
 
 
 def warp_rows(
-    logits: Float[Array, "batch some vocab_shard"], request: RowSampling, axes: Axes, truncates: bool
+    logits: Float[Array, "batch some vocab_shard"],
+    request: RowSampling,
+    axes: Axes,
+    truncates: bool,
 ) -> Float[Array, "batch some vocab_shard"]:
     """Warped logits, whose vocabulary is split over axes. truncates: some row asks for top-k or top-p."""
     rows = logits.reshape(-1, logits.shape[-1])
     of_row = request.repeat(logits.shape[1])
-    cut = shard_cutoff(rows, of_row.temperature, of_row.top_k, of_row.top_p, axes) if truncates else None
+    cut = (
+        shard_cutoff(rows, of_row.temperature, of_row.top_k, of_row.top_p, axes)
+        if truncates
+        else None
+    )
     return warp(rows, of_row.temperature, cut).reshape(logits.shape)
 
 

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from easyspec_jax.checkpoint.config import ModelConfig, RopeScaling, model_config, read_json, read_model_config
+from easyspec_jax.checkpoint.config import (
+    ModelConfig,
+    RopeScaling,
+    model_config,
+    read_json,
+    read_model_config,
+)
 from easyspec_jax.checkpoint.families import FAMILIES
 from easyspec_jax.errors import EasySpecError
 
@@ -39,19 +45,31 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "several stop ids": {"eos_token_id": [7, 9, 11]},
     "new name of dtype": {"dtype": "float16", "torch_dtype": None},
     "rope as in transformers 4": {"rope_theta": 5e5, "rope_scaling": None},
-    "llama3 as in transformers 4": {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+    "llama3 as in transformers 4": {
+        "rope_theta": 5e5,
+        "rope_scaling": {"rope_type": "llama3", **LLAMA3},
+    },
     "llama3, older still": {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3}},
     "rope as in transformers 5": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
-    "llama3 as in transformers 5": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
+    "llama3 as in transformers 5": {
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}
+    },
     "linear by 1": {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 1.0}},
     "yarn by 1": {"rope_theta": 5e5, "rope_scaling": {"rope_type": "yarn", "factor": 1}},
     "dynamic by 1": {"rope_theta": 5e5, "rope_scaling": {"type": "dynamic", "factor": 1.0}},
     "llama3 with its length outside": {
         "rope_theta": 5e5,
-        "rope_scaling": {"rope_type": "llama3", **{k: v for k, v in LLAMA3.items() if not k.startswith("original")}},
+        "rope_scaling": {
+            "rope_type": "llama3",
+            **{k: v for k, v in LLAMA3.items() if not k.startswith("original")},
+        },
         "original_max_position_embeddings": 256,
     },
-    "a window that hides nothing": {"sliding_window": 512, "use_sliding_window": True, "max_window_layers": 0},
+    "a window that hides nothing": {
+        "sliding_window": 512,
+        "use_sliding_window": True,
+        "max_window_layers": 0,
+    },
     "both, at odds": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
         "rope_scaling": {"rope_type": "llama3", **LLAMA3},
@@ -99,7 +117,9 @@ def as_transformers_reads(directory: Path) -> ModelConfig:
         vocab_size=config.vocab_size,
         rms_norm_eps=config.rms_norm_eps,
         rope_theta=rope["rope_theta"],
-        rope_scaling=RopeScaling(**{name: rope[name] for name in LLAMA3}) if rope["rope_type"] == "llama3" else None,
+        rope_scaling=RopeScaling(**{name: rope[name] for name in LLAMA3})
+        if rope["rope_type"] == "llama3"
+        else None,
         max_position_embeddings=config.max_position_embeddings,
         tie_word_embeddings=config.tie_word_embeddings,
         qkv_bias=config.model_type == "qwen2",
@@ -115,7 +135,14 @@ def as_transformers_reads(directory: Path) -> ModelConfig:
         ("qwen2", {"attention_bias": True}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8}),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"] * 3}),
+        (
+            "qwen2",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "layer_types": ["full_attention"] * 3,
+            },
+        ),
         ("qwen2", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}),
         ("qwen3", {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0}),
     ],
@@ -129,7 +156,9 @@ def test_flags_without_a_meaning_change_nothing(family, flags):
 
 def test_generation_config_decides_what_stops(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | SIZES))
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], "temperature": 0.6}))
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [1, 2], "temperature": 0.6})
+    )
     assert read_model_config(tmp_path).stop_ids == (1, 2)
     (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.6}))
     assert read_model_config(tmp_path).stop_ids == (7,)
@@ -142,18 +171,44 @@ def test_generation_config_decides_what_stops(tmp_path):
         ({"model_type": "mistral", "sliding_window": 511}, "sliding-window"),
         # A window of 4096 by default.
         ({"model_type": "mistral", "max_position_embeddings": 4097}, "sliding-window"),
-        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, "sliding-w"),
-        ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
+        (
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "max_window_layers": 2,
+            },
+            "sliding-w",
+        ),
+        (
+            {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
+            "sliding-window",
+        ),
         ({"num_local_experts": 8}, "mixture-of-experts"),
-        ({"model_type": "mixtral"}, "mixture-of-experts models .model_type 'mixtral'. are not supported"),
+        (
+            {"model_type": "mixtral"},
+            "mixture-of-experts models .model_type 'mixtral'. are not supported",
+        ),
         ({"model_type": "qwen2_moe"}, "mixture-of-experts"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"mlp_bias": True}, "mlp_bias=True is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling 'yarn' is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "RoPE scaling 'linear' is not supported"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "RoPE scaling 'dynamic' is not supported"),
-        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama, mistral, qwen2, qwen3"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "RoPE scaling 'yarn' is not supported",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 4.0}},
+            "RoPE scaling 'linear' is not supported",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}},
+            "RoPE scaling 'dynamic' is not supported",
+        ),
+        (
+            {"model_type": "mamba"},
+            "model_type 'mamba' is not supported; supported: llama, mistral, qwen2, qwen3",
+        ),
         ({"model_type": None}, "model_type 'None' is not supported"),
         ({"model_type": ["llama"]}, "is not supported"),
     ],
@@ -187,12 +242,18 @@ def test_a_configuration_without_a_type_is_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_hidden_layers": "three"}, "num_hidden_layers='three' has the wrong type; expected int"),
+        (
+            {"num_hidden_layers": "three"},
+            "num_hidden_layers='three' has the wrong type; expected int",
+        ),
         ({"num_hidden_layers": 2.5}, "num_hidden_layers=2.5 has the wrong type"),
         ({"hidden_size": [48]}, "hidden_size"),
         ({"vocab_size": None}, "wrong type"),
         ({"num_key_value_heads": True}, "num_key_value_heads=True"),
-        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' has the wrong type; expected bool"),
+        (
+            {"tie_word_embeddings": "false"},
+            "tie_word_embeddings='false' has the wrong type; expected bool",
+        ),
         ({"rms_norm_eps": "small"}, "wrong type"),
         ({"rope_scaling": "llama3"}, "rope_scaling='llama3' has the wrong type"),
         ({"rope_parameters": [1e6]}, "rope_parameters"),
@@ -218,13 +279,22 @@ def test_names_a_field_of_the_wrong_type(change, message):
         ({"num_key_value_heads": 4}, "6 query heads do not divide into 4 key-value heads"),
         ({"head_dim": 7}, "head_dim=7 must be even"),
         ({"num_attention_heads": 10}, "hidden_size=48 does not divide into 10 heads"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 must be at least 1 and below 10000"),
+        (
+            {"num_hidden_layers": 10**9},
+            "num_hidden_layers=1000000000 must be at least 1 and below 10000",
+        ),
         ({"vocab_size": 2**31}, "vocab_size=2147483648 must be"),
         ({"rms_norm_eps": -1e-5}, "rms_norm_eps=-1e-05 must be positive"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan must be positive"),
         ({"rope_theta": -1.0}, "rope_theta=-1.0 must be positive"),
-        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "factor": 0.0}}, "factor=0.0 must be positive"),
-        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor must be below"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "factor": 0.0}},
+            "factor=0.0 must be positive",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 4.0}},
+            "low_freq_factor must be below",
+        ),
     ],
 )
 def test_refuses_impossible_sizes(change, message):
@@ -252,7 +322,11 @@ def test_unreadable_json_names_the_file(tmp_path, content, message):
 
 
 def test_a_mistral_without_a_number_of_key_heads_has_eight(tmp_path):
-    config = {"model_type": "mistral", "sliding_window": None} | SIZES | {"num_attention_heads": 16, "hidden_size": 64}
+    config = (
+        {"model_type": "mistral", "sliding_window": None}
+        | SIZES
+        | {"num_attention_heads": 16, "hidden_size": 64}
+    )
     del config["num_key_value_heads"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_model_config(tmp_path) == as_transformers_reads(tmp_path)

@@ -17,7 +17,12 @@ from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.checkpoint.families import EMBEDDING, FINAL_NORM, HEAD
 from easyspec_jax.checkpoint.orbax import WEIGHTS, OrbaxSource
 from easyspec_jax.checkpoint.rope import rope_frequencies
-from easyspec_jax.checkpoint.safetensors import INDEX, SAFETENSORS, SafetensorsSource, write_safetensors
+from easyspec_jax.checkpoint.safetensors import (
+    INDEX,
+    SAFETENSORS,
+    SafetensorsSource,
+    write_safetensors,
+)
 from easyspec_jax.checkpoint.tensors import Slices
 from easyspec_jax.errors import EasySpecError
 
@@ -48,7 +53,9 @@ def write_huggingface(directory: Path, shards: int = 1, dtype=np.float32) -> dic
         return tensors
     files = {name: f"model-{number % shards}.safetensors" for number, name in enumerate(tensors)}
     for file in set(files.values()):
-        save_file({name: tensors[name] for name in tensors if files[name] == file}, directory / file)
+        save_file(
+            {name: tensors[name] for name in tensors if files[name] == file}, directory / file
+        )
     (directory / INDEX).write_text(json.dumps({"weight_map": files}))
     return tensors
 
@@ -123,7 +130,9 @@ def test_truncated_shard(tmp_path, kept):
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("place", ["../model-0.safetensors", "/etc/passwd", "deep/model-0.safetensors", "."])
+@pytest.mark.parametrize(
+    "place", ["../model-0.safetensors", "/etc/passwd", "deep/model-0.safetensors", "."]
+)
 def test_index_that_leads_out(tmp_path, place):
     write_huggingface(tmp_path, shards=3)
     edit_index(tmp_path, {EMBEDDING: place})
@@ -157,7 +166,9 @@ def test_an_index_that_places_a_tensor_in_another_of_its_files(tmp_path):
 def test_an_index_that_omits_a_file(tmp_path):
     write_huggingface(tmp_path, shards=3)
     index = json.loads((tmp_path / INDEX).read_text())
-    kept = {name: file for name, file in index["weight_map"].items() if file != "model-1.safetensors"}
+    kept = {
+        name: file for name, file in index["weight_map"].items() if file != "model-1.safetensors"
+    }
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": kept}))
     with pytest.raises(EasySpecError, match="is missing"):
         open_checkpoint(tmp_path)
@@ -188,7 +199,11 @@ def test_copies_in_other_formats_are_not_read(tmp_path):
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_configuration_may_name_its_weights(tmp_path, shards):
     tensors = write_huggingface(tmp_path, shards)
-    name, other = (SAFETENSORS, "other.safetensors") if shards == 1 else (INDEX, "other.safetensors.index.json")
+    name, other = (
+        (SAFETENSORS, "other.safetensors")
+        if shards == 1
+        else (INDEX, "other.safetensors.index.json")
+    )
     (tmp_path / name).rename(tmp_path / other)
     save_file({"stray": np.zeros(1, np.float32)}, tmp_path / SAFETENSORS)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"transformers_weights": other}))
@@ -220,14 +235,21 @@ def test_index_without_a_map(tmp_path, content):
 
 def test_no_tensor_is_dropped_because_the_index_omits_it(tmp_path):
     tensors = write_huggingface(tmp_path, shards=3)
-    save_file({**shard_of(tensors, 0, 3), "stray": np.zeros(1, np.float32)}, tmp_path / "model-0.safetensors")
+    save_file(
+        {**shard_of(tensors, 0, 3), "stray": np.zeros(1, np.float32)},
+        tmp_path / "model-0.safetensors",
+    )
     with pytest.raises(EasySpecError, match="stray is unknown"):
         open_checkpoint(tmp_path)
 
 
 def test_other_types_are_named(tmp_path):
-    header = json.dumps({"odd": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
-    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    header = json.dumps(
+        {"odd": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}
+    ).encode()
+    (tmp_path / "model.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + bytes(4)
+    )
     source = SafetensorsSource(tmp_path)
     assert source.dtypes() == {"odd": "F8_E4M3"}
     with pytest.raises(EasySpecError, match="odd is stored as F8_E4M3, which is not supported"):
@@ -254,7 +276,10 @@ class Described:
 def test_every_fault_of_the_tensors_is_listed():
     config = model_config(CONFIG)
     shapes = expected_shapes(config)
-    faulty = {name: shape for name, shape in shapes.items() if name != HEAD} | {"extra": (1,), EMBEDDING: (3, 3)}
+    faulty = {name: shape for name, shape in shapes.items() if name != HEAD} | {
+        "extra": (1,),
+        EMBEDDING: (3, 3),
+    }
     with pytest.raises(EasySpecError) as error:
         check_tensors(config, Described(faulty, {FINAL_NORM: "I8"}), "here")
     assert str(error.value) == (
@@ -262,7 +287,9 @@ def test_every_fault_of_the_tensors_is_listed():
         "model.embed_tokens.weight has shape (3, 3) instead of (10, 8); "
         "model.norm.weight is stored as I8, which is not supported"
     )
-    with pytest.raises(EasySpecError, match=r"model\.norm\.weight is missing; .* and 12 more; extra is unknown$"):
+    with pytest.raises(
+        EasySpecError, match=r"model\.norm\.weight is missing; .* and 12 more; extra is unknown$"
+    ):
         check_tensors(config, Described({"extra": (1,)}), "here")
 
 
@@ -305,7 +332,9 @@ def test_a_copy_of_the_embedding_is_no_head(tmp_path, layout, stored):
 def test_a_copy_in_another_type_is_one_if_its_numbers_are(tmp_path):
     tensors = write_tied(tmp_path, "hf", None)
     narrow = tensors[EMBEDDING].astype(ml_dtypes.bfloat16)
-    save_file(tensors | {EMBEDDING: narrow, HEAD: narrow.astype(np.float32)}, tmp_path / SAFETENSORS)
+    save_file(
+        tensors | {EMBEDDING: narrow, HEAD: narrow.astype(np.float32)}, tmp_path / SAFETENSORS
+    )
     assert open_checkpoint(tmp_path).config.tie_word_embeddings
     save_file(tensors | {HEAD: narrow.astype(np.float32)}, tmp_path / SAFETENSORS)
     assert not open_checkpoint(tmp_path).config.tie_word_embeddings
@@ -313,7 +342,9 @@ def test_a_copy_in_another_type_is_one_if_its_numbers_are(tmp_path):
 
 def test_a_stored_head_of_another_shape_is_refused(tmp_path):
     write_tied(tmp_path, "hf", np.zeros((11, 8), np.float32))
-    with pytest.raises(EasySpecError, match=r"lm_head\.weight has shape \(11, 8\) instead of \(10, 8\)"):
+    with pytest.raises(
+        EasySpecError, match=r"lm_head\.weight has shape \(11, 8\) instead of \(10, 8\)"
+    ):
         open_checkpoint(tmp_path)
 
 
@@ -326,7 +357,9 @@ def test_stored_frequencies_are_compared(tmp_path, dtype):
     assert_holds(tmp_path, tensors)
     for wrong in (frequencies / 2, frequencies[:1]):
         save_file(tensors | {name: wrong.astype(dtype)}, tmp_path / SAFETENSORS)
-        with pytest.raises(EasySpecError, match="other RoPE frequencies than the configuration gives"):
+        with pytest.raises(
+            EasySpecError, match="other RoPE frequencies than the configuration gives"
+        ):
             open_checkpoint(tmp_path)
 
 
@@ -355,7 +388,9 @@ def test_damaged_orbax_data_is_noticed(tmp_path, damage, opened):
         if damage == "remove":
             path.unlink()
         else:
-            path.write_bytes(data[:-20] if damage == "truncate" else bytes(byte ^ 255 for byte in data))
+            path.write_bytes(
+                data[:-20] if damage == "truncate" else bytes(byte ^ 255 for byte in data)
+            )
     with pytest.raises(EasySpecError, match="is no readable Orbax checkpoint") as error:
         (source or OrbaxSource(tmp_path / WEIGHTS)).read("large")
     assert "\n" not in str(error.value)
@@ -376,7 +411,11 @@ def edit_index(directory: Path, places: dict[str, str]) -> None:
 
 
 def shard_of(tensors: dict[str, np.ndarray], number: int, shards: int) -> dict[str, np.ndarray]:
-    return {name: values for place, (name, values) in enumerate(tensors.items()) if place % shards == number}
+    return {
+        name: values
+        for place, (name, values) in enumerate(tensors.items())
+        if place % shards == number
+    }
 
 
 def test_safetensors_that_cannot_be_written_are_one_line(tmp_path):

@@ -45,8 +45,14 @@ def test_the_page_adds_a_family(phi3, tmp_path):
     with torch.no_grad():
         theirs = model(torch.from_numpy(ids)).logits.numpy()
     convert(open_huggingface(tmp_path / "hf"), tmp_path / "orbax", verify=True)
-    convert(open_huggingface(tmp_path / "orbax"), tmp_path / "out", format=HUGGING_FACE, verify=True)
-    for directory, mesh in (("hf", MeshShape(1, 1)), ("orbax", MeshShape(2, 4)), ("out", MeshShape(1, 2))):
+    convert(
+        open_huggingface(tmp_path / "orbax"), tmp_path / "out", format=HUGGING_FACE, verify=True
+    )
+    for directory, mesh in (
+        ("hf", MeshShape(1, 1)),
+        ("orbax", MeshShape(2, 4)),
+        ("out", MeshShape(1, 2)),
+    ):
         from_ = loader(open_checkpoint(tmp_path / directory), mesh)
         ours = forward(load_target(from_), from_.mesh, ids)[:, :, :100]
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
@@ -68,6 +74,10 @@ def test_joined_tensors_are_checked_as_they_are_stored(phi3, tmp_path):
     model = transformers.AutoModelForCausalLM.from_config(phi3)
     model.save_pretrained(tmp_path)
     config = (tmp_path / "config.json").read_text()
-    (tmp_path / "config.json").write_text(config.replace('"num_key_value_heads": 2', '"num_key_value_heads": 4'))
-    with pytest.raises(EasySpecError, match=r"qkv_proj\.weight has shape \(96, 48\) instead of \(144, 48\)"):
+    (tmp_path / "config.json").write_text(
+        config.replace('"num_key_value_heads": 2', '"num_key_value_heads": 4')
+    )
+    with pytest.raises(
+        EasySpecError, match=r"qkv_proj\.weight has shape \(96, 48\) instead of \(144, 48\)"
+    ):
         open_checkpoint(tmp_path)

@@ -28,17 +28,23 @@ def random_tensors(config: Any, seed: int) -> Tensors:
     return {name: torch.randn_like(values) for name, values in model.state_dict().items()}
 
 
-def write_sharded(directory: Path, tensors: Tensors, chance: random.Random, index: str = INDEX) -> None:
+def write_sharded(
+    directory: Path, tensors: Tensors, chance: random.Random, index: str = INDEX
+) -> None:
     """Two to four files with an index; a tensor may be in two files, or listed for another than holds it."""
     count = chance.randint(2, 4)
     files = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
     placed = {name: chance.choice(files) for name in tensors}
-    stored = {file: {name: tensors[name] for name in tensors if placed[name] == file} for file in files}
+    stored = {
+        file: {name: tensors[name] for name in tensors if placed[name] == file} for file in files
+    }
     if chance.random() < 0.4:
         name, file = chance.choice(sorted(tensors.keys() - {FREQUENCIES})), chance.choice(files)
         stored[file][name] = torch.randn_like(tensors[name])
     for file, held in stored.items():
-        save_file(held or {EMBEDDING: tensors[EMBEDDING]}, directory / file, metadata={"format": "pt"})
+        save_file(
+            held or {EMBEDDING: tensors[EMBEDDING]}, directory / file, metadata={"format": "pt"}
+        )
     if chance.random() < 0.3:
         placed[chance.choice(sorted(tensors))] = chance.choice(files)
     if chance.random() < 0.2:
@@ -88,7 +94,9 @@ def write_layout(directory: Path, chance: random.Random) -> None:
         if chance.random() < 0.5:
             save_file({"stale": torch.zeros(1)}, directory / SAFETENSORS)
     if chance.random() < 0.3:
-        save_file({"layers.0.attention.wq.weight": torch.zeros(3)}, directory / "consolidated.safetensors")
+        save_file(
+            {"layers.0.attention.wq.weight": torch.zeros(3)}, directory / "consolidated.safetensors"
+        )
     if chance.random() < 0.2:
         torch.save({EMBEDDING: torch.zeros(3)}, directory / "pytorch_model.bin")
 
@@ -113,12 +121,16 @@ def test_tensors_are_those_that_transformers_loads(tmp_path, seed):
             opened = open_checkpoint(directory)
         except EasySpecError as error:
             # An unknown tensor, which transformers drops, or a shard that is gone, for which it fails.
-            assert re.search(r"unheard_of is unknown|of-0000\d\.safetensors is missing", str(error)), error
+            assert re.search(
+                r"unheard_of is unknown|of-0000\d\.safetensors is missing", str(error)
+            ), error
             continue
         theirs = as_transformers_loads(directory)
         head = opened.source.read(EMBEDDING if opened.config.tie_word_embeddings else HEAD)
         assert torch.equal(theirs[HEAD], torch.from_numpy(head.astype("float32")))
         for name in opened.source.shapes():
-            assert torch.equal(theirs[name], torch.from_numpy(opened.source.read(name).astype("float32"))), name
+            assert torch.equal(
+                theirs[name], torch.from_numpy(opened.source.read(name).astype("float32"))
+            ), name
         same += 1
     assert same > 15

@@ -62,7 +62,9 @@ SAMPLING = SamplingParams(max_new_tokens=4, seed=7)
 
 
 def test_every_answer_sees_all_that_was_said_until_it_is_forgotten(engine, asked, capsys):
-    converse(engine, SAMPLING, no_bar, reader("one", "  ", "two", "/clear", "three", "/exit", "four"))
+    converse(
+        engine, SAMPLING, no_bar, reader("one", "  ", "two", "/clear", "three", "/exit", "four")
+    )
     output = capsys.readouterr()
     first, second, third, _ = output.out.split("\n")
     assert asked == [
@@ -83,7 +85,10 @@ def test_commands_do_not_reach_the_model(engine, asked, capsys):
 
 def test_a_system_message_stays_whatever_is_forgotten(engine, asked, capsys):
     converse(engine, SAMPLING, no_bar, reader("one", "/clear", "two"), system="be brief")
-    assert asked == [("[system]be brief[user]one[assistant]", 7), ("[system]be brief[user]two[assistant]", 7)]
+    assert asked == [
+        ("[system]be brief[user]one[assistant]", 7),
+        ("[system]be brief[user]two[assistant]", 7),
+    ]
 
 
 def test_what_does_not_fit_is_not_remembered(engine, asked, capsys):
@@ -125,7 +130,9 @@ def test_an_answer_that_never_came_is_not_remembered(engine, asked, capsys, monk
     assert asked == [("[user]two[assistant]", 7)]
 
 
-def test_a_model_that_is_not_made_for_it_is_refused_before_it_is_loaded(tmp_path, monkeypatch, capsys):
+def test_a_model_that_is_not_made_for_it_is_refused_before_it_is_loaded(
+    tmp_path, monkeypatch, capsys
+):
     save_model(tmp_path, "llama3", vocab_size=260)
     monkeypatch.setattr(Engine, "load", lambda self, bar: pytest.fail("weights were loaded"))
     assert main(["--target", str(tmp_path), "--method", "vanilla", "--chat"]) == 2
@@ -134,7 +141,15 @@ def test_a_model_that_is_not_made_for_it_is_refused_before_it_is_loaded(tmp_path
 
 def test_as_a_command(directory, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", StringIO("one\n"))
-    flags = ["--target", str(directory), "--draft", str(directory), "--chat", "--max-new-tokens", "4"]
+    flags = [
+        "--target",
+        str(directory),
+        "--draft",
+        str(directory),
+        "--chat",
+        "--max-new-tokens",
+        "4",
+    ]
     assert main(flags) == 0
     output = capsys.readouterr()
     assert output.out.count("\n") == 1
@@ -145,13 +160,17 @@ def test_as_a_command(directory, capsys, monkeypatch):
     assert "grouped draft layers" in capsys.readouterr().err
 
 
-def test_a_poisoned_model_is_named_and_its_answer_not_remembered(engine, asked, capsys, monkeypatch):
+def test_a_poisoned_model_is_named_and_its_answer_not_remembered(
+    engine, asked, capsys, monkeypatch
+):
     generate, told = Engine.generate, []
 
     def poisoned_once(self, prompts, sampling, **options):
         for completion in generate(self, prompts, sampling, **options):
             told.append(completion)
-            yield replace(completion, error="the model is poisoned") if len(told) == 1 else completion
+            yield (
+                replace(completion, error="the model is poisoned") if len(told) == 1 else completion
+            )
 
     monkeypatch.setattr(Engine, "generate", poisoned_once)
     converse(engine, SAMPLING, no_bar, reader("one", "two"))

@@ -34,7 +34,16 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def arguments(model):
-    return ["--target", str(model[0]), "--draft", str(model[0]), "--lp-size", "3", "--max-new-tokens", "12"]
+    return [
+        "--target",
+        str(model[0]),
+        "--draft",
+        str(model[0]),
+        "--lp-size",
+        "3",
+        "--max-new-tokens",
+        "12",
+    ]
 
 
 def refusal(capsys, *argv: str) -> str:
@@ -65,7 +74,12 @@ def test_json_object(model, arguments, capsys):
         assert o["finish_reason"] == ("stop" if o["token_ids"][-1] == 3 else "length")
         stats = o["stats"]
         assert len(stats["accepted_per_position"]) == 5
-        assert sum(stats["accepted_per_position"]) == stats["accepted"] <= stats["drafted"] <= 5 * stats["rounds"]
+        assert (
+            sum(stats["accepted_per_position"])
+            == stats["accepted"]
+            <= stats["drafted"]
+            <= 5 * stats["rounds"]
+        )
         assert stats["acceptance_rate"] == stats["accepted"] / stats["drafted"]
         assert stats["mean_acceptance_length"] == 1 + stats["accepted"] / stats["rounds"]
 
@@ -84,13 +98,31 @@ def test_text_on_stdout_and_one_summary_line_on_stderr(arguments, capsys, stream
 
 def test_prompt_file(arguments, capsys, tmp_path):
     (tmp_path / "prompts.txt").write_bytes("\ufefffirst\n\nsec\u2028ond\r\n".encode())
-    assert main([*arguments, "--method", "vanilla", "--json", "--prompt-file", str(tmp_path / "prompts.txt")]) == 0
-    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["first", "sec\u2028ond"]
+    assert (
+        main(
+            [
+                *arguments,
+                "--method",
+                "vanilla",
+                "--json",
+                "--prompt-file",
+                str(tmp_path / "prompts.txt"),
+            ]
+        )
+        == 0
+    )
+    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == [
+        "first",
+        "sec\u2028ond",
+    ]
 
 
 def test_seed_makes_sampling_repeatable(arguments, capsys):
     def text(seed: str) -> str:
-        assert main([*arguments, "--no-stream", "--temperature", "1", "--seed", seed, "--prompt", "a"]) == 0
+        assert (
+            main([*arguments, "--no-stream", "--temperature", "1", "--seed", seed, "--prompt", "a"])
+            == 0
+        )
         return capsys.readouterr().out
 
     assert text("1") == text("1") != text("2")
@@ -99,9 +131,15 @@ def test_seed_makes_sampling_repeatable(arguments, capsys):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--method", "sd", "--tree-width", "4"], "--method sd grows no trees: leave out --tree-width"),
+        (
+            ["--method", "sd", "--tree-width", "4"],
+            "--method sd grows no trees: leave out --tree-width",
+        ),
         (["--tree-width", "65"], "--tree-width 65 must be from 1 to 64"),
-        (["--tree-width", "4", "--tree-nodes", "21"], "--tree-nodes 21 must be from 5 to 20: one node a level"),
+        (
+            ["--tree-width", "4", "--tree-nodes", "21"],
+            "--tree-nodes 21 must be from 5 to 20: one node a level",
+        ),
         (["--verifier", "other"], "invalid choice: 'other'"),
         (["--top-k", "-1"], "--top-k -1 must be from 0 to 2147483647 ids (0: all)"),
         (["--top-p", "0"], "--top-p 0.0 must be a probability"),
@@ -120,7 +158,10 @@ def test_seed_makes_sampling_repeatable(arguments, capsys):
         (["--mesh", "9"], "--mesh asks for 9 devices but there are 8"),
         (["--platform", "gpu"], "--platform gpu: JAX finds no such device"),
         (["--lp-strategy", "0,1-3,3,4,5"], "names layer 3 twice"),
-        (["--lp-strategy", f"0,1-{LAYERS}"], f"names layer {LAYERS}; the draft has 0 to {LAYERS - 1}"),
+        (
+            ["--lp-strategy", f"0,1-{LAYERS}"],
+            f"names layer {LAYERS}; the draft has 0 to {LAYERS - 1}",
+        ),
         (["--lp-strategy", "0,2-5"], "leaves out layer 1"),
         (["--max-length", "6"], "leaves no room within --max-length 6"),
         (["--max-length", "1000000"], "--max-length 1000000 must be from 2 to"),
@@ -129,7 +170,9 @@ def test_seed_makes_sampling_repeatable(arguments, capsys):
         (["--stop", ""], "--stop '' would end every text"),
         (["--unknown"], "unrecognized arguments: --unknown"),
     ],
-    ids=lambda value: value[0] + (value[1] if len(value) > 1 else "") if isinstance(value, list) else "",
+    ids=lambda value: (
+        value[0] + (value[1] if len(value) > 1 else "") if isinstance(value, list) else ""
+    ),
 )
 def test_bad_flags_are_one_clear_line(arguments, capsys, flags, words):
     assert words in refusal(capsys, *arguments, *flags, "--prompt", "some text")
@@ -139,10 +182,16 @@ def test_bad_prompts_are_one_clear_line(arguments, capsys, tmp_path):
     assert "the prompt is empty" in refusal(capsys, *arguments, "--prompt", "fine", "--prompt", "")
     assert "no prompt" in refusal(capsys, *arguments)
     assert "no valid Unicode" in refusal(capsys, *arguments, "--prompt", "\udcff")
-    assert "leaves no room within --max-length 1024" in refusal(capsys, *arguments, "--prompt", "long" * 1000)
-    assert "cannot be read" in refusal(capsys, *arguments, "--prompt-file", str(tmp_path / "absent"))
+    assert "leaves no room within --max-length 1024" in refusal(
+        capsys, *arguments, "--prompt", "long" * 1000
+    )
+    assert "cannot be read" in refusal(
+        capsys, *arguments, "--prompt-file", str(tmp_path / "absent")
+    )
     (tmp_path / "blank").write_text("\n\n", encoding="utf-8")
-    assert "holds no prompt" in refusal(capsys, *arguments, "--prompt-file", str(tmp_path / "blank"))
+    assert "holds no prompt" in refusal(
+        capsys, *arguments, "--prompt-file", str(tmp_path / "blank")
+    )
 
 
 def test_bad_checkpoints_are_one_clear_line(model, arguments, capsys, tmp_path):
@@ -181,7 +230,11 @@ def test_nothing_is_loaded_before_everything_is_checked(arguments, capsys, monke
     [
         (KeyboardInterrupt(), 130, ["\n"]),
         (BrokenPipeError(), 0, [""]),
-        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 2, ["memory does not suffice", "--max-new-tokens"]),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+            2,
+            ["memory does not suffice", "--max-new-tokens"],
+        ),
         (OSError(5, "Input/output error"), 2, ["Input/output error"]),
     ],
     ids=["interrupted", "reader gone", "out of memory", "output broken"],
@@ -201,8 +254,26 @@ def test_how_it_ends_when_it_cannot_go_on(arguments, capsys, monkeypatch, fault,
 
 def test_as_a_program(model):
     """With the virtual devices that the command makes itself, in a process of its own."""
-    command = [sys.executable, "-m", "easyspec_jax.generate", "--platform", "cpu", "--mesh", "8", "--json"]
-    command += ["--target", str(model[0]), "--draft", str(model[0]), "--prompt", "Hi", "--max-new-tokens", "3"]
+    command = [
+        sys.executable,
+        "-m",
+        "easyspec_jax.generate",
+        "--platform",
+        "cpu",
+        "--mesh",
+        "8",
+        "--json",
+    ]
+    command += [
+        "--target",
+        str(model[0]),
+        "--draft",
+        str(model[0]),
+        "--prompt",
+        "Hi",
+        "--max-new-tokens",
+        "3",
+    ]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert len(json.loads(run.stdout)["token_ids"]) == 3
     failed = subprocess.run([*command, "--seed", "x"], capture_output=True, text=True, check=False)
@@ -222,7 +293,9 @@ def test_an_output_that_cannot_be_written_is_one_line(model):
         "--json",
     ]
     with open("/dev/full", "w") as full:
-        run = subprocess.run([*command, "--prompt", "a"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        run = subprocess.run(
+            [*command, "--prompt", "a"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
     assert run.returncode == 2
     assert run.stderr.count("\n") == 1, run.stderr
 
@@ -231,7 +304,17 @@ def test_an_output_that_cannot_be_written_is_one_line(model):
 @pytest.mark.parametrize("sampling", [[], ["--temperature", "0.8"]], ids=["greedy", "sampled"])
 def test_narrow_types_with_a_replicated_draft(arguments, capsys, dtype, sampling):
     """Strict promotion is on: an operand that is silently widened raises."""
-    flags = ["--dtype", dtype, "--mesh", "4", "--draft-tensor-parallel-size", "1", "--json", "--prompt", "a"]
+    flags = [
+        "--dtype",
+        dtype,
+        "--mesh",
+        "4",
+        "--draft-tensor-parallel-size",
+        "1",
+        "--json",
+        "--prompt",
+        "a",
+    ]
     assert main([*arguments, *flags, *sampling]) == 0
     output = json.loads(capsys.readouterr().out)
     assert len(output["token_ids"]) == 12
@@ -252,7 +335,9 @@ def test_five_lines_of_python(model):
         engine.generate(["a"], batch_size=0)
 
 
-def test_a_stop_string_ends_the_text_the_same_way_for_every_method(model, arguments, capsys, tmp_path):
+def test_a_stop_string_ends_the_text_the_same_way_for_every_method(
+    model, arguments, capsys, tmp_path
+):
     """And what lies past it counts neither as drafted nor as accepted."""
 
     def output(*flags: str):
@@ -273,7 +358,10 @@ def test_a_stop_string_ends_the_text_the_same_way_for_every_method(model, argume
         assert (cut["text"], cut["token_ids"]) == (plain["text"], plain["token_ids"])
         stats = cut["stats"]
         assert stats["accepted"] <= stats["drafted"]
-        assert stats["accepted"] + stats["rounds"] <= whole["stats"]["accepted"] + whole["stats"]["rounds"]
+        assert (
+            stats["accepted"] + stats["rounds"]
+            <= whole["stats"]["accepted"] + whole["stats"]["rounds"]
+        )
         assert stats["accepted"] <= len(cut["token_ids"]) - 1
     assert main([*arguments, "--prompt", "Hello", "--stop", stop]) == 0
     assert capsys.readouterr().out == plain["text"] + "\n"
@@ -299,11 +387,21 @@ def test_a_system_message_goes_before_every_prompt(model, arguments, capsys, tmp
     shutil.copytree(model[0], tmp_path / "model")
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     (tmp_path / "model" / "chat_template.jinja").write_text(template)
-    flags = ["--target", str(tmp_path / "model"), "--method", "vanilla", "--json", "--max-new-tokens", "2"]
+    flags = [
+        "--target",
+        str(tmp_path / "model"),
+        "--method",
+        "vanilla",
+        "--json",
+        "--max-new-tokens",
+        "2",
+    ]
     assert main([*flags, "--chat", "--system", "be brief", "--prompt", "one"]) == 0
     (printed,) = capsys.readouterr().out.splitlines()
     assert byte_tokenizer().decode(json.loads(printed)["prompt_ids"]) == "[system]be brief[user]one"
-    assert "--system needs --chat" in refusal(capsys, *flags, "--system", "be brief", "--prompt", "one")
+    assert "--system needs --chat" in refusal(
+        capsys, *flags, "--system", "be brief", "--prompt", "one"
+    )
 
 
 def test_files_on_another_disk(model, arguments, capsys, tmp_path):
@@ -311,7 +409,16 @@ def test_files_on_another_disk(model, arguments, capsys, tmp_path):
     shutil.copytree(model[0], directory)
     (directory / "model.safetensors").rename(tmp_path / "elsewhere")
     (directory / "model.safetensors").symlink_to(tmp_path / "elsewhere")
-    flags = ["--target", str(directory), "--method", "vanilla", "--max-new-tokens", "2", "--prompt", "a"]
+    flags = [
+        "--target",
+        str(directory),
+        "--method",
+        "vanilla",
+        "--max-new-tokens",
+        "2",
+        "--prompt",
+        "a",
+    ]
     assert "give --allow-links" in refusal(capsys, *flags)
     assert main([*flags, "--allow-links"]) == 0
 
@@ -324,7 +431,9 @@ def test_a_text_ends_where_the_template_ends_a_turn(model, arguments, capsys, tm
     ends = str(tokenizer.convert_ids_to_tokens(plain["token_ids"][4]))
     directory = tmp_path / "model"
     shutil.copytree(model[0], directory)
-    tokenizer.backend_tokenizer.add_tokens([AddedToken(ends, normalized=False)])  # one that is not hidden
+    tokenizer.backend_tokenizer.add_tokens(
+        [AddedToken(ends, normalized=False)]
+    )  # one that is not hidden
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}" + ends + "{% endfor %}"
     tokenizer.save_pretrained(directory)
     assert main([*arguments, "--target", str(directory), "--json", "--prompt", "Hello"]) == 0
@@ -343,7 +452,10 @@ def test_compare_decodes_the_same_prompts_plainly(arguments, capsys):
         assert o["plain"]["same_tokens"] is True
         assert o["plain"]["stats"]["rounds"] == len(o["token_ids"]) - 1
         assert set(o["plain"]["stats"]) == STATS
-        assert o["plain"]["speedup"] == o["stats"]["tokens_per_second"] / o["plain"]["stats"]["tokens_per_second"]
+        assert (
+            o["plain"]["speedup"]
+            == o["stats"]["tokens_per_second"] / o["plain"]["stats"]["tokens_per_second"]
+        )
     assert main([*arguments, "--compare", *prompts]) == 0
     output = capsys.readouterr()
     table = output.err.splitlines()
@@ -354,7 +466,10 @@ def test_compare_decodes_the_same_prompts_plainly(arguments, capsys):
 
 
 def test_verbose_shows_which_layers_live_where(arguments, capsys):
-    assert main([*arguments, "--verbose", "--mesh", "layer=3,tensor=2", "--json", "--prompt", "a"]) == 0
+    assert (
+        main([*arguments, "--verbose", "--mesh", "layer=3,tensor=2", "--json", "--prompt", "a"])
+        == 0
+    )
     output = capsys.readouterr()
     assert json.loads(output.out)["text"]
     heading, times, columns, *rows = output.err.splitlines()
@@ -362,7 +477,9 @@ def test_verbose_shows_which_layers_live_where(arguments, capsys):
     assert "groups 0,1-2,3-4,5" in heading
     assert re.fullmatch(r"loaded in \d+\.\d\d s · compiled in \d+\.\d\d s", times)
     assert "KV of 128 tokens" in columns
-    assert [row.split()[1:3] for row in rows] == [["1", "3"]] * 2 + [["2", "4"]] * 2 + [["–", rows[5].split()[2]]] * 2
+    assert [row.split()[1:3] for row in rows] == [["1", "3"]] * 2 + [["2", "4"]] * 2 + [
+        ["–", rows[5].split()[2]]
+    ] * 2
     assert all(row.count("MiB") == 3 for row in rows)
 
 

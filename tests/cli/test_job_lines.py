@@ -36,7 +36,9 @@ def test_bad_lines(line, message):
 
 
 def test_seeds_follow_line_numbers():
-    content = b'{"id": 1, "prompt": "a"}\n\n{"id": 2, "prompt": "b"}\n{"id": 3, "prompt": "c", "seed": 9}'
+    content = (
+        b'{"id": 1, "prompt": "a"}\n\n{"id": 2, "prompt": "b"}\n{"id": 3, "prompt": "c", "seed": 9}'
+    )
     assert [item.sampling and item.sampling.seed for item in read_items(content, SamplingParams(seed=2**32 - 1))] == [
         2**32 - 1, 1, 9
     ]  # fmt: skip
@@ -65,17 +67,29 @@ def test_what_is_null_or_asks_for_nothing_changes_nothing(fields):
 
 
 def test_fields_that_only_describe_a_line_are_not_used():
-    assert item(prompt="a", category="code", reference_answer=None, level=3).unused == ("category", "level")
+    assert item(prompt="a", category="code", reference_answer=None, level=3).unused == (
+        "category",
+        "level",
+    )
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"prompt": "a", "temprature": 0.5}, "'temprature' is unknown; did you mean 'temperature'?"),
-        ({"prompt": "a", "max_tokens": 5, "max_new_tokens": 6}, "max_new_tokens is given twice, as '5' and '6'"),
+        (
+            {"prompt": "a", "temprature": 0.5},
+            "'temprature' is unknown; did you mean 'temperature'?",
+        ),
+        (
+            {"prompt": "a", "max_tokens": 5, "max_new_tokens": 6},
+            "max_new_tokens is given twice, as '5' and '6'",
+        ),
         ({"prompt": "a", "n": 2}, "n '2' is not supported"),
         ({"prompt": "a", "stop_token_ids": [7]}, "stop_token_ids '[7]' is not supported"),
-        ({"messages": [USER], "chat_template_kwargs": {"enable_thinking": False}}, "is not supported"),
+        (
+            {"messages": [USER], "chat_template_kwargs": {"enable_thinking": False}},
+            "is not supported",
+        ),
         ({"messages": [USER], "system": "be brief"}, "system 'be brief' is not supported"),
         ({"prompt": "a", "presence_penalty": 0.1}, "presence_penalty '0.1' is not supported"),
         ({"prompt": "a", "logit_bias": {"5": 1}}, "is not supported"),
@@ -104,7 +118,9 @@ def test_an_id_of_any_type_is_given_back(own):
     assert read.id == own
 
 
-@pytest.mark.parametrize("line", ['{"id": NaN, "prompt": 5}', '{"id": 1e999, "prompt": 5}', "[[", "\xff", "{" * 9999])
+@pytest.mark.parametrize(
+    "line", ['{"id": NaN, "prompt": 5}', '{"id": 1e999, "prompt": 5}', "[[", "\xff", "{" * 9999]
+)
 def test_what_cannot_be_given_back_is_null(line):
     (read,) = read_items(line.encode("latin-1"), PLAIN)
     assert read.error is not None
@@ -112,14 +128,27 @@ def test_what_cannot_be_given_back_is_null(line):
 
 
 def test_a_second_line_of_an_id_is_told_with_that_id():
-    lines = [{"id": 1, "prompt": 7}, {"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"}, {"id": "1", "prompt": "c"}]
+    lines = [
+        {"id": 1, "prompt": 7},
+        {"id": 1, "prompt": "a"},
+        {"id": 1, "prompt": "b"},
+        {"id": "1", "prompt": "c"},
+    ]
     read = read_items("\n".join(map(json.dumps, lines)).encode(), PLAIN)
     assert [item.id for item in read] == [1, 1, 1, "1"]
-    assert [item.error and item.error[:9] for item in read] == ["prompt mu", None, "id 1 is t", None]
+    assert [item.error and item.error[:9] for item in read] == [
+        "prompt mu",
+        None,
+        "id 1 is t",
+        None,
+    ]
 
 
 def test_a_system_message_is_for_every_line_without_one():
-    lines = [{"id": 1, "prompt": "hello"}, {"id": 2, "messages": [{"role": "system", "content": "own"}, USER]}]
+    lines = [
+        {"id": 1, "prompt": "hello"},
+        {"id": 2, "messages": [{"role": "system", "content": "own"}, USER]},
+    ]
     first, second = read_items("\n".join(map(json.dumps, lines)).encode(), PLAIN, system="be brief")
     assert first.prompt == Conversation([{"role": "system", "content": "be brief"}, USER])
     assert second.prompt == Conversation([{"role": "system", "content": "own"}, USER])

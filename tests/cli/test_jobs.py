@@ -58,7 +58,10 @@ def check_refilled_rows(models, method: Method = "easyspec", refit="none"):
     assert sorted(found) == list(range(6))
     for number, (prompt, sampling) in enumerate(wanted):
         (alone,) = engine.generate([prompt], sampling)
-        assert (found[number].token_ids, found[number].finish_reason) == (alone.token_ids, alone.finish_reason)
+        assert (found[number].token_ids, found[number].finish_reason) == (
+            alone.token_ids,
+            alone.finish_reason,
+        )
 
 
 @pytest.mark.parametrize("method", ["vanilla", "sd", "tree", "easyspec"])
@@ -73,10 +76,17 @@ def test_refilled_rows_are_what_they_are_alone_with_a_refit(models, tmp_path):
 @pytest.mark.parametrize("which", ["target", "draft"])
 def test_a_poisoned_model_ends_its_row_and_is_named(models, engine, which):
     sick = engine_of(models[which == "target"], models[which == "draft"])
-    prompts = ["first", "x" * (PREFILL_CHUNK + 9) + POISON, "third", "fourth"]  # nobody's prefill reaches as far
+    prompts = [
+        "first",
+        "x" * (PREFILL_CHUNK + 9) + POISON,
+        "third",
+        "fourth",
+    ]  # nobody's prefill reaches as far
     # One row at a time too: what a poisoned text leaves in the caches must not reach the next.
     for batch_size in (1, 2):
-        found = dict(sick.complete_each((sick.row(prompt, PLAIN) for prompt in prompts), batch_size))
+        found = dict(
+            sick.complete_each((sick.row(prompt, PLAIN) for prompt in prompts), batch_size)
+        )
         assert found[1].finish_reason == "error"
         assert found[1].error is not None
         assert f"the {which} {models[1]} " in found[1].error
@@ -87,7 +97,9 @@ def test_a_poisoned_model_ends_its_row_and_is_named(models, engine, which):
 
 
 def test_a_row_entered_with_its_old_caches_would_be_found(models, engine, monkeypatch):
-    monkeypatch.setattr(refill, "jnp", SimpleNamespace(**vars(jnp) | {"where": lambda first, fresh, old: old}))
+    monkeypatch.setattr(
+        refill, "jnp", SimpleNamespace(**vars(jnp) | {"where": lambda first, fresh, old: old})
+    )
     with pytest.raises(AssertionError):
         test_a_poisoned_model_ends_its_row_and_is_named(models, engine, "target")
 
@@ -132,7 +144,9 @@ LINES = [
 @pytest.fixture
 def job(tmp_path):
     prompts = tmp_path / "in.jsonl"
-    prompts.write_text("\n".join([*map(json.dumps, LINES), "{torn", "", json.dumps({"id": "i", "prompt": "nine"})]))
+    prompts.write_text(
+        "\n".join([*map(json.dumps, LINES), "{torn", "", json.dumps({"id": "i", "prompt": "nine"})])
+    )
     return prompts, tmp_path / "out.jsonl"
 
 
@@ -166,9 +180,16 @@ def test_another_jobs_output_is_refused(engine, job):
     with pytest.raises(EasySpecError, match="other prompts or settings"):
         run_job(engine, read_job(prompts, PLAIN), out)
     out.unlink()
-    with open_results(out, {}), pytest.raises(EasySpecError, match="another run"), open_results(out, {}):
+    with (
+        open_results(out, {}),
+        pytest.raises(EasySpecError, match="another run"),
+        open_results(out, {}),
+    ):
         pass
-    with pytest.raises(EasySpecError, match="other prompts or settings"), open_results(out, {"other": 1}):
+    with (
+        pytest.raises(EasySpecError, match="other prompts or settings"),
+        open_results(out, {"other": 1}),
+    ):
         pass
 
 
@@ -185,7 +206,21 @@ def test_files_that_cannot_be_used_are_named(engine, job, tmp_path):
 
 def test_a_poisoned_model_ends_the_command_with_one_line(models, capsys):
     sick = str(models[1])
-    assert main(["--target", sick, "--method", "vanilla", "--prompt", "bad" + POISON, "--max-new-tokens", "2"]) == 2
+    assert (
+        main(
+            [
+                "--target",
+                sick,
+                "--method",
+                "vanilla",
+                "--prompt",
+                "bad" + POISON,
+                "--max-new-tokens",
+                "2",
+            ]
+        )
+        == 2
+    )
     complaint = capsys.readouterr().err
     assert complaint.count("error: ") == 1 and f"the target {sick} " in complaint
 
@@ -235,7 +270,10 @@ HOSTILE: list[str] = [
     '{"id": ID, "prompt": "a", "messages": [{"role": "user", "content": "b"}]}',
     '{"id": ID, "prompt": "' + "long " * 9000 + '"}',
     '{"id": ID, "messages": [{"role": "fail", "content": "b"}]}',
-    '{"id": ID, "messages": [{"role": "user", "content": "b", "deep": ' + "[" * 500 + "]" * 500 + "}]}",
+    '{"id": ID, "messages": [{"role": "user", "content": "b", "deep": '
+    + "[" * 500
+    + "]" * 500
+    + "}]}",
     '{"id": ID}',
 ]
 """Lines that ask for what cannot be, or in which nothing is of the type that one expects."""
@@ -252,14 +290,33 @@ def test_no_line_ends_a_job(models, tmp_path, capsys):
     lines = []
     for number in range(1, 201):
         hostile = HOSTILE[number // 4 % len(HOSTILE)].replace("ID", str(number))
-        lines.append(hostile if number % 4 == 0 else json.dumps({"id": number, "prompt": f"line {number}"}))
+        lines.append(
+            hostile if number % 4 == 0 else json.dumps({"id": number, "prompt": f"line {number}"})
+        )
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
-    flags = ["--target", str(directory), "--method", "vanilla", "--max-new-tokens", "3", "--batch-size", "8"]
-    command = [*flags, "--prompts", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    flags = [
+        "--target",
+        str(directory),
+        "--method",
+        "vanilla",
+        "--max-new-tokens",
+        "3",
+        "--batch-size",
+        "8",
+    ]
+    command = [
+        *flags,
+        "--prompts",
+        str(tmp_path / "in.jsonl"),
+        "--out",
+        str(tmp_path / "out.jsonl"),
+    ]
     for _ in range(2):
         assert main(command) == 1
         found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-        assert sorted((record["line"], record["id"]) for record in found) == [(n, n) for n in range(1, 201)]
+        assert sorted((record["line"], record["id"]) for record in found) == [
+            (n, n) for n in range(1, 201)
+        ]
         # One line asks for a deep value, which is strange but no error.
         assert sum("error" in record for record in found if record["line"] % 4 == 0) >= 48
         assert not any("error" in record for record in found if record["line"] % 4)
@@ -270,7 +327,9 @@ def test_a_line_that_would_not_fit_costs_only_itself(engine, tmp_path, monkeypat
     """Whatever is free later: other programs come and go."""
     answers = iter([40 << 20, *[1000] * 99])
     monkeypatch.setattr(engine, "free_memory", lambda: next(answers))
-    lines = [{"id": n, "prompt": "a", "max_new_tokens": limit} for n, limit in enumerate((4, 1000, 4))]
+    lines = [
+        {"id": n, "prompt": "a", "max_new_tokens": limit} for n, limit in enumerate((4, 1000, 4))
+    ]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
     out = tmp_path / "out.jsonl"
     assert run_job(engine, read_job(tmp_path / "in.jsonl", PLAIN), out, batch_size=8) == (3, 1)
@@ -285,7 +344,9 @@ def test_closed_standard_input_is_one_line(tmp_path, monkeypatch):
 
 
 def test_outputs_are_looked_at_before_a_model_is_opened(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("easyspec_jax.cli.generate._open", lambda *arguments: pytest.fail("it was opened"))
+    monkeypatch.setattr(
+        "easyspec_jax.cli.generate._open", lambda *arguments: pytest.fail("it was opened")
+    )
     prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     prompts.write_text(json.dumps({"id": 1, "prompt": "a"}))
     out.write_text("something else\n")
@@ -313,7 +374,9 @@ def test_fields_that_are_not_used_are_named_once(engine, tmp_path):
     lines = [{"id": n, "prompt": "a", "category": "x", f"own_{n}": 1} for n in range(7)]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
     notes: list[str] = []
-    run_job(engine, read_job(tmp_path / "in.jsonl", PLAIN), tmp_path / "out.jsonl", note=notes.append)
+    run_job(
+        engine, read_job(tmp_path / "in.jsonl", PLAIN), tmp_path / "out.jsonl", note=notes.append
+    )
     assert notes == ["fields that are not used: 'category', 'own_0', 'own_1', 'own_2', 'own_3', …"]
 
 
@@ -330,6 +393,8 @@ def test_whatever_a_line_provokes_is_its_own_error(engine, tmp_path, monkeypatch
     lines = [{"id": n, "prompt": prompt} for n, prompt in enumerate("abc")]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert run_job(engine, read_job(tmp_path / "in.jsonl", PLAIN), tmp_path / "out.jsonl") == (3, 1)
-    (error,) = [record for record in records((tmp_path / "out.jsonl").read_bytes()) if "error" in record]
+    (error,) = [
+        record for record in records((tmp_path / "out.jsonl").read_bytes()) if "error" in record
+    ]
     assert error["id"] == 1
     assert error["error"].startswith("line 2: cannot be used (ZeroDivisionError: ")

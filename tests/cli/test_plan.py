@@ -17,14 +17,34 @@ from easyspec_jax.plan.report import RATES, print_plan
 
 @pytest.fixture
 def arguments(configs, environment):
-    return ["--target-config", str(configs["target"]), "--draft-config", str(configs["draft"]), "--max-length", "400"]
+    return [
+        "--target-config",
+        str(configs["target"]),
+        "--draft-config",
+        str(configs["draft"]),
+        "--max-length",
+        "400",
+    ]
 
 
 @pytest.fixture(scope="module")
 def printed(configs):
     models = ["--target-config", str(configs["target"]), "--draft-config", str(configs["draft"])]
     with mock.patch.dict(os.environ), redirect_stdout(io.StringIO()) as output:
-        assert main(["--topology", "v5p:2x2x2", "--no-compile", "--json", "--max-length", "400", *models]) == 0
+        assert (
+            main(
+                [
+                    "--topology",
+                    "v5p:2x2x2",
+                    "--no-compile",
+                    "--json",
+                    "--max-length",
+                    "400",
+                    *models,
+                ]
+            )
+            == 0
+        )
     return json.loads(output.getvalue())
 
 
@@ -37,7 +57,11 @@ def rows(printed: dict) -> list[list[str]]:
 
 def test_json_is_what_the_tables_show(printed):
     assert printed["estimates"] is True
-    assert (printed["topology"], printed["devices"], printed["dtype"]) == ("v5p:2x2x2", 8, "bfloat16")
+    assert (printed["topology"], printed["devices"], printed["dtype"]) == (
+        "v5p:2x2x2",
+        8,
+        "bfloat16",
+    )
     assert [way["lp_size"] for way in printed["ways"]] == [1, 1, 1, 2, 2, 4, 4, 7, 7]
     lines = rows(printed)
     for way in printed["ways"]:
@@ -65,7 +89,9 @@ def test_speeds_follow_from_rounds(printed):
     for way in printed["ways"]:
         levels = 0 if way["method"] == "vanilla" else printed["num_speculative_tokens"]
         for rate, speed in way["tokens_per_second"].items():
-            assert speed == pytest.approx((1 + float(rate) * levels) / way["steps"]["round"]["seconds"])
+            assert speed == pytest.approx(
+                (1 + float(rate) * levels) / way["steps"]["round"]["seconds"]
+            )
         assert way["time_to_first_token"] == way["steps"]["prefill"]["seconds"]
 
 
@@ -94,7 +120,10 @@ def test_a_compiled_cpu_round_stands_beside_its_trace(arguments, capsys):
         (["--topology", "v9:2x4"], "no machine 'v9'; there are v5e"),
         (["--target-config", "Llama-9"], "--target-config 'Llama-9' is no file.*Llama-3.3-70B"),
         (["--draft-config", "OTHER"], "the target has 300 embedding rows and the draft 400"),
-        (["--mesh", "layer=2,tensor=2"], "--mesh layer=2,tensor=2 has 4 devices, but v5e:2x4 has 8"),
+        (
+            ["--mesh", "layer=2,tensor=2"],
+            "--mesh layer=2,tensor=2 has 4 devices, but v5e:2x4 has 8",
+        ),
         (["--mesh", "eight"], "--mesh 'eight' is neither"),
         (["--lp-size", "7"], "--lp-size 7 must be from 1 to the draft's 6 layers"),
         (["--lp-size", "0"], "--lp-size 0 must be at least 1"),

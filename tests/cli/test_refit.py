@@ -30,7 +30,16 @@ def directory(draft, tmp_path):
 def test_a_refit_is_written_and_then_drafted_with(directory, capsys):
     """A few texts, borders that are measured."""
     (directory / "text.txt").write_text("a much shorter fox " * 60)
-    fitted = ["--draft", str(directory), "--lp-size", "3", "--text", str(directory / "text.txt"), "--mesh", "2"]
+    fitted = [
+        "--draft",
+        str(directory),
+        "--lp-size",
+        "3",
+        "--text",
+        str(directory / "text.txt"),
+        "--mesh",
+        "2",
+    ]
     assert main([*fitted, "--tokens", "1000"]) == 0
     shown = capsys.readouterr().err
     assert "as it was" in shown and str(directory / "refit" / "lp3.safetensors") in shown
@@ -54,12 +63,23 @@ def test_measured_borders_stay_within_the_turns_that_were_asked_for(directory, c
     layout = parse_layout(chosen, LAYERS)
     assert layout.sequential_mlps <= LAYERS / 2
     assert layout.collectives <= LAYERS / 2 + len(paper_groups(LAYERS, 3))
-    found, refit = choose_layout(SpeculativeConfig(lp_size=3, mlp_lp_size=2), open_checkpoint(directory))
+    found, refit = choose_layout(
+        SpeculativeConfig(lp_size=3, mlp_lp_size=2), open_checkpoint(directory)
+    )
     assert found == layout and refit is not None
 
 
 def test_text_of_its_own(directory, capsys):
-    asked = ["--draft", str(directory), "--tokens", "1000", "--borders", "paper", "--mlp-lp-size", "2"]
+    asked = [
+        "--draft",
+        str(directory),
+        "--tokens",
+        "1000",
+        "--borders",
+        "paper",
+        "--mlp-lp-size",
+        "2",
+    ]
     assert main(asked) == 0
     refit = directory / "refit" / "lp4_mlp2.safetensors"
     closed, shown = load_file(refit), capsys.readouterr().err
@@ -71,10 +91,14 @@ def test_text_of_its_own(directory, capsys):
     assert any(not np.array_equal(tensor, closed[name]) for name, tensor in distilled.items())
     assert main([*asked, "--distill", "2", "--resume", "--seed", "1"]) == 0
     assert "distilled" in capsys.readouterr().err
-    moved, again = ({name: own[name] - closed[name] for name in closed} for own in (distilled, load_file(refit)))
+    moved, again = (
+        {name: own[name] - closed[name] for name in closed} for own in (distilled, load_file(refit))
+    )
     assert not any(np.array_equal(moved[name], again[name]) for name in moved if "norm" not in name)
     # Two more steps from there, not two from the fit.
-    assert sum(np.abs(x).max() for x in again.values()) > 1.2 * sum(np.abs(x).max() for x in moved.values())
+    assert sum(np.abs(x).max() for x in again.values()) > 1.2 * sum(
+        np.abs(x).max() for x in moved.values()
+    )
 
 
 def test_answers_to_prompts(directory):
@@ -82,7 +106,10 @@ def test_answers_to_prompts(directory):
     prompts = ["a fox", "a much shorter fox"]
     engine = open_model(directory, speculative=SpeculativeConfig(method="vanilla"))
     sampling = SamplingParams(0.8, seed=3, max_new_tokens=LENGTH)
-    turns = [engine.generate(prompts, replace(sampling, seed=3 + 2 * turn), batch_size=2) for turn in range(10)]
+    turns = [
+        engine.generate(prompts, replace(sampling, seed=3 + 2 * turn), batch_size=2)
+        for turn in range(10)
+    ]
     expected = [id for turn in turns for done in turn for id in done.prompt_ids + done.token_ids]
     texts = answer_prompts(engine, prompts, 4, sampling, chat=False)
     assert texts.shape == (4, LENGTH)

@@ -19,7 +19,19 @@ from easyspec_jax.tune.store import FILE, Choice
 from easyspec_jax.tune.tuning import open_pair
 from tests.models import save_model
 
-FEW = ["--lp-sizes", "1", "3", "--tree-widths", "1", "--max-levels", "2", "--max-new-tokens", "10", "--confirm", "1"]
+FEW = [
+    "--lp-sizes",
+    "1",
+    "3",
+    "--tree-widths",
+    "1",
+    "--max-levels",
+    "2",
+    "--max-new-tokens",
+    "10",
+    "--confirm",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +67,19 @@ def test_one_object_has_everything(printed):
     assert len(found["candidates"]) == 2 + 2 * 2 + 2
     for candidate in found["candidates"]:
         rounds = candidate["speculative"]["num_speculative_tokens"]
-        seconds = candidate["first"] + (rounds - 1) * candidate["step"] + candidate["verification"] + found["overhead"]
+        seconds = (
+            candidate["first"]
+            + (rounds - 1) * candidate["step"]
+            + candidate["verification"]
+            + found["overhead"]
+        )
         tokens = 1 + candidate["acceptance_rate"] * rounds
         assert candidate["predicted_tokens_per_second"] == pytest.approx(tokens / seconds)
         assert not candidate["frontier"] or candidate["deepest_acceptance_rate"] is not None
-    speeds = [found["plain_tokens_per_second"], *(c["confirmed_tokens_per_second"] or 0 for c in found["candidates"])]
+    speeds = [
+        found["plain_tokens_per_second"],
+        *(c["confirmed_tokens_per_second"] or 0 for c in found["candidates"]),
+    ]
     assert found["choice"]["tokens_per_second"] == max(speeds)
     assert plot.startswith(b"\x89PNG")
 
@@ -68,7 +88,10 @@ def test_the_table_shows_the_object(printed):
     found, _ = printed
     stream = io.StringIO()
     print_tuned(found, Console(file=stream, width=160, highlight=False))
-    lines = [re.split(r"\s{2,}", line.strip().removeprefix("* ")) for line in stream.getvalue().splitlines()]
+    lines = [
+        re.split(r"\s{2,}", line.strip().removeprefix("* "))
+        for line in stream.getvalue().splitlines()
+    ]
     for candidate in found["candidates"]:
         speed = candidate["predicted_tokens_per_second"]
         bound = "≤ " if candidate["missing"] else ""
@@ -148,9 +171,19 @@ def test_auto_measures_once_where_nothing_is_stored(pair, model, capsys, monkeyp
 
 
 @pytest.mark.parametrize(
-    "flags", [["--lp-size", "4"], ["--lp-size=2"], ["--method", "sd"], ["--tree-width", "4"], ["--no-calibration"]]
+    "flags",
+    [
+        ["--lp-size", "4"],
+        ["--lp-size=2"],
+        ["--method", "sd"],
+        ["--tree-width", "4"],
+        ["--no-calibration"],
+    ],
 )
 def test_what_auto_chooses_nobody_else_may(pair, capsys, flags):
     assert generate.main([*pair, "--lp-strategy", "auto", "--prompt", "x", *flags]) == 2
     name = flags[0].partition("=")[0]
-    assert f"--lp-strategy auto chooses {name} itself: leave out one of the two" in capsys.readouterr().err
+    assert (
+        f"--lp-strategy auto chooses {name} itself: leave out one of the two"
+        in capsys.readouterr().err
+    )

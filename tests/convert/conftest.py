@@ -14,8 +14,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ t", "1 2", "12 3", "Ġ 1"]
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
-ADDED = {"<|bos|>": CONTROL, "<|end|>": CONTROL, "<|eot|>": CONTROL, "<tool>": USER_DEFINED, "[PAD]": UNUSED}
-TOKENS = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES), *ADDED]
+ADDED = {
+    "<|bos|>": CONTROL,
+    "<|end|>": CONTROL,
+    "<|eot|>": CONTROL,
+    "<tool>": USER_DEFINED,
+    "[PAD]": UNUSED,
+}
+TOKENS = [
+    *sorted(pre_tokenizers.ByteLevel.alphabet()),
+    *(merge.replace(" ", "") for merge in MERGES),
+    *ADDED,
+]
 KINDS = [1] * (len(TOKENS) - len(ADDED)) + list(ADDED.values())
 TEMPLATE = "{% for message in messages %}<|bos|>{{ message['content'] }}<|end|>{% endfor %}"
 HEADS, KEY_HEADS = 4, 2
@@ -77,7 +87,9 @@ def write_gguf(tmp_path: Path) -> Callable[..., Path]:
     ) -> Path:
         family = model.config.model_type
         path = tmp_path / f"{family}-{stored.name}.gguf"
-        pre: dict[str, Any] = {"tokenizer.ggml.pre": "qwen2" if family.startswith("qwen") else "gpt-2"}
+        pre: dict[str, Any] = {
+            "tokenizer.ggml.pre": "qwen2" if family.startswith("qwen") else "gpt-2"
+        }
         writer = gguf.GGUFWriter(path, family)
         for key, value in (model_metadata(model) | TOKENIZER | pre | dict(metadata or {})).items():
             if value is not None:
@@ -89,7 +101,9 @@ def write_gguf(tmp_path: Path) -> Callable[..., Path]:
                 writer.add_tensor(name, values)
             elif values is not None:
                 kind = stored if values.ndim == 2 else Type.F32
-                writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(values), kind), raw_dtype=kind)
+                writer.add_tensor(
+                    name, gguf.quants.quantize(np.ascontiguousarray(values), kind), raw_dtype=kind
+                )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -100,7 +100,9 @@ def test_values_that_are_not_finite(source, fails, value, dtype):
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 def test_every_pattern_of_bits_is_judged_as_numpy_judges_it(dtype):
     values = np.array([0, -0.0, 1, -1, 1e-8, -1e-8], dtype)
-    values = np.concatenate([values, [ml_dtypes.finfo(dtype).max, ml_dtypes.finfo(dtype).min]]).astype(dtype)
+    values = np.concatenate(
+        [values, [ml_dtypes.finfo(dtype).max, ml_dtypes.finfo(dtype).min]]
+    ).astype(dtype)
     assert stream.is_finite(values)
     assert stream.is_finite(values[:0])
     for wrong in (np.nan, -np.nan, np.inf, -np.inf):
@@ -203,7 +205,9 @@ def test_files_that_may_not_grow(source, tmp_path, flag):
     command = [sys.executable, "-c", SMALL_FILES, flag, source, "--out", tmp_path / "out"]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.returncode == 2
-    assert finished.stderr.startswith(f"convert: error: {tmp_path}/.out.partial cannot be written: ")
+    assert finished.stderr.startswith(
+        f"convert: error: {tmp_path}/.out.partial cannot be written: "
+    )
     assert finished.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
@@ -222,7 +226,9 @@ def test_a_flipped_byte_is_found(source, tmp_path, capsys, flag):
     flip(largest)
     assert main([*arguments, "--verify"]) == 0
     flip(max(source.glob("*.safetensors")), -1)
-    assert f" differs from {source}; convert again" in convert_fails([*arguments, "--verify"], capsys)
+    assert f" differs from {source}; convert again" in convert_fails(
+        [*arguments, "--verify"], capsys
+    )
 
 
 def flip(path: Path, place: int | None = None) -> None:
@@ -238,7 +244,12 @@ def test_a_byte_that_flips_on_the_way_to_the_disk_is_found(source, tmp_path):
             flip(self._directory / "model.safetensors", -1)
 
     with pytest.raises(stream.EasySpecError, match=r"differs from .*; convert again"):
-        stream.convert(open_huggingface(source), tmp_path / "out", format=Format("flipping", Flipping), verify=True)
+        stream.convert(
+            open_huggingface(source),
+            tmp_path / "out",
+            format=Format("flipping", Flipping),
+            verify=True,
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -263,7 +274,11 @@ OrbaxStore.finish = shards.SafetensorsStore.finish = lambda self: time.sleep(600
 
 @pytest.mark.parametrize("flag", ["--hf", "--to-hf"])
 def test_killed_at_random_moments_it_goes_on(tmp_path, flag):
-    write_random(tmp_path / "hf", FIELDS | {"hidden_size": 512, "intermediate_size": 4096, "vocab_size": 8000}, 3)
+    write_random(
+        tmp_path / "hf",
+        FIELDS | {"hidden_size": 512, "intermediate_size": 4096, "vocab_size": 8000},
+        3,
+    )
     out, journal = tmp_path / "out", tmp_path / ".out.partial" / "journal"
     arguments = [flag, tmp_path / "hf", "--out", out]
     moment, done = random.Random(0), 0
@@ -309,8 +324,12 @@ def test_what_an_interruption_damaged_is_written_again(source, tmp_path, monkeyp
         patched.setattr(stream.Workplace, "record", interrupt)
         with pytest.raises(KeyboardInterrupt):
             stream.convert(model, tmp_path / "out")
-    written = {path: path.read_bytes() for path in (tmp_path / ".out.partial" / "weights").rglob("d/*")}
-    data = [path for path, held in written.items() if len(held) > 3000 and b"zarr_format" not in held]
+    written = {
+        path: path.read_bytes() for path in (tmp_path / ".out.partial" / "weights").rglob("d/*")
+    }
+    data = [
+        path for path, held in written.items() if len(held) > 3000 and b"zarr_format" not in held
+    ]
     assert data
     for path in data[::2]:
         flip(path)
@@ -341,5 +360,7 @@ def test_an_output_that_shrinks_before_it_is_read_again_is_found(source, tmp_pat
     name = next(iter(opened.source.shapes()))
     store.write(name, 0, opened.source.read(name))
     os.truncate(tmp_path / "model.safetensors", 2000)
-    with pytest.raises(stream.EasySpecError, match=r"model\.safetensors is damaged: it ends too early"):
+    with pytest.raises(
+        stream.EasySpecError, match=r"model\.safetensors is damaged: it ends too early"
+    ):
         store.read(name, 0, opened.source.shapes()[name][0])

@@ -24,10 +24,15 @@ FUZZ = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )  # fmt: skip
 
-NUMBERS = st.integers(-2, 300) | st.integers() | st.sampled_from([2**31, 2**62, 2**63, 2**64, 10**30])
+NUMBERS = (
+    st.integers(-2, 300) | st.integers() | st.sampled_from([2**31, 2**62, 2**63, 2**64, 10**30])
+)
 SCALARS = st.none() | st.booleans() | NUMBERS | st.floats() | st.text(max_size=8)
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
 )
 
 
@@ -52,7 +57,11 @@ def memory_is_bounded() -> Iterator[None]:
 
 
 def resident(status: Path, field: str) -> int:
-    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(field))
+    return next(
+        int(line.split()[1]) * 1024
+        for line in status.read_text().splitlines()
+        if line.startswith(field)
+    )
 
 
 def check(checkpoint: Path, damaged: dict[str, bytes]) -> int:
@@ -68,7 +77,10 @@ def check(checkpoint: Path, damaged: dict[str, bytes]) -> int:
         lines = printed.getvalue() + errors.getvalue()
         assert lines.count("\n") == 1, lines
         assert (code, out.exists()) in ((0, True), (2, False)), lines
-        assert sorted(path.name for path in Path(directory).iterdir()) == ["hf", *(["out"] if code == 0 else [])]
+        assert sorted(path.name for path in Path(directory).iterdir()) == [
+            "hf",
+            *(["out"] if code == 0 else []),
+        ]
         return code
 
 
@@ -91,14 +103,20 @@ def test_headers(checkpoint, data):
         damaged = data.draw(st.integers(0, 2**64 - 1)).to_bytes(8, "little") + content[8:]
     elif kind == "bytes":
         place = data.draw(st.integers(0, 8 + length - 1))
-        damaged = content[:place] + data.draw(st.binary(max_size=9)) + content[place + data.draw(st.integers(0, 9)) :]
+        damaged = (
+            content[:place]
+            + data.draw(st.binary(max_size=9))
+            + content[place + data.draw(st.integers(0, 9)) :]
+        )
     else:
         header = json.loads(content[8 : 8 + length])
         name = data.draw(st.sampled_from(sorted(header)))
         if kind == "entry":
             header[name] = data.draw(VALUES)
         elif kind == "field":
-            header[name] |= {data.draw(st.sampled_from(["dtype", "shape", "data_offsets"])): data.draw(VALUES)}
+            header[name] |= {
+                data.draw(st.sampled_from(["dtype", "shape", "data_offsets"])): data.draw(VALUES)
+            }
         else:
             header = data.draw(VALUES)
         text = encoded(header)
@@ -110,12 +128,18 @@ def test_headers(checkpoint, data):
 @given(st.data())
 def test_indices(checkpoint, data):
     index = json.loads((checkpoint / INDEX).read_text())
-    places = st.sampled_from([*set(index["weight_map"].values()), "..", "/", "config.json", "", "\0"]) | VALUES
+    places = (
+        st.sampled_from([*set(index["weight_map"].values()), "..", "/", "config.json", "", "\0"])
+        | VALUES
+    )
     if data.draw(st.booleans()):
         name = data.draw(st.sampled_from(sorted(index["weight_map"])) | st.text(max_size=8))
         index["weight_map"][name] = data.draw(places)
     else:
-        index = data.draw(VALUES | st.fixed_dictionaries({"weight_map": st.dictionaries(st.text(max_size=8), places)}))
+        index = data.draw(
+            VALUES
+            | st.fixed_dictionaries({"weight_map": st.dictionaries(st.text(max_size=8), places)})
+        )
     check(checkpoint, {INDEX: encoded(index)})
 
 
@@ -126,7 +150,10 @@ def test_configurations(checkpoint, data):
              "layer_types", "sliding_window", "attention_bias", "hidden_act", "torch_dtype", "num_experts"]  # fmt: skip
     changes = data.draw(st.dictionaries(st.sampled_from(names), VALUES, min_size=1, max_size=3))
     model_types = st.sampled_from(["llama", "mistral", "qwen2", "qwen3"])
-    check(checkpoint, {"config.json": encoded(FIELDS | {"model_type": data.draw(model_types)} | changes)})
+    check(
+        checkpoint,
+        {"config.json": encoded(FIELDS | {"model_type": data.draw(model_types)} | changes)},
+    )
 
 
 @FUZZ

@@ -48,7 +48,9 @@ def test_smollm2_has_the_tokenizer_transformers_builds(smollm2_gguf, smollm2, tm
     theirs = AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
     # transformers leaves out what `smollm` means: llama.cpp splits at every \p{N}, as SmolLM2's own tokenizer.json
     # does. Merges join a space with the first byte of an Arabic digit, so without it " ٣" has other ids.
-    theirs.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
+    theirs.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(False)]
+    )
     for text in (
         "Hello world", " leading and trailing ", "a\n\n\nb\t\tc  d", "don't WE'LL I'd", "def f(x):\n    return x**2",
         "日本語のテキスト", "中文 测试。", "안녕하세요", "Привет, мир!", "مرحبا ٣٤", "😀👍🏽 emoji", "café naïve ﬁ",
@@ -60,7 +62,10 @@ def test_smollm2_has_the_tokenizer_transformers_builds(smollm2_gguf, smollm2, tm
     assert ours.chat_template == theirs.chat_template
     chat = ours.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n")
-    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == ours.eos_token_id
+    assert (
+        json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"]
+        == ours.eos_token_id
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -93,7 +98,9 @@ def test_converted_model_equals_the_original(tiny_model, write_gguf, tmp_path, f
     parameters = dict(model.named_parameters())  # a tied head appears once
     assert set(opened.source.shapes()) == set(parameters)
     for name, values in parameters.items():
-        np.testing.assert_array_equal(opened.source.read(name), values.detach().numpy(), err_msg=name)
+        np.testing.assert_array_equal(
+            opened.source.read(name), values.detach().numpy(), err_msg=name
+        )
     assert result.parameters == model.num_parameters()
     eos = AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id
     expected = model.config.to_dict() | {"dtype": "float32", "eos_token_id": eos}
@@ -107,7 +114,11 @@ def test_super_blocks_of_four_bits_are_those_of_ggml(tiny_model, write_gguf):
     blocks[:, :4] = random.uniform(0.01, 1, (rows, 2)).astype(np.float16).view(np.uint8)
     expected = np.zeros((rows, 256), np.float32)
     for block, out in zip(blocks, expected, strict=True):
-        (d, least), scales, quants = block[:4].view(np.float16).astype(np.float32), block[4:16], block[16:]
+        (d, least), scales, quants = (
+            block[:4].view(np.float16).astype(np.float32),
+            block[4:16],
+            block[16:],
+        )
         for j in range(8):
             if j < 4:
                 scale, minimum = scales[j] & 63, scales[j + 4] & 63
@@ -128,7 +139,10 @@ def test_super_blocks_of_six_bits_are_those_of_ggml(tiny_model, write_gguf):
     for block, out in zip(blocks, expected, strict=True):
         d, scales = block[208:].view(np.float16).astype(np.float32)[0], block[192:208].view(np.int8)
         for half in range(2):
-            low, high = block[64 * half : 64 * half + 64].astype(int), block[128 + 32 * half :][:32].astype(int)
+            low, high = (
+                block[64 * half : 64 * half + 64].astype(int),
+                block[128 + 32 * half :][:32].astype(int),
+            )
             for part in range(4):
                 nibbles = low[32 * (part % 2) :][:32] >> (4 * (part // 2)) & 0xF
                 quants = (nibbles | ((high >> (2 * part) & 3) << 4)) - 32
@@ -138,21 +152,30 @@ def test_super_blocks_of_six_bits_are_those_of_ggml(tiny_model, write_gguf):
 
 
 def check_embedding(tiny_model, write_gguf, stored, expected):
-    model = tiny_model(hidden_size=256, intermediate_size=32, vocab_size=len(expected), tie_word_embeddings=True)
+    model = tiny_model(
+        hidden_size=256, intermediate_size=32, vocab_size=len(expected), tie_word_embeddings=True
+    )
     model_ = open_gguf(write_gguf(model, tensors={"token_embd.weight": stored}))
     assert model_.dtype == "bfloat16"
     read = model_.source.read(EMBEDDING)
     np.testing.assert_allclose(read, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
-    np.testing.assert_array_equal(model_.source.read(EMBEDDING, (slice(1, 2), slice(5, 90))), read[1:2, 5:90])
+    np.testing.assert_array_equal(
+        model_.source.read(EMBEDDING, (slice(1, 2), slice(5, 90))), read[1:2, 5:90]
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_windows_of_permuted_rows_are_those_of_the_whole(tiny_model, write_gguf, family):
     source = open_gguf(write_gguf(tiny_model(family))).source
-    for name in ("model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight"):
+    for name in (
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.layers.1.self_attn.k_proj.weight",
+    ):
         whole = source.read(name)
         for start, stop in itertools.combinations(range(0, len(whole) + 1, 5), 2):
-            np.testing.assert_array_equal(source.read(name, (slice(start, stop),)), whole[start:stop])
+            np.testing.assert_array_equal(
+                source.read(name, (slice(start, stop),)), whole[start:stop]
+            )
 
 
 def test_a_file_without_a_tokenizer_converts(tiny_model, write_gguf, tokenizer_metadata, tmp_path):
@@ -175,15 +198,24 @@ def test_unpermute_undoes_llama_cpp():
 
 @pytest.mark.parametrize(
     ("stored", "dtype"),
-    [(Type.F32, "float32"), (Type.F16, "float16"), (Type.BF16, "bfloat16"), (Type.Q8_0, "bfloat16")],
+    [
+        (Type.F32, "float32"),
+        (Type.F16, "float16"),
+        (Type.BF16, "bfloat16"),
+        (Type.Q8_0, "bfloat16"),
+    ],
     ids=["F32", "F16", "BF16", "Q8_0"],
 )
 def test_default_dtype_is_the_stored_one(tiny_model, write_gguf, stored, dtype):
     assert open_gguf(write_gguf(tiny_model(), stored)).dtype == dtype
 
 
-def test_every_stop_id_of_the_metadata_is_kept(tiny_model, write_gguf, tokenizer_metadata, tmp_path):
-    eos, eot = (tokenizer_metadata["tokenizer.ggml.tokens"].index(token) for token in ("<|end|>", "<|eot|>"))
+def test_every_stop_id_of_the_metadata_is_kept(
+    tiny_model, write_gguf, tokenizer_metadata, tmp_path
+):
+    eos, eot = (
+        tokenizer_metadata["tokenizer.ggml.tokens"].index(token) for token in ("<|end|>", "<|eot|>")
+    )
     metadata = {"tokenizer.ggml.eot_token_id": eot, "tokenizer.ggml.eom_token_id": eos}
     convert(open_gguf(write_gguf(tiny_model(), metadata=metadata)), tmp_path / "out")
     assert read_model_config(tmp_path / "out").stop_ids == (eos, eot)
@@ -199,7 +231,9 @@ def test_an_end_of_turn_alone_stops(tiny_model, write_gguf, tmp_path):
     assert read_model_config(tmp_path / "out").stop_ids == (3,)
 
 
-def test_the_end_of_turn_that_the_template_writes_stops(tiny_model, write_gguf, tokenizer_metadata, tmp_path):
+def test_the_end_of_turn_that_the_template_writes_stops(
+    tiny_model, write_gguf, tokenizer_metadata, tmp_path
+):
     """As in fine-tunes whose metadata still name the end of text of their base model."""
     tokens = tokenizer_metadata["tokenizer.ggml.tokens"]
     metadata = {
@@ -245,10 +279,14 @@ def test_parts_that_are_not_of_one_model_are_refused(tiny_model, tokenizer_metad
     renamed = second.rename(tmp_path / "second.gguf")
     with pytest.raises(EasySpecError, match=r"00002-of-0000\d\.gguf is missing"):
         open_gguf(first)
-    with pytest.raises(EasySpecError, match=r"second\.gguf is one of \d parts; name them like model-00001-of-"):
+    with pytest.raises(
+        EasySpecError, match=r"second\.gguf is one of \d parts; name them like model-00001-of-"
+    ):
         open_gguf(renamed)
     second.write_bytes(others[0].read_bytes())
-    with pytest.raises(EasySpecError, match=r"00002-of-0000\d\.gguf is not part 2 of \d, as its name says"):
+    with pytest.raises(
+        EasySpecError, match=r"00002-of-0000\d\.gguf is not part 2 of \d, as its name says"
+    ):
         open_gguf(first)
 
 
@@ -259,7 +297,9 @@ def renumbered(path: Path, directory: Path, **fields: int) -> Path:
     for name, value in fields.items():
         field = reader.fields[f"split.{name}"]
         start = field.offset + sum(part.nbytes for part in field.parts[:-1])
-        content[start : start + field.parts[-1].nbytes] = value.to_bytes(field.parts[-1].nbytes, "little")
+        content[start : start + field.parts[-1].nbytes] = value.to_bytes(
+            field.parts[-1].nbytes, "little"
+        )
     (directory / path.name).write_bytes(content)
     return directory / path.name
 
@@ -277,7 +317,9 @@ def test_parts_whose_tensors_do_not_add_up_are_refused(tiny_model, tokenizer_met
         (twice / path.name).write_bytes(path.read_bytes())
     again = renumbered(others[0], tmp_path / "fewer", no=1)
     (twice / second.name).write_bytes(again.read_bytes())
-    with pytest.raises(EasySpecError, match="which an earlier part holds too; fetch all parts again"):
+    with pytest.raises(
+        EasySpecError, match="which an earlier part holds too; fetch all parts again"
+    ):
         open_gguf(first.parent / "twice" / first.name)
 
 
@@ -301,15 +343,24 @@ def test_other_rope_factors_are_refused(tiny_model, write_gguf):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"general.architecture": "gemma3"}, "architecture 'gemma3' is not supported; supported: llama, qwen2"),
+        (
+            {"general.architecture": "gemma3"},
+            "architecture 'gemma3' is not supported; supported: llama, qwen2",
+        ),
         ({"llama.expert_count": 8}, "mixture-of-experts"),
         ({"llama.attention.sliding_window": 127}, "sliding-window"),
-        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "RoPE scaling 'yarn'"),
+        (
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
+            "RoPE scaling 'yarn'",
+        ),
         ({"llama.rope.scaling.factor": 4.0}, "RoPE scaling 'linear'"),
         ({"llama.rope.scale_linear": 2.0}, "RoPE scaling 'linear'"),
         ({"llama.rope.dimension_count": 8}, "8 of 16 dimensions"),
         ({"llama.block_count": None}, r"llama\.block_count is missing"),
-        ({"llama.attention.head_count_kv": [2, 1]}, "num_key_value_heads=.2, 1. has the wrong type"),
+        (
+            {"llama.attention.head_count_kv": [2, 1]},
+            "num_key_value_heads=.2, 1. has the wrong type",
+        ),
         ({"split.count": 3}, "one of 3 parts"),
         ({"split.count": "x"}, "split.count=x"),
         ({"tokenizer.ggml.model": ["gpt2"]}, "tokenizer model"),
@@ -323,10 +374,17 @@ def test_unsupported_metadata_is_refused_by_name(tiny_model, write_gguf, metadat
 
 @pytest.mark.parametrize(
     "metadata",
-    [{"llama.rope.scaling.type": "none"}, {"llama.rope.scaling.factor": 1.0}, {"llama.expert_count": 0}],
+    [
+        {"llama.rope.scaling.type": "none"},
+        {"llama.rope.scaling.factor": 1.0},
+        {"llama.expert_count": 0},
+    ],
 )
 def test_metadata_without_effect_is_accepted(tiny_model, write_gguf, metadata):
-    assert model_config(open_gguf(write_gguf(tiny_model(), metadata=metadata)).config).rope_scaling is None
+    assert (
+        model_config(open_gguf(write_gguf(tiny_model(), metadata=metadata)).config).rope_scaling
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -334,9 +392,15 @@ def test_metadata_without_effect_is_accepted(tiny_model, write_gguf, metadata):
     [
         ({"blk.1.attn_q.weight": None}, r"blk\.1\.attn_q\.weight is missing"),
         ({"token_embd.weight": None}, r"token_embd\.weight is missing"),
-        ({"blk.0.attn_rot.weight": np.zeros((2, 2), np.float32)}, r"blk\.0\.attn_rot\.weight is unknown"),
+        (
+            {"blk.0.attn_rot.weight": np.zeros((2, 2), np.float32)},
+            r"blk\.0\.attn_rot\.weight is unknown",
+        ),
         ({"blk.0.attn_q.bias": np.zeros(64, np.float32)}, r"attn_q\.bias is unknown"),
-        ({"blk.0.ffn_up.weight": np.zeros((2, 64), np.float32)}, r"ffn_up\.weight has shape \(2, 64\)"),
+        (
+            {"blk.0.ffn_up.weight": np.zeros((2, 64), np.float32)},
+            r"ffn_up\.weight has shape \(2, 64\)",
+        ),
     ],
 )
 def test_other_tensors_are_refused_by_name(tiny_model, write_gguf, tmp_path, tensors, message):
@@ -347,7 +411,9 @@ def test_other_tensors_are_refused_by_name(tiny_model, write_gguf, tmp_path, ten
 
 def test_integer_tensors_are_refused_by_name(tiny_model, write_gguf, tmp_path):
     path = write_gguf(tiny_model(), tensors={"blk.1.ffn_up.weight": np.zeros((96, 64), np.int8)})
-    with pytest.raises(EasySpecError, match=r"blk\.1\.ffn_up\.weight is stored as I8, which is not supported"):
+    with pytest.raises(
+        EasySpecError, match=r"blk\.1\.ffn_up\.weight is stored as I8, which is not supported"
+    ):
         convert(open_gguf(path), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama-F32.gguf"]
 
@@ -417,6 +483,8 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tiny_model, write_gguf)
     path = write_gguf(tiny_model("llama"), Type.F32)
     source = open_gguf(path).source
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(EasySpecError, match=r"\.gguf cannot be read \(it ends too early\); fetch it again"):
+    with pytest.raises(
+        EasySpecError, match=r"\.gguf cannot be read \(it ends too early\); fetch it again"
+    ):
         for name in source.shapes():
             source.read(name)

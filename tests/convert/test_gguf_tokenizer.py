@@ -38,9 +38,15 @@ def split_by(pattern: str) -> Any:
     ("pre", "original"),
     [
         ("gpt-2", BYTE_LEVEL),
-        ("smollm", pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTE_LEVEL])),
+        (
+            "smollm",
+            pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTE_LEVEL]),
+        ),
         ("qwen2", Qwen2Tokenizer().backend_tokenizer.pre_tokenizer),
-        *((name, split_by(TikTokenConverter().pattern)) for name in ("llama-bpe", "llama3", "llama-v3")),
+        *(
+            (name, split_by(TikTokenConverter().pattern))
+            for name in ("llama-bpe", "llama3", "llama-v3")
+        ),
     ],
 )
 def test_splits_text_as_the_original_tokenizer(tokenizer_metadata, pre, original):
@@ -62,7 +68,9 @@ def test_splits_text_as_transformers_does_for_gguf(tokenizer_metadata, pre):
 
 def test_deepseek_llm_splits_as_llama_cpp_does(tokenizer_metadata):
     """Each of its six expressions splits what the ones before it left; the third matches ASCII letters, too."""
-    pre = build(tokenizer_metadata | {"tokenizer.ggml.pre": "deepseek-llm"}).backend_tokenizer.pre_tokenizer
+    pre = build(
+        tokenizer_metadata | {"tokenizer.ggml.pre": "deepseek-llm"}
+    ).backend_tokenizer.pre_tokenizer
     text = "Señor Łukasz: 中文分詞, 12345!\r\n「好」。 ok  "
     pieces = [text[start:end] for _, (start, end) in pre.pre_tokenize_str(text)]
     expected = "Se|ñ|or| Ł|ukasz|:| |中文分詞|,| |12345|!|\r|\n|「好」|。| ok|  "
@@ -70,7 +78,12 @@ def test_deepseek_llm_splits_as_llama_cpp_does(tokenizer_metadata):
 
 
 def test_the_end_of_text_begins_where_each_says(tokenizer_metadata):
-    for pre, begins in (("tekken", True), ("smaug-bpe", False), ("deepseek-r1-qwen", False), ("deepseek-llm", False)):
+    for pre, begins in (
+        ("tekken", True),
+        ("smaug-bpe", False),
+        ("deepseek-r1-qwen", False),
+        ("deepseek-llm", False),
+    ):
         metadata = tokenizer_metadata | {"tokenizer.ggml.pre": pre}
         bos = metadata["tokenizer.ggml.bos_token_id"]
         assert (build(metadata)("hello").input_ids[0] == bos) == begins
@@ -83,7 +96,8 @@ SENTENCEPIECES = [
 SENTENCEPIECE: dict[str, Any] = {
     "tokenizer.ggml.model": "llama",
     "tokenizer.ggml.tokens": SENTENCEPIECES,
-    "tokenizer.ggml.scores": [0.0] * 261 + [-float(number) for number in range(len(SENTENCEPIECES) - 261)],
+    "tokenizer.ggml.scores": [0.0] * 261
+    + [-float(number) for number in range(len(SENTENCEPIECES) - 261)],
     "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, 3, 4, *[1] * (len(SENTENCEPIECES) - 261)],
     "tokenizer.ggml.bos_token_id": 1,
     "tokenizer.ggml.eos_token_id": 2,
@@ -97,7 +111,14 @@ def test_sentencepiece_splits_text_as_transformers_does(tmp_path):
     scores = dict(zip(SENTENCEPIECES, SENTENCEPIECE["tokenizer.ggml.scores"], strict=True))
     theirs = LlamaTokenizer(vocab=vocab, merges=generate_merges(vocab, scores))
     ours = reopen(build(SENTENCEPIECE), tmp_path, "llama")
-    for text in ["hello world", "hello  world. 1", "worldhello lo", "你 é 👍 hello", "the cat", "x"]:
+    for text in [
+        "hello world",
+        "hello  world. 1",
+        "worldhello lo",
+        "你 é 👍 hello",
+        "the cat",
+        "x",
+    ]:
         ids = theirs(text, add_special_tokens=False).input_ids
         assert ours(text).input_ids == [1, *ids], text
         assert decode_text(ours, [1, *ids]) == text
@@ -108,7 +129,10 @@ def test_sentencepiece_puts_a_blank_before_every_text_unless_told_otherwise():
     plain = build(SENTENCEPIECE)
     assert plain("hello<|im_end|>world").input_ids == [1, hello, 259, world]
     assert plain("<tool>world").input_ids == [1, 260, world]
-    bare = build(SENTENCEPIECE | {"tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": False})
+    bare = build(
+        SENTENCEPIECE
+        | {"tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": False}
+    )
     assert bare(" hello world").input_ids == [hello, world]
     assert decode_text(bare, [hello, world]) == " hello world"
 
@@ -123,13 +147,17 @@ def test_a_tokenizer_that_changes_when_it_is_saved_is_refused(tokenizer_metadata
 
 def test_default_splits_as_llama_cpp_does(tokenizer_metadata):
     # llama.cpp's four expressions, which no Hugging Face tokenizer has.
-    pre = build(tokenizer_metadata | {"tokenizer.ggml.pre": "default"}).backend_tokenizer.pre_tokenizer
+    pre = build(
+        tokenizer_metadata | {"tokenizer.ggml.pre": "default"}
+    ).backend_tokenizer.pre_tokenizer
     text = " ab!!c 12345"
     pieces = [text[start:end] for _, (start, end) in pre.pre_tokenize_str(text)]
     assert pieces == [" ab", "!!", "c", " ", "123", "45"]
 
 
-@pytest.mark.parametrize(("pre", "pieces"), [("gpt-2", ["123", "1"]), ("smollm", ["1", "2", "3", "1"])])
+@pytest.mark.parametrize(
+    ("pre", "pieces"), [("gpt-2", ["123", "1"]), ("smollm", ["1", "2", "3", "1"])]
+)
 def test_digits_merge_only_where_splitting_lets_them(tokenizer_metadata, pre, pieces):
     assert build(tokenizer_metadata | {"tokenizer.ggml.pre": pre}).tokenize("1231") == pieces
 
@@ -185,7 +213,9 @@ def test_token_types_become_special_added_and_unused(tokenizer_metadata, tmp_pat
     assert tokenizer.convert_ids_to_tokens(ids)[1] == "<tool>"
     assert tokenizer.decode(ids, skip_special_tokens=True) == "hello<tool>the"
     assert "[PAD]" not in tokenizer.get_vocab()
-    assert tokenizer("[PAD]").input_ids == [tokenizer_metadata["tokenizer.ggml.tokens"].index(c) for c in "[PAD]"]
+    assert tokenizer("[PAD]").input_ids == [
+        tokenizer_metadata["tokenizer.ggml.tokens"].index(c) for c in "[PAD]"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -193,7 +223,10 @@ def test_token_types_become_special_added_and_unused(tokenizer_metadata, tmp_pat
     [
         ({"tokenizer.ggml.model": "bert"}, "tokenizer model 'bert' is not supported"),
         ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.scores' is missing"),
-        ({"tokenizer.ggml.pre": "falcon"}, "pre-tokenizer 'falcon' is not supported; supported: deepseek-llm, "),
+        (
+            {"tokenizer.ggml.pre": "falcon"},
+            "pre-tokenizer 'falcon' is not supported; supported: deepseek-llm, ",
+        ),
         ({"tokenizer.ggml.add_eos_token": True, "tokenizer.ggml.eos_token_id": 9999}, "damaged"),
         ({"tokenizer.ggml.token_type": [1]}, "damaged"),
         ({"tokenizer.ggml.merges": ["hello"]}, "damaged"),

@@ -31,7 +31,9 @@ def test_an_id_is_fetched_at_its_revision(tiny_model, tmp_path, monkeypatch, cap
     assert open_checkpoint(tmp_path / "out").config.model_type == "mistral"
 
 
-@pytest.mark.parametrize("error", [OSError("offline\nand more"), ValueError("no such revision"), RuntimeError()])
+@pytest.mark.parametrize(
+    "error", [OSError("offline\nand more"), ValueError("no such revision"), RuntimeError()]
+)
 def test_what_cannot_be_fetched_is_one_line(tmp_path, monkeypatch, capsys, error):
     def download(*_, **__):
         raise error
@@ -39,7 +41,9 @@ def test_what_cannot_be_fetched_is_one_line(tmp_path, monkeypatch, capsys, error
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert main(["--hf", "some/model", "--out", str(tmp_path / "out")]) == 2
     printed = capsys.readouterr().err
-    assert printed.startswith("convert: error: some/model is no directory here and cannot be fetched from the hub (")
+    assert printed.startswith(
+        "convert: error: some/model is no directory here and cannot be fetched from the hub ("
+    )
     assert printed.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
@@ -47,7 +51,9 @@ def test_what_cannot_be_fetched_is_one_line(tmp_path, monkeypatch, capsys, error
 def test_the_library_itself_is_quoted_when_it_is_offline(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(EasySpecError, match=r"^some/model is no directory here and cannot be fetched") as error:
+    with pytest.raises(
+        EasySpecError, match=r"^some/model is no directory here and cannot be fetched"
+    ) as error:
         directory_of("some/model")
     assert "\n" not in str(error.value)
 

@@ -51,7 +51,8 @@ def test_tensors_are_bit_equal(tiny_model, save, tmp_path, family, max_shard_siz
 
 
 @pytest.mark.parametrize(
-    ("stored", "written"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float16")]
+    ("stored", "written"),
+    [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float16")],
 )
 def test_dtype_casts_and_is_recorded(tiny_model, save, tmp_path, stored, written):
     model = tiny_model().to(getattr(torch, stored))
@@ -81,14 +82,24 @@ def test_duplicate_of_a_tied_head_is_left_out(tiny_model, save, tmp_path):
 def test_a_head_that_differs_from_the_embedding_is_kept(tiny_model, save, tmp_path):
     """Fine-tunes that train the head leave their configuration tied."""
     source = save(tiny_model(tie_word_embeddings=False), "1GB")
-    edit(source / "config.json", lambda config: config | {"tie_word_embeddings": True, "transformers_weights": None})
+    edit(
+        source / "config.json",
+        lambda config: config | {"tie_word_embeddings": True, "transformers_weights": None},
+    )
     convert(open_huggingface(source), tmp_path / "out", verify=True)
     opened = open_checkpoint(tmp_path / "out")
-    np.testing.assert_array_equal(opened.source.read(HEAD), load_file(source / "model.safetensors")[HEAD])
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    np.testing.assert_array_equal(
+        opened.source.read(HEAD), load_file(source / "model.safetensors")[HEAD]
+    )
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    )
     convert(open_huggingface(tmp_path / "out"), tmp_path / "back", format=HUGGING_FACE, verify=True)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "back").state_dict()
-    assert all(torch.equal(theirs[name], values) for name, values in load_file(source / "model.safetensors").items())
+    assert all(
+        torch.equal(theirs[name], values)
+        for name, values in load_file(source / "model.safetensors").items()
+    )
 
 
 def test_a_copy_without_its_head_is_not_verified(tiny_model, save, tmp_path):
@@ -98,13 +109,18 @@ def test_a_copy_without_its_head_is_not_verified(tiny_model, save, tmp_path):
     headless = tmp_path / "headless"
     shutil.copytree(source, headless)
     tensors = load_file(headless / "model.safetensors")
-    save_file({name: tensor for name, tensor in tensors.items() if name != HEAD}, headless / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if name != HEAD},
+        headless / "model.safetensors",
+    )
     convert(open_huggingface(headless), tmp_path / "out")
     with pytest.raises(EasySpecError, match="tie_word_embeddings is True, not False as in"):
         verify(open_huggingface(source), tmp_path / "out")
 
 
-def test_a_tokenizer_that_cannot_be_opened_is_told_before_anything_is_written(tiny_model, save, tmp_path):
+def test_a_tokenizer_that_cannot_be_opened_is_told_before_anything_is_written(
+    tiny_model, save, tmp_path
+):
     source = save(tiny_model())
     (source / "tokenizer.json").write_text("{}")
     with pytest.raises(EasySpecError, match="has no usable tokenizer"):
@@ -114,7 +130,10 @@ def test_a_tokenizer_that_cannot_be_opened_is_told_before_anything_is_written(ti
 def test_files_that_a_configuration_names_are_not_named_again(tiny_model, save, tmp_path):
     source = save(tiny_model(), "1GB")
     (source / "model.safetensors").rename(source / "other.safetensors")
-    edit(source / "config.json", lambda config: config | {"transformers_weights": "other.safetensors"})
+    edit(
+        source / "config.json",
+        lambda config: config | {"transformers_weights": "other.safetensors"},
+    )
     convert(open_huggingface(source), tmp_path / "out", format=HUGGING_FACE)
     assert "transformers_weights" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert open_checkpoint(tmp_path / "out").source.shapes()
@@ -152,7 +171,8 @@ def test_values_beyond_the_dtype_are_refused_by_name(tiny_model, save, tmp_path)
         model.model.layers[1].mlp.up_proj.weight[0, 0] = 1e5
     source = save(model)
     with pytest.raises(
-        EasySpecError, match=r"layers\.1\.mlp\.up_proj\.weight has values that are not finite in float16"
+        EasySpecError,
+        match=r"layers\.1\.mlp\.up_proj\.weight has values that are not finite in float16",
     ):
         convert(open_huggingface(source), tmp_path / "out", "float16")
     assert remaining(tmp_path) == ["hf"]
@@ -264,7 +284,11 @@ def assert_same(directory: Path, model: PreTrainedModel, dtype: str) -> None:
     for name, values in expected.items():
         read = source.read(name)
         assert read.dtype == np.dtype(dtype), name
-        bits = values.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if dtype == "bfloat16" else values.numpy()
+        bits = (
+            values.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+            if dtype == "bfloat16"
+            else values.numpy()
+        )
         np.testing.assert_array_equal(read, bits, err_msg=name)
 
 
@@ -281,5 +305,7 @@ def test_a_changed_configuration_is_not_verified(tiny_model, save, tmp_path):
     convert(open_huggingface(source), tmp_path / "out")
     verify(open_huggingface(source), tmp_path / "out")
     edit(tmp_path / "out" / "config.json", lambda config: config | {"rms_norm_eps": 0.5})
-    with pytest.raises(EasySpecError, match=r"rms_norm_eps is 0\.5, not 1e-06 as in .*; convert again"):
+    with pytest.raises(
+        EasySpecError, match=r"rms_norm_eps is 0\.5, not 1e-06 as in .*; convert again"
+    ):
         verify(open_huggingface(source), tmp_path / "out")

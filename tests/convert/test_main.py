@@ -15,7 +15,14 @@ ROOT = Path(__file__).parents[2]
 
 def test_gguf_is_converted_with_one_line_of_summary(tiny_model, write_gguf, tmp_path, capsys):
     model = tiny_model(tie_word_embeddings=True)
-    arguments = ["--gguf", write_gguf(model), "--out", tmp_path / "deep" / "out", "--dtype", "bfloat16"]
+    arguments = [
+        "--gguf",
+        write_gguf(model),
+        "--out",
+        tmp_path / "deep" / "out",
+        "--dtype",
+        "bfloat16",
+    ]
     assert main([str(argument) for argument in arguments]) == 0
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1
@@ -29,7 +36,19 @@ def test_converted_model_is_exported_with_one_line_of_summary(tiny_model, tmp_pa
     tiny_model().save_pretrained(tmp_path / "hf")
     assert main(["--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "orbax")]) == 0
     capsys.readouterr()
-    assert main(["--to-hf", str(tmp_path / "orbax"), "--out", str(tmp_path / "out"), "--dtype", "float16"]) == 0
+    assert (
+        main(
+            [
+                "--to-hf",
+                str(tmp_path / "orbax"),
+                "--out",
+                str(tmp_path / "out"),
+                "--dtype",
+                "float16",
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr()
     assert printed.err == ""
     assert printed.out.startswith(f"{tmp_path / 'out'}: 0.1 M parameters, float16, 0.2 MB")
@@ -48,7 +67,9 @@ def test_progress_is_shown_on_a_terminal_and_the_summary_elsewhere(tiny_model, t
 
 
 def test_runs_as_a_module_and_prints_nothing_else(tiny_model, tmp_path):
-    tiny_model("qwen2").bfloat16().save_pretrained(tmp_path / "hf")  # which NumPy alone does not know
+    tiny_model("qwen2").bfloat16().save_pretrained(
+        tmp_path / "hf"
+    )  # which NumPy alone does not know
     finished = run("-m", "convert", "--hf", tmp_path / "hf", "--out", tmp_path / "out")
     assert (finished.returncode, finished.stderr, finished.stdout.count("\n")) == (0, "", 1)
     assert read_model_config(tmp_path / "out") == read_model_config(tmp_path / "hf")
@@ -97,7 +118,11 @@ def test_bad_arguments_are_one_line(arguments, capsys):
 
 def test_file_is_no_checkpoint_to_export(tmp_path, capsys):
     (tmp_path / "model.gguf").touch()
-    check_error(["--to-hf", tmp_path / "model.gguf", "--out", tmp_path / "out"], "model.gguf is no directory", capsys)
+    check_error(
+        ["--to-hf", tmp_path / "model.gguf", "--out", tmp_path / "out"],
+        "model.gguf is no directory",
+        capsys,
+    )
 
 
 @pytest.mark.parametrize("source", ["--hf", "--gguf", "--to-hf"])
@@ -108,13 +133,19 @@ def test_missing_source_is_one_line(source, tmp_path, capsys):
 
 def test_damaged_source_is_one_line(tmp_path, capsys):
     (tmp_path / "broken.gguf").write_bytes(b"GGUF\x03\x00\x00\x00\xff")
-    check_error(["--gguf", tmp_path / "broken.gguf", "--out", tmp_path / "out"], "truncated or damaged", capsys)
+    check_error(
+        ["--gguf", tmp_path / "broken.gguf", "--out", tmp_path / "out"],
+        "truncated or damaged",
+        capsys,
+    )
 
 
 def test_unusable_destination_is_one_line(tiny_model, tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "hf")
     (tmp_path / "file").touch()
-    check_error(["--hf", tmp_path / "hf", "--out", tmp_path / "file" / "out"], "cannot be written", capsys)
+    check_error(
+        ["--hf", tmp_path / "hf", "--out", tmp_path / "file" / "out"], "cannot be written", capsys
+    )
     check_error(["--hf", tmp_path / "hf", "--out", tmp_path / "file"], "exists already", capsys)
     check_error(["--hf", tmp_path / "hf", "--out", tmp_path / "hf"], "exists already", capsys)
     check_error(["--to-hf", tmp_path / "hf", "--out", tmp_path / "hf"], "exists already", capsys)
@@ -126,7 +157,9 @@ def test_errors_of_the_system_are_one_line(monkeypatch, tmp_path, capsys):
         raise OSError(5, "Input/output error\nof a disk")
 
     monkeypatch.setattr("convert.huggingface.open_huggingface", fail)
-    check_error(["--hf", tmp_path, "--out", tmp_path / "out"], "Input/output error of a disk", capsys)
+    check_error(
+        ["--hf", tmp_path, "--out", tmp_path / "out"], "Input/output error of a disk", capsys
+    )
 
 
 def test_interruption_is_one_line(monkeypatch, tmp_path, capsys):
@@ -149,4 +182,10 @@ def check_error(arguments, message, capsys):
 
 
 def run(*arguments) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )

@@ -36,15 +36,26 @@ print(before, resident("VmHWM"))
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 
 
-def test_a_tenth_of_a_billion_parameters(tmp_path, monkeypatch):
+def test_a_sixth_of_a_billion_parameters(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    size = write_random(tmp_path / "hf", SHAPES["0.1b"], 3)
+    size = write_random(tmp_path / "hf", SHAPES["0.17b"], 3)
     forwards = convert(tmp_path / "hf", tmp_path / "orbax", "--memory", "330MiB", "--verify")
-    back = [sys.executable, "-m", "convert", "--to-hf", tmp_path / "orbax", "--out", tmp_path / "out"]
+    back = [
+        sys.executable,
+        "-m",
+        "convert",
+        "--to-hf",
+        tmp_path / "orbax",
+        "--out",
+        tmp_path / "out",
+    ]
     backwards = measured([*back, "--memory", "330MiB", "--verify"])
-    # Less than the tensors alone, let alone the libraries.
-    assert max(forwards.peak_bytes, backwards.peak_bytes) < size
-    assert open_checkpoint(tmp_path / "out").source.shapes() == open_checkpoint(tmp_path / "hf").source.shapes()
+    # Libraries take about half of this, and buffers up to 74 MiB of what --memory leaves.
+    assert max(forwards.peak_bytes, backwards.peak_bytes) < 0.7 * size
+    assert (
+        open_checkpoint(tmp_path / "out").source.shapes()
+        == open_checkpoint(tmp_path / "hf").source.shapes()
+    )
     for directory in ("hf", "orbax"):
         command = [sys.executable, "-c", OPEN, tmp_path / directory]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout

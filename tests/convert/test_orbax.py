@@ -45,7 +45,10 @@ def test_orbax_restores_it(tensors, tmp_path):
 def test_orbax_restores_it_onto_a_mesh(tensors, tmp_path, spec):
     write(tmp_path, tensors).finish()
     sharding = NamedSharding(open_mesh(MeshShape(4, 2)), spec)
-    wanted = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in tensors.items()}
+    wanted = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        for name, x in tensors.items()
+    }
     with ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(tmp_path / "weights", wanted)
     for name, values in tensors.items():

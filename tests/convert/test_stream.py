@@ -35,12 +35,17 @@ def test_round_trip_keeps_every_bit(tmp_path, family, dtype):
     assert (result.dtype, result.parameters) == (dtype, model.num_parameters())
     assert_loads_as(tmp_path / "out", model)
     assert read_config(tmp_path / "out") == read_config(tmp_path / "hf")
-    assert AutoTokenizer.from_pretrained(tmp_path / "out")("cat").input_ids == byte_tokenizer()("cat").input_ids
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "out")("cat").input_ids
+        == byte_tokenizer()("cat").input_ids
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_model_out_of_a_gguf_file_loads_in_transformers(tiny_model, write_gguf, tmp_path, family, tied):
+def test_model_out_of_a_gguf_file_loads_in_transformers(
+    tiny_model, write_gguf, tmp_path, family, tied
+):
     rope = {"rope_type": "default", "rope_theta": 5e5}
     model = tiny_model(family, tie_word_embeddings=tied, rms_norm_eps=1e-5, rope_parameters=rope)
     convert(open_gguf(write_gguf(model)), tmp_path / "orbax")
@@ -77,7 +82,10 @@ def test_dtype_casts_and_is_recorded(tmp_path):
 def test_every_field_and_every_stop_id_comes_back(tmp_path):
     save_model(tmp_path / "hf", "llama3")
     GenerationConfig(eos_token_id=[2, 5]).save_pretrained(tmp_path / "hf")
-    config = read_config(tmp_path / "hf") | {"pretraining_tp": 1, "of_ours": {"ünknown": [1e-05, None]}}
+    config = read_config(tmp_path / "hf") | {
+        "pretraining_tp": 1,
+        "of_ours": {"ünknown": [1e-05, None]},
+    }
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     convert(open_huggingface(tmp_path / "hf"), tmp_path / "orbax", "float16")
     convert(open_huggingface(tmp_path / "orbax"), tmp_path / "out", format=HUGGING_FACE)

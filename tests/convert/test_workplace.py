@@ -62,7 +62,9 @@ def test_a_directory_without_a_usable_journal_starts_anew(tmp_path, journal):
 
 def test_one_process_at_a_time(tmp_path):
     with workplace(tmp_path / "new", "task") as place:
-        with pytest.raises(EasySpecError, match=r"another conversion is writing .*new; wait for it"):
+        with pytest.raises(
+            EasySpecError, match=r"another conversion is writing .*new; wait for it"
+        ):
             workplace(tmp_path / "new", "task").__enter__()
         (place.directory / "file").touch()  # it is untouched
     with pytest.raises(EasySpecError, match="exists already"):

@@ -41,12 +41,16 @@ class Table:
     table: Any
     axes: Axes = ALL_AXES
 
-    def __call__(self, tokens: jax.Array, caches: Any, where: Nodes, run: Any) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, tokens: jax.Array, caches: Any, where: Nodes, run: Any
+    ) -> tuple[jax.Array, Any]:
         cache = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))(
             caches, tokens, where.start
         )
         size = where.ancestors.shape[2]
-        entries = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (size,)))(cache, where.root)
+        entries = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (size,)))(
+            cache, where.root
+        )
         path = jnp.sum(jnp.where(where.ancestors, entries[:, None, :], 0), axis=-1)
         return (path + 3 * where.depth)[..., None].astype(jnp.float32), cache
 
@@ -69,10 +73,14 @@ TABLE = make_table()
 
 
 @cache
-def program(verifier: Verifier, levels: int, width: int, mesh: MeshShape, axes: Axes, disagree: bool) -> Any:
+def program(
+    verifier: Verifier, levels: int, width: int, mesh: MeshShape, axes: Axes, disagree: bool
+) -> Any:
     """draft_tree on a mesh, compiled once for all the tests that want it."""
 
-    def body(draft: Any, cache: Any, root: jax.Array, position: jax.Array, request: RowSampling) -> Any:
+    def body(
+        draft: Any, cache: Any, root: jax.Array, position: jax.Array, request: RowSampling
+    ) -> Any:
         if disagree:
             draft = Table(jnp.roll(draft.table, shard_index(ALL_AXES), axis=0), draft.axes)
         h = root[:, None].astype(jnp.float32)
@@ -98,7 +106,9 @@ def grow(
     entries = np.full((len(roots), int(positions.max()) + 1 + levels * width), SCRATCH, np.int32)
     entries[np.arange(len(roots)), positions] = roots
     run = program(verifier, levels, width, mesh, axes, disagree)
-    return jax.device_get(run(Table(table, axes), entries, roots, positions, make_request(np.arange(len(roots)), 0.7)))
+    return jax.device_get(
+        run(Table(table, axes), entries, roots, positions, make_request(np.arange(len(roots)), 0.7))
+    )
 
 
 class Node(NamedTuple):
@@ -116,7 +126,10 @@ def beam(table: np.ndarray, root: int, levels: int, width: int) -> list[list[Nod
             logits = logits_after(table, node.path).astype(np.float64)
             ids = np.argsort(-logits, kind="stable")[: 1 if width == 1 else VOCAB]
             log_q = np.log(softmax(logits)[ids]) if width > 1 else [0.0]
-            grown += [Node((*node.path, int(i)), node.score + own, number) for i, own in zip(ids, log_q, strict=True)]
+            grown += [
+                Node((*node.path, int(i)), node.score + own, number)
+                for i, own in zip(ids, log_q, strict=True)
+            ]
         possible = [node for node in grown if node.score > -np.inf]
         result.append(sorted(possible, key=lambda node: -node.score)[:width])
     return result
@@ -143,7 +156,9 @@ def test_a_greedy_tree_is_a_beam(width, levels):
     tree, cache = grow(Greedy(), levels, width)
     tree, cache = jax.tree.map(lambda x: x[0], (tree, cache))
     assert tree.width == width
-    np.testing.assert_array_equal(tree.depth, [[0] + [1 + i // width for i in range(levels * width)]] * len(ROOTS))
+    np.testing.assert_array_equal(
+        tree.depth, [[0] + [1 + i // width for i in range(levels * width)]] * len(ROOTS)
+    )
     np.testing.assert_array_equal(tree.entry, [range(1 + levels * width)] * len(ROOTS))
     for row, (root, position) in enumerate(zip(ROOTS.tolist(), POSITIONS.tolist(), strict=True)):
         expected = beam(TABLE, root, levels, width)
@@ -152,12 +167,16 @@ def test_a_greedy_tree_is_a_beam(width, levels):
             here = slice(first, first + len(nodes))
             assert tree.tokens[row, here].tolist() == [node.path[-1] for node in nodes]
             assert tree.parent[row, here].tolist() == [node.parent for node in nodes]
-            np.testing.assert_allclose(tree.score[row, here], [node.score for node in nodes], rtol=1e-5)
+            np.testing.assert_allclose(
+                tree.score[row, here], [node.score for node in nodes], rtol=1e-5
+            )
             assert not tree.exists[row, here.stop : 1 + level * width].any()
         # What was drafted but for the last level is in the cache, and nothing else was written.
         written = tree.tokens[row, : 1 + (levels - 1) * width]
         behind = cache.shape[1] - position - len(written)
-        np.testing.assert_array_equal(cache[row], [*[SCRATCH] * position, *written, *[SCRATCH] * behind])
+        np.testing.assert_array_equal(
+            cache[row], [*[SCRATCH] * position, *written, *[SCRATCH] * behind]
+        )
     assert np.all(tree.exists) == (width <= len(TOKENS))
 
 
@@ -185,7 +204,9 @@ def test_a_tree_agrees_with_itself(verifier):
                 logits = logits_after(TABLE, path)[ids]
                 assert len(set(ids.tolist())) == len(ids)
                 assert np.all(logits[:-1] >= logits[1:])
-                np.testing.assert_allclose(tree.q[row, node], softmax(logits / temperature), rtol=1e-5)
+                np.testing.assert_allclose(
+                    tree.q[row, node], softmax(logits / temperature), rtol=1e-5
+                )
         pairs = [path for _, path in paths(tree, row)]
         assert len(set(pairs)) == len(pairs), "no path is drafted twice"
         for scores in np.split(tree.score[row, 1:], levels):
@@ -194,7 +215,9 @@ def test_a_tree_agrees_with_itself(verifier):
 
 def same_everywhere(eight: Any, one: Any) -> None:
     """Each of eight devices has what one device has for itself."""
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y.repeat(8, axis=0), rtol=1e-5), eight, one)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y.repeat(8, axis=0), rtol=1e-5), eight, one
+    )
 
 
 @pytest.mark.parametrize("verifier", [Greedy(), Rejection()], ids=str)
@@ -206,7 +229,9 @@ def test_devices_that_draft_for_themselves_follow_the_first():
     """Where the draft is replicated nothing else keeps them together; here all but the first have another one."""
     (eight, _), (one, _) = grow(Greedy(), 3, 4, EIGHT, (), disagree=True), grow(Greedy(), 3, 4)
     same_everywhere(eight, one)
-    mine, *others = (beam(np.roll(TABLE, device, axis=0), int(ROOTS[0]), 1, 4) for device in range(8))
+    mine, *others = (
+        beam(np.roll(TABLE, device, axis=0), int(ROOTS[0]), 1, 4) for device in range(8)
+    )
     assert all(other != mine for other in others)
 
 
@@ -240,7 +265,9 @@ def branched() -> Branched:
     log_prob = np.tile(np.asarray([-1.5, -0.3, -1.0], np.float32), (DRAWS, 1))
     position = np.full(DRAWS, 7, np.int32)
     many = (np.broadcast_to(x, (DRAWS, *x.shape)) for x in (logits, ids))
-    branches = jax.jit(Rejection().branch)(*many, score, log_prob, position, make_request(np.arange(DRAWS), 0.7))
+    branches = jax.jit(Rejection().branch)(
+        *many, score, log_prob, position, make_request(np.arange(DRAWS), 0.7)
+    )
     return Branched(softmax(logits / 0.7), score, jax.device_get(branches))
 
 
@@ -251,7 +278,9 @@ def test_children_are_drawn_without_replacement(branched):
         counts = count_pairs(best[:, node, 0], best[:, node, 1], VOCAB)
         assert goodness_of_fit(counts, without_replacement(q[node]).reshape(1, -1)) > ALPHA
     counts = count_pairs(best[:, 0, 0], best[:, 1, 0], VOCAB)
-    assert goodness_of_fit(counts, np.outer(q[0], q[1]).reshape(1, -1)) > ALPHA, "nodes are independent"
+    assert goodness_of_fit(counts, np.outer(q[0], q[1]).reshape(1, -1)) > ALPHA, (
+        "nodes are independent"
+    )
 
 
 def test_scores_fall_from_parent_to_child(branched):
@@ -264,21 +293,34 @@ def test_scores_fall_from_parent_to_child(branched):
 def test_what_is_impossible_never_becomes_a_node(branched):
     q, score, branches = branched
     np.testing.assert_allclose(branches.q, np.broadcast_to(q, branches.q.shape), rtol=1e-5)
-    np.testing.assert_array_equal(branches.score > -np.inf, (branches.q > 0) & (score > -np.inf)[:, :, None])
+    np.testing.assert_array_equal(
+        branches.score > -np.inf, (branches.q > 0) & (score > -np.inf)[:, :, None]
+    )
     assert np.sum(q == 0) == 3 * (VOCAB - len(TOKENS))
-    np.testing.assert_allclose(branches.log_prob[0, :2], np.log(q[:2]) + np.asarray([[-1.5], [-0.3]]), rtol=1e-4)
+    np.testing.assert_allclose(
+        branches.log_prob[0, :2], np.log(q[:2]) + np.asarray([[-1.5], [-0.3]]), rtol=1e-4
+    )
 
 
 def test_paths_are_drawn_without_replacement():
     """A stochastic beam: not only siblings, all paths of a level are a sample of the draft's distribution of paths."""
     few = TOKENS[:3]
     table = make_table(few)
-    tree, _ = grow(Rejection(), 2, 2, table=table, roots=np.ones(DRAWS, np.int32), positions=np.zeros(DRAWS, np.int32))
+    tree, _ = grow(
+        Rejection(),
+        2,
+        2,
+        table=table,
+        roots=np.ones(DRAWS, np.int32),
+        positions=np.zeros(DRAWS, np.int32),
+    )
     tree = jax.tree.map(lambda x: x[0], tree)
     assert tree.exists.all()
     first = np.take_along_axis(tree.tokens, tree.parent, axis=1)
     number = 3 * np.searchsorted(few, first[:, 3:]) + np.searchsorted(few, tree.tokens[:, 3:])
-    after_root, *after_first = (softmax(logits_after(table, (1, *path)) / 0.7)[few] for path in [(), *few[:, None]])
+    after_root, *after_first = (
+        softmax(logits_after(table, (1, *path)) / 0.7)[few] for path in [(), *few[:, None]]
+    )
     q = (after_root[:, None] * np.stack(after_first)).reshape(-1)
     counts = count_pairs(number[:, 0], number[:, 1], len(q))
     assert goodness_of_fit(counts, without_replacement(q).reshape(1, -1)) > ALPHA

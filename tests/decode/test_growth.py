@@ -24,7 +24,9 @@ class Recorder(Programs):
 
 def rounds_with_room(levels, width, seed):
     """Decodes on the books alone, two texts one after the other in every row; fails where a round has no room."""
-    config = RoundConfig(levels=levels, calibration=True, verifier=Greedy(), stop_ids=(), width=width)
+    config = RoundConfig(
+        levels=levels, calibration=True, verifier=Greedy(), stop_ids=(), width=width
+    )
     programs, random = Recorder(None, None, None, config), np.random.default_rng(seed)  # pyright: ignore[reportArgumentType]
     for prompts in random.integers(1, 200, (2, len(LIMITS))):
         books, rounds = CacheGrowth(programs, len(LIMITS)), 0
@@ -36,7 +38,11 @@ def rounds_with_room(levels, width, seed):
             state = books.grow_if_needed(state)
             live = true < prompts + LIMITS
             assert (true + config.scratch + 1 <= state)[live].all()
-            added = np.where(live, np.minimum(random.integers(1, levels + 2, len(true)), prompts + LIMITS - true), 0)
+            added = np.where(
+                live,
+                np.minimum(random.integers(1, levels + 2, len(true)), prompts + LIMITS - true),
+                0,
+            )
             books.read(unread)
             true, unread, rounds = true + added, added, rounds + 1
         assert rounds >= LIMITS.max() // (levels + 1)
@@ -52,7 +58,9 @@ def test_every_round_has_room(levels, width, monkeypatch):
 @pytest.mark.parametrize("levels, width", [(0, 1), (4, 1), (5, 4), (16, 1)])
 def test_room_that_comes_too_late_would_be_found(levels, width, monkeypatch):
     """Planted: room for what has been read, as if no report were on its way."""
-    monkeypatch.setattr(CacheGrowth, "needed", lambda self: self.programs.capacity(int(self._lengths.max())))
+    monkeypatch.setattr(
+        CacheGrowth, "needed", lambda self: self.programs.capacity(int(self._lengths.max()))
+    )
     with pytest.raises(AssertionError):
         for seed in range(20):
             rounds_with_room(levels, width, seed)

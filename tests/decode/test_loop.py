@@ -27,6 +27,7 @@ PROMPTS = [RNG.integers(4, 300, size).tolist() for size in (PREFILL_CHUNK + 20, 
 LIMITS = [60, 90, 75]
 GREEDY = RoundConfig(levels=4, calibration=True, verifier=Greedy(), stop_ids=())
 PLAIN = replace(GREEDY, levels=0)
+ONE_DEVICE = MeshShape(1, 1)
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +50,16 @@ def plain(pair):
     texts = []
     for prompt, limit in zip(PROMPTS, LIMITS, strict=True):
         ids = torch.tensor([prompt])
-        generated = pair[2].generate(ids, max_new_tokens=limit, do_sample=False, eos_token_id=None, pad_token_id=0)
+        generated = pair[2].generate(
+            ids, max_new_tokens=limit, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
         texts.append(generated[0, len(prompt) :].tolist())
     return texts
 
 
-def programs(pair, config, mesh=MeshShape(1, 1), axes=ALL_AXES, lp_size=3, own_draft=False, refit=False) -> Programs:  # noqa: B008
+def programs(
+    pair, config, mesh=ONE_DEVICE, axes=ALL_AXES, lp_size=3, own_draft=False, refit=False
+) -> Programs:
     target, draft, _ = pair
     from_ = loader(target, mesh)
     if config.levels == 0:
@@ -62,7 +67,12 @@ def programs(pair, config, mesh=MeshShape(1, 1), axes=ALL_AXES, lp_size=3, own_d
     layout = Layout.uniform(paper_groups(LAYERS, lp_size), 2 if refit else 1)
     chosen = target if own_draft else draft
     refitted = some_refit(chosen, layout) if refit else None
-    return Programs(from_.mesh, load_target(from_), load_draft(loader(chosen, mesh, axes), layout, refitted), config)
+    return Programs(
+        from_.mesh,
+        load_target(from_),
+        load_draft(loader(chosen, mesh, axes), layout, refitted),
+        config,
+    )
 
 
 def texts(programs, prompts=PROMPTS, limits=LIMITS, sampling=SamplingParams()):  # noqa: B008
@@ -79,7 +89,13 @@ def texts(programs, prompts=PROMPTS, limits=LIMITS, sampling=SamplingParams()): 
 @pytest.mark.parametrize("mesh", [MeshShape(1, 1), MeshShape(2, 4)], ids=str)
 @pytest.mark.parametrize(
     "levels, calibration, lp_size, refit",
-    [(0, False, 1, False), (4, False, 1, False), (4, True, 3, False), (1, False, 3, False), (4, True, 3, True)],
+    [
+        (0, False, 1, False),
+        (4, False, 1, False),
+        (4, True, 3, False),
+        (1, False, 3, False),
+        (4, True, 3, True),
+    ],
 )
 def test_greedy_text_is_plain_decoding(pair, plain, mesh, levels, calibration, lp_size, refit):
     config = replace(GREEDY, levels=levels, calibration=calibration)
@@ -98,14 +114,19 @@ def test_greedy_text_is_plain_decoding(pair, plain, mesh, levels, calibration, l
     ],
     ids=str,
 )
-def test_greedy_text_by_trees_is_plain_decoding(pair, plain, mesh, levels, width, nodes, calibration, refit):
+def test_greedy_text_by_trees_is_plain_decoding(
+    pair, plain, mesh, levels, width, nodes, calibration, refit
+):
     config = replace(GREEDY, levels=levels, width=width, nodes=nodes, calibration=calibration)
     assert texts(programs(pair, config, mesh, refit=refit))[0] == plain
 
 
 @pytest.mark.parametrize("refit", [False, True])
 def test_greedy_text_with_a_replicated_draft(pair, plain, refit):
-    assert texts(programs(pair, replace(GREEDY, width=3), MeshShape(2, 2), axes=(), refit=refit))[0] == plain
+    assert (
+        texts(programs(pair, replace(GREEDY, width=3), MeshShape(2, 2), axes=(), refit=refit))[0]
+        == plain
+    )
 
 
 def test_a_wider_tree_accepts_more(pair):
@@ -121,7 +142,9 @@ def test_acceptance_falls_from_exact_to_fuzzy_and_without_calibration(pair):
 
     def rate(lp_size, calibration):
         _, drafted, accepted = texts(
-            programs(pair, replace(GREEDY, calibration=calibration), lp_size=lp_size, own_draft=True)
+            programs(
+                pair, replace(GREEDY, calibration=calibration), lp_size=lp_size, own_draft=True
+            )
         )
         return accepted / drafted
 
@@ -141,7 +164,9 @@ def test_a_stop_token_ends_its_row_alone(pair, plain, calibration, refit):
 
 @pytest.mark.parametrize("limit", [1, 2, 5, 6])
 def test_limits_are_kept_to_the_token(pair, plain, limit):
-    rows, drafted, accepted = texts(programs(pair, GREEDY, own_draft=True, lp_size=1), limits=[limit] * 3)
+    rows, drafted, accepted = texts(
+        programs(pair, GREEDY, own_draft=True, lp_size=1), limits=[limit] * 3
+    )
     assert rows == [text[:limit] for text in plain]
     assert drafted == accepted
 
@@ -163,12 +188,16 @@ def test_limits_are_kept_to_the_token_with_a_refit(pair, plain):
     ],
     ids=str,
 )
-def test_after_many_rounds_caches_equal_a_fresh_prefill(pair, mesh, verifier, width, nodes, lp_size, refit):
+def test_after_many_rounds_caches_equal_a_fresh_prefill(
+    pair, mesh, verifier, width, nodes, lp_size, refit
+):
     """30 rounds and more with mixed acceptance; one row stops early and sits through the rest.
 
     Calibrated caches of fuzzy drafts and, not calibrated, that of an exact one.
     """
-    config = RoundConfig(4, calibration=lp_size > 1, verifier=verifier, stop_ids=(), width=width, nodes=nodes)
+    config = RoundConfig(
+        4, calibration=lp_size > 1, verifier=verifier, stop_ids=(), width=width, nodes=nodes
+    )
     run = programs(pair, config, mesh, lp_size=lp_size, refit=refit)
     sampling, limits = SamplingParams(temperature=0.8), [60, 9, 150]
     state = run.start(sampling, limits, capacity := run.capacity(PREFILL_CHUNK + 150))
@@ -214,7 +243,9 @@ def test_coupled_text_is_plain_sampling_with_the_same_noise(pair, mesh, width, r
 @pytest.mark.parametrize("temperature, refit", [(0.0, False), (0.9, False), (0.9, True)])
 def test_a_row_does_not_depend_on_its_neighbours(pair, temperature, refit):
     """Alone, with the seed that its place in the batch gave it, each row becomes the same text."""
-    run = programs(pair, replace(GREEDY, verifier=Rejection() if temperature else Greedy()), refit=refit)
+    run = programs(
+        pair, replace(GREEDY, verifier=Rejection() if temperature else Greedy()), refit=refit
+    )
     sampling = SamplingParams(temperature=temperature, seed=7)
     together = texts(run, sampling=sampling)[0]
     for row in range(3):
@@ -225,7 +256,9 @@ def test_a_row_does_not_depend_on_its_neighbours(pair, temperature, refit):
 @pytest.mark.parametrize("refit", [False, True])
 def test_sampled_text_depends_on_the_seed_alone(pair, refit):
     run = programs(pair, replace(GREEDY, verifier=Rejection()), MeshShape(2, 2), refit=refit)
-    first, again, other = (texts(run, sampling=SamplingParams(temperature=1.0, seed=seed))[0] for seed in (1, 1, 9))
+    first, again, other = (
+        texts(run, sampling=SamplingParams(temperature=1.0, seed=seed))[0] for seed in (1, 1, 9)
+    )
     assert first == again != other
 
 
@@ -233,7 +266,9 @@ def test_sampled_text_depends_on_the_seed_alone(pair, refit):
 def test_one_program_whose_state_is_donated(pair, x64, monkeypatch):
     """Also where a process has made 64 bits JAX's default: a state of other types would compile a second round."""
     chex.clear_trace_counter()
-    monkeypatch.setattr(compiled, "speculative_round", chex.assert_max_traces(compiled.speculative_round, n=1))
+    monkeypatch.setattr(
+        compiled, "speculative_round", chex.assert_max_traces(compiled.speculative_round, n=1)
+    )
     with jax.enable_x64(x64):
         check_one_program(pair, replace(GREEDY, width=2 if x64 else 1))
 
@@ -252,7 +287,9 @@ def check_one_program(pair, config):
         assert program._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
 
 
-@pytest.mark.parametrize("config", [PLAIN, GREEDY, replace(GREEDY, width=3, calibration=False)], ids=str)
+@pytest.mark.parametrize(
+    "config", [PLAIN, GREEDY, replace(GREEDY, width=3, calibration=False)], ids=str
+)
 def test_no_round_of_one_stream_copies_a_cache(pair, config):
     """Entries are written into the donated buffers: what a step costs does not grow by copies of the text's KV."""
     run = programs(pair, config)
@@ -263,7 +300,9 @@ def test_no_round_of_one_stream_copies_a_cache(pair, config):
     assert re.findall(rf"= (f32\[[\d,]*,{capacity},{head_dim}\])\S* copy\(", text) == []
 
 
-@pytest.mark.parametrize("levels, width, refit", [(0, 1, False), (4, 1, False), (3, 3, False), (3, 3, True)])
+@pytest.mark.parametrize(
+    "levels, width, refit", [(0, 1, False), (4, 1, False), (3, 3, False), (3, 3, True)]
+)
 def test_caches_that_grow_change_no_token(pair, levels, width, refit, monkeypatch):
     """From the least that a round needs, several times over, against caches that are large from the start."""
     config = replace(GREEDY, levels=levels, width=width, verifier=Rejection())

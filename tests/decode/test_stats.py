@@ -8,11 +8,22 @@ import pytest
 from easyspec_jax.decode.stats import Stats
 
 THREE_ROUNDS = Stats(accepted_per_position=(0, 0, 0), prefill_seconds=0.5, decode_seconds=2.0)
-for _tokens, _drafted, _accepted in ((4, 3, 3), (1, 3, 0), (2, 2, 1)):  # the last is cut short by the limit
+for _tokens, _drafted, _accepted in (
+    (4, 3, 3),
+    (1, 3, 0),
+    (2, 2, 1),
+):  # the last is cut short by the limit
     THREE_ROUNDS = THREE_ROUNDS.with_round(_tokens, _drafted, _accepted)
 
 KEYS = {
-    *("rounds", "drafted", "accepted", "acceptance_rate", "mean_acceptance_length", "accepted_per_position"),
+    *(
+        "rounds",
+        "drafted",
+        "accepted",
+        "acceptance_rate",
+        "mean_acceptance_length",
+        "accepted_per_position",
+    ),
     *("prefill_seconds", "decode_seconds", "tokens_per_second"),
 }
 
@@ -34,14 +45,24 @@ def test_rates_are_quotients_of_the_counts():
 
 def test_without_rounds_or_drafts_there_is_nothing_to_divide_by():
     nothing = Stats()
-    assert (nothing.acceptance_rate, nothing.mean_acceptance_length, nothing.tokens_per_second) == (0.0, 1.0, 0.0)
+    assert (nothing.acceptance_rate, nothing.mean_acceptance_length, nothing.tokens_per_second) == (
+        0.0,
+        1.0,
+        0.0,
+    )
     plain = Stats(decode_seconds=0.5).with_round(1, 0, 0).with_round(1, 0, 0)
-    assert (plain.acceptance_rate, plain.mean_acceptance_length, plain.tokens_per_second) == (0.0, 1.0, 4.0)
+    assert (plain.acceptance_rate, plain.mean_acceptance_length, plain.tokens_per_second) == (
+        0.0,
+        1.0,
+        4.0,
+    )
     assert plain.accepted_per_position == ()
 
 
 def test_a_sum_is_as_if_one_request_followed_the_other():
-    one_round = Stats(accepted_per_position=(0, 0, 0), prefill_seconds=0.25, decode_seconds=1.0).with_round(3, 3, 2)
+    one_round = Stats(
+        accepted_per_position=(0, 0, 0), prefill_seconds=0.25, decode_seconds=1.0
+    ).with_round(3, 3, 2)
     longer = replace(THREE_ROUNDS, prefill_seconds=0.75, decode_seconds=3.0).with_round(3, 3, 2)
     assert THREE_ROUNDS + one_round == one_round + THREE_ROUNDS == longer
     assert longer.acceptance_rate == 6 / 11
@@ -57,7 +78,9 @@ def test_as_dict_has_every_figure_by_its_name_and_is_json(stats):
     figures = stats.as_dict()
     assert set(figures) == KEYS
     assert figures == {name: getattr(stats, name) for name in KEYS}
-    assert json.loads(json.dumps(figures)) == figures | {"accepted_per_position": list(stats.accepted_per_position)}
+    assert json.loads(json.dumps(figures)) == figures | {
+        "accepted_per_position": list(stats.accepted_per_position)
+    }
 
 
 def test_what_ran_at_once_takes_as_long_as_the_longer_one():

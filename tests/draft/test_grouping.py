@@ -32,7 +32,9 @@ def test_paper_groups(num_layers, lp_size, groups):
 
 @pytest.mark.parametrize("lp_size", SIZES)
 @pytest.mark.parametrize("num_layers", LAYERS)
-def test_paper_groups_cover_each_layer_once_within_their_size_and_survive_a_round_trip(num_layers, lp_size):
+def test_paper_groups_cover_each_layer_once_within_their_size_and_survive_a_round_trip(
+    num_layers, lp_size
+):
     groups = paper_groups(num_layers, lp_size)
     assert list(itertools.chain(*groups)) == list(range(num_layers))
     assert all(1 <= len(group) <= lp_size for group in groups)

@@ -70,7 +70,11 @@ def with_refit(layer, index, refit):
     for name, values in refit.tensors.items():
         if name.startswith(f"model.layers.{index}."):
             *path, leaf = name.split(".")[3:]
-            setattr(layer.get_submodule(".".join(path)), leaf, torch.nn.Parameter(torch.from_numpy(values)))
+            setattr(
+                layer.get_submodule(".".join(path)),
+                leaf,
+                torch.nn.Parameter(torch.from_numpy(values)),
+            )
     return layer
 
 
@@ -104,7 +108,9 @@ def test_mlps_at_once_and_refit_projections(pair, mesh, layout, refitted, axes):
     refit = some_refit(checkpoint, layout) if refitted else None
     draft = load_draft(from_, layout, refit)
     expected = algorithm_2(reference, layout, refit)
-    np.testing.assert_allclose(forward(draft, from_.mesh, TOKENS, run=run_fuzzy)[..., :300], expected, atol=1e-4)
+    np.testing.assert_allclose(
+        forward(draft, from_.mesh, TOKENS, run=run_fuzzy)[..., :300], expected, atol=1e-4
+    )
     assert np.abs(expected - algorithm_2(reference, Layout.uniform(GROUPS[0]))).max() > 0.05
     exact = algorithm_2(reference, EXACT)
     np.testing.assert_allclose(forward(draft, from_.mesh, TOKENS)[..., :300], exact, atol=1e-4)
@@ -132,7 +138,9 @@ def test_exact_pass_is_the_model(pair, mesh, groups, branch):
             block.branch = branch
     with torch.no_grad():
         expected = reference(torch.from_numpy(TOKENS)).logits.numpy()
-    np.testing.assert_allclose(forward(draft, from_.mesh, TOKENS)[..., :300], expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(
+        forward(draft, from_.mesh, TOKENS)[..., :300], expected, atol=1e-4, rtol=0
+    )
 
 
 @pytest.mark.parametrize("run", [run_exact, run_fuzzy], ids=["exact", "fuzzy"])
@@ -167,13 +175,17 @@ def test_collectives_of_a_group(pair, mesh, size):
     assert collectives((), run_exact) == {"all-reduce": size}
 
 
-@pytest.mark.parametrize("size, mlp_lp_size, expected", [(4, 2, 3), (4, 4, 2), (7, 2, 5), (7, 7, 2)])
+@pytest.mark.parametrize(
+    "size, mlp_lp_size, expected", [(4, 2, 3), (4, 4, 2), (7, 2, 5), (7, 7, 2)]
+)
 def test_collectives_of_mlps_at_once(pair, size, mlp_lp_size, expected):
     """One for the first attentions, and one for each part of the group's MLPs, refit or not."""
     for refitted in (False, True):
         from_ = loader(pair[0], MeshShape(4, 2))
         layout = Layout.uniform(single_out(size), mlp_lp_size)
-        group = load_draft(from_, layout, some_refit(pair[0], layout) if refitted else None).blocks[1]
+        group = load_draft(from_, layout, some_refit(pair[0], layout) if refitted else None).blocks[
+            1
+        ]
         text = _run(group, from_, run_fuzzy, tokens=1, capacity=8, compiled=True)
         assert len(re.findall(r"= \S+ all-reduce(?:-start)?\(", text)) == expected
 
@@ -185,7 +197,9 @@ def test_one_device_computes_a_groups_attentions_by_batched_products(pair, size)
     group = load_draft(from_, Layout.uniform(single_out(size))).blocks[1]
 
     def products(run) -> int:
-        return str(jax.make_jaxpr(partial(_run, group, from_, run, tokens=1, capacity=8))()).count("dot_general[")
+        return str(jax.make_jaxpr(partial(_run, group, from_, run, tokens=1, capacity=8))()).count(
+            "dot_general["
+        )
 
     assert products(run_fuzzy) == 4 + 2 * size
     assert products(run_exact) == 4 * size + 2 * size
@@ -206,7 +220,11 @@ def _run(group, from_, run, tokens, capacity, compiled=False) -> Any:
         window = chain_window(jnp.zeros(1, jnp.int32), tokens, capacity, from_.config)
         return run(group, h, group.init_cache(1, capacity), window)
 
-    h = np.random.default_rng(1).normal(size=(1, tokens, from_.config.hidden_size)).astype(np.float32)
+    h = (
+        np.random.default_rng(1)
+        .normal(size=(1, tokens, from_.config.hidden_size))
+        .astype(np.float32)
+    )
     program = jax.jit(body)
     return program.lower(group, h).compile().as_text() if compiled else program(group, h)
 

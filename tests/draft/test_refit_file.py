@@ -24,7 +24,9 @@ def directory(draft, tmp_path):
     copy = tmp_path / "draft"
     shutil.copytree(draft[0].directory, copy)
     opened = open_checkpoint(copy)
-    save(path_of(copy / DIRECTORY, ASKED, CHOSEN), some_refit(opened, CHOSEN).tensors, CHOSEN, opened)
+    save(
+        path_of(copy / DIRECTORY, ASKED, CHOSEN), some_refit(opened, CHOSEN).tensors, CHOSEN, opened
+    )
     return copy
 
 
@@ -62,12 +64,15 @@ def test_explicit_groups_have_a_refit_of_their_own(directory):
     assert choose_layout(asked, opened)[1] is not None
     other = SpeculativeConfig(lp_strategy="0-1,2-7")
     path.rename(path_of(directory / DIRECTORY, other, layout_of(other, LAYERS)))
-    with pytest.raises(EasySpecError, match=r"is for the groups 0,1-7; run easyspec_jax\.refit again"):
+    with pytest.raises(
+        EasySpecError, match=r"is for the groups 0,1-7; run easyspec_jax\.refit again"
+    ):
         choose_layout(other, opened)
 
 
 @pytest.mark.parametrize(
-    "strategy, mlp_lp_size", [("0-1,2-4x2,5-7", 1), (" 0-1, 2-4x2, 5-7 ", 1), ("0-1x1,2-4,5-7x1", 2)]
+    "strategy, mlp_lp_size",
+    [("0-1,2-4x2,5-7", 1), (" 0-1, 2-4x2, 5-7 ", 1), ("0-1x1,2-4,5-7x1", 2)],
 )
 def test_explicit_groups_are_known_whatever_the_file_is_called(directory, strategy, mlp_lp_size):
     (directory / DIRECTORY / "damaged.safetensors").write_bytes(b"no refit")
@@ -80,7 +85,12 @@ def test_explicit_groups_are_known_whatever_the_file_is_called(directory, strate
 def test_a_digest_changes_with_what_is_held(directory, draft):
     digests = [refit_digest(draft[0].directory), refit_digest(directory)]
     opened = open_checkpoint(directory)
-    save(path_of(directory / DIRECTORY, ASKED, CHOSEN), {"other": np.zeros(1, np.float32)}, CHOSEN, opened)
+    save(
+        path_of(directory / DIRECTORY, ASKED, CHOSEN),
+        {"other": np.zeros(1, np.float32)},
+        CHOSEN,
+        opened,
+    )
     digests.append(refit_digest(directory))
     assert len(set(digests)) == 3
 
@@ -94,7 +104,9 @@ def test_changed_weights_are_noticed(directory):
         choose_layout(ASKED, open_checkpoint(directory))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "no metadata", "missing tensor", "wrong shape", "other groups"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "no metadata", "missing tensor", "wrong shape", "other groups"]
+)
 def test_a_damaged_refit_is_refused(directory, damage):
     path = path_of(directory / DIRECTORY, ASKED, CHOSEN)
     opened = open_checkpoint(directory)

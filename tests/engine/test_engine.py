@@ -32,7 +32,11 @@ def test_speculation_needs_a_draft(directory, engine):
     [
         ("one", {}, "takes a list of prompts, not one string"),
         ([{"role": "user", "content": "one"}], {}, "put one conversation into a list"),
-        (["one", "two"], {"batch_size": 2, "on_text": print}, "texts of one batch cannot be streamed at once"),
+        (
+            ["one", "two"],
+            {"batch_size": 2, "on_text": print},
+            "texts of one batch cannot be streamed at once",
+        ),
     ],
 )
 def test_prompts_that_are_none(engine, prompts, options, complaint):
@@ -48,5 +52,7 @@ def test_a_batch_has_rows(engine):
 def test_a_token_that_the_target_does_not_know(tmp_path):
     save_model(tmp_path, "llama3", vocab_size=80, eos_token_id=3)
     engine = open_model(tmp_path, speculative=PLAIN)
-    with pytest.raises(EasySpecError, match=r"the tokenizer gives id \d+, for which the target has no embedding"):
+    with pytest.raises(
+        EasySpecError, match=r"the tokenizer gives id \d+, for which the target has no embedding"
+    ):
         engine.encode("one")

@@ -55,9 +55,16 @@ def test_the_demo_pair_takes_what_was_predicted(refit):
     assert len(growing) == 2
     states = [programs.start(sampling, [0] * ROWS, size) for size in growing]
     caches = jax.tree.leaves([(state.target, state.draft) for state in states])
-    assert need.caches == sum(shard.data.nbytes for array in caches for shard in array.addressable_shards)
-    chunk = [jax.ShapeDtypeStruct(*of) for of in (((ROWS, 128), np.int32), ((ROWS,), np.int32), ((ROWS,), bool))]
-    prefill = programs._prefill.lower(programs.leaves, abstract_state(programs, ROWS, growing[-1]), *chunk)  # pyright: ignore[reportFunctionMemberAccess]
+    assert need.caches == sum(
+        shard.data.nbytes for array in caches for shard in array.addressable_shards
+    )
+    chunk = [
+        jax.ShapeDtypeStruct(*of)
+        for of in (((ROWS, 128), np.int32), ((ROWS,), np.int32), ((ROWS,), bool))
+    ]
+    state = abstract_state(programs, ROWS, growing[-1])
+    compiled: Any = programs._prefill
+    prefill = compiled.lower(programs.leaves, state, *chunk)
     temporary = prefill.compile().memory_analysis().temp_size_in_bytes
     assert 0.75 * need.working <= engine.mesh.size * temporary <= need.working
 
@@ -77,7 +84,9 @@ def test_what_is_held_is_not_counted_again():
 def test_a_replicated_draft_is_whole_on_every_device():
     job = large(draft_axes=(), layout=Layout.uniform(paper_groups(16, 1)))
     draft = needed(replace(job, target_held=True)).weights
-    assert draft == pytest.approx(needed(replace(job, target_held=True, draft_axes=ALL_AXES)).weights * 8, rel=0.01)
+    assert draft == pytest.approx(
+        needed(replace(job, target_held=True, draft_axes=ALL_AXES)).weights * 8, rel=0.01
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,17 @@ PAIR = ("rejection", "coupled")
 def test_every_variant_of_the_grid_comes_once():
     grid = variants((0.0, 0.8), PAIR, (1, 4), (1, 2, 3))
     ways = [(0.0, "greedy"), (0.8, "rejection"), (0.8, "coupled")]
-    drafts = [(1, True, False), *((size, calibrated, False) for size in (2, 3) for calibrated in (True, False))]
+    drafts = [
+        (1, True, False),
+        *((size, calibrated, False) for size in (2, 3) for calibrated in (True, False)),
+    ]
     assert [astuple(variant) for variant in grid] == [
         (*way, width, *draft) for way in ways for width in (1, 4) for draft in drafts
     ]
     assert variants((0.0, 0.8, 0.8), PAIR * 2, (1, 4, 1), (1, 2, 3, 2)) == grid
-    refit = [variant for variant in variants((0.0,), PAIR, (1,), (1, 2, 3), refit=True) if variant.refit]
+    refit = [
+        variant for variant in variants((0.0,), PAIR, (1,), (1, 2, 3), refit=True) if variant.refit
+    ]
     assert [(variant.lp_size, variant.calibration) for variant in refit] == [(2, True), (3, True)]
 
 
@@ -31,13 +36,40 @@ def measured(tmp_path_factory):
     pytest.importorskip("matplotlib")
     directory = tmp_path_factory.mktemp("acceptance")
     save_model(directory / "model", "smollm2")
-    few = ["--lp-size", "2", "--tokens", "1000", "--borders", "paper", "--out", str(directory / "refit")]
+    few = [
+        "--lp-size",
+        "2",
+        "--tokens",
+        "1000",
+        "--borders",
+        "paper",
+        "--out",
+        str(directory / "refit"),
+    ]
     assert refit(["--draft", str(directory / "model"), *few]) == 0
     (directory / "prompts.txt").write_text("one\ntwo\n")
     pair = ["--target", str(directory / "model"), "--draft", str(directory / "model")]
-    texts = ["--prompt-file", str(directory / "prompts.txt"), "--max-new-tokens", "12", "--batch-size", "2"]
-    grid = ["--widths", "2", "--lp-sizes", "2", "--temperatures", "0", "--refit", str(directory / "refit")]
-    assert main([*pair, *texts, *grid, "--num-speculative-tokens", "2", "--out", str(directory)]) == 0
+    texts = [
+        "--prompt-file",
+        str(directory / "prompts.txt"),
+        "--max-new-tokens",
+        "12",
+        "--batch-size",
+        "2",
+    ]
+    grid = [
+        "--widths",
+        "2",
+        "--lp-sizes",
+        "2",
+        "--temperatures",
+        "0",
+        "--refit",
+        str(directory / "refit"),
+    ]
+    assert (
+        main([*pair, *texts, *grid, "--num-speculative-tokens", "2", "--out", str(directory)]) == 0
+    )
     return directory
 
 
@@ -53,12 +85,17 @@ def test_rows_agree_with_themselves(measured):
     assert not list(measured.glob("*.partial"))
 
 
-def test_a_refit_that_is_missing_is_noticed_before_anything_is_measured(measured, monkeypatch, capsys):
+def test_a_refit_that_is_missing_is_noticed_before_anything_is_measured(
+    measured, monkeypatch, capsys
+):
     monkeypatch.setattr(acceptance, "measure", lambda *_: pytest.fail("measured"))
     pair = ["--target", str(measured / "model"), "--draft", str(measured / "model")]
     out = ["--out", str(measured / "other.json")]
     assert main([*pair, *out, "--lp-sizes", "1", "2", "3", "--refit", str(measured / "refit")]) == 2
-    assert "has no lp3.safetensors" in capsys.readouterr().err and not (measured / "other.json").exists()
+    assert (
+        "has no lp3.safetensors" in capsys.readouterr().err
+        and not (measured / "other.json").exists()
+    )
 
 
 def test_the_same_results_are_the_same_picture(measured, tmp_path):

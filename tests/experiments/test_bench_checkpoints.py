@@ -16,7 +16,10 @@ def test_random_checkpoints_open(tmp_path):
     size = bench.write_random(tmp_path / "hf", FIELDS, 3)
     source = open_checkpoint(tmp_path / "hf").source
     assert size == sum(2 * source.read(name).size for name in source.shapes())
-    assert len(set(json.loads((tmp_path / "hf" / INDEX).read_text())["weight_map"].values())) in (3, 4)
+    assert len(set(json.loads((tmp_path / "hf" / INDEX).read_text())["weight_map"].values())) in (
+        3,
+        4,
+    )
 
 
 def test_children_count(tmp_path):
@@ -50,12 +53,29 @@ def test_ways_take_turns_and_leave_room(tmp_path):
 def test_all_figures_of_a_shape(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "SHAPES", {"7b": FIELDS})
     monkeypatch.setattr(bench, "open_", lambda directory, mesh: bench.Run(1.0, 500_000))
-    arguments = ["--rounds", "1", "--mesh", "1", "8", "--directory", str(tmp_path), "--out", str(tmp_path / "r.json")]
+    arguments = [
+        "--rounds",
+        "1",
+        "--mesh",
+        "1",
+        "8",
+        "--directory",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "r.json"),
+    ]
     assert bench.main(arguments) == 0
     report = json.loads((tmp_path / "r.json").read_text())
-    assert list(report["open"]) == [f"{kind}, mesh {mesh}" for kind in ("huggingface", "orbax") for mesh in (1, 8)]
+    assert list(report["open"]) == [
+        f"{kind}, mesh {mesh}" for kind in ("huggingface", "orbax") for mesh in (1, 8)
+    ]
     assert report["open"]["orbax, mesh 8"]["over_weights"] == 500_000 / report["bytes"]
-    assert report["convert_peak_bytes"] == report["convert"][0]["peak_bytes"] > report["copy"][0]["peak_bytes"] > 0
+    assert (
+        report["convert_peak_bytes"]
+        == report["convert"][0]["peak_bytes"]
+        > report["copy"][0]["peak_bytes"]
+        > 0
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 

@@ -48,7 +48,9 @@ def mesh():
 def sources():
     """Target and draft of the walk."""
     pair = (TARGET, WALK.target), (DRAFT, WALK.draft)
-    return tuple(models.constructed_source(fields, "float32", successor) for fields, successor in pair)
+    return tuple(
+        models.constructed_source(fields, "float32", successor) for fields, successor in pair
+    )
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +94,11 @@ def test_our_engine_accepts_what_the_walk_says(mesh, pair, programs):
         while remaining:
             right = agreeing(at, LEVELS)
             made = min(right + 1, remaining)
-            passes, drafted, accepted = passes + 1, drafted + min(LEVELS, remaining), accepted + min(right, made)
+            passes, drafted, accepted = (
+                passes + 1,
+                drafted + min(LEVELS, remaining),
+                accepted + min(right, made),
+            )
             at, remaining = at + made, remaining - made
         assert (text.passes, text.drafted, text.accepted) == (passes, drafted, accepted)
         assert 0 < accepted < drafted
@@ -137,7 +143,10 @@ def test_copied_layers_are_those_that_would_be_read(shape):
     groups = paper_groups(4, 3)
     rows = padded_vocab_size(mesh, source.config)
     loader = Loader(source, source.config, mesh, ALL_AXES, source.dtype, rows, VOCAB)
-    read, copied = models.load_draft(loader, Layout.uniform(groups)), models.load(source, mesh, groups)
+    read, copied = (
+        models.load_draft(loader, Layout.uniform(groups)),
+        models.load(source, mesh, groups),
+    )
     pairs = list(zip(jax.tree.leaves(read), jax.tree.leaves(copied), strict=True))
     for one, other in pairs:
         assert one.sharding == other.sharding
@@ -187,10 +196,13 @@ def test_ratios_are_taken_within_a_repeat():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "loops", "run"), [(1, 1, run_exact), (4, 1, run_exact), (1, 3, run_fuzzy), (2, 3, run_fuzzy)]
+    ("tokens", "loops", "run"),
+    [(1, 1, run_exact), (4, 1, run_exact), (1, 3, run_fuzzy), (2, 3, run_fuzzy)],
 )
 def test_a_pass_yields_the_next_tokens(mesh, pair, tokens, loops, run):
-    case = pass_case("pass", alone(mesh, pair[1]), tokens, run, 0, context=8, capacity=32, loops=loops)
+    case = pass_case(
+        "pass", alone(mesh, pair[1]), tokens, run, 0, context=8, capacity=32, loops=loops
+    )
     planned = np.zeros(1, int)
     for _ in range(2):
         case.state = case.step(case.state)
@@ -223,7 +235,9 @@ def test_synthetic_acceptance_is_near_what_was_asked(mesh, width):
     asked = 0.7
     source = models.random_source(TARGET, "float32")
     target, draft = models.load(source, mesh), models.load(source, mesh, paper_groups(1, 1))
-    config = RoundConfig(3, calibration=True, verifier=SyntheticAcceptance(asked), stop_ids=(), width=width)
+    config = RoundConfig(
+        3, calibration=True, verifier=SyntheticAcceptance(asked), stop_ids=(), width=width
+    )
     programs = Programs(mesh, target, draft, config)
 
     def reports(seed):
@@ -250,7 +264,18 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(roofline_parts, "VERIFIED", (1, 3))
     monkeypatch.setattr(roofline_parts, "LP_SIZES", (1, 2))
     monkeypatch.setattr(roofline_parts, "WIDTHS", (1,))
-    few = ["--repeats", "1", "--calls", "1", "--context", "16", "--max-new-tokens", "24", "--memory-mib", "1"]
+    few = [
+        "--repeats",
+        "1",
+        "--calls",
+        "1",
+        "--context",
+        "16",
+        "--max-new-tokens",
+        "24",
+        "--memory-mib",
+        "1",
+    ]
     return partial(_tiny, few, tmp_path / "results.json")
 
 
@@ -263,7 +288,9 @@ def test_parts_are_measured_and_written(tiny, tmp_path, capsys):
     code, results = tiny("--only", "round", "draft", "target", "bandwidth")
     assert code == 0
     assert results["shape"] == "tiny"
-    names = {part: [row["name"] for row in held["results"]] for part, held in results["parts"].items()}
+    names = {
+        part: [row["name"] for row in held["results"]] for part, held in results["parts"].items()
+    }
     assert names == {
         "bandwidth": ["copy", "read, sum", "read, product"],
         "target": ["plain step", "1 tokens", "3 tokens"],
@@ -310,7 +337,9 @@ def test_texts_are_compared_and_written(tiny, monkeypatch, together):
     code, results = tiny("--only", "peers")
     assert code == 0
     rows = results["parts"]["peers"]["results"]
-    first, second = (["plain", "easyspec"], ["transformers", "transformers, assisted"])[:: 1 if together else -1]
+    first, second = (["plain", "easyspec"], ["transformers", "transformers, assisted"])[
+        :: 1 if together else -1
+    ]
     assert [row["name"] for row in rows] == first + second
     for row in rows:
         assert (row["as_planned"], row["alternating"]) == (1, together)
@@ -341,7 +370,10 @@ def test_what_fails_leaves_the_results_alone(tiny, tmp_path, monkeypatch):
         (["--repeats", "0"], "--repeats 0 must be at least 1"),
         (["--max-new-tokens", "0"], "--max-new-tokens 0 must be at least 1"),
         (["--context", "8192"], "exceed the 8192 positions"),
-        (["--synthetic-acceptance", "0.5", "1.5"], "--synthetic-acceptance 1.5 must be from 0 to 1"),
+        (
+            ["--synthetic-acceptance", "0.5", "1.5"],
+            "--synthetic-acceptance 1.5 must be from 0 to 1",
+        ),
         (["--agreement", "-1"], "--agreement -1.0 must be from 0 to 1"),
         (
             ["--shape", "h200-32b-1.5b"],

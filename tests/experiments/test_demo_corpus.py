@@ -5,7 +5,10 @@ import pytest
 
 from experiments import demo_corpus
 
-TEXTS = ['def area(radius):\n    """Of a circle."""\n    return 3.14 * radius ** 2\n\n\n' * 5, "class Räder:\n\tpass\n"]
+TEXTS = [
+    'def area(radius):\n    """Of a circle."""\n    return 3.14 * radius ** 2\n\n\n' * 5,
+    "class Räder:\n\tpass\n",
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,9 @@ def test_some_files_are_held_out_by_name_alone(tmp_path):
     assert all(demo_corpus.is_held_out(tmp_path / path.name) for path in heldout)
 
 
-@pytest.mark.parametrize("text", [*TEXTS, "\n\n  x = '日本 👍' \t\r\n# 12 + 3\n", "   ", "a  b   c"])
+@pytest.mark.parametrize(
+    "text", [*TEXTS, "\n\n  x = '日本 👍' \t\r\n# 12 + 3\n", "   ", "a  b   c"]
+)
 def test_every_text_survives_its_tokens(tokenizer, text):
     assert tokenizer.decode(tokenizer(text).input_ids, clean_up_tokenization_spaces=False) == text
 

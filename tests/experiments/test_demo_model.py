@@ -21,7 +21,8 @@ def params():
     """Random parameters whose norms are not at their neutral values."""
     noise = np.random.default_rng(0)
     return jax.tree.map(
-        lambda x: x + 0.1 * noise.normal(size=x.shape).astype(np.float32), init(SHAPE, jax.random.key(0))
+        lambda x: x + 0.1 * noise.normal(size=x.shape).astype(np.float32),
+        init(SHAPE, jax.random.key(0)),
     )
 
 

@@ -12,7 +12,9 @@ from tests.models import save_model
 @pytest.mark.parametrize("mesh", ["1", "2"])
 def test_the_gap_is_that_of_transformers(tmp_path, mesh):
     reference = save_model(tmp_path, "smollm2")
-    behind = next_logits(open_model(tmp_path, mesh=mesh, platform="cpu", speculative=SpeculativeConfig("vanilla")))
+    behind = next_logits(
+        open_model(tmp_path, mesh=mesh, platform="cpu", speculative=SpeculativeConfig("vanilla"))
+    )
     prompt, same = [5, 6, 7], [8, 9]
     with torch.no_grad():
         expected = reference(torch.tensor([prompt + same])).logits[0, -1].numpy()

@@ -19,7 +19,9 @@ SIZES = [(1, 1), (2, 4), (12, 1), (12, 3), (12, 4), (12, 12)]
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize(("layers", "lp_size"), SIZES)
-def test_a_layer_takes_two_steps_exactly_and_a_group_saves_all_attentions_but_one(layers, lp_size, mesh):
+def test_a_layer_takes_two_steps_exactly_and_a_group_saves_all_attentions_but_one(
+    layers, lp_size, mesh
+):
     groups = paper_groups(layers, lp_size)
     exact, fuzzy = exact_pass(groups, mesh), fuzzy_pass(groups, mesh)
     assert len(exact) == 2 * layers
@@ -38,7 +40,9 @@ def test_no_device_does_two_things_at_once(run, mesh):
 
 def test_a_fuzzy_pass_step_by_step():
     steps = fuzzy_pass((range(0, 1), range(1, 4)), MeshShape(4, 1))
-    assert [[(block.kind.name, block.label, block.devices) for block in step] for step in steps] == [
+    assert [
+        [(block.kind.name, block.label, block.devices) for block in step] for step in steps
+    ] == [
         [("ATTENTION", "0", range(4))],
         [("MLP", "0", range(4))],
         [("ATTENTION", str(layer), range(layer - 1, layer)) for layer in (1, 2, 3)],
@@ -48,7 +52,10 @@ def test_a_fuzzy_pass_step_by_step():
 
 def test_a_device_that_holds_several_layers_attends_to_them_at_once():
     first = fuzzy_pass((range(4, 9),), MeshShape(2, 1))[0]
-    assert [(block.label, block.devices) for block in first] == [("4–6", range(1)), ("7–8", range(1, 2))]
+    assert [(block.label, block.devices) for block in first] == [
+        ("4–6", range(1)),
+        ("7–8", range(1, 2)),
+    ]
 
 
 @pytest.mark.parametrize("mesh", [MeshShape(4, 2), MeshShape(2, 4), MeshShape(3, 2)], ids=str)
@@ -62,7 +69,11 @@ def test_attentions_are_where_the_draft_has_them(mesh, tmp_path):
         norms = block.attention.qkv.norm[...].addressable_shards
         for layer in group:
             norm = from_.source.read(f"model.layers.{layer}.input_layernorm.weight")
-            holding = {devices.index(s.device) for s in norms if (np.atleast_2d(s.data) == norm).all(axis=1).any()}
+            holding = {
+                devices.index(s.device)
+                for s in norms
+                if (np.atleast_2d(s.data) == norm).all(axis=1).any()
+            }
             assert holding == set(owners(layer, group, mesh))
 
 
@@ -100,10 +111,15 @@ def test_the_same_picture_is_the_same_bytes(tmp_path):
     assert first.read_bytes() == second.read_bytes()
     assert len(first.read_bytes()) < 150_000
     title = ElementTree.parse(first).findtext("{http://www.w3.org/2000/svg}title")
-    assert title is not None and "an exact pass of 24 sequential steps, each other by a fuzzy pass of 17" in title
+    assert (
+        title is not None
+        and "an exact pass of 24 sequential steps, each other by a fuzzy pass of 17" in title
+    )
 
 
-@pytest.mark.parametrize("arguments", [("--layers", "1"), ("--devices", "1"), ("--num-speculative-tokens", "1")])
+@pytest.mark.parametrize(
+    "arguments", [("--layers", "1"), ("--devices", "1"), ("--num-speculative-tokens", "1")]
+)
 def test_the_smallest_pictures_can_be_drawn(arguments, tmp_path):
     pytest.importorskip("matplotlib")
     assert main([*arguments, "--out", str(tmp_path / "round.svg")]) == 0
@@ -111,5 +127,10 @@ def test_the_smallest_pictures_can_be_drawn(arguments, tmp_path):
 
 def blocks(steps) -> list[tuple[Kind, int, range]]:
     """Every layer's attention and MLP with its devices, in whatever order."""
-    work = [(block.kind, layer, block.devices) for step in steps for block in step for layer in block.layers]
+    work = [
+        (block.kind, layer, block.devices)
+        for step in steps
+        for block in step
+        for layer in block.layers
+    ]
     return sorted(work, key=lambda item: (item[0].name, item[1]))

@@ -38,7 +38,9 @@ def test_cosines_are_those_of_transformers(draft, capsys):
 
 def expected_cosines(directory, reference) -> dict[str, float]:
     """Layer 2 is the only one that is stale at depth 1: it sees what layer 1 sees, which is still exact."""
-    ids = transformers.AutoTokenizer.from_pretrained(directory / "draft")("a fox", return_tensors="pt").input_ids
+    ids = transformers.AutoTokenizer.from_pretrained(directory / "draft")(
+        "a fox", return_tensors="pt"
+    ).input_ids
     texts = reference.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0)
     with torch.no_grad():
         states = reference(texts, output_hidden_states=True).hidden_states
@@ -48,7 +50,10 @@ def expected_cosines(directory, reference) -> dict[str, float]:
             project = getattr(layer.self_attn, f"{name}_proj")
             fed[name] = tuple(project(layer.input_layernorm(h)) for h in fed["h"])
         counted = slice(ids.shape[1] - 1, texts.shape[1] - 1)
-        return {name: torch.cosine_similarity(*pair, dim=-1)[0, counted].mean().item() for name, pair in fed.items()}
+        return {
+            name: torch.cosine_similarity(*pair, dim=-1)[0, counted].mean().item()
+            for name, pair in fed.items()
+        }
 
 
 def test_the_table_has_every_way(draft, tmp_path):

@@ -15,7 +15,18 @@ def measured(tmp_path_factory):
     directory = tmp_path_factory.mktemp("figure2")
     save_model(directory / "model", "llama3")
     model, out = str(directory / "model"), directory / "figure2.json"
-    arguments = ["--target", model, "--draft", model, "--platform", "cpu", "--mesh", "2", "--lp-size", "2"]
+    arguments = [
+        "--target",
+        model,
+        "--draft",
+        model,
+        "--platform",
+        "cpu",
+        "--mesh",
+        "2",
+        "--lp-size",
+        "2",
+    ]
     arguments += ["--max-new-tokens", "4", "--rounds", "2", "--repeats", "1", "--out", str(out)]
     assert main(arguments) == 0
     return out

@@ -21,7 +21,13 @@ def draft(tmp_path_factory):
 
 def flags(directory, *strategies) -> list[str]:
     prompts = ["--prompts", str(directory / "prompts.txt"), "--max-new-tokens", "10"]
-    return ["--draft", str(directory / "draft"), *prompts, "--lp-strategies", *(strategies or STRATEGIES)]
+    return [
+        "--draft",
+        str(directory / "draft"),
+        *prompts,
+        "--lp-strategies",
+        *(strategies or STRATEGIES),
+    ]
 
 
 def test_every_layout_and_those_that_have_a_refit_with_it(draft, tmp_path):
@@ -30,10 +36,18 @@ def test_every_layout_and_those_that_have_a_refit_with_it(draft, tmp_path):
         made = ["--tokens", "1000", "--lp-strategy", strategy, "--out", str(tmp_path / "refit")]
         assert refit(["--draft", str(draft / "draft"), *made]) == 0
     out = tmp_path / "frontier.json"
-    assert frontier.main([*flags(draft), "--refit", str(tmp_path / "refit"), "--out", str(out)]) == 0
+    assert (
+        frontier.main([*flags(draft), "--refit", str(tmp_path / "refit"), "--out", str(out)]) == 0
+    )
     rows = json.loads(out.read_text())["results"]
-    counted = [(row["refit"], row["collectives"], row["sequential_mlps"], row["groups"]) for row in rows]
-    assert counted == [(False, 7, 4, "0,1-2,3"), (False, 6, 3, "0,1-2x2,3"), (True, 6, 3, "0,1-2x2,3")]
+    counted = [
+        (row["refit"], row["collectives"], row["sequential_mlps"], row["groups"]) for row in rows
+    ]
+    assert counted == [
+        (False, 7, 4, "0,1-2,3"),
+        (False, 6, 3, "0,1-2x2,3"),
+        (True, 6, 3, "0,1-2x2,3"),
+    ]
     assert len({tuple(row["overlap"]) for row in rows}) == 3, "refits must matter"
     again = tmp_path / "again.png"
     assert draw_frontier.main([str(out), "--out", str(again)]) == 0

@@ -13,7 +13,10 @@ IDS = ["a", "b", "c"]
 
 
 def records(texts, seconds=1.0):
-    lines = [{"id": name, "text": text, "stats": {"rounds": 2, "decode_seconds": seconds}} for name, text in texts]
+    lines = [
+        {"id": name, "text": text, "stats": {"rounds": 2, "decode_seconds": seconds}}
+        for name, text in texts
+    ]
     return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
 
 
@@ -50,7 +53,9 @@ def test_the_job_is_varied_and_without_errors(tmp_path):
     ids = write_job(tmp_path / "in.jsonl", 60, Random(1))
     items = read_items((tmp_path / "in.jsonl").read_bytes(), SamplingParams())
     assert [item.id for item in items] == ids
-    samplings = [item.sampling for item in items if item.sampling is not None and item.error is None]
+    samplings = [
+        item.sampling for item in items if item.sampling is not None and item.error is None
+    ]
     assert len(samplings) == len(items)
     assert all(8 <= sampling.max_new_tokens <= 24 for sampling in samplings)
     assert {sampling.temperature for sampling in samplings} == {0.0, 0.8, 1.0}

@@ -32,12 +32,28 @@ def test_bad_destinations_are_named(tmp_path, name):
 
 
 def test_commands_say_nothing_of_a_machines_paths():
-    words = ["--target", "/somewhere/model", "--out", "/tmp/x.json", "--mesh", "2", "--out=/tmp/x.json"]
-    assert command_line("experiments.table5", words) == "python -m experiments.table5 --target model --mesh 2"
+    words = [
+        "--target",
+        "/somewhere/model",
+        "--out",
+        "/tmp/x.json",
+        "--mesh",
+        "2",
+        "--out=/tmp/x.json",
+    ]
+    assert (
+        command_line("experiments.table5", words)
+        == "python -m experiments.table5 --target model --mesh 2"
+    )
 
 
 def test_results_name_their_machine_and_have_a_picture(tmp_path):
-    publish(tmp_path / "a.json", {"mesh": "1"}, [{"way": "sd"}], lambda measured: measured["mesh"].encode())
+    publish(
+        tmp_path / "a.json",
+        {"mesh": "1"},
+        [{"way": "sd"}],
+        lambda measured: measured["mesh"].encode(),
+    )
     measured = json.loads((tmp_path / "a.json").read_text())
     assert measured["results"] == [{"way": "sd"}] and measured["machine"]["platform"] == "cpu"
     assert (tmp_path / "a.png").read_bytes() == b"1"

@@ -49,7 +49,9 @@ def test_texts_are_compared_with_the_first_way():
     assert (first["over_plain"], first["identical"], first["divergences"]) == ([1.0, 1.0], 1.0, [])
     assert second["tokens_per_second"] == [4.0, 4.0] and second["over_plain"] == [2.0, 2.0]
     assert second["identical"] == 0.5
-    assert second["divergences"] == [{"prompt": number, "place": 2, "logit_gap": 6.0} for number in range(2)]
+    assert second["divergences"] == [
+        {"prompt": number, "place": 2, "logit_gap": 6.0} for number in range(2)
+    ]
 
 
 def test_absent_engines_say_why():

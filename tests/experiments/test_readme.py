@@ -21,7 +21,9 @@ def test_a_file_that_nobody_knows_has_a_section_too(tmp_path):
     (results / "other.json").write_text(json.dumps(held))
     assert main(["--results", str(results)]) == 0
     text = (tmp_path / "README.md").read_text()
-    assert "## other\n\n`python -m experiments.other`; 2-core CPU, 8 virtual devices; [JSON](" in text
+    assert (
+        "## other\n\n`python -m experiments.other`; 2-core CPU, 8 virtual devices; [JSON](" in text
+    )
     assert "| way | tokens_per_second |\n| - | - |\n| sd | 12.50 |" in text
     assert "png" not in text
 
@@ -33,7 +35,12 @@ def test_accelerators_are_named():
 
 def test_parts_may_be_of_several_commands(tmp_path):
     machine = {"platform": "cpu", "device_kind": "cpu", "devices": 1, "cores": 2}
-    row = {"name": "plain step", "seconds": 0.004, "floor_seconds": 0.001, "share_of_bandwidth": 0.25}
+    row = {
+        "name": "plain step",
+        "seconds": 0.004,
+        "floor_seconds": 0.001,
+        "share_of_bandwidth": 0.25,
+    }
     parts = {
         name: {"command": f"measure --only {name}", "machine": machine, "results": [row]}
         for name in ("target", "draft")

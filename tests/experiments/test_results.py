@@ -27,7 +27,9 @@ def rates(name):
 
 
 def test_the_readme_has_the_acceptance_that_was_measured():
-    rows = re.findall(r"^\| (?:fuzzy, )?(exact|N = .*?) \| (\S*) ?\| (\S*) ?\|$", README, re.MULTILINE)
+    rows = re.findall(
+        r"^\| (?:fuzzy, )?(exact|N = .*?) \| (\S*) ?\| (\S*) ?\|$", README, re.MULTILINE
+    )
     assert len(rows) == 12
     for place, name, drafts in ((1, "acceptance_demo", 7), (2, "acceptance", 10)):
         told = {row[0]: row[place] for row in rows if row[place]}
@@ -41,7 +43,11 @@ def test_the_documents_have_the_acceptance_of_refits():
 
     def told(refit, width, verifier):
         rows = [row for row in results if (row["tree_width"], row["verifier"]) == (width, verifier)]
-        chosen = [row for row in rows if row["lp_size"] > 1 and row["calibration"] and row["refit"] == refit]
+        chosen = [
+            row
+            for row in rows
+            if row["lp_size"] > 1 and row["calibration"] and row["refit"] == refit
+        ]
         return " ".join(f"{row['acceptance_rate']:.3f}"[1:] for row in chosen)
 
     for width, verifier in product((1, 4), ("greedy", "coupled")):
@@ -61,7 +67,10 @@ def test_the_model_card_has_the_acceptance_that_was_measured():
         ("transformers", "transformers, plain"),
         ("transformers, assisted", "transformers, assisted generation"),
         ("llama.cpp", "llama.cpp, plain"),
-        ("llama.cpp, drafts of 5", "llama.cpp, drafts of five by the same draft, through its Python hook"),
+        (
+            "llama.cpp, drafts of 5",
+            "llama.cpp, drafts of five by the same draft, through its Python hook",
+        ),
     ],
 )
 def test_the_readme_has_the_speeds_that_were_measured(way, row):
@@ -74,7 +83,8 @@ def overlaps(name):
     """At each depth as the documents write it, by layers at once and whether with a refit."""
     results = json.loads((RESULTS / f"{name}.json").read_text())["results"]
     return {
-        (row["lp_size"], row["refit"]): " ".join(f"{overlap:.3f}"[1:] for overlap in row["overlap"]) for row in results
+        (row["lp_size"], row["refit"]): " ".join(f"{overlap:.3f}"[1:] for overlap in row["overlap"])
+        for row in results
     }
 
 
@@ -93,7 +103,9 @@ def test_refits_keep_what_they_are_for(name):
     least = {4: (0.88, 0.85, 0.83, 0.81), 7: (0.84, 0.80, 0.76, 0.73), 14: (0.74, 0.65, 0.60, 0.57)}
     kept = {row["lp_size"]: row["overlap"] for row in results if row["refit"]}
     for size, floor in least.items():
-        assert all(round(overlap, 3) >= asked for overlap, asked in zip(kept[size], floor, strict=True))
+        assert all(
+            round(overlap, 3) >= asked for overlap, asked in zip(kept[size], floor, strict=True)
+        )
 
 
 def test_the_choice_of_tune_is_near_the_fastest():
@@ -133,7 +145,10 @@ def test_the_picture_is_of_the_round_that_is_drawn_today():
 def test_the_documents_have_what_checkpoints_took():
     results = json.loads((RESULTS / "bench_checkpoints_7b.json").read_text())
     page = " ".join((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split())
-    speeds = sorted(b["seconds"] / a["seconds"] for a, b in zip(results["convert"], results["copy"], strict=True))
+    speeds = sorted(
+        b["seconds"] / a["seconds"]
+        for a, b in zip(results["convert"], results["copy"], strict=True)
+    )
     assert f"held at most {results['convert_peak_bytes'] / 2**30:.2f} GiB" in page
     assert f"ran at {results['speed_over_copy']:.2f} of the speed of copying" in page
     assert "rounds of {:.2f}, {:.2f} and {:.2f}".format(*speeds) in page

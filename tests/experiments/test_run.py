@@ -11,7 +11,9 @@ from experiments.run import STEPS, arguments, chosen, main
 def test_a_step_is_a_command_that_writes_its_file(step, tmp_path, capsys):
     for size in ("full", "quick", "smoke"):
         _, _, module, *flags = arguments(step, tmp_path / "absent", size)
-        assert importlib.import_module(module).main(flags) == 2  # only because there is no such directory
+        assert (
+            importlib.import_module(module).main(flags) == 2
+        )  # only because there is no such directory
         printed = capsys.readouterr().err
         assert f"--out {tmp_path / 'absent' / step.name}.json is no .json file" in printed
 

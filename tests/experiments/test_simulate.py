@@ -12,11 +12,17 @@ from tests.models import save_model
 
 def grid(temperature, verifier, exact, plain, refit):
     """Rows of experiments.acceptance."""
-    common = {"temperature": temperature, "verifier": verifier, "tree_width": 2, "calibration": True}
+    common = {
+        "temperature": temperature,
+        "verifier": verifier,
+        "tree_width": 2,
+        "calibration": True,
+    }
     rates = ((1, False, exact), (2, False, plain), (2, True, refit))
-    return [common | {"lp_size": size, "refit": fit, "acceptance_rate": rate} for size, fit, rate in rates] + [
-        common | {"lp_size": 2, "calibration": False, "refit": False, "acceptance_rate": 0.0}
-    ]
+    return [
+        common | {"lp_size": size, "refit": fit, "acceptance_rate": rate}
+        for size, fit, rate in rates
+    ] + [common | {"lp_size": 2, "calibration": False, "refit": False, "acceptance_rate": 0.0}]
 
 
 GREEDY = grid(0, "greedy", 0.75, 0.25, 0.5)
@@ -45,13 +51,25 @@ def estimated(tmp_path_factory):
 def test_rows_agree_with_themselves(estimated):
     measured = json.loads((estimated / "simulate.json").read_text())
     rows = measured["results"]
-    assert list(dict.fromkeys(row["machine"] for row in rows)) == ["a100:8", "a100:8, fitted", "v5p:2x1x1"]
-    assert list(dict.fromkeys(row["way"] for row in rows)) == ["TP", "+sd", "+tree", "EasySpec", REFIT]
+    assert list(dict.fromkeys(row["machine"] for row in rows)) == [
+        "a100:8",
+        "a100:8, fitted",
+        "v5p:2x1x1",
+    ]
+    assert list(dict.fromkeys(row["way"] for row in rows)) == [
+        "TP",
+        "+sd",
+        "+tree",
+        "EasySpec",
+        REFIT,
+    ]
     for row in rows:
         tokens = 1 + 2 * (row["acceptance_rate"] or 0)
         assert row["tokens_per_second"] * row["round_seconds"] == pytest.approx(tokens)
         if row["way"] != "TP":
-            assert row["drafting"] + row["verification"] == pytest.approx(100 / row["tokens_per_second"])
+            assert row["drafting"] + row["verification"] == pytest.approx(
+                100 / row["tokens_per_second"]
+            )
             assert row["drafting"] > 0 < row["verification"]
         if row["way"] == REFIT:
             assert row["paper_speedup"] is None
@@ -94,7 +112,9 @@ def test_the_papers_pairs():
         ("Llama-3-1B", 0),
         ("Qwen2-1.5B", 0),
     ]
-    assert warm_qwen.ways["EasySpec"].acceptance_rate == pytest.approx((0.93 + 0.97 + 0.98 + 0.87 + 0.94) / 5)
+    assert warm_qwen.ways["EasySpec"].acceptance_rate == pytest.approx(
+        (0.93 + 0.97 + 0.98 + 0.87 + 0.94) / 5
+    )
     assert warm.ways["+sd"].acceptance_rate == pytest.approx((0.67 + 0.73 + 0.78 + 0.67 + 0.84) / 5)
     assert llama.ways["EasySpec"].speedup == pytest.approx((3.38 + 3.64 + 3.68 + 3.39 + 3.80) / 5)
     assert 12.9 < qwen.ways["TP"].tokens_per_second < 13.4  # 7.5 to 7.7 seconds for 100 tokens

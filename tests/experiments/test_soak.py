@@ -88,7 +88,9 @@ def test_a_program_that_is_made_anew_is_counted():
 
 def test_the_same_figures_are_the_same_picture(tmp_path):
     pytest.importorskip("matplotlib")
-    measured = {"batch_size": 2, "warm_up": 400, "results": windows()} | verdict(windows(), 400, 9, 0)
+    measured = {"batch_size": 2, "warm_up": 400, "results": windows()} | verdict(
+        windows(), 400, 9, 0
+    )
     path = tmp_path / "soak.json"
     path.write_text(json.dumps(measured))
     assert draw_soak.main([str(path)]) == 0

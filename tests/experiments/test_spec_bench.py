@@ -14,7 +14,12 @@ from tests.models import save_model
 
 QUESTIONS = [
     {"question_id": 7, "category": "qa", "turns": ["a fox", "and a dog"]},
-    {"question_id": 9, "category": "rag", "turns": ["a much shorter fox"], "reference": ["ignored"]},
+    {
+        "question_id": 9,
+        "category": "rag",
+        "turns": ["a much shorter fox"],
+        "reference": ["ignored"],
+    },
 ]
 
 
@@ -41,10 +46,22 @@ def lines(path) -> list[dict]:
 def test_answers_have_the_form_of_spec_bench(answered):
     ours, plain = lines(answered / "answers.jsonl"), lines(answered / "answers-plain.jsonl")
     for question, one, other in zip(QUESTIONS, ours, plain, strict=True):
-        assert list(one) == ["question_id", "category", "answer_id", "model_id", "choices", "tstamp"]
-        assert (one["question_id"], one["category"]) == (question["question_id"], question["category"])
+        assert list(one) == [
+            "question_id",
+            "category",
+            "answer_id",
+            "model_id",
+            "choices",
+            "tstamp",
+        ]
+        assert (one["question_id"], one["category"]) == (
+            question["question_id"],
+            question["category"],
+        )
         (choice,), (plainly,) = one["choices"], other["choices"]
-        assert choice["turns"] == plainly["turns"] and len(choice["turns"]) == len(question["turns"])
+        assert choice["turns"] == plainly["turns"] and len(choice["turns"]) == len(
+            question["turns"]
+        )
         assert len(choice["accept_lengths"]) == sum(choice["decoding_steps"])
         assert len(choice["accept_lengths"]) < len(plainly["accept_lengths"])
         assert set(plainly["accept_lengths"]) == {1}
@@ -62,7 +79,9 @@ def test_the_table_is_what_the_answers_say(answered):
     assert rows[-1]["same"] == rows[-1]["questions"] == 2
     assert rows[-1]["largest_logit_gap"] is None
     accepted = np.mean([length for choice in choices for length in choice["accept_lengths"]])
-    assert rows[-1]["mean_acceptance_length"] >= accepted  # which leaves out what lies past the limit
+    assert (
+        rows[-1]["mean_acceptance_length"] >= accepted
+    )  # which leaves out what lies past the limit
 
 
 def test_our_own_questions_are_of_six_categories():
@@ -90,13 +109,21 @@ def test_the_first_difference():
 )
 def test_bad_questions_are_one_line(content, complaint, tmp_path, capsys):
     (tmp_path / "questions.jsonl").write_text(content)
-    assert main(["--questions", str(tmp_path / "questions.jsonl"), "--out", str(tmp_path / "out.json")]) == 2
+    assert (
+        main(
+            ["--questions", str(tmp_path / "questions.jsonl"), "--out", str(tmp_path / "out.json")]
+        )
+        == 2
+    )
     printed = capsys.readouterr().err
     assert complaint in printed and printed.count("\n") == 1
 
 
 def test_answers_need_a_place(tmp_path, capsys):
-    assert main(["--out", str(tmp_path / "out.json"), "--answers", str(tmp_path / "answers.json")]) == 2
+    assert (
+        main(["--out", str(tmp_path / "out.json"), "--answers", str(tmp_path / "answers.json")])
+        == 2
+    )
     assert "is no .jsonl file" in capsys.readouterr().err
 
 

@@ -36,7 +36,9 @@ def measured(tmp_path_factory):
 def test_rows_agree_with_themselves(measured):
     rows = json.loads((measured / "table2.json").read_text())["results"]
     names = [ONE_DEVICE, TENSOR_PARALLEL, *WAYS]
-    assert [(row["set"], row["way"]) for row in rows] == [(name, way) for name in ("qa", "rag") for way in names]
+    assert [(row["set"], row["way"]) for row in rows] == [
+        (name, way) for name in ("qa", "rag") for way in names
+    ]
     for row in rows:
         assert row["prompts"] == (2 if row["set"] == "qa" else 1)
         assert row["seconds_per_100_tokens"] > 0
@@ -52,7 +54,11 @@ def test_rows_agree_with_themselves(measured):
             assert "drafting" not in row and row["acceptance_rate"] is None
             assert row["rounds_per_100_tokens"] == 100
         if row["prompts"] == 1:
-            assert row["seconds_per_100_tokens_deviation"] == 0 == (row["acceptance_rate_deviation"] or 0)
+            assert (
+                row["seconds_per_100_tokens_deviation"]
+                == 0
+                == (row["acceptance_rate_deviation"] or 0)
+            )
         else:
             assert row["seconds_per_100_tokens_deviation"] > 0
     exact = next(row for row in rows if row["way"] == "+sd")
@@ -62,7 +68,11 @@ def test_rows_agree_with_themselves(measured):
 
 def test_phases_that_do_not_make_a_round_are_told():
     common = {"temperature": 0.0, "way": "+sd"}
-    near, far, unprofiled = common | {"phases_over_round": 1.15}, common | {"phases_over_round": 0.75}, common
+    near, far, unprofiled = (
+        common | {"phases_over_round": 1.15},
+        common | {"phases_over_round": 0.75},
+        common,
+    )
     assert apart([near, unprofiled], "cpu") == []
     (line,) = apart([far, far], "cpu")
     assert "+sd, T = 0: phases take 0.75 of the round" in line and "20%" in line
@@ -80,7 +90,10 @@ def test_the_same_results_are_the_same_picture(measured, tmp_path):
     [
         (["--tree-width", "65"], "--tree-width 65 must be from 1 to 64"),
         (["--questions", "absent.jsonl"], "--questions absent.jsonl cannot be read"),
-        (["--refit", "there", "--fit-tokens", "1000"], "--fit-tokens: not allowed with argument --refit"),
+        (
+            ["--refit", "there", "--fit-tokens", "1000"],
+            "--fit-tokens: not allowed with argument --refit",
+        ),
         (["--out", "absent/table2.json"], "--out absent/table2.json is no .json file"),
         (["--temperatures", "-1"], "--temperature -1.0 must be 0 (greedy)"),
     ],

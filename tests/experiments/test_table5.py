@@ -28,7 +28,12 @@ def measured(tmp_path_factory):
 
 def test_rows_agree_with_themselves(measured):
     plain, exact, attention, layers = json.loads((measured / "table5.json").read_text())["results"]
-    assert [row["at_once"] for row in (plain, exact, attention, layers)] == [PLAIN, EXACT, ATTENTION, LAYERS]
+    assert [row["at_once"] for row in (plain, exact, attention, layers)] == [
+        PLAIN,
+        EXACT,
+        ATTENTION,
+        LAYERS,
+    ]
     assert (plain["acceptance_rate"], plain["step_seconds"], plain["speedup"]) == (None, None, 1)
     assert exact["acceptance_rate"] == 1
     assert (attention["groups"], layers["groups"]) == ("0,1,2-3,4,5", "0,1,2-3x2,4,5")

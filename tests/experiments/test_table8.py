@@ -34,12 +34,16 @@ def test_rows_agree_with_themselves(measured):
     plain, exact, _, fuzzy = rows
     assert (plain["speedup"], plain["acceptance_rate"]) == (1, None)
     assert exact["acceptance_rate"] == 1 and 0 <= fuzzy["acceptance_rate"] <= 1
-    assert {(row["target"], row["draft"], row["lp_size"]) for row in rows} == {("model", "model", 2)}
+    assert {(row["target"], row["draft"], row["lp_size"]) for row in rows} == {
+        ("model", "model", 2)
+    }
 
 
 def test_a_truncated_draft_has_the_first_layers(tmp_path):
     short = open_checkpoint(truncated(demo.TARGET, 3, tmp_path / "short"))
-    assert short.config.num_hidden_layers == 3 < open_checkpoint(demo.TARGET).config.num_hidden_layers
+    assert (
+        short.config.num_hidden_layers == 3 < open_checkpoint(demo.TARGET).config.num_hidden_layers
+    )
 
 
 def test_the_same_results_are_the_same_picture(measured, tmp_path):

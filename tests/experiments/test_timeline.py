@@ -9,20 +9,40 @@ from jax.sharding import PartitionSpec as P
 
 from easyspec_jax import EasySpecError
 from experiments import timeline
-from experiments.timeline import ROUND, by_bin, covered, is_collective, kind, lane, middle, runs, spans, timeline_of
+from experiments.timeline import (
+    ROUND,
+    by_bin,
+    covered,
+    is_collective,
+    kind,
+    lane,
+    middle,
+    runs,
+    spans,
+    timeline_of,
+)
 
 
 def plane(name, lines):
     """Text of one; lines: by name, their events: what they are called, when they begin and end (ns), and stats."""
-    events = [(line, *event, {}) if len(event) == 3 else (line, *event) for line in lines for event in lines[line]]
+    events = [
+        (line, *event, {}) if len(event) == 3 else (line, *event)
+        for line in lines
+        for event in lines[line]
+    ]
     keys = sorted({key for *_, stats in events for key in stats})
     parts = [f'name: "{name}"']
-    parts += [f'stat_metadata {{ key: {n} value {{ id: {n} name: "{key}" }} }}' for n, key in enumerate(keys, 1)]
+    parts += [
+        f'stat_metadata {{ key: {n} value {{ id: {n} name: "{key}" }} }}'
+        for n, key in enumerate(keys, 1)
+    ]
     for number, (_, label, *_rest) in enumerate(events, 1):
         parts.append(f'event_metadata {{ key: {number} value {{ id: {number} name: "{label}" }} }}')
     for line in lines:
         own = [(number, event) for number, event in enumerate(events, 1) if event[0] == line]
-        parts.append(f'lines {{ name: "{line}" {" ".join(event_text(number, event, keys) for number, event in own)} }}')
+        parts.append(
+            f'lines {{ name: "{line}" {" ".join(event_text(number, event, keys) for number, event in own)} }}'
+        )
     return f"planes {{ {' '.join(parts)} }}"
 
 
@@ -48,9 +68,19 @@ def test_kinds_of_operations():
     assert [kind(name) for name in ("psum.12", "all_gather", "%while.3 = (s32[]) while(…)", "add_fusion.1")] == [
         "psum", "all-gather", "while", "add-fusion",
     ]  # fmt: skip
-    names = ("psum.1", "all_gather.4", "%all-reduce-start.2 = f32[]", "ncclDevKernel_AllReduce_Sum_f32_RING_LL(…)")
+    names = (
+        "psum.1",
+        "all_gather.4",
+        "%all-reduce-start.2 = f32[]",
+        "ncclDevKernel_AllReduce_Sum_f32_RING_LL(…)",
+    )
     assert all(map(is_collective, names))
-    assert not any(map(is_collective, ("dot.1", "wrapped_reduce-window.3", "reduce_divide_fusion", "psum_fusion.1")))
+    assert not any(
+        map(
+            is_collective,
+            ("dot.1", "wrapped_reduce-window.3", "reduce_divide_fusion", "psum_fusion.1"),
+        )
+    )
 
 
 def test_what_overlaps_counts_once():
@@ -77,13 +107,18 @@ def test_a_cpu_device_is_what_its_operations_say_on_whatever_thread():
     assert own.devices == [0, 1]
     # 20 in dot and 20 in copy, of which 10 beside psum's 20; a loop lasts as long as what is in it.
     np.testing.assert_allclose(by_bin(own, 0, np.array([0.0, 100])), [[40], [10], [50]])
-    np.testing.assert_allclose(by_bin(own, 1, np.array([0.0, 60, 100])), [[0, 10], [0, 0], [60, 30]])
+    np.testing.assert_allclose(
+        by_bin(own, 1, np.array([0.0, 60, 100])), [[0, 10], [0, 0], [60, 30]]
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "lines"),
     [
-        ("/device:GPU:3", {"Stream #1": [("fusion", 5, 7)], "Stream #2": [("ncclDevKernel_AllReduce", 6, 9)]}),
+        (
+            "/device:GPU:3",
+            {"Stream #1": [("fusion", 5, 7)], "Stream #2": [("ncclDevKernel_AllReduce", 6, 9)]},
+        ),
         (
             "/device:TPU:3",
             {
@@ -123,7 +158,9 @@ def test_every_device_runs_the_same_operations_in_a_real_trace(tmp_path):
         step = lambda x, _: (jax.lax.psum(jnp.tanh(x @ x), "x"), None)  # noqa: E731
         return jax.lax.scan(step, x, length=5)[0]
 
-    program = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=P("x"), out_specs=P("x"), check_vma=False))
+    program = jax.jit(
+        jax.shard_map(body, mesh=mesh, in_specs=P("x"), out_specs=P("x"), check_vma=False)
+    )
     x = jax.device_put(jnp.ones((4 * 16, 16), jnp.float32), jax.NamedSharding(mesh, P("x")))
     program(x).block_until_ready()
     with jax.profiler.trace(str(tmp_path)):
@@ -135,6 +172,8 @@ def test_every_device_runs_the_same_operations_in_a_real_trace(tmp_path):
     assert own.devices == [0, 1, 2, 3]
     for begin, end in own.rounds:
         for each in (own.computing, own.collectives):
-            inside = {device: ((begin <= s) & (s <= end)).all(axis=1).sum() for device, s in each.items()}
+            inside = {
+                device: ((begin <= s) & (s <= end)).all(axis=1).sum() for device, s in each.items()
+            }
             assert len(set(inside.values())) == 1
         assert inside == dict.fromkeys(range(4), 5)

@@ -21,7 +21,9 @@ def tiny(monkeypatch, tmp_path):
     library = tmp_path / "library"
     library.mkdir()
     for number in range(200):
-        (library / f"module_{number}.py").write_text(f"def function_{number}(x):\n    return x + {number}\n\n\n" * 5)
+        (library / f"module_{number}.py").write_text(
+            f"def function_{number}(x):\n    return x + {number}\n\n\n" * 5
+        )
     files = demo_corpus.library_files
     monkeypatch.setattr(demo_corpus, "library_files", lambda: files(library))
     monkeypatch.setattr(train_demo, "TARGET", Shape(32, 2, 48, 2, 1, 16, vocab_size=300))
@@ -29,7 +31,10 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(train_demo, "LENGTH", 128)
     monkeypatch.setattr(train_demo, "PROMPT", 16)
     monkeypatch.setattr(train_demo, "Schedule", partial(train_demo.Schedule, save_seconds=0.0))
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as the optimizer's library needs
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):  # as the optimizer's library needs
         yield tmp_path
 
 
@@ -65,7 +70,9 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tiny, monkeypatch):
     assert figures["target"]["tokens"] == 5 * 4 * train_demo.LENGTH
     assert figures["written_tokens"] > 2 * 64 * train_demo.PROMPT
     assert figures["target"]["heldout_bits_per_byte"] < 6
-    assert figures["draft"]["parameters"] == sum(t.size for t in weights(tiny / "whole", "draft").values())
+    assert figures["draft"]["parameters"] == sum(
+        t.size for t in weights(tiny / "whole", "draft").values()
+    )
 
     engine = open_model(tiny / "whole" / "target", tiny / "whole" / "draft")
     (completion,) = engine.generate(["def "], SamplingParams(max_new_tokens=6))
@@ -77,4 +84,6 @@ def test_a_text_that_is_evenly_random_takes_all_the_bits_it_has():
     params = train_demo.init(shape, jax.random.key(0))
     params["embedding"] = 0 * params["embedding"]
     tokens = np.random.default_rng(0).integers(0, 256, 2 * train_demo.LENGTH + 1).astype(np.uint16)
-    assert train_demo.bits_per_byte(shape, params, tokens, len(tokens)) == pytest.approx(8.0, rel=1e-3)
+    assert train_demo.bits_per_byte(shape, params, tokens, len(tokens)) == pytest.approx(
+        8.0, rel=1e-3
+    )

@@ -10,7 +10,10 @@ from experiments.two_processes import main
 from tests.models import save_model
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="needs two cores",
+)
 def test_both_processes_take_every_step(tmp_path):
     pytest.importorskip("matplotlib")
     model, out = tmp_path / "model", tmp_path / "two_processes.json"
@@ -19,7 +22,9 @@ def test_both_processes_take_every_step(tmp_path):
     assert main([*flags, "--repeats", "2", "--calls", "1", "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["results"]
     ways = ["a copy on each", "TP", "N = 2, a copy on each", "N = 2, TP"]
-    assert [(row["processes"], row["way"]) for row in rows] == [(count, way) for count in (2, 1) for way in ways]
+    assert [(row["processes"], row["way"]) for row in rows] == [
+        (count, way) for count in (2, 1) for way in ways
+    ]
     for row in rows:
         assert row["step_seconds"] > 0
         assert (row["time_of_tp"] == 1) == (row["way"] == "TP")
@@ -34,7 +39,10 @@ def test_both_processes_take_every_step(tmp_path):
     ("flags", "complaint"),
     [
         (["--calls", "0"], "--context must be at least 1"),
-        (["--out", "absent/two_processes.json"], "--out absent/two_processes.json is no .json file"),
+        (
+            ["--out", "absent/two_processes.json"],
+            "--out absent/two_processes.json is no .json file",
+        ),
         (["--draft", "absent"], "absent"),
     ],
 )

@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 import torch
 from jax.sharding import PartitionSpec as P
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import (
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
 
 from easyspec_jax.checkpoint.config import model_config
 from easyspec_jax.checkpoint.directory import open_checkpoint
@@ -15,20 +19,32 @@ from easyspec_jax.model.norm import rms_norm
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
 from tests.helpers import on_mesh
-from tests.models import FAMILIES, family_config, forward, load_target, loader, partition_specs, save_model
+from tests.models import (
+    FAMILIES,
+    family_config,
+    forward,
+    load_target,
+    loader,
+    partition_specs,
+    save_model,
+)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_rotation(family):
     reference = family_config(family)
     config = model_config(reference.to_dict())
-    x = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 3, 7, config.head_dim)).astype(np.float32))
+    x = torch.from_numpy(
+        np.random.default_rng(0).normal(size=(2, 3, 7, config.head_dim)).astype(np.float32)
+    )
     start = np.array([5, 900], np.int32)
     positions = torch.from_numpy(start[:, None] + np.arange(7)[None])
     cos, sin = LlamaRotaryEmbedding(reference)(x, positions)
     expected, _ = apply_rotary_pos_emb(x, x, cos, sin)
     window = chain_window(jnp.asarray(start), 7, 1024, config)
-    np.testing.assert_allclose(rotate(jnp.asarray(x.numpy()), window), expected.numpy(), atol=2e-4, rtol=0)
+    np.testing.assert_allclose(
+        rotate(jnp.asarray(x.numpy()), window), expected.numpy(), atol=2e-4, rtol=0
+    )
 
 
 def test_a_token_reads_itself_and_what_came_before():
@@ -42,10 +58,15 @@ def test_a_token_reads_itself_and_what_came_before():
 @pytest.mark.parametrize("first", [0, 2])
 def test_a_chain_of_nodes_stands_where_a_chain_does(first):
     """Its nodes from `first` on, behind texts of different lengths; the capacity has room for more."""
-    config, text, nodes = model_config(family_config("llama3").to_dict()), np.array([0, 5], np.int32), 4
+    config, text, nodes = (
+        model_config(family_config("llama3").to_dict()),
+        np.array([0, 5], np.int32),
+        4,
+    )
     depth = np.tile(np.arange(nodes, dtype=np.int32), (2, 1))[:, first:]
     ancestors = np.tile(np.tri(nodes, dtype=bool), (2, 1, 1))[:, first:]
-    window = tree_window(jax.tree.map(jnp.asarray, Nodes(text + first, text, depth, ancestors)), 12, config)  # pyright: ignore[reportArgumentType]
+    nodes_of_rows = Nodes(*map(jnp.asarray, (text + first, text, depth, ancestors)))
+    window = tree_window(nodes_of_rows, 12, config)
     expected = chain_window(jnp.asarray(text + first), nodes - first, 12, config)
     jax.tree.map(np.testing.assert_array_equal, window, expected)
 
@@ -54,7 +75,9 @@ def test_a_node_reads_the_text_and_its_own_path():
     ancestors = jnp.asarray([[[True, False, False], [True, True, False], [True, False, True]]])
     nodes = Nodes(jnp.array([2]), jnp.array([2]), jnp.array([[0, 1, 1]]), ancestors)
     window = tree_window(nodes, 6, model_config(family_config("smollm2").to_dict()))
-    assert window.mask.astype(int).tolist() == [[[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 1, 0]]]
+    assert window.mask.astype(int).tolist() == [
+        [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 1, 0]]
+    ]
 
 
 PATHS = ((0,), (0, 1), (0, 2), (0, 2, 3), (0, 1, 4), (0, 2, 5), (0, 2, 5, 6))
@@ -71,7 +94,9 @@ def test_a_node_of_a_tree_is_the_end_of_a_chain(tmp_path):
     depth = np.array([len(path) - 1 for path in PATHS], np.int32)
     ancestors = np.array([[node in path for node in range(size)] for path in PATHS])
 
-    def body(model: Decoder, text: jax.Array, tokens: jax.Array, lengths: jax.Array) -> list[jax.Array]:
+    def body(
+        model: Decoder, text: jax.Array, tokens: jax.Array, lengths: jax.Array
+    ) -> list[jax.Array]:
         def in_passes(*counts: int) -> jax.Array:
             _, caches = model(text, model.init_caches(2, 9 + size), jnp.zeros(2, jnp.int32))
             logits, first = [], 0
@@ -86,13 +111,20 @@ def test_a_node_of_a_tree_is_the_end_of_a_chain(tmp_path):
         return [in_passes(7), in_passes(1, 2, 3, 1)]
 
     specs = (partition_specs(model), P(), P(), P())
-    results = on_mesh(MeshShape(1, 1), body, specs, P(None, None, ALL_AXES))(model, text, tokens, lengths)
+    results = on_mesh(MeshShape(1, 1), body, specs, P(None, None, ALL_AXES))(
+        model, text, tokens, lengths
+    )
 
     chains = np.zeros((2, size, 9 + max(map(len, PATHS))), np.int32)
     for row, length in enumerate(lengths):
         for node, path in enumerate(PATHS):
-            chains[row, node, : length + len(path)] = [*text[row, :length], *tokens[row, list(path)]]
-    expected = forward(model, from_.mesh, chains.reshape(2 * size, -1)).reshape(2, size, chains.shape[2], -1)
+            chains[row, node, : length + len(path)] = [
+                *text[row, :length],
+                *tokens[row, list(path)],
+            ]
+    expected = forward(model, from_.mesh, chains.reshape(2 * size, -1)).reshape(
+        2, size, chains.shape[2], -1
+    )
     expected = expected[np.arange(2)[:, None], np.arange(size), lengths[:, None] + depth]
     for logits in results:
         np.testing.assert_allclose(logits[..., :300], expected[..., :300], atol=1e-4, rtol=0)

@@ -40,7 +40,10 @@ def test_each_row_is_written_at_its_own_place(rows, slot, where):
 def test_each_row_moves_entries_of_its_own(rows, layers):
     """All of them are read before any is written; layers of one group are stacked in front of the rows."""
     k = counted(*layers, rows, HEADS, CAPACITY, WIDTH)
-    source, start = np.array([[4, 0, 5], [4, 4, 1]], np.int32)[:rows], np.array(STARTS[rows], np.int32)
+    source, start = (
+        np.array([[4, 0, 5], [4, 4, 1]], np.int32)[:rows],
+        np.array(STARTS[rows], np.int32),
+    )
     expected = k.copy()
     for row, (entries, at) in enumerate(zip(source, start, strict=True)):
         expected[..., row, :, at : at + 3, :] = k[..., row, :, :, :][..., entries, :]

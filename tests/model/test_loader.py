@@ -20,7 +20,12 @@ class Recorder:
     """A source that counts how often each element is read, and notes the largest window; shards read it at once."""
 
     def __init__(self, source: TensorSource) -> None:
-        self._source, self.reads, self.largest, self._lock = source, dict[str, np.ndarray](), 0, Lock()
+        self._source, self.reads, self.largest, self._lock = (
+            source,
+            dict[str, np.ndarray](),
+            0,
+            Lock(),
+        )
 
     def shapes(self) -> Any:
         return self._source.shapes()
@@ -52,7 +57,9 @@ def test_every_element_is_read_once_for_each_shard_that_has_it(tmp_path, family,
         if "k_proj" in name or "v_proj" in name:  # copied where queries of one head are split
             copies = Counter(layout.kv_index.flat)
             per_head = [copies[head] for head in range(from_.config.num_key_value_heads)]
-            expected *= np.repeat(per_head, from_.config.head_dim).reshape(-1, *[1] * (counts.ndim - 1))
+            expected *= np.repeat(per_head, from_.config.head_dim).reshape(
+                -1, *[1] * (counts.ndim - 1)
+            )
         np.testing.assert_array_equal(counts, expected, err_msg=name)
 
 
@@ -96,7 +103,11 @@ def test_devices_take_the_memory_that_was_filled(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_aligned_zeros", noted)
     save_model(tmp_path, "smollm2")
     layer = loader(open_checkpoint(tmp_path), MeshShape(2, 2)).mlp(0)
-    used = {shard.data.unsafe_buffer_pointer() for x in jax.tree.leaves(layer) for shard in x.addressable_shards}
+    used = {
+        shard.data.unsafe_buffer_pointer()
+        for x in jax.tree.leaves(layer)
+        for shard in x.addressable_shards
+    }
     assert used == set(made)
 
 
@@ -119,7 +130,11 @@ def test_read_into_takes_any_layout_and_type():
             return np.arange(2100.0).reshape(300, 7)[window]
 
     whole = Source().read("w")
-    for out in (np.zeros((300, 7), np.float32), np.zeros((7, 300), np.float32).T, np.zeros((600, 14))[::2, ::2]):
+    for out in (
+        np.zeros((300, 7), np.float32),
+        np.zeros((7, 300), np.float32).T,
+        np.zeros((600, 14))[::2, ::2],
+    ):
         read_into(out, Source(), "w")
         np.testing.assert_array_equal(out, whole)
     out = np.zeros((2, 20), np.float16)

@@ -15,7 +15,9 @@ def test_every_query_head_is_computed_once_beside_its_own_key_head(num_heads, nu
     queries = layout.query_index.reshape(shards, layout.kv_heads, layout.group)
     assert sorted(queries[queries >= 0]) == list(range(num_heads))
     owner = np.broadcast_to(layout.kv_index[:, :, None], queries.shape)
-    assert np.array_equal((queries // (num_heads // num_kv_heads))[queries >= 0], owner[queries >= 0])
+    assert np.array_equal(
+        (queries // (num_heads // num_kv_heads))[queries >= 0], owner[queries >= 0]
+    )
 
 
 def test_heads_that_divide_are_neither_padded_nor_copied():
@@ -33,7 +35,9 @@ def test_smollm2_on_eight_shards_splits_its_key_heads_instead_of_idling():
 def test_vocabulary_shards_are_whole_noise_blocks_for_both_models():
     from easyspec_jax.checkpoint.config import model_config
 
-    configs = [model_config(family_config("qwen2", vocab_size=size).to_dict()) for size in (1000, 3000)]
+    configs = [
+        model_config(family_config("qwen2", vocab_size=size).to_dict()) for size in (1000, 3000)
+    ]
     rows = padded_vocab_size(open_mesh(MeshShape(2, 4)), *configs)
     assert rows >= 3000
     assert rows % (8 * VOCAB_BLOCK) == 0

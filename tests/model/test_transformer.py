@@ -37,7 +37,9 @@ def test_exact_pass_of_layer_groups(model, axes):
     checkpoint, expected = model
     from_ = loader(checkpoint, MeshShape(4, 2), axes)
     draft = load_draft(from_, Layout.uniform(paper_groups(LAYERS, 4)))
-    np.testing.assert_allclose(forward(draft, from_.mesh, TOKENS)[..., :300], expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(
+        forward(draft, from_.mesh, TOKENS)[..., :300], expected, atol=1e-4, rtol=0
+    )
 
 
 def test_rows_of_different_lengths_continue_where_each_one_is(tmp_path):
@@ -64,7 +66,9 @@ def test_rows_of_different_lengths_continue_where_each_one_is(tmp_path):
 
     parts = np.asarray(jax.jit(in_two_parts)(target, lengths))
     for row, length in enumerate(lengths):
-        np.testing.assert_allclose(parts[row, :, :300], whole[row, length : length + 20, :300], atol=1e-4, rtol=0)
+        np.testing.assert_allclose(
+            parts[row, :, :300], whole[row, length : length + 20, :300], atol=1e-4, rtol=0
+        )
 
 
 def test_a_pair_whose_embedding_rows_differ(tmp_path):
@@ -72,7 +76,9 @@ def test_a_pair_whose_embedding_rows_differ(tmp_path):
     save_model(tmp_path / "target", "qwen2", vocab_size=300)
     reference = save_model(tmp_path / "draft", "qwen2", vocab_size=290)
     save_model(tmp_path / "larger", "qwen2", vocab_size=400)
-    target, draft, larger = (open_checkpoint(tmp_path / name) for name in ("target", "draft", "larger"))
+    target, draft, larger = (
+        open_checkpoint(tmp_path / name) for name in ("target", "draft", "larger")
+    )
     mesh = MeshShape(2, 2)
     from_ = loader(draft, mesh, ALL_AXES, target)
     logits = forward(load_target(from_), from_.mesh, np.minimum(TOKENS, 289))

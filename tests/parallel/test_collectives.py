@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from easyspec_jax.parallel.collectives import all_reduce, from_first_device, shard_count, shard_index
+from easyspec_jax.parallel.collectives import (
+    all_reduce,
+    from_first_device,
+    shard_count,
+    shard_index,
+)
 from easyspec_jax.parallel.mesh import ALL_AXES, LAYER, TENSOR, MeshShape, open_mesh
 
 
@@ -15,13 +20,20 @@ def everywhere(body):
         return jax.tree.map(lambda x: x[None], body())
 
     mesh = open_mesh(MeshShape(4, 2))
-    mapped = jax.shard_map(on_device, mesh=mesh, in_specs=(), out_specs=P(ALL_AXES), check_vma=False)
+    mapped = jax.shard_map(
+        on_device, mesh=mesh, in_specs=(), out_specs=P(ALL_AXES), check_vma=False
+    )
     return jax.device_get(jax.jit(mapped)())
 
 
 @pytest.mark.parametrize(
     ("axes", "index"),
-    [(ALL_AXES, range(8)), ((LAYER,), [0, 0, 1, 1, 2, 2, 3, 3]), ((TENSOR,), [0, 1] * 4), ((), [0] * 8)],
+    [
+        (ALL_AXES, range(8)),
+        ((LAYER,), [0, 0, 1, 1, 2, 2, 3, 3]),
+        ((TENSOR,), [0, 1] * 4),
+        ((), [0] * 8),
+    ],
 )
 def test_shard_index_counts_the_last_axis_fastest(axes, index):
     assert everywhere(lambda: shard_index(axes)).tolist() == list(index)
@@ -29,12 +41,24 @@ def test_shard_index_counts_the_last_axis_fastest(axes, index):
 
 
 def test_sums_go_over_the_named_axes_only():
-    assert everywhere(lambda: all_reduce(shard_index(ALL_AXES), (TENSOR,))).tolist() == [1, 1, 5, 5, 9, 9, 13, 13]
+    assert everywhere(lambda: all_reduce(shard_index(ALL_AXES), (TENSOR,))).tolist() == [
+        1,
+        1,
+        5,
+        5,
+        9,
+        9,
+        13,
+        13,
+    ]
     assert everywhere(lambda: all_reduce(shard_index(ALL_AXES), ())).tolist() == list(range(8))
 
 
 def test_devices_that_disagree_follow_the_first():
-    assert everywhere(lambda: from_first_device(7 + shard_index(ALL_AXES), ALL_AXES)).tolist() == [7] * 8
+    assert (
+        everywhere(lambda: from_first_device(7 + shard_index(ALL_AXES), ALL_AXES)).tolist()
+        == [7] * 8
+    )
 
 
 @pytest.mark.parametrize("axes", [ALL_AXES, ()], ids=["all", "none"])

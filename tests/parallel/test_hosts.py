@@ -26,9 +26,19 @@ from tests.worker import CountingSource, decode
 ROOT = Path(__file__).parents[2]
 VERIFIERS = ["rejection", "coupled"]
 WAYS = [
-    {"method": method, "verifier": verifier, "num_speculative_tokens": 2, "tree_width": width, "lp_size": 2}
+    {
+        "method": method,
+        "verifier": verifier,
+        "num_speculative_tokens": 2,
+        "tree_width": width,
+        "lp_size": 2,
+    }
     | {"refit": "auto" if verifier == "coupled" else "none"}
-    for method, width, verifiers in (("vanilla", 1, [None]), ("tree", 2, VERIFIERS), ("easyspec", 2, VERIFIERS))
+    for method, width, verifiers in (
+        ("vanilla", 1, [None]),
+        ("tree", 2, VERIFIERS),
+        ("easyspec", 2, VERIFIERS),
+    )
     for verifier in verifiers
 ]
 """Groups without a refit by rejection, with one coupled."""
@@ -77,7 +87,17 @@ def test_processes_give_the_tokens_of_one_and_read_their_shards_only(model, alon
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_others_with_one_line(model, victim):
-    flags = ["-m", "easyspec_jax.generate", "--target", model, "--method", "vanilla", "--mesh", "2", "--max-new-tokens"]
+    flags = [
+        "-m",
+        "easyspec_jax.generate",
+        "--target",
+        model,
+        "--method",
+        "vanilla",
+        "--mesh",
+        "2",
+        "--max-new-tokens",
+    ]
     flags += ["900", *["--prompt", "Hello"] * 30]  # whoever kills may come late
     flags += ["--distributed", "--coordinator", free_address(), "--num-processes", "2"]
     both = [start([*flags, "--process-id", str(number)]) for number in range(2)]
@@ -97,12 +117,19 @@ def test_what_jax_says_while_the_watch_is_waited_for_is_not_heard(monkeypatch, c
     waited, stopped = [], []
     monkeypatch.setattr(hosts, "_joined", None)
     monkeypatch.setattr(hosts, "_report", lambda place, digest: ({}, "localhost:1"))
-    monkeypatch.setattr(hosts, "Watch", lambda *_: SimpleNamespace(stop=lambda *words: stopped.append(words)))
-    complain = SimpleNamespace(sleep=lambda seconds: waited.append(os.write(2, b"Terminating process")))
+    monkeypatch.setattr(
+        hosts, "Watch", lambda *_: SimpleNamespace(stop=lambda *words: stopped.append(words))
+    )
+    complain = SimpleNamespace(
+        sleep=lambda seconds: waited.append(os.write(2, b"Terminating process"))
+    )
     monkeypatch.setattr(hosts, "time", complain)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
-    with pytest.raises(ValueError, match="Gloo"), hosts.joined("program", Peer("localhost:1", 2, 1), None):
+    with (
+        pytest.raises(ValueError, match="Gloo"),
+        hosts.joined("program", Peer("localhost:1", 2, 1), None),
+    ):
         raise ValueError("Gloo: connection closed by peer")
     os.write(2, b"afterwards")
     assert waited and stopped == [("Gloo: connection closed by peer", 2)]
@@ -130,7 +157,10 @@ def test_the_layer_axis_stays_inside_a_process_as_far_as_it_fits():
         (["--process-id", "0"], "--process-id needs --distributed"),
         (["--distributed", "--chat"], "--distributed holds no conversation"),
         (["--distributed", "--lp-strategy", "auto"], "--lp-strategy auto measures"),
-        (["--distributed", "--mesh", "3", "1.2.3.4:1", "2", "0"], "--mesh asks for 3 devices, which 2 processes"),
+        (
+            ["--distributed", "--mesh", "3", "1.2.3.4:1", "2", "0"],
+            "--mesh asks for 3 devices, which 2 processes",
+        ),
         (["--distributed", "localhost:1", "2", "2"], "--process-id 2 must be from 0 to 1"),
         (["--distributed", "localhost:1", "0", "0"], "--num-processes 0 must be at least 1"),
         (["--distributed", "localhost", "2", "0"], "--coordinator 'localhost' is no HOST:PORT"),
@@ -139,7 +169,15 @@ def test_the_layer_axis_stays_inside_a_process_as_far_as_it_fits():
 def test_bad_flags_are_one_line(flags, words, capsys):
     if flags[-1].isdigit() and flags[-2].isdigit():
         address, count, number = flags[-3:]
-        flags = [*flags[:-3], "--coordinator", address, "--num-processes", count, "--process-id", number]
+        flags = [
+            *flags[:-3],
+            "--coordinator",
+            address,
+            "--num-processes",
+            count,
+            "--process-id",
+            number,
+        ]
     assert main(flags) == 2
     printed = capsys.readouterr().err
     assert words in printed and printed.count("\n") == 1
@@ -181,7 +219,9 @@ def test_processes_that_disagree_are_refused_on_both_sides(place, digest, compla
 
 def test_a_cluster_that_says_too_little_is_named(monkeypatch):
     monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "of no such form")
-    with pytest.raises(EasySpecError, match=r"the cluster cannot be told \(.*\); give --coordinator HOST:PORT"):
+    with pytest.raises(
+        EasySpecError, match=r"the cluster cannot be told \(.*\); give --coordinator HOST:PORT"
+    ):
         find_peer(None, None, None)
 
 

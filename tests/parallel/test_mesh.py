@@ -7,7 +7,15 @@ import pytest
 
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import Platform
-from easyspec_jax.parallel.mesh import ALL_AXES, LAYER, TENSOR, MeshShape, axes_size, open_mesh, parse_mesh
+from easyspec_jax.parallel.mesh import (
+    ALL_AXES,
+    LAYER,
+    TENSOR,
+    MeshShape,
+    axes_size,
+    open_mesh,
+    parse_mesh,
+)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +47,14 @@ def test_a_number_is_split_by_group_size_and_names_set_the_split(text, group_siz
     "text",
     [
         *("", "0", "-1", "2.5", "²", "eight", "4x2", "4,2"),
-        *("layer=4", "layer=4,layer=2", "layer=0,tensor=2", "layer=-4,tensor=2", "layer=4,tensor=2,", "layer=4,head=2"),
+        *(
+            "layer=4",
+            "layer=4,layer=2",
+            "layer=0,tensor=2",
+            "layer=-4,tensor=2",
+            "layer=4,tensor=2,",
+            "layer=4,head=2",
+        ),
         *("layer=4,tensor=2,data=1", "layer=4;tensor=2", "layer=4,tensor=two", "layer=4 ,tensor=2"),
         *("-layer=4,tensor=2", "layer=4,or tensor=2", "layer=4,tensor=2\n", "1000000"),
     ],
@@ -65,14 +80,20 @@ def test_a_mesh_has_the_first_devices_row_by_row(layer, tensor):
 def test_too_few_devices_are_refused_even_when_asked_for_too_late():
     here = jax.device_count()
     for devices in (here + 1, 10**11):
-        with pytest.raises(EasySpecError, match=rf"asks for {devices} devices but there are {here} of platform cpu"):
+        with pytest.raises(
+            EasySpecError, match=rf"asks for {devices} devices but there are {here} of platform cpu"
+        ):
             open_mesh(MeshShape(1, devices))
 
 
-def test_a_mesh_that_may_fall_back_to_a_cpu_does_so_only_where_accelerators_are_too_few(monkeypatch):
+def test_a_mesh_that_may_fall_back_to_a_cpu_does_so_only_where_accelerators_are_too_few(
+    monkeypatch,
+):
     real = jax.devices
     one = [SimpleNamespace(platform="gpu")]
-    monkeypatch.setattr(jax, "devices", lambda platform=None: one if platform in (None, "gpu") else real(platform))
+    monkeypatch.setattr(
+        jax, "devices", lambda platform=None: one if platform in (None, "gpu") else real(platform)
+    )
     assert list(open_mesh(MeshShape(4, 2), or_cpu=True).devices.flat) == real("cpu")[:8]
     cases: list[tuple[MeshShape, Platform | None, bool]] = [
         (MeshShape(4, 2), None, False),
@@ -93,5 +114,7 @@ def test_an_absent_platform_is_refused():
 
 def test_several_processes_have_equal_parts(monkeypatch):
     monkeypatch.setattr("easyspec_jax.parallel.hosts.count", lambda: 2)
-    with pytest.raises(EasySpecError, match="asks for 3 devices, which 2 processes cannot share equally"):
+    with pytest.raises(
+        EasySpecError, match="asks for 3 devices, which 2 processes cannot share equally"
+    ):
         open_mesh(MeshShape(3, 1))

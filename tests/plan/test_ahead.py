@@ -22,13 +22,24 @@ MAX_LENGTH = 200
 
 def pair(configs, tree_width: int = 1) -> Pair:
     target, draft = (model_config(read_json(configs[name])) for name in ("target", "draft"))
-    return Pair(target, draft, np.dtype(np.float32), "8", 3, tree_width, prompt_length=100, max_length=MAX_LENGTH)
+    return Pair(
+        target,
+        draft,
+        np.dtype(np.float32),
+        "8",
+        3,
+        tree_width,
+        prompt_length=100,
+        max_length=MAX_LENGTH,
+    )
 
 
 CHAINS, TREES = ways([4], 1), ways([2], 2)[-2:]
 
 
-@pytest.mark.parametrize("tree_width, way", [*((1, way) for way in CHAINS), *((2, way) for way in TREES)], ids=str)
+@pytest.mark.parametrize(
+    "tree_width, way", [*((1, way) for way in CHAINS), *((2, way) for way in TREES)], ids=str
+)
 def test_the_state_is_donated_and_collectives_are_those_of_the_trace(configs, tree_width, way):
     run = programs(pair(configs, tree_width), way, lambda shape: topology_mesh(CPU, shape))
     state = abstract_state(run, 1, run.capacity(MAX_LENGTH))
@@ -41,13 +52,20 @@ def test_the_state_is_donated_and_collectives_are_those_of_the_trace(configs, tr
     assert compiled.results - compiled.donated < caches / 10
 
 
-def plan_in_a_process_of_its_own(configs, topology: str, *options: str) -> subprocess.CompletedProcess[str]:
+def plan_in_a_process_of_its_own(
+    configs, topology: str, *options: str
+) -> subprocess.CompletedProcess[str]:
     """This one has started JAX, and has virtual devices."""
     command = [sys.executable, "-m", "easyspec_jax.plan", "--topology", topology]
     models = ["--target-config", str(configs["target"]), "--draft-config", str(configs["draft"])]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX", "TPU"))}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("JAX", "TPU"))
+    }
     return subprocess.run(
-        [*command, *models, "--max-length", "400", *options], capture_output=True, text=True, env=environment
+        [*command, *models, "--max-length", "400", *options],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
 
 

@@ -25,7 +25,9 @@ def test_published_parameter_counts(name):
     assert parameter_count(bundled()[name]) / 1e9 == pytest.approx(PUBLISHED[name], rel=0.01)
 
 
-@pytest.mark.parametrize("text", ["Llama-3.3-70B", "llama-3.3-70b", "meta-llama/Llama-3.3-70B-Instruct"])
+@pytest.mark.parametrize(
+    "text", ["Llama-3.3-70B", "llama-3.3-70b", "meta-llama/Llama-3.3-70B-Instruct"]
+)
 def test_names_may_be_spelled_as_on_the_hub(text):
     assert find_config(text, "--target-config") == ("Llama-3.3-70B", bundled()["Llama-3.3-70B"])
 
@@ -40,7 +42,9 @@ def test_files_and_directories(tmp_path):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(EasySpecError, match=r"--draft-config 'Llama-4'.*Llama-3\.1-8B.*Qwen3-0\.6B"):
+    with pytest.raises(
+        EasySpecError, match=r"--draft-config 'Llama-4'.*Llama-3\.1-8B.*Qwen3-0\.6B"
+    ):
         find_config("Llama-4", "--draft-config")
 
 

@@ -68,7 +68,9 @@ def test_a_product_in_a_loop_of_unknown_length_is_refused():
 
 def test_an_axis_of_one_device_sends_nothing():
     mesh = absent_mesh(MeshShape(1, 1), "tpu")
-    body = jax.shard_map(lambda x: jax.lax.psum(x, ALL_AXES), mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    body = jax.shard_map(
+        lambda x: jax.lax.psum(x, ALL_AXES), mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False
+    )
     assert cost(body, X, mesh_shape=mesh.shape) == Cost()
 
 

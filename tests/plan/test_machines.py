@@ -8,7 +8,12 @@ from easyspec_jax.plan.machines import CHIPS, MACHINES, parse_topology, target_c
 
 @pytest.mark.parametrize(
     "text, machine, devices",
-    [("v5e:2x4", "v5e", 8), ("V5P:2x2x4", "v5p", 16), ("v6e:4x4", "v6e", 16), ("h100:8", "h100", 8)],
+    [
+        ("v5e:2x4", "v5e", 8),
+        ("V5P:2x2x4", "v5p", 16),
+        ("v6e:4x4", "v6e", 16),
+        ("h100:8", "h100", 8),
+    ],
 )
 def test_topologies(text, machine, devices):
     topology = parse_topology(text)

@@ -21,7 +21,16 @@ def pair(tree_width: int = 1) -> Pair:
         model_config(family_config("llama3", num_hidden_layers=layers).to_dict())
         for layers in (TARGET_LAYERS, DRAFT_LAYERS)
     )
-    return Pair(target, draft, np.dtype(np.float32), "8", LEVELS, tree_width, prompt_length=300, max_length=400)
+    return Pair(
+        target,
+        draft,
+        np.dtype(np.float32),
+        "8",
+        LEVELS,
+        tree_width,
+        prompt_length=300,
+        max_length=400,
+    )
 
 
 def absent(shape: MeshShape) -> jax.sharding.Mesh:
@@ -40,7 +49,13 @@ def test_ways_compare_both_placements_of_everything(counted):
         "easyspec N=4, draft TP 1", "easyspec N=4, draft TP all",
         "easyspec N=7, draft TP 1", "easyspec N=7, draft TP all",
     ]  # fmt: skip
-    assert [way.method for way in ways([2], 4)] == ["vanilla", "tree", "tree", "easyspec", "easyspec"]
+    assert [way.method for way in ways([2], 4)] == [
+        "vanilla",
+        "tree",
+        "tree",
+        "easyspec",
+        "easyspec",
+    ]
 
 
 def test_collectives_by_formula(counted):
@@ -63,19 +78,31 @@ def test_mlps_at_once_save_collectives(counted):
     assert paired.way.label == "easyspec N=4 M=2, draft TP all"
     groups = paired.way.layout(DRAFT_LAYERS).groups
     assert [len(group) for group in groups] == [1, 3, 3, 1]
-    assert paired.step.collectives == 2 + 2 + 2 * (1 + 2) + 1  # two a layer alone, one a group and pair, the logits
-    assert replace(paired.step, collectives=0).bytes == counted["easyspec N=4, draft TP all"].step.bytes
+    assert (
+        paired.step.collectives == 2 + 2 + 2 * (1 + 2) + 1
+    )  # two a layer alone, one a group and pair, the logits
+    assert (
+        replace(paired.step, collectives=0).bytes
+        == counted["easyspec N=4, draft TP all"].step.bytes
+    )
 
 
 def test_a_refit_is_held_beside_the_drafts_own_projections():
     whole_heads = replace(pair(), mesh="layer=3,tensor=1")
-    plain, refit = (costs(whole_heads, Way("easyspec", 4, refit=refit), absent) for refit in (False, True))
+    plain, refit = (
+        costs(whole_heads, Way("easyspec", 4, refit=refit), absent) for refit in (False, True)
+    )
     config = whole_heads.draft
     outputs = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     # Of each of two groups every device has one layer's projection: the norm, the weights, and the biases.
-    held = 2 * (config.hidden_size + (config.hidden_size + 1) * outputs) * whole_heads.dtype.itemsize
+    held = (
+        2 * (config.hidden_size + (config.hidden_size + 1) * outputs) * whole_heads.dtype.itemsize
+    )
     assert refit.draft_bytes - plain.draft_bytes == held
-    assert (refit.step.collectives, refit.calibration) == (plain.step.collectives, plain.calibration)
+    assert (refit.step.collectives, refit.calibration) == (
+        plain.step.collectives,
+        plain.calibration,
+    )
 
 
 def test_a_round_is_its_steps_and_a_little_choosing(counted):
@@ -100,7 +127,10 @@ def test_a_replicated_draft_is_held_whole(counted):
     assert replicated.target_bytes == split.target_bytes == counted["vanilla"].target_bytes
     assert replicated.draft_bytes > 6 * split.draft_bytes
     assert counted["vanilla"].draft_bytes == 0
-    assert replicated.memory == replicated.target_bytes + replicated.draft_bytes + replicated.cache_bytes
+    assert (
+        replicated.memory
+        == replicated.target_bytes + replicated.draft_bytes + replicated.cache_bytes
+    )
 
 
 def test_meshes_are_split_as_for_generate(counted):

@@ -26,11 +26,15 @@ LAYERS = 8
 GREEDY = RoundConfig(levels=3, calibration=True, verifier=Greedy(), stop_ids=())
 
 
-def programs(mesh: MeshShape, lp_size: int, axes: Axes = ALL_AXES, config: RoundConfig = GREEDY) -> Programs:
+def programs(
+    mesh: MeshShape, lp_size: int, axes: Axes = ALL_AXES, config: RoundConfig = GREEDY
+) -> Programs:
     """Of a tiny pair without weights."""
     shape = model_config(family_config("smollm2", num_hidden_layers=LAYERS).to_dict())
     opened, layout = open_mesh(mesh), Layout.uniform(paper_groups(LAYERS, lp_size))
-    pair = abstract_pair(shape, shape if config.levels else None, opened, layout, False, axes, np.dtype(np.float32))
+    pair = abstract_pair(
+        shape, shape if config.levels else None, opened, layout, False, axes, np.dtype(np.float32)
+    )
     return Programs(opened, *pair, config)
 
 
@@ -42,19 +46,27 @@ def of_round(programs: Programs) -> list[Any]:
 def in_compiled(text: str) -> Counter[str]:
     """Collectives of a compiled program by kind, those in a loop as often as it runs."""
     bodies = {
-        match[1]: match[2] for match in re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S)
+        match[1]: match[2]
+        for match in re.finditer(
+            r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S
+        )
     }
 
     def count(name: str) -> Counter[str]:
         found: Counter[str] = Counter()
         for line in bodies[name].splitlines():
             found.update(
-                re.findall(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(", line)
+                re.findall(
+                    r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(",
+                    line,
+                )
             )
             if body := re.search(r"body=%?([\w.\-]+)", line):
                 trips = re.search(r'known_trip_count[^}]*"n":"(\d+)"', line)
                 assert trips, "a loop of unknown length"
-                found.update({kind: number * int(trips[1]) for kind, number in count(body[1]).items()})
+                found.update(
+                    {kind: number * int(trips[1]) for kind, number in count(body[1]).items()}
+                )
         return found
 
     entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.M)
@@ -107,7 +119,9 @@ def test_a_fuzzy_step_costs_groups_plus_layers(mesh, lp_size):
 def test_bytes_are_those_of_the_results():
     def body(x: jax.Array) -> jax.Array:
         y = jax.lax.psum(x, ALL_AXES)
-        return jax.lax.scan(lambda carry, _: (carry + jax.lax.psum(carry, "layer"), None), y, None, length=3)[0]
+        return jax.lax.scan(
+            lambda carry, _: (carry + jax.lax.psum(carry, "layer"), None), y, None, length=3
+        )[0]
 
     mesh = open_mesh(MeshShape(4, 1))
     mapped = jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)

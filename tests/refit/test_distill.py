@@ -44,7 +44,10 @@ def test_more_tokens_are_kept(draft, fitted, distilled):
         fidelity(load_draft(from_, LAYOUT, Held(tensors)), from_.mesh, TEXTS, everywhere)[0]
         for tensors in (fitted, distilled(ONE, 80))
     )
-    assert all(1 - new < 0.85 * (1 - old) for old, new in zip(before, after, strict=True)), (before, after)
+    assert all(1 - new < 0.85 * (1 - old) for old, new in zip(before, after, strict=True)), (
+        before,
+        after,
+    )
 
 
 @pytest.mark.parametrize("mesh", [MeshShape(4, 2), MeshShape(1, 8)], ids=str)
@@ -64,7 +67,9 @@ def test_a_draft_in_bfloat16_is_trained_in_float32(draft, fitted, distilled):
     rough = distill(from_, LAYOUT, fitted, TEXTS, 2)
     steps = ((x[name] - fitted[name] for name in fitted) for x in (rough, distilled(ONE, 2)))
     moved, expected = (np.concatenate([x.ravel() for x in own]) for own in steps)
-    assert moved.dtype == np.float32 and np.abs(moved).max() < 3 * RATE, "nothing was rounded to bfloat16"
+    assert moved.dtype == np.float32 and np.abs(moved).max() < 3 * RATE, (
+        "nothing was rounded to bfloat16"
+    )
     assert moved @ expected > 0.5 * np.linalg.norm(moved) * np.linalg.norm(expected)
 
 

@@ -33,7 +33,9 @@ def fitted(draft):
 
 @torch.no_grad()
 def _layer_inputs(reference) -> list[np.ndarray]:
-    states = reference.model(torch.from_numpy(TEXTS).long(), output_hidden_states=True).hidden_states
+    states = reference.model(
+        torch.from_numpy(TEXTS).long(), output_hidden_states=True
+    ).hidden_states
     return [state.double().numpy().reshape(-1, state.shape[-1]) for state in states]
 
 
@@ -50,7 +52,10 @@ def test_first_group_is_ridge_regression_on_transformers_states(draft, fitted):
     for layer in (2, 3):
         norm = checkpoint.source.read(f"model.layers.{layer}.input_layernorm.weight")
         for name in ("q_proj", "k_proj", "v_proj"):
-            weight = checkpoint.source.read(f"model.layers.{layer}.self_attn.{name}.weight").T * norm[:, None]
+            weight = (
+                checkpoint.source.read(f"model.layers.{layer}.self_attn.{name}.weight").T
+                * norm[:, None]
+            )
             prior = np.concatenate([weight, np.zeros((1, weight.shape[1]))])
             rows = np.concatenate([x, penalty])
             targets = np.concatenate([normed(states[layer]) @ weight, penalty @ prior])
@@ -59,7 +64,9 @@ def test_first_group_is_ridge_regression_on_transformers_states(draft, fitted):
             np.testing.assert_allclose(
                 tensors[f"model.layers.{layer}.self_attn.{name}.weight"], expected[:-1].T, atol=2e-4
             )
-            np.testing.assert_allclose(tensors[f"model.layers.{layer}.self_attn.{name}.bias"], expected[-1], atol=2e-4)
+            np.testing.assert_allclose(
+                tensors[f"model.layers.{layer}.self_attn.{name}.bias"], expected[-1], atol=2e-4
+            )
             assert np.abs(expected - prior).max() > 0.05, "the plain projection would pass too"
 
 
@@ -86,5 +93,8 @@ def test_a_refit_draft_is_nearer_to_itself(draft, fitted, mlp_lp_size):
     plain, _ = fidelity(load_draft(from_, layout), from_.mesh, TEXTS, everywhere)
     refit = Held(fitted(mlp_lp_size=mlp_lp_size))
     better, _ = fidelity(load_draft(from_, layout, refit), from_.mesh, TEXTS, everywhere)
-    assert all(after > before + 0.02 for before, after in zip(plain, better, strict=True)), (plain, better)
+    assert all(after > before + 0.02 for before, after in zip(plain, better, strict=True)), (
+        plain,
+        better,
+    )
     assert max(better) <= 1

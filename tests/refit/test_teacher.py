@@ -21,10 +21,14 @@ def _teacher_forced(draft, ids):
     """Final hidden states at each depth: [depths, texts, tokens, hidden]."""
     batch, tokens = ids.shape
     capacity = (DEPTHS + 1) * tokens
-    _, caches = draft(ids, draft.init_caches(batch, capacity), exact_window(batch, tokens, capacity, draft.config))
+    _, caches = draft(
+        ids, draft.init_caches(batch, capacity), exact_window(batch, tokens, capacity, draft.config)
+    )
     states = []
     for depth in range(1, DEPTHS + 1):
-        h, caches = draft(ids, caches, drafted_window(depth, batch, tokens, capacity, draft.config), run_fuzzy)
+        h, caches = draft(
+            ids, caches, drafted_window(depth, batch, tokens, capacity, draft.config), run_fuzzy
+        )
         states.append(h)
     return jnp.stack(states)
 
@@ -48,10 +52,14 @@ def test_every_position_is_as_if_drafted(draft, mesh):
     specs = partition_specs(model), P()
     states = np.asarray(on_mesh(mesh, _teacher_forced, specs, P())(model, TEXTS[:2]))
     for depth, last in ((1, 9), (1, 23), (2, 9), (3, 23)):
-        one = on_mesh(mesh, lambda m, x, last=last, depth=depth: _drafted(m, x, last, depth), specs, P())
+        one = on_mesh(
+            mesh, lambda m, x, last=last, depth=depth: _drafted(m, x, last, depth), specs, P()
+        )
         expected = np.asarray(one(model, TEXTS[:2]))
         np.testing.assert_allclose(states[depth - 1][:, last], expected, atol=1e-5)
-    assert np.abs(states[0] - states[1]).max() > 1e-3, "depths that do not differ would prove nothing"
+    assert np.abs(states[0] - states[1]).max() > 1e-3, (
+        "depths that do not differ would prove nothing"
+    )
 
 
 def test_an_exact_draft_is_exact_at_every_depth(draft):

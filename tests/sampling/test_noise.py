@@ -21,7 +21,9 @@ make_children = jax.jit(numbered, static_argnums=1)
 
 
 def keys(
-    purpose: Purpose = Purpose.DRAFT, batch: Sequence[tuple[int, int]] = BATCH, positions: Sequence[int] = POSITIONS
+    purpose: Purpose = Purpose.DRAFT,
+    batch: Sequence[tuple[int, int]] = BATCH,
+    positions: Sequence[int] = POSITIONS,
 ) -> jax.Array:
     seeds, rounds = zip(*batch, strict=True)
     return noise_keys(
@@ -42,11 +44,15 @@ def draws() -> np.ndarray:
 
 def test_every_seed_position_round_and_purpose_has_its_own_key():
     words = np.stack([jax.random.key_data(keys(purpose)) for purpose in Purpose])
-    assert len(np.unique(words.reshape(-1, words.shape[-1]), axis=0)) == len(Purpose) * len(BATCH) * len(POSITIONS)
+    assert len(np.unique(words.reshape(-1, words.shape[-1]), axis=0)) == len(Purpose) * len(
+        BATCH
+    ) * len(POSITIONS)
 
 
 def test_a_key_does_not_depend_on_its_place_in_the_batch():
-    data, backwards = map(jax.random.key_data, (keys(), keys(batch=BATCH[::-1], positions=POSITIONS[::-1])))
+    data, backwards = map(
+        jax.random.key_data, (keys(), keys(batch=BATCH[::-1], positions=POSITIONS[::-1]))
+    )
     np.testing.assert_array_equal(data, backwards[::-1, ::-1])
 
 
@@ -54,7 +60,9 @@ def test_a_key_does_not_depend_on_its_place_in_the_batch():
 def test_an_id_has_its_noise_in_whatever_company(draws, count):
     """So a draft that sees its likeliest ids, a shard, and the whole row agree; jitted, as the product runs it."""
     rows = keys().reshape(-1)[::8]
-    ids = np.random.default_rng(count).permuted(np.tile(np.arange(VOCAB, dtype=np.int32), (len(rows), 1)), axis=1)
+    ids = np.random.default_rng(count).permuted(
+        np.tile(np.arange(VOCAB, dtype=np.int32), (len(rows), 1)), axis=1
+    )
     found = jax.jit(gumbel)(rows, jnp.asarray(ids[:, :count]))
     np.testing.assert_array_equal(found, np.take_along_axis(draws[::8], ids[:, :count], axis=1))
 
@@ -74,7 +82,9 @@ def test_numbered_keys_are_all_different():
     parents = keys()
     children = make_children(parents, 5)
     assert children.shape == (*parents.shape, 5)
-    words = np.concatenate([np.asarray(jax.random.key_data(x)).reshape(-1, 2) for x in (parents, children)])
+    words = np.concatenate(
+        [np.asarray(jax.random.key_data(x)).reshape(-1, 2) for x in (parents, children)]
+    )
     assert len(np.unique(words, axis=0)) == parents.size * 6
 
 
@@ -82,7 +92,9 @@ def test_a_numbered_key_depends_on_its_parent_and_number_alone():
     """Not on its parent's place, nor on how many there are."""
     data = jax.random.key_data(make_children(keys(), 5))
     fewer = make_children(keys(batch=BATCH[::-1], positions=POSITIONS[::-1]).reshape(-1), 3)
-    np.testing.assert_array_equal(jax.random.key_data(fewer), data[::-1, ::-1, :3].reshape(-1, 3, 2))
+    np.testing.assert_array_equal(
+        jax.random.key_data(fewer), data[::-1, ::-1, :3].reshape(-1, 3, 2)
+    )
 
 
 def test_gumbel_draws_follow_the_gumbel_distribution(draws):
@@ -92,7 +104,10 @@ def test_gumbel_draws_follow_the_gumbel_distribution(draws):
 
 def test_uniform_draws_follow_the_uniform_distribution():
     made = np.concatenate(
-        [uniform(keys(Purpose.ACCEPT, positions=range(16 * i, 16 * i + 16)).reshape(-1)) for i in range(32)]
+        [
+            uniform(keys(Purpose.ACCEPT, positions=range(16 * i, 16 * i + 16)).reshape(-1))
+            for i in range(32)
+        ]
     )
     assert 0 <= made.min() <= made.max() < 1
     assert stats.kstest(made, "uniform").pvalue > ALPHA
@@ -114,7 +129,9 @@ def test_the_upper_tail_is_fine_grained(draws):
 def test_the_ends_are_finite_and_the_upper_one_goes_on_behind_32_bits(monkeypatch, word):
     """What a draw in four billion would show: the first 32 of its 64 bits are all equal."""
     real = jax.random.key_data
-    monkeypatch.setattr(jax.random, "key_data", lambda keys: real(keys).at[..., 0].set(jnp.uint32(word)))
+    monkeypatch.setattr(
+        jax.random, "key_data", lambda keys: real(keys).at[..., 0].set(jnp.uint32(word))
+    )
     noise = np.asarray(gumbel(keys()[:1, :1], jnp.arange(64, dtype=jnp.int32)[None, None]))
     assert np.isfinite(noise).all()
     if word == 0:

@@ -35,17 +35,23 @@ def scores_with_ties(vocab: int) -> np.ndarray:
     """Rows on which a search for the greatest could go wrong."""
     random = np.random.default_rng(0)
     scores = random.normal(size=(64, vocab)).astype(np.float32)
-    scores[:16] = random.integers(-3, 3, size=(16, vocab))  # ties within and across shards: the lowest id wins
+    scores[:16] = random.integers(
+        -3, 3, size=(16, vocab)
+    )  # ties within and across shards: the lowest id wins
     scores[16:32][random.random((16, vocab)) < 0.9] = -np.inf  # whole shards without a score
     scores[32] = -np.inf
     scores[33] = 0.0
     scores[34] = -np.inf
     scores[34, -1] = -1e38
-    scores[35] = np.where(np.isin(np.arange(vocab), [vocab // 2 - 1, vocab // 2]), 5.0, -5.0)  # beside a border
+    scores[35] = np.where(
+        np.isin(np.arange(vocab), [vocab // 2 - 1, vocab // 2]), 5.0, -5.0
+    )  # beside a border
     return scores
 
 
-def on_every_split(mesh: MeshShape, body: Callable[[jax.Array, Axes], Any], x: np.ndarray) -> list[Any]:
+def on_every_split(
+    mesh: MeshShape, body: Callable[[jax.Array, Axes], Any], x: np.ndarray
+) -> list[Any]:
     """What body makes of x, split over some axes of the mesh; for each choice of them."""
     return on_mesh(
         mesh,
@@ -67,7 +73,9 @@ def test_argmax_is_numpys(mesh):
 @pytest.mark.parametrize("vocab", [1, 2, 130, 256, 384])
 def test_argmax_is_numpys_in_blocks_of_any_size(vocab):
     scores = scores_with_ties(vocab)
-    np.testing.assert_array_equal(jax.jit(argmax, static_argnums=1)(scores, ()), np.argmax(scores, axis=1))
+    np.testing.assert_array_equal(
+        jax.jit(argmax, static_argnums=1)(scores, ()), np.argmax(scores, axis=1)
+    )
 
 
 @meshes
@@ -129,15 +137,26 @@ def test_rows_are_dealt_out_whole_and_come_back_in_order(mesh):
     def body(xs: list[jax.Array], numbers: list[jax.Array]) -> tuple[list[jax.Array], ...]:
         whole = [whole_rows(x, ALL_AXES) for x in xs]
         own = [own_rows(number, ALL_AXES) for number in numbers]
-        return whole, own, *([gather_rows(x, n, ALL_AXES) for x, n in zip(y, ROWS, strict=True)] for y in (whole, own))
+        return (
+            whole,
+            own,
+            *(
+                [gather_rows(x, n, ALL_AXES) for x, n in zip(y, ROWS, strict=True)]
+                for y in (whole, own)
+            ),
+        )
 
     run = on_mesh(mesh, body, (P(None, ALL_AXES), P()), (P(ALL_AXES), P(ALL_AXES), P(), P()))
-    for x, number, dealt, dealt_number, x_back, number_back in zip(xs, numbers, *run(xs, numbers), strict=True):
+    for x, number, dealt, dealt_number, x_back, number_back in zip(
+        xs, numbers, *run(xs, numbers), strict=True
+    ):
         np.testing.assert_array_equal(x_back, x)
         np.testing.assert_array_equal(number_back, number)
         # Row r and number r are on the same device, each device has as many, and what fills up are copies of row 0.
         filling = -len(x) % mesh.size
-        np.testing.assert_array_equal(dealt_number, np.concatenate([number, np.zeros(filling, np.int32)]))
+        np.testing.assert_array_equal(
+            dealt_number, np.concatenate([number, np.zeros(filling, np.int32)])
+        )
         np.testing.assert_array_equal(dealt, x[np.asarray(dealt_number)])
 
 

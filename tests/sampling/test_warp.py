@@ -21,7 +21,9 @@ ONE = MeshShape(1, 1)
 def warped(logits, temperature, top_k, top_p, mesh=ONE, axes: Axes = ALL_AXES):
     """Rows on vocabulary shards, each with its own numbers."""
 
-    def body(logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    def body(
+        logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array
+    ) -> jax.Array:
         return warp(logits, temperature, shard_cutoff(logits, temperature, top_k, top_p, axes))
 
     numbers = (
@@ -38,14 +40,21 @@ def logits():
 
 
 @pytest.mark.parametrize("mesh", [MeshShape(1, 1), MeshShape(4, 2)], ids=str)
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (1, 1.0), (5, 1.0), (64, 1.0), (99, 1.0), (0, 0.9), (7, 0.5)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 1.0), (1, 1.0), (5, 1.0), (64, 1.0), (99, 1.0), (0, 0.9), (7, 0.5)]
+)
 @pytest.mark.parametrize("temperature", [0.5, 1.3])
 def test_transformers_keeps_the_same(logits, mesh, temperature, top_k, top_p):
-    warpers: list[Any] = [TemperatureLogitsWarper(temperature), *([TopKLogitsWarper(top_k)] if top_k else [])]
+    warpers: list[Any] = [
+        TemperatureLogitsWarper(temperature),
+        *([TopKLogitsWarper(top_k)] if top_k else []),
+    ]
     expected = torch.tensor(logits)
     for warper in [*warpers, TopPLogitsWarper(top_p)]:
         expected = warper(None, expected)
-    np.testing.assert_allclose(warped(logits, temperature, top_k, top_p, mesh), expected.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(
+        warped(logits, temperature, top_k, top_p, mesh), expected.numpy(), rtol=1e-6
+    )
 
 
 def test_a_draft_that_every_device_has_whole_is_cut_alike(logits):

@@ -35,9 +35,15 @@ def tokenizer(template: str | None) -> PreTrainedTokenizerFast:
         ("{% for m in messages %}{{ m.content }} {{ eos_token }}{% endfor %}", "</s>"),
         ("{% for m in messages %}{{ m.content }}\n\n <tool>{% endfor %}", "<tool>"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", None),
-        ("{% for m in messages %}{{ m.content }}\n\n\n{% endfor %}", None),  # an added token, but of blanks
+        (
+            "{% for m in messages %}{{ m.content }}\n\n\n{% endfor %}",
+            None,
+        ),  # an added token, but of blanks
         ("{% for m in messages %}{{ m.content }} bye</s>{% endfor %}", None),
-        ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}</s>{% endif %}{% endfor %}", None),
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}</s>{% endif %}{% endfor %}",
+            None,
+        ),
         ("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}", None),
         ("{{ raise_exception('no') }}", None),
         ("{% if %}", None),
@@ -46,7 +52,9 @@ def tokenizer(template: str | None) -> PreTrainedTokenizerFast:
 )
 def test_the_end_of_a_turn_is_what_the_template_writes_after_an_answer(template, ends):
     opened = tokenizer(template)
-    assert end_of_turn_ids(opened) == (() if ends is None else (opened.convert_tokens_to_ids(ends),))
+    assert end_of_turn_ids(opened) == (
+        () if ends is None else (opened.convert_tokens_to_ids(ends),)
+    )
 
 
 USER = {"role": "user", "content": "hello"}
@@ -58,18 +66,29 @@ USER = {"role": "user", "content": "hello"}
         (USER, USER),
         (USER | {"content": [{"type": "text", "text": "hello"}]}, USER),
         (USER | {"content": [{"type": "text", "text": "a"}, "b"]}, USER | {"content": "a\nb"}),
-        (USER | {"name": None, "refusal": None, "tool_calls": None, "weight": 0}, USER | {"weight": 0}),
+        (
+            USER | {"name": None, "refusal": None, "tool_calls": None, "weight": 0},
+            USER | {"weight": 0},
+        ),
         (
             {
                 "role": "assistant",
                 "content": None,
                 "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}],
             },
-            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}],
+            },
         ),
         (
             {"role": "assistant", "tool_calls": [{"function": {"arguments": "no JSON"}}, 7]},
-            {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": "no JSON"}}, 7]},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"function": {"arguments": "no JSON"}}, 7],
+            },
         ),
         (
             {"role": "tool", "content": "4", "tool_call_id": "c1"},
@@ -94,7 +113,10 @@ def test_messages_are_brought_into_the_form_of_templates(given, meant):
         ([USER | {"content": {"text": "hello"}}], "needs a role and a content"),
         ([USER | {"content": ""}], "the prompt is empty"),
         ([USER | {"content": []}], "the prompt is empty"),
-        ([USER | {"content": [{"type": "image_url", "image_url": {}}]}], "one is of type 'image_url'"),
+        (
+            [USER | {"content": [{"type": "image_url", "image_url": {}}]}],
+            "one is of type 'image_url'",
+        ),
         ([USER | {"content": [{"type": "text", "text": 7}]}], "one is of type 'text'"),
         ([{"role": "assistant", "content": None, "tool_calls": []}], "needs a role and a content"),
         (Conversation([USER], {"name": "f"}), "tools must be a list of objects"),  # pyright: ignore[reportArgumentType]

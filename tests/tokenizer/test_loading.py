@@ -7,7 +7,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from easyspec_jax.errors import EasySpecError
@@ -42,7 +52,9 @@ def test_tokens_known_to_both_may_be_any_part_of_the_vocabularies(draft):
 
 def test_special_tokens_may_be_renamed_and_moved():
     """As between Llama 3, a common target, and Llama 3.2, whose small models are its drafts."""
-    target = vocabulary(special=("eot", "reserved_2", "reserved_3"), a=0, eot=9, reserved_2=4, reserved_3=5)
+    target = vocabulary(
+        special=("eot", "reserved_2", "reserved_3"), a=0, eot=9, reserved_2=4, reserved_3=5
+    )
     draft = vocabulary(special=("eot", "pad", "reserved_2"), a=0, eot=9, pad=4, reserved_2=5)
     check_same_ids(target, draft)
     check_same_ids(draft, target)
@@ -53,7 +65,9 @@ def test_special_tokens_may_be_renamed_and_moved():
 @pytest.mark.parametrize(
     ("draft", "complaint"),
     [
-        pytest.param({"a": 0, "b": 2, "d": 1}, "'b' different token ids (1 and 2)", id="differing id"),
+        pytest.param(
+            {"a": 0, "b": 2, "d": 1}, "'b' different token ids (1 and 2)", id="differing id"
+        ),
         pytest.param({"a": 0, "x": 1}, "id 1 to different tokens ('b' and 'x')", id="shared id"),
         pytest.param({"c": 5}, "'c' different token ids (2 and 5)", id="id unknown to the target"),
     ],
@@ -119,9 +133,13 @@ def test_a_prompt_that_becomes_no_tokens_is_refused():
         encode(silent, "\u200b", chat=False)
 
 
-@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{% if %}", "{{ messages[7]['role'] }}"])
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no') }}", "{% if %}", "{{ messages[7]['role'] }}"]
+)
 def test_a_template_that_fails_is_one_line(template):
-    broken = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), chat_template=template)
+    broken = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE()), chat_template=template
+    )
     with pytest.raises(EasySpecError, match="chat template fails") as refusal:
         encode(broken, "hello", chat=True)
     assert "\n" not in str(refusal.value)
@@ -134,7 +152,9 @@ def test_lone_surrogates_are_refused(tokenizer):
 
 def test_a_text_longer_than_the_tokenizer_expects_is_no_warning(tokenizer, caplog):
     """Whoever asks for the ids checks their number."""
-    short = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, model_max_length=4)
+    short = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, model_max_length=4
+    )
     with caplog.at_level("WARNING"):
         assert len(encode(short, "the cat sat on the mat", chat=False)) > 4
     assert not caplog.records
@@ -148,8 +168,20 @@ def test_a_conversation_goes_through_the_template(tokenizer):
         encode(tokenizer, [*turns, {"role": "user", "content": ""}])
 
 
-CORPUS = ["hello world, how are you doing? def main(): return 12345 if x else 'y'\n", TEXTS["cjk"], TEXTS["accents"]]
-SAMPLES = [*TEXTS.values(), "hello world 12345", "  hello  ", "it's DON'T", "a</s>b<s>", "<|im_end|> hello", "\u0301e"]
+CORPUS = [
+    "hello world, how are you doing? def main(): return 12345 if x else 'y'\n",
+    TEXTS["cjk"],
+    TEXTS["accents"],
+]
+SAMPLES = [
+    *TEXTS.values(),
+    "hello world 12345",
+    "  hello  ",
+    "it's DON'T",
+    "a</s>b<s>",
+    "<|im_end|> hello",
+    "\u0301e",
+]
 SPLIT = Regex(r"\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+")
 CLASSES = ["Qwen2Tokenizer", "LlamaTokenizerFast", "LlamaTokenizer", "PreTrainedTokenizerFast", "GPT2Tokenizer",
            "GemmaTokenizer", "TokenizersBackend", "Nonsense", None]  # fmt: skip
@@ -160,7 +192,9 @@ def random_file(chance: random.Random) -> Tokenizer:
     special = ["<unk>", "<s>", "</s>", "<|im_end|>"]
     if chance.random() < 0.5:
         file = Tokenizer(models.BPE(ignore_merges=chance.random() < 0.3))
-        splits = chance.choice([[], [pre_tokenizers.Digits(True)], [pre_tokenizers.Split(SPLIT, "isolated")]])
+        splits = chance.choice(
+            [[], [pre_tokenizers.Digits(True)], [pre_tokenizers.Split(SPLIT, "isolated")]]
+        )
         own = pre_tokenizers.ByteLevel(add_prefix_space=chance.random() < 0.2, use_regex=not splits)
         file.pre_tokenizer = pre_tokenizers.Sequence([*splits, own])
         file.normalizer = chance.choice([None, normalizers.NFC(), normalizers.Sequence([])])
@@ -168,7 +202,9 @@ def random_file(chance: random.Random) -> Tokenizer:
         alphabet = pre_tokenizers.ByteLevel.alphabet()
     else:
         special += [f"<0x{byte:02X}>" for byte in range(256)]
-        file = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=chance.random() < 0.8, fuse_unk=True))
+        file = Tokenizer(
+            models.BPE(unk_token="<unk>", byte_fallback=chance.random() < 0.8, fuse_unk=True)
+        )
         spelling = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         if chance.random() < 0.5:
             steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -177,13 +213,19 @@ def random_file(chance: random.Random) -> Tokenizer:
             file.decoder = decoders.Sequence([*spelling, decoders.Strip(" ", 1, 0)])
         else:
             scheme = chance.choice(["first", "always", "never"])
-            file.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=chance.random() < 0.5)
-            file.decoder = chance.choice([decoders.Metaspace(prepend_scheme=scheme), decoders.Sequence(spelling)])
+            file.pre_tokenizer = pre_tokenizers.Metaspace(
+                prepend_scheme=scheme, split=chance.random() < 0.5
+            )
+            file.decoder = chance.choice(
+                [decoders.Metaspace(prepend_scheme=scheme), decoders.Sequence(spelling)]
+            )
         alphabet = []
     size = 300 + chance.randint(20, 120)
     file.train_from_iterator(
         CORPUS * 3,
-        trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     file = Tokenizer.from_str(json.dumps(_with_plain_bytes(json.loads(file.to_str()))))
     bos, eos = [("<s>", 1)], [("</s>", 2)]
@@ -205,7 +247,11 @@ def random_file(chance: random.Random) -> Tokenizer:
 
 def _with_plain_bytes(data: dict[str, Any]) -> dict[str, Any]:
     """Bytes are ordinary entries of the vocabulary, as sentencepiece has them."""
-    return data | {"added_tokens": [token for token in data["added_tokens"] if not token["content"].startswith("<0x")]}
+    return data | {
+        "added_tokens": [
+            token for token in data["added_tokens"] if not token["content"].startswith("<0x")
+        ]
+    }
 
 
 def random_configuration(chance: random.Random) -> dict[str, Any]:
@@ -215,7 +261,9 @@ def random_configuration(chance: random.Random) -> dict[str, Any]:
         "add_bos_token": chance.choice([True, True, False, None]),
         "add_eos_token": chance.choice([True, False]),
         "add_prefix_space": chance.choice([True, False]),
-        "bos_token": chance.choice(["<s>", {"__type": "AddedToken", "content": "<s>", "normalized": False}]),
+        "bos_token": chance.choice(
+            ["<s>", {"__type": "AddedToken", "content": "<s>", "normalized": False}]
+        ),
         "eos_token": chance.choice(["</s>", "<|im_end|>"]),
         "unk_token": "<unk>",
         "legacy": chance.choice([True, False]),
@@ -225,7 +273,9 @@ def random_configuration(chance: random.Random) -> dict[str, Any]:
         "sp_model_kwargs": {},
         "extra_special_tokens": chance.choice([[], ["<|im_end|>"]]),
     }
-    return {name: value for name, value in fields.items() if value is not None and chance.random() < 0.7}
+    return {
+        name: value for name, value in fields.items() if value is not None and chance.random() < 0.7
+    }
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -264,7 +314,10 @@ def test_ids_are_those_that_transformers_gives_where_it_reads_the_file(tmp_path)
         config.pop("add_bos_token", None)  # which transformers 5 ignores next to a tokenizer.json
         file.save(str(directory / "tokenizer.json"))
         (directory / "tokenizer_config.json").write_text(json.dumps(config))
-        opened, theirs = load_tokenizer(directory), PreTrainedTokenizerFast.from_pretrained(directory)
+        opened, theirs = (
+            load_tokenizer(directory),
+            PreTrainedTokenizerFast.from_pretrained(directory),
+        )
         assert (opened.bos_token, opened.eos_token) == (theirs.bos_token, theirs.eos_token)
         for text in SAMPLES:
             ids = theirs(text, padding=False, truncation=False).input_ids
@@ -280,7 +333,9 @@ def saved(directory: Path, file: Tokenizer, **config: Any) -> Path:
 
 def plain_file(*tokens: str) -> Tokenizer:
     """A tokenizer.json of single letters and given tokens, none of which is special."""
-    vocab = {token: number for number, token in enumerate([*"abcdefghijklmnopqrstuvwxyz ", *tokens])}
+    vocab = {
+        token: number for number, token in enumerate([*"abcdefghijklmnopqrstuvwxyz ", *tokens])
+    }
     file = Tokenizer(models.BPE(vocab, []))
     file.decoder = decoders.Fuse()
     return file
@@ -294,12 +349,19 @@ def test_a_token_that_the_configuration_names_is_special(tmp_path):
 
 
 def test_tokens_that_only_the_configuration_has_get_the_ids_that_it_says(tmp_path):
-    added = {"27": {"content": "<tool>", "special": False}, "28": {"content": "<end>", "special": True}}
+    added = {
+        "27": {"content": "<tool>", "special": False},
+        "28": {"content": "<end>", "special": True},
+    }
     opened = load_tokenizer(saved(tmp_path, plain_file(), added_tokens_decoder=added))
     assert encode(opened, "a<tool>b<end>") == [0, 27, 1, 28]
     assert decode_text(opened, [0, 27, 1, 28]) == "a<tool>b"
-    saved(tmp_path, plain_file(), added_tokens_decoder={"30": {"content": "<end>", "special": True}})
-    with pytest.raises(EasySpecError, match=r"'<end>' has the id 30 in the tokenizer's configuration, where .* 27"):
+    saved(
+        tmp_path, plain_file(), added_tokens_decoder={"30": {"content": "<end>", "special": True}}
+    )
+    with pytest.raises(
+        EasySpecError, match=r"'<end>' has the id 30 in the tokenizer's configuration, where .* 27"
+    ):
         load_tokenizer(tmp_path)
     saved(tmp_path, plain_file())
     (tmp_path / "added_tokens.json").write_text('{"<old>": 27}')
@@ -310,7 +372,9 @@ def test_a_library_that_reads_a_file_differently_is_refused(tmp_path, monkeypatc
     directory = saved(tmp_path, plain_file())
     call = PreTrainedTokenizerFast.__call__
     monkeypatch.setattr(
-        PreTrainedTokenizerFast, "__call__", lambda self, text, **options: call(self, text.lower(), **options)
+        PreTrainedTokenizerFast,
+        "__call__",
+        lambda self, text, **options: call(self, text.lower(), **options),
     )
     with pytest.raises(EasySpecError, match="is read differently by transformers"):
         load_tokenizer(directory)
@@ -324,7 +388,9 @@ def test_chat_templates_come_from_the_file_before_the_configuration(tmp_path):
         "tool_use": "two",
     }
     (tmp_path / "chat_template.jinja").write_text("three")
-    assert load_tokenizer(saved(tmp_path, plain_file(), chat_template="one")).chat_template == "three"
+    assert (
+        load_tokenizer(saved(tmp_path, plain_file(), chat_template="one")).chat_template == "three"
+    )
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("four")
     assert load_tokenizer(tmp_path).chat_template == {"default": "three", "tool_use": "four"}
@@ -345,11 +411,17 @@ ROLES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "extra by name": ({"extra_special_tokens": {"tool_token": "<tool>"}}, None),
     "additional": ({"additional_special_tokens": ["<tool>"]}, None),
     "additional, declared as text": (
-        {"additional_special_tokens": ["<tool>"], "added_tokens_decoder": {"27": TOOL | {"special": False}}},
+        {
+            "additional_special_tokens": ["<tool>"],
+            "added_tokens_decoder": {"27": TOOL | {"special": False}},
+        },
         None,
     ),
     "map": ({"eos_token": "z"}, {"eos_token": "<tool>"}),
-    "map that is too old": ({"eos_token": "z", "added_tokens_decoder": {}}, {"eos_token": "<tool>"}),
+    "map that is too old": (
+        {"eos_token": "z", "added_tokens_decoder": {}},
+        {"eos_token": "<tool>"},
+    ),
     "additional in a map": ({}, {"additional_special_tokens": ["<tool>"]}),
 }
 
@@ -372,7 +444,9 @@ def test_a_token_is_special_where_transformers_takes_it_for_special(tmp_path, ro
 
 def test_bos_goes_in_front_of_what_the_post_processor_writes(tmp_path):
     file = plain_file("<s>", "<c>")
-    file.post_processor = processors.TemplateProcessing(single="<c> $A <c>", special_tokens=[("<c>", 28)])
+    file.post_processor = processors.TemplateProcessing(
+        single="<c> $A <c>", special_tokens=[("<c>", 28)]
+    )
     opened = load_tokenizer(saved(tmp_path, file, bos_token="<s>", add_bos_token=True))
     assert encode(opened, "ab") == [27, 28, 0, 1, 28]
 
@@ -380,7 +454,12 @@ def test_bos_goes_in_front_of_what_the_post_processor_writes(tmp_path):
 def test_a_post_processor_that_panics_is_one_line(tmp_path):
     data = json.loads(plain_file("<c>").to_str())
     piece = {"SpecialToken": {"id": "<gone>", "type_id": 0}}
-    data["post_processor"] = {"type": "TemplateProcessing", "single": [piece], "pair": [piece], "special_tokens": {}}
+    data["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [piece],
+        "pair": [piece],
+        "special_tokens": {},
+    }
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     with pytest.raises(EasySpecError, match="has no usable tokenizer"):
         load_tokenizer(tmp_path)

@@ -34,8 +34,13 @@ def test_a_stream_shows_whole_characters_and_all_of_them(tokenizer, text, longes
 
 
 def test_some_tokens_do_end_inside_a_character(tokenizer):
-    pieces = [decode_text(tokenizer, [i]) for i in encode(tokenizer, TEXTS["cjk"] + TEXTS["emoji"], chat=False)]
-    assert sum("\ufffd" in piece for piece in pieces) > 10  # else the tests of the stream prove nothing
+    pieces = [
+        decode_text(tokenizer, [i])
+        for i in encode(tokenizer, TEXTS["cjk"] + TEXTS["emoji"], chat=False)
+    ]
+    assert (
+        sum("\ufffd" in piece for piece in pieces) > 10
+    )  # else the tests of the stream prove nothing
 
 
 def test_a_stream_that_breaks_off_inside_a_character_holds_it_back_to_the_end(tokenizer):
@@ -52,7 +57,9 @@ def test_spaces_are_left_as_they_are(tokenizer):
     assert decode_text(tokenizer, encode(tokenizer, text, chat=False)) == text
 
 
-@pytest.mark.parametrize("stop", [["mat"], ["cat", "on the"], ["t s", "at sat on"], ["the mat."], ["\n", "mat"]])
+@pytest.mark.parametrize(
+    "stop", [["mat"], ["cat", "on the"], ["t s", "at sat on"], ["the mat."], ["\n", "mat"]]
+)
 @pytest.mark.parametrize("longest", [1, 3, 1000])
 def test_a_stream_ends_before_the_first_stop_string(tokenizer, stop, longest):
     text = TEXTS["ascii"] + ", and so on"
@@ -69,7 +76,9 @@ def test_a_stream_ends_before_the_first_stop_string(tokenizer, stop, longest):
     assert stream.stopped == bool(found)
     kept = decode_text(tokenizer, stream.ids)
     assert any(s in kept for s in stop) == bool(found)
-    assert not any(s in decode_text(tokenizer, stream.ids[:-1]) for s in stop)  # not one id more than it takes
+    assert not any(
+        s in decode_text(tokenizer, stream.ids[:-1]) for s in stop
+    )  # not one id more than it takes
 
 
 @pytest.mark.parametrize("cut", range(1, 6))
@@ -94,12 +103,26 @@ def test_a_stop_string_across_characters_of_many_bytes(tokenizer):
     for longest in (1, 4):
         stream = TextStream(tokenizer, [text[5:7]])
         ids = encode(tokenizer, text)
-        shown = "".join(stream.push(ids[i : i + longest]) for i in range(0, len(ids), longest) if not stream.stopped)
+        shown = "".join(
+            stream.push(ids[i : i + longest])
+            for i in range(0, len(ids), longest)
+            if not stream.stopped
+        )
         assert shown + stream.rest() == text[:5]
 
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_end|>"]
-PIECES = [*SPECIAL, "▁", "▁▁", "▁Hello", "▁world", "x", "a", "你", *(f"<0x{byte:02X}>" for byte in range(256))]
+PIECES = [
+    *SPECIAL,
+    "▁",
+    "▁▁",
+    "▁Hello",
+    "▁world",
+    "x",
+    "a",
+    "你",
+    *(f"<0x{byte:02X}>" for byte in range(256)),
+]
 BLANK, BYTES, FUSE = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()
 DECODERS = {
     "llama": decoders.Sequence([BLANK, BYTES, FUSE, decoders.Strip(" ", 1, 0)]),
@@ -127,10 +150,15 @@ def spelled_by(decoder: decoders.Decoder | None) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-TOKENIZERS = {name: spelled_by(decoder) for name, decoder in DECODERS.items()} | {"trained": trained_tokenizer()}
-BYTES_OF = [[PIECES.index(f"<0x{byte:02X}>") for byte in character.encode()] for character in "é你👍\ufffd"]
+TOKENIZERS = {name: spelled_by(decoder) for name, decoder in DECODERS.items()} | {
+    "trained": trained_tokenizer()
+}
+BYTES_OF = [
+    [PIECES.index(f"<0x{byte:02X}>") for byte in character.encode()] for character in "é你👍\ufffd"
+]
 IDS = st.lists(
-    st.sampled_from(BYTES_OF) | st.integers(0, len(PIECES) + 2).map(lambda number: [number]), max_size=12
+    st.sampled_from(BYTES_OF) | st.integers(0, len(PIECES) + 2).map(lambda number: [number]),
+    max_size=12,
 ).map(lambda runs: list(itertools.chain(*runs)))
 
 
@@ -168,13 +196,17 @@ def test_text_is_a_function_of_the_ids_alone(name, prompt, ids, sizes):
     prompt=IDS, ids=IDS, sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4),
     stop=st.lists(st.sampled_from(["x", "xa", "你", " ", "Hello w", "é你", "ax"]), min_size=1, max_size=3),
 )  # fmt: skip
-def test_where_a_stop_string_ends_a_text_is_a_function_of_the_ids_alone(name, prompt, ids, sizes, stop):
+def test_where_a_stop_string_ends_a_text_is_a_function_of_the_ids_alone(
+    name, prompt, ids, sizes, stop
+):
     tokenizer = TOKENIZERS[name]
     one, other = (TextStream(tokenizer, stop, prompt) for _ in range(2))
     pieces, others = streamed(one, ids, sizes), streamed(other, ids, [1])
     assert "".join(pieces) + one.rest() == "".join(others) + other.rest() == one.text
     assert (one.ids, one.stopped) == (other.ids, other.stopped)
-    texts = [expected_text(tokenizer, prompt, ids[:end]).rstrip("\ufffd") for end in range(len(ids) + 1)]
+    texts = [
+        expected_text(tokenizer, prompt, ids[:end]).rstrip("\ufffd") for end in range(len(ids) + 1)
+    ]
     ends = [end for end, text in enumerate(texts) if any(s in text for s in stop)]
     assert one.stopped == bool(ends)
     assert one.ids == ids[: ends[0] if ends else len(ids)]

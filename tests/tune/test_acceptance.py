@@ -36,7 +36,9 @@ def test_rounds_begin_where_the_last_one_ended():
     # 0: 2 and one more, 3: 0, 4: 3, 8; 0: 1, 2: 0, 3: capped
     assert mean_accepted(reached[:1], np.array([8]), 3) == pytest.approx((2 + 0 + 3) / 3)
     assert mean_accepted(reached, np.array([8, 4]), 3) == pytest.approx((5 + 1 + 0 + 3) / 6)
-    assert mean_accepted(reached[:1], np.array([8]), 1) == pytest.approx((1 + 1 + 1 + 1) / 4)  # 0, 2, 4, 6
+    assert mean_accepted(reached[:1], np.array([8]), 1) == pytest.approx(
+        (1 + 1 + 1 + 1) / 4
+    )  # 0, 2, 4, 6
     assert mean_accepted(reached, np.array([0, 1]), 2) == 1.0  # a text too short to tell anything
 
 
@@ -56,10 +58,15 @@ def engine(tmp_path_factory):
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("tp", ["all", "1"])
 def test_as_many_tokens_as_decoding_accepts(engine, width, tp):
-    prompts, sampling = ["Hello", "a longer one, and more of it", "x"], SamplingParams(max_new_tokens=160)
+    prompts, sampling = (
+        ["Hello", "a longer one, and more of it", "x"],
+        SamplingParams(max_new_tokens=160),
+    )
     plain = engine.baseline().generate(prompts, sampling)
     texts = [(len(done.prompt_ids), [*done.prompt_ids, *done.token_ids]) for done in plain]
-    own = engine.variant(replace(engine.speculative, tree_width=width, draft_tensor_parallel_size=tp))
+    own = engine.variant(
+        replace(engine.speculative, tree_width=width, draft_tensor_parallel_size=tp)
+    )
     stats = [done.stats for done in own.generate(prompts, sampling, batch_size=3)]
     total = sum(stats[1:], stats[0])
     found = accepted_by_width(alone(own.mesh, own.load()[1]), texts, LEVELS, [width])[width]

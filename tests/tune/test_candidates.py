@@ -52,22 +52,41 @@ def test_mlps_run_at_once_where_that_saves_communication():
     shared = {(2, 1, "all"), (2, 2, "all"), (3, 1, "all"), (3, 2, "all"), (3, 3, "all")}
     assert sizes == shared | {(2, 1, "1"), (3, 1, "1")}
     pairs = candidates("2", 12, Space([1, 3], [1], 1, ["all"], mlp_lp_sizes=[2]))
-    assert {(c.speculative.method, c.speculative.mlp_lp_size) for c in pairs} == {("sd", 1), ("easyspec", 2)}
+    assert {(c.speculative.method, c.speculative.mlp_lp_size) for c in pairs} == {
+        ("sd", 1),
+        ("easyspec", 2),
+    }
     alone = candidates("1", 12, Space([3], [1], 1))
     assert [c.speculative.mlp_lp_size for c in alone] == [1]
 
 
 def test_refits_are_taken_where_there_are_any():
     found = candidates("2", 6, Space([4, 5, 6], [1], 1, ["all"], refits={(4, 2), (6, 1)}))
-    refits = {(c.speculative.lp_size, c.speculative.mlp_lp_size): c.speculative.refit for c in found}
+    refits = {
+        (c.speculative.lp_size, c.speculative.mlp_lp_size): c.speculative.refit for c in found
+    }
     # 5 and 6 give the same groups, but of the latter there is a refit.
-    assert refits == {(4, 1): "none", (4, 2): "auto", (5, 1): "none", (5, 2): "none", (6, 1): "auto"}
+    assert refits == {
+        (4, 1): "none",
+        (4, 2): "auto",
+        (5, 1): "none",
+        (5, 2): "none",
+        (6, 1): "auto",
+    }
 
 
 def test_small_drafts_have_smaller_groups_by_default():
     assert list(Space.of(3).lp_sizes) == [1, 2, 3]
     assert list(Space.of(30).lp_sizes) == [1, 2, 3, 4, 7]
-    assert list(Space.of(30, refits=frozenset({(5, 1), (14, 2)})).lp_sizes) == [1, 2, 3, 4, 5, 7, 14]
+    assert list(Space.of(30, refits=frozenset({(5, 1), (14, 2)})).lp_sizes) == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        7,
+        14,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -87,13 +106,17 @@ def test_refusals(space, message):
 
 def test_what_shares_weights_and_what_shares_acceptance():
     four, eight = (
-        Candidate(MeshShape(4, 2), SpeculativeConfig(tree_width=width, num_speculative_tokens=width))
+        Candidate(
+            MeshShape(4, 2), SpeculativeConfig(tree_width=width, num_speculative_tokens=width)
+        )
         for width in (4, 8)
     )
     assert four.draft == eight.draft
     replicated = Candidate(MeshShape(1, 8), SpeculativeConfig(draft_tensor_parallel_size="1"))
     assert replicated.draft != four.draft
     assert replicated.draft.drafting == four.draft.drafting
-    ordinary = [Candidate(MeshShape(1, 8), SpeculativeConfig(method=method)) for method in ("sd", "tree")]
+    ordinary = [
+        Candidate(MeshShape(1, 8), SpeculativeConfig(method=method)) for method in ("sd", "tree")
+    ]
     assert ordinary[0].draft == ordinary[1].draft
     assert ordinary[0].draft.drafting != four.draft.drafting

@@ -12,7 +12,11 @@ def test_ways_take_turns_at_being_first():
         return lambda prompt: order.append((prompt, name)) or 1.0
 
     alternate({name: way(name) for name in "abc"}, 3, go_on=lambda number: True)
-    assert ["".join(name for _, name in order[i : i + 3]) for i in (0, 3, 6)] == ["abc", "bca", "cab"]
+    assert ["".join(name for _, name in order[i : i + 3]) for i in (0, 3, 6)] == [
+        "abc",
+        "bca",
+        "cab",
+    ]
     assert [prompt for prompt, _ in order] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 

@@ -12,9 +12,14 @@ from easyspec_jax.tune.predict import SLACK, Figures, frontier, plain_tokens_per
 SHAPE = MeshShape(2, 1)
 
 
-def fuzzy(levels: int, width: int = 1, lp_size: int = 2, tp: DraftTensorParallelSize = "all") -> Candidate:
+def fuzzy(
+    levels: int, width: int = 1, lp_size: int = 2, tp: DraftTensorParallelSize = "all"
+) -> Candidate:
     speculative = SpeculativeConfig(
-        num_speculative_tokens=levels, tree_width=width, lp_size=lp_size, draft_tensor_parallel_size=tp
+        num_speculative_tokens=levels,
+        tree_width=width,
+        lp_size=lp_size,
+        draft_tensor_parallel_size=tp,
     )
     return Candidate(SHAPE, speculative)
 
@@ -90,7 +95,10 @@ def test_smaller_groups_and_wider_trees_bound_acceptance(figures):
 
 def test_a_refit_is_not_bounded_by_what_has_none(figures):
     def with_refit(lp_size: int, mlp_lp_size: int, refit: str) -> Candidate:
-        return Candidate(SHAPE, replace(fuzzy(1).speculative, lp_size=lp_size, mlp_lp_size=mlp_lp_size, refit=refit))
+        return Candidate(
+            SHAPE,
+            replace(fuzzy(1).speculative, lp_size=lp_size, mlp_lp_size=mlp_lp_size, refit=refit),
+        )
 
     figures.acceptance[with_refit(2, 1, "none").draft.drafting] = {1: (0.5,)}
     assert predict(figures, with_refit(4, 1, "none")).accepted == 0.5 * SLACK

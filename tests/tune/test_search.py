@@ -123,5 +123,7 @@ def test_the_default_placements_come_first_and_then_neighbours_of_the_fastest(fo
     assert (steps[5].layout.lp_size, steps[5].shape) == (7, MeshShape(4, 2))
     assert steps[5].layout.draft_tensor_parallel_size == "1"
     assert len(set(steps[:10])) == 10
-    assert {draft.drafting for draft in steps[5:10]} == {draft.drafting for draft in default}  # then other splits
+    assert {draft.drafting for draft in steps[5:10]} == {
+        draft.drafting for draft in default
+    }  # then other splits
     assert len(set(steps)) == len(steps) == len({candidate.draft for candidate in found})

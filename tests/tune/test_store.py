@@ -13,7 +13,12 @@ from easyspec_jax.tune.store import FILE, Choice, Key, find, identity, keep, pla
 from tests.models import save_model
 
 KEY = Key("target", "draft", "cpu", "cpu", "8", "float32")
-CHOICE = Choice("layer=4,tensor=2", SpeculativeConfig(lp_size=3, tree_width=4, num_speculative_tokens=6), 30.0, 20.0)
+CHOICE = Choice(
+    "layer=4,tensor=2",
+    SpeculativeConfig(lp_size=3, tree_width=4, num_speculative_tokens=6),
+    30.0,
+    20.0,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +102,8 @@ def test_identity_follows_the_weights_and_not_the_place(tmp_path):
     save_model(tmp_path / "same", "llama3", num_hidden_layers=1)
     save_model(tmp_path / "trained", "llama3", seed=1, num_hidden_layers=1)
     save_model(tmp_path / "longer", "llama3", num_hidden_layers=1, max_position_embeddings=512)
-    one, same, *others = (identity(open_checkpoint(tmp_path / name)) for name in ("one", "same", "trained", "longer"))
+    one, same, *others = (
+        identity(open_checkpoint(tmp_path / name)) for name in ("one", "same", "trained", "longer")
+    )
     assert one == same
     assert len({one, *others}) == 3

@@ -61,7 +61,10 @@ def test_measured_speeds_decide_and_not_predicted_ones(engine, faked, fastest, o
     assert found.choice.speculative.method == fastest
     assert (found.choice.tokens_per_second, found.choice.plain_tokens_per_second) == (3.0, 1.0)
     best = found.rows[0]
-    assert (best.prediction.candidate.speculative, best.confirmed) == (found.choice.speculative, 3.0)
+    assert (best.prediction.candidate.speculative, best.confirmed) == (
+        found.choice.speculative,
+        3.0,
+    )
 
 
 def test_plain_decoding_wins_where_every_draft_is_slower(engine, faked):
@@ -97,7 +100,9 @@ def test_everything_is_really_measured(engine):
     assert found.not_reached == 0
     assert found.plain > 0
     assert len(found.figures.step) == 3  # the ordinary draft, and both splits of the fuzzy one
-    assert all(0 < seconds < 10 for steps in found.figures.step.values() for seconds in steps.values())
+    assert all(
+        0 < seconds < 10 for steps in found.figures.step.values() for seconds in steps.values()
+    )
     own = engine.variant(found.choice.speculative)
     (plain,), (text,) = (e.generate(["Hello"], SAMPLE.sampling) for e in (engine.baseline(), own))
     assert text.token_ids == plain.token_ids
@@ -105,7 +110,9 @@ def test_everything_is_really_measured(engine):
 
 def test_variants_share_weights_that_lie_alike(tmp_path):
     save_model(tmp_path, "smollm2", vocab_size=260, eos_token_id=3, num_hidden_layers=4)
-    engine = open_model(tmp_path, tmp_path, mesh="layer=2,tensor=2", speculative=SpeculativeConfig(lp_size=2))
+    engine = open_model(
+        tmp_path, tmp_path, mesh="layer=2,tensor=2", speculative=SpeculativeConfig(lp_size=2)
+    )
 
     def buffers(model):
         return [
@@ -123,5 +130,8 @@ def test_variants_share_weights_that_lie_alike(tmp_path):
     assert split.load()[1] is not draft
     assert engine.variant(SpeculativeConfig(lp_size=3)).load()[1] is not draft
     sampling = SamplingParams(max_new_tokens=10)
-    texts = [next(e.generate(["Hello"], sampling)).token_ids for e in (engine, deeper, split, engine.baseline())]
+    texts = [
+        next(e.generate(["Hello"], sampling)).token_ids
+        for e in (engine, deeper, split, engine.baseline())
+    ]
     assert all(text == texts[0] for text in texts)

@@ -70,10 +70,18 @@ class Truncation(NamedTuple):
 NO_TRUNCATION = Truncation(0, 1.0)
 
 
-def make_request(seeds: np.ndarray, temperature: float, truncation: Truncation = NO_TRUNCATION) -> RowSampling:
+def make_request(
+    seeds: np.ndarray, temperature: float, truncation: Truncation = NO_TRUNCATION
+) -> RowSampling:
     """Rows with seeds of their own."""
-    values = ((0, np.int32), (temperature, np.float32), (truncation.top_k, np.int32), (truncation.top_p, np.float32))
-    return RowSampling(seeds.astype(np.uint32), *(np.full(seeds.shape, x, dtype) for x, dtype in values))  # pyright: ignore[reportArgumentType]
+    values = (
+        (0, np.int32),
+        (temperature, np.float32),
+        (truncation.top_k, np.int32),
+        (truncation.top_p, np.float32),
+    )
+    fields: list[Any] = [np.full(seeds.shape, x, dtype) for x, dtype in values]
+    return RowSampling(jnp.asarray(seeds.astype(np.uint32)), *fields)
 
 
 def program(
@@ -88,7 +96,9 @@ def program(
     planting: makes the fault of a number, which is the program's last argument.
     """
 
-    def body(target: Markov, draft: Markov, request: RowSampling, first: jax.Array, fault: jax.Array) -> jax.Array:
+    def body(
+        target: Markov, draft: Markov, request: RowSampling, first: jax.Array, fault: jax.Array
+    ) -> jax.Array:
         with planting(fault):
             return texts(target, draft, request, first)
 
@@ -127,9 +137,13 @@ def draw_texts(
     ids = np.arange(TOKENS, dtype=np.int32) * (vocab // TOKENS)
     tables = np.full((2, vocab, vocab), -np.inf, np.float32)
     tables[:, ids[:, None], ids[None, :]] = np.stack(pair)
-    models = (Markov(table, axes) for table, axes in zip(tables, (ALL_AXES, draft_axes), strict=True))
+    models = (
+        Markov(table, axes) for table, axes in zip(tables, (ALL_AXES, draft_axes), strict=True)
+    )
     texts = np.asarray(run(*models, request, ids[0], np.int32(fault)))
-    assert np.isin(texts, ids).all(), "a token without probability under the target, or too few tokens"
+    assert np.isin(texts, ids).all(), (
+        "a token without probability under the target, or too few tokens"
+    )
     return np.searchsorted(ids, texts)
 
 

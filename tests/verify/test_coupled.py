@@ -25,16 +25,24 @@ def choices(logits: np.ndarray, temperature: float) -> np.ndarray:
         position = jnp.full((DRAWS, 1), 7, jnp.int32)
         return Coupled().preference(jnp.broadcast_to(logits, shape), ids, position, request, ())
 
-    return np.asarray(jax.jit(body)(make_request(np.arange(DRAWS), temperature)))[:, 0].argmax(axis=-1)
+    return np.asarray(jax.jit(body)(make_request(np.arange(DRAWS), temperature)))[:, 0].argmax(
+        axis=-1
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_draft_and_target_agree_more_than_by_chance(temperature):
     """Each follows its own distribution, and they agree as often as Daliri et al. say: at least (1 - TV) / (1 + TV)."""
     logits = np.random.default_rng(0).normal(size=(2, TOKENS)).astype(np.float32) * 1.5
-    (p, q), (token, drafted) = softmax(logits / temperature), (choices(row, temperature) for row in logits)
+    (p, q), (token, drafted) = (
+        softmax(logits / temperature),
+        (choices(row, temperature) for row in logits),
+    )
     for chosen, probabilities in ((token, p), (drafted, q)):
-        assert goodness_of_fit(np.bincount(chosen, minlength=TOKENS)[None], probabilities[None]) > 0.001
+        assert (
+            goodness_of_fit(np.bincount(chosen, minlength=TOKENS)[None], probabilities[None])
+            > 0.001
+        )
     agreement, overlap = np.mean(drafted == token), np.minimum(p, q).sum()
     assert agreement > 2 * (p @ q)
     assert overlap / (2 - overlap) - 0.01 < agreement < overlap + 0.01
@@ -48,13 +56,34 @@ def models(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("truncation", [[], ["--top-k", "20", "--top-p", "0.9"]], ids=["whole", "truncated"])
+@pytest.mark.parametrize(
+    "truncation", [[], ["--top-k", "20", "--top-p", "0.9"]], ids=["whole", "truncated"]
+)
 def test_one_seed_is_one_text(models, capsys, truncation):
     """Whatever the draft, the method and the mesh."""
 
     def ids(*flags):
-        command = ["--target", str(models / "target"), "--verifier", "coupled", "--temperature", "0.8", *truncation]
-        command += ["--seed", "5", "--json", "--max-new-tokens", "24", "--prompt", "Hello", "--prompt", "b", *flags]
+        command = [
+            "--target",
+            str(models / "target"),
+            "--verifier",
+            "coupled",
+            "--temperature",
+            "0.8",
+            *truncation,
+        ]
+        command += [
+            "--seed",
+            "5",
+            "--json",
+            "--max-new-tokens",
+            "24",
+            "--prompt",
+            "Hello",
+            "--prompt",
+            "b",
+            *flags,
+        ]
         assert main(command) == 0
         return [json.loads(line)["token_ids"] for line in capsys.readouterr().out.splitlines()]
 
@@ -66,4 +95,6 @@ def test_one_seed_is_one_text(models, capsys, truncation):
     fuzzy = (*other, "--lp-size", "3", "--tree-width", "4", "--mesh", "8")
     assert ids(*fuzzy) == plain
     assert ids(*fuzzy, "--refit", add_refit(models / "draft", 3, models / "refit")) == plain
-    assert ids(*other, "--verifier", "rejection") != plain, "else this test says nothing about the verifier"
+    assert ids(*other, "--verifier", "rejection") != plain, (
+        "else this test says nothing about the verifier"
+    )

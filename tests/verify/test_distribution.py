@@ -66,7 +66,9 @@ class Case:
         start = zlib.crc32(str(self).encode())
         run = compiled(self.verifier(self.truncation != NO_TRUNCATION), self.width, self.nodes)
         requests = (self.request(start + i * CHUNK) for i in range(chunks))
-        return np.cumsum([count(draw_texts(run, PAIRS[self.pair], request)) for request in requests], axis=0)
+        return np.cumsum(
+            [count(draw_texts(run, PAIRS[self.pair], request)) for request in requests], axis=0
+        )
 
     def request(self, start: int) -> RowSampling:
         return make_request(np.arange(start, start + CHUNK), self.temperature, self.truncation)
@@ -76,7 +78,9 @@ class Case:
 
 
 @cache
-def compiled(verifier: Any, width: int, nodes: int | None, mesh: MeshShape = ONE, draft_axes: Axes = ALL_AXES) -> Any:
+def compiled(
+    verifier: Any, width: int, nodes: int | None, mesh: MeshShape = ONE, draft_axes: Axes = ALL_AXES
+) -> Any:
     config = RoundConfig(LEVELS, True, verifier, (), width, nodes)
     return program(config, mesh, draft_axes)
 
@@ -88,13 +92,17 @@ def p_value(counts: np.ndarray, probabilities: np.ndarray) -> float:
 def every_case() -> Iterator[Case]:
     """Chains with every draft; trees, which take longer, with one draft after the other."""
     turn = itertools.count()
-    for verifier, temperature, truncation in itertools.product((Rejection, Coupled), (0.7, 1.0), TRUNCATIONS):
+    for verifier, temperature, truncation in itertools.product(
+        (Rejection, Coupled), (0.7, 1.0), TRUNCATIONS
+    ):
         # Cut, the other drafts share too few tokens with the target for there to be much to see.
         pairs = list(PAIRS) if truncation == NO_TRUNCATION else ["good", "bad"]
         for pair in pairs:
             yield Case(verifier, 1, temperature, truncation, pair)
         for width, nodes in ((4, None), (4, 5), (8, None), (12, None)):
-            yield Case(verifier, width, temperature, truncation, pairs[next(turn) % len(pairs)], nodes)
+            yield Case(
+                verifier, width, temperature, truncation, pairs[next(turn) % len(pairs)], nodes
+            )
         next(turn)  # else each tree would always meet the same draft
 
 
@@ -105,7 +113,11 @@ ALPHA = 0.01 / len(EVERY_CASE)
 _FEW = [
     *itertools.product((Rejection,), (1,), (0.7, 1.0), (0,), PAIRS),
     *itertools.product((Rejection,), (4,), (0.7, 1.0), (1,), ("good", "bad")),
-    *[(Rejection, 8, 1.0, 0, "blind"), (Rejection, 12, 0.7, 0, "bad"), (Rejection, 12, 1.0, 0, "wishful")],
+    *[
+        (Rejection, 8, 1.0, 0, "blind"),
+        (Rejection, 12, 0.7, 0, "bad"),
+        (Rejection, 12, 1.0, 0, "wishful"),
+    ],
     *itertools.product((Coupled,), (1,), (0.7, 1.0), (0,), ("good", "bad")),
     *[(Coupled, 4, 0.7, 1, "good"), (Coupled, 4, 1.0, 1, "bad"), (Coupled, 12, 1.0, 0, "blind")],
 ]
@@ -126,9 +138,13 @@ def test_texts_follow_the_target_closer_and_closer(case):
     random = np.random.default_rng(0)
     for some in counts[[0, 4, 19]]:
         draws = some.sum()
-        samples = random.multinomial(draws, probabilities.reshape(-1), size=200).reshape(-1, *some.shape)
+        samples = random.multinomial(draws, probabilities.reshape(-1), size=200).reshape(
+            -1, *some.shape
+        )
         usual = [distance(sample, probabilities) for sample in samples]
-        assert abs(distance(some, probabilities) - np.mean(usual)) < 5 * np.std(usual), f"{draws} draws"
+        assert abs(distance(some, probabilities) - np.mean(usual)) < 5 * np.std(usual), (
+            f"{draws} draws"
+        )
 
 
 def distance(counts: np.ndarray, probabilities: np.ndarray) -> float:
@@ -140,7 +156,13 @@ def test_the_mesh_changes_nothing():
     """Neither for a split draft nor for one that every device has whole."""
     request = make_request(np.arange(1000), 0.7)
     one, *others = (
-        draw_texts(compiled(Rejection(), 4, None, *layout), PAIRS["good"], request, EIGHT.size * 16, layout[1])
+        draw_texts(
+            compiled(Rejection(), 4, None, *layout),
+            PAIRS["good"],
+            request,
+            EIGHT.size * 16,
+            layout[1],
+        )
         for layout in ((ONE, ALL_AXES), (EIGHT, ALL_AXES), (EIGHT, ()))
     )
     for other in others:
@@ -175,7 +197,9 @@ def test_a_sure_draft_that_is_wrong_does_no_harm(width, temperature):
     target, draft = np.zeros((2, TOKENS, TOKENS))
     target[:, 7], target[:, 3], draft[:, 3] = 10, -5, 10
     texts = draw_texts(
-        compiled(Rejection(), width, None), Pair(target, draft), make_request(np.arange(200), temperature)
+        compiled(Rejection(), width, None),
+        Pair(target, draft),
+        make_request(np.arange(200), temperature),
     )
     assert (texts == 7).all()
 
@@ -217,25 +241,36 @@ def planting(fault: jax.Array) -> Iterator[None]:
 
     def draft_left(q: jax.Array, trial: Trial) -> tuple[jax.Array, jax.Array]:
         here = has("what is left of the draft is all of it")
-        return tuple(jnp.where(here, x, y) for x, y in zip((q, 1.0), real["draft_left"](q, trial), strict=True))  # pyright: ignore[reportReturnType]
+        return tuple(
+            jnp.where(here, x, y)
+            for x, y in zip((q, 1.0), real["draft_left"](q, trial), strict=True)
+        )  # pyright: ignore[reportReturnType]
 
     def gumbel(keys: jax.Array, ids: jax.Array) -> jax.Array:
         drafting = ids.ndim == 3
-        return jnp.where(has("children are the likeliest") & drafting, 0.0, real["gumbel"](keys, ids))
+        return jnp.where(
+            has("children are the likeliest") & drafting, 0.0, real["gumbel"](keys, ids)
+        )
 
     def accept_children(p: jax.Array, tree: Tree, u: jax.Array) -> tuple[jax.Array, jax.Array]:
-        other = jnp.where(has("probabilities are those of another node"), jnp.roll(tree.q, 1, axis=1), tree.q)
+        other = jnp.where(
+            has("probabilities are those of another node"), jnp.roll(tree.q, 1, axis=1), tree.q
+        )
         accept, rest = real["accept_children"](p, replace(tree, q=other), u)
         return accept, jnp.where(has("a rejected token is replaced by one of the target"), p, rest)
 
     def prune(tree: Tree, nodes: int) -> Tree:
         of_parent = jnp.take_along_axis(tree.q, tree.parent[:, :, None], axis=1)
-        own = jnp.take_along_axis(of_parent, tree.rank[:, :, None], axis=2)[:, :, 0].at[:, 0].set(1.0)
+        own = (
+            jnp.take_along_axis(of_parent, tree.rank[:, :, None], axis=2)[:, :, 0].at[:, 0].set(1.0)
+        )
         path = jnp.sum(jnp.where(tree.ancestors, jnp.log(own)[:, None, :], 0.0), axis=2)
         wrong = has("children are pruned by probability") & tree.exists
         return real_prune(replace(tree, score=jnp.where(wrong, path, tree.score)), nodes)
 
-    def noise_keys(seeds: jax.Array, positions: jax.Array, rounds: jax.Array, purpose: Purpose) -> jax.Array:
+    def noise_keys(
+        seeds: jax.Array, positions: jax.Array, rounds: jax.Array, purpose: Purpose
+    ) -> jax.Array:
         seeds = jnp.where(has("requests share their noise"), seeds % 500, seeds)
         positions = jnp.where(has("positions share their noise"), 0, positions)
         return real["noise_keys"](seeds, positions, rounds, purpose)
@@ -252,14 +287,18 @@ def planting(fault: jax.Array) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "width, nodes, fault",
-    [(1, 1, fault) for fault in FAULTS if fault not in IN_TREES] + [(4, 5, fault) for fault in FAULTS],
+    [(1, 1, fault) for fault in FAULTS if fault not in IN_TREES]
+    + [(4, 5, fault) for fault in FAULTS],
 )
 def test_planted_faults_are_noticed(width, nodes, fault):
     run = with_faults(width, nodes)
     case = Case(Rejection, width, 0.7, NO_TRUNCATION, "bad", nodes)
     requests = (case.request(3 * 10**9 + i * CHUNK) for i in range(3))
     try:
-        texts = [draw_texts(run, PAIRS["bad"], request, fault=FAULTS.index(fault)) for request in requests]
+        texts = [
+            draw_texts(run, PAIRS["bad"], request, fault=FAULTS.index(fault))
+            for request in requests
+        ]
     except AssertionError:  # some texts end, because the fault leaves nothing to choose from
         assert fault != "none"
         return

@@ -38,7 +38,9 @@ def walk(tree: Tree, best: np.ndarray, row: int) -> int:
     """The last node on the way that the target takes from the root."""
     node = 0
     while True:
-        steps = (tree.parent[row] == node) & (tree.tokens[row] == best[row, node]) & tree.exists[row]
+        steps = (
+            (tree.parent[row] == node) & (tree.tokens[row] == best[row, node]) & tree.exists[row]
+        )
         following = [i for i in np.flatnonzero(steps).tolist() if i > 0]
         if not following:
             return node
@@ -50,7 +52,11 @@ def walk(tree: Tree, best: np.ndarray, row: int) -> int:
 def test_the_targets_argmax_passes_wherever_it_is(mesh, width):
     levels = 4 if width else 0
     tree = random_tree(0, BATCH, levels, width) if width else bare_root(jnp.zeros(BATCH, jnp.int32))
-    target = np.random.default_rng(1).integers(-9, 3, size=(*tree.parent.shape, VOCAB)).astype(np.float32)  # many ties
+    target = (
+        np.random.default_rng(1)
+        .integers(-9, 3, size=(*tree.parent.shape, VOCAB))
+        .astype(np.float32)
+    )  # many ties
     best = np.argmax(target, axis=-1)
     tree = with_tokens(tree, best)
 
@@ -69,8 +75,25 @@ def test_the_targets_argmax_passes_wherever_it_is(mesh, width):
 def test_name_and_sampling_choose_the_verifier():
     for name, sampled in (("rejection", Rejection), ("coupled", Coupled)):
         assert choose(name, SamplingParams(top_k=5)) == Greedy()
-        assert choose(name, SamplingParams(temperature=0.7)) == choose(name, SamplingParams(temperature=1)) == sampled()
+        assert (
+            choose(name, SamplingParams(temperature=0.7))
+            == choose(name, SamplingParams(temperature=1))
+            == sampled()
+        )
         assert choose(name, SamplingParams(temperature=1, top_k=5)) == sampled(truncates=True)
         assert choose(name, SamplingParams(temperature=1, top_p=0.5)) == sampled(truncates=True)
     # As static arguments they must not recompile, and must not be taken for one another.
-    assert len({Greedy(), Greedy(), Rejection(), Rejection(), Coupled(), Coupled(True), Rejection(True)}) == 5
+    assert (
+        len(
+            {
+                Greedy(),
+                Greedy(),
+                Rejection(),
+                Rejection(),
+                Coupled(),
+                Coupled(True),
+                Rejection(True),
+            }
+        )
+        == 5
+    )

@@ -19,7 +19,9 @@ find_children, find_deepest = jax.jit(children), jax.jit(deepest)
 find_path, cut = jax.jit(path_to, static_argnums=2), jax.jit(prune, static_argnums=1)
 
 
-def make_tree(parents: ArrayLike, score: ArrayLike | None = None, tokens: ArrayLike | None = None) -> Tree:
+def make_tree(
+    parents: ArrayLike, score: ArrayLike | None = None, tokens: ArrayLike | None = None
+) -> Tree:
     """A tree for each row of parents, which come before their children; what is not given differs from node to node."""
     parent = np.asarray(parents, np.int32)
     rows, nodes = np.arange(len(parent)), parent.shape[1]
@@ -101,7 +103,9 @@ def test_deepest_is_that_of_a_walk(tree):
     found = find_deepest(tree, accept)
     assert found.dtype == jnp.int32
     depths = set()
-    for leaf, row, parent, depth, exists in by_row(found, accept, tree.parent, tree.depth, tree.exists):
+    for leaf, row, parent, depth, exists in by_row(
+        found, accept, tree.parent, tree.depth, tree.exists
+    ):
         passed = [0]
         for node in range(1, len(parent)):
             passed += [node] if row[node] and exists[node] and parent[node] in passed else []
@@ -133,9 +137,13 @@ def test_pruning_keeps_the_best_with_all_that_is_above_them(nodes):
     tree, pruned = jax.device_get((tree, cut(tree, nodes)))
     for row, score in enumerate(tree.score.tolist()):
         kept = best(score, nodes)
-        assert pruned.parent[row].tolist() == [kept.index(parent) for parent in tree.parent[row, kept].tolist()]
+        assert pruned.parent[row].tolist() == [
+            kept.index(parent) for parent in tree.parent[row, kept].tolist()
+        ]
         for name in {field.name for field in fields(Tree)} - {"parent", "ancestors", "width"}:
-            np.testing.assert_array_equal(getattr(pruned, name)[row], getattr(tree, name)[row, kept])
+            np.testing.assert_array_equal(
+                getattr(pruned, name)[row], getattr(tree, name)[row, kept]
+            )
     anew = make_tree(pruned.parent)
     np.testing.assert_array_equal(pruned.ancestors, anew.ancestors)
     np.testing.assert_array_equal(pruned.depth, anew.depth)
