@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from easyspec_jax.cli.command import Parser, add_allow_links
+from easyspec_jax.cli.command import Parser, run_command
+from easyspec_jax.cli.flags import add_shared
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import FLOAT_DTYPES
 
@@ -19,30 +20,26 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code: 0, 2 for bad input, 130 if interrupted."""
+    """Run the command and return its exit code, as run_command does."""
     started = time.monotonic()
     _share_free_memory()
-    try:
-        arguments = _parser().parse_args(argv)
-        model = _open(arguments)
-        result = _convert(model, arguments)
-    except (EasySpecError, OSError) as error:
-        print("convert: error:", " ".join(str(error).splitlines()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("convert: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    again = "interrupted; the same command goes on from here"
+    return run_command("convert", _parser(), lambda args: _run(args, started), argv, again)
+
+
+def _run(args: argparse.Namespace, started: float) -> None:
+    model = _open(args)
+    result = _convert(model, args)
     seconds = time.monotonic() - started
     notes = (
         f", {result.reused / 1e6:,.1f} MB of it from an interrupted run" if result.reused else ""
     )
-    notes += ", verified" if arguments.verify else ""
+    notes += ", verified" if args.verify else ""
     notes += "" if model.has_tokenizer else "; it has no tokenizer, which generating needs"
     print(
-        f"{arguments.out}: {result.parameters / 1e6:,.1f} M parameters, {result.dtype}, "
+        f"{args.out}: {result.parameters / 1e6:,.1f} M parameters, {result.dtype}, "
         f"{result.size / 1e6:,.1f} MB, {seconds:.1f} s{notes}"
     )
-    return 0
 
 
 def _open(arguments: argparse.Namespace) -> "Model":
@@ -104,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--revision", help="commit, branch or tag of a model on the hub; by default its main branch"
     )
-    add_allow_links(parser)
+    add_shared(parser, "--allow-links")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", required=True, help="the directory to create"
     )

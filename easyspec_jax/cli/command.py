@@ -1,7 +1,8 @@
-"""Parsing, running and caching shared by all commands."""
+"""Parsing, exit codes and caching: everything that all commands do alike."""
 
 import argparse
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,9 +13,12 @@ from typing import NoReturn
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.files import cache_directory, read_input
 
+OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
+"""Exit codes. A command may return others of its own, as a job with bad lines returns 1."""
+
 
 class Parser(argparse.ArgumentParser):
-    """Refuses a bad command line as everything else is refused: with an EasySpecError, without printing the usage."""
+    """An ArgumentParser that raises EasySpecError where argparse prints the usage and exits."""
 
     def error(self, message: str) -> NoReturn:
         raise EasySpecError(f"{message} (see --help)")
@@ -23,41 +27,71 @@ class Parser(argparse.ArgumentParser):
 def run_command(
     program: str,
     parser: argparse.ArgumentParser,
-    run: Callable[[argparse.Namespace], None],
+    run: Callable[[argparse.Namespace], int | None],
     argv: Sequence[str] | None,
+    interrupted: str = "",
 ) -> int:
-    """Runs a command on its arguments; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run a command on its arguments and turn what it raises into one line and an exit code.
+
+    Args:
+        program: The name that begins an error's line.
+        parser: Reads the arguments.
+        run: The command. It may return an exit code; None stands for OK.
+        argv: The arguments, by default this process's.
+        interrupted: What to say after Ctrl-C.
+
+    Returns:
+        The command's own exit code, BAD_INPUT after an error, INTERRUPTED after Ctrl-C.
+    """
     try:
-        run(parser.parse_args(argv))
-    except BrokenPipeError:  # the reader has had enough
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (EasySpecError, OSError) as error:
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return run(parser.parse_args(argv)) or OK
     except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    return 0
+        print(f"{program}: {interrupted}" if interrupted else "", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # as `| head` does once it has its lines
+        _abandon_stdout()
+        return OK
+    except EasySpecError as error:
+        message = with_flags(str(error))
+    except OSError as error:
+        _abandon_stdout()
+        message = str(error)
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        advice = "use more devices, a smaller --dtype, or lower --max-new-tokens"
+        message = f"the devices' memory does not suffice; {advice}"
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _abandon_stdout() -> None:
+    """Point stdout at nothing, because the interpreter flushes it at exit and would fail again."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def with_flags(message: str) -> str:
+    """Name flags where a message of the library names fields.
+
+    Example:
+        >>> with_flags("`top_p` 1.5 must be a probability")
+        '--top-p 1.5 must be a probability'
+    """
+    return re.sub(r"`([a-z_]+)`", lambda field: "--" + field[1].replace("_", "-"), message)
 
 
 def flags_in(argv: Sequence[str] | None) -> set[str]:
-    """The long flags that a command line, by default this process's, spells out."""
+    """Return the long flags that a command line, by default this process's, spells out."""
     words = sys.argv[1:] if argv is None else argv
     return {word.partition("=")[0] for word in words if word.startswith("--")}
-
-
-def add_allow_links(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Add the flag that lets a checkpoint's files lie elsewhere."""
-    parser.add_argument("--allow-links", action="store_true",
-                        help="follow links that lead out of a checkpoint's directory")  # fmt: skip
 
 
 def read_prompts(path: str | Path) -> list[str]:
     """Read the lines of a file, or of standard input for "-", that are not blank.
 
     Raises:
-        EasySpecError: It cannot be read, or there are none.
+        EasySpecError: The file cannot be read, or all its lines are blank.
     """
     try:
         lines = read_input(path).decode("utf-8-sig").split("\n")
@@ -70,15 +104,16 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def cache_compilations() -> None:
-    """A second run of the same models and mesh starts at once, unless JAX is told of another cache."""
+    """Keep compiled programs on disk for the next run, unless JAX has a cache configured already."""
     import jax
 
-    # Half-written entries are compiled again; there is nothing to warn about.
+    # JAX compiles anew where another process has half written an entry; a user need not know.
     warnings.filterwarnings(
         "ignore", "Error (reading|writing) persistent compilation cache entry", UserWarning
     )
     directory = cache_directory()
-    if jax.config.jax_compilation_cache_dir is None and directory is not None:  # pyright: ignore[reportAttributeAccessIssue]
+    configured = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if configured is None and directory is not None:
         with suppress(OSError):
             cache = directory / "xla"
             cache.mkdir(parents=True, exist_ok=True)

@@ -1,236 +1,88 @@
-"""The flags of `python -m easyspec_jax.generate`, what they may not contradict, and the options they come to."""
+"""Flags that several commands share, each declared once."""
 
 import argparse
-import re
-from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
-from easyspec_jax import demo
-from easyspec_jax.cli.command import Parser, add_allow_links, flags_in, read_prompts
-from easyspec_jax.errors import EasySpecError
-from easyspec_jax.options import (
-    DraftTensorParallelSize,
-    DType,
-    Method,
-    Platform,
-    SamplingParams,
-    SpeculativeConfig,
-    Verifier,
-)
+from easyspec_jax.options import DraftTensorParallelSize, DType, Platform, SpeculativeConfig
 
-AUTO = "auto"
-TUNED = ("--method", "--num-speculative-tokens", "--tree-width", "--tree-nodes", "--lp-size", "--mlp-lp-size",
-         "--refit", "--no-refit", "--no-calibration", "--draft-tensor-parallel-size")  # fmt: skip
-"""Flags that --lp-strategy auto sets itself and that conflict with it."""
+_DEFAULT = SpeculativeConfig()
 
+SHARED: dict[str, dict[str, Any]] = {
+    "--mesh": {
+        "default": "1",
+        "help": 'devices: "8", or "layer=4,tensor=2" (default: %(default)s)',
+    },
+    "--platform": {"choices": get_args(Platform), "help": "default: the fastest one present"},
+    "--dtype": {
+        "default": "auto",
+        "choices": get_args(DType),
+        "help": "default: float32 on a CPU, else the checkpoint's",
+    },
+    "--max-length": {
+        "type": int,
+        "metavar": "L",
+        "help": "the most tokens of a text, its prompt included",
+    },
+    "--allow-links": {
+        "action": "store_true",
+        "help": "follow links that lead out of a checkpoint's directory",
+    },
+    "--num-speculative-tokens": {
+        "type": int,
+        "default": _DEFAULT.num_speculative_tokens,
+        "metavar": "N",
+        "help": "depth of a round's draft (default: %(default)s)",
+    },
+    "--tree-width": {
+        "type": int,
+        "metavar": "W",
+        "help": "tokens drafted at each depth (default: 1, a chain; 4 for --method tree)",
+    },
+    "--lp-size": {
+        "type": int,
+        "default": _DEFAULT.lp_size,
+        "metavar": "N",
+        "help": "layers that run at once (default: %(default)s)",
+    },
+    "--lp-strategy": {
+        "metavar": "S",
+        "help": 'explicit groups, such as "0,1-3,4-7x2,8", where x2 runs two MLPs at a time',
+    },
+    "--mlp-lp-size": {
+        "type": int,
+        "default": _DEFAULT.mlp_lp_size,
+        "metavar": "M",
+        "help": "MLPs of a group that run at once (default: %(default)s)",
+    },
+    "--draft-tensor-parallel-size": {
+        "default": _DEFAULT.draft_tensor_parallel_size,
+        "choices": get_args(DraftTensorParallelSize),
+        "help": "replicate or split over all devices the parts of the draft that are not "
+        "layer-parallel (default: %(default)s)",
+    },
+    "--json": {"action": "store_true", "help": "print one JSON object"},
+}
+"""Arguments of argparse's `add_argument`, by flag."""
 
-def parse_flags(program: str, description: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """A command line, by default this process's. Raises EasySpecError for flags that do not go together."""
-    parser = Parser(prog=f"python -m {program}", description=description, allow_abbrev=False)
-    for add in (
-        _add_models,
-        _add_hosts,
-        _add_prompts,
-        _add_speculation,
-        _add_sampling,
-        _add_output,
-    ):
-        add(parser)
-    args = parser.parse_args(argv)
-    _check(args, flags_in(argv))
-    return args
-
-
-def sampling_of(args: argparse.Namespace) -> SamplingParams:
-    """Build SamplingParams from the flags. Raises EasySpecError for invalid values."""
-    stop = tuple(_unescaped(text) for text in args.stop)
-    return SamplingParams(
-        args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens, stop
-    )
-
-
-def _unescaped(text: str) -> str:
-    r"""Text in which \n, \t, \r and \\ stand for a new line, a tab, a carriage return and a backslash."""
-    meant = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
-    return re.sub(r"\\([ntr\\])", lambda found: meant[found[1]], text)
-
-
-def speculative_of(args: argparse.Namespace) -> SpeculativeConfig:
-    """Build a SpeculativeConfig from the flags. Raises EasySpecError for invalid values."""
-    return SpeculativeConfig(
-        method=args.method,
-        num_speculative_tokens=args.num_speculative_tokens,
-        tree_width=args.tree_width,
-        tree_nodes=args.tree_nodes,
-        lp_size=args.lp_size,
-        lp_strategy=args.lp_strategy,
-        mlp_lp_size=args.mlp_lp_size,
-        refit=args.refit,
-        calibration=not args.no_calibration,
-        draft_tensor_parallel_size=args.draft_tensor_parallel_size,
-        verifier=args.verifier,
-    )
+DEVICES = ("--mesh", "--platform", "--dtype", "--allow-links")
+"""Flags that say where and in what type a checkpoint is opened."""
 
 
-def prompts_of(args: argparse.Namespace) -> list[str]:
-    """Return the prompts to complete; none if a conversation is wanted instead."""
-    if args.prompt is not None:
-        return args.prompt
-    if args.prompt_file is None:
-        if args.chat and not (args.json or args.compare or args.no_stream):
-            return []
-        if args.target is None:
-            return [demo.PROMPT]
-        raise EasySpecError(
-            "no prompt; give --prompt TEXT or --prompt-file FILE, or only --chat for a conversation"
-        )
-    return read_prompts(args.prompt_file)
+def add_shared(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup, *flags: str, **changes: Any
+) -> None:
+    """Add shared flags to a parser or to a group of one.
+
+    Args:
+        parser: The parser.
+        flags: Names in SHARED.
+        changes: Arguments of `add_argument` that take the place of the shared ones.
+    """
+    for flag in flags:
+        parser.add_argument(flag, **SHARED[flag] | changes)
 
 
-def _check(args: argparse.Namespace, given: set[str]) -> None:
-    contrary = [flag for flag in TUNED if flag in given]
-    if args.lp_strategy == AUTO and contrary:
-        raise EasySpecError(
-            f"--lp-strategy auto chooses {contrary[0]} itself: leave out one of the two"
-        )
-    if (args.prompts is None) != (args.out is None):
-        raise EasySpecError("--prompts FILE and --out FILE go together")
-    if args.system is not None and not args.chat:
-        raise EasySpecError("--system needs --chat")
-    printing = [flag for flag in ("--compare", "--json", "--no-stream") if flag in given]
-    if args.prompts is not None and printing:
-        raise EasySpecError(f"a job prints no texts: leave out {printing[0]} or --prompts")
-    needy = [flag for flag in ("--coordinator", "--num-processes", "--process-id") if flag in given]
-    if needy and not args.distributed:
-        raise EasySpecError(f"{needy[0]} needs --distributed")
-    if args.distributed and args.lp_strategy == AUTO:
-        raise EasySpecError(
-            "--lp-strategy auto measures, and --distributed processes would differ: give the flags"
-        )
-    if args.distributed and args.prompts is not None:
-        raise EasySpecError(
-            "--distributed runs no jobs: give --prompt TEXT or --prompt-file FILE instead of --prompts"
-        )
-
-
-def _add_models(parser: argparse.ArgumentParser) -> None:
-    models = parser.add_argument_group("models and devices")
-    models.add_argument("--target", metavar="DIR", help="converted or Hugging Face checkpoint of the model to speak "
-                        "(default: a small bundled pair that completes Python)")  # fmt: skip
-    models.add_argument("--draft", metavar="DIR", help="a smaller model of the same family")
-    models.add_argument(
-        "--mesh", default="1", help='devices: "8", or "layer=4,tensor=2" (default: %(default)s)'
-    )
-    models.add_argument(
-        "--platform", choices=get_args(Platform), help="default: the fastest one present"
-    )
-    models.add_argument("--dtype", default="auto", choices=get_args(DType),
-                        help="default: float32 on a CPU, else the checkpoint's")  # fmt: skip
-    models.add_argument(
-        "--max-length", type=int, metavar="L", help="prompt and generated tokens together"
-    )
-    add_allow_links(models)
-
-
-def _add_hosts(parser: argparse.ArgumentParser) -> None:
-    hosts = parser.add_argument_group("several hosts", "The same command on every one of them.")
-    hosts.add_argument("--distributed", action="store_true",
-                       help="be one of several processes: as the cluster says, or as the flags below do")  # fmt: skip
-    hosts.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="where process 0 is, for all to reach"
-    )
-    hosts.add_argument("--num-processes", type=int, metavar="N")
-    hosts.add_argument("--process-id", type=int, metavar="I", help="0 to N - 1; process 0 prints")
-
-
-def _add_prompts(parser: argparse.ArgumentParser) -> None:
-    prompts = parser.add_argument_group("prompts")
-    source = prompts.add_mutually_exclusive_group()
-    source.add_argument("--prompt", action="append", metavar="TEXT",
-                        help="may be repeated (default: an example, for the bundled pair)")  # fmt: skip
-    source.add_argument(
-        "--prompt-file", metavar="FILE", help="one prompt a line (-: standard input)"
-    )
-    source.add_argument("--prompts", metavar="FILE",
-                        help="a job: JSON lines with id, prompt or messages, and sampling "
-                        "(-: standard input)")  # fmt: skip
-    prompts.add_argument(
-        "--out", metavar="FILE", help="where a job's results go; goes on where it was stopped"
-    )
-    prompts.add_argument("--batch-size", type=int, default=1, metavar="B",
-                         help="prompts decoded together (default: %(default)s)")  # fmt: skip
-    prompts.add_argument("--chat", action="store_true",
-                         help="wrap each prompt in the checkpoint's chat template; "
-                         "without a prompt, hold a conversation")  # fmt: skip
-    prompts.add_argument(
-        "--system", metavar="TEXT", help="begin every conversation with this system message"
-    )
-
-
-def _add_speculation(parser: argparse.ArgumentParser) -> None:
-    default = SpeculativeConfig()
-    drafting = parser.add_argument_group("speculation")
-    drafting.add_argument("--method", default=default.method, choices=get_args(Method),
-                          help="default: %(default)s")  # fmt: skip
-    drafting.add_argument("--num-speculative-tokens", type=int, default=default.num_speculative_tokens, metavar="N",
-                          help="depth of the draft of a round (default: %(default)s)")  # fmt: skip
-    drafting.add_argument("--tree-width", type=int, metavar="W",
-                          help="tokens drafted at each depth (default: 1, a chain; 4 for --method tree)")  # fmt: skip
-    drafting.add_argument("--tree-nodes", type=int, metavar="M",
-                          help="how many of them, the best, the target verifies (default: all)")  # fmt: skip
-    drafting.add_argument("--lp-size", type=int, default=default.lp_size, metavar="N",
-                          help="layers that run at once (default: %(default)s)")  # fmt: skip
-    drafting.add_argument("--lp-strategy", metavar="S",
-                          help='explicit groups, such as "0,1-3,4-7x2,8", where x2 runs two MLPs at a time; or '
-                          '"auto": how to speculate at all, as easyspec_jax.tune chose it, which is run first if need '
-                          "be")  # fmt: skip
-    drafting.add_argument("--mlp-lp-size", type=int, default=default.mlp_lp_size, metavar="M",
-                          help="MLPs of a group that run at once, where --lp-strategy does not say "
-                          "(default: %(default)s)")  # fmt: skip
-    refit = drafting.add_mutually_exclusive_group()
-    refit.add_argument("--refit", default=default.refit, metavar="DIR",
-                       help="projections fitted to these groups (default: the draft directory's, if any)")  # fmt: skip
-    refit.add_argument(
-        "--no-refit", dest="refit", action="store_const", const="none", help="use none"
-    )
-    drafting.add_argument(
-        "--no-calibration", action="store_true", help="keep the fuzzy KV of accepted tokens"
-    )
-    drafting.add_argument("--draft-tensor-parallel-size", default=default.draft_tensor_parallel_size,
-                          choices=get_args(DraftTensorParallelSize),
-                          help="what of the draft is not layer-parallel is replicated or split over all devices "
-                          "(default: %(default)s)")  # fmt: skip
-    drafting.add_argument("--verifier", choices=get_args(Verifier),
-                          help="default: rejection for chains, coupled for trees")  # fmt: skip
-
-
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    sampling = parser.add_argument_group("sampling")
-    chosen = SamplingParams()
-    sampling.add_argument("--temperature", type=float, default=chosen.temperature, metavar="T",
-                          help="0 is greedy (default: %(default)s)")  # fmt: skip
-    sampling.add_argument("--top-k", type=int, default=chosen.top_k, metavar="K")
-    sampling.add_argument("--top-p", type=float, default=chosen.top_p, metavar="P")
-    sampling.add_argument("--seed", type=int, default=chosen.seed, help="prompt i uses seed + i")
-    sampling.add_argument("--max-new-tokens", type=int, default=chosen.max_new_tokens, metavar="M",
-                          help="default: %(default)s")  # fmt: skip
-    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT",
-                          help=r"ends the text before it, \n being a new line; may be repeated")  # fmt: skip
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--no-stream", action="store_true", help="print each text when it is complete"
-    )
-    output.add_argument(
-        "--json", action="store_true", help="print one JSON object a prompt, and no text"
-    )
-    output.add_argument(
-        "--compare",
-        action="store_true",
-        help="decode each prompt plainly too, and show what was gained",
-    )
-    output.add_argument(
-        "--verbose", action="store_true", help="show the mesh, the groups and each device's memory"
-    )
+def devices_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the values of the DEVICES flags as keyword arguments of `open_model`."""
+    names = [flag.removeprefix("--").replace("-", "_") for flag in DEVICES]
+    return {name: getattr(args, name) for name in names}

@@ -3,25 +3,30 @@
 import argparse
 import io
 import json
-import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from easyspec_jax import demo
-from easyspec_jax.cli.command import cache_compilations
-from easyspec_jax.cli.flags import AUTO, parse_flags, prompts_of, sampling_of, speculative_of
+from easyspec_jax.cli.command import cache_compilations, flags_in, run_command
+from easyspec_jax.cli.flags import devices_of
+from easyspec_jax.cli.generate_flags import (
+    AUTO,
+    check_flags,
+    generate_parser,
+    prompts_of,
+    sampling_of,
+    speculative_of,
+)
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
 from easyspec_jax.parallel import hosts
 from easyspec_jax.tokenizer.conversation import Prompt, with_system
 
-if (
-    TYPE_CHECKING
-):  # importing JAX takes a second, which --help and a mistyped flag need not wait for
+# Importing JAX takes a second, which --help and a mistyped flag need not wait for.
+if TYPE_CHECKING:
     from easyspec_jax.engine.completion import Completion
     from easyspec_jax.engine.engine import Engine
     from easyspec_jax.progress import Bar
@@ -30,46 +35,21 @@ PROGRAM = "easyspec_jax.generate"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0, 1 if a job has bad lines, 2 for bad input, 130 after Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
+    """Run the command and return its exit code: 1 if a job has bad lines, else as run_command."""
+    # Text goes through any terminal's encoding; input that is not text is refused as a prompt.
+    for stream, errors in (
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+        (sys.stdin, "surrogateescape"),
+    ):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # text goes through any terminal's encoding
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(
-            errors="surrogateescape"
-        )  # invalid text is refused as a prompt, in one line
-    try:
-        return _run(parse_flags(PROGRAM, str(__doc__), argv))
-    except EasySpecError as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader has had enough
-        _abandon_stdout()
-        return 0
-    except OSError as error:
-        _abandon_stdout()
-        print(f"{PROGRAM}: error: {str(error)[:200]}", file=sys.stderr)
-        return 2
-    except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        advice = "use more devices, a smaller --dtype, or lower --max-new-tokens"
-        print(f"{PROGRAM}: error: the devices' memory does not suffice; {advice}", file=sys.stderr)
-        return 2
+            stream.reconfigure(errors=errors)
+    parser = generate_parser(PROGRAM, str(__doc__))
+    return run_command(PROGRAM, parser, lambda args: _run(args, flags_in(argv)), argv)
 
 
-def _abandon_stdout() -> None:
-    """Keeps the interpreter from flushing what nobody can take."""
-    with suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, given: set[str]) -> int:
+    check_flags(args, given)
     sampling, speculative = sampling_of(args), speculative_of(args)
     if args.prompts is not None:
         return _run_job(args, speculative, sampling)
@@ -159,12 +139,9 @@ def _open_pair(args: argparse.Namespace, speculative: SpeculativeConfig, bar: "B
         return open_model(
             args.target,
             args.draft,
-            mesh=args.mesh,
-            platform=args.platform,
             speculative=speculative,
             max_length=args.max_length,
-            dtype=args.dtype,
-            allow_links=args.allow_links,
+            **devices_of(args),
         )
     from easyspec_jax.cli.console import print_note
     from easyspec_jax.parallel.mesh import parse_mesh

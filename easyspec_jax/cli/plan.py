@@ -7,17 +7,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.cli.command import Parser, run_command
+from easyspec_jax.cli.flags import add_shared
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.options import DraftTensorParallelSize, DType, SpeculativeConfig, resolve_dtype
+from easyspec_jax.options import SpeculativeConfig, resolve_dtype
 from easyspec_jax.plan.machines import MACHINES, Topology, parse_topology
 
-if (
-    TYPE_CHECKING
-):  # importing JAX takes a second, which --help and a mistyped flag need not wait for
+# Importing JAX takes a second, which --help and a mistyped flag need not wait for.
+if TYPE_CHECKING:
     from easyspec_jax.plan.ahead import Compiled, TooLarge
     from easyspec_jax.plan.report import Plan
     from easyspec_jax.plan.steps import Pair, Way
@@ -33,7 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    default = SpeculativeConfig()
     parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__, allow_abbrev=False)
     parser.add_argument("--topology", required=True, metavar="T",
                         help=f"v5e:2x4, v5p:2x2x2, h100:8, …; machines: {', '.join(MACHINES)}")  # fmt: skip
@@ -42,26 +41,37 @@ def _parser() -> argparse.ArgumentParser:
         models.add_argument(flag, required=True, metavar="NAME|FILE|DIR",
                             help="a bundled configuration such as Llama-3.3-70B (a wrong name lists them), a "
                             "config.json, or a checkpoint directory, of which no weight is read")  # fmt: skip
-    models.add_argument("--dtype", default="auto", choices=get_args(DType),
-                        help="default: float32 on a CPU, else the target's")  # fmt: skip
-    models.add_argument("--max-length", type=int, default=3072, metavar="L",
-                        help="prompt and generated tokens together (default: %(default)s)")  # fmt: skip
+    add_shared(models, "--dtype", help="default: float32 on a CPU, else the target's")
+    add_shared(
+        models,
+        "--max-length",
+        default=3072,
+        help="the most tokens of a text, its prompt included (default: %(default)s)",
+    )
     decoding = parser.add_argument_group("decoding")
     decoding.add_argument(
         "--mesh", help='"layer=4,tensor=2" (default: as --mesh with the number of devices)'
     )
-    decoding.add_argument("--num-speculative-tokens", type=int, default=default.num_speculative_tokens, metavar="N",
-                          help="depth of the draft of a round (default: %(default)s)")  # fmt: skip
-    decoding.add_argument("--tree-width", type=int, default=1, metavar="W",
-                          help="tokens drafted at each depth (default: %(default)s, a chain)")  # fmt: skip
-    decoding.add_argument("--lp-size", type=int, default=default.lp_size, metavar="N",
-                          help="layers that run at once in the round that is compiled; the tables have it beside "
-                          f"{', '.join(map(str, LP_SIZES))} (default: %(default)s)")  # fmt: skip
-    decoding.add_argument("--draft-tensor-parallel-size", default=default.draft_tensor_parallel_size,
-                          choices=get_args(DraftTensorParallelSize),
-                          help="likewise; the tables have both (default: %(default)s)")  # fmt: skip
-    decoding.add_argument("--mlp-lp-size", type=int, default=default.mlp_lp_size, metavar="M",
-                          help="MLPs of a group that run at once (default: %(default)s)")  # fmt: skip
+    add_shared(decoding, "--num-speculative-tokens")
+    add_shared(
+        decoding,
+        "--tree-width",
+        default=1,
+        help="tokens drafted at each depth (default: %(default)s, a chain)",
+    )
+    sizes = ", ".join(map(str, LP_SIZES))
+    add_shared(
+        decoding,
+        "--lp-size",
+        help="layers that run at once in the round that is compiled; the tables show it next to "
+        f"{sizes} (default: %(default)s)",
+    )
+    add_shared(
+        decoding,
+        "--draft-tensor-parallel-size",
+        help="likewise; the tables show both (default: %(default)s)",
+    )
+    add_shared(decoding, "--mlp-lp-size")
     decoding.add_argument(
         "--refit", action="store_true", help="count a refit's projections beside the draft's own"
     )
@@ -70,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-compile", action="store_true", help="count only: no memory of temporaries"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_shared(parser, "--json")
     return parser
 
 

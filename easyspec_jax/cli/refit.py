@@ -3,18 +3,17 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 from easyspec_jax import demo
 from easyspec_jax.cli.command import (
     Parser,
-    add_allow_links,
     cache_compilations,
     read_prompts,
     run_command,
 )
+from easyspec_jax.cli.flags import DEVICES, add_shared
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.options import DType, Platform, SamplingParams, SpeculativeConfig, check_whole
+from easyspec_jax.options import SamplingParams, SpeculativeConfig, check_whole
 
 PROGRAM = "easyspec_jax.refit"
 TOKENS = 30_000
@@ -28,36 +27,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    default = SpeculativeConfig()
     parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "--draft", type=Path, default=demo.DRAFT, metavar="DIR", help="default: the bundled one"
     )
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help="where to keep it (default: refit/ in the draft's directory)")  # fmt: skip
-    parser.add_argument(
-        "--mesh", default="1", help='devices: "8", or "layer=4,tensor=2" (default: %(default)s)'
-    )
-    parser.add_argument(
-        "--platform", choices=get_args(Platform), help="default: the fastest one present"
-    )
-    parser.add_argument("--dtype", default="auto", choices=get_args(DType),
-                        help="default: float32 on a CPU, else the checkpoint's")  # fmt: skip
-    add_allow_links(parser)
+    add_shared(parser, *DEVICES)
     groups = parser.add_argument_group("groups")
-    groups.add_argument("--lp-size", type=int, default=default.lp_size, metavar="N",
-                        help="layers that run at once (default: %(default)s)")  # fmt: skip
-    groups.add_argument(
-        "--lp-strategy",
-        metavar="S",
-        help='explicit groups, such as "0,1-3,4-7x2,8"; x2: two MLPs at a time',
-    )
+    add_shared(groups, "--lp-size", "--lp-strategy")
     groups.add_argument("--borders", default="measured", choices=("measured", "paper"),
                         help="which groups of --lp-size: those that cost least without more collectives or MLPs in a "
                         "row than by the paper's rule, or that rule (default: %(default)s)")  # fmt: skip
-    groups.add_argument("--mlp-lp-size", type=int, default=default.mlp_lp_size, metavar="M",
-                        help="MLPs that run at once; on average, if borders are measured (default: "
-                        "%(default)s)")  # fmt: skip
+    add_shared(
+        groups,
+        "--mlp-lp-size",
+        help="MLPs that run at once; on average, if borders are measured (default: %(default)s)",
+    )
     texts = parser.add_argument_group("what to fit on")
     given = texts.add_mutually_exclusive_group()
     given.add_argument(
@@ -100,9 +86,9 @@ def _run(args: argparse.Namespace) -> None:
         raise EasySpecError(f"--ridge {args.ridge} must be a number above 0")
 
     prompts = None if args.prompt_file is None else read_prompts(args.prompt_file)
-    from easyspec_jax.refit.refitting import (
-        refit,
-    )  # imports JAX, which a mistyped flag need not wait for
+
+    # Imports JAX, which a mistyped flag need not wait for.
+    from easyspec_jax.refit.refitting import refit
 
     cache_compilations()
     refit(args, speculative, sampling, prompts)

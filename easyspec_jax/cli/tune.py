@@ -10,21 +10,15 @@ from typing import get_args
 
 from easyspec_jax.cli.command import (
     Parser,
-    add_allow_links,
     cache_compilations,
     read_prompts,
     run_command,
 )
+from easyspec_jax.cli.flags import DEVICES, add_shared
 from easyspec_jax.drawing import check_drawing
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.files import check_writable, write_whole
-from easyspec_jax.options import (
-    DraftTensorParallelSize,
-    DType,
-    Platform,
-    SamplingParams,
-    check_whole,
-)
+from easyspec_jax.options import DraftTensorParallelSize, SamplingParams, check_whole
 from easyspec_jax.tune.draw import draw
 
 PROGRAM = "easyspec_jax.tune"
@@ -44,17 +38,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="a smaller model of the same family; the choice is stored in it",
     )
-    models.add_argument("--mesh", default="1",
-                        help='"8" tries its splits, "layer=4,tensor=2" only that (default: %(default)s)')  # fmt: skip
-    models.add_argument(
-        "--platform", choices=get_args(Platform), help="default: the fastest one present"
-    )
-    models.add_argument("--dtype", default="auto", choices=get_args(DType),
-                        help="default: float32 on a CPU, else the checkpoint's")  # fmt: skip
-    models.add_argument(
-        "--max-length", type=int, metavar="L", help="prompt and generated tokens together"
-    )
-    add_allow_links(models)
+    tries = '"8" tries its splits, "layer=4,tensor=2" only that (default: %(default)s)'
+    add_shared(models, "--mesh", help=tries)
+    add_shared(models, *DEVICES[1:], "--max-length")
     space = parser.add_argument_group("candidates")
     space.add_argument("--lp-sizes", type=int, nargs="+", metavar="N",
                        help="layers that run at once, 1 for an ordinary draft (default: 1 2 3 4 7)")  # fmt: skip
@@ -79,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seconds", type=float, default=150, metavar="S",
                         help="for measuring; what is not reached is left out (default: %(default)s)")  # fmt: skip
     output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="print one JSON object")
+    add_shared(output, "--json")
     output.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw step time against acceptance, as PNG"
     )

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tokenizers import AddedToken
 
-from easyspec_jax.cli.flags import parse_flags, sampling_of
+from easyspec_jax.cli.generate_flags import generate_parser, sampling_of
 from easyspec_jax.generate import main
 from tests.models import LAYERS, add_refit, byte_tokenizer, save_model
 
@@ -370,7 +370,7 @@ def test_a_stop_string_ends_the_text_the_same_way_for_every_method(
 def test_escapes_in_a_stop_string(arguments):
     def stop(*texts):
         flags = [word for text in texts for word in ("--stop", text)]
-        return sampling_of(parse_flags("test", "", [*arguments, *flags])).stop
+        return sampling_of(generate_parser("test", "").parse_args([*arguments, *flags])).stop
 
     assert stop(r"\n", r"a\tb", r"\\n", r"\d", "\n") == ("\n", "a\tb", r"\n", r"\d", "\n")
 
