@@ -1,4 +1,8 @@
-"""Options: how to speculate, how to sample, where and in what type to compute."""
+"""Options of decoding: how to speculate, how to sample, on which platform and in which type.
+
+Every value is checked when an option object is made. Messages name fields in backticks, which the
+commands replace by their flags: `top_p` becomes --top-p.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, SupportsIndex, get_args
@@ -13,20 +17,36 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 FLOAT_DTYPES = get_args(DType)[1:]
 
 MAX_WIDTH = 64
+"""Largest tree_width."""
 
 
 @dataclass(frozen=True)
 class SpeculativeConfig:
     """How a round drafts and verifies.
 
-    num_speculative_tokens: levels drafted per round. tree_width: nodes a level, of which the best tree_nodes are
-    verified; None stands for a chain, or 4 with method "tree", and for all of them. lp_size: layers a group, for the
-    paper's grouping rule; lp_strategy: explicit groups such as "0,1-3,4-7x2", which override lp_size; mlp_lp_size: how
-    many MLPs of a group run at once, where a strategy does not say. refit: "auto" takes projections refitted for these
-    groups where the draft's directory holds them, "none" does not, and anything else is a directory that must.
-    calibration: rebuild exact draft KV every round. draft_tensor_parallel_size: whatever of the draft is not
-    layer-parallel is replicated ("1") or split over all devices ("all"). verifier: None stands for rejection sampling
-    of chains and coupled sampling of trees, which accept more on average.
+    Attributes:
+        method: "vanilla" decodes without a draft, "sd" drafts a chain and "tree" a tree with an
+            ordinary draft, and "easyspec" runs groups of the draft's layers at once.
+        num_speculative_tokens: Levels drafted per round.
+        tree_width: Nodes per level. None stands for 1, a chain, or for 4 with method "tree".
+        tree_nodes: How many of a tree's nodes, the likeliest, the target verifies. None: all.
+        lp_size: Layers per group, for the paper's grouping rule.
+        lp_strategy: Explicit groups such as "0,1-3,4-7x2", which override lp_size.
+        mlp_lp_size: MLPs of a group that run at once, for groups whose strategy does not say.
+        refit: "auto" uses projections refitted for these groups if the draft's directory holds
+            them, "none" never does, and anything else is a directory that must hold them.
+        calibration: Rebuild the draft's exact KV cache after every round.
+        draft_tensor_parallel_size: Replicate ("1") the parts of the draft that are not
+            layer-parallel, or split them over all devices ("all").
+        verifier: None stands for rejection sampling of chains and coupled sampling of trees, which
+            accept more on average.
+
+    Raises:
+        EasySpecError: A value is out of range, or two of them conflict.
+
+    Example:
+        >>> SpeculativeConfig(method="tree").width
+        4
     """
 
     method: Method = "easyspec"
@@ -44,46 +64,49 @@ class SpeculativeConfig:
     def __post_init__(self) -> None:
         check_choice("method", self.method, get_args(Method))
         check_choice("verifier", self.chosen_verifier, get_args(Verifier))
-        check_choice(
-            "draft-tensor-parallel-size",
-            self.draft_tensor_parallel_size,
-            get_args(DraftTensorParallelSize),
-        )
-        check_whole("num-speculative-tokens", self.num_speculative_tokens, 1, 16)
-        check_whole("tree-width", self.width, 1, MAX_WIDTH)
+        sizes = get_args(DraftTensorParallelSize)
+        check_choice("draft_tensor_parallel_size", self.draft_tensor_parallel_size, sizes)
+        check_whole("num_speculative_tokens", self.num_speculative_tokens, 1, 16)
+        check_whole("tree_width", self.width, 1, MAX_WIDTH)
         if self.method in ("vanilla", "sd") and (self.width > 1 or self.tree_nodes is not None):
             raise EasySpecError(
-                f"--method {self.method} grows no trees: leave out --tree-width and --tree-nodes"
+                f"`method` {self.method} grows no trees: leave out `tree_width` and `tree_nodes`"
             )
         if self.tree_nodes is not None:
-            levels = self.num_speculative_tokens
-            check_whole(
-                "tree-nodes",
-                self.tree_nodes,
-                levels,
-                levels * self.width,
-                ": one node a level to all",
-            )
-        check_whole("lp-size", self.lp_size, 1)
-        check_whole("mlp-lp-size", self.mlp_lp_size, 1)
+            # Every level needs a node, or a drafted path would end before the last level.
+            fewest = self.num_speculative_tokens
+            most = fewest * self.width
+            check_whole("tree_nodes", self.tree_nodes, fewest, most, ": one node a level to all")
+        check_whole("lp_size", self.lp_size, 1)
+        check_whole("mlp_lp_size", self.mlp_lp_size, 1)
 
     @property
     def weights_key(self) -> Self:
-        """Equal for two configurations if the draft's weights, and their places on a mesh, are."""
-        method = "sd" if self.method == "tree" else self.method
-        chain = replace(
-            self, method=method, num_speculative_tokens=1, tree_width=None, tree_nodes=None
+        """A configuration equal to that of any other that needs the same draft weights.
+
+        Equal keys on the same mesh mean the same arrays in the same places, so engines can share
+        them. What only changes how a round drafts or verifies is set to one value for all.
+        """
+        return replace(
+            self,
+            method="sd" if self.method == "tree" else self.method,
+            num_speculative_tokens=1,
+            tree_width=None,
+            tree_nodes=None,
+            calibration=True,
+            verifier=None,
         )
-        return replace(chain, calibration=True, verifier=None)
 
     @property
     def width(self) -> int:
-        """Nodes drafted a level."""
-        return self.tree_width if self.tree_width is not None else 4 if self.method == "tree" else 1
+        """Nodes drafted per level; 1 is a chain."""
+        if self.tree_width is not None:
+            return self.tree_width
+        return 4 if self.method == "tree" else 1
 
     @property
     def chosen_verifier(self) -> Verifier:
-        """The verifier where the temperature is above 0."""
+        """The verifier at temperatures above 0; at 0 all verifiers are the greedy one."""
         if self.verifier is not None:
             return self.verifier
         return "rejection" if self.width == 1 else "coupled"
@@ -91,11 +114,22 @@ class SpeculativeConfig:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen; the distribution that speculation preserves.
+    """How tokens are chosen: the distribution that speculation preserves.
 
-    temperature 0 is greedy. top_k and then top_p keep only the likeliest ids; 0 and 1 keep all. max_new_tokens counts
-    generated tokens, the stop token included. seed: the request's noise, 0 <= seed < 2**32. stop: strings that end the
-    text, which is cut before the one completed first.
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: Keep only the likeliest ids; 0 keeps all.
+        top_p: After top_k, keep the likeliest ids up to this probability; 1 keeps all.
+        seed: Determines the noise of a request, 0 <= seed < 2**32.
+        max_new_tokens: Tokens to generate at most, a stop token included.
+        stop: Strings that end a text. It is cut before the one that is completed first.
+
+    Raises:
+        EasySpecError: A value is out of range.
+
+    Example:
+        >>> SamplingParams(temperature=0.8, top_p=0.95, seed=1).max_new_tokens
+        128
     """
 
     temperature: float = 0.0
@@ -106,56 +140,73 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.temperature != 0 and not 1e-3 <= self.temperature < float(
-            "inf"
-        ):  # below, logits overflow float32
+        # Logits divided by less than 0.001 can overflow float32.
+        if self.temperature != 0 and not 1e-3 <= self.temperature < float("inf"):
             raise EasySpecError(
-                f"--temperature {self.temperature} must be 0 (greedy) or a number of at least 0.001"
+                f"`temperature` {self.temperature} must be 0 (greedy) or a number of at least 0.001"
             )
-        check_whole("top-k", self.top_k, 0, 2**31 - 1, " ids (0: all)")
+        check_whole("top_k", self.top_k, 0, 2**31 - 1, " ids (0: all)")
         if not 0 < self.top_p <= 1:
             raise EasySpecError(
-                f"--top-p {self.top_p} must be a probability above 0, up to 1 (all)"
+                f"`top_p` {self.top_p} must be a probability above 0, up to 1 (all)"
             )
         check_whole("seed", self.seed, 0, 2**32 - 1)
-        check_whole("max-new-tokens", self.max_new_tokens, 1)
+        check_whole("max_new_tokens", self.max_new_tokens, 1)
         if isinstance(self.stop, str):
-            raise EasySpecError("stop takes several strings: put one into a tuple")
+            raise EasySpecError("`stop` takes several strings: put one into a tuple")
         if not all(self.stop):
-            raise EasySpecError("--stop '' would end every text; give at least one character")
+            raise EasySpecError("`stop` '' would end every text; give at least one character")
 
 
 def resolve_dtype(requested: DType, platform: str, stored: str) -> str:
-    """Choose the type to compute in: the one requested or, for "auto", the checkpoint's, but float32 on a CPU.
+    """Choose the type to compute in.
 
     Args:
-        requested: What the user asks for.
+        requested: The user's choice. "auto" is the checkpoint's type, but float32 on a CPU, where
+            XLA has no fast products of narrower types.
         platform: JAX's name of the devices' platform.
         stored: The checkpoint's type.
 
     Raises:
-        EasySpecError: That is not one of FLOAT_DTYPES.
+        EasySpecError: The type is not one of FLOAT_DTYPES.
+
+    Example:
+        >>> resolve_dtype("auto", "gpu", "bfloat16")
+        'bfloat16'
     """
     if requested != "auto":
         check_choice("dtype", requested, FLOAT_DTYPES)
         return requested
-    if platform == "cpu":  # where XLA has no fast products of narrower types
+    if platform == "cpu":
         return "float32"
     if stored not in FLOAT_DTYPES:
-        raise EasySpecError(f"the checkpoint's dtype {stored!r} is not supported; give --dtype")
+        raise EasySpecError(f"the checkpoint's dtype {stored!r} is not supported; give `dtype`")
     return stored
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises EasySpecError if value is none of choices; name is the flag without dashes."""
+def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise EasySpecError unless a field's value is one of some choices."""
     if value not in choices:
-        raise EasySpecError(f"--{name} {value!r} is not one of {', '.join(choices)}")
+        raise EasySpecError(f"`{field}` {value!r} is not one of {', '.join(choices)}")
 
 
-def check_whole(name: str, value: Any, least: int, most: int | None = None, note: str = "") -> None:
-    """Raise EasySpecError unless value is a whole number from least to most; name is the flag without dashes."""
+def check_whole(
+    field: str, value: Any, least: int, most: int | None = None, note: str = ""
+) -> None:
+    """Raise EasySpecError unless a field's value is a whole number within bounds.
+
+    Args:
+        field: The field's name.
+        value: Its value, of any type.
+        least: The smallest value allowed.
+        most: The largest one, or None.
+        note: What the message says after the bounds.
+
+    Raises:
+        EasySpecError: The value is not a whole number, or out of bounds.
+    """
     if not isinstance(value, SupportsIndex):
-        raise EasySpecError(f"--{name} {value!r} must be a whole number")
+        raise EasySpecError(f"`{field}` {value!r} must be a whole number")
     if value.__index__() < least or (most is not None and value.__index__() > most):
         limits = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise EasySpecError(f"--{name} {value} must be {limits}{note}")
+        raise EasySpecError(f"`{field}` {value} must be {limits}{note}")

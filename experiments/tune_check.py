@@ -18,14 +18,14 @@ from rich.table import Table
 from easyspec_jax import Engine
 from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.draft.refit_file import refit_sizes
+from easyspec_jax.engine.tuned_file import label
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
 from easyspec_jax.parallel.mesh import parse_mesh
 from easyspec_jax.progress import bar
 from easyspec_jax.tune.bench import Sample
 from easyspec_jax.tune.candidates import Candidate, Space, candidates
 from easyspec_jax.tune.confirm import alternate, confirmed
-from easyspec_jax.tune.store import label
-from easyspec_jax.tune.tuning import MAX_NEW_TOKENS, default_sample, open_pair, tune
+from easyspec_jax.tune.tuning import MAX_NEW_TOKENS, default_sample, open_pair, tune_over
 from experiments.draw_tune_check import draw
 from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
 from experiments.pair import names
@@ -59,13 +59,13 @@ def sweep(
 
 
 def open_all(args: argparse.Namespace) -> dict[str, Engine]:
-    """By mesh, the largest first: JAX makes its virtual devices once. Raises EasySpecError as tune()."""
+    """By mesh, the largest first: JAX makes its virtual devices once. Raises EasySpecError as tune_over()."""
     meshes = sorted(args.meshes, key=lambda mesh: parse_mesh(mesh).size, reverse=True)
     return {mesh: open_pair(args.target, args.draft, mesh, None, None, "auto") for mesh in meshes}
 
 
 def check(args: argparse.Namespace, mesh: str, engine: Engine) -> dict[str, Any]:
-    """What was found on one mesh: tokens a second, gains over plain decoding. Raises EasySpecError as tune()."""
+    """What was found on one mesh: tokens a second, gains over plain decoding. Raises EasySpecError as tune_over()."""
     assert engine.draft is not None
     layers = engine.draft.config.num_hidden_layers
     space = Space(
@@ -82,7 +82,7 @@ def check(args: argparse.Namespace, mesh: str, engine: Engine) -> dict[str, Any]
     ]
     sample = default_sample(engine, bundled=args.target is None)
     sample = replace(sample, sampling=SamplingParams(max_new_tokens=args.max_new_tokens))
-    tuned = tune(engine, mesh, sample, space, bar=bar)
+    tuned = tune_over(engine, mesh, sample, space, bar=bar)
     gains = sweep(engine, sample, grid, args.times)
     best = sorted(gains, key=lambda candidate: gains[candidate], reverse=True)[: args.best]
     chosen = Candidate(parse_mesh(tuned.choice.mesh), tuned.choice.speculative)

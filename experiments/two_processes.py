@@ -23,7 +23,8 @@ from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.decode.timing import alternate
 from easyspec_jax.options import resolve_dtype
-from easyspec_jax.parallel.hosts import Peer, joined
+from easyspec_jax.parallel.hosts import joined
+from easyspec_jax.parallel.rendezvous import Peer
 from easyspec_jax.plan.steps import Pair
 from experiments.draw_two_processes import draw
 from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show

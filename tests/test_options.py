@@ -9,18 +9,18 @@ from easyspec_jax.options import SamplingParams, SpeculativeConfig, resolve_dtyp
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("method", "medusa", "--method 'medusa' is not one of vanilla, sd, tree, easyspec"),
-        ("verifier", "hopeful", "--verifier 'hopeful' is not one of"),
+        ("method", "medusa", "`method` 'medusa' is not one of vanilla, sd, tree, easyspec"),
+        ("verifier", "hopeful", "`verifier` 'hopeful' is not one of"),
         (
             "draft_tensor_parallel_size",
             "2",
-            "--draft-tensor-parallel-size '2' is not one of 1, all",
+            "`draft_tensor_parallel_size` '2' is not one of 1, all",
         ),
-        ("num_speculative_tokens", 0, "--num-speculative-tokens 0 must be"),
-        ("num_speculative_tokens", 17, "--num-speculative-tokens 17 must be"),
-        ("lp_size", 0, "--lp-size 0 must be at least 1"),
-        ("tree_width", "4", "--tree-width '4' must be a whole number"),
-        ("tree_nodes", 4, "--tree-nodes 4 must be from 5 to 5: one node a level to all"),
+        ("num_speculative_tokens", 0, "`num_speculative_tokens` 0 must be"),
+        ("num_speculative_tokens", 17, "`num_speculative_tokens` 17 must be"),
+        ("lp_size", 0, "`lp_size` 0 must be at least 1"),
+        ("tree_width", "4", "`tree_width` '4' must be a whole number"),
+        ("tree_nodes", 4, "`tree_nodes` 4 must be from 5 to 5: one node a level to all"),
     ],
 )
 def test_speculative_config_names_the_flag(field, value, message):
@@ -31,14 +31,14 @@ def test_speculative_config_names_the_flag(field, value, message):
 @pytest.mark.parametrize(
     ("field", "value", "flag"),
     [
-        ("temperature", -0.1, "--temperature"),
-        ("temperature", float("inf"), "--temperature"),
-        ("temperature", float("nan"), "--temperature"),
-        ("temperature", 1e-40, "--temperature"),
-        ("seed", -1, "--seed"),
-        ("seed", 0.5, "--seed 0.5 must be a whole number"),
-        ("seed", 2**32, "--seed"),
-        ("max_new_tokens", 0, "--max-new-tokens"),
+        ("temperature", -0.1, "`temperature`"),
+        ("temperature", float("inf"), "`temperature`"),
+        ("temperature", float("nan"), "`temperature`"),
+        ("temperature", 1e-40, "`temperature`"),
+        ("seed", -1, "`seed`"),
+        ("seed", 0.5, "`seed` 0.5 must be a whole number"),
+        ("seed", 2**32, "`seed`"),
+        ("max_new_tokens", 0, "`max_new_tokens`"),
     ],
 )
 def test_sampling_params_name_the_flag(field, value, flag):
@@ -65,7 +65,7 @@ def test_automatic_dtype_is_the_checkpoints_but_wide_on_a_cpu():
     assert resolve_dtype("auto", "cpu", "bfloat16") == "float32"
     assert resolve_dtype("float16", "cpu", "bfloat16") == "float16"
     assert resolve_dtype("float32", "gpu", "int8") == "float32"
-    with pytest.raises(EasySpecError, match="dtype 'int8' is not supported; give --dtype"):
+    with pytest.raises(EasySpecError, match="dtype 'int8' is not supported; give `dtype`"):
         resolve_dtype("auto", "gpu", "int8")
 
 

@@ -12,7 +12,8 @@ from easyspec_jax import SamplingParams, SpeculativeConfig, open_model
 from easyspec_jax.checkpoint import directory
 from easyspec_jax.checkpoint.safetensors import SafetensorsSource
 from easyspec_jax.checkpoint.tensors import Slices
-from easyspec_jax.parallel.hosts import Peer, joined
+from easyspec_jax.parallel.hosts import joined
+from easyspec_jax.parallel.rendezvous import Peer
 
 
 def decode(model: str, way: dict[str, Any]) -> list[int]:

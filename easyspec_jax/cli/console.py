@@ -1,9 +1,8 @@
-"""Output next to the text, all of it on stderr: the summary line, the comparison, the devices."""
+"""What a command says about a text, on stderr: the summary line, the comparison, the devices."""
 
 from collections import Counter
 from collections.abc import Sequence
 from functools import reduce
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,8 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from easyspec_jax.cli.command import with_flags
 from easyspec_jax.decode.stats import Stats
 from easyspec_jax.draft.grouping import format_layout, position_of
+from easyspec_jax.engine.abstract import abstract_state, bytes_of_shard
 from easyspec_jax.engine.completion import batched
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.parallel.mesh import LAYER, TENSOR
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def total(completions: Sequence["Completion"], batch_size: int = 1) -> Stats:
-    """The figures of all of them together; there is at least one. Those of a batch ran at once."""
+    """Return the figures of at least one completion together. Those of a batch ran at once."""
     stats = [completion.stats for completion in completions]
     return reduce(
         Stats.__add__, (reduce(Stats.beside, batch) for batch in batched(stats, batch_size))
@@ -33,7 +34,7 @@ def total(completions: Sequence["Completion"], batch_size: int = 1) -> Stats:
 def print_summary(
     completions: Sequence["Completion"], engine: "Engine", batch_size: int = 1
 ) -> None:
-    """One line: how fast, and what speculation had to do with it."""
+    """Print one line: how fast it was, and what speculation gained."""
     stats = total(completions, batch_size)
     fields = [
         f"{sum(len(completion.token_ids) for completion in completions)} tokens",
@@ -54,7 +55,7 @@ def print_comparison(
     engine: "Engine",
     batch_size: int = 1,
 ) -> None:
-    """The same prompts by both ways of decoding, side by side, and the gain."""
+    """Print the same prompts decoded in both ways, side by side, and the gain."""
     table = Table("", "tokens/s", "tokens a round", "acceptance rate", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -83,14 +84,17 @@ def print_comparison(
 
 
 def speedup(stats: Stats, plain: Stats) -> float:
-    """Tokens per second over those of plain decoding; 0 where there was nothing to decode."""
+    """Return the ratio of the speeds; 0 if there was nothing to decode."""
     return stats.tokens_per_second / plain.tokens_per_second if plain.tokens_per_second else 0.0
 
 
 def print_devices(engine: "Engine", sampling: SamplingParams, prepared: "Preparation") -> None:
-    """Mesh, groups, times, and for each device which draft layers' attention and how many bytes it holds."""
+    """Print the mesh, the groups, times, and the layers and bytes that each device holds.
+
+    Nothing is allocated: caches are counted by their shapes.
+    """
     capacity = prepared.capacities[-1]
-    state = engine.programs(sampling).start(sampling, [1], capacity)
+    state = abstract_state(engine.programs(sampling), 1, capacity)
     target, draft = engine.load()
     columns = [_bytes_per_device(tree) for tree in (target, draft, (state.target, state.draft))]
     table = Table(
@@ -114,8 +118,8 @@ def print_devices(engine: "Engine", sampling: SamplingParams, prepared: "Prepara
 
 
 def print_note(text: str) -> None:
-    """One line that is neither text nor an error."""
-    _console().print(f"[dim]—[/] {escape(text)}")
+    """Print a line that is neither text nor an error. Fields are named as flags."""
+    _console().print(f"[dim]—[/] {escape(with_flags(text))}")
 
 
 def print_example(prompt: str) -> None:
@@ -124,7 +128,7 @@ def print_example(prompt: str) -> None:
 
 
 def _layers_at(position: int, engine: "Engine") -> list[int]:
-    """The grouped layers whose attention lives at a position of the layer axis."""
+    """Return the grouped layers whose attention is at a position of the layer axis."""
     axis = engine.mesh.shape[LAYER]
     groups = [group for group in engine.layout.groups if len(group) > 1]
     return [
@@ -133,11 +137,10 @@ def _layers_at(position: int, engine: "Engine") -> list[int]:
 
 
 def _bytes_per_device(tree: Any) -> Counter[Any]:
-    """Bytes held on each device, those of other processes included."""
+    """Return the bytes held on each device, including devices of other processes."""
     held = Counter[Any]()
     for leaf in jax.tree.leaves(tree):
-        size = prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        held.update(dict.fromkeys(leaf.sharding.device_set, size))
+        held.update(dict.fromkeys(leaf.sharding.device_set, bytes_of_shard(leaf)))
     return held
 
 

@@ -23,6 +23,7 @@ from easyspec_jax.cli.generate_flags import (
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
 from easyspec_jax.parallel import hosts
+from easyspec_jax.parallel.rendezvous import Peer, find_peer
 from easyspec_jax.tokenizer.conversation import Prompt, with_system
 
 # Importing JAX takes a second, which --help and a mistyped flag need not wait for.
@@ -64,19 +65,20 @@ def _run(args: argparse.Namespace, given: set[str]) -> int:
         return _speak(args, speculative, sampling, prompts)
 
 
-def _peer(args: argparse.Namespace, prompts: Sequence[Prompt]) -> hosts.Peer:
-    """This process among all. Raises EasySpecError for what several processes cannot do."""
+def _peer(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Peer:
+    """Return which process this is. Raises EasySpecError for what several processes cannot do."""
     if not prompts:
         raise EasySpecError(
             "--distributed holds no conversation: give --prompt TEXT or --prompt-file FILE"
         )
     from easyspec_jax.parallel.mesh import parse_mesh
 
-    peer = hosts.find_peer(args.coordinator, args.num_processes, args.process_id)
+    peer = find_peer(args.coordinator, args.num_processes, args.process_id)
     size = parse_mesh(args.mesh).size
     if size % peer.num_processes:
         raise EasySpecError(
-            f"--mesh asks for {size} devices, which {peer.num_processes} processes cannot share equally"
+            f"--mesh asks for {size} devices, which {peer.num_processes} processes cannot share "
+            "equally"
         )
     return peer
 
@@ -101,12 +103,13 @@ def _speak(
 def _run_job(
     args: argparse.Namespace, speculative: SpeculativeConfig, sampling: SamplingParams
 ) -> int:
-    """Does what is left of a job; 1 if some of its lines have errors."""
+    """Do what is left of a job, and return 1 if some of its lines have errors."""
     from easyspec_jax.cli.console import print_note
     from easyspec_jax.cli.jobs import check_results, describe_job, read_job, run_job
     from easyspec_jax.progress import bar
 
-    # None of these changes a text; where numbers round otherwise, a text may be either run's.
+    # A job may resume with other values of these: none changes a text in float32, and where
+    # numbers round differently a text may be that of either run.
     free = {"prompts", "out", "batch_size", "verbose", "mesh", "platform", "allow_links"}
     settings = {name: value for name, value in vars(args).items() if name not in free}
     if args.system is None:
@@ -114,7 +117,7 @@ def _run_job(
     job, out = read_job(args.prompts, sampling, args.system), Path(args.out)
     check_results(out, describe_job(job, settings, args.chat))
     engine = _open(args, speculative, bar)
-    engine.check_memory(2, 1, args.batch_size, sampling)  # at the least
+    engine.check_memory(2, 1, args.batch_size, sampling)  # the least that any line needs
     engine.load(bar)
     together = {"chat": args.chat, "batch_size": args.batch_size}
     done, errors = run_job(
@@ -132,7 +135,7 @@ def _open(args: argparse.Namespace, speculative: SpeculativeConfig, bar: "Bar") 
 
 
 def _open_pair(args: argparse.Namespace, speculative: SpeculativeConfig, bar: "Bar") -> "Engine":
-    """The pair as the flags want it, or as it was tuned."""
+    """Open the pair as the flags say, or as it was tuned."""
     if args.lp_strategy != AUTO:
         from easyspec_jax.engine.pair import open_model
 
@@ -147,8 +150,7 @@ def _open_pair(args: argparse.Namespace, speculative: SpeculativeConfig, bar: "B
     from easyspec_jax.parallel.mesh import parse_mesh
     from easyspec_jax.tune.tuning import auto, open_pair
 
-    models = args.target, args.draft, args.mesh, args.platform, args.max_length, args.dtype
-    pair = open_pair(*models, allow_links=args.allow_links)
+    pair = open_pair(args.target, args.draft, max_length=args.max_length, **devices_of(args))
     choice = auto(pair, args.mesh, args.target is None, bar, print_note)
     return pair.variant(
         replace(choice.speculative, verifier=args.verifier), parse_mesh(choice.mesh), bar
@@ -162,25 +164,27 @@ def _complete(
     sampling: SamplingParams,
     bar: "Bar",
 ) -> None:
-    """Completes every prompt, and with --compare once more by plain decoding."""
+    """Complete every prompt, and with --compare once more by plain decoding."""
     from easyspec_jax.cli import console
     from easyspec_jax.progress import no_bar
 
-    together = {"chat": args.chat, "batch_size": args.batch_size}
-    prepared = engine.compile(prompts, sampling, **together, bar=bar)
+    rows = engine.prepare(prompts, chat=args.chat)
+    prepared = engine.compile(rows, sampling, batch_size=args.batch_size, bar=bar)
     baseline = engine.baseline() if args.compare else None
     if baseline is not None:
-        baseline.compile(prompts, sampling, **together, bar=bar)
+        baseline.compile(rows, sampling, batch_size=args.batch_size, bar=bar)
     if args.verbose:
         console.print_devices(engine, sampling, prepared)
     stream = None if args.json or args.no_stream or args.batch_size > 1 else _show
     if stream and prompts == [demo.PROMPT]:
         console.print_example(demo.PROMPT)
-    texts = engine.generate(prompts, sampling, **together, on_text=stream)
-    plain_texts = baseline.generate(prompts, sampling, **together) if baseline is not None else None
+    texts = engine.generate(rows, sampling, batch_size=args.batch_size, on_text=stream)
+    plain_texts = None
+    if baseline is not None:
+        plain_texts = baseline.generate(rows, sampling, batch_size=args.batch_size)
     completions, plain = [], []
     for number in range(len(prompts)):
-        # A bar beside streaming text would garble both.
+        # A bar next to streaming text would garble both.
         with (no_bar if stream else bar)("Generating", len(prompts)) as advance:
             advance(number)
             completions.append(next(texts))
@@ -217,7 +221,7 @@ def _converse(
 
 
 def _as_dict(completion: "Completion", plain: "Completion | None") -> dict[str, Any]:
-    """A completion as `--json` prints it, beside its plain counterpart if there is one."""
+    """Return the object that `--json` prints, with its plain counterpart if there is one."""
     from easyspec_jax.cli.console import speedup
 
     printed = completion.as_dict()

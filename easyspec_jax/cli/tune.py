@@ -1,10 +1,9 @@
-"""`python -m easyspec_jax.tune`: which way of decoding is the fastest here? Measures, confirms, and remembers."""
+"""`python -m easyspec_jax.tune`: measure which way of decoding is the fastest here, and store it."""
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -14,18 +13,18 @@ from easyspec_jax.cli.command import (
     read_prompts,
     run_command,
 )
-from easyspec_jax.cli.flags import DEVICES, add_shared
+from easyspec_jax.cli.flags import DEVICES, add_shared, devices_of
 from easyspec_jax.drawing import check_drawing
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.files import check_writable, write_whole
-from easyspec_jax.options import DraftTensorParallelSize, SamplingParams, check_whole
+from easyspec_jax.options import DraftTensorParallelSize
 from easyspec_jax.tune.draw import draw
 
 PROGRAM = "easyspec_jax.tune"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code."""
+    """Run the command and return its exit code."""
     return run_command(PROGRAM, _parser(), _run, argv)
 
 
@@ -42,28 +41,73 @@ def _parser() -> argparse.ArgumentParser:
     add_shared(models, "--mesh", help=tries)
     add_shared(models, *DEVICES[1:], "--max-length")
     space = parser.add_argument_group("candidates")
-    space.add_argument("--lp-sizes", type=int, nargs="+", metavar="N",
-                       help="layers that run at once, 1 for an ordinary draft (default: 1 2 3 4 7)")  # fmt: skip
-    space.add_argument("--mlp-lp-sizes", type=int, nargs="+", default=[1, 2], metavar="M",
-                       help="MLPs of a group that run at once, where devices share them (default: 1 2)")  # fmt: skip
-    space.add_argument("--tree-widths", type=int, nargs="+", default=[1, 4, 8], metavar="W",
-                       help="tokens drafted at each depth, 1 for a chain (default: 1 4 8)")  # fmt: skip
-    space.add_argument("--max-levels", type=int, default=8, metavar="N",
-                       help="depth of the deepest draft of a round (default: %(default)s)")  # fmt: skip
-    space.add_argument("--draft-tensor-parallel-sizes", nargs="+", default=["all", "1"],
-                       choices=get_args(DraftTensorParallelSize), help="default: both")  # fmt: skip
+    space.add_argument(
+        "--lp-sizes",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="layers that run at once, 1 for an ordinary draft (default: 1 2 3 4 7)",
+    )
+    space.add_argument(
+        "--mlp-lp-sizes",
+        type=int,
+        nargs="+",
+        default=[1, 2],
+        metavar="M",
+        help="MLPs of a group that run at once, where devices share them (default: 1 2)",
+    )
+    space.add_argument(
+        "--tree-widths",
+        type=int,
+        nargs="+",
+        default=[1, 4, 8],
+        metavar="W",
+        help="tokens drafted at each depth, 1 for a chain (default: 1 4 8)",
+    )
+    space.add_argument(
+        "--max-levels",
+        type=int,
+        default=8,
+        metavar="N",
+        help="depth of the deepest draft of a round (default: %(default)s)",
+    )
+    space.add_argument(
+        "--draft-tensor-parallel-sizes",
+        nargs="+",
+        default=["all", "1"],
+        choices=get_args(DraftTensorParallelSize),
+        help="default: both",
+    )
     sample = parser.add_argument_group("measuring")
-    sample.add_argument("--prompt-file", metavar="FILE",
-                        help="one prompt a line, to measure on (default: a few of our own)")  # fmt: skip
+    sample.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="one prompt a line, to measure on (default: a few of our own)",
+    )
     sample.add_argument(
         "--chat", action="store_true", help="wrap each of them in the checkpoint's chat template"
     )
-    sample.add_argument("--max-new-tokens", type=int, default=64, metavar="M",
-                        help="of each (default: %(default)s)")  # fmt: skip
-    sample.add_argument("--confirm", type=int, default=3, metavar="K",
-                        help="of the predictions, how many to run (default: %(default)s)")  # fmt: skip
-    sample.add_argument("--seconds", type=float, default=150, metavar="S",
-                        help="for measuring; what is not reached is left out (default: %(default)s)")  # fmt: skip
+    sample.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=64,
+        metavar="M",
+        help="length of each text (default: %(default)s)",
+    )
+    sample.add_argument(
+        "--confirm",
+        type=int,
+        default=3,
+        metavar="K",
+        help="how many of the best predictions to run (default: %(default)s)",
+    )
+    sample.add_argument(
+        "--seconds",
+        type=float,
+        default=150,
+        metavar="S",
+        help="time for measuring; what is not reached is left out (default: %(default)s)",
+    )
     output = parser.add_argument_group("output")
     add_shared(output, "--json")
     output.add_argument(
@@ -76,12 +120,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
-    for name in ("confirm", "max_new_tokens"):
-        check_whole(name.replace("_", "-"), getattr(args, name), 1)
-    if not 0 < args.seconds < float("inf"):
-        raise EasySpecError(f"--seconds {args.seconds} must be a number above 0")
-    given = None if args.prompt_file is None else read_prompts(args.prompt_file)
-    if args.chat and given is None:
+    prompts = None if args.prompt_file is None else read_prompts(args.prompt_file)
+    if args.chat and prompts is None:
         raise EasySpecError(
             "--chat needs --prompt-file FILE; our own prompts are put as the checkpoint wants them"
         )
@@ -89,37 +129,30 @@ def _run(args: argparse.Namespace) -> None:
         check_drawing()
         check_writable(args.plot)
 
+    # All of these import JAX, which a mistyped flag need not wait for.
     from rich.console import Console
 
     from easyspec_jax.cli.console import print_note
-    from easyspec_jax.draft.refit_file import refit_sizes
     from easyspec_jax.progress import bar, no_bar
-    from easyspec_jax.tune import store
-    from easyspec_jax.tune.candidates import Space
     from easyspec_jax.tune.report import as_dict, print_tuned
-    from easyspec_jax.tune.tuning import default_sample, keep, open_pair, tune
+    from easyspec_jax.tune.tuning import TuneConfig, open_pair, store, tune
 
-    cache_compilations()
-    models = args.target, args.draft, args.mesh, args.platform, args.max_length, args.dtype
-    engine = open_pair(*models, allow_links=args.allow_links)
-    assert engine.draft is not None
-    refits = refit_sizes(engine.draft.directory)
-    default = Space.of(engine.draft.config.num_hidden_layers, refits)
-    space = replace(
-        default if args.lp_sizes is None else replace(default, lp_sizes=args.lp_sizes),
+    config = TuneConfig(
+        mesh=args.mesh,
+        prompts=prompts,
+        chat=args.chat,
+        max_new_tokens=args.max_new_tokens,
+        lp_sizes=args.lp_sizes,
         mlp_lp_sizes=args.mlp_lp_sizes,
         tree_widths=args.tree_widths,
         max_levels=args.max_levels,
         draft_tensor_parallel_sizes=args.draft_tensor_parallel_sizes,
+        confirm=args.confirm,
+        seconds=args.seconds,
     )
-    sample = default_sample(engine, bundled=args.target is None)
-    if given is not None:
-        sample = replace(sample, prompts=given, chat=args.chat)
-    sample = replace(sample, sampling=SamplingParams(max_new_tokens=args.max_new_tokens))
-    show = no_bar if args.json else bar
-    tuned = tune(
-        engine, args.mesh, sample, space, finalists=args.confirm, seconds=args.seconds, bar=show
-    )
+    cache_compilations()
+    pair = open_pair(args.target, args.draft, max_length=args.max_length, **devices_of(args))
+    tuned = tune(pair, config, bar=no_bar if args.json else bar)
     found = as_dict(tuned)
     if args.plot is not None:
         write_whole(args.plot, draw(found))
@@ -128,4 +161,4 @@ def _run(args: argparse.Namespace) -> None:
     else:
         print_tuned(found, Console(highlight=False, width=None if sys.stdout.isatty() else 120))
     if not args.no_store:
-        keep(store.key_of(engine, args.mesh), tuned.choice, engine.draft.directory, print_note)
+        store(tuned, print_note)

@@ -1,4 +1,8 @@
-"""Models without weights: the very modules that a checkpoint becomes, with shapes where arrays would be."""
+"""Models without weights: the engine's own modules, with shapes in place of arrays.
+
+They answer how much memory a pair would take and what its programs would compute, for devices that
+need not exist.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +34,7 @@ from easyspec_jax.verify import RowSampling
 
 @dataclass(frozen=True)
 class AbsentDevice:
-    """Enough of a device for a mesh to trace programs on that will never run."""
+    """The least that a mesh needs to know of a device to trace programs that will never run."""
 
     id: int
     platform: Platform
@@ -39,7 +43,7 @@ class AbsentDevice:
 
 
 def absent_mesh(shape: MeshShape, platform: Platform) -> Mesh:
-    """As easyspec_jax.parallel.mesh.open_mesh, of devices that need not be there."""
+    """Return a mesh as open_mesh() would, of devices that need not exist."""
     devices = np.asarray([AbsentDevice(index, platform) for index in range(shape.size)], object)
     return Mesh(
         devices.reshape(shape.layer, shape.tensor),
@@ -50,7 +54,7 @@ def absent_mesh(shape: MeshShape, platform: Platform) -> Mesh:
 
 @dataclass(frozen=True)
 class Shapes:
-    """A TensorSource without tensors; one byte stands for all that is read."""
+    """A TensorSource of shapes. Whatever is read is one broadcast byte."""
 
     held: Mapping[str, tuple[int, ...]]
 
@@ -62,10 +66,10 @@ class Shapes:
 
 
 class ShapeLoader(Loader):
-    """A Loader that places nothing. A model's layers are alike, so the first stands for all."""
+    """A Loader that places nothing. All layers have the same shapes, so one stands for all."""
 
     def place_shards(self, shape: tuple[int, ...], spec: P, fill: Fill) -> jax.Array:
-        """The array's shape, type and sharding."""
+        """Return the array's shape, type and sharding."""
         return jax.ShapeDtypeStruct(shape, self.dtype, sharding=NamedSharding(self.mesh, spec))  # pyright: ignore[reportReturnType]
 
     @cached_property
@@ -73,11 +77,11 @@ class ShapeLoader(Loader):
         return super().attention(0), super().mlp(0)
 
     def attention(self, index: int) -> Attention:
-        """One layer's attention."""
+        """Return the attention of any layer."""
         return self._first[0]
 
     def mlp(self, index: int) -> MLP:
-        """A layer's feed-forward part."""
+        """Return the feed-forward part of any layer."""
         return self._first[1]
 
 
@@ -90,9 +94,19 @@ def abstract_pair(
     draft_axes: Axes,
     dtype: np.dtype,
 ) -> tuple[Decoder, Decoder | None]:
-    """Target and draft as the engine would load them, with a jax.ShapeDtypeStruct for every array.
+    """Return target and draft as the engine would load them.
 
-    refit: with the projections of a refit beside the draft's own.
+    Args:
+        target: The target's configuration.
+        draft: The draft's, or None.
+        mesh: The devices.
+        layout: Which layers of the draft run at once.
+        refit: Whether the draft has refitted projections as well as its own.
+        draft_axes: Mesh axes that the dense parts of the draft are split over.
+        dtype: Type of the weights.
+
+    Returns:
+        The modules, with a jax.ShapeDtypeStruct for every array.
     """
 
     def loader(config: ModelConfig, axes: Axes) -> ShapeLoader:
@@ -112,7 +126,13 @@ def abstract_pair(
 
 
 def abstract_state(programs: Programs, rows: int, capacity: int) -> State:
-    """The state that `programs` would start with, with a jax.ShapeDtypeStruct for every array."""
+    """Return the state that programs would start with, of jax.ShapeDtypeStructs.
+
+    Args:
+        programs: The compiled steps; their models may be abstract.
+        rows: Texts decoded together.
+        capacity: Cache entries per row, in tokens.
+    """
     everywhere = NamedSharding(programs.mesh, P())
     types = (np.uint32, np.int32, np.float32, np.int32, np.float32)
     fields: list[Any] = [
@@ -134,6 +154,10 @@ def abstract_state(programs: Programs, rows: int, capacity: int) -> State:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes per device of a pytree of arrays, or of jax.ShapeDtypeStructs with shardings."""
-    leaves = jax.tree.leaves(tree)
-    return sum(prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    """Return the bytes that a device holds of a pytree of arrays, or of sharded shapes."""
+    return sum(map(bytes_of_shard, jax.tree.leaves(tree)))
+
+
+def bytes_of_shard(array: Any) -> int:
+    """Return the bytes of one shard of an array, or of a jax.ShapeDtypeStruct with a sharding."""
+    return prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize

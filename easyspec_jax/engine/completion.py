@@ -1,4 +1,4 @@
-"""A prompt's text while it is generated, and when it is complete."""
+"""A prompt before, during and after its text is generated."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -16,19 +16,41 @@ Item = TypeVar("Item")
 
 
 def batched(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
-    """Split items into consecutive batches of a size; the last may be shorter. Raises EasySpecError if size < 1."""
+    """Split items into consecutive batches, of which the last may be shorter.
+
+    Raises:
+        EasySpecError: The size is less than 1.
+
+    Example:
+        >>> batched("abcde", 2)
+        ['ab', 'cd', 'e']
+    """
     if size < 1:
-        raise EasySpecError(f"--batch-size {size} must be at least 1")
+        raise EasySpecError(f"`batch_size` {size} must be at least 1")
     return [items[first : first + size] for first in range(0, len(items), size)]
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt and its token ids; `Engine.prepare` makes one."""
+
+    prompt: Prompt
+    ids: list[int]
 
 
 @dataclass(frozen=True)
 class Completion:
     """Text generated for one prompt.
 
-    token_ids: generated ids, a stop token included, or up to the one that completed a stop string; text ends before
-    either. finish_reason: "stop", "length" or "error", which error explains. tokens_per_round: of token_ids, all
-    but the first, which prefill made.
+    Attributes:
+        prompt: The prompt as it was given.
+        prompt_ids: Its token ids.
+        token_ids: Generated ids, including a stop token and the token that completed a stop string.
+        text: Generated text; it ends before either.
+        finish_reason: "stop", "length" or "error".
+        stats: Rounds, acceptance and times.
+        tokens_per_round: How many of token_ids each round added. Prefill added the first one.
+        error: Explains the finish_reason "error".
     """
 
     prompt: Prompt
@@ -41,7 +63,7 @@ class Completion:
     error: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
+        """Return the object that `--json` prints."""
         fields = {
             "prompt": asdict(self.prompt) if isinstance(self.prompt, Conversation) else self.prompt,
             "prompt_ids": self.prompt_ids,
@@ -55,7 +77,21 @@ class Completion:
 
 @dataclass
 class Generation:
-    """One prompt of a batch on its way. limit: tokens to generate; begun: when, by time.perf_counter()."""
+    """A prompt whose text is being generated: the host's record of one row of a batch.
+
+    Attributes:
+        prompt: The prompt as it was given.
+        prompt_ids: Its token ids.
+        text: Ids and text so far.
+        stats: Rounds, acceptance and times so far.
+        sampling: How its tokens are chosen.
+        limit: Tokens to generate at most.
+        begun: Start of its prefill, by time.perf_counter().
+        started: Whether its first token has been reported.
+        finished: Whether its text is complete.
+        fault: The model whose logits were not finite, if any.
+        tokens_per_round: See Completion.
+    """
 
     prompt: Prompt
     prompt_ids: list[int]
@@ -70,19 +106,24 @@ class Generation:
     tokens_per_round: list[int] = field(default_factory=list, init=False)
 
     def take(self, report: Report, row: int) -> str:
-        """Takes the first token or a round's; returns the text they add."""
-        seconds = time.perf_counter() - self.begun
-        return (self._advanced if self.started else self._prefilled)(report, row, seconds)
+        """Add what a report says about one of its rows, and return the new text.
 
-    def _prefilled(self, report: Report, row: int, seconds: float) -> str:
-        self.started, self.stats = True, replace(self.stats, prefill_seconds=seconds)
+        The first report is that of the prefill, every other one that of a round.
+        """
+        seconds = time.perf_counter() - self.begun
+        if self.started:
+            return self._take_round(report, row, seconds)
+        self.started = True
+        self.stats = replace(self.stats, prefill_seconds=seconds)
         return self._push(report, row)[0]
 
-    def _advanced(self, report: Report, row: int, seconds: float) -> str:
-        drafted, accepted = int(report.drafted[row]), int(report.accepted[row])
+    def _take_round(self, report: Report, row: int, seconds: float) -> str:
+        drafted = int(report.drafted[row])
+        accepted = int(report.accepted[row])
         piece, kept = self._push(report, row)
         if kept < int(report.num_tokens[row]):
-            # What lies past a stop string counts as little as what lies past a stop token.
+            # A stop string ended the text within this round. Positions past it do not count, just
+            # as the devices do not count positions past a stop token.
             drafted = accepted = kept
         self.tokens_per_round.append(kept)
         stats = self.stats.with_round(kept, drafted, accepted)
@@ -90,33 +131,34 @@ class Generation:
         return piece
 
     def _push(self, report: Report, row: int) -> tuple[str, int]:
-        """The text that a report adds to the row, and of how many tokens."""
+        """Return the text that a report adds, and how many tokens of the report it keeps."""
         before = len(self.text.ids)
-        piece = self.text.push(
-            [int(token) for token in report.tokens[row, : report.num_tokens[row]]]
-        )
+        tokens = report.tokens[row, : report.num_tokens[row]]
+        piece = self.text.push([int(token) for token in tokens])
         self.finished = self.text.stopped or bool(report.done[row])
         self.fault = Fault.NONE if self.text.stopped else Fault(int(report.fault[row]))
         return piece, len(self.text.ids) - before
 
     def completion(self, stop_ids: Sequence[int], directories: Mapping[Fault, str]) -> Completion:
-        """The finished row. directories: of the models that may be at fault."""
+        """Return the finished text.
+
+        Args:
+            stop_ids: Ids that end a text.
+            directories: What to call each model if its logits were not finite.
+        """
         reason, error = "length", None
         if self.fault:
-            reason, error = (
-                "error",
-                f"{directories[self.fault]} gave logits that are not finite; check its weights",
-            )
+            reason = "error"
+            error = f"{directories[self.fault]} gave logits that are not finite; check its weights"
         elif self.text.stopped or self.text.ids[-1] in stop_ids:
             reason = "stop"
-        ids, text = self.text.ids, self.text.text
         return Completion(
-            self.prompt,
-            self.prompt_ids,
-            ids,
-            text,
-            reason,
-            self.stats,
-            self.tokens_per_round,
-            error,
+            prompt=self.prompt,
+            prompt_ids=self.prompt_ids,
+            token_ids=self.text.ids,
+            text=self.text.text,
+            finish_reason=reason,
+            stats=self.stats,
+            tokens_per_round=self.tokens_per_round,
+            error=error,
         )

@@ -1,6 +1,7 @@
-"""Whether a pair fits its devices, told before a weight is read or a program compiled.
+"""Check that a pair fits its devices before a weight is read or a program compiled.
 
-What is counted are the engine's own modules and state with shapes where arrays would be, as `plan` counts them.
+Counted are the engine's own modules and state, with shapes in place of arrays (see abstract.py), so
+that the count cannot drift away from what is allocated.
 """
 
 import os
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from easyspec_jax.arithmetic import ceil_div
 from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.decode.programs import PREFILL_CHUNK, Programs
 from easyspec_jax.decode.round import RoundConfig
@@ -35,9 +37,21 @@ GIB = 2**30
 class Workload:
     """Models and texts that are about to be loaded and decoded.
 
-    layout, refit, draft_axes: how the draft is laid out. tokens: the longest text, prompt included; prompt: its
-    prompt; rows: texts decoded together. target_held, draft_held: whether these weights lie on the devices already.
-    max_length: no text is ever longer.
+    Attributes:
+        target: The target's configuration.
+        draft: The draft's, or None.
+        layout: Which layers of the draft run at once.
+        refit: Whether the draft has refitted projections as well as its own.
+        draft_axes: Mesh axes that the dense parts of the draft are split over.
+        mesh: The devices.
+        dtype: Type of weights and caches.
+        round: Static options of the programs.
+        tokens: Length of the longest text, its prompt included.
+        prompt: Length of its prompt.
+        rows: Texts decoded together.
+        target_held: Whether the target's weights are on the devices already.
+        draft_held: Whether the draft's are.
+        max_length: The most tokens that any text will have.
     """
 
     target: ModelConfig
@@ -58,9 +72,12 @@ class Workload:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of one memory: a device's own, or the machine's, which all virtual devices of a CPU share.
+    """Bytes needed of one memory: a device's, or the machine's that all virtual devices share.
 
-    weights: those that are still to be read. working: the largest intermediate results of one pass.
+    Attributes:
+        weights: Weights that have not been read yet.
+        caches: KV caches of all rows.
+        working: The largest intermediate results of one pass.
     """
 
     weights: int
@@ -73,10 +90,10 @@ class Need:
 
 
 def needed(job: Workload) -> Need:
-    """The most that a job will take. Replicas of a CPU's weights are one array, those of anything else are several."""
+    """Return the most that a workload will take."""
     models, weights, entry = _of_models(replace(job, tokens=0, prompt=0, rows=0, max_length=None))
     programs = Programs(job.mesh, *models, job.round, job.max_length)
-    # While caches grow, the smaller ones are still there.
+    # The smaller caches are still there while the larger ones are filled from them.
     sizes = programs.capacities(job.prompt, job.tokens - job.prompt)[-2:]
     caches = job.rows * sum(sizes) * entry
     working = max(_working(model, programs, job) for model in models if model is not None)
@@ -86,58 +103,61 @@ def needed(job: Workload) -> Need:
 
 @lru_cache(maxsize=64)  # the flags that would help are found by trying many
 def _of_models(job: Workload) -> tuple[tuple[Decoder, Decoder | None], int, int]:
-    """Sizes independent of the texts: the models, bytes of their weights, and bytes of a row's cache entry."""
+    """Return what does not depend on the texts.
+
+    Returns:
+        The models, the bytes of weights to be read, and the bytes of one cache entry of one row.
+    """
     models = abstract_pair(
         job.target, job.draft, job.mesh, job.layout, job.refit, job.draft_axes, np.dtype(job.dtype)
     )
-    missing = [
-        model
-        for model, held in zip(models, (job.target_held, job.draft_held), strict=True)
-        if not held
-    ]
+    target, draft = models
+    missing = (None if job.target_held else target, None if job.draft_held else draft)
     state = abstract_state(Programs(job.mesh, *models, job.round), 1, PREFILL_CHUNK)
     entry = bytes_per_device((state.target, state.draft)) // PREFILL_CHUNK
     if _platform(job.mesh) != "cpu":
         return models, bytes_per_device(missing), entry
+    # All virtual devices of a CPU share one array of a replicated weight.
     return models, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(missing)), entry
 
 
 def _working(model: Decoder, programs: Programs, job: Workload) -> int:
-    """Bytes of one pass on one device: scores, mask and softmax in float32, an MLP's insides, logits of all nodes."""
-    config, split = model.config, axes_size(job.mesh, model.axes)
+    """Estimate the bytes of one pass on one device.
+
+    Per token: scores, mask and softmax of every head over the cache, in float32; three arrays of an
+    MLP's inner size; and six of the hidden size. On top come the logits of all nodes of a draft.
+    """
+    config = model.config
+    shards = axes_size(job.mesh, model.axes)
     nodes = 1 + (job.round.nodes or job.round.levels * job.round.width)
     capacity = programs.capacity(job.tokens)
-    # The exact pass of a group computes one layer at a time, split over "tensor" alone.
-    heads = -(
-        -config.num_attention_heads
-        // (split if model is programs.target else job.mesh.shape[TENSOR])
-    )
-    inner = -(-config.intermediate_size // split)
-    vocabulary = model.embedding.shape[0] // split
+    # The exact pass over a group computes one layer at a time, split over "tensor" alone.
+    head_shards = shards if model is programs.target else job.mesh.shape[TENSOR]
+    heads = ceil_div(config.num_attention_heads, head_shards)
+    inner = ceil_div(config.intermediate_size, shards)
+    vocabulary = model.embedding.shape[0] // shards
     for_each_token = 4 * ((2 * heads + 1) * capacity + 3 * inner + 6 * config.hidden_size)
     return job.rows * (max(PREFILL_CHUNK, nodes) * for_each_token + 3 * 4 * nodes * vocabulary)
 
 
 def free_memory(mesh: Mesh) -> int | None:
-    """Bytes that the fullest device, or the machine of a CPU, still has; None where nobody says."""
+    """Return the free bytes of the fullest device, or of a CPU's machine; None if unknown."""
     if _platform(mesh) == "cpu":
         return _free_on_host()
-    told = [device.memory_stats() for device in mesh.local_devices]
-    limits = [
-        stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-        for stats in told
-        if stats and "bytes_limit" in stats
-    ]
-    return min(limits, default=None)
+    free = []
+    for device in mesh.local_devices:
+        stats = device.memory_stats() or {}
+        if "bytes_limit" in stats:
+            free.append(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+    return min(free, default=None)
 
 
 def _free_on_host() -> int | None:
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(
-            1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")
-        )
-    except (OSError, ValueError, StopIteration):  # no Linux
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    except (OSError, ValueError):  # not Linux
         pass
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -146,55 +166,67 @@ def _free_on_host() -> int | None:
 
 
 def check_memory(job: Workload, free: int | None) -> None:
-    """Raises EasySpecError, with the numbers and the flags that would help, if a job does not fit into free bytes."""
+    """Raise EasySpecError, with numbers and with options that would help, unless a workload fits.
+
+    Args:
+        job: The workload.
+        free: Bytes available, or None if nobody knows.
+    """
     need = needed(job)
     if free is None or need.total <= free:
         return
     where = "of this machine's memory" if _platform(job.mesh) == "cpu" else "on each device"
-    parts = f"weights {_gib(need.weights)}, caches {_gib(need.caches)}, intermediate results {_gib(need.working)}"
-    helping = list(_flags_that_help(job, free))
-    advice = (
-        f"it would fit with {' or '.join(helping)}"
-        if helping
-        else "use a machine with more memory, or smaller models"
+    parts = (
+        f"weights {_gib(need.weights)}, caches {_gib(need.caches)}, "
+        f"intermediate results {_gib(need.working)}"
     )
+    helping = " or ".join(_options_that_help(job, free))
+    advice = "use a machine with more memory, or smaller models"
+    if helping:
+        advice = f"it would fit with {helping}"
     raise EasySpecError(
-        f"the models need {_gib(need.total)} GiB {where} ({parts}) and {_gib(free)} GiB are free; {advice}"
+        f"the models need {_gib(need.total)} GiB {where} ({parts}) and {_gib(free)} GiB are free; "
+        f"{advice}"
     )
 
 
-def _flags_that_help(job: Workload, free: int) -> Iterator[str]:
-    """Each alone."""
+def _options_that_help(job: Workload, free: int) -> Iterator[str]:
+    """Yield options that would make the workload fit, each by itself."""
 
     def fits(changed: Workload) -> bool:
         return needed(changed).total <= free
 
     if _platform(job.mesh) != "cpu":
-        for devices in (job.mesh.size << doublings for doublings in range(1, 6)):
-            if devices <= MAX_VIRTUAL_DEVICES and fits(replace(job, mesh=_mesh_of(devices, job))):
-                yield f"--mesh {devices}"
+        devices = 2 * job.mesh.size
+        while devices <= min(32 * job.mesh.size, MAX_VIRTUAL_DEVICES):
+            if fits(replace(job, mesh=_mesh_of(devices, job))):
+                yield f"`mesh` {devices}"
                 break
-    if (
-        job.dtype == "float32"
-        and not (job.target_held or job.draft_held)
-        and fits(replace(job, dtype="bfloat16"))
-    ):
-        yield "--dtype bfloat16"
+            devices *= 2
+    unread = not (job.target_held or job.draft_held)
+    if job.dtype == "float32" and unread and fits(replace(job, dtype="bfloat16")):
+        yield "`dtype` bfloat16"
     tokens = _largest(
         lambda tokens: fits(replace(job, tokens=tokens, max_length=tokens)), job.tokens
     )
     if tokens > job.prompt:
-        yield f"--max-length {tokens}"
+        yield f"`max_length` {tokens}"
     if rows := _largest(lambda rows: fits(replace(job, rows=rows)), job.rows):
-        yield f"--batch-size {rows}"
+        yield f"`batch_size` {rows}"
 
 
 def _largest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest number below the limit that fits, where all below one that does fit too; 0 if none does."""
+    """Return the largest number below the limit that fits, by bisection; 0 if none does.
+
+    Every number below one that fits is assumed to fit too.
+    """
     fitting, too_many = 0, limit
     while too_many - fitting > 1:
         middle = (fitting + too_many) // 2
-        fitting, too_many = (middle, too_many) if fits(middle) else (fitting, middle)
+        if fits(middle):
+            fitting = middle
+        else:
+            too_many = middle
     return fitting
 
 

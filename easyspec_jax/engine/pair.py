@@ -1,14 +1,17 @@
-"""From two checkpoint directories to an Engine: everything is checked before a weight is read."""
+"""From two checkpoint directories to an Engine. Everything is checked before a weight is read."""
 
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from easyspec_jax import demo
 from easyspec_jax.checkpoint.directory import Checkpoint, open_checkpoint
 from easyspec_jax.draft.grouping import Layout
 from easyspec_jax.draft.refit_file import choose_layout
 from easyspec_jax.engine.engine import Engine
+from easyspec_jax.engine.models import checked_draft
+from easyspec_jax.engine.tuned_file import find, key_of
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import DType, Platform, SpeculativeConfig, resolve_dtype
 from easyspec_jax.parallel.mesh import open_mesh, parse_mesh
@@ -22,49 +25,66 @@ def open_model(
     *,
     mesh: str = "1",
     platform: Platform | None = None,
-    speculative: SpeculativeConfig | None = None,
+    speculative: SpeculativeConfig | Literal["tuned"] | None = None,
     max_length: int | None = None,
     dtype: DType = "auto",
     allow_links: bool = False,
 ) -> Engine:
-    """Opens and checks a target and its draft; weights are read by Engine.load or the first Engine.generate.
+    """Open and check a target and its draft.
 
-    Without a target it is the bundled demo pair, which runs on virtual CPU devices where accelerators are too few.
-    mesh: "8" or "layer=4,tensor=2". max_length: prompt and generated tokens together, by default what both models were
-    made for. dtype "auto" is float32 on a CPU and otherwise the checkpoint's. allow_links: follow links that lead out
-    of a checkpoint's directory. A text ends at the ids that the target's configuration names, and at the end of a turn
-    as its chat template writes it. Raises EasySpecError for anything that would not work.
+    Weights are read later, by Engine.load or the first Engine.generate. A text ends at the ids that
+    the target's configuration names, and at the end of a turn as its chat template writes it.
+
+    Args:
+        target: Checkpoint directory, as converted or as from Hugging Face. None opens the bundled
+            demo pair, which runs on virtual CPU devices if there are too few accelerators.
+        draft: Directory of a smaller model of the same family.
+        mesh: Devices: "8" or "layer=4,tensor=2".
+        platform: "cpu", "gpu" or "tpu"; by default the fastest one present.
+        speculative: How to draft and verify; by default groups of four layers and chains of five
+            tokens. "tuned" is the way that `easyspec_jax.tune` found fastest and stored.
+        max_length: The most tokens of a text, its prompt included; by default as many as both
+            models were made for.
+        dtype: Type to compute in. "auto" is float32 on a CPU, otherwise the checkpoint's.
+        allow_links: Follow links that lead out of a checkpoint's directory.
+
+    Raises:
+        EasySpecError: Anything that would not work, in one line.
+
+    Example:
+        >>> engine = open_model(platform="cpu")
+        >>> from easyspec_jax import SamplingParams
+        >>> next(engine.generate(["def add(a, b):"], SamplingParams(max_new_tokens=8))).text
+        '\\n    return a + b'
     """
+    if speculative == "tuned":
+        return _open_tuned(
+            target,
+            draft,
+            mesh=mesh,
+            platform=platform,
+            max_length=max_length,
+            dtype=dtype,
+            allow_links=allow_links,
+        )
     speculative = speculative or SpeculativeConfig()
-    parse_mesh(mesh)  # a mistyped mesh should not wait for the checkpoints
+    parse_mesh(mesh)  # before the checkpoints, which take longer
     bundled = target is None
     if target is None:
         if draft is not None:
-            raise EasySpecError("--draft needs --target DIR; leave both out for the bundled pair")
+            raise EasySpecError("`draft` needs `target` DIR; leave both out for the bundled pair")
         target, draft = demo.TARGET, demo.DRAFT
     opened = open_checkpoint(target, allow_links=allow_links)
     tokenizer = load_tokenizer(opened.directory)
     opened = _with_stop_ids(opened, end_of_turn_ids(tokenizer))
     second, layout, refit = None, Layout.uniform(()), None
     if speculative.method != "vanilla":
-        if draft is None:
-            raise EasySpecError(
-                f"--method {speculative.method} needs --draft DIR (or use --method vanilla)"
-            )
-        second = open_checkpoint(draft, allow_links=allow_links)
+        given = None if draft is None else open_checkpoint(draft, allow_links=allow_links)
+        second = checked_draft(speculative, given)
         check_same_ids(tokenizer, load_tokenizer(second.directory))
         layout, refit = choose_layout(speculative, second)
-    smallest = min(
-        (c for c in (opened, second) if c is not None),
-        key=lambda c: c.config.max_position_embeddings,
-    )
-    positions = smallest.config.max_position_embeddings
-    if max_length is not None and not 2 <= max_length <= positions:
-        raise EasySpecError(
-            f"--max-length {max_length} must be from 2 to the {positions} positions of {smallest.directory}"
-        )
-    shape = parse_mesh(mesh, group_size=layout.lp_size)
-    devices = open_mesh(shape, platform, or_cpu=bundled)
+    length = _checked_length(max_length, opened, second)
+    devices = open_mesh(parse_mesh(mesh, group_size=layout.lp_size), platform, or_cpu=bundled)
     return Engine(
         target=opened,
         draft=second,
@@ -73,17 +93,44 @@ def open_model(
         refit=refit,
         mesh=devices,
         speculative=speculative,
-        max_length=max_length or positions,
+        max_length=length,
         dtype=resolve_dtype(dtype, devices.devices.flat[0].platform, opened.config.dtype),
     )
 
 
+def _open_tuned(
+    target: str | Path | None, draft: str | Path | None, *, mesh: str, **options
+) -> Engine:
+    """Open a pair as it was tuned. Raises EasySpecError if it has not been, on this mesh."""
+    ordinary = SpeculativeConfig(method="sd")
+    pair = open_model(target, draft, mesh=mesh, speculative=ordinary, **options)
+    assert pair.draft is not None
+    choice = find(key_of(pair, mesh), pair.draft.directory)
+    if choice is None:
+        raise EasySpecError(
+            "this pair has not been tuned on this mesh and machine; run easyspec_jax.tune first"
+        )
+    return open_model(target, draft, mesh=choice.mesh, speculative=choice.speculative, **options)
+
+
+def _checked_length(max_length: int | None, target: Checkpoint, draft: Checkpoint | None) -> int:
+    """Return the most tokens of a text. Raises EasySpecError if a model has too few positions."""
+    smallest = target
+    if draft is not None:
+        smallest = min(target, draft, key=lambda c: c.config.max_position_embeddings)
+    positions = smallest.config.max_position_embeddings
+    if max_length is not None and not 2 <= max_length <= positions:
+        raise EasySpecError(
+            f"`max_length` {max_length} must be from 2 to the {positions} positions of "
+            f"{smallest.directory}"
+        )
+    return max_length or positions
+
+
 def _with_stop_ids(checkpoint: Checkpoint, further: Iterable[int]) -> Checkpoint:
-    """The checkpoint with further ids that end a text, as far as its embedding has them."""
-    known = checkpoint.config.stop_ids
-    added = tuple(i for i in further if i not in known and i < checkpoint.config.vocab_size)
-    return (
-        replace(checkpoint, config=replace(checkpoint.config, stop_ids=(*known, *added)))
-        if added
-        else checkpoint
-    )
+    """Return the checkpoint with further ids that end a text, if its embedding has them."""
+    config = checkpoint.config
+    added = [i for i in further if i not in config.stop_ids and i < config.vocab_size]
+    if not added:
+        return checkpoint
+    return replace(checkpoint, config=replace(config, stop_ids=(*config.stop_ids, *added)))

@@ -1,4 +1,8 @@
-"""The device mesh: axes ("layer", "tensor"), virtual CPU devices where there is no accelerator."""
+"""The device mesh: axes ("layer", "tensor"), with virtual CPU devices if there is no accelerator.
+
+Layers of one fuzzy group are spread over "layer", so that they run at once; heads and columns within
+a layer are split over "tensor". Dense parts, which belong to no group, are split over both.
+"""
 
 import math
 import re
@@ -17,15 +21,16 @@ from numpy.typing import ArrayLike
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import Platform
 from easyspec_jax.parallel import hosts
+from easyspec_jax.parallel.spmd import spmd
 
 LAYER, TENSOR = "layer", "tensor"
 ALL_AXES = (LAYER, TENSOR)
 
 Axes = tuple[str, ...]
-"""Mesh axes that a dimension is split over; empty: replicated."""
+"""Mesh axes that a dimension is split over; () is replicated."""
 
 MAX_VIRTUAL_DEVICES = 256
-"""Of a CPU; each takes memory and threads, used or not."""
+"""Virtual devices of a CPU at most; each takes memory and threads even if it is not used."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +42,29 @@ class MeshShape:
 
     @property
     def size(self) -> int:
+        """Number of devices."""
         return self.layer * self.tensor
+
+    @property
+    def name(self) -> str:
+        """The shape as parse_mesh() reads it: "layer=4,tensor=2"."""
+        return f"{LAYER}={self.layer},{TENSOR}={self.tensor}"
 
 
 def parse_mesh(text: str, group_size: int = 1) -> MeshShape:
-    """The shape named by "8" or "layer=4,tensor=2".
+    """Return the shape that "8" or "layer=4,tensor=2" names.
 
-    A bare number is split so that a group of group_size layers fills the layer axis: its length is the largest divisor
-    of the number that is at most group_size. Raises EasySpecError for anything else.
+    Args:
+        text: The shape. A bare number of devices gets the longest layer axis that divides it and is
+            no longer than a group, so that no device idles while a group runs.
+        group_size: Layers of a group.
+
+    Raises:
+        EasySpecError: The text is neither.
+
+    Example:
+        >>> parse_mesh("8", group_size=5)
+        MeshShape(layer=4, tensor=2)
     """
     if re.fullmatch(r"[1-9]\d{0,5}", text):
         devices = int(text)
@@ -54,21 +74,29 @@ def parse_mesh(text: str, group_size: int = 1) -> MeshShape:
     if set(axes) == set(ALL_AXES) and text.count(",") == 1:
         return MeshShape(int(axes[LAYER]), int(axes[TENSOR]))
     raise EasySpecError(
-        f'--mesh {text[:40]!r} is neither a number of devices such as "8" nor "layer=4,tensor=2"'
+        f'`mesh` {text[:40]!r} is neither a number of devices such as "8" nor "layer=4,tensor=2"'
     )
 
 
 def open_mesh(shape: MeshShape, platform: Platform | None = None, or_cpu: bool = False) -> Mesh:
-    """A mesh over the first devices of a platform (default: the fastest that JAX finds).
+    """Return a mesh over the first devices of a platform.
 
-    On a CPU they are virtual, made here if JAX has not started yet. or_cpu: take a CPU's if the default platform has
-    too few. Several processes have equal parts of it; see spread(). Raises EasySpecError if the platform is absent or
-    has too few, or if they do not divide.
+    A CPU's devices are virtual, and made here if JAX has not started yet. Several processes get
+    equal parts of the mesh; see spread().
+
+    Args:
+        shape: Devices along each axis.
+        platform: By default the fastest that JAX finds.
+        or_cpu: Use a CPU's virtual devices if the default platform has too few.
+
+    Raises:
+        EasySpecError: The platform is absent or has too few devices, or the processes cannot share
+            them equally.
     """
     processes = hosts.count()
     if shape.size % processes:
         raise EasySpecError(
-            f"--mesh asks for {shape.size} devices, which {processes} processes cannot share equally"
+            f"`mesh` asks for {shape.size} devices, which {processes} processes cannot share equally"
         )
     if shape.size <= MAX_VIRTUAL_DEVICES:
         _request_cpu_devices(shape.size // processes)
@@ -77,11 +105,12 @@ def open_mesh(shape: MeshShape, platform: Platform | None = None, or_cpu: bool =
         devices = _devices("cpu")
     if len(devices) < shape.size:
         kind = devices[0].platform
-        advice = f"use --mesh {len(devices)}" + (
-            "" if kind == "cpu" else " or --platform cpu (virtual devices)"
-        )
+        advice = f"use `mesh` {len(devices)}"
+        if kind != "cpu":
+            advice += " or `platform` cpu (virtual devices)"
         raise EasySpecError(
-            f"--mesh asks for {shape.size} devices but there are {len(devices)} of platform {kind}; {advice}"
+            f"`mesh` asks for {shape.size} devices but there are {len(devices)} of platform "
+            f"{kind}; {advice}"
         )
     return Mesh(
         spread(devices, shape, processes), ALL_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2
@@ -89,22 +118,35 @@ def open_mesh(shape: MeshShape, platform: Platform | None = None, or_cpu: bool =
 
 
 def spread(devices: Sequence[Any], shape: MeshShape, processes: int) -> np.ndarray:
-    """[layer, tensor] devices, equally many of each process, the layer axis inside a process as far as it fits.
+    """Arrange devices so that each process has equally many and layer groups stay inside one.
 
-    Raises EasySpecError if a process has too few.
+    Args:
+        devices: All devices of the platform.
+        shape: Devices along each axis.
+        processes: Number of processes.
+
+    Returns:
+        Devices [layer, tensor]. The layer axis runs inside a process as far as that goes, because a
+        fuzzy group communicates most often.
+
+    Raises:
+        EasySpecError: A process has too few devices.
     """
     each = shape.size // processes
-    own: list[list[Any]] = []
-    for process in range(processes) if processes > 1 else ():
-        own.append([device for device in devices if device.process_index == process])
-        if len(own[-1]) < each:
-            raise EasySpecError(
-                f"--mesh asks for {each} devices a process, and process {process} has {len(own[-1])}"
-            )
-    chosen = np.asarray(
-        [of_process[:each] for of_process in own] or [devices[: shape.size]], object
-    )
-    layer = math.gcd(shape.layer, each)  # of one process
+    if processes == 1:
+        chosen = np.asarray([devices[: shape.size]], object)
+    else:
+        chosen = np.empty((processes, each), object)
+        for process in range(processes):
+            own = [device for device in devices if device.process_index == process]
+            if len(own) < each:
+                raise EasySpecError(
+                    f"`mesh` asks for {each} devices a process, and process {process} has {len(own)}"
+                )
+            chosen[process] = own[:each]
+    # Two processes of 4 devices, layer=8 tensor=1: the axis inside a process is gcd(8, 4) = 4 long,
+    # and [2, 4] becomes blocks [2, 1, 4, 1] -> [layer 2·4, tensor 1].
+    layer = math.gcd(shape.layer, each)
     blocks = chosen.reshape(
         shape.layer // layer, shape.tensor * layer // each, layer, each // layer
     )
@@ -113,23 +155,22 @@ def spread(devices: Sequence[Any], shape: MeshShape, processes: int) -> np.ndarr
 
 @cache
 def connect(mesh: Mesh) -> None:
-    """Makes every group of devices' first collective; for several processes, to be called when all have just met.
+    """Run the first collective of every group of devices, if there are several processes.
 
-    Gloo gives the first collective of a group 30 s to be joined by all, who may compile for longer than each other.
+    Gloo waits only 30 s for all processes to join the first collective of a group. One process may
+    well compile for longer than another, so this is called right after all have met.
     """
     if hosts.count() == 1:
         return
     for axes in (ALL_AXES, (LAYER,), (TENSOR,)):
-        total = jax.shard_map(
-            partial(jax.lax.psum, axis_name=axes), mesh=mesh, in_specs=P(), out_specs=P()
-        )
+        total = spmd(partial(jax.lax.psum, axis_name=axes), mesh, P(), P())
         jax.block_until_ready(jax.jit(total)(replicated(np.ones(1, np.float32), mesh)))
 
 
 def replicated(x: ArrayLike, mesh: Mesh) -> jax.Array:
-    """The same array on every device; every process has to have it."""
+    """Return an array that every device holds whole. Every process must call this with the same."""
     array = np.asarray(x)
-    # device_put would have all processes compare it first.
+    # device_put would make all processes compare the array first.
     return jax.make_array_from_callback(
         array.shape, NamedSharding(mesh, P()), lambda index: array[index]
     )
@@ -141,17 +182,17 @@ def _devices(platform: Platform | None) -> list[Any]:
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise EasySpecError(
-            f"--platform {platform or '(default)'}: JAX finds no such device here ({reason})"
+            f"`platform` {platform or '(default)'}: JAX finds no such device here ({reason})"
         ) from None
 
 
 def _request_cpu_devices(count: int) -> None:
-    """Too late once JAX has started; open_mesh then counts what there is."""
+    """Ask JAX for virtual devices. It refuses once it has started, and open_mesh() counts again."""
     if jax.config.jax_num_cpu_devices < count:  # pyright: ignore[reportAttributeAccessIssue]
         with suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)
 
 
 def axes_size(mesh: Mesh, axes: Axes) -> int:
-    """Number of shards that a dimension split over axes has."""
+    """Return the number of shards of a dimension that is split over axes."""
     return math.prod(mesh.shape[axis] for axis in axes)

@@ -71,13 +71,13 @@ class Space:
 
     def check(self, num_layers: int) -> None:
         """Check a space against a draft's number of layers. Raises EasySpecError for what it cannot be."""
-        check_whole("max-levels", self.max_levels, 1, 16)
+        check_whole("max_levels", self.max_levels, 1, 16)
         for width in self.tree_widths:
             SpeculativeConfig(tree_width=width)
         for size in self.lp_sizes:
-            check_whole("lp-sizes", size, 1, num_layers, ", the draft's layers")
+            check_whole("lp_sizes", size, 1, num_layers, ", the draft's layers")
         for size in self.mlp_lp_sizes:
-            check_whole("mlp-lp-sizes", size, 1)
+            check_whole("mlp_lp_sizes", size, 1)
 
     def speculations(self, num_layers: int) -> list[SpeculativeConfig]:
         """Every way to draft with this many layers; of sizes that give the same groups only the first."""

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from easyspec_jax.engine.tuned_file import describe, label
 from easyspec_jax.tune.predict import frontier
-from easyspec_jax.tune.store import describe, label
 from easyspec_jax.tune.tuning import Row, Tuned
 
 SHOWN = 16

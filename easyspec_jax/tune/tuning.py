@@ -1,44 +1,105 @@
-"""The whole of it: opens a pair, measures, searches, confirms; or finds what was stored."""
+"""Tuning as a whole: open a pair, measure, search, confirm, store; or find what was stored."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from easyspec_jax import demo
 from easyspec_jax.draft.refit_file import refit_sizes
+from easyspec_jax.engine import tuned_file
 from easyspec_jax.engine.engine import Engine
 from easyspec_jax.engine.pair import open_model
+from easyspec_jax.engine.tuned_file import Choice, describe
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.options import DType, Platform, SamplingParams, SpeculativeConfig
+from easyspec_jax.options import (
+    DraftTensorParallelSize,
+    DType,
+    Platform,
+    SamplingParams,
+    SpeculativeConfig,
+    check_whole,
+)
 from easyspec_jax.parallel.mesh import LAYER, TENSOR, MeshShape
 from easyspec_jax.progress import Advance, Bar, no_bar
 from easyspec_jax.tokenizer.conversation import Prompt
-from easyspec_jax.tune import prompts, store
+from easyspec_jax.tune import prompts
 from easyspec_jax.tune.bench import DeviceBench, Sample
 from easyspec_jax.tune.candidates import Candidate, Draft, Space, candidates
 from easyspec_jax.tune.confirm import alternate, confirmed
 from easyspec_jax.tune.predict import Figures, Prediction, predict
 from easyspec_jax.tune.search import Clock, search, verification_sizes
-from easyspec_jax.tune.store import Choice, describe
 
 SECONDS = 150.0
-"""For measuring, by default; loading the target and the last text begun come on top."""
+"""Default time for measuring. Loading the target, and finishing the last text, come on top."""
 
 COMPILED = 0.85
-"""By which share of the time the programs to confirm must be compiled; the first one's always are."""
+"""Share of the time after which no more finalists are compiled; the first always is."""
 
 TURNS = 25
-"""Texts that each finalist writes, if there is time: single ones are noisy where models are small."""
+"""Texts that each finalist writes if there is time: with small models single ones are noisy."""
 
 MAX_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Row:
-    """Figures of a draft and a tree width at the best number of levels; confirmed: tokens a second, if run.
+class TuneConfig:
+    """What to try and how long to measure.
 
-    deepest_acceptance: the share of drafted positions accepted at the most levels, None where it was not measured.
+    Attributes:
+        mesh: "8" tries all splits of eight devices, "layer=4,tensor=2" only that one. By default
+            the splits of all devices of the pair.
+        prompts: Prompts to measure on; by default a few of our own.
+        chat: Put prompts that are text as a user's message.
+        max_new_tokens: Length of each text.
+        lp_sizes: Layers that run at once, 1 for an ordinary draft; by default 1, 2, 3, 4 and 7, and
+            those that the draft has refits for.
+        mlp_lp_sizes: MLPs of a group that run at once, where devices share them.
+        tree_widths: Tokens drafted at each depth, 1 for a chain.
+        max_levels: Depth of the deepest draft of a round.
+        draft_tensor_parallel_sizes: See SpeculativeConfig.
+        confirm: How many of the best predictions to run.
+        seconds: Time for measuring; what is not reached is left out.
+
+    Raises:
+        EasySpecError: A value is out of range.
+    """
+
+    mesh: str | None = None
+    prompts: Sequence[Prompt] | None = None
+    chat: bool = False
+    max_new_tokens: int = MAX_NEW_TOKENS
+    lp_sizes: Sequence[int] | None = None
+    mlp_lp_sizes: Sequence[int] = Space.mlp_lp_sizes
+    tree_widths: Sequence[int] = Space.tree_widths
+    max_levels: int = Space.max_levels
+    draft_tensor_parallel_sizes: Sequence[DraftTensorParallelSize] = (
+        Space.draft_tensor_parallel_sizes
+    )
+    confirm: int = 3
+    seconds: float = SECONDS
+
+    def __post_init__(self) -> None:
+        check_whole("confirm", self.confirm, 1)
+        check_whole("max_new_tokens", self.max_new_tokens, 1)
+        if not 0 < self.seconds < float("inf"):
+            raise EasySpecError(f"`seconds` {self.seconds} must be a number above 0")
+        if self.chat and self.prompts is None:
+            raise EasySpecError(
+                "`chat` needs prompts of yours; our own are put as the checkpoint wants them"
+            )
+
+
+@dataclass(frozen=True)
+class Row:
+    """Figures of a draft and a tree width, at the best number of levels.
+
+    Attributes:
+        prediction: Speed as predicted from the parts.
+        deepest_acceptance: Share of drafted positions accepted at the most levels; None if it was
+            not measured.
+        confirmed: Speed in tokens a second when it ran; None if it did not.
     """
 
     prediction: Prediction
@@ -48,7 +109,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Tuned:
-    """Everything a report tells. rows: best first; not_reached: drafts for which there was no time."""
+    """Result of tuning.
+
+    Attributes:
+        engine: The pair.
+        mesh: As in TuneConfig.
+        figures: Everything that was measured.
+        rows: Figures by draft and tree width, best first.
+        not_reached: Drafts that there was no time for.
+        plain: Speed of plain decoding in tokens a second.
+        choice: The fastest way of decoding as it ran.
+        seconds: Time it took.
+    """
 
     engine: Engine
     mesh: str
@@ -58,6 +130,16 @@ class Tuned:
     plain: float
     choice: Choice
     seconds: float
+
+    def store(self) -> Path:
+        """Store the choice for `open_model(speculative="tuned")` and return its file.
+
+        Raises:
+            EasySpecError: It cannot be written.
+        """
+        assert self.engine.draft is not None
+        key = tuned_file.key_of(self.engine, self.mesh)
+        return tuned_file.keep(key, self.choice, self.engine.draft.directory)
 
 
 def open_pair(
@@ -70,16 +152,15 @@ def open_pair(
     *,
     allow_links: bool = False,
 ) -> Engine:
-    """The pair with an ordinary draft. Raises EasySpecError as open_model does, and without a draft."""
+    """Open a pair with an ordinary draft; arguments and errors as for open_model."""
     if target is not None and draft is None:
-        raise EasySpecError("there is nothing to choose without --draft DIR")
-    ordinary = SpeculativeConfig(method="sd")
+        raise EasySpecError("there is nothing to choose without `draft` DIR")
     return open_model(
         target,
         draft,
         mesh=mesh,
         platform=platform,
-        speculative=ordinary,
+        speculative=SpeculativeConfig(method="sd"),
         max_length=max_length,
         dtype=dtype,
         allow_links=allow_links,
@@ -87,14 +168,54 @@ def open_pair(
 
 
 def default_sample(engine: Engine, bundled: bool) -> Sample:
-    """Code for the bundled pair, otherwise questions, put as a user's where there is a chat template."""
+    """Return code for the bundled pair, otherwise questions, as a user's if there is a template."""
     sampling = SamplingParams(max_new_tokens=MAX_NEW_TOKENS)
     if bundled:
         return Sample(prompts.CODE, sampling)
     return Sample(prompts.QUESTIONS, sampling, chat=bool(engine.tokenizer.chat_template))
 
 
-def tune(
+def tune(pair: Engine, config: TuneConfig | None = None, *, bar: Bar = no_bar) -> Tuned:
+    """Measure which way of decoding is the fastest for a pair on its devices.
+
+    Args:
+        pair: An Engine with a draft, however that drafts.
+        config: What to try and how long to measure.
+        bar: Shows the progress.
+
+    Raises:
+        EasySpecError: A candidate or a prompt is bad; nothing has been measured.
+    """
+    config = config or TuneConfig()
+    if pair.draft is None:
+        raise EasySpecError("there is nothing to choose without `draft` DIR")
+    ordinary = SpeculativeConfig(method="sd")
+    engine = pair if pair.speculative == ordinary else pair.variant(ordinary, bar=bar)
+    space = Space.of(pair.draft.config.num_hidden_layers, refit_sizes(pair.draft.directory))
+    space = replace(
+        space,
+        lp_sizes=space.lp_sizes if config.lp_sizes is None else config.lp_sizes,
+        mlp_lp_sizes=config.mlp_lp_sizes,
+        tree_widths=config.tree_widths,
+        max_levels=config.max_levels,
+        draft_tensor_parallel_sizes=config.draft_tensor_parallel_sizes,
+    )
+    sample = default_sample(engine, bundled=pair.target.directory == demo.TARGET)
+    if config.prompts is not None:
+        sample = replace(sample, prompts=config.prompts, chat=config.chat)
+    sample = replace(sample, sampling=SamplingParams(max_new_tokens=config.max_new_tokens))
+    return tune_over(
+        engine,
+        config.mesh or str(engine.mesh.size),
+        sample,
+        space,
+        finalists=config.confirm,
+        seconds=config.seconds,
+        bar=bar,
+    )
+
+
+def tune_over(
     engine: Engine,
     mesh: str,
     sample: Sample,
@@ -104,30 +225,39 @@ def tune(
     seconds: float = SECONDS,
     bar: Bar = no_bar,
 ) -> Tuned:
-    """Measures, and confirms the best `finalists` beside plain decoding. engine: see open_pair; mesh: as for --mesh.
+    """Measure the candidates of a space, and run the best few alternately with plain decoding.
 
-    Raises EasySpecError for bad candidates or prompts before anything is measured.
+    Args:
+        engine: A pair with an ordinary draft, see open_pair().
+        mesh: See TuneConfig.
+        sample: Prompts to measure on.
+        space: Candidates.
+        finalists: How many of the best to run.
+        seconds: Time for measuring.
+        bar: Shows the progress.
+
+    Raises:
+        EasySpecError: A candidate or a prompt is bad; nothing has been measured.
     """
     assert engine.draft is not None
     found = candidates(mesh, engine.draft.config.num_hidden_layers, space)
-    for prompt in sample.prompts:
-        engine.encode(prompt, sample.chat)
-    engine.variant(
-        SpeculativeConfig(method="vanilla"), bar=bar
-    )  # reads the target, which is no part of measuring
+    engine.prepare(sample.prompts, chat=sample.chat)
+    # Reads the target's weights, which should not count as measuring.
+    engine.variant(SpeculativeConfig(method="vanilla"), bar=bar)
     begun = time.monotonic()
 
     def clock() -> float:
+        """Return the share of the time that is used up."""
         return (time.monotonic() - begun) / seconds
 
-    drafts = len({candidate.draft for candidate in found})
+    drafts = {candidate.draft for candidate in found}
     with bar("Measuring") as advance:
         bench = DeviceBench(engine, sample, space.max_levels, space.tree_widths, clock)
-        # Larger ones are measured when trees come to be asked for.
-        sizes = [size for size in verification_sizes(found) if size <= 9]
-        figures = Figures(
-            bench.plain, bench.overhead, {size: bench.verification(size) for size in sizes}
-        )
+        # Verification of more positions is measured when a tree needs it.
+        verification = {
+            size: bench.verification(size) for size in verification_sizes(found) if size <= 9
+        }
+        figures = Figures(bench.plain, bench.overhead, verification)
         best = search(found, figures, bench, finalists, clock, advance)
     bench.release()
     with bar("Confirming") as advance:
@@ -137,7 +267,7 @@ def tune(
         mesh=mesh,
         figures=figures,
         rows=rows(found, figures, speeds),
-        not_reached=drafts - len(figures.step),
+        not_reached=len(drafts) - len(figures.step),
         plain=speeds[None],
         choice=choose(speeds, engine),
         seconds=time.monotonic() - begun,
@@ -235,28 +365,35 @@ def _deepest_acceptance(figures: Figures, draft: Draft, width: int) -> float | N
 
 
 def auto(engine: Engine, mesh: str, bundled: bool, bar: Bar, note: Callable[[str], None]) -> Choice:
-    """Return the choice stored for this target, draft, type and machine, or measure first if there is none.
+    """Return the choice stored for a pair on its devices, or measure and store one.
 
-    engine: see open_pair; note is given a line about what is done.
+    Args:
+        engine: See open_pair().
+        mesh: See TuneConfig.
+        bundled: Whether it is the bundled pair.
+        bar: Shows the progress.
+        note: Called with a line about what is done.
     """
     assert engine.draft is not None
-    key, directory = store.key_of(engine, mesh), engine.draft.directory
-    choice = store.find(key, directory)
+    directory = engine.draft.directory
+    choice = tuned_file.find(tuned_file.key_of(engine, mesh), directory)
     if choice is None:
         note(
-            f"no choice is stored for this pair, mesh and machine: measuring for about {SECONDS / 60:g} minutes"
+            "no choice is stored for this pair, mesh and machine: measuring for about "
+            f"{SECONDS / 60:g} minutes"
         )
         space = Space.of(engine.draft.config.num_hidden_layers, refit_sizes(directory))
-        choice = tune(engine, mesh, default_sample(engine, bundled), space, bar=bar).choice
-        keep(key, choice, directory, note)
+        tuned = tune_over(engine, mesh, default_sample(engine, bundled), space, bar=bar)
+        store(tuned, note)
+        choice = tuned.choice
     note(f"tuned: {describe(choice)}")
     return choice
 
 
-def keep(key: store.Key, choice: Choice, draft: Path, note: Callable[[str], None]) -> None:
-    """Stores a choice, or notes that it could not be stored."""
+def store(tuned: Tuned, note: Callable[[str], None]) -> None:
+    """Store a choice, and note where, or why that was not possible."""
     try:
-        path = store.keep(key, choice, draft)
+        path = tuned.store()
     except EasySpecError as error:
         note(str(error))
     else:

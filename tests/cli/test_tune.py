@@ -11,13 +11,17 @@ import pytest
 from rich.console import Console
 
 from easyspec_jax.cli import generate
+from easyspec_jax.engine import tuned_file
+from easyspec_jax.engine.tuned_file import FILE, Choice
 from easyspec_jax.options import SpeculativeConfig
-from easyspec_jax.tune import store, tuning
+from easyspec_jax.tune import tuning
 from easyspec_jax.tune.__main__ import main
+from easyspec_jax.tune.predict import Figures
 from easyspec_jax.tune.report import print_tuned
-from easyspec_jax.tune.store import FILE, Choice
 from easyspec_jax.tune.tuning import open_pair
 from tests.models import save_model
+
+NO_FIGURES = Figures(plain=1.0, overhead=0.0, verification={})
 
 FEW = [
     "--lp-sizes",
@@ -140,10 +144,10 @@ def text_of(arguments, capsys) -> tuple[dict[str, Any], str]:
 
 
 def test_auto_follows_the_stored_choice(pair, model, capsys, monkeypatch):
-    monkeypatch.setattr(tuning, "tune", lambda *_, **__: pytest.fail("measured again"))
-    key = store.key_of(open_pair(model, model, "2", None, None, "auto"), "2")
+    monkeypatch.setattr(tuning, "tune_over", lambda *_, **__: pytest.fail("measured again"))
+    key = tuned_file.key_of(open_pair(model, model, "2", None, None, "auto"), "2")
     chosen = SpeculativeConfig(lp_size=3, refit="none", num_speculative_tokens=3)
-    store.keep(key, Choice("layer=2,tensor=1", chosen, 3.0, 2.0), model)
+    tuned_file.keep(key, Choice("layer=2,tensor=1", chosen, 3.0, 2.0), model)
     printed, notes = text_of([*pair, "--mesh", "2"], capsys)
     assert len(printed["stats"]["accepted_per_position"]) == 3
     assert "N = 3, TP all, chain, 3 levels on layer=2,tensor=1, 1.50 × plain decoding" in notes
@@ -153,12 +157,12 @@ def test_auto_follows_the_stored_choice(pair, model, capsys, monkeypatch):
 def test_auto_measures_once_where_nothing_is_stored(pair, model, capsys, monkeypatch):
     calls = []
 
-    def tune(engine, mesh, *_, **__):
+    def tune_over(engine, mesh, *_, **__):
         calls.append(mesh)
         choice = Choice("layer=1,tensor=1", SpeculativeConfig(method="vanilla"), 2.0, 2.0)
-        return type("Tuned", (), {"choice": choice})
+        return tuning.Tuned(engine, mesh, NO_FIGURES, [], 0, 2.0, choice, 1.0)
 
-    monkeypatch.setattr(tuning, "tune", tune)
+    monkeypatch.setattr(tuning, "tune_over", tune_over)
     _, first = text_of(pair, capsys)
     assert "measuring for about 2.5 minutes" in first
     assert f"stored in {model / FILE}" in first

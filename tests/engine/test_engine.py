@@ -3,6 +3,7 @@
 import pytest
 
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, open_model
+from easyspec_jax.tokenizer import encode
 from tests.models import save_model
 
 PLAIN = SpeculativeConfig(method="vanilla")
@@ -21,16 +22,16 @@ def engine(directory):
 
 
 def test_speculation_needs_a_draft(directory, engine):
-    with pytest.raises(EasySpecError, match="--method tree needs --draft DIR"):
+    with pytest.raises(EasySpecError, match="`method` tree needs `draft` DIR"):
         open_model(directory, speculative=SpeculativeConfig(method="tree"))
-    with pytest.raises(EasySpecError, match="--method easyspec needs --draft DIR"):
+    with pytest.raises(EasySpecError, match="`method` easyspec needs `draft` DIR"):
         engine.variant(SpeculativeConfig())
 
 
 @pytest.mark.parametrize(
     ("prompts", "options", "complaint"),
     [
-        ("one", {}, "takes a list of prompts, not one string"),
+        ("one", {}, "give a list of prompts, not one string"),
         ([{"role": "user", "content": "one"}], {}, "put one conversation into a list"),
         (
             ["one", "two"],
@@ -44,8 +45,30 @@ def test_prompts_that_are_none(engine, prompts, options, complaint):
         engine.generate(prompts, **options)
 
 
+def test_a_prompt_is_tokenised_once(engine, monkeypatch):
+    calls = []
+
+    def counted(tokenizer, prompt, chat):
+        calls.append(prompt)
+        return encode(tokenizer, prompt, chat)
+
+    monkeypatch.setattr("easyspec_jax.engine.engine.encode", counted)
+    sampling = SamplingParams(max_new_tokens=2)
+    rows = engine.prepare(["one", "two"])
+    engine.compile(rows, sampling)
+    again = engine.baseline()
+    again.compile(rows, sampling)
+    texts = [
+        [completion.token_ids for completion in own.generate(rows, sampling)]
+        for own in (engine, again)
+    ]
+    assert calls == ["one", "two"]
+    assert texts[0] == texts[1]
+    assert [row.prompt for row in rows] == ["one", "two"]
+
+
 def test_a_batch_has_rows(engine):
-    with pytest.raises(EasySpecError, match="--batch-size 0 must be at least 1"):
+    with pytest.raises(EasySpecError, match="`batch_size` 0 must be at least 1"):
         next(engine.complete_each([engine.row("one", SamplingParams())], 0))
 
 

@@ -92,11 +92,11 @@ def test_a_replicated_draft_is_whole_on_every_device():
 @pytest.mark.parametrize(
     ("job", "free", "flags"),
     [
-        (large(), 12.0, {"--mesh"}),
-        (large(dtype="float32"), 20.0, {"--mesh", "--dtype"}),
-        (large(tokens=100_000), 18.0, {"--mesh", "--max-length"}),
-        (large(tokens=100_000, prompt=99_000), 18.0, {"--mesh"}),
-        (large(rows=64), 20.0, {"--mesh", "--max-length", "--batch-size"}),
+        (large(), 12.0, {"`mesh`"}),
+        (large(dtype="float32"), 20.0, {"`mesh`", "`dtype`"}),
+        (large(tokens=100_000), 18.0, {"`mesh`", "`max_length`"}),
+        (large(tokens=100_000, prompt=99_000), 18.0, {"`mesh`"}),
+        (large(rows=64), 20.0, {"`mesh`", "`max_length`", "`batch_size`"}),
         (large(rows=64, tokens=100_000), 1.0, set()),
     ],
 )
@@ -107,25 +107,25 @@ def test_the_flags_that_are_named_make_it_fit(job, free, flags):
     assert "\n" not in line
     assert f"and {free} GiB are free; " in line
     assert "weights " in line and "caches " in line
-    named = dict(re.findall(r"(--[a-z-]+) (\w+)", line))
+    named = dict(re.findall(r"(`[a-z_]+`) (\w+)", line))
     assert set(named) == flags
     if not flags:
         assert line.endswith("use a machine with more memory, or smaller models")
     changed = {
-        "--mesh": lambda value: {"mesh": absent_mesh(MeshShape(4, int(value) // 4), "tpu")},
-        "--dtype": lambda value: {"dtype": value},
-        "--max-length": lambda value: {"tokens": int(value), "max_length": int(value)},
-        "--batch-size": lambda value: {"rows": int(value)},
+        "`mesh`": lambda value: {"mesh": absent_mesh(MeshShape(4, int(value) // 4), "tpu")},
+        "`dtype`": lambda value: {"dtype": value},
+        "`max_length`": lambda value: {"tokens": int(value), "max_length": int(value)},
+        "`batch_size`": lambda value: {"rows": int(value)},
     }
     for flag, value in named.items():
         check_memory(replace(job, **changed[flag](value)), int(free * GIB))
-    for flag in {"--max-length", "--batch-size"} & flags:
+    for flag in {"`max_length`", "`batch_size`"} & flags:
         with pytest.raises(EasySpecError):
             check_memory(replace(job, **changed[flag](int(named[flag]) + 1)), int(free * GIB))
 
 
 def test_nothing_is_read_where_memory_will_not_suffice(engine, monkeypatch, capsys):
-    monkeypatch.setattr("easyspec_jax.engine.engine.free_memory", lambda mesh: 30 * 2**20)
+    monkeypatch.setattr("easyspec_jax.engine.models.free_memory", lambda mesh: 30 * 2**20)
     monkeypatch.setattr(Engine, "load", lambda self, bar: pytest.fail("weights were loaded"))
     assert main(["--platform", "cpu", "--max-new-tokens", "8"]) == 2
     output = capsys.readouterr()

@@ -16,9 +16,9 @@ import pytest
 from easyspec_jax.checkpoint import directory
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.generate import main
-from easyspec_jax.parallel import hosts
-from easyspec_jax.parallel.hosts import Peer, find_peer
+from easyspec_jax.parallel import hosts, rendezvous
 from easyspec_jax.parallel.mesh import MeshShape, spread
+from easyspec_jax.parallel.rendezvous import Peer, find_peer
 from tests.conftest import CACHE
 from tests.models import add_refit, save_model
 from tests.worker import CountingSource, decode
@@ -116,7 +116,7 @@ def test_what_jax_says_while_the_watch_is_waited_for_is_not_heard(monkeypatch, c
     # A collective can fail before the watch sees that its process has died; JAX then has time to complain.
     waited, stopped = [], []
     monkeypatch.setattr(hosts, "_joined", None)
-    monkeypatch.setattr(hosts, "_report", lambda place, digest: ({}, "localhost:1"))
+    monkeypatch.setattr(hosts, "report", lambda peer, digest: ({}, "localhost:1"))
     monkeypatch.setattr(
         hosts, "Watch", lambda *_: SimpleNamespace(stop=lambda *words: stopped.append(words))
     )
@@ -163,7 +163,7 @@ def test_the_layer_axis_stays_inside_a_process_as_far_as_it_fits():
         ),
         (["--distributed", "localhost:1", "2", "2"], "--process-id 2 must be from 0 to 1"),
         (["--distributed", "localhost:1", "0", "0"], "--num-processes 0 must be at least 1"),
-        (["--distributed", "localhost", "2", "0"], "--coordinator 'localhost' is no HOST:PORT"),
+        (["--distributed", "localhost", "2", "0"], "--coordinator 'localhost' is not HOST:PORT"),
     ],
 )
 def test_bad_flags_are_one_line(flags, words, capsys):
@@ -184,35 +184,35 @@ def test_bad_flags_are_one_line(flags, words, capsys):
 
 
 def test_without_a_cluster_the_flags_are_asked_for():
-    with pytest.raises(EasySpecError, match="give --coordinator HOST:PORT"):
+    with pytest.raises(EasySpecError, match="give `coordinator` HOST:PORT"):
         find_peer(None, None, None)
 
 
 def test_nobody_waits_for_ever(monkeypatch):
-    monkeypatch.setattr(hosts, "START", 0.5)
+    monkeypatch.setattr(rendezvous, "START", 0.5)
     address = free_address()
     with pytest.raises(EasySpecError, match=r"process 1 did not come to 127\.0\.0\.1:\d+ within"):
-        hosts._gather(Peer(address, 2, 0), "")
+        rendezvous.gather(Peer(address, 2, 0), "")
     with pytest.raises(EasySpecError, match="cannot be reached within"):
-        hosts._report(Peer(address, 2, 1), "")
+        rendezvous.report(Peer(address, 2, 1), "")
 
 
 @pytest.mark.parametrize(
     ("place", "digest", "complaint"),
-    [((3, 1), "same", "given --num-processes 3"), ((2, 1), "other", "other flags or prompts")],
+    [((3, 1), "same", "given `num_processes` 3"), ((2, 1), "other", "other flags or prompts")],
 )
 def test_processes_that_disagree_are_refused_on_both_sides(place, digest, complaint):
     address, told = free_address(), []
 
     def report() -> None:
         with pytest.raises(EasySpecError) as refusal:
-            hosts._report(Peer(address, *place), digest)
+            rendezvous.report(Peer(address, *place), digest)
         told.append(str(refusal.value))
 
     thread = threading.Thread(target=report)
     thread.start()
     with pytest.raises(EasySpecError, match=complaint):
-        hosts._gather(Peer(address, 2, 0), "same")
+        rendezvous.gather(Peer(address, 2, 0), "same")
     thread.join()
     assert complaint in told[0]
 
@@ -220,14 +220,14 @@ def test_processes_that_disagree_are_refused_on_both_sides(place, digest, compla
 def test_a_cluster_that_says_too_little_is_named(monkeypatch):
     monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "of no such form")
     with pytest.raises(
-        EasySpecError, match=r"the cluster cannot be told \(.*\); give --coordinator HOST:PORT"
+        EasySpecError, match=r"the cluster cannot be detected \(.*\); give `coordinator` HOST:PORT"
     ):
         find_peer(None, None, None)
 
 
 def test_an_address_of_another_host_is_not_opened():
-    with pytest.raises(EasySpecError, match=r"--coordinator 192\.0\.2\.1:9 cannot be opened here"):
-        hosts._gather(Peer("192.0.2.1:9", 2, 0), "")
+    with pytest.raises(EasySpecError, match=r"`coordinator` 192\.0\.2\.1:9 cannot be opened here"):
+        rendezvous.gather(Peer("192.0.2.1:9", 2, 0), "")
 
 
 def test_somebody_elses_server_is_no_coordinator():
@@ -243,5 +243,5 @@ def test_somebody_elses_server_is_no_coordinator():
         thread = threading.Thread(target=answer)
         thread.start()
         with pytest.raises(EasySpecError, match="gives no answer that process 0 would give"):
-            hosts._report(Peer(address, 2, 1), "")
+            rendezvous.report(Peer(address, 2, 1), "")
         thread.join()

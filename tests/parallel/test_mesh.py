@@ -60,7 +60,7 @@ def test_a_number_is_split_by_group_size_and_names_set_the_split(text, group_siz
     ],
 )
 def test_other_text_is_refused_in_one_line(text):
-    with pytest.raises(EasySpecError, match="--mesh") as refusal:
+    with pytest.raises(EasySpecError, match="`mesh`") as refusal:
         parse_mesh(text)
     assert repr(text) in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -101,14 +101,14 @@ def test_a_mesh_that_may_fall_back_to_a_cpu_does_so_only_where_accelerators_are_
         (MeshShape(1, 10**4), None, True),
     ]
     for shape, platform, or_cpu in cases:
-        with pytest.raises(EasySpecError, match="--mesh asks for"):
+        with pytest.raises(EasySpecError, match="`mesh` asks for"):
             open_mesh(shape, platform, or_cpu)
-    with pytest.raises(EasySpecError, match=r"use --mesh 1 or --platform cpu \(virtual devices\)"):
+    with pytest.raises(EasySpecError, match=r"use `mesh` 1 or `platform` cpu \(virtual devices\)"):
         open_mesh(MeshShape(4, 2))
 
 
 def test_an_absent_platform_is_refused():
-    with pytest.raises(EasySpecError, match="--platform tpu: JAX finds no such device"):
+    with pytest.raises(EasySpecError, match="`platform` tpu: JAX finds no such device"):
         open_mesh(MeshShape(1, 1), "tpu")
 
 

@@ -4,13 +4,14 @@ import jax
 import pytest
 
 from easyspec_jax.engine.pair import open_model
+from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
 from easyspec_jax.parallel.mesh import MeshShape
 from easyspec_jax.tune import tuning
 from easyspec_jax.tune.bench import DeviceBench, Sample
 from easyspec_jax.tune.candidates import Candidate, Space
 from easyspec_jax.tune.predict import Figures
-from easyspec_jax.tune.tuning import choose, open_pair, rows, tune
+from easyspec_jax.tune.tuning import TuneConfig, choose, open_pair, rows, tune, tune_over
 from tests.models import save_model
 
 SPACE = Space([1, 3], [1], 2, ["all"], mlp_lp_sizes=[1])
@@ -57,7 +58,7 @@ def faked(monkeypatch):
 @pytest.mark.parametrize("fastest, other", [("sd", "easyspec"), ("easyspec", "sd")])
 def test_measured_speeds_decide_and_not_predicted_ones(engine, faked, fastest, other):
     faked |= {fastest: 3.0, other: 2.0}
-    found = tune(engine, "2", SAMPLE, SPACE, finalists=2)
+    found = tune_over(engine, "2", SAMPLE, SPACE, finalists=2)
     assert found.choice.speculative.method == fastest
     assert (found.choice.tokens_per_second, found.choice.plain_tokens_per_second) == (3.0, 1.0)
     best = found.rows[0]
@@ -69,7 +70,7 @@ def test_measured_speeds_decide_and_not_predicted_ones(engine, faked, fastest, o
 
 def test_plain_decoding_wins_where_every_draft_is_slower(engine, faked):
     faked |= {"sd": 0.9, "easyspec": 0.8}
-    found = tune(engine, "2", SAMPLE, SPACE, finalists=2)
+    found = tune_over(engine, "2", SAMPLE, SPACE, finalists=2)
     assert found.choice.speculative == SpeculativeConfig(method="vanilla")
     assert found.choice.mesh == "layer=1,tensor=2"
     assert [row.confirmed for row in found.rows[:2]] == [0.9, 0.8]
@@ -96,7 +97,7 @@ def test_rows_are_confirmed_ones_then_measured_ones_then_the_rest():
 
 
 def test_everything_is_really_measured(engine):
-    found = tune(engine, "2", SAMPLE, SPACE, finalists=1, seconds=1e6)
+    found = tune_over(engine, "2", SAMPLE, SPACE, finalists=1, seconds=1e6)
     assert found.not_reached == 0
     assert found.plain > 0
     assert len(found.figures.step) == 3  # the ordinary draft, and both splits of the fuzzy one
@@ -135,3 +136,47 @@ def test_variants_share_weights_that_lie_alike(tmp_path):
         for e in (engine, deeper, split, engine.baseline())
     ]
     assert all(text == texts[0] for text in texts)
+
+
+def test_tune_takes_a_config_and_any_pair_and_stores(engine, faked, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    faked |= {"easyspec": 3.0, "sd": 2.0}
+    config = TuneConfig(
+        prompts=SAMPLE.prompts,
+        max_new_tokens=12,
+        lp_sizes=[1, 3],
+        mlp_lp_sizes=[1],
+        tree_widths=[1],
+        max_levels=2,
+        draft_tensor_parallel_sizes=["all"],
+    )
+    pair = engine.variant(SpeculativeConfig(lp_size=2))
+    tuned = tune(pair, config)
+    assert tuned.mesh == "2"
+    assert tuned.choice.speculative.lp_size == 3
+    path = tuned.store()
+    try:
+        directory = pair.target.directory
+        opened = open_model(directory, directory, mesh="2", speculative="tuned")
+        assert opened.speculative == tuned.choice.speculative
+    finally:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"confirm": 0}, "`confirm` 0 must be at least 1"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` 0 must be at least 1"),
+        ({"seconds": 0.0}, "`seconds` 0.0 must be a number above 0"),
+        ({"chat": True}, "`chat` needs prompts of yours"),
+    ],
+)
+def test_configs_that_cannot_be(fields, complaint):
+    with pytest.raises(EasySpecError, match=complaint):
+        TuneConfig(**fields)
+
+
+def test_a_model_alone_has_nothing_to_choose(engine):
+    with pytest.raises(EasySpecError, match="nothing to choose without `draft`"):
+        tune(engine.baseline())

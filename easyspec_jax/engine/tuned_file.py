@@ -1,4 +1,8 @@
-"""Choices are kept beside the draft, or in the user's cache: one file for several targets and machines."""
+"""The way of decoding that `tune` found fastest, as it is kept on disk: `tuned.json`.
+
+The file lies next to the draft, or in the user's cache if the draft's directory cannot be written.
+It holds choices for several targets, meshes and machines.
+"""
 
 import hashlib
 import json
@@ -13,7 +17,7 @@ from easyspec_jax.checkpoint.config import read_json
 from easyspec_jax.checkpoint.directory import Checkpoint
 from easyspec_jax.checkpoint.families import FINAL_NORM
 from easyspec_jax.draft.refit_file import refit_digest
-from easyspec_jax.engine.engine import Engine
+from easyspec_jax.engine.models import Models
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.files import cache_directory, write_whole
 from easyspec_jax.options import SpeculativeConfig
@@ -24,7 +28,17 @@ FILE = "tuned.json"
 
 @dataclass(frozen=True)
 class Key:
-    """Key of a stored choice. mesh: as for --mesh; target, draft: see identity(); refits: of the draft."""
+    """Everything that a choice was measured for; another key needs a choice of its own.
+
+    Attributes:
+        target: Digest of the target, see identity().
+        draft: Digest of the draft.
+        platform: JAX's name of the devices' platform.
+        device_kind: JAX's name of the devices.
+        mesh: The mesh as the user asked for it, such as "8".
+        dtype: Type computed in.
+        refits: Digest of the refits in the draft's directory.
+    """
 
     target: str
     draft: str
@@ -37,7 +51,14 @@ class Key:
 
 @dataclass(frozen=True)
 class Choice:
-    """The fastest way found. mesh: "layer=…,tensor=…"; speeds in tokens a second, as confirmed."""
+    """The fastest way of decoding that was measured.
+
+    Attributes:
+        mesh: How it splits the devices: "layer=…,tensor=…".
+        speculative: How it drafts and verifies.
+        tokens_per_second: Its speed when it ran.
+        plain_tokens_per_second: The speed of plain decoding in the same run.
+    """
 
     mesh: str
     speculative: SpeculativeConfig
@@ -46,37 +67,53 @@ class Choice:
 
 
 def label(speculative: SpeculativeConfig) -> str:
-    """A draft of a Space in a few words."""
+    """Describe a way of drafting in a few words.
+
+    Example:
+        >>> label(SpeculativeConfig(lp_size=4, tree_width=8, refit="none"))
+        'N = 4, TP all, width 8'
+    """
     if speculative.method == "vanilla":
         return "plain decoding"
     name = "ordinary"
     if speculative.method == "easyspec":
         mlps = f", M = {speculative.mlp_lp_size}" if speculative.mlp_lp_size > 1 else ""
-        name = f"N = {speculative.lp_size}{mlps}{'' if speculative.refit == 'none' else ' refit'}"
+        refit = "" if speculative.refit == "none" else " refit"
+        name = f"N = {speculative.lp_size}{mlps}{refit}"
     tree = "chain" if speculative.width == 1 else f"width {speculative.width}"
     return f"{name}, TP {speculative.draft_tensor_parallel_size}, {tree}"
 
 
 def describe(choice: Choice) -> str:
-    """A choice in one line."""
+    """Describe a choice, and what it gained, in one line."""
     if choice.speculative.method == "vanilla":
-        return "plain decoding, than which no draft was faster"
+        return "plain decoding (no draft was faster)"
     gain = choice.tokens_per_second / choice.plain_tokens_per_second
     levels = choice.speculative.num_speculative_tokens
-    return f"{label(choice.speculative)}, {levels} levels on {choice.mesh}, {gain:.2f} × plain decoding as measured"
+    way = f"{label(choice.speculative)}, {levels} levels on {choice.mesh}"
+    return f"{way}, {gain:.2f} × plain decoding as measured"
 
 
-def key_of(engine: Engine, mesh: str) -> Key:
-    """The key of a pair on an engine's devices."""
-    assert engine.draft is not None
-    device = engine.mesh.devices.flat[0]
-    pair = identity(engine.target), identity(engine.draft)
-    refits = refit_digest(engine.draft.directory)
-    return Key(*pair, device.platform, device.device_kind, mesh, engine.dtype, refits)
+def key_of(models: Models, mesh: str) -> Key:
+    """Return the key of a pair on its devices. The mesh is as the user asked for it."""
+    assert models.draft is not None
+    device = models.mesh.devices.flat[0]
+    return Key(
+        target=identity(models.target),
+        draft=identity(models.draft),
+        platform=device.platform,
+        device_kind=device.device_kind,
+        mesh=mesh,
+        dtype=models.dtype,
+        refits=refit_digest(models.draft.directory),
+    )
 
 
 def identity(checkpoint: Checkpoint) -> str:
-    """Tells models apart by configuration and a few small tensors: to read all of a large one would take minutes."""
+    """Return a digest of a model's configuration and a few small tensors.
+
+    Reading all of a large model would take minutes, and training changes these tensors too.
+    """
     digest = hashlib.sha256(repr(checkpoint.config).encode())
     last = f"model.layers.{checkpoint.config.num_hidden_layers - 1}"
     for name in (FINAL_NORM, f"{last}.input_layernorm.weight", f"{last}.self_attn.k_proj.weight"):
@@ -85,14 +122,17 @@ def identity(checkpoint: Checkpoint) -> str:
 
 
 def places(key: Key, draft: Path) -> list[Path]:
-    """Files that may hold the choice, the preferred one first; nothing is kept inside the package."""
+    """Return the files that may hold a choice, the preferred one first.
+
+    The bundled draft's own directory is not among them: it belongs to the installed package.
+    """
     cache = cache_directory()
     elsewhere = [] if cache is None else [cache / "tuned" / f"{key.draft}.json"]
     return elsewhere if draft.resolve() == demo.DRAFT.resolve() else [draft / FILE, *elsewhere]
 
 
 def find(key: Key, draft: Path) -> Choice | None:
-    """The stored choice that was measured for exactly this; None if there is none that can be read."""
+    """Return the choice stored under a key, or None if there is none that can be read."""
     for path in places(key, draft):
         for entry in _entries(path):
             if entry.get("key") == asdict(key) and (choice := _choice(entry)) is not None:
@@ -101,17 +141,16 @@ def find(key: Key, draft: Path) -> Choice | None:
 
 
 def keep(key: Key, choice: Choice, draft: Path) -> Path:
-    """Stores a choice in the place of an older one for the same; returns the file.
+    """Store a choice in place of an older one under the same key, and return its file.
 
-    Raises EasySpecError if no place can be written.
+    Raises:
+        EasySpecError: None of the places can be written.
     """
     reason = "there is no cache directory"
     for path in places(key, draft):
         others = [entry for entry in _entries(path) if entry.get("key") != asdict(key)]
-        text = (
-            json.dumps({"choices": [*others, {"key": asdict(key), **asdict(choice)}]}, indent=1)
-            + "\n"
-        )
+        entries = [*others, {"key": asdict(key), **asdict(choice)}]
+        text = json.dumps({"choices": entries}, indent=1) + "\n"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, text.encode())
@@ -123,7 +162,7 @@ def keep(key: Key, choice: Choice, draft: Path) -> Path:
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:
-    """None from a file that is absent or damaged: what it held can be measured again."""
+    """Return a file's entries; none if it is absent or damaged, as they can be measured again."""
     try:
         held = read_json(path).get("choices")
     except EasySpecError:
@@ -132,12 +171,14 @@ def _entries(path: Path) -> list[dict[str, Any]]:
 
 
 def _choice(entry: dict[str, Any]) -> Choice | None:
-    """None for a choice that this version cannot follow."""
+    """Return an entry's choice, or None if it has options that this version does not know."""
     try:
         parse_mesh(entry["mesh"])
-        speculative = SpeculativeConfig(**entry["speculative"])
         return Choice(
-            entry["mesh"], speculative, entry["tokens_per_second"], entry["plain_tokens_per_second"]
+            mesh=entry["mesh"],
+            speculative=SpeculativeConfig(**entry["speculative"]),
+            tokens_per_second=entry["tokens_per_second"],
+            plain_tokens_per_second=entry["plain_tokens_per_second"],
         )
     except (EasySpecError, KeyError, TypeError):
         return None

@@ -7,9 +7,9 @@ import pytest
 
 from easyspec_jax import demo
 from easyspec_jax.checkpoint.directory import open_checkpoint
+from easyspec_jax.engine.tuned_file import FILE, Choice, Key, find, identity, keep, places
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SpeculativeConfig
-from easyspec_jax.tune.store import FILE, Choice, Key, find, identity, keep, places
 from tests.models import save_model
 
 KEY = Key("target", "draft", "cpu", "cpu", "8", "float32")

@@ -1,0 +1,207 @@
+"""A pair of models on a mesh: weights are read once, programs compiled once, memory checked first."""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Self
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from easyspec_jax.checkpoint.directory import Checkpoint
+from easyspec_jax.checkpoint.tensors import TensorSource
+from easyspec_jax.decode.programs import Programs
+from easyspec_jax.decode.round import RoundConfig
+from easyspec_jax.draft.grouping import Layout
+from easyspec_jax.draft.layer_group import load_draft
+from easyspec_jax.draft.refit_file import choose_layout
+from easyspec_jax.engine.fits import Workload, check_memory, free_memory
+from easyspec_jax.errors import EasySpecError
+from easyspec_jax.model.loader import Loader
+from easyspec_jax.model.sharding import padded_vocab_size
+from easyspec_jax.model.transformer import Decoder
+from easyspec_jax.options import SamplingParams, SpeculativeConfig
+from easyspec_jax.parallel import hosts
+from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape, connect
+from easyspec_jax.progress import Bar, no_bar
+from easyspec_jax.tokenizer.conversation import Tokenizer
+
+
+@dataclass(eq=False)
+class Models:
+    """A checked target and its draft on a mesh: their weights, programs and memory.
+
+    Attributes:
+        target: The model whose distribution the text has.
+        draft: The model that drafts, or None.
+        tokenizer: The target's.
+        layout: Which layers of the draft run at once.
+        refit: Projections fitted to that layout, or None.
+        mesh: The devices.
+        speculative: How rounds draft and verify.
+        max_length: The most tokens of a text, its prompt included.
+        dtype: Type to compute in.
+    """
+
+    target: Checkpoint
+    draft: Checkpoint | None
+    tokenizer: Tokenizer
+    layout: Layout
+    refit: TensorSource | None
+    mesh: Mesh
+    speculative: SpeculativeConfig
+    max_length: int
+    dtype: str
+    _target: Decoder | None = field(default=None, init=False, repr=False)
+    _draft: Decoder | None = field(default=None, init=False, repr=False)
+    _programs: dict[RoundConfig, Programs] = field(default_factory=dict, init=False, repr=False)
+
+    def load(self, bar: Bar = no_bar) -> tuple[Decoder, Decoder | None]:
+        """Return target and draft on the mesh; the first call reads them."""
+        target = self._load_target(bar)
+        if self._draft is None and self.draft is not None:
+            with bar("Loading draft"):
+                loader = self.loader(self.draft, self._draft_axes)
+                self._draft = load_draft(loader, self.layout, self.refit)
+        # Processes wait for each other here, because one disk may be much slower than another.
+        hosts.meet()
+        connect(self.mesh)
+        return target, self._draft
+
+    @property
+    def _draft_axes(self) -> Axes:
+        return ALL_AXES if self.speculative.draft_tensor_parallel_size == "all" else ()
+
+    def _load_target(self, bar: Bar) -> Decoder:
+        if self._target is None:
+            loader = self.loader(self.target, ALL_AXES)
+            layers = []
+            with bar("Loading target", self.target.config.num_hidden_layers) as advance:
+                for index in range(self.target.config.num_hidden_layers):
+                    layers.append(loader.layer(index))
+                    advance(1)
+            self._target = loader.decoder(layers)
+        return self._target
+
+    def loader(self, checkpoint: Checkpoint, axes: Axes) -> Loader:
+        """Return a Loader of a checkpoint onto this mesh.
+
+        Both models of a pair get embeddings of the same number of rows, because one token's
+        probabilities under both are compared shard by shard.
+        """
+        configs = [c.config for c in (self.target, self.draft) if c is not None]
+        return Loader(
+            source=checkpoint.source,
+            config=checkpoint.config,
+            mesh=self.mesh,
+            axes=axes,
+            dtype=np.dtype(self.dtype),
+            vocab_rows=padded_vocab_size(self.mesh, *configs),
+            num_ids=min(self.target.config.vocab_size, checkpoint.config.vocab_size),
+        )
+
+    def baseline(self) -> Self:
+        """Return plain decoding of the same target on the same mesh. The weights are shared."""
+        verifier = self.speculative.chosen_verifier
+        return self.variant(SpeculativeConfig(method="vanilla", verifier=verifier))
+
+    def variant(
+        self, speculative: SpeculativeConfig, shape: MeshShape | None = None, bar: Bar = no_bar
+    ) -> Self:
+        """Return the same pair on the same devices, decoded in another way.
+
+        Weights that lie alike on the devices are shared; the target's always are.
+
+        Args:
+            speculative: The other way.
+            shape: How to split the devices; by default as here.
+            bar: Shows the target being read, if it has not been yet.
+
+        Raises:
+            EasySpecError: The draft cannot have these groups, or there is no draft.
+        """
+        mesh = self.mesh
+        if shape is not None:
+            devices = mesh.devices.reshape(shape.layer, shape.tensor)
+            mesh = Mesh(devices, ALL_AXES, axis_types=mesh.axis_types)
+        draft, layout, refit = None, Layout.uniform(()), None
+        if speculative.method != "vanilla":
+            draft = checked_draft(speculative, self.draft)
+            layout, refit = choose_layout(speculative, draft)
+        target = self._load_target(bar)
+        other = replace(
+            self, draft=draft, layout=layout, refit=refit, mesh=mesh, speculative=speculative
+        )
+        other._target = jax.tree.map(partial(_seen_from, mesh), target)
+        if mesh == self.mesh and speculative.weights_key == self.speculative.weights_key:
+            other._draft = self._draft
+        return other
+
+    def config(self, sampling: SamplingParams) -> RoundConfig:
+        """Return the static options of the programs for a way of sampling."""
+        return RoundConfig.of(self.speculative, sampling, self.target.config.stop_ids)
+
+    def programs(self, sampling: SamplingParams) -> Programs:
+        """Return the compiled steps for a way of sampling, whose numbers are their arguments."""
+        config = self.config(sampling)
+        if config not in self._programs:
+            target, draft = self.load()
+            self._programs[config] = Programs(self.mesh, target, draft, config, self.max_length)
+        return self._programs[config]
+
+    def free_memory(self) -> int | None:
+        """Return the free bytes of the fullest device, or of a CPU's machine; None if unknown."""
+        return free_memory(self.mesh)
+
+    def check_memory(
+        self, tokens: int, prompt: int, rows: int, sampling: SamplingParams, free: int | None = None
+    ) -> None:
+        """Check that a batch would fit.
+
+        Args:
+            tokens: Length of the longest text, its prompt included.
+            prompt: Length of its prompt.
+            rows: Texts decoded together.
+            sampling: How they are sampled.
+            free: Bytes available; by default those that are free now.
+
+        Raises:
+            EasySpecError: It would not fit.
+        """
+        workload = self.workload(tokens, prompt, rows, sampling)
+        check_memory(workload, self.free_memory() if free is None else free)
+
+    def workload(self, tokens: int, prompt: int, rows: int, sampling: SamplingParams) -> Workload:
+        """Return the models and texts that check_memory() asks about; arguments as there."""
+        return Workload(
+            target=self.target.config,
+            draft=self.draft and self.draft.config,
+            layout=self.layout,
+            refit=self.refit is not None,
+            draft_axes=self._draft_axes,
+            mesh=self.mesh,
+            dtype=self.dtype,
+            round=self.config(sampling),
+            tokens=tokens,
+            prompt=prompt,
+            rows=rows,
+            target_held=self._target is not None,
+            draft_held=self._draft is not None,
+            max_length=self.max_length,
+        )
+
+
+def checked_draft(speculative: SpeculativeConfig, draft: Checkpoint | None) -> Checkpoint:
+    """Return the draft. Raises EasySpecError if a method that drafts has none."""
+    if draft is None:
+        raise EasySpecError(
+            f"`method` {speculative.method} needs `draft` DIR (or use `method` vanilla)"
+        )
+    return draft
+
+
+def _seen_from(mesh: Mesh, array: jax.Array) -> jax.Array:
+    """Return the same buffers as an array on a mesh that splits the same devices differently."""
+    sharding = NamedSharding(mesh, array.sharding.spec)  # pyright: ignore[reportAttributeAccessIssue]
+    shards = [shard.data for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
