@@ -1,20 +1,23 @@
-"""The `easyspec` command: `easyspec generate`, `easyspec convert` and so on, wherever it is called."""
+"""The `easyspec` command: `easyspec generate`, `easyspec convert` and so on."""
 
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
-    "generate": ("easyspec_jax.cli.generate", "text from a target model, sped up by a draft"),
+    "generate": (
+        "easyspec_jax.cli.generate",
+        "generate text with a target model and a draft",
+    ),
     "convert": (
         "convert.__main__",
-        "a checkpoint into one that opens straight into shards, or back",
+        "convert a checkpoint into one that opens straight into shards, or back",
     ),
     "tune": ("easyspec_jax.cli.tune", "measure which way of speculating is the fastest"),
     "refit": ("easyspec_jax.cli.refit", "fit a draft's projections to layers that run at once"),
-    "plan": ("easyspec_jax.cli.plan", "what a pair would need and gain on a topology"),
+    "plan": ("easyspec_jax.cli.plan", "estimate what a pair would need and gain on a topology"),
 }
-"""Module and purpose of each command; `python -m easyspec_jax.NAME` and `python -m convert` are the same."""
+"""Module and purpose of each command, which `python -m easyspec_jax.NAME` runs as well."""
 
 USAGE = "usage: easyspec COMMAND [flags]; each has --help\n" + "".join(
     f"  {name:10}{purpose}\n" for name, (_, purpose) in COMMANDS.items()
@@ -22,7 +25,7 @@ USAGE = "usage: easyspec COMMAND [flags]; each has --help\n" + "".join(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 2 if there is none of that name."""
+    """Run a command and return its exit code; 2 if no command has that name."""
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(USAGE, end="")

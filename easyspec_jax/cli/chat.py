@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
+from easyspec_jax.arithmetic import wrap_seed
 from easyspec_jax.cli.console import print_note, print_summary
 from easyspec_jax.engine.engine import Engine
 from easyspec_jax.errors import EasySpecError
@@ -12,11 +13,14 @@ from easyspec_jax.options import SamplingParams
 from easyspec_jax.progress import Bar
 from easyspec_jax.tokenizer.conversation import Message
 
-HELP = "/clear forgets the conversation, /exit, /quit or Ctrl-D ends it, Ctrl-C cuts an answer short, /help says this"
+HELP = (
+    "/clear forgets the conversation, /exit, /quit or Ctrl-D ends it, Ctrl-C cuts an answer short, "
+    "/help says this"
+)
 
 
 GREETING: list[Message] = [{"role": "user", "content": "Hello"}]
-"""What a model is loaded and compiled for before anybody has said anything."""
+"""Conversation that a model is loaded and compiled for, before the user has typed anything."""
 
 
 def converse(
@@ -26,19 +30,20 @@ def converse(
     read: Callable[[str], str] = input,
     system: str | None = None,
 ) -> None:
-    """Answer line after line, each time with all that was said before, until "/exit", "/quit" or EOFError.
+    """Answer line after line until "/exit", "/quit" or the end of input.
 
-    Turn i draws its noise from seed + i. Ctrl-C cuts an answer short, which is then remembered as far as it came.
+    The model sees the whole conversation each time. Turn i draws its noise from seed + i. After
+    Ctrl-C the conversation goes on with as much of the answer as there is.
 
     Args:
         engine: The model.
         sampling: How answers are sampled.
-        bar: Shows what takes long.
-        read: Returns the next line that the user types, given a prompt for it.
-        system: The system message that the conversation begins with.
+        bar: Shows the progress of what takes long.
+        read: Returns the next line that the user types; called with a prompt to show.
+        system: A system message that the conversation begins with.
     """
     with suppress(ImportError):
-        import readline  # noqa: F401  (lines can then be edited and called back)
+        import readline  # noqa: F401  (gives input() line editing and a history)
     people = sys.stdin.isatty() and sys.stdout.isatty()
     if people:
         print_note(HELP)
@@ -64,9 +69,9 @@ def converse(
 def _answer(
     engine: Engine, messages: list[Message], sampling: SamplingParams, bar: Bar
 ) -> list[Message]:
-    """The conversation with its answer, or without its last message if that gets none."""
+    """Print an answer. Return the conversation with it, or without its question on failure."""
     earlier = sum(message["role"] == "user" for message in messages) - 1
-    turn = replace(sampling, seed=(sampling.seed + earlier) % 2**32)
+    turn = replace(sampling, seed=wrap_seed(sampling.seed + earlier))
     pieces: list[str] = []
 
     def show(piece: str) -> None:
@@ -74,8 +79,9 @@ def _answer(
         print(piece, end="", flush=True)
 
     try:
-        engine.compile([messages], turn, bar=bar)
-        completion = next(engine.generate([messages], turn, on_text=show))
+        rows = engine.prepare([messages])
+        engine.compile(rows, turn, bar=bar)
+        completion = next(engine.generate(rows, turn, on_text=show))
         print(flush=True)
         if completion.error is not None:
             raise EasySpecError(completion.error)
@@ -85,6 +91,6 @@ def _answer(
     except EasySpecError as error:
         print_note(f"{error}, or /clear")
         return messages[:-1]
-    # Sentencepiece begins an answer with a blank, which templates put there themselves.
+    # Sentencepiece decodes an answer with a leading blank, but a template writes its own.
     answer = "".join(pieces).removeprefix(" ")
     return [*messages, {"role": "assistant", "content": answer}] if answer else messages[:-1]

@@ -104,7 +104,7 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def cache_compilations() -> None:
-    """Keep compiled programs on disk for the next run, unless JAX has a cache configured already."""
+    """Keep compiled programs on disk for the next run, unless JAX has a cache already."""
     import jax
 
     # JAX compiles anew where another process has half written an entry; a user need not know.

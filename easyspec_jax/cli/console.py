@@ -108,9 +108,8 @@ def print_devices(engine: "Engine", sampling: SamplingParams, prepared: "Prepara
         table.add_row(f"{device.platform}:{device.id}", " ".join(map(str, layers)) or "–", *sizes)
     console = _console()
     refit = "" if engine.refit is None else " · refit"
-    console.print(
-        f"mesh {_mesh(engine)} · {engine.dtype} · groups {format_layout(engine.layout) or 'none'}{refit}"
-    )
+    groups = format_layout(engine.layout) or "none"
+    console.print(f"mesh {_mesh(engine)} · {engine.dtype} · groups {groups}{refit}")
     console.print(
         f"loaded in {prepared.load_seconds:.2f} s · compiled in {prepared.compile_seconds:.2f} s"
     )

@@ -1,4 +1,4 @@
-"""`python -m easyspec_jax.generate`: text from a target model, sped up by a draft on a device mesh."""
+"""`python -m easyspec_jax.generate`: text from a target model, drafted on a device mesh."""
 
 import argparse
 import io
@@ -210,7 +210,7 @@ def _complete(
 def _converse(
     args: argparse.Namespace, engine: "Engine", sampling: SamplingParams, bar: "Bar"
 ) -> None:
-    """Hold a conversation. The weights are loaded first, so that the first answer starts at once."""
+    """Hold a conversation. Weights are loaded first, so that the first answer starts at once."""
     from easyspec_jax.cli.chat import GREETING, converse
     from easyspec_jax.cli.console import print_devices
 

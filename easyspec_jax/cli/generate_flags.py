@@ -1,4 +1,4 @@
-"""The flags of `python -m easyspec_jax.generate`, their conflicts, and the options they stand for."""
+"""The flags of `python -m easyspec_jax.generate`, their conflicts, and their options."""
 
 import argparse
 import re
@@ -11,8 +11,10 @@ from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import Method, SamplingParams, SpeculativeConfig, Verifier
 
 AUTO = "auto"
-TUNED = ("--method", "--num-speculative-tokens", "--tree-width", "--tree-nodes", "--lp-size", "--mlp-lp-size",
-         "--refit", "--no-refit", "--no-calibration", "--draft-tensor-parallel-size")  # fmt: skip
+TUNED = (
+    "--method", "--num-speculative-tokens", "--tree-width", "--tree-nodes", "--lp-size",
+    "--mlp-lp-size", "--refit", "--no-refit", "--no-calibration", "--draft-tensor-parallel-size",
+)  # fmt: skip
 """Flags that --lp-strategy auto sets itself and that conflict with it."""
 
 
@@ -105,7 +107,8 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
         )
     if args.distributed and args.prompts is not None:
         raise EasySpecError(
-            "--distributed runs no jobs: give --prompt TEXT or --prompt-file FILE instead of --prompts"
+            "--distributed runs no jobs: give --prompt TEXT or --prompt-file FILE instead of "
+            "--prompts"
         )
 
 

@@ -1,7 +1,7 @@
-"""A line of a batch job: whose it is, what it asks for and how to sample it; or what is wrong with it.
+"""A line of a batch job: its id, its prompt and its sampling, or what is wrong with it.
 
-Besides our own fields a line may have those of OpenAI's batch format. A field that asks for something that would
-change the text and is not supported is an error; one that only describes the line is not used.
+Lines may use the fields of OpenAI's batch format instead of ours. A field that would change the
+text but is not supported is an error. One that merely describes the line is ignored.
 """
 
 import difflib
@@ -11,15 +11,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from easyspec_jax.arithmetic import wrap_seed
 from easyspec_jax.errors import EasySpecError, first_line
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.tokenizer.conversation import Conversation, Prompt, conversation_of, with_system
 
 SAMPLING = {
-    "temperature": (int, float), "top_k": (int,), "top_p": (int, float), "seed": (int,), "max_new_tokens": (int,),
+    "temperature": (int, float),
+    "top_k": (int,),
+    "top_p": (int, float),
+    "seed": (int,),
+    "max_new_tokens": (int,),
     "stop": (str, list),
-}  # fmt: skip
-"""What a line may say about its own sampling, and the types of the values."""
+}
+"""Fields of a line that say how to sample it, and the types of their values."""
 
 _OTHER_NAMES = {
     "max_tokens": "max_new_tokens",
@@ -27,23 +32,29 @@ _OTHER_NAMES = {
     "custom_id": "id",
 }
 
-_DESCRIPTIVE = ("method", "url", "model", "metadata", "user", "stream", "stream_options", "store", "service_tier",
-                "safety_identifier", "prompt_cache_key", "parallel_tool_calls")  # fmt: skip
+_DESCRIPTIVE = (
+    "method", "url", "model", "metadata", "user", "stream", "stream_options", "store",
+    "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
+)  # fmt: skip
 """Fields of OpenAI's formats that change no text."""
 
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "logprobs": (False, 0), "top_logprobs": (0,),
-    "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,), "min_p": (0,), "logit_bias": ({},),
-    "response_format": ({"type": "text"},), "tool_choice": ("auto",), "functions": ([],), "function_call": ("auto",),
-    "stop_token_ids": ([],), "stop_sequences": ([],), "eos_token_id": (), "ignore_eos": (False,), "bad_words": ([],),
-    "chat_template": (), "chat_template_kwargs": ({},), "add_generation_prompt": (True,),
+    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "logprobs": (False, 0),
+    "top_logprobs": (0,), "presence_penalty": (0,), "frequency_penalty": (0,),
+    "repetition_penalty": (1,), "min_p": (0,), "logit_bias": ({},),
+    "response_format": ({"type": "text"},), "tool_choice": ("auto",), "functions": ([],),
+    "function_call": ("auto",), "stop_token_ids": ([],), "stop_sequences": ([],),
+    "eos_token_id": (), "ignore_eos": (False,), "bad_words": ([],), "chat_template": (),
+    "chat_template_kwargs": ({},), "add_generation_prompt": (True,),
     "continue_final_message": (False,), "guided_json": (), "guided_regex": (), "guided_choice": (),
-    "guided_grammar": (), "structured_outputs": (), "grammar": (), "json_schema": (), "max_output_tokens": (),
-    "max_length": (), "min_tokens": (0,), "num_beams": (1,), "use_beam_search": (False,), "length_penalty": (1,),
-    "no_repeat_ngram_size": (0,), "typical_p": (1,), "reasoning_effort": (), "system": (), "instructions": (),
-    "prompt_token_ids": (), "input": (), "prefix": (), "logit_processors": ([],), "truncate_prompt_tokens": (),
+    "guided_grammar": (), "structured_outputs": (), "grammar": (), "json_schema": (),
+    "max_output_tokens": (), "max_length": (), "min_tokens": (0,), "num_beams": (1,),
+    "use_beam_search": (False,), "length_penalty": (1,), "no_repeat_ngram_size": (0,),
+    "typical_p": (1,), "reasoning_effort": (), "system": (), "instructions": (),
+    "prompt_token_ids": (), "input": (), "prefix": (), "logit_processors": ([],),
+    "truncate_prompt_tokens": (),
 }  # fmt: skip
-"""Fields that are not supported, and the values with which they ask for nothing."""
+"""Fields that are not supported, and the values with which they would have no effect."""
 
 _USED = {"id", "prompt", "messages", "tools", "body", *SAMPLING, *_OTHER_NAMES}
 _KNOWN = {*_USED, *_DESCRIPTIVE, *_WITHOUT_EFFECT}
@@ -51,15 +62,15 @@ _KNOWN = {*_USED, *_DESCRIPTIVE, *_WITHOUT_EFFECT}
 
 @dataclass(frozen=True)
 class Item:
-    """A line of the input: the prompt it asks for, or what is wrong with it.
+    """A line of the input: its prompt, or what is wrong with it.
 
     Attributes:
         line: Its number, from 1.
-        id: Its own id, whatever JSON value that is where the line has an error.
-        prompt: What to complete.
-        sampling: How; None if the line has an error.
+        id: Its id; if the line has an error, any JSON value.
+        prompt: The prompt to complete.
+        sampling: How to sample it; None if the line has an error.
         error: What is wrong with the line.
-        unused: Names of the fields that were not used.
+        unused: Names of the fields that were ignored.
     """
 
     line: int
@@ -71,19 +82,19 @@ class Item:
 
 
 def read_items(content: bytes, default: SamplingParams, system: str | None = None) -> list[Item]:
-    """Read every line that is not blank. No line ends the job, whatever is in it.
+    """Read every line that is not blank. A bad line becomes an Item with an error.
 
     Args:
         content: JSON lines.
-        default: The sampling of lines that do not give their own; line n draws its noise from its seed + n - 1.
-        system: A system message for every conversation without one, and for prompts that are text.
+        default: Sampling of lines that do not give their own. Line n uses its seed + n - 1.
+        system: System message of prompts that are text, and of conversations without one.
     """
     items: list[Item] = []
     seen: dict[Any, int] = {}
     for line, text in enumerate(content.split(b"\n"), 1):
         if not text.strip():
             continue
-        item = _item(line, text, replace(default, seed=(default.seed + line - 1) % 2**32), system)
+        item = _item(line, text, replace(default, seed=wrap_seed(default.seed + line - 1)), system)
         if item.error is None:
             first = seen.setdefault(item.id, line)
             if first != line:
@@ -96,15 +107,12 @@ def _item(line: int, text: bytes, default: SamplingParams, system: str | None) -
     own_id = None
     try:
         fields = _object(line, text)
-        own_id = _writable(
-            next(
-                (fields[name] for name in ("id", "custom_id") if fields.get(name) is not None), None
-            )
-        )
+        given = fields.get("id")
+        own_id = _writable(fields.get("custom_id") if given is None else given)
         return _parsed(line, fields, default, system)
     except EasySpecError as error:
         message = str(error)
-    except Exception as error:  # whatever a hostile line provokes, it costs only this line
+    except Exception as error:  # a hostile line can raise anything, but costs only itself
         message = f"cannot be used ({type(error).__name__}: {first_line(error)[:80]})"
     return Item(line, own_id, error=" ".join(message.split()))
 
@@ -120,7 +128,7 @@ def _object(line: int, text: bytes) -> dict[str, Any]:
 
 
 def _writable(value: Any) -> Any:
-    """An id as it can be written back as JSON, None if it cannot."""
+    """Return an id if it can be written back as JSON, else None."""
     try:
         json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError):
@@ -149,7 +157,7 @@ def _parsed(line: int, fields: dict[str, Any], default: SamplingParams, system: 
 
 
 def _flat(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The fields that are used, under our names, and the names of those that are not; what is null is not there."""
+    """Return the fields under our names, without nulls, and the names of those that are ignored."""
     given = {name: value for name, value in fields.items() if value is not None}
     body = given.pop("body", {})
     if not isinstance(body, dict):
@@ -169,12 +177,11 @@ def _flat(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
 
 
 def _check_field(name: str, value: Any) -> None:
-    """Raise EasySpecError for a field that is misspelt, or that asks for something that is not supported."""
+    """Raise EasySpecError for a field that is misspelt or not supported."""
     if name in _WITHOUT_EFFECT and not any(value == plain for plain in _WITHOUT_EFFECT[name]):
         raise EasySpecError(f"{name} {str(value)[:40]!r} is not supported")
-    if name not in _KNOWN and (
-        meant := difflib.get_close_matches(name[:40], sorted(_USED), 1, cutoff=0.8)
-    ):
+    meant = difflib.get_close_matches(name[:40], sorted(_USED), 1, cutoff=0.8)
+    if name not in _KNOWN and meant:
         raise EasySpecError(f"field {name[:40]!r} is unknown; did you mean {meant[0]!r}?")
 
 

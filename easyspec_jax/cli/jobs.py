@@ -1,4 +1,8 @@
-"""Batch jobs: a file of prompts becomes a file of completions, whatever kills the process on the way."""
+"""Batch jobs: a file of prompts becomes a file of completions, even if the process is killed.
+
+Every record is one line, appended whole and followed by fsync within a second. On the next run the
+lines that have a record already are left out, and a half-written last line is cut off.
+"""
 
 import errno
 import fcntl
@@ -24,12 +28,18 @@ if TYPE_CHECKING:
     from easyspec_jax.engine.engine import Engine
 
 SYNC_SECONDS = 1.0
-"""Records of at most this long are lost, and made again, if the machine loses power."""
+"""Seconds of work that may be lost, and done again, if the machine loses power."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Input of a job: its name, its bytes and its lines."""
+    """Input of a job.
+
+    Attributes:
+        name: The file's name.
+        content: Its bytes.
+        items: Its lines.
+    """
 
     name: str
     content: bytes
@@ -37,11 +47,11 @@ class Job:
 
 
 def read_job(prompts: str | Path, sampling: SamplingParams, system: str | None = None) -> Job:
-    """Read the input of a job, a file or "-" for standard input.
+    """Read the input of a job.
 
     Args:
-        prompts: Path of a file of JSON lines.
-        sampling: The default of lines that do not give their own.
+        prompts: Path of a file of JSON lines, or "-" for standard input.
+        sampling: Used by lines that do not give their own.
         system: A system message for every line without one.
 
     Raises:
@@ -58,13 +68,21 @@ def read_job(prompts: str | Path, sampling: SamplingParams, system: str | None =
 
 
 class Results:
-    """The output: a record a line, appended whole."""
+    """The output of a job, one record per line.
+
+    Attributes:
+        done: Numbers of the input lines that have a record.
+        errors: How many of those are errors.
+    """
 
     def __init__(self, handle: int, done: set[int], errors: int) -> None:
-        self._handle, self.done, self.errors, self._synced = handle, done, errors, time.monotonic()
+        self.done = done
+        self.errors = errors
+        self._handle = handle
+        self._synced = time.monotonic()
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write a record. It survives the process at once, and a power failure after SYNC_SECONDS."""
+        """Write a record. Within SYNC_SECONDS it survives a power failure, too."""
         line = memoryview(json.dumps(record).encode() + b"\n")
         while line:
             line = line[os.write(self._handle, line) :]
@@ -84,7 +102,7 @@ def open_results(out: Path, described: Mapping[str, Any]) -> Iterator[Results]:
         described: What its texts depend on; kept next to it as `OUT.job`.
 
     Raises:
-        EasySpecError: Another process is writing it, or it is the output of anything else.
+        EasySpecError: Another process is writing it, or it is not the output of this job.
     """
     handle = os.open(out, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
@@ -100,10 +118,10 @@ def open_results(out: Path, described: Mapping[str, Any]) -> Iterator[Results]:
 
 
 def check_results(out: Path, described: Mapping[str, Any]) -> None:
-    """Find out, without writing anything, whether open_results() could open an output.
+    """Check that open_results() will be able to open an output, without writing anything.
 
     Raises:
-        EasySpecError: It is the output of anything else, or cannot be written.
+        EasySpecError: It is not the output of this job, or cannot be written.
     """
     if out.is_dir():
         raise EasySpecError(f"--out {out} is a directory; name a file")
@@ -118,7 +136,7 @@ def check_results(out: Path, described: Mapping[str, Any]) -> None:
 
 
 def _lock(handle: int, out: Path) -> None:
-    """Lock an open output until it is closed. Raises EasySpecError if another process has."""
+    """Lock an open output until it is closed. Raises EasySpecError if it is locked already."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -129,10 +147,10 @@ def _lock(handle: int, out: Path) -> None:
 
 def _check_same_job(out: Path, described: Mapping[str, Any]) -> None:
     path = _description(out)
-    known = path.exists()
-    if (known and path.read_bytes() != _serialised(described)) or (
-        out.stat().st_size and not known
-    ):
+    same = out.stat().st_size == 0
+    if path.exists():
+        same = path.read_bytes() == _serialised(described)
+    if not same:
         raise EasySpecError(
             f"{out} belongs to other prompts or settings (see {path}); choose another --out"
         )
@@ -156,7 +174,11 @@ def describe_job(job: Job, settings: Mapping[str, Any], chat: bool) -> dict[str,
 
 
 def _whole_records(content: bytes) -> tuple[set[int], int, int]:
-    """The input lines that have a record, how many of those are errors, and where the last whole record ends."""
+    """Return the lines that have a record, how many are errors, and the end of the last record.
+
+    Reading stops at the first line that is not a whole record: what follows was torn off when the
+    process was killed.
+    """
     done: set[int] = set()
     errors = end = 0
     for line in content.splitlines(keepends=True):
@@ -182,20 +204,22 @@ def run_job(
     bar: Bar = no_bar,
     note: Callable[[str], None] = lambda message: None,
 ) -> tuple[int, int]:
-    """Complete every line of a job that an output lacks. A line that cannot be completed gets an error record.
+    """Complete every line of a job that has no record yet.
+
+    A line that cannot be completed gets an error record.
 
     Args:
         engine: The model.
         job: The lines, see read_job().
         out: The file of records.
-        chat: Prompts that are text are put as a user's.
+        chat: Put prompts that are text as a user's message.
         batch_size: Lines decoded together.
         settings: What else the texts depend on.
         bar: Shows the progress.
-        note: Called with each line's error, and with the fields that are not used.
+        note: Called with each line's error, and with the names of fields that are not used.
 
     Returns:
-        How many records the output then has, and how many of them are errors.
+        The number of records that the output has at the end, and how many are errors.
 
     Raises:
         EasySpecError: The output cannot be used.
@@ -207,7 +231,9 @@ def run_job(
         with open_results(out, described) as results, bar("Generating", len(job.items)) as advance:
             advance(len(results.done))
             left = [item for item in job.items if item.line not in results.done]
-            # Stable, so that all that are decoded by the same programs follow one another.
+            # Lines that the same programs decode follow one another, so that a batch is rarely
+            # drained to change programs. RoundConfig has no order, but equal ones have equal
+            # reprs, and a stable sort keeps the order of lines that are alike.
             left.sort(key=lambda item: repr(item.sampling and engine.config(item.sampling)))
             taken: list[Item] = []
 
@@ -235,7 +261,11 @@ def run_job(
 def _row(
     engine: "Engine", item: Item, chat: bool, batch_size: int, free: int | None
 ) -> "Generation":
-    """The row of a line. Raises EasySpecError, whatever is wrong with the line: nothing in it may end the job."""
+    """Return the row of a line.
+
+    Raises:
+        EasySpecError: Anything is wrong with the line. Other exceptions would end the job.
+    """
     if item.sampling is None:
         raise EasySpecError(item.error)
     try:
@@ -245,7 +275,7 @@ def _row(
         )
     except EasySpecError:
         raise
-    except Exception as error:  # what a template or a tokenizer makes of a hostile line
+    except Exception as error:  # a hostile line can make a template raise anything
         raise EasySpecError(
             f"cannot be used ({type(error).__name__}: {first_line(error)[:80]})"
         ) from None

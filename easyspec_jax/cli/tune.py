@@ -1,4 +1,4 @@
-"""`python -m easyspec_jax.tune`: measure which way of decoding is the fastest here, and store it."""
+"""`python -m easyspec_jax.tune`: measure which way of decoding is fastest here, and store it."""
 
 import argparse
 import json

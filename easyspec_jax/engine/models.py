@@ -1,4 +1,4 @@
-"""A pair of models on a mesh: weights are read once, programs compiled once, memory checked first."""
+"""A pair of models on a mesh: weights read once, programs compiled once, memory checked first."""
 
 from dataclasses import dataclass, field, replace
 from functools import partial

@@ -120,8 +120,8 @@ def joined(program: str, peer: Peer, command: Any) -> Iterator[None]:
     """Make this process one of several while the block runs.
 
     Must be entered before JAX looks for devices. All processes but the first print nothing, so that
-    only their errors show. If the block fails, this process exits with 2, after Ctrl-C with 130, and
-    with 0 if the reader of its output has closed it.
+    only their errors show. If the block fails, this process exits with 2, after Ctrl-C with 130,
+    and with 0 if the reader of its output has closed it.
 
     Args:
         program: Begins the line of an error.

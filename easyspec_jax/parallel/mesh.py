@@ -1,7 +1,7 @@
 """The device mesh: axes ("layer", "tensor"), with virtual CPU devices if there is no accelerator.
 
-Layers of one fuzzy group are spread over "layer", so that they run at once; heads and columns within
-a layer are split over "tensor". Dense parts, which belong to no group, are split over both.
+Layers of one fuzzy group are spread over "layer", so that they run at once; heads and columns
+within a layer are split over "tensor". Dense parts, which no group has, are split over both.
 """
 
 import math
@@ -96,7 +96,8 @@ def open_mesh(shape: MeshShape, platform: Platform | None = None, or_cpu: bool =
     processes = hosts.count()
     if shape.size % processes:
         raise EasySpecError(
-            f"`mesh` asks for {shape.size} devices, which {processes} processes cannot share equally"
+            f"`mesh` asks for {shape.size} devices, which {processes} processes cannot share "
+            "equally"
         )
     if shape.size <= MAX_VIRTUAL_DEVICES:
         _request_cpu_devices(shape.size // processes)
@@ -141,7 +142,8 @@ def spread(devices: Sequence[Any], shape: MeshShape, processes: int) -> np.ndarr
             own = [device for device in devices if device.process_index == process]
             if len(own) < each:
                 raise EasySpecError(
-                    f"`mesh` asks for {each} devices a process, and process {process} has {len(own)}"
+                    f"`mesh` asks for {each} devices a process, and process {process} has "
+                    f"{len(own)}"
                 )
             chosen[process] = own[:each]
     # Two processes of 4 devices, layer=8 tensor=1: the axis inside a process is gcd(8, 4) = 4 long,

@@ -1,7 +1,7 @@
 """How the processes of one command find each other before JAX starts.
 
-Process 0 listens at the coordinator's address. Every other process connects, says who it is and what
-it was asked to do, and hears either where JAX's own coordinator is or why it was refused. The
+Process 0 listens at the coordinator's address. Every other process connects, says who it is and
+what it was asked to do, and hears either where JAX's own coordinator is or why it was refused. The
 connections stay open afterwards; see hosts.Watch.
 """
 

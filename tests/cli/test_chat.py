@@ -39,7 +39,7 @@ def asked(engine, monkeypatch):
     generate = Engine.generate
 
     def spy(self, prompts, sampling, **options):
-        seen.append((engine.tokenizer.decode(engine.encode(prompts[0])), sampling.seed))
+        seen.append((engine.tokenizer.decode(prompts[0].ids), sampling.seed))
         return generate(self, prompts, sampling, **options)
 
     monkeypatch.setattr(Engine, "generate", spy)
