@@ -1,1 +1,1 @@
-"""Which way of decoding is the fastest for a pair of models on the machine at hand, found by measuring."""
+"""Find the fastest way of decoding for a pair of models on the machine at hand, by measuring."""

@@ -1,8 +1,9 @@
-"""How far drafts see ahead, told on texts that the target has written: no round needs to run.
+"""Acceptance of drafts, measured on texts that the target has written. No round needs to run.
 
-A draft is let loose at every position of such a text. Greedy decoding is then arithmetic: a round that begins at a
-position ends where the draft leaves the text, and the next one begins one token later. So one pass through the texts
-answers for every number of levels, and for every tree that is narrower.
+A draft grows a tree at every position of such a text. From then on greedy decoding is arithmetic: a
+round that begins at a position ends where the tree leaves the text, and the next round begins one
+token later. So one pass through the texts answers for every number of levels and every narrower
+tree.
 """
 
 from collections.abc import Sequence
@@ -14,47 +15,58 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
+from easyspec_jax.arithmetic import ceil_div, round_up
 from easyspec_jax.decode.drafting import draft_tree
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.verify import Greedy, RowSampling
 
 Text = tuple[int, Sequence[int]]
-"""Where the root of the first round is, and the token ids of prompt and completion."""
+"""Position of the first round's root, and the token ids of prompt and completion."""
 
 COPIES = 4
-"""Rows that go through different parts of one text at once."""
+"""Rows that work on different parts of one text at once."""
 
 
 def accepted_by_width(
     programs: Programs, texts: Sequence[Text], levels: int, widths: Sequence[int]
 ) -> dict[int, tuple[float, ...]]:
-    """For each tree width the mean number of accepted tokens of a round of 1, 2, … `levels` levels.
+    """Return the mean number of tokens that a round accepts, by tree width.
 
-    programs: see timing.alone, of the draft. texts: one at least has more than `levels` tokens behind its first root.
-    Trees narrower than the widest are cut out of it, which now and then misses a node.
+    Narrower trees are cut out of the widest one, which now and then misses a node.
+
+    Args:
+        programs: The draft by itself, see timing.alone.
+        texts: At least one has more than `levels` tokens after its first root.
+        levels: Depth of the deepest draft.
+        widths: Tree widths.
+
+    Returns:
+        For each width, the mean for rounds of 1, 2, … `levels` levels.
     """
     firsts = np.asarray([first for first, _ in texts])
     lengths = np.asarray([len(ids) for _, ids in texts])
     spots = int(np.max(lengths - firsts)) - levels
-    ids = np.zeros((len(texts), -(-int(lengths.max()) // 128) * 128), np.int32)
+    # Few lengths are ever compiled if they are multiples of 128.
+    ids = np.zeros((len(texts), round_up(int(lengths.max()), 128)), np.int32)
     for row, (_, text) in enumerate(texts):
         ids[row, : len(text)] = text
-    steps = -(-spots // COPIES)
-    # Row r is copy r // len(texts) of text r % len(texts); copy c looks at spots c * steps and on.
+    steps = ceil_div(spots, COPIES)
+    # Row r is copy r // len(texts) of text r % len(texts). Copy c visits spots c * steps and on.
+    # Two texts, COPIES = 4 and 8 spots: 2 steps of 8 rows; the first step visits spots
+    # 0 0 2 2 4 4 6 6, the second 1 1 3 3 5 5 7 7.
     offsets = np.arange(steps)[:, None, None] + np.arange(COPIES)[:, None] * steps
     starts = np.minimum(firsts + offsets, lengths - 1).reshape(steps, -1)
     tokens, parents = drafts(programs, ids, starts.astype(np.int32), levels, max(widths))
     tokens, parents = (_by_text(x, len(texts)) for x in (tokens, parents))
     following = np.stack([_ahead(text[first:], tokens.shape[1], levels) for first, text in texts])
     known = lengths - firsts - levels
-    return {
-        width: tuple(
-            mean_accepted(reach(tokens, parents, following, width), known, depth + 1)
-            for depth in range(levels)
-        )
-        for width in widths
-    }
+    accepted = {}
+    for width in widths:
+        reached = reach(tokens, parents, following, width)
+        means = [mean_accepted(reached, known, depth + 1) for depth in range(levels)]
+        accepted[width] = tuple(means)
+    return accepted
 
 
 def drafts(
@@ -64,7 +76,18 @@ def drafts(
     levels: int,
     width: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and parents, int32 [steps, rows, nodes], of the trees below the tokens at `starts`."""
+    """Grow a tree below the token at each of some positions.
+
+    Args:
+        programs: The draft by itself.
+        ids: Texts, padded.
+        starts: Positions of the roots.
+        levels: Depth of the trees.
+        width: Nodes per level.
+
+    Returns:
+        Tokens and parents of the nodes, int32 [steps, rows, nodes].
+    """
     nodes = 1 + levels * width
     capacity = 1 << (ids.shape[1] + nodes - 1).bit_length()
     body = partial(_drafts, levels=levels, width=width, capacity=capacity)
@@ -86,18 +109,23 @@ def _drafts(
     zero = jnp.zeros((ids.shape[0],), jnp.int32)
     h, caches = draft(ids, draft.init_caches(ids.shape[0], capacity), zero)
 
-    def copied(axis: int, x: Array) -> Array:
-        return jnp.concatenate([x] * (rows // ids.shape[0]), axis=axis)
+    copies = rows // ids.shape[0]
 
-    # Rows and heads are one axis of a cache, the third from behind.
-    h, ids, caches = copied(0, h), copied(0, ids), jax.tree.map(partial(copied, -3), caches)
-    nothing = jnp.zeros((rows,), jnp.float32)
+    def copied(axis: int, x: Array) -> Array:
+        return jnp.concatenate([x] * copies, axis=axis)
+
+    h = copied(0, h)
+    ids = copied(0, ids)
+    # Rows and heads are one axis of a cache, [..., rows * heads, tokens, head_dim].
+    caches = jax.tree.map(partial(copied, -3), caches)
+    floats = jnp.zeros((rows,), jnp.float32)
+    integers = jnp.zeros((rows,), jnp.int32)
     request = RowSampling(
-        nothing.astype(jnp.uint32),
-        nothing.astype(jnp.int32),
-        nothing,
-        nothing.astype(jnp.int32),
-        nothing,
+        seed=integers.astype(jnp.uint32),
+        round=integers,
+        temperature=floats,
+        top_k=integers,
+        top_p=floats,
     )
 
     def at(position: Int[Array, " rows"]) -> tuple[Array, Array]:
@@ -116,19 +144,27 @@ def reach(
     following: Int[np.ndarray, "texts spots levels"],
     width: int,
 ) -> Int[np.ndarray, "texts spots"]:
-    """How many of the tokens that follow a spot are on one path of its tree, cut to `width` nodes a level."""
+    """Return how many of the tokens after each spot lie on one path of its tree.
+
+    Args:
+        tokens: Nodes of the trees; the root comes first, then level by level, likeliest first.
+        parents: Index of each node's parent.
+        following: The tokens that the target wrote after each spot.
+        width: Nodes per level that the trees are cut to.
+    """
     levels = following.shape[-1]
     widest = (tokens.shape[-1] - 1) // levels
-    kept, right = (np.zeros(tokens.shape, bool) for _ in range(2))
+    # kept: nodes of the narrower tree. right: kept nodes whose whole path is the text.
+    kept = np.zeros(tokens.shape, bool)
+    right = np.zeros(tokens.shape, bool)
     kept[..., 0] = right[..., 0] = True
     reached = np.zeros(tokens.shape[:-1], int)
     for level in range(levels):
         nodes = slice(1 + level * widest, 1 + (level + 1) * widest)
         above = parents[..., nodes]
         own = np.take_along_axis(kept, above, axis=-1)
-        kept[..., nodes] = own & (
-            np.cumsum(own, axis=-1) <= width
-        )  # nodes of a level are sorted, the best first
+        # The first `width` nodes whose parents were kept are the likeliest of those.
+        kept[..., nodes] = own & (np.cumsum(own, axis=-1) <= width)
         same = tokens[..., nodes] == following[..., level, None]
         right[..., nodes] = kept[..., nodes] & same & np.take_along_axis(right, above, axis=-1)
         reached += right[..., nodes].any(axis=-1)
@@ -138,18 +174,30 @@ def reach(
 def mean_accepted(
     reached: Int[np.ndarray, "texts spots"], known: Int[np.ndarray, " texts"], levels: int
 ) -> float:
-    """Accepted tokens of a round, over all rounds that begin at one of a text's `known` first spots."""
+    """Return the mean number of accepted tokens of a round.
+
+    Args:
+        reached: See reach().
+        known: How many spots of each text have `levels` tokens after them; rounds begin there.
+        levels: Depth of a round's draft.
+
+    Example:
+        >>> mean_accepted(np.array([[2, 0, 1, 0, 1]]), np.array([5]), levels=1)
+        0.5
+    """
     rounds = accepted = 0
     for own, count in zip(reached, known, strict=True):
         spot = 0
         while spot < count:
             passed = min(int(own[spot]), levels)
-            rounds, accepted, spot = rounds + 1, accepted + passed, spot + passed + 1
+            rounds += 1
+            accepted += passed
+            spot += passed + 1
     return accepted / rounds
 
 
 def _by_text(x: np.ndarray, texts: int) -> np.ndarray:
-    """[steps, copies * texts, nodes] to [texts, copies * steps, nodes]."""
+    """Reorder [steps, copies * texts, nodes] to [texts, copies * steps, nodes]."""
     steps, rows, nodes = x.shape
     return (
         x.reshape(steps, rows // texts, texts, nodes)
@@ -159,7 +207,7 @@ def _by_text(x: np.ndarray, texts: int) -> np.ndarray:
 
 
 def _ahead(text: Sequence[int], spots: int, levels: int) -> np.ndarray:
-    """The `levels` tokens behind each of so many; -1 past the end."""
+    """Return the `levels` tokens after each of the first spots; -1 past the end."""
     padded = np.full(spots + levels, -1)
     padded[: min(len(text) - 1, len(padded))] = text[1 : 1 + len(padded)]
     return np.lib.stride_tricks.sliding_window_view(padded, levels)[:spots]

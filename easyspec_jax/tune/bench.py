@@ -1,4 +1,4 @@
-"""The measuring itself: passes as separate programs, acceptance on texts that the target writes."""
+"""Measurements: passes as separate programs, and acceptance on texts that the target writes."""
 
 import time
 from collections.abc import Sequence
@@ -21,23 +21,29 @@ from easyspec_jax.tune.candidates import Draft
 from easyspec_jax.tune.search import Clock
 
 REPEATS = 5
-"""Samples of a pass, each beside one of the plain step; three, where they take longer than CASE_SECONDS."""
+"""Samples of a pass, alternating with plain steps; three if they take longer than CASE_SECONDS."""
 
 CASE_SECONDS = 1.5
 
 WRITING = 0.15
-"""By which share of the time the texts to measure acceptance on must be begun; one always is."""
+"""Share of the time after which no more texts are begun to measure acceptance on; one always is."""
 
 SAMPLE_SECONDS = 0.03
-"""A sample takes about this long at least, so that clocks and dispatch do not matter."""
+"""Least length of a sample, about, so that clocks and dispatch do not matter."""
 
 LOOPS = 3
-"""Draft steps in a loop on the device, as a round has them."""
+"""Draft steps in one program, because a round runs them in a loop on the devices."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Prompts that acceptance is measured on. chat: prompts that are text are put as a user's."""
+    """Prompts that acceptance is measured on.
+
+    Attributes:
+        prompts: The prompts.
+        sampling: How the target continues them.
+        chat: Put prompts that are text as a user's message.
+    """
 
     prompts: Sequence[Prompt]
     sampling: SamplingParams
@@ -47,8 +53,14 @@ class Sample:
 class DeviceBench:
     """Measures on the devices of an engine. The draft that was used last stays loaded.
 
-    levels, widths: the most levels, and the tree widths, that are asked for. texts: what the target makes of the
-    sample. plain: seconds of a step of plain decoding; overhead: seconds that the host adds to a step or round.
+    Attributes:
+        engine: The pair.
+        sample: Prompts to measure on.
+        levels: The most levels that will be asked for.
+        widths: The tree widths that will be asked for.
+        texts: The target's continuations of the sample.
+        plain: Seconds of a step of plain decoding.
+        overhead: Seconds that the host adds to a step or a round.
     """
 
     def __init__(
@@ -59,7 +71,10 @@ class DeviceBench:
         widths: Sequence[int],
         clock: Clock = lambda: 0.0,
     ) -> None:
-        self.engine, self.sample, self.levels, self.widths = engine, sample, levels, widths
+        self.engine = engine
+        self.sample = sample
+        self.levels = levels
+        self.widths = widths
         self._held: tuple[Draft, Engine] | None = None
         self.baseline = engine.baseline()
         self.longest = max(sample.prompts, key=self.text_length)
@@ -81,12 +96,16 @@ class DeviceBench:
         self.texts, self.plain, self.overhead = self._write_texts(clock)
 
     def text_length(self, prompt: Prompt) -> int:
-        """Tokens of a prompt and what may follow it."""
+        """Return the length in tokens of a prompt and its longest continuation."""
         prompt_length = len(self.engine.encode(prompt, self.sample.chat))
         return min(prompt_length + self.sample.sampling.max_new_tokens, self.engine.max_length)
 
     def _write_texts(self, clock: Clock) -> tuple[list[Text], float, float]:
-        """Write texts with the target; returns them, seconds of a plain step, and seconds that a token takes on top."""
+        """Write texts with the target.
+
+        Returns:
+            The texts, the seconds of a plain step, and the seconds that a token takes on top.
+        """
         texts, steps, overheads = [], [], []
         for prompt in self.sample.prompts:
             if texts and clock() > WRITING:
@@ -100,18 +119,19 @@ class DeviceBench:
                 overheads.append(done.stats.decode_seconds / done.stats.rounds - steps[-1])
         if not texts:
             raise EasySpecError(
-                f"the target ends each of these texts within {self.levels} tokens; give other prompts to measure on"
+                f"the target ends each of these texts within {self.levels} tokens; give other "
+                "prompts to measure on"
             )
         return texts, float(np.median(steps)), max(0.0, float(np.median(overheads)))
 
     def verification(self, nodes: int) -> float:
-        """Seconds of the target's pass over some nodes, the root included."""
+        """Return the seconds of the target's pass over some nodes, including the root."""
         return self._seconds(
             pass_case("verification", self._target, nodes, run_exact, **self._lengths)
         )
 
     def step(self, draft: Draft, width: int) -> float:
-        """See search.Bench; infinite if the devices' memory does not suffice."""
+        """See search.Bench. Infinite if the devices' memory does not suffice."""
         return self._draft_pass(draft, width, run_fuzzy, loops=LOOPS)
 
     def first(self, draft: Draft, tokens: int) -> float:
@@ -119,7 +139,7 @@ class DeviceBench:
         return self._draft_pass(draft, tokens, run_exact, scored=1)
 
     def acceptance(self, draft: Draft, width: int) -> dict[int, tuple[float, ...]]:
-        """See search.Bench; narrower trees are parts of a wide one."""
+        """See search.Bench. Narrower trees are cut out of a wide one."""
         engine = self.with_draft(draft)
         model = engine.load()[1]
         assert model is not None
@@ -127,14 +147,14 @@ class DeviceBench:
         return accepted_by_width(alone(engine.mesh, model), self.texts, self.levels, widths)
 
     def with_draft(self, draft: Draft) -> Engine:
-        """An engine with the draft where it belongs."""
+        """Return an engine whose draft is placed as asked."""
         if self._held is None or self._held[0] != draft:
-            self._held = None  # frees the other's memory
+            self._held = None  # frees the memory of the other draft first
             self._held = draft, self.engine.variant(draft.layout, draft.shape)
         return self._held[1]
 
     def release(self) -> None:
-        """Frees the memory of the draft that was used last."""
+        """Free the memory of the draft that was used last."""
         self._held = None
 
     def _draft_pass(self, draft: Draft, *args: object, **options: int) -> float:
@@ -150,7 +170,11 @@ class DeviceBench:
             return float("inf")
 
     def _seconds(self, case: Case) -> float:
-        """As many plain steps as it takes, in the median of samples that alternate with them: machines drift."""
+        """Return the seconds of a case, measured in plain steps.
+
+        Machines drift, so samples alternate with plain steps; the median ratio times the seconds of
+        a plain step is the result.
+        """
         case.sample(1)  # compiles
         calls = _calls(case)
         begun, ratios = time.perf_counter(), []
@@ -162,7 +186,7 @@ class DeviceBench:
 
 
 def _calls(case: Case) -> int:
-    """Calls that make a sample long enough."""
+    """Return how many calls make a sample long enough."""
     begun = time.perf_counter()
     case.sample(1)
     return max(1, round(SAMPLE_SECONDS / (time.perf_counter() - begun)))

@@ -1,4 +1,4 @@
-"""Candidates: ways to speculate, each on a split of the mesh."""
+"""Candidates: ways to speculate, each with a split of the mesh."""
 
 import re
 from collections.abc import Sequence, Set
@@ -16,25 +16,30 @@ LP_SIZES = (1, 2, 3, 4, 7)
 
 @dataclass(frozen=True)
 class Draft:
-    """A draft as it lies on the devices; layout: SpeculativeConfig.layout."""
+    """A draft as it lies on the devices.
+
+    Attributes:
+        shape: Split of the mesh.
+        layout: SpeculativeConfig.weights_key of everything that drafts with it.
+    """
 
     shape: MeshShape
     layout: SpeculativeConfig
 
     @property
     def lp_size(self) -> int:
-        """Layers a group, 1 for an ordinary draft."""
+        """Layers per group; 1 for an ordinary draft."""
         return self.layout.lp_size if self.layout.method == "easyspec" else 1
 
     @property
     def drafting(self) -> SpeculativeConfig:
-        """Key of a draft's acceptance besides the tree: equal for drafts that compute the same numbers."""
+        """Key of a draft's acceptance: equal for drafts that compute the same numbers."""
         return replace(self.layout, draft_tensor_parallel_size="all")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to speculate, and a split of the mesh to do it on."""
+    """A way to speculate, and a split of the mesh."""
 
     shape: MeshShape
     speculative: SpeculativeConfig
@@ -48,10 +53,13 @@ class Candidate:
 class Space:
     """The axes along which candidates differ.
 
-    lp_sizes: layers a group, 1 for an ordinary draft; mlp_lp_sizes: MLPs of a group that run at once, tried where that
-    saves communication; tree_widths: nodes a level, 1 for a chain; max_levels: the most tokens to draft ahead, of which
-    every number from 1 on is a candidate. refits: sizes (lp_size, mlp_lp_size) that the draft has a refit for, which
-    then is taken.
+    Attributes:
+        lp_sizes: Layers per group; 1 for an ordinary draft.
+        tree_widths: Nodes per level; 1 for a chain.
+        max_levels: Every depth from 1 to this is a candidate.
+        draft_tensor_parallel_sizes: See SpeculativeConfig.
+        mlp_lp_sizes: MLPs of a group that run at once, tried where that saves communication.
+        refits: Sizes (lp_size, mlp_lp_size) that the draft has a refit for; it is then used.
     """
 
     lp_sizes: Sequence[int]
@@ -63,14 +71,13 @@ class Space:
 
     @classmethod
     def of(cls, num_layers: int, refits: Set[tuple[int, int]] = frozenset()) -> "Space":
-        """Default space for a draft of this many layers with these refits."""
-        sizes = {size for size in LP_SIZES if size <= num_layers} | {
-            lp_size for lp_size, _ in refits
-        }
-        return cls(sorted(sizes), refits=refits)
+        """Return the default space for a draft of this many layers with these refits."""
+        fitting = [size for size in LP_SIZES if size <= num_layers]
+        fitted = [lp_size for lp_size, _ in refits]
+        return cls(sorted({*fitting, *fitted}), refits=refits)
 
     def check(self, num_layers: int) -> None:
-        """Check a space against a draft's number of layers. Raises EasySpecError for what it cannot be."""
+        """Raise EasySpecError for a value that a draft of this many layers cannot have."""
         check_whole("max_levels", self.max_levels, 1, 16)
         for width in self.tree_widths:
             SpeculativeConfig(tree_width=width)
@@ -80,19 +87,14 @@ class Space:
             check_whole("mlp_lp_sizes", size, 1)
 
     def speculations(self, num_layers: int) -> list[SpeculativeConfig]:
-        """Every way to draft with this many layers; of sizes that give the same groups only the first."""
+        """Return every way to draft; of sizes that give the same groups only the first."""
         found: dict[Any, tuple[int, int]] = {}
         for size, most in product(sorted(self.lp_sizes), sorted(self.mlp_lp_sizes)):
             mlps = min(most, size)
-            found.setdefault(
-                (paper_groups(num_layers, size), mlps, (size, mlps) in self.refits), (size, mlps)
-            )
-        axes = (
-            found.values(),
-            self.draft_tensor_parallel_sizes,
-            self.tree_widths,
-            range(1, self.max_levels + 1),
-        )
+            groups = paper_groups(num_layers, size)
+            found.setdefault((groups, mlps, (size, mlps) in self.refits), (size, mlps))
+        levels = range(1, self.max_levels + 1)
+        axes = (found.values(), self.draft_tensor_parallel_sizes, self.tree_widths, levels)
         return [self._speculation(*values) for values in product(*axes)]
 
     def _speculation(
@@ -105,17 +107,19 @@ class Space:
             return replace(
                 shared, lp_size=lp_size, mlp_lp_size=mlp_lp_size, refit=refit, tree_width=width
             )
-        return (
-            replace(shared, method="sd")
-            if width == 1
-            else replace(shared, method="tree", tree_width=width)
-        )
+        if width == 1:
+            return replace(shared, method="sd")
+        return replace(shared, method="tree", tree_width=width)
 
 
 def splits(mesh: str, group_size: int) -> list[MeshShape]:
-    """The shapes that --mesh allows for groups of this many layers: one if it names one.
+    """Return the shapes that a mesh allows for groups of this many layers, if it names none.
 
     A layer axis longer than a group would leave devices idle.
+
+    Example:
+        >>> [shape.name for shape in splits("8", group_size=4)]
+        ['layer=4,tensor=2', 'layer=2,tensor=4', 'layer=1,tensor=8']
     """
     if not re.fullmatch(r"\d+", mesh):
         return [parse_mesh(mesh)]
@@ -128,18 +132,18 @@ def splits(mesh: str, group_size: int) -> list[MeshShape]:
 
 
 def candidates(mesh: str, num_layers: int, space: Space) -> list[Candidate]:
-    """Every split with every way to draft. Raises EasySpecError if there is none."""
+    """Return every split with every way to draft. Raises EasySpecError if there is none."""
     space.check(num_layers)
     found = []
     for speculative in space.speculations(num_layers):
-        replicated, one_device = (
-            speculative.draft_tensor_parallel_size == "1",
-            parse_mesh(mesh).size == 1,
-        )
+        replicated = speculative.draft_tensor_parallel_size == "1"
+        one_device = parse_mesh(mesh).size == 1
+        # On one device both sizes mean the same.
         if replicated and one_device and "all" in space.draft_tensor_parallel_sizes:
-            continue  # on one device both are the same
+            continue
+        # MLPs that no collective follows gain nothing by running at once.
         if speculative.mlp_lp_size > min(space.mlp_lp_sizes) and (replicated or one_device):
-            continue  # MLPs that no collective follows gain nothing by running at once
+            continue
         size = speculative.lp_size if speculative.method == "easyspec" else 1
         group = max(map(len, paper_groups(num_layers, size)))
         found += [Candidate(shape, speculative) for shape in splits(mesh, group)]

@@ -1,4 +1,4 @@
-"""Confirm predictions by running them: whole texts, the ways alternating."""
+"""Confirm predictions by decoding whole texts, alternately in each way."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
@@ -10,7 +10,7 @@ from easyspec_jax.progress import Advance
 Name = TypeVar("Name")
 
 Complete = Callable[[int], float]
-"""Decodes one of the sample's prompts; returns tokens a second."""
+"""Decodes the prompt of a number and returns its speed in tokens a second."""
 
 
 def alternate(
@@ -19,7 +19,17 @@ def alternate(
     go_on: Callable[[int], bool],
     advance: Advance = lambda amount: None,
 ) -> dict[Name, list[float]]:
-    """Tokens a second of every way for one prompt after the other; go_on(n): whether to begin after n of them."""
+    """Decode prompts in every way.
+
+    Args:
+        ways: Ways to decode, by name.
+        prompts: How many prompts there are.
+        go_on: Called with the number of prompts done; returns whether to begin another.
+        advance: Called after every text.
+
+    Returns:
+        Speeds in tokens a second, by name, one per prompt.
+    """
     speeds: dict[Name, list[float]] = {name: [] for name in ways}
     order = list(ways)
     for number in range(prompts):
@@ -28,17 +38,23 @@ def alternate(
         for name in order:
             speeds[name].append(ways[name](number))
             advance(1)
-        order = [*order[1:], order[0]]  # nobody always comes first
+        order = [*order[1:], order[0]]  # so that no way always comes first
     return speeds
 
 
 def confirmed(speeds: Mapping[Name, Sequence[float]], baseline: Name) -> dict[Name, float]:
-    """Tokens a second of every way: its median gain over the baseline, within a prompt, times the baseline's median.
+    """Return the speed of every way in tokens a second.
 
-    A shared machine drifts from prompt to prompt, and prompts are not equally easy.
+    Prompts are not equally easy, and a shared machine drifts from one to the next. So a way's gain
+    over the baseline is taken per prompt; its median times the median of the baseline is its speed.
+
+    Args:
+        speeds: See alternate().
+        baseline: The name of the baseline among them.
     """
     plain = np.asarray(speeds[baseline])
-    return {
-        name: float(np.median(np.asarray(own) / plain) * np.median(plain))
-        for name, own in speeds.items()
-    }
+    result = {}
+    for name, own in speeds.items():
+        gain = np.median(np.asarray(own) / plain)
+        result[name] = float(gain * np.median(plain))
+    return result

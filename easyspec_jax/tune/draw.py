@@ -1,4 +1,4 @@
-"""A picture of what was found: the time of a draft step against how much of the draft is accepted."""
+"""A picture of what was found: step time of the drafts against their acceptance."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +9,15 @@ if TYPE_CHECKING:
 
 FRONT = "#d55e00"
 MARKERS = "os^DvP"
-"""By tree width."""
+"""One per tree width, narrowest first."""
 
 
 def draw(found: dict[str, Any]) -> bytes:
-    """The picture as PNG of what report.as_dict() returned. Raises EasySpecError without matplotlib."""
+    """Draw the result of report.as_dict() and return it as PNG.
+
+    Raises:
+        EasySpecError: matplotlib is not installed.
+    """
     return png(lambda: _figure(found))
 
 

@@ -1,6 +1,8 @@
-"""From what has been measured to tokens a second of every candidate: times add, and what is unknown is guessed high.
+"""Predict the speed of every candidate from what has been measured.
 
-A round is the draft's first pass, a fuzzy step for each further level, and the target's verification of all nodes.
+A round is the draft's first pass, a fuzzy step for each further level, and the target's
+verification of all nodes; their times add up. A figure that has not been measured is assumed to be
+as good as it could be, so that no candidate is dropped for lack of a measurement.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,17 +18,20 @@ from easyspec_jax.tune.candidates import Candidate, Draft
 Phase = Literal["step", "verification", "acceptance", "first"]
 
 SLACK = 1.05
-"""How much better than what bounds it an unmeasured figure may turn out: figures are noisy."""
+"""How far an unmeasured figure may beat its bound, because figures are noisy."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Measurements so far; times in seconds.
+    """Measurements so far, in seconds unless said otherwise.
 
-    plain: of a step of plain decoding. overhead: of the host for a step or round, on top. verification: of a target's
-    pass over so many nodes, the root included, of two sizes at least. step: of a draft's fuzzy pass over so
-    many nodes. first: of a draft's exact pass over so many pending tokens, where that calibrates. acceptance: by tree
-    width, the mean accepted tokens of a round of 1, 2, … levels.
+    Attributes:
+        plain: A step of plain decoding.
+        overhead: The host's share of a step or round, on top.
+        verification: The target's pass, by number of nodes including the root; at least two.
+        step: A draft's fuzzy pass, by number of nodes.
+        first: A draft's exact pass, by number of pending tokens, for drafts that calibrate.
+        acceptance: Mean accepted tokens of rounds of 1, 2, … levels, by tree width.
     """
 
     plain: float
@@ -39,9 +44,16 @@ class Figures:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Prediction for one candidate; figures not measured (missing) are assumed to be as good as they could be.
+    """Predicted figures of one candidate; times in seconds.
 
-    accepted: tokens of a round, on average.
+    Attributes:
+        candidate: The candidate.
+        first: The draft's first pass.
+        step: One fuzzy step.
+        verification: The target's pass.
+        overhead: The host's share of a round.
+        accepted: Accepted tokens of a round, on average.
+        missing: Figures that were not measured, and are as good as they could be.
     """
 
     candidate: Candidate
@@ -60,17 +72,17 @@ class Prediction:
 
     @property
     def score(self) -> float:
-        """Tokens a second, less a little where something was not measured: what gains less is not worth measuring."""
+        """Speed, less SLACK if something is missing: a gain below that is not worth measuring."""
         return self.tokens_per_second / (SLACK if self.missing else 1.0)
 
     @property
     def tokens_per_second(self) -> float:
-        """A round yields what was accepted and one token more."""
+        """Speed: a round yields the accepted tokens and one more."""
         return (1.0 + self.accepted) / self.seconds
 
 
 def predict(figures: Figures, candidate: Candidate) -> Prediction:
-    """The candidate's figures, each the measured one or, where there is none, the best that it could be."""
+    """Return a candidate's figures, as measured or as good as they could be."""
     speculative, draft = candidate.speculative, candidate.draft
     width, levels = speculative.width, speculative.num_speculative_tokens
     pending, calibrates = pending_size(speculative), is_calibrated(speculative)
@@ -96,22 +108,22 @@ def predict(figures: Figures, candidate: Candidate) -> Prediction:
 
 
 def plain_tokens_per_second(figures: Figures) -> float:
-    """Speed of plain decoding."""
+    """Return the speed of plain decoding in tokens a second."""
     return 1 / (figures.plain + figures.overhead)
 
 
 def is_calibrated(speculative: SpeculativeConfig) -> bool:
-    """Whether the draft's first pass differs from others; an ordinary draft's is one more step."""
+    """Return whether the draft's first pass is exact; an ordinary draft's is one more step."""
     return RoundConfig.of(speculative, SamplingParams(), ()).calibration
 
 
 def pending_size(speculative: SpeculativeConfig) -> int:
-    """Tokens of the draft's first pass."""
+    """Return the number of tokens of the draft's first pass."""
     return RoundConfig.of(speculative, SamplingParams(), ()).pending_size
 
 
 def _interpolated(known: Mapping[int, float], at: int) -> float:
-    """Between measured sizes; beyond the largest that one's time, and 0 where nothing is known."""
+    """Interpolate between measured sizes; past the largest its time, and 0 if nothing is known."""
     if not known:
         return 0.0
     sizes = sorted(known)
@@ -119,7 +131,11 @@ def _interpolated(known: Mapping[int, float], at: int) -> float:
 
 
 def _verification(known: Mapping[int, float], nodes: int) -> float:
-    """Beyond the largest size on a straight line: first memory takes the time, then arithmetic; it gets no flatter."""
+    """Interpolate, or extrapolate from the two largest sizes.
+
+    Small passes are bound by memory and take the same time whatever their size. Larger ones are
+    bound by arithmetic, so that the line gets steeper and never flatter.
+    """
     *_, second, most = sorted(known)
     if nodes <= most:
         return _interpolated(known, nodes)
@@ -127,13 +143,12 @@ def _verification(known: Mapping[int, float], nodes: int) -> float:
 
 
 def _fastest_first(figures: Figures, draft: Draft, pending: int) -> float:
-    """Exact passes of drafts that are placed alike take about the same time, whatever the groups."""
+    """Bound an exact pass by those of drafts placed alike: groups hardly change its time."""
     tp = draft.layout.draft_tensor_parallel_size
-    times = [
-        _interpolated(known, pending)
-        for other, known in figures.first.items()
-        if other.layout.draft_tensor_parallel_size == tp
-    ]
+    times = []
+    for other, known in figures.first.items():
+        if other.layout.draft_tensor_parallel_size == tp:
+            times.append(_interpolated(known, pending))
     return min(times, default=0.0) / SLACK
 
 
@@ -141,17 +156,20 @@ def _accepted(figures: Figures, drafting: SpeculativeConfig, width: int, levels:
     known = figures.acceptance.get(drafting, {})
     if width in known:
         return known[width][levels - 1]
-    bounds = [
-        measured[levels - 1] * SLACK
-        for better, by_width in figures.acceptance.items()
-        for wider, measured in by_width.items()
-        if wider >= width and _at_least_as_exact(better, drafting)
-    ]
-    return min([*bounds, levels])
+    # A wider tree, or a draft that is at least as exact, accepts no less.
+    best = float(levels)
+    for better, by_width in figures.acceptance.items():
+        for wider, measured in by_width.items():
+            if wider >= width and _at_least_as_exact(better, drafting):
+                best = min(best, measured[levels - 1] * SLACK)
+    return best
 
 
 def _at_least_as_exact(one: SpeculativeConfig, other: SpeculativeConfig) -> bool:
-    """Whether a draft is known to see as far as another: exact ones do, and those of smaller groups otherwise alike."""
+    """Return whether a draft accepts at least as much as another.
+
+    Exact drafts do, and so do drafts with smaller groups that are alike otherwise.
+    """
     if one.method == "sd":
         return True
     smaller = one.lp_size <= other.lp_size and one.mlp_lp_size <= other.mlp_lp_size
@@ -159,9 +177,21 @@ def _at_least_as_exact(one: SpeculativeConfig, other: SpeculativeConfig) -> bool
 
 
 def frontier(points: Sequence[tuple[float, float]], measured: Sequence[bool]) -> list[bool]:
-    """Pareto frontier of measured (time, acceptance) points."""
+    """Return which points are on the Pareto frontier.
+
+    Args:
+        points: Times, of which less is better, and acceptances, of which more is.
+        measured: Points that count.
+
+    Example:
+        >>> frontier([(1, 0.5), (2, 0.9), (3, 0.7)], [True, True, True])
+        [True, True, False]
+    """
     known = {point for point, real in zip(points, measured, strict=True) if real}
-    return [
-        real and not any(other[0] <= point[0] and other[1] >= point[1] for other in known - {point})
-        for point, real in zip(points, measured, strict=True)
-    ]
+    on_frontier = []
+    for point, real in zip(points, measured, strict=True):
+        beaten = any(
+            time <= point[0] and acceptance >= point[1] for time, acceptance in known - {point}
+        )
+        on_frontier.append(real and not beaten)
+    return on_frontier

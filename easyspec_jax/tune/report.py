@@ -1,4 +1,4 @@
-"""Results as one object and as a table: `--json` prints what the table shows."""
+"""Results as one object and as a table; `--json` prints what the table shows."""
 
 from dataclasses import asdict
 from typing import Any
@@ -12,15 +12,16 @@ from easyspec_jax.tune.predict import frontier
 from easyspec_jax.tune.tuning import Row, Tuned
 
 SHOWN = 16
-"""Rows of the table; the object has all."""
+"""Rows of the table; the object has all candidates."""
 
 
 def as_dict(tuned: Tuned) -> dict[str, Any]:
-    """Results as `--json` prints them; times in seconds, best candidate first.
+    """Return results as `--json` prints them, with times in seconds and the best candidate first.
 
-    acceptance_rate: the share of drafted positions accepted at this number of levels; deepest_acceptance_rate: at the
-    most levels, by which `frontier` is told: no other draft takes less time a step and has more accepted. missing: what
-    was not measured, for which the best possible stands, because even so the candidate lost.
+    Of each candidate, acceptance_rate is the share of drafted positions accepted at its number of
+    levels, and deepest_acceptance_rate that at the most levels. `frontier` says that no other draft
+    has both a shorter step and a higher deepest rate. `missing` names what was not measured because
+    even the best possible value would not have made the candidate win.
     """
     engine, figures = tuned.engine, tuned.figures
     assert engine.draft is not None
@@ -67,58 +68,35 @@ def _row(row: Row, on_frontier: bool) -> dict[str, Any]:
 
 def print_tuned(found: dict[str, Any], console: Console) -> None:
     """Print the result of as_dict() as a table."""
-    names = (
-        "draft",
-        "layer × tensor",
-        "levels",
-        "step",
-        "first",
-        "verify",
-        "accepted",
-        "predicted",
-        "confirmed",
-    )
-    table = Table(*names, box=None, pad_edge=False)
+    timings = ("step", "first", "verify")
+    speeds = ("accepted", "predicted", "confirmed")
+    table = Table("draft", "layer × tensor", "levels", *timings, *speeds, box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(
-        f"[bold]{escape(found['target'])}[/] with draft [bold]{escape(found['draft'])}[/] on --mesh {found['mesh']} "
-        f"({escape(found['device_kind'])}, {found['dtype']}), measured in {found['seconds']:.0f} s; "
+        f"[bold]{escape(found['target'])}[/] with draft [bold]{escape(found['draft'])}[/] "
+        f"on --mesh {found['mesh']} ({escape(found['device_kind'])}, {found['dtype']}), "
+        f"measured in {found['seconds']:.0f} s; "
         f"passes in ms, speeds in tokens/s, {found['overhead'] * 1e3:.2g} ms a round for the host"
     )
     candidates = found["candidates"]
-    fastest = max(
-        [
-            found["plain_tokens_per_second"],
-            *(c["confirmed_tokens_per_second"] or 0 for c in candidates),
-        ]
-    )
+    confirmed = [candidate["confirmed_tokens_per_second"] or 0 for candidate in candidates]
+    fastest = max(found["plain_tokens_per_second"], *confirmed)
     for candidate in candidates[:SHOWN]:
         table.add_row(*_cells(candidate, fastest))
     plain = _speed(found["plain_tokens_per_second"], fastest)
-    table.add_row(
-        "plain decoding",
-        "",
-        "",
-        "",
-        "",
-        f"{found['plain_step'] * 1e3:.3g}",
-        "",
-        _plain_speed(found),
-        plain,
-    )
+    step = f"{found['plain_step'] * 1e3:.3g}"
+    table.add_row("plain decoding", "", "", "", "", step, "", _plain_speed(found), plain)
     console.print(table)
     more = len(candidates) - SHOWN
     notes = [
         "* on the frontier of step time and acceptance",
         "≤, ≥: not measured, because at best it loses",
     ]
-    notes += [f"{more} more in --json"] if more > 0 else []
-    notes += (
-        [f"{found['drafts_not_reached']} placements not reached in time"]
-        if found["drafts_not_reached"]
-        else []
-    )
+    if more > 0:
+        notes.append(f"{more} more in --json")
+    if found["drafts_not_reached"]:
+        notes.append(f"{found['drafts_not_reached']} placements not reached in time")
     console.print(f"[dim]{'; '.join(notes)}[/]")
     console.print(f"Best: [bold]{escape(found['choice']['label'])}[/]")
 

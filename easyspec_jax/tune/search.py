@@ -1,4 +1,4 @@
-"""Best first: whatever would be the fastest if its unmeasured figures were as good as they can be is measured next."""
+"""Best-first search: measure next whatever would be fastest if its unknown figures were ideal."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,33 +16,39 @@ from easyspec_jax.tune.predict import (
 
 
 class Bench(Protocol):
-    """Measurements on offer, each at a cost of seconds."""
+    """Measurements that the search can ask for; each takes seconds."""
 
     def verification(self, nodes: int) -> float:
-        """Seconds of the target's pass over some nodes, the root included."""
+        """Return the seconds of the target's pass over some nodes, including the root."""
         ...
 
     def step(self, draft: Draft, width: int) -> float:
-        """Seconds of a fuzzy pass over some nodes, their logits included."""
+        """Return the seconds of a fuzzy pass over some nodes, including their logits."""
         ...
 
     def first(self, draft: Draft, tokens: int) -> float:
-        """Seconds of an exact pass over some pending tokens, the last one's logits included."""
+        """Return the seconds of an exact pass over pending tokens, with the last one's logits."""
         ...
 
     def acceptance(self, draft: Draft, width: int) -> dict[int, tuple[float, ...]]:
-        """For this tree width, and others where they cost nothing, the mean accepted tokens by number of levels."""
+        """Return the mean accepted tokens by number of levels.
+
+        The result is by tree width: this one, and others that cost nothing extra.
+        """
         ...
 
 
 Clock = Callable[[], float]
-"""The share of the time for measuring that is over."""
+"""Returns the share of the time for measuring that is used up."""
 
-PLACING, SEARCHING = 0.4, 0.6
-"""By which share of the time other placements than the default, and the search, must be over; then comes confirming."""
+PLACING = 0.4
+"""Share of the time after which only default placements are timed."""
+
+SEARCHING = 0.6
+"""Share of the time after which the search ends; the rest is for confirming."""
 
 HOPELESS = 0.85
-"""Candidates below this share of plain decoding's speed, even at best, are not run."""
+"""Share of plain decoding's speed; a candidate that is slower even at best is not run."""
 
 
 def search(
@@ -53,13 +59,23 @@ def search(
     clock: Clock,
     advance: Advance = lambda amount: None,
 ) -> list[Prediction]:
-    """The predictions to confirm, best first: no two differ in their number of levels alone.
+    """Find the candidates worth running.
 
-    figures grows with what is measured. There may be fewer than `finalists`: those that plain decoding beats for sure
-    are left out. Out of time, candidates whose acceptance is known come first.
+    Args:
+        candidates: All candidates.
+        figures: Measurements so far; more are added.
+        bench: Measures what is missing.
+        finalists: How many predictions to return at most.
+        clock: Tells how much of the time is used up.
+        advance: Called after every measurement.
+
+    Returns:
+        Predictions, best first; no two differ only in their number of levels. Candidates that plain
+        decoding beats for certain are left out. When time runs out, those whose acceptance is known
+        come first.
     """
     time_steps(candidates, figures, bench, clock, advance)
-    # What was not reached stays out: it would look as fast as light.
+    # A draft without any measurement would look infinitely fast.
     open_ = [candidate for candidate in candidates if candidate.draft in figures.step]
     settled: list[Prediction] = []
     while open_ and len(settled) < finalists:
@@ -90,18 +106,21 @@ def _known_first(prediction: Prediction) -> tuple[bool, float]:
 def time_steps(
     candidates: Sequence[Candidate], figures: Figures, bench: Bench, clock: Clock, advance: Advance
 ) -> None:
-    """Times a step of one token of every draft: first the placement that is the default of each grouping, then what
-    differs least from the fastest so far, because time may not suffice for all.
+    """Time a step of one token of every draft, as far as time allows.
+
+    The default placement of each grouping comes first. Then come the drafts that differ least from
+    the fastest one so far.
     """
     drafts = list(dict.fromkeys(candidate.draft for candidate in candidates))
     defaults = {draft.lp_size: draft for draft in reversed(drafts)}.values()
-    splits = {
-        draft: [d.shape for d in drafts if d.layout == draft.layout].index(draft.shape)
-        for draft in drafts
-    }
+    # Position of each draft's split among the splits of its layout: 0 is the default.
+    splits = {}
+    for draft in drafts:
+        shapes = [other.shape for other in drafts if other.layout == draft.layout]
+        splits[draft] = shapes.index(draft.shape)
 
     def distance(one: Draft, other: Draft) -> int:
-        """Other splits of the mesh come last, because they matter least; each grouping has a default of its own."""
+        """Count differences; another split of the mesh counts twice because it matters least."""
         tp = one.layout.draft_tensor_parallel_size != other.layout.draft_tensor_parallel_size
         return 2 * (splits[one] != splits[other]) + (one.drafting != other.drafting) + tp
 
@@ -119,7 +138,7 @@ def time_steps(
 def measure(
     best: Prediction, figures: Figures, bench: Bench, candidates: Sequence[Candidate]
 ) -> None:
-    """Measures the first figure that a prediction lacks."""
+    """Measure the first figure that a prediction lacks."""
     draft, speculative = best.candidate.draft, best.candidate.speculative
     width, phase = speculative.width, best.missing[0]
     levels = max(candidate.speculative.num_speculative_tokens for candidate in candidates)
@@ -134,13 +153,13 @@ def measure(
         known = figures.acceptance.setdefault(draft.drafting, {})
         known |= bench.acceptance(draft, width)
     else:
-        # Two sizes, between which every number of levels lies.
+        # The sizes for one level and for the most; all others are interpolated.
         sizes = {pending_size(replace(speculative, num_speculative_tokens=n)) for n in (1, levels)}
         figures.first[draft] = {size: bench.first(draft, size) for size in sorted(sizes)}
 
 
 def verification_sizes(candidates: Sequence[Candidate]) -> list[int]:
-    """Numbers of nodes between which times are straight enough, up to the most of a candidate."""
+    """Return numbers of nodes, up to a candidate's most, between which time is nearly linear."""
     most = max(1 + c.speculative.num_speculative_tokens * c.speculative.width for c in candidates)
     return sorted({size for size in (2, 5, 9, 17, 33) if size < most} | {most})
 

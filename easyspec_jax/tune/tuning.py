@@ -277,7 +277,18 @@ def tune_over(
 def confirm(
     bench: DeviceBench, best: Sequence[Candidate], clock: Clock, advance: Advance
 ) -> dict[Candidate | None, float]:
-    """Tokens a second of plain decoding (None), and of the candidates for which there was time; of one in any case."""
+    """Decode whole texts plainly and with the best candidates, alternately.
+
+    Args:
+        bench: The engine and the prompts.
+        best: Candidates, best first.
+        clock: Tells how much of the time is used up.
+        advance: Called after every compilation and every text.
+
+    Returns:
+        Speeds in tokens a second: of plain decoding under None, and of as many candidates as time
+        allowed, at least one.
+    """
     sampling, chat = bench.sample.sampling, bench.sample.chat
     engines: dict[Candidate | None, Engine] = {None: bench.baseline}
     with_draft: dict[Draft, Engine] = {}
@@ -289,11 +300,10 @@ def confirm(
         with_draft.setdefault(candidate.draft, engines[candidate])
         engines[candidate].compile([bench.longest], sampling, chat=chat)
         advance(1)
-    prompts = [
-        prompt
-        for prompt in bench.sample.prompts
-        if all(fits(prompt, bench, own) for own in engines.values())
-    ]
+    prompts = []
+    for prompt in bench.sample.prompts:
+        if all(fits(prompt, bench, own) for own in engines.values()):
+            prompts.append(prompt)
     begun = clock()
 
     def complete(engine: Engine, number: int) -> float:
@@ -308,50 +318,56 @@ def confirm(
 
 
 def fits(prompt: Prompt, bench: DeviceBench, engine: Engine) -> bool:
-    """Whether the programs that the longest prompt takes are those of this one, so that none need be compiled."""
+    """Return whether a prompt needs the programs of the longest one, which are compiled already."""
     programs = engine.programs(bench.sample.sampling)
     sizes = {programs.capacity(bench.text_length(own)) for own in (prompt, bench.longest)}
     return len(sizes) == 1
 
 
 def choose(speeds: Mapping[Candidate | None, float], engine: Engine) -> Choice:
-    """The fastest as it ran, whatever was predicted; None is plain decoding."""
+    """Return the fastest way as it ran, whatever was predicted. None is plain decoding."""
     best = max(speeds, key=lambda candidate: speeds[candidate])
-    shape = (
-        MeshShape(engine.mesh.shape[LAYER], engine.mesh.shape[TENSOR])
-        if best is None
-        else best.shape
-    )
-    speculative = SpeculativeConfig(method="vanilla") if best is None else best.speculative
-    return Choice(
-        f"{LAYER}={shape.layer},{TENSOR}={shape.tensor}", speculative, speeds[best], speeds[None]
-    )
+    if best is None:
+        shape = MeshShape(engine.mesh.shape[LAYER], engine.mesh.shape[TENSOR])
+        speculative = SpeculativeConfig(method="vanilla")
+    else:
+        shape = best.shape
+        speculative = best.speculative
+    return Choice(shape.name, speculative, speeds[best], speeds[None])
 
 
 def rows(
     found: Sequence[Candidate], figures: Figures, speeds: Mapping[Candidate | None, float]
 ) -> list[Row]:
-    """One for each draft and tree width that was measured at all, at its best number of levels; best first."""
+    """Return a row for each draft and tree width that was measured, at its best depth.
+
+    Args:
+        found: All candidates.
+        figures: Measurements.
+        speeds: Confirmed speeds, see confirm().
+
+    Returns:
+        Rows, best first.
+    """
     predictions: dict[tuple[Draft, int], Prediction] = {}
     for candidate in found:
         if candidate.draft in figures.step:
-            new, place = predict(figures, candidate), (candidate.draft, candidate.speculative.width)
-            old = predictions.get(place)
+            new = predict(figures, candidate)
+            key = (candidate.draft, candidate.speculative.width)
+            old = predictions.get(key)
             if old is None or _rank(new, speeds) > _rank(old, speeds):
-                predictions[place] = new
-    made = [
-        Row(
-            prediction, _deepest_acceptance(figures, draft, width), speeds.get(prediction.candidate)
-        )
-        for (draft, width), prediction in predictions.items()
-    ]
+                predictions[key] = new
+    made = []
+    for (draft, width), prediction in predictions.items():
+        deepest = _deepest_acceptance(figures, draft, width)
+        made.append(Row(prediction, deepest, speeds.get(prediction.candidate)))
     return sorted(made, key=lambda row: _rank(row.prediction, speeds), reverse=True)
 
 
 def _rank(
     prediction: Prediction, speeds: Mapping[Candidate | None, float]
 ) -> tuple[float, bool, float]:
-    """Confirmed ones first, then those measured through."""
+    """Order confirmed rows first, then those with all figures measured, then by speed."""
     return (
         speeds.get(prediction.candidate, 0.0),
         not prediction.missing,
