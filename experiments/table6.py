@@ -67,10 +67,10 @@ def row(model: str, way: str, devices: int, seconds: float, **fields: Any) -> di
 def modelled(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows by the cost model: machine by machine, model by model. A step that does not fit the memory says so."""
     models = {
-        name: config for text in args.models for name, config in [find_config(text, "--models")]
+        name: config for text in args.models for name, config in [find_config(text, "models")]
     }
     drafts = {
-        name: config for text in args.drafts for name, config in [find_config(text, "--drafts")]
+        name: config for text in args.drafts for name, config in [find_config(text, "drafts")]
     }
     for name, config in (models | drafts).items():
         if args.context >= config.max_position_embeddings:

@@ -1,4 +1,4 @@
-"""The real round, compiled for devices that need not be there."""
+"""The engine's round, compiled for devices that need not be there."""
 
 import re
 import time
@@ -23,19 +23,32 @@ from easyspec_jax.plan.traffic import in_jaxpr
 COLLECTIVE = re.compile(
     r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\("
 )
+"""A collective in the text of a compiled program.
+
+A line of that text is "%sum.3 = f32[2048]{0} all-reduce(f32[2048]{0} %all-reduce.1), …": the blank
+before and the parenthesis after keep the names of values from counting. A collective that overlaps
+other work is a pair, `all-reduce-start(…)` and `all-reduce-done(…)`, of which the start counts.
+"""
 
 
 class CannotCompile(Exception):
-    """Nothing is wrong with what was asked, but this installation cannot compile for it; the message says why."""
+    """This installation cannot compile for a topology that may well exist; the message says why."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """XLA's figures for a program; bytes are per device.
+    """XLA's figures for a program. Bytes are per device.
 
-    arguments: the weights and the state, which is donated: `donated` bytes of it come back as results. temporaries:
-    everything else while it runs. collectives: those in the text of the program and of its trace, where a loop's count
-    once. optimal_seconds: XLA's own estimate, which does not charge collectives their latency; None where it has none.
+    Attributes:
+        arguments: Bytes of the weights and the state.
+        donated: Bytes of the state that is handed over and comes back as results, in place.
+        results: Bytes of all results, donated ones included.
+        temporaries: Bytes of everything else while the program runs.
+        code: Bytes of the program itself.
+        collectives: Collectives in the program's text, by kind. Those in a loop count once.
+        traced_collectives: The same of the program's trace.
+        optimal_seconds: XLA's own estimate, which charges collectives no latency, or None if XLA
+            has none.
     """
 
     arguments: int
@@ -51,7 +64,8 @@ class Compiled:
 
     @property
     def memory(self) -> int:
-        """At the program's peak."""
+        """Bytes at the program's peak."""
+        # Donated bytes are in both arguments and results but exist once.
         return self.arguments + self.results - self.donated + self.temporaries + self.code
 
 
@@ -63,9 +77,15 @@ class TooLarge:
 
 
 def topology_mesh(topology: Topology, shape: MeshShape) -> Mesh:
-    """A mesh of the topology's devices in JAX's order, as open_mesh would make it on the machine.
+    """Make a mesh of a topology's devices, in the order that JAX has on the machine itself.
 
-    Raises EasySpecError for a topology that does not exist, and CannotCompile.
+    Args:
+        topology: The devices. Those of a CPU are this host's.
+        shape: Devices along each axis.
+
+    Raises:
+        EasySpecError: There is no such topology.
+        CannotCompile: A compiler is missing or does not start.
     """
     machine = topology.machine
     if machine.platform == "cpu":
@@ -73,10 +93,11 @@ def topology_mesh(topology: Topology, shape: MeshShape) -> Mesh:
     if machine.platform == "tpu":
         devices = _absent_devices(topology.name, "tpu", ("libtpu",), "plan")
     else:
+        # "1x1x8": one slice of one host with eight devices.
         options = {"target_config": target_config(machine), "topology": f"1x1x{topology.devices}"}
-        devices = _absent_devices(
-            "", "cuda", ("jax_cuda12_plugin", "jax_cuda13_plugin"), "cuda12", **options
-        )
+        plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+        devices = _absent_devices("", "cuda", plugins, "cuda12", **options)
+    # [devices] -> [layer, tensor]: the devices of a row are next to each other.
     grid = np.asarray(devices, object).reshape(shape.layer, shape.tensor)
     return Mesh(grid, ALL_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
@@ -84,23 +105,32 @@ def topology_mesh(topology: Topology, shape: MeshShape) -> Mesh:
 def _absent_devices(
     name: str, platform: str, modules: tuple[str, ...], extra: str, **options: str
 ) -> list[Any]:
-    """Devices to compile for, if one of the modules, a compiler, is there; an extra of this package installs it."""
+    """Return devices to compile for.
+
+    One of the modules has to be installed: the compiler, which an extra of this package brings.
+    """
     if not any(find_spec(module) for module in modules):
         raise CannotCompile(f"memory and compile time need a compiler: pip install '.[{extra}]'")
     try:
         return list(topologies.get_topology_desc(name, platform=platform, **options).devices)
-    except Exception as error:  # the compiler's own reasons, as whatever JAX makes of them
+    except Exception as error:  # JAX passes the compiler's own errors on as various types
+        reason = first_line(error)[:200]
         if "INVALID_ARGUMENT" in str(error):
-            raise EasySpecError(
-                f"--topology {name}: there is no such slice ({first_line(error)[:200]})"
-            ) from None
-        raise CannotCompile(
-            f"the compiler for {platform} does not start: {first_line(error)[:200]}"
-        ) from None
+            raise EasySpecError(f"`topology` {name}: there is no such slice ({reason})") from None
+        raise CannotCompile(f"the compiler for {platform} does not start: {reason}") from None
 
 
 def compile_round(programs: Programs, max_length: int) -> Compiled | TooLarge:
-    """The round of these programs, whose mesh is of a topology's devices, for one row of up to max_length tokens."""
+    """Compile the round of these programs for one row.
+
+    Args:
+        programs: Programs on a mesh of a topology's devices.
+        max_length: Most tokens of the row.
+
+    Returns:
+        XLA's figures, or its message if the round does not fit the devices.
+    """
+    # Shapes with shardings are all that JAX needs to compile; there are no arrays.
     state = abstract_state(programs, 1, programs.capacity(max_length))
     begun = time.perf_counter()
     traced = programs._round.trace(programs.leaves, state)  # pyright: ignore[reportFunctionMemberAccess]
@@ -114,6 +144,7 @@ def compile_round(programs: Programs, max_length: int) -> Compiled | TooLarge:
         return TooLarge(_memory_line(str(error)))
     done = time.perf_counter()
     memory = compiled.memory_analysis()
+    # A loop is counted once, because its body stands once in XLA's text, too.
     sent = in_jaxpr(traced.jaxpr.jaxpr, programs.mesh.shape, once=True)
     return Compiled(
         arguments=memory.argument_size_in_bytes,
@@ -130,6 +161,7 @@ def compile_round(programs: Programs, max_length: int) -> Compiled | TooLarge:
 
 
 def _optimal_seconds(compiled: Any) -> float | None:
+    # Some backends lack the analysis, and some answer with a negative number.
     with suppress(NotImplementedError):
         seconds = (compiled.cost_analysis() or {}).get("optimal_seconds", 0.0)
         return seconds if seconds > 0 else None
@@ -137,6 +169,11 @@ def _optimal_seconds(compiled: Any) -> float | None:
 
 
 def _memory_line(message: str) -> str:
-    """The sentence with the sizes, out of a page."""
+    """Return the sentence with the sizes from a page of XLA's.
+
+    Example:
+        >>> _memory_line("Ran out of memory. Used 27.49G of 15.75G hbm. Exceeded …")
+        'Used 27.49G of 15.75G hbm'
+    """
     found = re.search(r"Used [\d.]+\w+ of [\d.]+\w+ \w+", message)
     return found[0] if found else message.partition("\n")[0][:200]

@@ -1,7 +1,6 @@
-"""A plan as one object, and that object as tables: what `--json` prints is what the tables show."""
+"""A plan as JSON's types, and those as tables: what `--json` prints is what the tables show."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -11,37 +10,34 @@ from rich.table import Table
 from easyspec_jax.plan.ahead import Compiled, TooLarge
 from easyspec_jax.plan.configurations import parameter_count
 from easyspec_jax.plan.cost import Cost
-from easyspec_jax.plan.machines import Machine, Topology
-from easyspec_jax.plan.steps import Costs, Pair, Way
+from easyspec_jax.plan.machines import Machine
+from easyspec_jax.plan.planning import Plan
+from easyspec_jax.plan.steps import Costs
 
 RATES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Acceptance rates (accepted over drafted levels) that speeds are projected for."""
 
-COLUMNS = ("kernels", "collectives", "wire_bytes", "bytes", "seconds")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything a report tells. compiled: the round of `compiled_way`, or one line that says why there is none."""
-
-    target_name: str
-    draft_name: str
-    pair: Pair
-    topology: Topology
-    verification: Cost
-    costs: Sequence[Costs]
-    compiled_way: Way
-    compiled: Compiled | TooLarge | str
-
 
 def tokens_per_second(costs: Costs, levels: int, rate: float, machine: Machine) -> float:
-    """An estimate: a round yields one token and, on average, rate x levels accepted ones."""
+    """Estimate the speed of one stream.
+
+    Args:
+        costs: The way of decoding.
+        levels: Levels drafted per round.
+        rate: Acceptance rate, accepted over drafted levels.
+        machine: The device.
+    """
+    # A round yields one token of the target's own and the accepted ones: 5 levels at a rate of 0.8
+    # yield 1 + 4. Plain decoding drafts nothing.
     accepted = 0.0 if costs.way.method == "vanilla" else rate * levels
     return (1 + accepted) / costs.round.seconds(machine)
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
-    """The plan as `--json` prints it; bytes are each device's, seconds and speeds are estimates."""
+    """Convert a plan to JSON's types, as `--json` prints it.
+
+    Bytes are per device; seconds and speeds are estimates.
+    """
     pair, machine = plan.pair, plan.topology.machine
     return {
         "estimates": True,
@@ -67,12 +63,10 @@ def _cost(cost: Cost, machine: Machine) -> dict[str, Any]:
 
 def _way(costs: Costs, plan: Plan) -> dict[str, Any]:
     machine, levels = plan.topology.machine, plan.pair.num_speculative_tokens
-    steps = {
-        "step": costs.step,
-        "calibration": costs.calibration,
-        "prefill": costs.prefill,
-        "round": costs.round,
-    }
+    speeds = {}
+    for rate in RATES:
+        speeds[str(rate)] = tokens_per_second(costs, levels, rate, machine)
+    calibration = None if costs.calibration is None else _cost(costs.calibration, machine)
     return {
         "label": costs.way.label,
         **asdict(costs.way),
@@ -83,37 +77,45 @@ def _way(costs: Costs, plan: Plan) -> dict[str, Any]:
             "draft": costs.draft_bytes,
             "caches": costs.cache_bytes,
             "total": costs.memory,
-            "fits": None if machine.memory is None else costs.memory <= machine.memory,
+            "fits": _fits(costs.memory, machine),
         },
         "steps": {
-            name: None if cost is None else _cost(cost, machine) for name, cost in steps.items()
+            "step": _cost(costs.step, machine),
+            "calibration": calibration,
+            "prefill": _cost(costs.prefill, machine),
+            "round": _cost(costs.round, machine),
         },
         "time_to_first_token": costs.prefill.seconds(machine),
-        "tokens_per_second": {
-            str(rate): tokens_per_second(costs, levels, rate, machine) for rate in RATES
-        },
+        "tokens_per_second": speeds,
     }
 
 
-def _compiled(compiled: Compiled | TooLarge | str, machine: Machine) -> dict[str, Any]:
+def _compiled(compiled: Compiled | TooLarge | str | None, machine: Machine) -> dict[str, Any]:
+    if compiled is None:
+        return {"fits": None, "reason": "--no-compile"}
     if isinstance(compiled, str):
         return {"fits": None, "reason": compiled}
     if isinstance(compiled, TooLarge):
         return {"fits": False, "reason": compiled.reason}
-    fits = None if machine.memory is None else compiled.memory <= machine.memory
+    fits = _fits(compiled.memory, machine)
     return {"fits": fits, "memory": compiled.memory} | asdict(compiled)
 
 
+def _fits(size: int, machine: Machine) -> bool | None:
+    """Return whether bytes fit a device, or None for a CPU, whose memory nothing here states."""
+    return None if machine.memory is None else size <= machine.memory
+
+
 def print_plan(plan: dict[str, Any], console: Console) -> None:
-    """Print the result of as_dict() as tables."""
-    ways = plan["ways"]
-    machine = plan["machine"]
+    """Print the result of `as_dict` as tables."""
+    # Names come from files, and rich would take their brackets for markup.
+    target, draft = (f"[bold]{escape(plan[model]['name'])}[/]" for model in ("target", "draft"))
     console.print(
-        f"[bold]{escape(plan['target']['name'])}[/] with draft [bold]{escape(plan['draft']['name'])}[/] on "
-        f"{plan['topology']} ({plan['devices']} devices), {plan['dtype']}, caches of {ways[0]['capacity']} tokens, "
+        f"{target} with draft {draft} on {plan['topology']} ({plan['devices']} devices), "
+        f"{plan['dtype']}, caches of {plan['ways'][0]['capacity']} tokens, "
         f"{plan['num_speculative_tokens']} levels of {plan['tree_width']}"
     )
-    console.print(f"[dim]Times and speeds are estimates, by {_parameters(machine)}[/]")
+    console.print(f"[dim]Times and speeds are estimates, by {_parameters(plan['machine'])}[/]")
     for table in (_steps_table(plan), _memory_table(plan), _speed_table(plan)):
         console.print()
         console.print(table)
@@ -122,15 +124,18 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
 
 
 def _parameters(machine: dict[str, Any]) -> str:
+    origin = "measured here" if machine["origin"] == "measured" else "table"
     return (
         f"{machine['bandwidth'] / 1e9:.4g} GB/s of memory, {machine['flops'] / 1e12:.3g} TFLOP/s, "
-        f"{machine['link_bandwidth'] / 1e9:.4g} GB/s of links, {machine['latency'] * 1e6:.3g} µs a collective and "
-        f"{machine['launch'] * 1e6:.3g} µs a kernel ({'measured here' if machine['origin'] == 'measured' else 'table'})"
+        f"{machine['link_bandwidth'] / 1e9:.4g} GB/s of links, "
+        f"{machine['latency'] * 1e6:.3g} µs a collective and "
+        f"{machine['launch'] * 1e6:.3g} µs a kernel ({origin})"
     )
 
 
 def _table(*columns: str) -> Table:
     table = Table(*columns, box=None, pad_edge=False)
+    # The first column is text, and figures are easier to compare with their units aligned.
     for column in table.columns[1:]:
         column.justify = "right"
     return table
@@ -139,12 +144,19 @@ def _table(*columns: str) -> Table:
 def _steps_table(plan: dict[str, Any]) -> Table:
     table = _table("per device", "kernels", "collectives", "sent", "memory traffic", "time")
     vanilla, *drafted = plan["ways"]
+    # The target verifies the text's last token together with the drafted ones.
     nodes = 1 + plan["num_speculative_tokens"] * plan["tree_width"]
 
     def row(name: str, cost: dict[str, Any]) -> None:
-        kernels, collectives, wire, read, seconds = (cost[column] for column in COLUMNS)
-        sizes = f"{wire / 1e6:.3g} MB", f"{read / 2**30:.3g} GiB"
-        table.add_row(escape(name), str(kernels), str(collectives), *sizes, _milliseconds(seconds))
+        table.add_row(
+            escape(name),
+            str(cost["kernels"]),
+            str(cost["collectives"]),
+            # Links are sold in units of 1000, memory in units of 1024.
+            f"{cost['wire_bytes'] / 1e6:.3g} MB",
+            f"{cost['bytes'] / 2**30:.3g} GiB",
+            _milliseconds(cost["seconds"]),
+        )
 
     def section(title: str, name: str, ways: list[dict[str, Any]]) -> None:
         table.add_row(f"[bold]{title}[/]")
@@ -170,6 +182,7 @@ def _memory_table(plan: dict[str, Any]) -> Table:
     for way in plan["ways"]:
         memory = way["memory"]
         sizes = [_gib(memory[name]) for name in ("target", "draft", "caches", "total")]
+        # A CPU's memory is its host's, of which the table knows nothing.
         share = "–" if limit is None else f"{memory['total'] / limit:.0%}"
         share = f"[red]{share}, does not fit[/]" if memory["fits"] is False else share
         mesh = f"{way['mesh']['layer']} × {way['mesh']['tensor']}"
@@ -178,16 +191,19 @@ def _memory_table(plan: dict[str, Any]) -> Table:
 
 
 def _speed_table(plan: dict[str, Any]) -> Table:
-    """The best of a column is marked; a way's own acceptance rate decides which column is its."""
-    names = list(plan["ways"][0]["tokens_per_second"])
-    table = _table("estimated tokens/s at acceptance rate", *names)
-    best = {name: max(way["tokens_per_second"][name] for way in plan["ways"]) for name in names}
+    """Make the table of speeds, in which the best of each column is marked.
+
+    A row is to be read at the acceptance rate that its way of decoding reaches.
+    """
+    rates = list(plan["ways"][0]["tokens_per_second"])
+    table = _table("estimated tokens/s at acceptance rate", *rates)
+    speeds = [way["tokens_per_second"] for way in plan["ways"]]
     for way in plan["ways"]:
-        speeds = [(way["tokens_per_second"][name], best[name]) for name in names]
-        cells = [
-            f"[bold green]*{speed:.1f}[/]" if speed == most else f"{speed:.1f}"
-            for speed, most in speeds
-        ]
+        cells = []
+        for rate in rates:
+            speed = way["tokens_per_second"][rate]
+            best = speed == max(other[rate] for other in speeds)
+            cells.append(f"[bold green]*{speed:.1f}[/]" if best else f"{speed:.1f}")
         table.add_row(escape(way["label"]), *cells)
     return table
 
@@ -197,25 +213,22 @@ def _print_compiled(compiled: dict[str, Any], console: Console) -> None:
         verdict = "[red]does not fit[/]: " if compiled["fits"] is False else "not compiled: "
         console.print(f"[bold]{compiled['way']}[/] {verdict}{escape(compiled['reason'])}")
         return
-    sizes = [
-        f"{name} {_gib(compiled[name])}"
-        for name in ("arguments", "donated", "results", "temporaries", "code", "memory")
-    ]
+    names = ("arguments", "donated", "results", "temporaries", "code", "memory")
+    sizes = ", ".join(f"{name} {_gib(compiled[name])}" for name in names)
     fits = {True: " [green]fits[/]", False: " [red]does not fit[/]", None: ""}[compiled["fits"]]
-    console.print(f"[bold]{compiled['way']}[/], compiled by XLA: {', '.join(sizes)}{fits}")
+    console.print(f"[bold]{compiled['way']}[/], compiled by XLA: {sizes}{fits}")
     console.print(
         f"  collectives in its text {_counts(compiled['collectives'])}; in the trace "
         f"{_counts(compiled['traced_collectives'])} (a loop's once)"
     )
-    optimal = compiled["optimal_seconds"]
-    extra = (
-        ""
-        if optimal is None
-        else f"; XLA's optimal_seconds, which decides nothing here: {_milliseconds(optimal)}"
+    times = (
+        f"traced in {compiled['trace_seconds']:.1f} s, "
+        f"compiled in {compiled['compile_seconds']:.1f} s"
     )
-    console.print(
-        f"  traced in {compiled['trace_seconds']:.1f} s, compiled in {compiled['compile_seconds']:.1f} s{extra}"
-    )
+    if compiled["optimal_seconds"] is not None:
+        optimal = _milliseconds(compiled["optimal_seconds"])
+        times += f"; XLA's optimal_seconds, which decides nothing here: {optimal}"
+    console.print(f"  {times}")
 
 
 def _counts(counts: dict[str, int]) -> str:

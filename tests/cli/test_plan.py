@@ -17,39 +17,21 @@ from easyspec_jax.plan.report import RATES, print_plan
 
 @pytest.fixture
 def arguments(configs, environment):
-    return [
-        "--target-config",
-        str(configs["target"]),
-        "--draft-config",
-        str(configs["draft"]),
-        "--max-length",
-        "400",
-    ]
+    models = ["--target-config", str(configs["target"]), "--draft-config", str(configs["draft"])]
+    return [*models, "--max-length", "400"]
 
 
 @pytest.fixture(scope="module")
 def printed(configs):
     models = ["--target-config", str(configs["target"]), "--draft-config", str(configs["draft"])]
     with mock.patch.dict(os.environ), redirect_stdout(io.StringIO()) as output:
-        assert (
-            main(
-                [
-                    "--topology",
-                    "v5p:2x2x2",
-                    "--no-compile",
-                    "--json",
-                    "--max-length",
-                    "400",
-                    *models,
-                ]
-            )
-            == 0
-        )
+        options = ["--topology", "v5p:2x2x2", "--no-compile", "--json", "--max-length", "400"]
+        assert main([*options, *models]) == 0
     return json.loads(output.getvalue())
 
 
 def rows(printed: dict) -> list[list[str]]:
-    """The lines of the tables, cut into cells."""
+    """Print the tables and cut their lines into cells."""
     stream = io.StringIO()
     print_plan(printed, Console(file=stream, width=160, highlight=False))
     return [re.split(r"\s{2,}", line.strip()) for line in stream.getvalue().splitlines()]
@@ -111,14 +93,14 @@ def test_a_compiled_cpu_round_stands_beside_its_trace(arguments, capsys):
     assert printed["dtype"] == "float32"
     assert compiled["way"] == "easyspec N=4, draft TP all"
     assert compiled["collectives"] == compiled["traced_collectives"]
-    assert compiled["fits"] is None  # nobody knows the host's memory
+    assert compiled["fits"] is None  # the table has no memory of a CPU
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--topology", "v9:2x4"], "no machine 'v9'; there are v5e"),
-        (["--target-config", "Llama-9"], "--target-config 'Llama-9' is no file.*Llama-3.3-70B"),
+        (["--topology", "v9:2x4"], "--topology 'v9:2x4': no machine 'v9'; there are v5e"),
+        (["--target-config", "Llama-9"], "--target-config 'Llama-9' is not a file.*Llama-3.3-70B"),
         (["--draft-config", "OTHER"], "the target has 300 embedding rows and the draft 400"),
         (
             ["--mesh", "layer=2,tensor=2"],

@@ -1,4 +1,4 @@
-"""What is compiled for devices is what was traced, and the state it is given is the state it returns."""
+"""Compiled programs have the collectives of their traces and return the state they are given."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_the_state_is_donated_and_collectives_are_those_of_the_trace(configs, tr
 def plan_in_a_process_of_its_own(
     configs, topology: str, *options: str
 ) -> subprocess.CompletedProcess[str]:
-    """This one has started JAX, and has virtual devices."""
+    """Run the command in a process that has not started JAX and has no virtual devices."""
     command = [sys.executable, "-m", "easyspec_jax.plan", "--topology", topology]
     models = ["--target-config", str(configs["target"]), "--draft-config", str(configs["draft"])]
     environment = {
@@ -101,6 +101,9 @@ def test_too_few_virtual_devices():
 
 
 def test_what_xla_says_of_a_program_that_does_not_fit():
-    page = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 27.49G of 15.75G hbm. Exceeded\nby a lot"
+    page = (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. "
+        "Used 27.49G of 15.75G hbm. Exceeded\nby a lot"
+    )
     assert TooLarge(_memory_line(page)).reason == "Used 27.49G of 15.75G hbm"
     assert _memory_line("RESOURCE_EXHAUSTED: no room\nat all") == "RESOURCE_EXHAUSTED: no room"

@@ -1,4 +1,4 @@
-"""Bundled configurations have the published sizes; others are found by file and directory; bad pairs are refused."""
+"""Bundled models have their published sizes, others are found on disk, bad pairs are refused."""
 
 import json
 
@@ -9,10 +9,19 @@ from easyspec_jax.plan.configurations import bundled, check_pair, find_config, p
 from tests.models import family_config
 
 PUBLISHED = {
-    "Llama-3.3-70B": 70.55, "Llama-3.1-8B": 8.03, "Llama-3.2-3B": 3.21, "Llama-3.2-1B": 1.24,
-    "Qwen2.5-72B": 72.7, "Qwen2.5-32B": 32.8, "Qwen2.5-7B": 7.62, "Qwen2.5-1.5B": 1.54, "Qwen2.5-0.5B": 0.494,
-    "Qwen3-32B": 32.8, "Qwen3-8B": 8.19, "Qwen3-0.6B": 0.596,
-}  # fmt: skip
+    "Llama-3.3-70B": 70.55,
+    "Llama-3.1-8B": 8.03,
+    "Llama-3.2-3B": 3.21,
+    "Llama-3.2-1B": 1.24,
+    "Qwen2.5-72B": 72.7,
+    "Qwen2.5-32B": 32.8,
+    "Qwen2.5-7B": 7.62,
+    "Qwen2.5-1.5B": 1.54,
+    "Qwen2.5-0.5B": 0.494,
+    "Qwen3-32B": 32.8,
+    "Qwen3-8B": 8.19,
+    "Qwen3-0.6B": 0.596,
+}
 """Billions of parameters, from the model cards."""
 
 
@@ -29,23 +38,22 @@ def test_published_parameter_counts(name):
     "text", ["Llama-3.3-70B", "llama-3.3-70b", "meta-llama/Llama-3.3-70B-Instruct"]
 )
 def test_names_may_be_spelled_as_on_the_hub(text):
-    assert find_config(text, "--target-config") == ("Llama-3.3-70B", bundled()["Llama-3.3-70B"])
+    assert find_config(text, "target") == ("Llama-3.3-70B", bundled()["Llama-3.3-70B"])
 
 
 def test_files_and_directories(tmp_path):
     fields = family_config("qwen3").to_dict()
     (tmp_path / "config.json").write_text(json.dumps(fields))
     (tmp_path / "tiny.json").write_text(json.dumps(fields))
-    name, config = find_config(str(tmp_path), "--draft-config")
+    name, config = find_config(tmp_path, "draft")
     assert (name, config.num_hidden_layers) == (tmp_path.name, fields["num_hidden_layers"])
-    assert find_config(str(tmp_path / "tiny.json"), "--draft-config") == ("tiny", config)
+    assert find_config(str(tmp_path / "tiny.json"), "draft") == ("tiny", config)
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(
-        EasySpecError, match=r"--draft-config 'Llama-4'.*Llama-3\.1-8B.*Qwen3-0\.6B"
-    ):
-        find_config("Llama-4", "--draft-config")
+    message = r"`draft` 'Llama-4' is not a file.*Llama-3\.1-8B.*Qwen3-0\.6B"
+    with pytest.raises(EasySpecError, match=message):
+        find_config("Llama-4", "draft")
 
 
 def test_pairs_must_be_able_to_share_ids():

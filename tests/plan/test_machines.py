@@ -1,4 +1,4 @@
-"""Topologies name a machine of the table and a number of devices; anything else is refused with what there is."""
+"""A topology names a machine and a number of devices; errors list the machines there are."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def test_topologies(text, machine, devices):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("v7:2x4", "no machine 'v7'; there are v5e, v5p"),
+        ("v7:2x4", "`topology` 'v7:2x4': no machine 'v7'; there are v5e, v5p"),
         ("v5e", "how many devices; such as v5e:2x4"),
         ("v5e:", "how many devices"),
         ("v5e:2x0", "how many devices"),

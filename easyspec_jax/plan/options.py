@@ -1,0 +1,74 @@
+"""Options of a plan, checked when they are made. Importing this module does not import JAX."""
+
+from dataclasses import dataclass
+
+from easyspec_jax.options import DraftTensorParallelSize, DType, SpeculativeConfig
+from easyspec_jax.plan.machines import parse_topology
+
+LP_SIZES = (2, 4, 7)
+"""Sizes of layer-parallel groups that every plan compares."""
+
+PROMPT_LENGTH = 2048
+"""Tokens of the prompt that a plan prefills, unless `max_length` leaves room for fewer."""
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """The machine to plan for and the way of decoding to compile for it.
+
+    A plan always compares plain decoding, an ordinary draft and layer-parallel groups of LP_SIZES
+    layers, each with a replicated and with a split draft. `lp_size`, `mlp_lp_size`,
+    `draft_tensor_parallel_size` and `refit` choose the layer-parallel round that is compiled.
+
+    Attributes:
+        topology: Devices by machine and number or torus, as `parse_topology` takes them.
+        mesh: "layer=4,tensor=2", with as many devices as the topology has. None: the layer axis is
+            the largest divisor of the number of devices that a group can fill.
+        dtype: Type of weights and caches. "auto" is float32 on a CPU, else the target's own.
+        max_length: Most tokens of a text, its prompt included.
+        num_speculative_tokens: Levels drafted per round.
+        tree_width: Nodes per level; 1 is a chain.
+        lp_size: Layers per group, compared in addition to LP_SIZES.
+        mlp_lp_size: MLPs of a group that run at once.
+        draft_tensor_parallel_size: Replicate ("1") the parts of the draft that are not
+            layer-parallel, or split them over all devices ("all").
+        refit: Count the projections of a refit in addition to the draft's own.
+        measure: Measure the figures of the machine on this host's devices instead of taking them
+            from the table.
+        compile: Compile the round, which takes up to minutes, to learn its memory for temporaries.
+
+    Raises:
+        EasySpecError: The topology is unknown or a number is out of range. `plan` checks whatever
+            depends on the models.
+
+    Example:
+        >>> config = PlanConfig("v5p:2x2x2", max_length=4096, compile=False)
+        >>> config.lp_size, config.tree_width
+        (4, 1)
+    """
+
+    topology: str
+    mesh: str | None = None
+    dtype: DType = "auto"
+    max_length: int = 3072
+    num_speculative_tokens: int = SpeculativeConfig.num_speculative_tokens
+    tree_width: int = 1
+    lp_size: int = SpeculativeConfig.lp_size
+    mlp_lp_size: int = SpeculativeConfig.mlp_lp_size
+    draft_tensor_parallel_size: DraftTensorParallelSize = (
+        SpeculativeConfig.draft_tensor_parallel_size
+    )
+    refit: bool = False
+    measure: bool = False
+    compile: bool = True
+
+    def __post_init__(self) -> None:
+        parse_topology(self.topology)
+        # Decoding and planning allow the same ranges, so the engine's options check them.
+        SpeculativeConfig(
+            num_speculative_tokens=self.num_speculative_tokens,
+            tree_width=self.tree_width,
+            lp_size=self.lp_size,
+            mlp_lp_size=self.mlp_lp_size,
+            draft_tensor_parallel_size=self.draft_tensor_parallel_size,
+        )
