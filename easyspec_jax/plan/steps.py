@@ -1,4 +1,4 @@
-"""Cost of the steps of every way of decoding for a pair of models, from traces of the real programs."""
+"""Cost of the steps of every way of decoding, from traces of the engine's own programs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,11 +23,21 @@ from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape, parse_mesh
 from easyspec_jax.plan.cost import Cost, cost
 
 MakeMesh = Callable[[MeshShape], Mesh]
+"""Makes a mesh of absent devices, as `engine.abstract.absent_mesh` does, or of present ones."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Models and mesh to plan for. mesh: as for `--mesh`; max_length: prompt and generated tokens together."""
+    """Models, mesh and lengths to plan for.
+
+    Attributes:
+        dtype: Type of weights and caches.
+        mesh: "8" or "layer=4,tensor=2", as `parse_mesh` takes it.
+        num_speculative_tokens: Levels drafted per round.
+        tree_width: Nodes per level; 1 is a chain.
+        prompt_length: Tokens of the prompt.
+        max_length: Most tokens of a text, its prompt included.
+    """
 
     target: ModelConfig
     draft: ModelConfig
@@ -41,7 +51,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Way:
-    """A way of decoding, as in SpeculativeConfig; lp_size: 1 without groups; refit: whether the draft has one."""
+    """A way of decoding; fields are named as in SpeculativeConfig.
+
+    Attributes:
+        lp_size: Layers per group; 1 without groups.
+        refit: The draft has the projections of a refit in addition to its own.
+    """
 
     method: Method
     lp_size: int = 1
@@ -51,6 +66,12 @@ class Way:
 
     @property
     def label(self) -> str:
+        """The way in a few words, for people to read.
+
+        Example:
+            >>> Way("easyspec", lp_size=4, mlp_lp_size=2).label
+            'easyspec N=4 M=2, draft TP all'
+        """
         if self.method == "vanilla":
             return "vanilla"
         name = f"{self.method} N={self.lp_size}" if self.method == "easyspec" else self.method
@@ -59,29 +80,56 @@ class Way:
         return f"{name}, draft TP {self.draft_tensor_parallel_size}"
 
     def layout(self, num_layers: int) -> Layout:
-        """Layout of a draft with this many layers."""
+        """Group the layers of a draft by the paper's rule."""
         return Layout.uniform(paper_groups(num_layers, self.lp_size), self.mlp_lp_size)
 
 
 def ways(
     lp_sizes: Sequence[int], tree_width: int, mlp_lp_size: int = 1, refit: bool = False
 ) -> list[Way]:
-    """All that are compared: plain decoding, an ordinary draft and layer-parallel ones, each with both placements."""
+    """List the ways that a plan compares.
+
+    Args:
+        lp_sizes: Sizes of layer-parallel groups.
+        tree_width: Nodes per level; 1 compares with a chain, more with a tree of an ordinary draft.
+        mlp_lp_size: MLPs of a group that run at once, at most the group's layers.
+        refit: Layer-parallel drafts have a refit.
+
+    Returns:
+        Plain decoding, then an ordinary draft and layer-parallel ones, each replicated and split.
+
+    Example:
+        >>> for way in ways([4], tree_width=1):
+        ...     print(way.label)
+        vanilla
+        sd, draft TP 1
+        sd, draft TP all
+        easyspec N=4, draft TP 1
+        easyspec N=4, draft TP all
+    """
     ordinary: Method = "sd" if tree_width == 1 else "tree"
-    sizes: tuple[DraftTensorParallelSize, ...] = ("1", "all")
-    drafted = [Way(ordinary, 1, size) for size in sizes]
-    parallel = [
-        Way("easyspec", n, size, min(mlp_lp_size, n), refit) for n in lp_sizes for size in sizes
-    ]
-    return [Way("vanilla"), *drafted, *parallel]
+    found = [Way("vanilla"), Way(ordinary, 1, "1"), Way(ordinary, 1, "all")]
+    for lp_size in lp_sizes:
+        mlps = min(mlp_lp_size, lp_size)
+        found.append(Way("easyspec", lp_size, "1", mlps, refit))
+        found.append(Way("easyspec", lp_size, "all", mlps, refit))
+    return found
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of one way of decoding. The bytes are per device. A vanilla `step` is one of the target's.
+    """Costs of one way of decoding. Bytes are per device.
 
-    step: one pass of the draft over a level, exact without groups, else fuzzy. calibration: the exact pass over the
-    pending tokens, None where there is none. prefill: of the whole prompt, both models. round: everything.
+    Attributes:
+        capacity: Entries of each cache, in tokens.
+        target_bytes: Weights of the target.
+        draft_bytes: Weights of the draft; 0 without one.
+        cache_bytes: Caches of both models.
+        step: One pass of the draft over a level, fuzzy with groups, else exact. Without a draft,
+            one pass of the target over a token.
+        calibration: The draft's exact pass over the pending tokens, or None if there is none.
+        prefill: Both models' passes over the whole prompt.
+        round: A whole round: calibration, steps, verification, and choosing tokens.
     """
 
     way: Way
@@ -97,41 +145,52 @@ class Costs:
 
     @property
     def memory(self) -> int:
+        """Bytes of weights and caches."""
         return self.target_bytes + self.draft_bytes + self.cache_bytes
 
 
 def programs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Programs:
-    """As the engine would make them for greedy decoding, without weights."""
+    """Make the programs that the engine would make for greedy decoding, without weights."""
     drafted = way.method != "vanilla"
     layout = way.layout(pair.draft.num_hidden_layers) if drafted else Layout.uniform(())
+    # A bare "8" is split to suit the groups: (layer=4, tensor=2) for N = 4, (1, 8) without groups.
     mesh = make_mesh(parse_mesh(pair.mesh, group_size=layout.lp_size))
+    # Without axes the draft's dense parts are on every device, whole, and need no collective.
     axes = ALL_AXES if way.draft_tensor_parallel_size == "all" else ()
     draft = pair.draft if drafted else None
     speculative = SpeculativeConfig(
         method=way.method,
         num_speculative_tokens=pair.num_speculative_tokens,
-        tree_width=pair.tree_width if drafted else None,
+        tree_width=pair.tree_width if drafted else None,  # "vanilla" refuses trees
     )
     config = RoundConfig.of(speculative, SamplingParams(), pair.target.stop_ids)
-    return Programs(
-        mesh, *abstract_pair(pair.target, draft, mesh, layout, way.refit, axes, pair.dtype), config
-    )
+    models = abstract_pair(pair.target, draft, mesh, layout, way.refit, axes, pair.dtype)
+    return Programs(mesh, *models, config)
 
 
 def costs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Costs:
-    """From traces alone; nothing is compiled."""
+    """Count the costs of a way of decoding from traces alone; nothing is compiled."""
     run = programs(pair, way, make_mesh)
     state = abstract_state(run, 1, run.capacity(pair.max_length))
     measure = partial(cost, mesh_shape=run.mesh.shape)
     one_pass = partial(pass_cost, run, state)
-    chunk = [
-        jax.ShapeDtypeStruct(*shape)
-        for shape in (((1, PREFILL_CHUNK), np.int32), ((1,), np.int32), ((1,), bool))
-    ]
-    chunks = -(-pair.prompt_length // PREFILL_CHUNK)
+    if run.draft is None:
+        step = one_pass("target", 1)
+    else:
+        step = one_pass("draft", pair.tree_width, fuzzy=True)
     calibration = None
     if run.config.calibration:
+        # Pending: all tokens that the round before accepted, and its last one. Only what follows
+        # the last token is drafted, so only that token gets logits.
         calibration = one_pass("draft", run.config.pending_size, scored=1)
+    # One row's chunk of the prompt: its ids, how many of them count, and whether it is the last.
+    chunk = (
+        jax.ShapeDtypeStruct((1, PREFILL_CHUNK), np.int32),
+        jax.ShapeDtypeStruct((1,), np.int32),
+        jax.ShapeDtypeStruct((1,), bool),
+    )
+    # Each chunk attends to the whole cache, so all chunks cost the same: 300 tokens are 3 chunks.
+    chunks = -(-pair.prompt_length // PREFILL_CHUNK)
     return Costs(
         way=way,
         mesh=MeshShape(run.mesh.shape["layer"], run.mesh.shape["tensor"]),
@@ -139,9 +198,7 @@ def costs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Costs:
         target_bytes=bytes_per_device(run.target),
         draft_bytes=bytes_per_device(run.draft),
         cache_bytes=bytes_per_device((state.target, state.draft)),
-        step=one_pass("target", 1)
-        if run.draft is None
-        else one_pass("draft", pair.tree_width, fuzzy=True),
+        step=step,
         calibration=calibration,
         prefill=measure(run._prefill, run.leaves, state, *chunk) * chunks,
         round=measure(run._round, run.leaves, state),
@@ -149,7 +206,7 @@ def costs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Costs:
 
 
 def verification_cost(pair: Pair, make_mesh: MakeMesh) -> Cost:
-    """Cost of the target's pass over the text's last token and all drafted ones, logits included."""
+    """Count the target's pass over the text's last token and all drafted ones, logits included."""
     run = programs(pair, Way("vanilla"), make_mesh)
     state = abstract_state(run, 1, run.capacity(pair.max_length))
     return pass_cost(run, state, "target", 1 + pair.num_speculative_tokens * pair.tree_width)
@@ -163,20 +220,29 @@ def pass_cost(
     scored: int | None = None,
     fuzzy: bool = False,
 ) -> Cost:
-    """Cost of one pass of "target" or "draft", with the logits of its last `scored` tokens (None: of all)."""
+    """Count one pass of a model.
+
+    Args:
+        run: The programs, which have the models and the mesh.
+        state: The state that the pass reads.
+        which: "target" or "draft".
+        tokens: Tokens that the pass reads.
+        scored: How many of them, the last ones, get logits. None: all.
+        fuzzy: Run the layers of a group at once.
+    """
 
     def body(target: Decoder, draft: Decoder | None, state: State) -> Any:
         model = target if which == "target" else draft
         assert model is not None
         ids = jnp.zeros((1, tokens), jnp.int32)
-        h, caches = model(
-            ids, getattr(state, which), state.length, run_fuzzy if fuzzy else run_exact
-        )
-        return model.logits(h if scored is None else h[:, -scored:]), caches
+        order = run_fuzzy if fuzzy else run_exact
+        # [1, tokens] -> hidden [1, tokens, D] -> logits [1, scored, this device's vocabulary]
+        hidden, caches = model(ids, getattr(state, which), state.length, order)
+        return model.logits(hidden if scored is None else hidden[:, -scored:]), caches
 
     model = run.target if which == "target" else run.draft
     assert model is not None
+    # Logits stay split over the vocabulary, on whichever axes the model's head is.
     specs = P(None, None, model.axes or None), getattr(run.state_spec, which)
-    return cost(
-        run.mapped(body, (run.state_spec,), specs), run.leaves, state, mesh_shape=run.mesh.shape
-    )
+    program = run.mapped(body, (run.state_spec,), specs)
+    return cost(program, run.leaves, state, mesh_shape=run.mesh.shape)

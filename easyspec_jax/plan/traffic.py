@@ -1,4 +1,8 @@
-"""Traffic of a program between devices, read off its trace: nothing is compiled and no device is needed."""
+"""Traffic of a program between devices, read off its trace.
+
+Nothing is compiled and no device is needed. A trace (a "jaxpr") is a list of equations, each with
+the primitive that it applies; loops, branches and calls hold traces of their own.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,11 +18,18 @@ KINDS = {
     "all_gather": "all-gather",
     "all_to_all": "all-to-all",
 }
+"""XLA's names of the collectives, by JAX's primitive."""
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One operation, perhaps of several arrays. bytes: of its results on one device; devices: that take part."""
+    """One collective operation, possibly on several arrays at once.
+
+    Attributes:
+        kind: XLA's name.
+        bytes: Size of its results on one device.
+        devices: How many take part.
+    """
 
     kind: str
     bytes: int
@@ -26,7 +37,17 @@ class Collective:
 
     @property
     def wire_bytes(self) -> float:
-        """That each device sends, in a ring."""
+        """Bytes that each device sends, in a ring.
+
+        Example:
+            >>> Collective("all-reduce", bytes=800, devices=8).wire_bytes
+            1400.0
+            >>> Collective("all-gather", bytes=800, devices=8).wire_bytes
+            700.0
+        """
+        # n devices cut S bytes into n pieces of S / n. Gathering passes n - 1 pieces on to the next
+        # device, and so does all-to-all, which keeps one piece. All-reduce goes around twice: once
+        # adding the pieces up, once gathering the sums.
         times = 2 if self.kind == "all-reduce" else 1
         return times * self.bytes * (self.devices - 1) / self.devices
 
@@ -34,44 +55,73 @@ class Collective:
 def collectives(
     function: Callable[..., Any], *args: Any, mesh_shape: Mapping[str, int]
 ) -> list[Collective]:
-    """Those that one call issues, in order; a loop's as often as it runs. args may be jax.ShapeDtypeStruct.
+    """List the collectives that one call issues, in order.
 
-    Axes of size 1 need no communication. Raises ValueError where the number of iterations is not known.
+    Args:
+        function: The program.
+        args: Its arguments, arrays or jax.ShapeDtypeStruct.
+        mesh_shape: Devices along each axis. An axis of size 1 needs no communication.
+
+    Returns:
+        The collectives; those in a loop as often as it runs.
+
+    Raises:
+        ValueError: A loop communicates and its number of iterations is unknown.
     """
     return list(in_jaxpr(jax.make_jaxpr(function)(*args).jaxpr, mesh_shape))
 
 
 def in_jaxpr(jaxpr: Jaxpr, sizes: Mapping[str, int], once: bool = False) -> Iterator[Collective]:
-    """Those of a trace; sizes: of the mesh's axes; once: a loop's count as if it ran once, as in a program's text."""
+    """Yield the collectives of a trace, in order.
+
+    Args:
+        jaxpr: The trace.
+        sizes: Devices along each axis of the mesh.
+        once: Count a loop as if it ran once, as it stands in a program's text.
+
+    Raises:
+        ValueError: A loop communicates and its number of iterations is unknown.
+    """
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         if name in KINDS:
-            yield from _of(equation, sizes)
+            yield from _collective(equation, sizes)
         elif name == "scan":
             times = 1 if once else equation.params["length"]
             yield from times * list(in_jaxpr(equation.params["jaxpr"].jaxpr, sizes, once))
         else:
-            parts = [list(in_jaxpr(part, sizes, once)) for part in inner(equation)]
-            if name == "while" and any(parts):
-                raise ValueError("a loop of unknown length communicates")
-            # Branches never communicate: devices take different ones.
-            yield from (collective for part in parts for collective in part)
+            # A call, a while loop or all branches of a condition. Branches never communicate,
+            # because devices may take different ones, so nothing is counted twice.
+            for part in inner(equation):
+                for collective in in_jaxpr(part, sizes, once):
+                    if name == "while":
+                        raise ValueError("a loop of unknown length communicates")
+                    yield collective
 
 
-def _of(equation: JaxprEqn, sizes: Mapping[str, int]) -> Iterator[Collective]:
-    axes: Any = equation.params["axes" if "axes" in equation.params else "axis_name"]
+def _collective(equation: JaxprEqn, sizes: Mapping[str, int]) -> Iterator[Collective]:
+    """Yield an equation's collective, or nothing if its axes have one device."""
+    # psum names its axes "axes", the others "axis_name", which may be a bare name.
+    params = equation.params
+    axes: Any = params["axes" if "axes" in params else "axis_name"]
     devices = prod(sizes[axis] for axis in (axes if isinstance(axes, tuple) else (axes,)))
-    results: list[Any] = [result.aval for result in equation.outvars]
     if devices > 1:
-        size = sum(result.size * result.dtype.itemsize for result in results)
+        size = total_bytes(*equation.outvars)
         yield Collective(KINDS[equation.primitive.name], size, devices)
 
 
 def inner(equation: JaxprEqn) -> Iterator[Jaxpr]:
-    """The traces within an equation: a call's, a loop's, all branches."""
+    """Yield the traces inside an equation: a call's, a loop's, those of all branches."""
+    # A call has {"jaxpr": closed}, a while loop {"cond_jaxpr": …, "body_jaxpr": …}, and a condition
+    # {"branches": (closed, closed)}; `shard_map` has an open trace.
     for value in equation.params.values():
         for one in value if isinstance(value, tuple | list) else (value,):
             if isinstance(one, ClosedJaxpr):
                 yield one.jaxpr
             elif isinstance(one, Jaxpr):
                 yield one
+
+
+def total_bytes(*values: Any) -> int:
+    """Add up the sizes of a trace's values; inside `shard_map` each is one device's part."""
+    return sum(value.aval.size * value.aval.dtype.itemsize for value in values)

@@ -81,8 +81,18 @@ def test_bytes_on_the_wire_are_those_of_a_ring():
 
 
 def test_the_latency_model():
-    machine = Machine("toy", "tpu", None, bandwidth=100.0, flops=1000.0, link_bandwidth=10.0, latency=0.5, launch=0.25,
-                      dimensions=0, source="made up")  # fmt: skip
+    machine = Machine(
+        name="toy",
+        platform="tpu",
+        memory=None,
+        bandwidth=100.0,
+        flops=1000.0,
+        link_bandwidth=10.0,
+        latency=0.5,
+        launch=0.25,
+        dimensions=0,
+        source="made up",
+    )
     read = Cost(kernels=4, collectives=2, wire_bytes=20.0, bytes=300, flops=1000)
     assert read.seconds(machine) == 3 + 2 + 1 + 1
     computed = Cost(flops=5000, bytes=300)

@@ -1,4 +1,4 @@
-"""Measuring replaces every figure but the memory, with something that a machine could have."""
+"""Measuring replaces every figure except the memory with a plausible one."""
 
 from dataclasses import fields
 

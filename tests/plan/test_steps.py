@@ -1,4 +1,4 @@
-"""Every way's steps cost what the method promises, and a round is its steps and a little choosing."""
+"""Steps cost what each method promises, and a round is its steps and a little choosing."""
 
 from dataclasses import replace
 
@@ -44,18 +44,18 @@ def counted() -> dict[str, Costs]:
 
 def test_ways_compare_both_placements_of_everything(counted):
     assert list(counted) == [
-        "vanilla", "sd, draft TP 1", "sd, draft TP all",
-        "easyspec N=2, draft TP 1", "easyspec N=2, draft TP all",
-        "easyspec N=4, draft TP 1", "easyspec N=4, draft TP all",
-        "easyspec N=7, draft TP 1", "easyspec N=7, draft TP all",
-    ]  # fmt: skip
-    assert [way.method for way in ways([2], 4)] == [
         "vanilla",
-        "tree",
-        "tree",
-        "easyspec",
-        "easyspec",
+        "sd, draft TP 1",
+        "sd, draft TP all",
+        "easyspec N=2, draft TP 1",
+        "easyspec N=2, draft TP all",
+        "easyspec N=4, draft TP 1",
+        "easyspec N=4, draft TP all",
+        "easyspec N=7, draft TP 1",
+        "easyspec N=7, draft TP all",
     ]
+    methods = [way.method for way in ways([2], 4)]
+    assert methods == ["vanilla", "tree", "tree", "easyspec", "easyspec"]
 
 
 def test_collectives_by_formula(counted):
@@ -78,13 +78,9 @@ def test_mlps_at_once_save_collectives(counted):
     assert paired.way.label == "easyspec N=4 M=2, draft TP all"
     groups = paired.way.layout(DRAFT_LAYERS).groups
     assert [len(group) for group in groups] == [1, 3, 3, 1]
-    assert (
-        paired.step.collectives == 2 + 2 + 2 * (1 + 2) + 1
-    )  # two a layer alone, one a group and pair, the logits
-    assert (
-        replace(paired.step, collectives=0).bytes
-        == counted["easyspec N=4, draft TP all"].step.bytes
-    )
+    # Two for each layer alone, one for each group and each of its pairs, one for the logits.
+    assert paired.step.collectives == 2 + 2 + 2 * (1 + 2) + 1
+    assert paired.step.bytes == counted["easyspec N=4, draft TP all"].step.bytes
 
 
 def test_a_refit_is_held_beside_the_drafts_own_projections():
@@ -94,7 +90,7 @@ def test_a_refit_is_held_beside_the_drafts_own_projections():
     )
     config = whole_heads.draft
     outputs = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    # Of each of two groups every device has one layer's projection: the norm, the weights, and the biases.
+    # Each device has one layer's projection of both groups: the norm, the weights and the biases.
     held = (
         2 * (config.hidden_size + (config.hidden_size + 1) * outputs) * whole_heads.dtype.itemsize
     )
@@ -140,7 +136,7 @@ def test_meshes_are_split_as_for_generate(counted):
 
 
 def test_absent_devices_count_as_present_ones():
-    """On a CPU, where the exact pass branches, too."""
+    """They do so on a CPU, too, where the exact pass branches."""
     way = Way("easyspec", 4)
     there = costs(pair(), way, lambda shape: open_mesh(shape, "cpu"))
     assert there == costs(pair(), way, lambda shape: absent_mesh(shape, "cpu"))

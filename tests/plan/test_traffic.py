@@ -1,4 +1,4 @@
-"""The collectives read off a trace are those of the compiled program, and as few as the method promises."""
+"""A trace has the collectives of the compiled program, as few as the method promises."""
 
 import re
 from collections import Counter
@@ -18,6 +18,7 @@ from easyspec_jax.draft.layer_group import run_fuzzy
 from easyspec_jax.engine.abstract import abstract_pair, abstract_state
 from easyspec_jax.model.transformer import Decoder, run_exact
 from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape, open_mesh
+from easyspec_jax.plan.ahead import COLLECTIVE
 from easyspec_jax.plan.traffic import collectives
 from easyspec_jax.verify import Coupled, Greedy, Rejection
 from tests.models import family_config
@@ -29,7 +30,7 @@ GREEDY = RoundConfig(levels=3, calibration=True, verifier=Greedy(), stop_ids=())
 def programs(
     mesh: MeshShape, lp_size: int, axes: Axes = ALL_AXES, config: RoundConfig = GREEDY
 ) -> Programs:
-    """Of a tiny pair without weights."""
+    """Make the programs of a tiny pair without weights."""
     shape = model_config(family_config("smollm2", num_hidden_layers=LAYERS).to_dict())
     opened, layout = open_mesh(mesh), Layout.uniform(paper_groups(LAYERS, lp_size))
     pair = abstract_pair(
@@ -44,7 +45,7 @@ def of_round(programs: Programs) -> list[Any]:
 
 
 def in_compiled(text: str) -> Counter[str]:
-    """Collectives of a compiled program by kind, those in a loop as often as it runs."""
+    """Count collectives of a compiled program by kind, those in a loop as often as it runs."""
     bodies = {
         match[1]: match[2]
         for match in re.finditer(
@@ -55,18 +56,12 @@ def in_compiled(text: str) -> Counter[str]:
     def count(name: str) -> Counter[str]:
         found: Counter[str] = Counter()
         for line in bodies[name].splitlines():
-            found.update(
-                re.findall(
-                    r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(",
-                    line,
-                )
-            )
+            found.update(COLLECTIVE.findall(line))
             if body := re.search(r"body=%?([\w.\-]+)", line):
                 trips = re.search(r'known_trip_count[^}]*"n":"(\d+)"', line)
                 assert trips, "a loop of unknown length"
-                found.update(
-                    {kind: number * int(trips[1]) for kind, number in count(body[1]).items()}
-                )
+                for kind, number in count(body[1]).items():
+                    found[kind] += number * int(trips[1])
         return found
 
     entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.M)
@@ -96,7 +91,10 @@ def test_the_trace_counts_what_the_compiled_program_does(mesh, lp_size, axes, co
 @pytest.mark.parametrize("mesh", [MeshShape(4, 2), MeshShape(2, 4), MeshShape(1, 8)], ids=str)
 @pytest.mark.parametrize("lp_size", [1, 2, 4, 7])
 def test_a_fuzzy_step_costs_groups_plus_layers(mesh, lp_size):
-    """Single layers count as groups; one more all-reduce is the embedding's. With replicated MLPs it is the groups."""
+    """A pass has an all-reduce for each group, each layer and the embedding.
+
+    Single layers count as groups. With replicated MLPs only real groups need one.
+    """
 
     def step(axes: Axes, run: Any) -> int:
         made = programs(mesh, lp_size, axes)
