@@ -97,7 +97,7 @@ def topology_mesh(topology: Topology, shape: MeshShape) -> Mesh:
         options = {"target_config": target_config(machine), "topology": f"1x1x{topology.devices}"}
         plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
         devices = _absent_devices("", "cuda", plugins, "cuda12", **options)
-    # [devices] -> [layer, tensor]: the devices of a row are next to each other.
+    # [devices] -> [layer, tensor]: consecutive devices share a row.
     grid = np.asarray(devices, object).reshape(shape.layer, shape.tensor)
     return Mesh(grid, ALL_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
@@ -133,7 +133,8 @@ def compile_round(programs: Programs, max_length: int) -> Compiled | TooLarge:
     # Shapes with shardings are all that JAX needs to compile; there are no arrays.
     state = abstract_state(programs, 1, programs.capacity(max_length))
     begun = time.perf_counter()
-    traced = programs._round.trace(programs.leaves, state)  # pyright: ignore[reportFunctionMemberAccess]
+    jitted: Any = programs._round  # declared as a mere callable
+    traced = jitted.trace(programs.leaves, state)
     lowered = traced.lower()
     lowered_at = time.perf_counter()
     try:
@@ -161,7 +162,7 @@ def compile_round(programs: Programs, max_length: int) -> Compiled | TooLarge:
 
 
 def _optimal_seconds(compiled: Any) -> float | None:
-    # Some backends lack the analysis, and some answer with a negative number.
+    # Not every backend has this analysis, and not every one that has it estimates a time.
     with suppress(NotImplementedError):
         seconds = (compiled.cost_analysis() or {}).get("optimal_seconds", 0.0)
         return seconds if seconds > 0 else None

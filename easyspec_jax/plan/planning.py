@@ -76,11 +76,12 @@ def plan(target: str | Path, draft: str | Path, config: PlanConfig, *, bar: Bar 
     Example:
         Which way is the fastest on eight TPU v5p at an acceptance rate of 0.8?
 
+            from easyspec_jax.plan import PlanConfig, plan
+            from easyspec_jax.plan.report import as_dict
+
             found = plan("Llama-3.3-70B", "Llama-3.2-1B", PlanConfig("v5p:2x2x2", compile=False))
-            speeds = {
-                way["label"]: way["tokens_per_second"]["0.8"] for way in as_dict(found)["ways"]
-            }
-            print(max(speeds, key=speeds.get))
+            ways = as_dict(found)["ways"]
+            print(max(ways, key=lambda way: way["tokens_per_second"]["0.8"])["label"])
     """
     topology = parse_topology(config.topology)
     target_name, target_config = find_config(target, "target")
