@@ -85,7 +85,9 @@ def configs(tmp_path_factory) -> dict[str, Path]:
         "draft": {"num_hidden_layers": 6, "dtype": "bfloat16"},
         "other": {"vocab_size": 400},
     }
-    from tests.models import family_config  # transformers and torch, which most tests do without
+    from tests.support.models import (
+        family_config,  # transformers and torch, which most tests do without
+    )
 
     paths = {}
     for name, own in options.items():
@@ -98,8 +100,8 @@ def configs(tmp_path_factory) -> dict[str, Path]:
 def draft(tmp_path_factory):
     """A checkpoint of eight layers to refit, and transformers' model of it."""
     from easyspec_jax.checkpoint.directory import open_checkpoint
-    from tests.models import save_model
     from tests.refit.conftest import LAYERS
+    from tests.support.models import save_model
 
     directory = tmp_path_factory.mktemp("refit_draft")
     reference = save_model(directory, "smollm2", num_hidden_layers=LAYERS)

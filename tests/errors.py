@@ -1,7 +1,7 @@
 """Every error message of the package, and a test that reaches each: `python -m tests.errors [pytest's arguments]`.
 
 Runs the tests, notes which of them first makes each message, and writes docs/errors.md. What a partial run does not
-reach keeps the test it had.
+reach keeps the test it had, as long as that test exists.
 """
 
 import argparse
@@ -94,10 +94,17 @@ def _cell(text: str) -> str:
 
 
 def documented() -> dict[str, str]:
-    """The test of each message that the document has, by the table's first two cells."""
+    """Return the test of each message in the document, keyed by the table's first two cells."""
     lines = DOCUMENT.read_text(encoding="utf-8").splitlines() if DOCUMENT.exists() else []
     cells = (line.removesuffix(" |").rpartition(" | ") for line in lines if line.startswith("| `"))
     return {head: test.strip("`") for head, _, test in cells}
+
+
+def exists(test: str) -> bool:
+    """Return whether a test, written as path::name, is still there."""
+    path, _, name = test.partition("::")
+    file = ROOT / path
+    return bool(name) and file.is_file() and f"def {name}(" in file.read_text(encoding="utf-8")
 
 
 def head_of(site: Site) -> str:
@@ -150,7 +157,10 @@ def write(records: Path) -> list[Site]:
         for site in every:
             if site.path == path and site.first <= int(number) <= site.last:
                 tests.setdefault(site, test)
-    tests = {site: before.get(head_of(site)) or tests.get(site, "") for site in every}
+    for site in every:
+        if exists(kept := before.get(head_of(site), "")):
+            tests[site] = kept
+        tests.setdefault(site, "")
     rows = dict.fromkeys(
         row(site, test) for site, test in sorted(tests.items(), key=lambda item: item[0].key)
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from easyspec_jax.__main__ import COMMANDS, main
-from tests.models import save_model
+from tests.support.models import save_model
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -18,7 +18,7 @@ from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.checkpoint.families import FAMILIES
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.parallel.mesh import MeshShape
-from tests.models import forward, load_target, loader
+from tests.support.models import forward, load_target, loader
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 

@@ -15,7 +15,7 @@ from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.checkpoint.families import EMBEDDING, HEAD
 from easyspec_jax.checkpoint.safetensors import INDEX, SAFETENSORS
 from easyspec_jax.errors import EasySpecError
-from tests.models import family_config
+from tests.support.models import family_config
 
 Tensors = dict[str, torch.Tensor]
 

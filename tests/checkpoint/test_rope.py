@@ -6,7 +6,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from easyspec_jax.checkpoint.config import model_config
 from easyspec_jax.checkpoint.rope import rope_frequencies
-from tests.models import FAMILIES, family_config
+from tests.support.models import FAMILIES, family_config
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

@@ -11,7 +11,7 @@ from easyspec_jax.engine.pair import open_model
 from easyspec_jax.generate import main
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
 from easyspec_jax.progress import no_bar
-from tests.models import byte_tokenizer, save_model
+from tests.support.models import byte_tokenizer, save_model
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
 

@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 
 from easyspec_jax.cli.generate_flags import generate_parser, sampling_of
 from easyspec_jax.generate import main
-from tests.models import LAYERS, add_refit, byte_tokenizer, save_model
+from tests.support.models import LAYERS, add_refit, byte_tokenizer, save_model
 
 STATS = {
     "rounds", "drafted", "accepted", "acceptance_rate", "mean_acceptance_length", "accepted_per_position",

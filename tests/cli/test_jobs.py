@@ -17,7 +17,7 @@ from easyspec_jax.decode.batch import Batch
 from easyspec_jax.decode.programs import PREFILL_CHUNK, Programs
 from easyspec_jax.generate import main
 from easyspec_jax.options import Method
-from tests.models import add_refit, save_model
+from tests.support.models import add_refit, save_model
 
 PLAIN = SamplingParams(max_new_tokens=10)
 POISON = "~"

@@ -16,8 +16,8 @@ from easyspec_jax.errors import EasySpecError
 from easyspec_jax.refit.__main__ import main
 from easyspec_jax.refit.texts import LENGTH, answer_prompts, opening, read_texts
 from easyspec_jax.tokenizer import load_tokenizer
-from tests.models import byte_tokenizer
 from tests.refit.conftest import LAYERS
+from tests.support.models import byte_tokenizer
 
 
 @pytest.fixture

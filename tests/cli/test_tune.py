@@ -19,7 +19,7 @@ from easyspec_jax.tune.__main__ import main
 from easyspec_jax.tune.predict import Figures
 from easyspec_jax.tune.report import print_tuned
 from easyspec_jax.tune.tuning import open_pair
-from tests.models import save_model
+from tests.support.models import save_model
 
 NO_FIGURES = Figures(plain=1.0, overhead=0.0, verification={})
 

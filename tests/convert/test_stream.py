@@ -20,7 +20,7 @@ from easyspec_jax.checkpoint.families import EMBEDDING, HEAD
 from easyspec_jax.checkpoint.orbax import WEIGHTS
 from easyspec_jax.checkpoint.safetensors import SAFETENSORS
 from easyspec_jax.errors import EasySpecError
-from tests.models import FAMILIES, byte_tokenizer, save_model
+from tests.support.models import FAMILIES, byte_tokenizer, save_model
 
 IDS = torch.arange(4, 68).reshape(2, 32)
 

@@ -17,7 +17,7 @@ from easyspec_jax.parallel.collectives import shard_index
 from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape
 from easyspec_jax.verify import Branches, Greedy, Rejection, RowSampling, Verifier
 from easyspec_jax.verify.tree import Tree
-from tests.helpers import goodness_of_fit, on_mesh
+from tests.support.helpers import goodness_of_fit, on_mesh
 from tests.verify.markov import make_request, softmax
 
 ONE, EIGHT = MeshShape(1, 1), MeshShape(4, 2)

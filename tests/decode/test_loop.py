@@ -20,7 +20,7 @@ from easyspec_jax.draft.layer_group import load_draft
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
 from easyspec_jax.verify import Coupled, Greedy, Rejection
-from tests.models import LAYERS, load_target, loader, save_model, some_refit
+from tests.support.models import LAYERS, load_target, loader, save_model, some_refit
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(4, 300, size).tolist() for size in (PREFILL_CHUNK + 20, 3, 60)]

@@ -17,7 +17,14 @@ from easyspec_jax.draft.grouping import Layout, format_layout, paper_groups
 from easyspec_jax.draft.layer_group import LayerGroup, load_draft, run_fuzzy
 from easyspec_jax.model.transformer import run_exact
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
-from tests.models import forward, load_target, loader, partition_specs, save_model, some_refit
+from tests.support.models import (
+    forward,
+    load_target,
+    loader,
+    partition_specs,
+    save_model,
+    some_refit,
+)
 
 MESHES = [MeshShape(1, 1), MeshShape(4, 2), MeshShape(2, 4), MeshShape(8, 1)]
 GROUPS = [(range(0, 1), range(1, 4), range(4, 8)), (range(0, 1), range(1, 8))]

@@ -11,8 +11,8 @@ from easyspec_jax.draft.grouping import layout_of, parse_layout
 from easyspec_jax.draft.refit_file import DIRECTORY, choose_layout, path_of, refit_digest, save
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SpeculativeConfig
-from tests.models import some_refit
 from tests.refit.conftest import LAYERS
+from tests.support.models import some_refit
 
 ASKED = SpeculativeConfig(lp_size=3)
 CHOSEN = parse_layout("0-1,2-4x2,5-7", LAYERS)

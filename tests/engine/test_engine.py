@@ -4,7 +4,7 @@ import pytest
 
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, open_model
 from easyspec_jax.tokenizer import encode
-from tests.models import save_model
+from tests.support.models import save_model
 
 PLAIN = SpeculativeConfig(method="vanilla")
 

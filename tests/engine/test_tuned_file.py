@@ -10,7 +10,7 @@ from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.engine.tuned_file import FILE, Choice, Key, find, identity, keep, places
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SpeculativeConfig
-from tests.models import save_model
+from tests.support.models import save_model
 
 KEY = Key("target", "draft", "cpu", "cpu", "8", "float32")
 CHOICE = Choice(

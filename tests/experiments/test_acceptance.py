@@ -8,7 +8,7 @@ import pytest
 from easyspec_jax.refit.__main__ import main as refit
 from experiments import acceptance, draw_acceptance
 from experiments.acceptance import main, variants
-from tests.models import save_model
+from tests.support.models import save_model
 
 PAIR = ("rejection", "coupled")
 

@@ -27,7 +27,7 @@ from experiments import roofline_parts, roofline_texts
 from experiments.bench_roofline import main
 from experiments.roofline_texts import SyntheticAcceptance
 from experiments.roofline_timing import memory_cases
-from tests.models import forward
+from tests.support.models import forward
 
 LEVELS, VOCAB = 5, 384
 TARGET = models.SMOLLM2_135M | {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 96,

@@ -6,7 +6,7 @@ import torch
 
 from easyspec_jax import SpeculativeConfig, open_model
 from experiments.divergence import divergence, next_logits
-from tests.models import save_model
+from tests.support.models import save_model
 
 
 @pytest.mark.parametrize("mesh", ["1", "2"])

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from experiments import draw_table4, fidelity, table4
-from tests.models import save_model
+from tests.support.models import save_model
 
 
 @pytest.fixture(scope="module")

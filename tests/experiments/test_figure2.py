@@ -6,7 +6,7 @@ import pytest
 
 from experiments import draw_figure2, readme
 from experiments.figure2 import main
-from tests.models import save_model
+from tests.support.models import save_model
 
 
 @pytest.fixture(scope="module")

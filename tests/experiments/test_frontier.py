@@ -6,7 +6,7 @@ import pytest
 
 from easyspec_jax.refit.__main__ import main as refit
 from experiments import draw_frontier, frontier
-from tests.models import save_model
+from tests.support.models import save_model
 
 STRATEGIES = ("0,1-2,3", "0,1-2x2,3")
 

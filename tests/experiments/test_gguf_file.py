@@ -7,7 +7,7 @@ from convert.gguf import open_gguf
 from easyspec_jax.checkpoint.canonical import expected_shapes
 from easyspec_jax.checkpoint.directory import open_checkpoint
 from experiments.gguf_file import write_gguf
-from tests.models import save_model
+from tests.support.models import save_model
 
 
 @pytest.mark.parametrize("family", ["smollm2", "qwen2", "qwen3", "mistral"])

@@ -7,7 +7,7 @@ import pytest
 
 from experiments.peer_engines import Missing, Peer, open_peers
 from experiments.peers import PLAIN, alternate, main, rows_of
-from tests.models import save_model
+from tests.support.models import save_model
 
 PROMPTS = [[5, 6], [7, 8]]
 QUESTIONS = [

@@ -7,7 +7,7 @@ import pytest
 from experiments import draw_simulate, paper, simulate
 from experiments.readme import predictions
 from experiments.simulate import REFIT, SHAPES, main, share_lost, ways_of
-from tests.models import save_model
+from tests.support.models import save_model
 
 
 def grid(temperature, verifier, exact, plain, refit):

@@ -9,7 +9,7 @@ from easyspec_jax import SamplingParams, SpeculativeConfig, open_model
 from experiments import draw_soak, soak
 from experiments.requests import RowSampling
 from experiments.soak import Soak, mismatches, verdict
-from tests.models import save_model
+from tests.support.models import save_model
 
 
 def windows(**planted):

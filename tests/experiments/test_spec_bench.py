@@ -10,7 +10,7 @@ from experiments.divergence import first_difference
 from experiments.pair import HERE
 from experiments.questions import read_questions
 from experiments.spec_bench import OVERALL, main
-from tests.models import save_model
+from tests.support.models import save_model
 
 QUESTIONS = [
     {"question_id": 7, "category": "qa", "turns": ["a fox", "and a dog"]},

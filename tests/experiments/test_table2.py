@@ -6,7 +6,7 @@ import pytest
 
 from experiments import draw_table2
 from experiments.table2 import ONE_DEVICE, TENSOR_PARALLEL, apart, main
-from tests.models import save_model
+from tests.support.models import save_model
 
 QUESTIONS = [
     {"question_id": 1, "category": "qa", "turns": ["a fox"]},

@@ -6,7 +6,7 @@ import pytest
 
 from experiments import draw_table5
 from experiments.table5 import ATTENTION, EXACT, LAYERS, PLAIN, main
-from tests.models import save_model
+from tests.support.models import save_model
 
 
 @pytest.fixture(scope="module")

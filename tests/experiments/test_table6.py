@@ -6,7 +6,7 @@ import pytest
 
 from experiments import draw_table6
 from experiments.table6 import PLAIN, main
-from tests.models import save_model
+from tests.support.models import save_model
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from easyspec_jax import demo
 from easyspec_jax.checkpoint.directory import open_checkpoint
 from experiments import draw_table8
 from experiments.table8 import main, truncated
-from tests.models import save_model
+from tests.support.models import save_model
 
 
 @pytest.fixture(scope="module")

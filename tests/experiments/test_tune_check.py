@@ -4,7 +4,7 @@ import json
 
 from experiments.draw_tune_check import draw
 from experiments.tune_check import main
-from tests.models import save_model
+from tests.support.models import save_model
 
 
 def test_the_choice_is_run_beside_the_best_of_the_sweep(tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 
 from experiments import draw_two_processes
 from experiments.two_processes import main
-from tests.models import save_model
+from tests.support.models import save_model
 
 
 @pytest.mark.skipif(

@@ -18,8 +18,8 @@ from easyspec_jax.model.attention import Nodes, chain_window, rotate, tree_windo
 from easyspec_jax.model.norm import rms_norm
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
-from tests.helpers import on_mesh
-from tests.models import (
+from tests.support.helpers import on_mesh
+from tests.support.models import (
     FAMILIES,
     family_config,
     forward,

@@ -13,7 +13,7 @@ from easyspec_jax.checkpoint.directory import Checkpoint, open_checkpoint
 from easyspec_jax.checkpoint.tensors import Slices, TensorSource, read_into
 from easyspec_jax.model import loader as module
 from easyspec_jax.parallel.mesh import MeshShape
-from tests.models import FAMILIES, load_target, loader, save_model
+from tests.support.models import FAMILIES, load_target, loader, save_model
 
 
 class Recorder:

@@ -3,7 +3,7 @@ import pytest
 
 from easyspec_jax.model.sharding import VOCAB_BLOCK, head_layout, padded_vocab_size
 from easyspec_jax.parallel.mesh import MeshShape, open_mesh
-from tests.models import family_config
+from tests.support.models import family_config
 
 HEADS = [(9, 3), (14, 2), (32, 8), (64, 8), (28, 4), (12, 2), (5, 1), (7, 7)]
 

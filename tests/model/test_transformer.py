@@ -8,7 +8,15 @@ from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.layer_group import load_draft
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
-from tests.models import FAMILIES, LAYERS, forward, load_target, loader, partition_specs, save_model
+from tests.support.models import (
+    FAMILIES,
+    LAYERS,
+    forward,
+    load_target,
+    loader,
+    partition_specs,
+    save_model,
+)
 
 MESHES = [MeshShape(1, 1), MeshShape(1, 2), MeshShape(4, 2), MeshShape(1, 8)]
 TOKENS = np.random.default_rng(0).integers(0, 300, (2, 90))

@@ -20,8 +20,8 @@ from easyspec_jax.parallel import hosts, rendezvous
 from easyspec_jax.parallel.mesh import MeshShape, spread
 from easyspec_jax.parallel.rendezvous import Peer, find_peer
 from tests.conftest import CACHE
-from tests.models import add_refit, save_model
-from tests.worker import CountingSource, decode
+from tests.support.models import add_refit, save_model
+from tests.support.worker import CountingSource, decode
 
 ROOT = Path(__file__).parents[2]
 VERIFIERS = ["rejection", "coupled"]
@@ -75,7 +75,7 @@ def alone(model):
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_give_the_tokens_of_one_and_read_their_shards_only(model, alone, count, tmp_path):
     flags = [model, json.dumps(WAYS), str(CACHE / "xla"), str(tmp_path), free_address(), str(count)]
-    all_ = [start(["-m", "tests.worker", *flags, str(number)]) for number in range(count)]
+    all_ = [start(["-m", "tests.support.worker", *flags, str(number)]) for number in range(count)]
     (first, *others) = [process.communicate(timeout=500) for process in all_]
     assert [process.returncode for process in all_] == [0] * count, first[1]
     assert others == [("", "")] * (count - 1)

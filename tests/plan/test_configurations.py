@@ -6,7 +6,7 @@ import pytest
 
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.plan.configurations import bundled, check_pair, find_config, parameter_count
-from tests.models import family_config
+from tests.support.models import family_config
 
 PUBLISHED = {
     "Llama-3.3-70B": 70.55,

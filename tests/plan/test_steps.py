@@ -11,7 +11,7 @@ from easyspec_jax.engine.abstract import absent_mesh
 from easyspec_jax.parallel.mesh import MeshShape, open_mesh
 from easyspec_jax.plan.cost import Cost
 from easyspec_jax.plan.steps import Costs, Pair, Way, costs, verification_cost, ways
-from tests.models import family_config
+from tests.support.models import family_config
 
 TARGET_LAYERS, DRAFT_LAYERS, LEVELS = 3, 8, 4
 

@@ -21,7 +21,7 @@ from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape, open_mesh
 from easyspec_jax.plan.ahead import COLLECTIVE
 from easyspec_jax.plan.traffic import collectives
 from easyspec_jax.verify import Coupled, Greedy, Rejection
-from tests.models import family_config
+from tests.support.models import family_config
 
 LAYERS = 8
 GREEDY = RoundConfig(levels=3, calibration=True, verifier=Greedy(), stop_ids=())

@@ -10,8 +10,8 @@ from easyspec_jax.draft.layer_group import load_draft
 from easyspec_jax.parallel.mesh import MeshShape
 from easyspec_jax.refit.borders import EVERY, best_layout, measure_groups, sizes_to_try
 from easyspec_jax.refit.fidelity import DEPTHS, fidelity
-from tests.models import loader
 from tests.refit.conftest import LAYERS, TEXTS
+from tests.support.models import loader
 
 
 def _groupings(layers: int, lp_size: int):

@@ -15,8 +15,8 @@ from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
 from easyspec_jax.refit.distill import RATE, distill
 from easyspec_jax.refit.fidelity import fidelity
 from easyspec_jax.refit.fit import fit
-from tests.models import loader
 from tests.refit.conftest import LAYERS, TEXTS
+from tests.support.models import loader
 
 LAYOUT = Layout.uniform(paper_groups(LAYERS, 4), mlp_lp_size=2)  # 0 | 1-3x2 | 4-6x2 | 7
 ONE = MeshShape(1, 1)

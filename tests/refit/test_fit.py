@@ -12,8 +12,8 @@ from easyspec_jax.draft.layer_group import load_draft
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
 from easyspec_jax.refit.fidelity import fidelity
 from easyspec_jax.refit.fit import fit
-from tests.models import loader
 from tests.refit.conftest import LAYERS, TEXTS
+from tests.support.models import loader
 
 RIDGE = 1e-2
 ONE = MeshShape(1, 1)

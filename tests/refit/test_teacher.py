@@ -10,9 +10,9 @@ from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.layer_group import load_draft, run_fuzzy
 from easyspec_jax.parallel.mesh import MeshShape
 from easyspec_jax.refit.teacher import drafted_window, exact_window
-from tests.helpers import on_mesh
-from tests.models import loader, partition_specs
 from tests.refit.conftest import LAYERS, TEXTS
+from tests.support.helpers import on_mesh
+from tests.support.models import loader, partition_specs
 
 DEPTHS = 3
 

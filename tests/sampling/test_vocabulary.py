@@ -21,7 +21,7 @@ from easyspec_jax.sampling.vocabulary import (
     top,
     whole_rows,
 )
-from tests.helpers import on_mesh
+from tests.support.helpers import on_mesh
 
 MESHES = [MeshShape(*shape) for shape in ((1, 1), (1, 3), (4, 2), (8, 1))]
 SPLITS = [(), (LAYER,), (TENSOR,), ALL_AXES]

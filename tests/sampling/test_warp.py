@@ -12,7 +12,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape
 from easyspec_jax.sampling.warp import shard_cutoff, warp
-from tests.helpers import on_mesh
+from tests.support.helpers import on_mesh
 
 ROWS, VOCAB = 9, 64
 ONE = MeshShape(1, 1)

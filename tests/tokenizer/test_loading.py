@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.tokenizer import check_same_ids, decode_text, encode, load_tokenizer
-from tests.models import BOS, EOS, TEXTS, trained_tokenizer
+from tests.support.models import BOS, EOS, TEXTS, trained_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from easyspec_jax.tokenizer import encode
 from easyspec_jax.tokenizer.stream import TextStream, decode_text
-from tests.models import TEXTS, trained_tokenizer
+from tests.support.models import TEXTS, trained_tokenizer
 
 
 @pytest.fixture(scope="module")

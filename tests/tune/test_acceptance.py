@@ -9,7 +9,7 @@ from easyspec_jax.decode.timing import alone
 from easyspec_jax.engine.pair import open_model
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
 from easyspec_jax.tune.acceptance import _ahead, accepted_by_width, mean_accepted, reach
-from tests.models import save_model
+from tests.support.models import save_model
 
 LEVELS = 4
 

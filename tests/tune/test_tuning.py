@@ -12,7 +12,7 @@ from easyspec_jax.tune.bench import DeviceBench, Sample
 from easyspec_jax.tune.candidates import Candidate, Space
 from easyspec_jax.tune.predict import Figures
 from easyspec_jax.tune.tuning import TuneConfig, choose, open_pair, rows, tune, tune_over
-from tests.models import save_model
+from tests.support.models import save_model
 
 SPACE = Space([1, 3], [1], 2, ["all"], mlp_lp_sizes=[1])
 SAMPLE = Sample(["Hello", "two of them"], SamplingParams(max_new_tokens=12))

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from easyspec_jax.decode.round import RoundConfig, State, init_state, speculative_round
 from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape
 from easyspec_jax.verify import RowSampling
-from tests.helpers import on_mesh
+from tests.support.helpers import on_mesh
 
 TOKENS, LENGTH = 11, 3
 """Of the vocabulary, and of the texts that are counted."""

@@ -9,8 +9,8 @@ import pytest
 
 from easyspec_jax.generate import main
 from easyspec_jax.verify import Coupled, RowSampling
-from tests.helpers import goodness_of_fit
-from tests.models import add_refit, save_model
+from tests.support.helpers import goodness_of_fit
+from tests.support.models import add_refit, save_model
 from tests.verify.markov import make_request, softmax
 
 DRAWS, TOKENS = 60_000, 11

@@ -24,7 +24,7 @@ from easyspec_jax.sampling.noise import Purpose
 from easyspec_jax.verify import Coupled, Rejection, RowSampling, rejection
 from easyspec_jax.verify.rejection import Trial
 from easyspec_jax.verify.tree import Tree
-from tests.helpers import goodness_of_fit
+from tests.support.helpers import goodness_of_fit
 from tests.verify.markov import (
     NO_TRUNCATION,
     TOKENS,

@@ -12,7 +12,7 @@ from easyspec_jax.options import SamplingParams
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
 from easyspec_jax.verify import Coupled, Greedy, Rejection, RowSampling, Verdict, choose
 from easyspec_jax.verify.tree import Tree, bare_root
-from tests.helpers import on_mesh
+from tests.support.helpers import on_mesh
 from tests.verify.markov import make_request
 from tests.verify.test_tree import random_tree
 

@@ -12,7 +12,7 @@ from easyspec_jax import Engine, SamplingParams, SpeculativeConfig, open_model
 from easyspec_jax.decode.loop import decode
 from easyspec_jax.options import Method
 from easyspec_jax.refit.__main__ import main as refit
-from tests.models import add_refit
+from tests.support.models import add_refit
 
 PROMPTS = [
     "Write a Python function that checks whether a number is prime.",

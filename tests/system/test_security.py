@@ -17,7 +17,7 @@ from easyspec_jax.checkpoint.safetensors import INDEX, SAFETENSORS
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.tokenizer import conversation, encode, load_tokenizer, loading
 from tests.checkpoint.test_directory import write_converted, write_huggingface, write_orbax
-from tests.models import byte_tokenizer
+from tests.support.models import byte_tokenizer
 
 
 @pytest.fixture

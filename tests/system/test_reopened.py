@@ -5,7 +5,7 @@ import pytest
 from convert.huggingface import open_huggingface
 from convert.stream import convert
 from easyspec_jax import SamplingParams, SpeculativeConfig, open_model
-from tests.models import save_model
+from tests.support.models import save_model
 
 
 @pytest.fixture(scope="module")

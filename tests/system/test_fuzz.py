@@ -16,7 +16,7 @@ from easyspec_jax.engine.pair import open_model
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.generate import main
 from easyspec_jax.tokenizer import TextStream, encode, load_tokenizer
-from tests.models import byte_tokenizer, save_model
+from tests.support.models import byte_tokenizer, save_model
 
 CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from easyspec_jax.generate import main
 from easyspec_jax.tokenizer import load_tokenizer
 from easyspec_jax.tokenizer.stream import TextStream, decode_text
-from tests.models import save_model
+from tests.support.models import save_model
 
 WORDS = [
     "hello world how are you doing the quick brown fox def main return 12345 if else while for\n"
