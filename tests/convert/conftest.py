@@ -7,7 +7,6 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-import torch
 from gguf import GGMLQuantizationType as Type
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -51,6 +50,7 @@ def tokenizer_metadata() -> dict[str, Any]:
 @pytest.fixture
 def tiny_model() -> Callable[..., PreTrainedModel]:
     """Makes a random two-layer model, biases included, of any family."""
+    import torch  # here, because most tests of conversion run without it
 
     def make(family: str = "llama", **fields: Any) -> PreTrainedModel:
         torch.manual_seed(0)
