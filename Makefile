@@ -1,0 +1,23 @@
+# What a contributor runs; CONTRIBUTING.md says when. Everything is installed by
+# pip install -e '.[test,docs]'.
+.PHONY: test-fast test lint types docs ci
+
+test-fast:  ## the tests that take seconds, in under 3 minutes on 2 cores
+	pytest -n auto -m "not slow and not exhaustive"
+
+test:  ## every test but the exhaustive ones, which take an hour
+	pytest -n auto
+
+lint:  ## style, and the arrows between packages
+	ruff check .
+	ruff format --check .
+	lint-imports
+
+types:  ## every annotation
+	pyright
+
+docs:  ## the site, in site/; any broken link or reference is an error
+	mkdocs build --strict
+
+ci:  ## everything that a release must pass, in environments of its own
+	.ci/run
