@@ -10,7 +10,7 @@ LEAVING = re.compile(r"\[([^]\[]*)\]\(((?:\.\./)+([^)\s]*))\)")
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Replace `[results](../experiments/results/x.json)` by "results (`experiments/results/x.json`)"."""
+    """Replace `[results](../experiments/x.json)` by "results (`experiments/x.json`)"."""
     if page.file.src_uri.count("/"):
         return markdown  # a page of the API, whose links stay within docs/
     return LEAVING.sub(r"\1 (`\3`)", markdown)

@@ -1,7 +1,7 @@
-"""Every error message of the package, and a test that reaches each: `python -m tests.errors [pytest's arguments]`.
+"""Write docs/errors.md: every error message, and a test that reaches it.
 
-Runs the tests, notes which of them first makes each message, and writes docs/errors.md. What a partial run does not
-reach keeps the test it had, as long as that test exists.
+`python -m tests.errors [pytest's arguments]` runs the tests and notes which of them makes each
+message first. A message that a partial run does not reach keeps its test, as long as that exists.
 """
 
 import argparse
@@ -22,11 +22,11 @@ VARIABLE = "EASYSPEC_RECORD_ERRORS"
 KINDS = ("EasySpecError", "ArgumentTypeError")
 HEAD = """# Errors
 
-Every message says what is wrong and, behind the semicolon or in brackets, what to do. A command prints it as one
-line on stderr and exits with 2; `{…}` is filled in. Beside these there are the parser's own (a flag that is
-unknown, or has no such value), the system's, and where memory does run out, `the devices' memory does not
-suffice`. The table is written by `python -m tests.errors`, which runs the tests and notes the one that reaches
-each message.
+Every message says what is wrong and, after a semicolon or in brackets, what to do. A command prints
+it as one line on stderr and exits with 2. `{…}` stands for a value. Messages that are not listed
+come from the parser (an unknown flag, or a value that it does not take), from the system, and, when
+memory runs out after all, `the devices' memory does not suffice`. `python -m tests.errors` writes
+the table: it runs the tests and notes the one that reaches each message.
 
 | message | from | reached by |
 |-|-|-|
@@ -35,7 +35,7 @@ each message.
 
 @dataclass(frozen=True)
 class Site:
-    """Where a message is made: a file, its lines and the message."""
+    """A place in the code that makes a message: a file, its lines and the message."""
 
     path: str
     first: int
@@ -44,12 +44,12 @@ class Site:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What the table tells it by; lines move."""
+        """What identifies it in the table; lines move."""
         return self.message, self.path
 
 
 def sites() -> list[Site]:
-    """All of easyspec_jax and convert."""
+    """Find all places in easyspec_jax and convert that make a message."""
     files = sorted(
         path for package in ("easyspec_jax", "convert") for path in (ROOT / package).rglob("*.py")
     )
@@ -84,7 +84,7 @@ def _text(node: ast.expr) -> str:
 
 
 def row(site: Site, test: str) -> str:
-    """A line of the table."""
+    """Format a line of the table."""
     return f"| {_cell(site.message)} | `{site.path}` | `{test}` |"
 
 
@@ -108,12 +108,12 @@ def exists(test: str) -> bool:
 
 
 def head_of(site: Site) -> str:
-    """A message's first two cells in the table."""
+    """Return a message's first two cells in the table."""
     return row(site, "").rpartition(" | ")[0]
 
 
 def record(directory: str) -> None:
-    """From now on notes in a directory which test makes an error where; one line each."""
+    """Note from now on which test makes an error where, one line each, in a directory."""
     path = Path(directory) / str(os.getpid())
 
     def noting(plain: Any) -> Any:
@@ -133,9 +133,9 @@ def record(directory: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the tests and writes the document; returns how many messages no test reaches."""
+    """Run the tests and write the document; return how many messages no test reaches."""
     with tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, "-m", "pytest", "-q", *arguments]
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "auto", *arguments]
         subprocess.run(command, cwd=ROOT, env=os.environ | {VARIABLE: directory}, check=False)
         missing = write(Path(directory))
     for site in missing:
@@ -144,7 +144,7 @@ def main(arguments: list[str]) -> int:
 
 
 def write(records: Path) -> list[Site]:
-    """Puts what was recorded into the document; returns the messages that no test reaches."""
+    """Put what was recorded into the document; return the messages that no test reaches."""
     lines = sorted(
         {
             line

@@ -1,4 +1,4 @@
-"""What several test modules share: running a body on a mesh, and asking whether counts follow a distribution."""
+"""Shared by test modules: run a body on a mesh, and test whether counts follow a distribution."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from easyspec_jax.parallel.mesh import MeshShape, open_mesh
 def on_mesh(
     shape: MeshShape, body: Callable[..., Any], in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
-    """body, jitted anew inside `shard_map` as the product runs it."""
+    """Jit a body inside `shard_map`, as the engine runs it; every call compiles anew."""
     mapped = jax.shard_map(
         body, mesh=open_mesh(shape), in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
@@ -21,7 +21,7 @@ def on_mesh(
 
 
 def goodness_of_fit(counts: np.ndarray, probabilities: np.ndarray) -> float:
-    """The chi-square p-value of counts [rows, cells] under each row's own distribution.
+    """Return the chi-square p-value of counts [rows, cells] under each row's own distribution.
 
     A row's cells with an expectation under 5 are pooled; what is impossible but happened gives 0.
     """

@@ -1,4 +1,7 @@
-"""Tiny random models of every family, as Hugging Face directories, with transformers' own forward pass as reference."""
+"""Tiny random models of every family, as Hugging Face directories.
+
+The reference to compare with is transformers' own forward pass.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -96,13 +99,13 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def family_config(family: str, **options: Any) -> Any:
-    """A transformers configuration of a family, small enough for tests."""
+    """Return a transformers configuration of a family, small enough for tests."""
     kind, own = FAMILIES[family]
     return kind(**(_SHAPE | own | options))
 
 
 def save_model(directory: Path, family: str, seed: int = 0, **options: Any) -> Any:
-    """Writes a random model of a family with its tokenizer; returns transformers' model in float32."""
+    """Write a random model with its tokenizer, and return transformers' model in float32."""
     torch.manual_seed(seed)
     config = family_config(family, **({"eos_token_id": 2, "bos_token_id": 1} | options))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -116,7 +119,7 @@ def save_model(directory: Path, family: str, seed: int = 0, **options: Any) -> A
 
 
 def byte_tokenizer(order: int = 1) -> PreTrainedTokenizerFast:
-    """A tokenizer of 256 bytes behind four special tokens; order -1 numbers the bytes backwards."""
+    """Make a tokenizer of four special tokens and 256 bytes; order -1 numbers these backwards."""
     special = ["<unk>", "<bos>", "<eos>", "<pad>"]
     vocab = {
         token: i
@@ -137,7 +140,7 @@ def byte_tokenizer(order: int = 1) -> PreTrainedTokenizerFast:
 def loader(
     checkpoint: Checkpoint, mesh: MeshShape, axes: Axes = ALL_AXES, *others: Checkpoint
 ) -> Loader:
-    """A float32 loader of one checkpoint, its vocabulary aligned with that of others."""
+    """Return a float32 loader of a checkpoint, its vocabulary padded as for all of them."""
     opened = open_mesh(mesh)
     configs = [c.config for c in (checkpoint, *others)]
     return Loader(
@@ -152,12 +155,15 @@ def loader(
 
 
 def load_target(from_: Loader) -> Decoder:
-    """An ordinary decoder."""
+    """Load an ordinary decoder."""
     return from_.decoder([from_.layer(index) for index in range(from_.config.num_hidden_layers)])
 
 
 def some_refit(checkpoint: Checkpoint, layout: Layout, noise: float = 1.0) -> Held:
-    """Projections for fuzzy passes that are not the checkpoint's, biases and norms included; noise: how far from it."""
+    """Make projections for fuzzy passes, with biases and norms.
+
+    noise: how far they are from the checkpoint's own.
+    """
     random = np.random.default_rng(7)
     tensors: dict[str, np.ndarray] = {}
     for site in stale_sites(layout):
@@ -177,7 +183,10 @@ def some_refit(checkpoint: Checkpoint, layout: Layout, noise: float = 1.0) -> He
 
 
 def add_refit(draft: Path, lp_size: int, directory: Path | None = None, noise: float = 1.0) -> str:
-    """Writes some_refit() for --lp-size where it is looked for, or into another directory; returns the directory."""
+    """Write some_refit() for --lp-size, and return the directory.
+
+    directory: by default the one that the draft's refits are found in.
+    """
     opened, speculative = open_checkpoint(draft), SpeculativeConfig(lp_size=lp_size)
     layout = layout_of(speculative, opened.config.num_hidden_layers)
     path = path_of(directory or draft / DIRECTORY, speculative, layout)
@@ -203,7 +212,10 @@ TEXTS = {
 
 
 def trained_tokenizer() -> PreTrainedTokenizerFast:
-    """A tiny byte-level BPE whose merges cross characters, so that tokens end inside of them; plain text gets a BOS."""
+    """Train a tiny byte-level BPE that gives plain text a BOS.
+
+    Its merges cross characters, so that tokens end in the middle of one.
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -227,12 +239,12 @@ def trained_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def partition_specs(tree: Any) -> Any:
-    """The PartitionSpec of every array in a pytree of placed arrays."""
+    """Return the PartitionSpec of every array in a pytree of placed arrays."""
     return jax.tree.map(lambda x: x.sharding.spec, tree)
 
 
 def forward(model: Decoder, mesh: Any, tokens: ArrayLike, **options: Any) -> np.ndarray:
-    """Logits of whole texts from an empty cache: float32 [batch, tokens, padded vocabulary]."""
+    """Compute logits of whole texts: float32 [batch, tokens, padded vocabulary]."""
     ids = np.asarray(tokens, np.int32)
 
     def body(model: Decoder, ids: jax.Array) -> jax.Array:

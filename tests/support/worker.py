@@ -1,4 +1,7 @@
-"""One of the processes of tests/parallel/test_hosts.py: decodes in several ways, and prints a line of JSON for each."""
+"""One of the processes of tests/parallel/test_hosts.py.
+
+It decodes in several ways, and prints a line of JSON for each.
+"""
 
 import json
 import sys
@@ -17,7 +20,7 @@ from easyspec_jax.parallel.rendezvous import Peer
 
 
 def decode(model: str, way: dict[str, Any]) -> list[int]:
-    """The token ids that the model drafts for itself on four devices in one way."""
+    """Return the token ids that a model as its own draft makes on four devices in one way."""
     engine = open_model(
         model, model, mesh="layer=2,tensor=2", speculative=SpeculativeConfig(**way), dtype="float32"
     )
@@ -28,7 +31,7 @@ def decode(model: str, way: dict[str, Any]) -> list[int]:
 
 
 class CountingSource(SafetensorsSource):
-    """Notes how many bytes each read gives."""
+    """A source that notes how many bytes each read returns."""
 
     sizes: ClassVar[list[int]] = []
 

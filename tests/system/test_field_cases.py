@@ -1,4 +1,4 @@
-"""Faults found in the field, made small: what people have, and what is right. Each has tests of its whole kind, too."""
+"""Faults found in the field, made small. Tests elsewhere cover the kind that each belongs to."""
 
 import json
 from pathlib import Path
@@ -85,7 +85,7 @@ def sentencepiece() -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def distilled() -> tuple[Tokenizer, dict[str, Any]]:
-    """DeepSeek-R1-Distill-Qwen's kind: Qwen2's splits, and a BOS that only the configuration asks for."""
+    """Qwen2's splits, and a BOS that only the configuration asks for: DeepSeek-R1-Distill-Qwen."""
     raw = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(r"\p{N}| ?\p{L}+|\s+|[^\s\p{L}\p{N}]+"), "isolated")
     raw.pre_tokenizer = pre_tokenizers.Sequence(

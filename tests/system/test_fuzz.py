@@ -31,37 +31,54 @@ def fuzz(examples: int) -> Any:
     )
 
 
-NUMBERS = st.sampled_from(["0", "1", "2", "-1", "7", "64", "65", "1e9", "nan", "inf", "-inf", "1_0", "٣", "0x1", "",
-                           " ", "2.5", str(2**31), str(2**64), "9" * 5000, "1e-400"])  # fmt: skip
+NUMBERS = st.sampled_from(
+    [
+        *("0", "1", "2", "-1", "7", "64", "65", "1e9", "nan", "inf", "-inf", "1_0", "٣", "0x1"),
+        *("", " ", "2.5", str(2**31), str(2**64), "9" * 5000, "1e-400"),
+    ]
+)
 ODD = st.sampled_from(
     [
-        "",
-        " ",
-        "\0",
-        "\n",
-        "\udcff",
-        "👍🏽",
-        "a\u202eb",
-        "\ufeff",
-        "--",
-        "-",
-        "=",
-        ",",
-        "..",
-        "/",
-        "\ufffd",
+        *("", " ", "\0", "\n", "\udcff", "👍🏽", "a\u202eb", "\ufeff", "\ufffd"),
+        *("--", "-", "=", ",", "..", "/"),
     ]
 )
 TEXTS = ODD | st.text(max_size=12) | st.text(st.characters(), max_size=12)
-WHOLE = ("--batch-size", "--num-speculative-tokens", "--tree-width", "--tree-nodes", "--lp-size", "--mlp-lp-size",
-         "--top-k", "--seed", "--max-new-tokens", "--max-length", "--temperature", "--top-p")  # fmt: skip
-NAMED = ("--mesh", "--platform", "--dtype", "--method", "--lp-strategy", "--refit", "--draft-tensor-parallel-size",
-         "--verifier", "--target", "--draft", "--prompt-file", "--stop", "--prompt")  # fmt: skip
-KNOWN = st.sampled_from(["auto", "1", "8", "9", "layer=2,tensor=2", "layer=0,tensor=1", "cpu", "gpu", "float32", "int8",
-                         "vanilla", "sd", "tree", "easyspec", "0,1-2", "0-5", "3-1", "all", "none", "rejection",
-                         "coupled", "/dev/null", "/proc/self/mem", "."])  # fmt: skip
-SWITCHES = st.sampled_from(["--no-refit", "--no-calibration", "--chat", "--json", "--no-stream", "--compare",
-                            "--verbose", "--unknown", "--prompt", "stray"])  # fmt: skip
+# Flags, by the values that they take: numbers, names, and none.
+WHOLE = (
+    *("--batch-size", "--num-speculative-tokens", "--tree-width", "--tree-nodes", "--lp-size"),
+    *("--mlp-lp-size", "--top-k", "--seed", "--max-new-tokens", "--max-length"),
+    *("--temperature", "--top-p"),
+)
+NAMED = (
+    *("--mesh", "--platform", "--dtype", "--method", "--lp-strategy", "--refit"),
+    *("--draft-tensor-parallel-size", "--verifier", "--target", "--draft", "--prompt-file"),
+    *("--stop", "--prompt"),
+)
+KNOWN = st.sampled_from(
+    [
+        *(
+            "auto",
+            "1",
+            "8",
+            "9",
+            "layer=2,tensor=2",
+            "layer=0,tensor=1",
+            "cpu",
+            "gpu",
+            "float32",
+            "int8",
+        ),
+        *("vanilla", "sd", "tree", "easyspec", "0,1-2", "0-5", "3-1", "all", "none", "rejection"),
+        *("coupled", "/dev/null", "/proc/self/mem", "."),
+    ]
+)
+SWITCHES = st.sampled_from(
+    [
+        *("--no-refit", "--no-calibration", "--chat", "--json", "--no-stream", "--compare"),
+        *("--verbose", "--unknown", "--prompt", "stray"),
+    ]
+)
 FLAGS = st.one_of(
     st.tuples(st.sampled_from(WHOLE), NUMBERS | TEXTS),
     st.tuples(st.sampled_from(NAMED), KNOWN | TEXTS | NUMBERS),

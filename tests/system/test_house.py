@@ -1,4 +1,4 @@
-"""The engine runs without the leaves: delete one, and text is still generated."""
+"""The engine runs without plan, tune and refit: delete one, and text is still generated."""
 
 import os
 import shutil
@@ -17,15 +17,8 @@ def test_the_engine_needs_no_leaf(leaf, tmp_path):
     shutil.copytree(source, tmp_path / "easyspec_jax", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.rmtree(tmp_path / "easyspec_jax" / leaf)
     (tmp_path / "easyspec_jax" / "cli" / f"{leaf}.py").unlink()
-    command = [
-        sys.executable,
-        "-m",
-        "easyspec_jax.generate",
-        "--platform",
-        "cpu",
-        "--max-new-tokens",
-        "2",
-    ]
+    command = [sys.executable, "-m", "easyspec_jax.generate"]
+    command += ["--platform", "cpu", "--max-new-tokens", "2"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     ran = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False

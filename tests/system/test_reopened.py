@@ -1,4 +1,4 @@
-"""One checkpoint on one mesh or another: the same text."""
+"""A checkpoint gives the same text on any mesh."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Checkpoints that mean harm: nothing of theirs runs, nothing outside them is read, no size is believed."""
+"""Hostile checkpoints: none of their code runs, no file outside is read, no size is believed."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def secret(tmp_path) -> Path:
 
 @pytest.fixture
 def planted(tmp_path) -> Path:
-    """A whole checkpoint, not yet hostile."""
+    """A complete checkpoint, not yet hostile."""
     directory = tmp_path / "planted"
     directory.mkdir()
     write_huggingface(directory)
@@ -99,7 +99,7 @@ def test_templates_end(monkeypatch):
 @pytest.mark.parametrize("name", ["config.json", SAFETENSORS, "tokenizer.json", "tokenizer_more"])
 @pytest.mark.parametrize("relative", [True, False])
 def test_links_do_not_lead_out(planted, secret, tmp_path, capsys, name, relative):
-    """Also because a conversion copies what belongs to the tokenizer, for whoever it is then given to."""
+    """A conversion copies a tokenizer's files, and the copy may be given to others."""
     (planted / name).unlink(missing_ok=True)
     (planted / name).symlink_to(Path("..", secret.name) if relative else secret)
     with pytest.raises(
@@ -210,7 +210,7 @@ def test_json_beyond_all_measure(planted, monkeypatch, name):
 
 
 def test_a_header_beyond_all_measure(planted, monkeypatch):
-    """Its length is looked at before it is read; one that the file could not hold never is."""
+    """A length is checked before the entry is read, against what the file can hold."""
     monkeypatch.setattr(safetensors, "LARGEST_JSON", 100)
     with pytest.raises(EasySpecError, match="no header fits it"):
         open_checkpoint(planted)
@@ -245,7 +245,7 @@ def test_a_tokenizer_beyond_all_measure(planted):
 
 
 def gguf(path: Path, kind: int, value: bytes, tensors: int = 0, fields: int = 1) -> Path:
-    """A file whose metadata has one value of a kind, and counts that may be untrue."""
+    """A file whose metadata has one value of a kind, and counts that may be wrong."""
     counts = tensors.to_bytes(8, "little") + fields.to_bytes(8, "little")
     entry = (1).to_bytes(8, "little") + b"x" + kind.to_bytes(4, "little") + value
     path.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + counts + entry + bytes(64))

@@ -1,4 +1,7 @@
-"""SmolLM2-135M-Instruct end to end: converted from GGUF, its own draft, against transformers' own GGUF loader."""
+"""SmolLM2-135M-Instruct end to end: converted from GGUF, drafting for itself.
+
+The reference is transformers, with its own GGUF loader.
+"""
 
 from functools import cache, lru_cache
 from typing import Any
@@ -35,7 +38,7 @@ def checkpoint(smollm2_gguf, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def open_engine(checkpoint):
-    """Opens the model as its own draft; asked twice in a row for the same, it opens once."""
+    """Open the model as its own draft. The same call twice in a row opens it once."""
 
     @lru_cache(maxsize=1)  # one pair of models in memory at a time
     def open_(mesh: str, method: Method, calibration: bool = True, refit: str = "none") -> Engine:
@@ -51,7 +54,7 @@ def open_engine(checkpoint):
 
 @pytest.fixture(scope="module")
 def plain(checkpoint, smollm2_gguf):
-    """Prompt ids and greedy tokens of transformers on torch, which reads the GGUF file by code of its own."""
+    """Prompt ids and greedy tokens of transformers, which reads the GGUF file by its own code."""
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
     )
@@ -72,7 +75,7 @@ def plain(checkpoint, smollm2_gguf):
 
 @pytest.fixture(scope="module")
 def batch(open_engine, plain):
-    """All prompts as one batch: the rows' tokens, and the totals of drafted and accepted levels."""
+    """Decode all prompts as one batch; return the rows' tokens, and levels drafted and accepted."""
 
     @cache
     def generate(
@@ -100,7 +103,7 @@ def test_greedy_tokens_are_those_of_transformers(batch, plain, mesh, method):
 
 
 def test_greedy_tokens_are_those_of_transformers_with_a_refit(batch, plain, checkpoint, tmp_path):
-    """Of noise instead of least squares, which would take a minute."""
+    """The refit is noise: least squares would take a minute."""
     rows, drafted, accepted = batch(
         "8", "easyspec", refit=add_refit(checkpoint, 4, tmp_path, noise=0.05)
     )
@@ -167,7 +170,7 @@ EVERY_WAY = (
 
 
 def texts(engine: Engine, temperature: float, batch_size: int) -> list[list[int]]:
-    """Every prompt under three seeds, for which greedy decoding has no use: as many rows, each with its own noise."""
+    """Decode every prompt, when sampling under three seeds, each row with its own noise."""
     prompts = (3 if temperature else 1) * PROMPTS
     sampling = SamplingParams(temperature=temperature, seed=11, max_new_tokens=NEW_TOKENS)
     completions = engine.generate(prompts, sampling, chat=True, batch_size=batch_size)
@@ -176,7 +179,7 @@ def texts(engine: Engine, temperature: float, batch_size: int) -> list[list[int]
 
 @pytest.fixture(scope="module")
 def plainly(checkpoint):
-    """By plain decoding, one prompt after another."""
+    """Plain decoding, one prompt after another."""
     engine = open_model(
         checkpoint,
         platform="cpu",
@@ -187,7 +190,7 @@ def plainly(checkpoint):
 
 @pytest.fixture(scope="module")
 def refit_of(drafts, tmp_path_factory):
-    """A directory with a refit of a draft, of too few texts to be good."""
+    """Fit a draft to a few texts, too few to be good; return the directory."""
 
     @cache
     def fit(name: str) -> str:
@@ -202,7 +205,7 @@ def refit_of(drafts, tmp_path_factory):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("draft, mesh, way, temperature", EVERY_WAY)
 def test_one_seed_is_one_text(checkpoint, drafts, refit_of, plainly, draft, mesh, way, temperature):
-    """Whatever drafts, and in batches of mixed lengths."""
+    """With any draft, and in batches of mixed lengths."""
     chosen = dict(WAYS[way])
     if chosen.get("refit"):
         chosen["refit"] = refit_of(draft)
