@@ -4,7 +4,7 @@ import pytest
 
 from easyspec_jax import EasySpecError, SpeculativeConfig, open_model
 from easyspec_jax.engine.tuned_file import Choice, keep, key_of
-from tests.models import save_model
+from tests.support.models import save_model
 
 
 @pytest.fixture
