@@ -1,1 +1,1 @@
-"""Noise, warping and vocabulary shards, which draft and verifier both need."""
+"""Noise, warping and vocabulary shards: sampling primitives that drafts and verifiers share."""

@@ -1,4 +1,4 @@
-"""Noise is a function of request, position, round and purpose alone, and it has the distribution it claims."""
+"""Noise depends on request, position, round and purpose alone, and is distributed as it claims."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from scipy import stats
 
 from easyspec_jax.sampling.noise import Purpose, gumbel, noise_keys, numbered, uniform
 
-# A batch of every seed in every round, and always the same number of positions: each new shape would compile anew.
+# Every seed in every round. Tests keep the number of positions: each new shape would compile again.
 BATCH = list(itertools.product((0, 1, 2, 3, 7, 8, 1000, 2**32 - 1), range(8)))
 POSITIONS = (*range(14), 1000, 100_000)
 VOCAB = 1024
@@ -36,7 +36,7 @@ def keys(
 
 @pytest.fixture(scope="module")
 def draws() -> np.ndarray:
-    """A million Gumbel draws: whole rows of a vocabulary, a row per key."""
+    """A million Gumbel draws: [keys, vocabulary]."""
     rows = keys().reshape(-1)
     ids = jnp.arange(VOCAB, dtype=jnp.int32)
     return np.asarray(gumbel(rows, jnp.broadcast_to(ids, (*rows.shape, VOCAB))))
@@ -58,7 +58,7 @@ def test_a_key_does_not_depend_on_its_place_in_the_batch():
 
 @pytest.mark.parametrize("count", [1, 64, VOCAB])
 def test_an_id_has_its_noise_in_whatever_company(draws, count):
-    """So a draft that sees its likeliest ids, a shard, and the whole row agree; jitted, as the product runs it."""
+    """A few likely ids, a vocabulary shard and the whole row agree. Jitted, as in decoding."""
     rows = keys().reshape(-1)[::8]
     ids = np.random.default_rng(count).permuted(
         np.tile(np.arange(VOCAB, dtype=np.int32), (len(rows), 1)), axis=1
@@ -73,7 +73,7 @@ def test_rows_of_ids_may_have_any_shape(draws):
 
 
 def test_no_id_and_no_key_repeats_another(draws):
-    """Nor does any stretch of a row: single numbers do, there are not enough of them in float32."""
+    """Compare stretches of eight draws: single draws may coincide in float32."""
     assert len(np.unique(draws.reshape(-1, 8), axis=0)) == draws.size // 8
     assert len(np.unique(draws[:8], axis=1).T) == VOCAB
 
@@ -89,7 +89,7 @@ def test_numbered_keys_are_all_different():
 
 
 def test_a_numbered_key_depends_on_its_parent_and_number_alone():
-    """Not on its parent's place, nor on how many there are."""
+    """Its parent's place in the batch and the number of keys do not matter."""
     data = jax.random.key_data(make_children(keys(), 5))
     fewer = make_children(keys(batch=BATCH[::-1], positions=POSITIONS[::-1]).reshape(-1), 3)
     np.testing.assert_array_equal(
@@ -114,7 +114,7 @@ def test_uniform_draws_follow_the_uniform_distribution():
 
 
 def test_the_upper_tail_is_fine_grained(draws):
-    """JAX's default mode rounds its uniforms to multiples of 2^-23 below 1: the tail falls on few values and ends."""
+    """JAX's default draws from multiples of 2^-23, so that its upper tail repeats few values."""
     coarse = np.asarray(jax.random.gumbel(jax.random.key(0), draws.shape, jnp.float32, mode="low"))
 
     def repeats(x: np.ndarray) -> int:
@@ -127,7 +127,7 @@ def test_the_upper_tail_is_fine_grained(draws):
 
 @pytest.mark.parametrize("word", [0, 2**32 - 1])
 def test_the_ends_are_finite_and_the_upper_one_goes_on_behind_32_bits(monkeypatch, word):
-    """What a draw in four billion would show: the first 32 of its 64 bits are all equal."""
+    """Plant what happens once in four billion draws: the first 32 bits are all equal."""
     real = jax.random.key_data
     monkeypatch.setattr(
         jax.random, "key_data", lambda keys: real(keys).at[..., 0].set(jnp.uint32(word))

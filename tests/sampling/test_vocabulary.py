@@ -1,4 +1,4 @@
-"""Whatever the mesh, shards of a vocabulary give what the whole row gives."""
+"""Vocabulary shards give the results of whole rows, on every mesh."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,27 +32,26 @@ meshes = pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"{mesh.layer}
 
 
 def scores_with_ties(vocab: int) -> np.ndarray:
-    """Rows on which a search for the greatest could go wrong."""
+    """Make rows on which a search for the greatest score could go wrong."""
     random = np.random.default_rng(0)
     scores = random.normal(size=(64, vocab)).astype(np.float32)
-    scores[:16] = random.integers(
-        -3, 3, size=(16, vocab)
-    )  # ties within and across shards: the lowest id wins
-    scores[16:32][random.random((16, vocab)) < 0.9] = -np.inf  # whole shards without a score
+    # Ties within and across shards: the lowest id wins.
+    scores[:16] = random.integers(-3, 3, size=(16, vocab))
+    # Whole shards without a finite score.
+    scores[16:32][random.random((16, vocab)) < 0.9] = -np.inf
     scores[32] = -np.inf
     scores[33] = 0.0
     scores[34] = -np.inf
     scores[34, -1] = -1e38
-    scores[35] = np.where(
-        np.isin(np.arange(vocab), [vocab // 2 - 1, vocab // 2]), 5.0, -5.0
-    )  # beside a border
+    # A tie across the border between two shards.
+    scores[35] = np.where(np.isin(np.arange(vocab), [vocab // 2 - 1, vocab // 2]), 5.0, -5.0)
     return scores
 
 
 def on_every_split(
     mesh: MeshShape, body: Callable[[jax.Array, Axes], Any], x: np.ndarray
 ) -> list[Any]:
-    """What body makes of x, split over some axes of the mesh; for each choice of them."""
+    """Run body on x, split over each choice of mesh axes in SPLITS."""
     return on_mesh(
         mesh,
         lambda *shards: [body(shard, axes) for shard, axes in zip(shards, SPLITS, strict=True)],
@@ -80,7 +79,7 @@ def test_argmax_is_numpys_in_blocks_of_any_size(vocab):
 
 @meshes
 def test_top_is_a_stable_sort(mesh):
-    ks = [1, 5, 20, VOCAB + 2]  # from less than the smallest shard to more than there is
+    ks = [1, 5, 20, VOCAB + 2]  # from fewer than the smallest shard has to more than there are
     scores = scores_with_ties(VOCAB)
     order = np.argsort(-scores, axis=1, kind="stable")
     for results in on_every_split(mesh, lambda x, axes: [top(x, k, axes) for k in ks], scores):
@@ -101,7 +100,7 @@ def test_take_finds_ids_wherever_they_are(mesh):
 
 @meshes
 def test_probabilities_are_those_of_double_precision(mesh):
-    """Also far from zero, where the logarithm of the sum would be rounded to multiples of a thousandth."""
+    """Far from zero, too, where float32 rounds the logarithm of the sum to about a thousandth."""
     random = np.random.default_rng(0)
     x = (3 * random.normal(size=(32, VOCAB))).astype(np.float32)
     x[8:16][random.random((8, VOCAB)) < 0.9] = -np.inf
@@ -152,7 +151,7 @@ def test_rows_are_dealt_out_whole_and_come_back_in_order(mesh):
     ):
         np.testing.assert_array_equal(x_back, x)
         np.testing.assert_array_equal(number_back, number)
-        # Row r and number r are on the same device, each device has as many, and what fills up are copies of row 0.
+        # Row r and number r are on the same device. Padding repeats row 0.
         filling = -len(x) % mesh.size
         np.testing.assert_array_equal(
             dealt_number, np.concatenate([number, np.zeros(filling, np.int32)])

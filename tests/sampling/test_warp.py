@@ -1,4 +1,4 @@
-"""Truncation keeps what transformers keeps, on vocabulary shards as on whole rows."""
+"""Truncation keeps what transformers keeps, on vocabulary shards and on whole rows."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ ONE = MeshShape(1, 1)
 
 
 def warped(logits, temperature, top_k, top_p, mesh=ONE, axes: Axes = ALL_AXES):
-    """Rows on vocabulary shards, each with its own numbers."""
+    """Warp rows on vocabulary shards, each row with its own numbers."""
 
     def body(
         logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array
