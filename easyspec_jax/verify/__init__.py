@@ -22,7 +22,21 @@ __all__ = [
 
 
 def choose(name: str, sampling: SamplingParams) -> Verifier:
-    """The verifier of a name for what is asked: at temperature 0 every one is the same comparison with the arg-max."""
+    """Choose a verifier by name, specialised to a request's sampling.
+
+    Args:
+        name: "rejection" or "coupled".
+        sampling: Temperature, top-k and top-p. At temperature 0 both names mean Greedy().
+
+    Returns:
+        The verifier.
+
+    Example:
+        >>> choose("rejection", SamplingParams(temperature=0.8, top_p=0.9))
+        Rejection(truncates=True)
+        >>> choose("rejection", SamplingParams(temperature=0))
+        Greedy()
+    """
     if sampling.temperature == 0:
         return Greedy()
     truncates = sampling.top_k > 0 or sampling.top_p < 1

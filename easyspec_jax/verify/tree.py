@@ -1,4 +1,7 @@
-"""Token trees: drafts that share prefixes, verified by one pass under a mask (SpecInfer, arXiv 2305.09781)."""
+"""Token trees: drafts that share prefixes, verified in one pass under a mask.
+
+The idea is SpecInfer's (arXiv 2305.09781). A chain is a tree of width 1.
+"""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,13 +17,62 @@ _ARRAYS = ["tokens", "parent", "depth", "entry", "score", "ancestors", "rank", "
 @partial(jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=["width"])
 @dataclass(frozen=True)
 class Tree:
-    """Drafted tokens below the root, node 0, which is the last token of the text. A chain is a tree of width 1.
+    """Drafted tokens below a root, one tree per row of the batch.
 
-    A node comes behind its parent, siblings in the order in which they were drawn. depth: levels below the root.
-    entry: the node's number when it was drafted, and its place in the draft's cache, counted from the root's.
-    score: the greater, the better worth verifying, never above the parent's; -inf where there is no node.
-    ancestors[b, i, j]: j is i or above it. candidates[b, i]: ids among which i's children were drawn, with
-    probabilities q (0 for leaves); rank[b, i]: which of its parent's candidates i is. width: the most nodes of a level.
+    Node 0 is the root: the last token of the text, which needs no verification. Every other node
+    comes after its parent, and siblings come in the order in which they were drawn.
+
+    Attributes:
+        tokens: Token id of each node.
+        parent: Node that each node follows; the root's own is 0.
+        depth: Levels below the root.
+        entry: Number that the node had when it was drafted, before any pruning. The draft's cache
+            holds the node's keys and values at the root's entry plus this number.
+        score: Worth of verifying the node, never above its parent's; -inf for a missing node.
+        ancestors: `ancestors[b, i, j]` says that node j is node i or above it.
+        rank: Which of its parent's candidates the node is; 0 for the root.
+        candidates: Token ids among which the node's children were drawn, [batch, nodes, ids].
+        q: The draft's probabilities of these candidates; all 0 for nodes of the last level.
+        width: Most nodes of any level; 0 for a bare root.
+
+    Example:
+        Two levels of width 2 below the token 10. Both nodes of level 2 follow node 1:
+
+            10 ─┬─ 11 ─┬─ 13        nodes  0 ─┬─ 1 ─┬─ 3
+                │      └─ 14                  │     └─ 4
+                └─ 12                         └─ 2
+
+        >>> none = jnp.zeros((1, 5), jnp.int32)
+        >>> tree = Tree(
+        ...     tokens=jnp.array([[10, 11, 12, 13, 14]]),
+        ...     parent=jnp.array([[0, 0, 0, 1, 1]]),
+        ...     depth=jnp.array([[0, 1, 1, 2, 2]]),
+        ...     entry=jnp.arange(5)[None],
+        ...     score=jnp.array([[0.0, -0.2, -1.5, -0.9, -1.6]]),
+        ...     ancestors=jnp.array(
+        ...         [
+        ...             [
+        ...                 [True, False, False, False, False],
+        ...                 [True, True, False, False, False],
+        ...                 [True, False, True, False, False],
+        ...                 [True, True, False, True, False],
+        ...                 [True, True, False, False, True],
+        ...             ]
+        ...         ]
+        ...     ),
+        ...     rank=none,
+        ...     candidates=none[:, :, None],
+        ...     q=none[:, :, None].astype(jnp.float32),
+        ...     width=2,
+        ... )
+        >>> children(tree)[0].tolist()
+        [[1, 2], [3, 4], [0, 0], [0, 0], [0, 0]]
+        >>> leaf = deepest(tree, accept=jnp.array([[True, True, False, False, True]]))
+        >>> leaf.tolist(), path_to(tree, leaf, levels=2).tolist()
+        ([4], [[0, 1, 4]])
+        >>> pruned = prune(tree, nodes=2)
+        >>> pruned.tokens.tolist(), pruned.parent.tolist(), pruned.entry.tolist()
+        ([[10, 11, 13]], [[0, 0, 1]], [[0, 1, 3]])
     """
 
     tokens: Int[Array, "batch nodes"]
@@ -36,12 +88,18 @@ class Tree:
 
     @property
     def exists(self) -> Bool[Array, "batch nodes"]:
-        """Which of the nodes were drawn at all: a draft may like fewer tokens than there is room for."""
+        """Which nodes exist: a draft may find fewer possible tokens than a level has places."""
         return self.score > -jnp.inf
 
 
 def bare_root(tokens: Int[Array, " batch"]) -> Tree:
-    """The tree of plain decoding."""
+    """Make trees that have nothing but a root, as plain decoding verifies them.
+
+    Example:
+        >>> tree = bare_root(jnp.array([5, 7]))
+        >>> tree.tokens.tolist(), tree.width
+        ([[5], [7]], 0)
+    """
     zero = jnp.zeros((tokens.shape[0], 1), jnp.int32)
     return Tree(
         tokens=tokens[:, None],
@@ -58,45 +116,81 @@ def bare_root(tokens: Int[Array, " batch"]) -> Tree:
 
 
 def prune(tree: Tree, nodes: int) -> Tree:
-    """The root and the `nodes` best of the others, in their old order."""
+    """Keep the root and the best other nodes, in their old order.
+
+    Args:
+        tree: Trees of at least nodes + 1 nodes.
+        nodes: How many nodes to keep besides the root.
+
+    Returns:
+        Smaller trees. A kept node's ancestors are kept too. See Tree for an example.
+    """
     score = tree.score.at[:, 0].set(jnp.inf)
-    _, kept = jax.lax.top_k(score, nodes + 1)  # equal scores: the parent comes first
+    # A parent's score is at least its child's, and of equal scores top_k takes the earlier node,
+    # which the parent is: no node is kept without its parent.
+    _, kept = jax.lax.top_k(score, nodes + 1)
     kept = jnp.sort(kept, axis=1)
 
-    def of_row(tree: Tree, kept: Int[Array, " kept"]) -> Tree:
+    def prune_row(tree: Tree, kept: Int[Array, " kept"]) -> Tree:
         fewer = jax.tree.map(lambda x: x[kept], tree)
+        # Parents are still old numbers. With kept = [0, 1, 3], the parent 3 becomes 2.
         parent = jnp.searchsorted(kept, fewer.parent).astype(jnp.int32)
+        # Rows of ancestors are selected already; select the columns: [kept, nodes] -> [kept, kept].
         return replace(fewer, parent=parent, ancestors=fewer.ancestors[:, kept])
 
-    return jax.vmap(of_row)(tree, kept)
+    return jax.vmap(prune_row)(tree, kept)
 
 
 def children(tree: Tree) -> Int[Array, "batch nodes width"]:
-    """Each node's children in the order drawn; 0, the root, stands for none."""
+    """List each node's children in the order drawn, padded with 0.
+
+    The root is never a child, so 0 stands for "no child". See Tree for an example.
+    """
     nodes, width = tree.parent.shape[1], tree.width
     is_child = tree.exists & (jnp.arange(nodes) > 0)[None, :]
 
     def of_row(
         parent: Int[Array, " nodes"], is_child: Bool[Array, " nodes"]
     ) -> Int[Array, "nodes width"]:
+        # A node's column is the number of its earlier siblings. With parent = [0, 0, 0, 1, 1]:
+        #   column    -  0  1  0  1      ("-": the root, and whatever does not exist, are dropped)
         sibling = (parent[:, None] == parent[None, :]) & is_child[None, :]
-        place = jnp.sum(jnp.tril(sibling, -1), axis=1, dtype=jnp.int32)
-        place = jnp.where(is_child, place, width)
+        column = jnp.sum(jnp.tril(sibling, -1), axis=1, dtype=jnp.int32)
+        column = jnp.where(is_child, column, width)  # out of bounds, hence dropped
         empty = jnp.zeros((nodes, width), jnp.int32)
-        return empty.at[parent, place].set(jnp.arange(nodes, dtype=jnp.int32), mode="drop")
+        return empty.at[parent, column].set(jnp.arange(nodes, dtype=jnp.int32), mode="drop")
 
     return jax.vmap(of_row)(tree.parent, is_child)
 
 
 def deepest(tree: Tree, accept: Bool[Array, "batch nodes"]) -> Int[Array, " batch"]:
-    """The deepest node that passes with everything above it. accept: passes if its parent does, the root always."""
+    """Find the deepest node that is accepted together with everything above it.
+
+    Args:
+        tree: The trees.
+        accept: Whether each node is accepted, given that its parent is. The root always is.
+
+    Returns:
+        One node per row; of several as deep, the first. See Tree for an example.
+    """
     accept = (accept & tree.exists).at[:, 0].set(True)
-    passed = jnp.all(accept[:, None, :] | ~tree.ancestors, axis=2)
-    return jnp.argmax(jnp.where(passed, tree.depth, -1), axis=1).astype(jnp.int32)
+    # [batch, 1, nodes] | [batch, nodes, nodes]: every j is accepted, or not on the path to i.
+    accepted_path = jnp.all(accept[:, None, :] | ~tree.ancestors, axis=2)
+    return jnp.argmax(jnp.where(accepted_path, tree.depth, -1), axis=1).astype(jnp.int32)
 
 
 def path_to(tree: Tree, leaf: Int[Array, " batch"], levels: int) -> Int[Array, "batch levels+1"]:
-    """The nodes from the root to a leaf; what follows it is arbitrary."""
+    """List the nodes from the root to a leaf.
+
+    Args:
+        tree: The trees.
+        leaf: One node per row.
+        levels: Levels below the root that the result has room for.
+
+    Returns:
+        The node of each depth on the path; 0 beyond the leaf. See Tree for an example.
+    """
     above = jnp.take_along_axis(tree.ancestors, leaf[:, None, None], axis=1)
     depths = np.arange(levels + 1, dtype=np.int32)[None, :, None]
+    # [batch, levels + 1, nodes]: at most one node of each depth is on the path; arg-max finds it.
     return jnp.argmax(above & (tree.depth[:, None, :] == depths), axis=2).astype(jnp.int32)

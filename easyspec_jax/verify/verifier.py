@@ -1,4 +1,9 @@
-"""The interface of a verifier."""
+"""The interface of a verifier.
+
+A verifier answers two questions in every round. While the draft grows a tree: which tokens are
+worth a node (branch)? When the target's logits of all nodes are there: how far does the text follow
+the tree, and which token comes next (verify)?
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +24,15 @@ from easyspec_jax.verify.tree import Tree
 )
 @dataclass(frozen=True)
 class RowSampling:
-    """Each row's noise and distribution: its seed, how many rounds it has had, its temperature, top-k and top-p."""
+    """Each row's own noise and distribution, as arrays, so that no value needs its own program.
+
+    Attributes:
+        seed: Request seed.
+        round: Rounds that the request has had.
+        temperature: Above 0, except with Greedy, which does not read it.
+        top_k: Ids to keep; 0 keeps all.
+        top_p: Probability to keep; 1 keeps all.
+    """
 
     seed: UInt32[Array, " batch"]
     round: Int[Array, " batch"]
@@ -28,19 +41,23 @@ class RowSampling:
     top_p: Float[Array, " batch"]
 
     def repeat(self, times: int) -> Self:
-        """Repeat each row a number of times in succession."""
+        """Repeat each row: [a, b] -> [a, a, b, b] for 2 times."""
         return jax.tree.map(lambda x: x.repeat(times), self)
 
 
 CANDIDATES = 128
-"""Ids that may follow a node: the draft's likeliest, as many of them as matter."""
+"""Likeliest ids of the draft that sampling and trees consider after a node; no other is drafted."""
 
 
 class Branches(NamedTuple):
-    """Worth of each token that may follow a node.
+    """Worth of each token that may follow each node of a level.
 
-    score: decides which become nodes and which nodes are verified, best first; never above the parent's, -inf for
-    never. log_prob: of the path from the root, under the draft. q: the token's probability after its parent.
+    Attributes:
+        score: Decides which tokens become nodes and which nodes are verified, the best first. Never
+            above the parent's score; -inf for a token that must not become a node.
+        log_prob: Log-probability of the path from the root under the draft. Greedy and Coupled put
+            the score here; only Rejection reads it.
+        q: The draft's probability of the token after its parent.
     """
 
     score: Float[Array, "batch frontier ids"]
@@ -49,9 +66,12 @@ class Branches(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """The last accepted node (0, the root, if none is) and the token that follows it.
+    """How far the text follows a tree, and how it goes on.
 
-    The token is NO_CHOICE where the target's logits after that node are no numbers to choose by.
+    Attributes:
+        leaf: The last accepted node; 0, the root, if no drafted token is accepted.
+        token: The token after that node, chosen by the target. NO_CHOICE where the target's logits
+            there do not define a choice (a NaN, or nothing that is finite).
     """
 
     leaf: Int[Array, " batch"]
@@ -59,12 +79,24 @@ class Verdict(NamedTuple):
 
 
 def warp_rows(
-    logits: Float[Array, "batch some vocab_shard"],
+    logits: Float[Array, "batch nodes vocab_shard"],
     request: RowSampling,
     axes: Axes,
     truncates: bool,
-) -> Float[Array, "batch some vocab_shard"]:
-    """Warped logits, whose vocabulary is split over axes. truncates: some row asks for top-k or top-p."""
+) -> Float[Array, "batch nodes vocab_shard"]:
+    """Warp the logits of several nodes per row.
+
+    Args:
+        logits: Logits after each node; the vocabulary is split over axes.
+        request: Each row's temperature, top-k and top-p.
+        axes: Mesh axes that split the vocabulary; () for whole rows.
+        truncates: Whether some row asks for top-k or top-p. If not, nothing is sorted or sent.
+
+    Returns:
+        Logits over temperature, -inf where truncated.
+    """
+    # Every node is a row of its own: [batch, nodes, vocab_shard] -> [batch * nodes, vocab_shard].
+    # A text's numbers are repeated for each of its nodes: [batch] -> [batch * nodes].
     rows = logits.reshape(-1, logits.shape[-1])
     of_row = request.repeat(logits.shape[1])
     cut = (
@@ -76,10 +108,18 @@ def warp_rows(
 
 
 class Verifier(Protocol):
-    """Called inside `shard_map`; hashable, because it is part of the compiled program."""
+    """Rules by which a draft proposes and the target accepts.
+
+    Methods are called inside `shard_map`. Instances must be hashable: they are static arguments of
+    the compiled program.
+    """
 
     def candidates(self, width: int) -> int:
-        """Number of the draft's likeliest ids that branch() needs after each node of a tree of this width."""
+        """Return how many of the draft's likeliest ids branch() needs after each node.
+
+        Args:
+            width: Nodes per level of the tree.
+        """
         ...
 
     def branch(
@@ -91,10 +131,15 @@ class Verifier(Protocol):
         position: Int[Array, " batch"],
         request: RowSampling,
     ) -> Branches:
-        """Rates the tokens at an absolute position, each of which may follow each node of the level before.
+        """Rate the tokens that may follow the nodes of the deepest level so far.
 
-        logits: the draft's greatest after each of those nodes, in descending order, and their ids; score, log_prob: of
-        those nodes, as Branches has them.
+        Args:
+            logits: The draft's greatest logits after each node, in descending order.
+            ids: Their token ids.
+            score: The nodes' own scores, as an earlier call gave them; 0 for the root.
+            log_prob: Likewise their log-probabilities; 0 for the root.
+            position: Absolute position of the tokens to rate.
+            request: Each row's noise and distribution.
         """
         ...
 
@@ -105,8 +150,12 @@ class Verifier(Protocol):
         position: Int[Array, " batch"],
         request: RowSampling,
     ) -> Verdict:
-        """Decides about a tree whose root is followed by the absolute position given.
+        """Decide about a whole tree at once. With a bare root this is plain decoding.
 
-        target: logits after each node, split over all devices. With a bare root this is plain decoding.
+        Args:
+            target: The target's logits after each node; the vocabulary is split over all devices.
+            tree: The drafted tree.
+            position: Absolute position of the token after the root.
+            request: Each row's noise and distribution.
         """
         ...

@@ -1,4 +1,4 @@
-"""Models small enough to enumerate: the next token depends on the last one alone, and whole texts are counted."""
+"""Models small enough to enumerate all texts: the next token depends on the last one alone."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,13 +17,13 @@ from easyspec_jax.verify import RowSampling
 from tests.support.helpers import on_mesh
 
 TOKENS, LENGTH = 11, 3
-"""Of the vocabulary, and of the texts that are counted."""
+"""Size of the vocabulary, and tokens of the texts that are counted."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["logits_after"], meta_fields=["axes"])
 @dataclass(frozen=True)
 class Markov:
-    """Stands in for a Decoder; its hidden state is the last token, so it needs no cache."""
+    """Stand-in for a Decoder. Its hidden state is the last token, so it needs no cache."""
 
     logits_after: Any
     axes: Axes = ALL_AXES
@@ -41,14 +41,18 @@ class Markov:
 
 
 class Pair(NamedTuple):
-    """Logits of target and draft by the token before: [TOKENS, TOKENS]."""
+    """Logits of target and draft after each token: [TOKENS, TOKENS]."""
 
     target: np.ndarray
     draft: np.ndarray
 
 
 def make_pairs() -> dict[str, Pair]:
-    """Drafts near and far from the target, one blind for what the target likes most, one that likes the impossible."""
+    """Make a target and drafts.
+
+    "good" is near the target and "bad" is not; "blind" never proposes what the target likes most;
+    "wishful" likes what the target never says.
+    """
     random = np.random.default_rng(0)
     target, other = random.normal(size=(2, TOKENS, TOKENS)) * 1.5
     target_likes, draft_likes = (x >= np.sort(x, axis=-1)[:, -2:-1] for x in (target, other))
@@ -61,7 +65,7 @@ def make_pairs() -> dict[str, Pair]:
 
 
 class Truncation(NamedTuple):
-    """What sampling keeps."""
+    """Top-k and top-p."""
 
     top_k: int
     top_p: float
@@ -73,7 +77,7 @@ NO_TRUNCATION = Truncation(0, 1.0)
 def make_request(
     seeds: np.ndarray, temperature: float, truncation: Truncation = NO_TRUNCATION
 ) -> RowSampling:
-    """Rows with seeds of their own."""
+    """Make rows that differ in their seeds."""
     values = (
         (0, np.int32),
         (temperature, np.float32),
@@ -91,9 +95,10 @@ def program(
     rounds: int = LENGTH,
     planting: Callable[[jax.Array], AbstractContextManager[None]] = nullcontext,
 ) -> Callable[..., jax.Array]:
-    """Texts of up to LENGTH tokens after a first token, a row per seed of a request: int32 [rows, LENGTH], else -1.
+    """Compile whole rounds that write texts of up to LENGTH tokens after a first token.
 
-    planting: makes the fault of a number, which is the program's last argument.
+    The program returns int32 [rows, LENGTH], a row per seed, -1 where a text is shorter. Its last
+    argument is the number of a fault, which `planting` plants.
     """
 
     def body(
@@ -133,7 +138,10 @@ def draw_texts(
     draft_axes: Axes = ALL_AXES,
     fault: int = 0,
 ) -> np.ndarray:
-    """A text per row of a request, in tokens from 0 to TOKENS - 1; spread out among the ids of a vocabulary."""
+    """Draw a text for each row of a request, in tokens from 0 to TOKENS - 1.
+
+    The program sees them spread over the ids of a vocabulary.
+    """
     ids = np.arange(TOKENS, dtype=np.int32) * (vocab // TOKENS)
     tables = np.full((2, vocab, vocab), -np.inf, np.float32)
     tables[:, ids[:, None], ids[None, :]] = np.stack(pair)
@@ -148,14 +156,14 @@ def draw_texts(
 
 
 def count(texts: np.ndarray) -> np.ndarray:
-    """How often each text came: [TOKENS] * LENGTH."""
+    """Count how often each text came: [TOKENS] * LENGTH."""
     counts = np.zeros((TOKENS,) * LENGTH, int)
     np.add.at(counts, tuple(texts.T), 1)
     return counts
 
 
 def joint(pair: Pair, temperature: float, truncation: Truncation = NO_TRUNCATION) -> np.ndarray:
-    """The target's probability of every text, enumerated: [TOKENS] * LENGTH."""
+    """Enumerate the target's probability of every text: [TOKENS] * LENGTH."""
     after = truncated(softmax(pair.target / temperature), truncation)
     texts = after[0]
     for _ in range(LENGTH - 1):
@@ -169,7 +177,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def truncated(probabilities: np.ndarray, truncation: Truncation) -> np.ndarray:
-    """Top-k and then top-p, spelled out row by row."""
+    """Apply top-k and then top-p, row by row."""
     result = np.zeros_like(probabilities)
     for row, whole in enumerate(probabilities):
         order = np.argsort(-whole, kind="stable")[: truncation.top_k or None]

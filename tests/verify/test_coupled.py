@@ -1,4 +1,4 @@
-"""The text is a function of target and noise, and follows the target: no draft, method or mesh changes it."""
+"""A coupled text depends on target and noise alone, and follows the target."""
 
 import json
 
@@ -17,7 +17,7 @@ DRAWS, TOKENS = 60_000, 11
 
 
 def choices(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """What a model with these logits chooses at one position, for every seed."""
+    """Return the choice of a model with these logits at one position, for every seed."""
 
     def body(request: RowSampling) -> jax.Array:
         shape = (DRAWS, 1, TOKENS)
@@ -32,7 +32,10 @@ def choices(logits: np.ndarray, temperature: float) -> np.ndarray:
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_draft_and_target_agree_more_than_by_chance(temperature):
-    """Each follows its own distribution, and they agree as often as Daliri et al. say: at least (1 - TV) / (1 + TV)."""
+    """Both follow their own distributions, and agree with probability (1 - TV) / (1 + TV) or more.
+
+    The bound is that of Daliri et al.
+    """
     logits = np.random.default_rng(0).normal(size=(2, TOKENS)).astype(np.float32) * 1.5
     (p, q), (token, drafted) = (
         softmax(logits / temperature),
@@ -60,7 +63,7 @@ def models(tmp_path_factory):
     "truncation", [[], ["--top-k", "20", "--top-p", "0.9"]], ids=["whole", "truncated"]
 )
 def test_one_seed_is_one_text(models, capsys, truncation):
-    """Whatever the draft, the method and the mesh."""
+    """Draft, method and mesh do not change it."""
 
     def ids(*flags):
         command = [

@@ -1,7 +1,8 @@
-"""Texts follow the target's joint distribution, enumerated exactly; and these tests would notice if they did not.
+"""Texts follow the target's joint distribution, enumerated exactly; planted faults are noticed.
 
-Whole rounds on models that are tables: drafted, pruned, verified, committed. `pytest -m exhaustive` takes every case
-with 400,000 draws; by default each width, verifier, temperature, truncation and draft comes up with a tenth of them.
+Models are tables, and whole rounds run on them: drafted, pruned, verified, committed. By default
+each width, verifier, temperature, truncation and draft comes up in some case, with 40,000 draws;
+`pytest -m exhaustive` takes every case, with 400,000.
 """
 
 import itertools
@@ -47,7 +48,7 @@ TRUNCATIONS = (NO_TRUNCATION, Truncation(6, 0.9))
 
 @dataclass(frozen=True)
 class Case:
-    """What is drawn, and by what: nodes None verifies the whole tree."""
+    """Texts to draw, and how. nodes: None verifies the whole tree."""
 
     verifier: type[Rejection] | type[Coupled]
     width: int
@@ -62,7 +63,10 @@ class Case:
         return f"{self.verifier.__name__.lower()}-{tree}-{self.temperature}-{cut}-{self.pair}"
 
     def counts(self, chunks: int) -> np.ndarray:
-        """How often each text has come after each chunk of draws, whose seeds belong to the case: [chunks, *texts]."""
+        """Count each text after each chunk of draws: [chunks, *texts], cumulative.
+
+        The case's name decides its seeds.
+        """
         start = zlib.crc32(str(self).encode())
         run = compiled(self.verifier(self.truncation != NO_TRUNCATION), self.width, self.nodes)
         requests = (self.request(start + i * CHUNK) for i in range(chunks))
@@ -90,12 +94,12 @@ def p_value(counts: np.ndarray, probabilities: np.ndarray) -> float:
 
 
 def every_case() -> Iterator[Case]:
-    """Chains with every draft; trees, which take longer, with one draft after the other."""
+    """List chains with every draft; and trees, which take longer, with one draft each."""
     turn = itertools.count()
     for verifier, temperature, truncation in itertools.product(
         (Rejection, Coupled), (0.7, 1.0), TRUNCATIONS
     ):
-        # Cut, the other drafts share too few tokens with the target for there to be much to see.
+        # Truncated, the other drafts have too few tokens in common with the target.
         pairs = list(PAIRS) if truncation == NO_TRUNCATION else ["good", "bad"]
         for pair in pairs:
             yield Case(verifier, 1, temperature, truncation, pair)
@@ -103,11 +107,11 @@ def every_case() -> Iterator[Case]:
             yield Case(
                 verifier, width, temperature, truncation, pairs[next(turn) % len(pairs)], nodes
             )
-        next(turn)  # else each tree would always meet the same draft
+        next(turn)  # otherwise each tree would always meet the same draft
 
 
 EVERY_CASE = list(every_case())
-# Holm's procedure at 1 % rejects anything at all only if the smallest p-value is below this.
+# The smallest p-value must be below this for Holm's procedure at 1 % to reject anything.
 ALPHA = 0.01 / len(EVERY_CASE)
 
 _FEW = [
@@ -132,7 +136,10 @@ def test_texts_follow_the_target(case):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("case", EVERY_CASE, ids=str)
 def test_texts_follow_the_target_closer_and_closer(case):
-    """The distance to the target is what as many draws of the target itself would have: it shrinks with their root."""
+    """The total variation distance is what that many draws of the target itself would have.
+
+    So it shrinks with the square root of the number of draws.
+    """
     counts, probabilities = case.counts(20), case.probabilities()
     assert p_value(counts[-1], probabilities) > ALPHA
     random = np.random.default_rng(0)
@@ -148,12 +155,12 @@ def test_texts_follow_the_target_closer_and_closer(case):
 
 
 def distance(counts: np.ndarray, probabilities: np.ndarray) -> float:
-    """Total variation."""
+    """Return the total variation distance."""
     return float(np.abs(counts / counts.sum() - probabilities).sum()) / 2
 
 
 def test_the_mesh_changes_nothing():
-    """Neither for a split draft nor for one that every device has whole."""
+    """The draft is split in one case and replicated in the other."""
     request = make_request(np.arange(1000), 0.7)
     one, *others = (
         draw_texts(
@@ -171,7 +178,7 @@ def test_the_mesh_changes_nothing():
 
 @pytest.mark.parametrize("verifier", [Rejection(), Coupled()], ids=repr)
 def test_a_text_depends_on_its_own_request_alone(verifier):
-    """Neither on its place in the batch nor on its neighbours' seeds, temperatures and truncations."""
+    """Its place in the batch and its neighbours' requests do not matter."""
     run = compiled(replace(verifier, truncates=True), 4, None)
     seeds, pair = np.arange(CHUNK), PAIRS["bad"]
     alone = [make_request(seeds, *how) for how in ((0.7, TRUNCATIONS[0]), (1.0, TRUNCATIONS[1]))]
@@ -184,7 +191,7 @@ def test_a_text_depends_on_its_own_request_alone(verifier):
 
 
 def test_a_draft_equal_to_the_target_is_never_rejected():
-    """Whatever the dice say, one round makes the whole text."""
+    """So one round makes the whole text."""
     pair = Pair(PAIRS["good"].target, PAIRS["good"].target)
     run = program(RoundConfig(LEVELS, True, Rejection(), (), width=4), ONE, rounds=1)
     assert (draw_texts(run, pair, make_request(np.arange(CHUNK), 0.7)) >= 0).all()
@@ -193,7 +200,7 @@ def test_a_draft_equal_to_the_target_is_never_rejected():
 @pytest.mark.parametrize("width", [1, 4])
 @pytest.mark.parametrize("temperature", [0.01, 0.1])
 def test_a_sure_draft_that_is_wrong_does_no_harm(width, temperature):
-    """At low temperature the draft's other tokens have probabilities that float32 cannot hold."""
+    """At low temperature, probabilities of the draft's other tokens underflow float32."""
     target, draft = np.zeros((2, TOKENS, TOKENS))
     target[:, 7], target[:, 3], draft[:, 3] = 10, -5, 10
     texts = draw_texts(
@@ -216,7 +223,7 @@ FAULTS = (
     "a rejected token is replaced by one of the target",
     "no dice",
 )
-# A chain has no siblings, and the drafts of this test too few accepted pairs.
+# A chain has no siblings, and the "bad" draft gets too few pairs of tokens accepted in a chain.
 IN_TREES = {
     "what is left of the target is not normalised",
     "what is left of the draft is all of it",
@@ -227,7 +234,10 @@ IN_TREES = {
 
 @contextmanager
 def planting(fault: jax.Array) -> Iterator[None]:
-    """The verifier with the fault of that number, an array: so that all of them compile once."""
+    """Plant a fault in the verifier.
+
+    Its number is an array, so one program serves all faults.
+    """
     names = ("target_left", "draft_left", "gumbel", "noise_keys", "uniform", "accept_children")
     real = {name: getattr(rejection, name) for name in names}
     real_prune = round_.prune
@@ -299,7 +309,8 @@ def test_planted_faults_are_noticed(width, nodes, fault):
             draw_texts(run, PAIRS["bad"], request, fault=FAULTS.index(fault))
             for request in requests
         ]
-    except AssertionError:  # some texts end, because the fault leaves nothing to choose from
+    except AssertionError:
+        # Some texts end early, because the fault leaves nothing to choose from.
         assert fault != "none"
         return
     noticed = p_value(count(np.concatenate(texts)), case.probabilities())

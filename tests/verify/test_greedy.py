@@ -1,4 +1,4 @@
-"""At temperature 0 a drafted token passes if it is the target's arg-max, on any mesh."""
+"""At temperature 0 a drafted token is accepted if it is the target's arg-max, on any mesh."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ BATCH, VOCAB = 48, 48
 
 
 def with_tokens(tree: Tree, best: np.ndarray) -> Tree:
-    """Tokens for the nodes, never the same for two siblings: more often than not some node has the target's best."""
+    """Give nodes tokens, all siblings different; most try the target's best after the parent."""
     random = np.random.default_rng(0)
     tokens = np.zeros_like(tree.tokens)
     for row, parents in enumerate(np.asarray(tree.parent).tolist()):
@@ -35,7 +35,7 @@ def with_tokens(tree: Tree, best: np.ndarray) -> Tree:
 
 
 def walk(tree: Tree, best: np.ndarray, row: int) -> int:
-    """The last node on the way that the target takes from the root."""
+    """Follow the target's choices from the root; return the last node they reach."""
     node = 0
     while True:
         steps = (
@@ -52,11 +52,9 @@ def walk(tree: Tree, best: np.ndarray, row: int) -> int:
 def test_the_targets_argmax_passes_wherever_it_is(mesh, width):
     levels = 4 if width else 0
     tree = random_tree(0, BATCH, levels, width) if width else bare_root(jnp.zeros(BATCH, jnp.int32))
-    target = (
-        np.random.default_rng(1)
-        .integers(-9, 3, size=(*tree.parent.shape, VOCAB))
-        .astype(np.float32)
-    )  # many ties
+    # Small whole numbers make many ties.
+    target = np.random.default_rng(1).integers(-9, 3, size=(*tree.parent.shape, VOCAB))
+    target = target.astype(np.float32)
     best = np.argmax(target, axis=-1)
     tree = with_tokens(tree, best)
 
@@ -82,7 +80,7 @@ def test_name_and_sampling_choose_the_verifier():
         )
         assert choose(name, SamplingParams(temperature=1, top_k=5)) == sampled(truncates=True)
         assert choose(name, SamplingParams(temperature=1, top_p=0.5)) == sampled(truncates=True)
-    # As static arguments they must not recompile, and must not be taken for one another.
+    # Static arguments: equal ones must not compile again, different ones must not be confused.
     assert (
         len(
             {

@@ -1,4 +1,4 @@
-"""Token trees against naive walks, on trees made by hand and at random."""
+"""Functions of token trees agree with plain walks, on trees made by hand and at random."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -14,7 +14,7 @@ from easyspec_jax.verify.tree import Tree, bare_root, children, deepest, path_to
 
 BATCH, LEVELS, WIDTH = 24, 4, 3
 
-# Jitted, as the product runs them.
+# Jitted, as in decoding.
 find_children, find_deepest = jax.jit(children), jax.jit(deepest)
 find_path, cut = jax.jit(path_to, static_argnums=2), jax.jit(prune, static_argnums=1)
 
@@ -22,7 +22,10 @@ find_path, cut = jax.jit(path_to, static_argnums=2), jax.jit(prune, static_argnu
 def make_tree(
     parents: ArrayLike, score: ArrayLike | None = None, tokens: ArrayLike | None = None
 ) -> Tree:
-    """A tree for each row of parents, which come before their children; what is not given differs from node to node."""
+    """Make a tree for each row of parents, which come before their children.
+
+    Fields that are not given differ from node to node, so that mixing them up is noticed.
+    """
     parent = np.asarray(parents, np.int32)
     rows, nodes = np.arange(len(parent)), parent.shape[1]
     depth, ancestors = np.zeros_like(parent), np.zeros((*parent.shape, nodes), bool)
@@ -48,7 +51,7 @@ def make_tree(
 
 
 def random_tree(seed: int, batch: int = BATCH, levels: int = LEVELS, width: int = WIDTH) -> Tree:
-    """Trees as they are drafted, level by level; scores have many ties, and here and there a branch does not exist."""
+    """Make trees as drafted, level by level, with many equal scores and some missing branches."""
     random = np.random.default_rng(seed)
     first = [0, *range(1, 2 + levels * width, width)]
     parent = np.zeros((batch, first[-1]), np.int32)
@@ -63,13 +66,13 @@ def random_tree(seed: int, batch: int = BATCH, levels: int = LEVELS, width: int 
 
 @pytest.fixture(scope="module", params=["whole", "pruned"])
 def tree(request) -> Tree:
-    """With nodes of every kind: inner ones and leaves, existing or not."""
+    """Trees with nodes of every kind: inner ones and leaves, existing or not."""
     tree = random_tree(0)
     return tree if request.param == "whole" else cut(tree, 8)
 
 
 def by_row(*arrays: ArrayLike) -> zip:
-    """Rows of each array, as lists."""
+    """Iterate over the rows of several arrays together, as lists."""
     return zip(*(np.asarray(x).tolist() for x in arrays), strict=True)
 
 
@@ -98,7 +101,7 @@ def test_children_are_those_that_exist_in_their_order(tree):
 
 
 def test_deepest_is_that_of_a_walk(tree):
-    """Where several branches pass as far, the first of them; a node that does not exist never passes."""
+    """Of several nodes as deep, it is the first. A node that does not exist is never accepted."""
     accept = np.random.default_rng(1).random(tree.parent.shape) < 0.7
     found = find_deepest(tree, accept)
     assert found.dtype == jnp.int32
@@ -127,7 +130,7 @@ def test_path_to_every_node(tree):
 
 
 def best(score: Sequence[float], nodes: int) -> list[int]:
-    """The root and the best others, the first of equals, in their order."""
+    """Number the root and the best others in their old order; of equals, take the first."""
     return [0, *sorted(sorted(range(1, len(score)), key=lambda i: (-score[i], i))[:nodes])]
 
 
@@ -151,7 +154,7 @@ def test_pruning_keeps_the_best_with_all_that_is_above_them(nodes):
 
 
 def test_pruning_twice_is_pruning_once():
-    """So `entry` still says where a node was drafted."""
+    """In particular, `entry` keeps the numbers of the tree as drafted."""
     tree = random_tree(3)
     jax.tree.map(np.testing.assert_array_equal, cut(cut(tree, 8), 4), cut(tree, 4))
 
