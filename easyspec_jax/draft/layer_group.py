@@ -1,4 +1,23 @@
-"""A group of layers on the layer axis: exactly, in order; or fuzzily, at once (EasySpec, arXiv 2502.02493)."""
+"""A group of layers on the mesh's layer axis: run exactly, in order; or fuzzily, all at once.
+
+A transformer layer adds an attention output and an MLP output to the hidden state h. The exact pass
+computes them one after another, because each layer reads what the layers before it made of h:
+
+    h1 = h0 + attention_1(h0);   h1 = h1 + mlp_1(h1)
+    h2 = h1 + attention_2(h1);   h2 = h2 + mlp_2(h2)
+    ...
+
+The fuzzy pass (EasySpec, arXiv 2502.02493, Algorithm 2) attends with h0 in every layer of a group:
+
+    a1, a2, ... = attention_1(h0), attention_2(h0), ...            at once, on different devices
+    h1 = h0 + a1;   h1 = h1 + mlp_1(h1)
+    h2 = h1 + a2;   h2 = h2 + mlp_2(h2)
+    ...
+
+That changes the draft's proposals a little, never the target's distribution, which the verifier
+protects. It also writes inexact keys and values into the draft's cache; calibration, in
+`decode/round.py`, replaces those of accepted tokens.
+"""
 
 import functools
 import itertools
@@ -23,9 +42,11 @@ from easyspec_jax.parallel.mesh import ALL_AXES, LAYER, TENSOR, Axes
 
 
 class Refit(nnx.Module):
-    """Projections that stand in for a group's own in fuzzy passes, fitted to the inputs they have there.
+    """Projections that replace a group's own in fuzzy passes, fitted to the inputs they get there.
 
-    qkv: of all attentions, stacked as they are. gate_up: of each MLP, None for the one that is fed what it expects.
+    Attributes:
+        qkv: Queries, keys and values of all attentions, stacked as the group's own.
+        gate_up: Gate and up projection of each MLP; None for one that keeps its own.
     """
 
     def __init__(self, qkv: Projection, gate_up: Sequence[Projection | None]) -> None:
@@ -35,10 +56,22 @@ class Refit(nnx.Module):
 class LayerGroup(nnx.Module):
     """Consecutive layers whose attentions live on different devices of the layer axis.
 
-    Layer i's attention is slot i; each device holds `slots` consecutive slots and their KV. MLPs are split over `axes`:
-    all devices, or none (replicated). mlp_lp_size: MLPs that the fuzzy pass runs at once. branch: in the exact pass,
-    devices that do not own the current slot skip its attention (virtual CPU devices share cores) instead of computing
-    what is then masked out (on a GPU the branch would wait for the host).
+    Layer i's attention, counted from the group's first layer, is slot i. Each position of the layer
+    axis holds `slots` consecutive slots and their KV:
+
+        group of 7, layer axis of 4, slots = 2:    0 1 | 2 3 | 4 5 | 6 -
+
+    Attributes:
+        attention: This device's attentions; every leaf has a leading axis of `slots`.
+        mlps: MLPs of all layers.
+        refit: Projections for fuzzy passes, or None.
+        slots: Attentions of each position of the layer axis; the last ones may be empty.
+        axes: Mesh axes that split the MLPs: all of them, or none (replicated).
+        branch: How the exact pass skips other devices' layers. True: devices that do not own the
+            layer branch around its attention, which is best on virtual CPU devices, because they
+            share cores. False: they compute it and mask it out; on a GPU, a branch would wait for
+            the host.
+        mlp_lp_size: How many MLPs the fuzzy pass runs at once.
     """
 
     def __init__(
@@ -56,11 +89,21 @@ class LayerGroup(nnx.Module):
         self.slots, self.axes, self.branch, self.mlp_lp_size = slots, axes, branch, mlp_lp_size
 
     def fuzzy(self, h: Hidden, cache: KVCache, window: Window) -> tuple[Hidden, KVCache]:
-        """All attentions at once on the group's input, then the MLPs in order (the paper's Algorithm 2).
+        """Run all attentions at once on the group's input, then the MLPs (the paper's Algorithm 2).
 
-        One all-reduce brings the first attention output; output i + 1 rides along in the all-reduce of MLP i. With
-        replicated MLPs all outputs come in the first one. Collectives: layers + 1, or 1. mlp_lp_size MLPs at a time
-        are fed what the group has by then: layers / mlp_lp_size + 1, or 1.
+        With mlp_lp_size > 1, that many MLPs at a time run on what the group has by then, each
+        with the attention outputs up to its own but without the other MLPs' outputs.
+
+        All-reduces: one, plus one per step of MLPs: layers / mlp_lp_size + 1. With replicated MLPs
+        it is one in all.
+
+        Args:
+            h: Hidden states before the group, the same on every device.
+            cache: This device's caches, `slots` of them stacked.
+            window: Positions of the tokens.
+
+        Returns:
+            Hidden states after the group, the same on every device; and the caches, written.
         """
         h, cache, _ = self.trace_fuzzy(h, cache, window)
         return h, cache
@@ -68,16 +111,25 @@ class LayerGroup(nnx.Module):
     def trace_fuzzy(
         self, h: Hidden, cache: KVCache, window: Window
     ) -> tuple[Hidden, KVCache, list[Hidden]]:
-        """As fuzzy(), and what each MLP was fed."""
+        """Run fuzzy(), and also return the input of each MLP."""
         qkv = self.attention.qkv if self.refit is None else self.refit.qkv
+        # All of this device's attentions read the same h: parts is [slots, batch, tokens, hidden].
         attend = jax.vmap(lambda attention, slot, own: attention(h, slot, window, qkv=own))
         parts, cache = attend(self.attention, cache, qkv)
+        # Each device has addends of its own layers' outputs. Split MLPs need an all-reduce each,
+        # in which the next layer's attention output rides along. For three layers, one at a time:
+        #   all-reduce 1:  a1              x1 = h0 + a1 is fed to MLP 1
+        #   all-reduce 2:  mlp_1(x1) + a2  x2 = x1 + this sum is fed to MLP 2
+        #   all-reduce 3:  mlp_2(x2) + a3  x3 = x2 + this sum is fed to MLP 3
+        #   all-reduce 4:  mlp_3(x3)       x3 + this is the group's result
         outputs = [self._addend(parts, layer) for layer in range(len(self.mlps))]
         if not self.axes:
+            # Replicated MLPs need no all-reduce, so one brings all outputs; later ones are no-ops.
             outputs = list(all_reduce(jnp.stack(outputs), ALL_AXES))
         size, fed = self.mlp_lp_size, []
-        attended = all_reduce(jnp.stack(outputs[:size]), self.axes)
+        attended = all_reduce(jnp.stack(outputs[:size]), self.axes)  # [size, batch, tokens, hidden]
         for first in range(0, len(outputs), size):
+            # Running sums h + a1, h + a1 + a2, ...: the inputs of the MLPs of this step.
             inputs = list(itertools.accumulate(attended, initial=h))[1:]
             added = self._through_mlps(first, inputs)
             riding = outputs[first + size : first + 2 * size] or [jnp.zeros_like(h)]
@@ -86,56 +138,74 @@ class LayerGroup(nnx.Module):
         return h + attended[0], cache, fed
 
     def after(self, size: int, fed: Sequence[Hidden]) -> Hidden:
-        """Result of a fuzzy pass over the first `size` layers only, from the MLP inputs that trace_fuzzy() returns.
+        """Compute the result of a fuzzy pass over the group's first layers only.
 
-        Later layers of a group change nothing of what earlier ones are fed.
+        Later layers do not change what earlier ones are fed, so a longer group's trace will do.
+
+        Args:
+            size: How many layers.
+            fed: The inputs of at least `size` MLPs, from trace_fuzzy().
         """
+        # The last step of MLPs may be cut short: after 6 layers, 4 MLPs at a time, it is 4 and 5.
         first = (size - 1) // self.mlp_lp_size * self.mlp_lp_size
         return fed[size - 1] + all_reduce(self._through_mlps(first, fed[first:size]), self.axes)
 
     def __call__(self, h: Hidden, cache: KVCache, window: Window) -> tuple[Hidden, KVCache]:
-        """The layers in order, as the model defines them; as many all-reduces as tensor parallelism has."""
+        """Run the layers in order, as the model defines them.
+
+        All-reduces: two per layer, as under tensor parallelism; one with replicated MLPs. Arguments
+        and results are those of fuzzy().
+        """
         h, cache, _ = self.trace_exact(h, cache, window)
         return h, cache
 
     def trace_exact(
         self, h: Hidden, cache: KVCache, window: Window
     ) -> tuple[Hidden, KVCache, list[tuple[Hidden, Hidden]]]:
-        """As the exact pass, and what each layer's attention and MLP were fed."""
+        """Run the exact pass, and also return the inputs of each layer's attention and MLP."""
         fed = []
         for layer, mlp in enumerate(self.mlps):
-            attended, cache = self._attend_in_turn(layer, h, cache, window)
+            # Heads are split over the tensor axis and other layers' devices add zero, so the sum
+            # runs over all axes.
+            attended, cache = self._attend_exactly(layer, h, cache, window)
             between = h + all_reduce(attended, ALL_AXES)
             fed.append((h, between))
             h = between + all_reduce(mlp(between), self.axes)
         return h, cache, fed
 
     def _through_mlps(self, first: int, inputs: Sequence[Hidden]) -> Hidden:
-        """This share's addend of what consecutive MLPs come to in the fuzzy pass, each on an input of its own."""
-        gate_up = self.refit.gate_up if self.refit is not None else [None] * len(self.mlps)
-        outputs = (self.mlps[first + i](h, gate_up[first + i]) for i, h in enumerate(inputs))
+        """Sum this share's outputs of consecutive MLPs in the fuzzy pass, each on its own input."""
+        outputs = []
+        for layer, h in enumerate(inputs, first):
+            gate_up = None if self.refit is None else self.refit.gate_up[layer]
+            outputs.append(self.mlps[layer](h, gate_up))
         return functools.reduce(jnp.add, outputs)
 
     def init_cache(self, batch: int, capacity: int) -> KVCache:
-        """This device's part of an empty cache, slots in front."""
+        """Make this device's part of an empty cache, slots in front."""
         one = self.attention.init_cache(batch, capacity)
         return jax.tree.map(lambda x: jnp.repeat(x[None], self.slots, axis=0), one)
 
     def cache_spec(self) -> KVCache:
-        """A layer's KV lives where its attention does."""
+        """Return how the cache is split: slots over the layer axis, heads over the tensor axis."""
         spec = P(LAYER, TENSOR, None, None)
         return KVCache(spec, spec)  # pyright: ignore[reportArgumentType]
 
     def _addend(self, parts: Float[Array, "slots batch tokens hidden"], layer: int) -> Hidden:
-        """This device's addend of one layer's attention output: zero unless the layer is its own."""
+        """Return this device's addend of a layer's attention output, zero unless it owns the layer.
+
+        The sum of all devices' addends is the output.
+        """
         owner, slot = divmod(layer, self.slots)
         return jnp.where(
             jax.lax.axis_index(LAYER) == owner, parts[slot], jnp.zeros_like(parts[slot])
         )
 
-    def _attend_in_turn(
+    def _attend_exactly(
         self, layer: int, h: Hidden, cache: KVCache, window: Window
     ) -> tuple[Hidden, KVCache]:
+        """Run one layer's attention where it lives; elsewhere add zero and keep the cache."""
+        # Every device takes out its own attention of that slot; only the owner's is this layer's.
         owner, slot = divmod(layer, self.slots)
         attention = jax.tree.map(lambda w: w[slot], self.attention)
         if jax.lax.axis_size(LAYER) == 1:
@@ -148,12 +218,12 @@ class LayerGroup(nnx.Module):
                 lambda c: (jnp.zeros_like(h), c),
                 cache,
             )
-        attended, cache = attention(h, cache, window, slot, where=mine)
+        attended, cache = attention(h, cache, window, slot, mask=mine)
         return jnp.where(mine, attended, jnp.zeros_like(attended)), cache
 
 
 def run_fuzzy(block: Block, h: Hidden, cache: KVCache, window: Window) -> tuple[Hidden, KVCache]:
-    """The fuzzy pass through one block: groups at once, single layers exactly."""
+    """Run a block in the fuzzy pass: groups all at once, single layers exactly."""
     return (
         block.fuzzy(h, cache, window)
         if isinstance(block, LayerGroup)
@@ -162,9 +232,12 @@ def run_fuzzy(block: Block, h: Hidden, cache: KVCache, window: Window) -> tuple[
 
 
 def load_draft(loader: Loader, layout: Layout, refit: TensorSource | None = None) -> Decoder:
-    """A draft whose groups of two and more layers are layer-parallel over the loader's mesh.
+    """Load a draft whose groups of two and more layers are layer-parallel.
 
-    refit: tensors that replace the checkpoint's in fuzzy passes; see easyspec_jax.refit.
+    Args:
+        loader: Loader of the draft's checkpoint, onto a mesh.
+        layout: The draft's groups.
+        refit: Tensors that replace the checkpoint's in fuzzy passes; see easyspec_jax.refit.
     """
     return loader.decoder([load_block(loader, group, mlps, refit) for group, mlps in layout])
 
@@ -172,10 +245,18 @@ def load_draft(loader: Loader, layout: Layout, refit: TensorSource | None = None
 def load_block(
     loader: Loader, group: Group, mlp_lp_size: int = 1, refit: TensorSource | None = None
 ) -> Block:
-    """An ordinary layer, or a group of several."""
+    """Load a group of layers, or an ordinary layer if the group has but one.
+
+    Args:
+        loader: Loader of the draft's checkpoint, onto a mesh.
+        group: The layers.
+        mlp_lp_size: How many MLPs the fuzzy pass runs at once.
+        refit: Tensors that replace the checkpoint's in fuzzy passes.
+    """
     if len(group) == 1:
         return loader.layer(group.start)
     layer_axis = loader.mesh.shape[LAYER]
+    # Seven layers on a layer axis of four: two slots per position, eight in all, the last one zero.
     slots = slots_per_device(group, layer_axis)
     return LayerGroup(
         loader.stacked_attention(group, slots * layer_axis),
@@ -189,16 +270,20 @@ def load_block(
 
 
 def load_refit(loader: Loader, group: Group, refit: TensorSource) -> Refit:
-    """Projections that replace a group's own in fuzzy passes, where the refit has them."""
+    """Load a group's projections for fuzzy passes: the refit's where it has any, else its own.
+
+    Args:
+        loader: Loader of the draft's checkpoint, onto a mesh.
+        group: The layers, at least two.
+        refit: Canonical tensors of the refit.
+    """
     fitted = replace(loader, source=Overlay(loader.source, refit))
-    held = refit.shapes()
-    return Refit(
-        fitted.stacked_qkv(
-            group,
-            slots=slots_per_device(group, loader.mesh.shape[LAYER]) * loader.mesh.shape[LAYER],
-        ),
-        [
-            fitted.gate_up(i) if f"model.layers.{i}.mlp.gate_proj.weight" in held else None
-            for i in group
-        ],
-    )
+    # Without a gate and up of its own in the refit, an MLP is fed what it expects: see stale_sites.
+    refitted = refit.shapes()
+    gate_up: list[Projection | None] = []
+    for layer in group:
+        is_refitted = f"model.layers.{layer}.mlp.gate_proj.weight" in refitted
+        gate_up.append(fitted.gate_up(layer) if is_refitted else None)
+    layer_axis = loader.mesh.shape[LAYER]
+    slots = slots_per_device(group, layer_axis) * layer_axis
+    return Refit(fitted.stacked_qkv(group, slots=slots), gate_up)

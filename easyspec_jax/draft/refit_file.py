@@ -1,4 +1,8 @@
-"""Refits on disk: kept next to the weights they were made from, and valid for those alone."""
+"""Refits on disk: kept with the weights they were made from, and valid for those alone.
+
+A refit is a safetensors file. Its tensors replace projections of a draft in fuzzy passes; its
+metadata has the groups they were fitted for and a fingerprint of the draft.
+"""
 
 import hashlib
 import re
@@ -19,31 +23,48 @@ from easyspec_jax.files import write_whole
 from easyspec_jax.options import FLOAT_DTYPES, SpeculativeConfig
 
 DIRECTORY = "refit"
-"""Inside a draft's directory, where refits are looked for."""
+"""Directory inside a draft's own where refits are kept."""
 
 
 def path_of(directory: Path, speculative: SpeculativeConfig, layout: Layout) -> Path:
-    """Path of a refit. With only a size given, the refit chooses the groups itself; layout: the groups given."""
+    """Return the path of a refit.
+
+    A configuration with only an lp_size leaves the choice of groups to the refit, so the size names
+    the file. With an explicit lp_strategy the groups do.
+
+    Args:
+        directory: Directory of refits.
+        speculative: Configuration to draft with.
+        layout: Its groups.
+
+    Example:
+        >>> layout = parse_layout("0,1-3,4-7x2", num_layers=8)
+        >>> path_of(Path("refit"), SpeculativeConfig(lp_size=4), layout).name
+        'lp4.safetensors'
+        >>> path_of(Path("refit"), SpeculativeConfig(lp_strategy="0,1-3,4-7x2"), layout).name
+        '0,1-3,4-7x2.safetensors'
+    """
     if speculative.lp_strategy is None:
         mlps = f"_mlp{speculative.mlp_lp_size}" if speculative.mlp_lp_size > 1 else ""
         return directory / f"lp{speculative.lp_size}{mlps}.safetensors"
     name = format_layout(layout)
-    if len(name) > 100:  # file names end somewhere
+    if len(name) > 100:  # most file systems allow 255 bytes
         name = hashlib.sha256(name.encode()).hexdigest()[:16]
     return directory / f"{name}.safetensors"
 
 
 def refit_sizes(draft: Path) -> frozenset[tuple[int, int]]:
-    """lp_size and mlp_lp_size of the refits that a draft's directory holds."""
-    names = (
-        re.fullmatch(r"lp(\d+)(?:_mlp(\d+))?\.safetensors", path.name)
-        for path in (draft / DIRECTORY).glob("*")
-    )
-    return frozenset((int(name[1]), int(name[2] or 1)) for name in names if name)
+    """List (lp_size, mlp_lp_size) of the refits in a draft's directory that are named by size."""
+    sizes = set()
+    for path in (draft / DIRECTORY).glob("*"):
+        name = re.fullmatch(r"lp(\d+)(?:_mlp(\d+))?\.safetensors", path.name)
+        if name:
+            sizes.add((int(name[1]), int(name[2] or 1)))
+    return frozenset(sizes)
 
 
 def refit_digest(draft: Path) -> str:
-    """Tells apart what refits a draft's directory holds."""
+    """Hash the names and contents of all refits in a draft's directory: 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for path in sorted((draft / DIRECTORY).glob("*.safetensors")):
         with path.open("rb") as file:
@@ -52,7 +73,17 @@ def refit_digest(draft: Path) -> str:
 
 
 def save(path: Path, tensors: Mapping[str, np.ndarray], layout: Layout, draft: Checkpoint) -> None:
-    """Writes a refit, whole or not at all, in the draft's own dtype. Raises EasySpecError if it cannot."""
+    """Write a refit, whole or not at all, in the draft's dtype (float32 if that is not supported).
+
+    Args:
+        path: File to write; its directory is made if need be.
+        tensors: The refit's tensors by canonical name.
+        layout: Groups that they were fitted for.
+        draft: Checkpoint that they were made from.
+
+    Raises:
+        EasySpecError: The file cannot be written.
+    """
     dtype = draft.config.dtype if draft.config.dtype in FLOAT_DTYPES else "float32"
     values = {name: np.ascontiguousarray(tensor.astype(dtype)) for name, tensor in tensors.items()}
     metadata = {"groups": format_layout(layout)}
@@ -64,7 +95,19 @@ def save(path: Path, tensors: Mapping[str, np.ndarray], layout: Layout, draft: C
 
 
 def load(path: Path, draft: Checkpoint) -> tuple[Layout, Held]:
-    """A refit and what it is for. Raises EasySpecError if it is damaged or was made from other weights."""
+    """Read a refit.
+
+    Args:
+        path: The file.
+        draft: Checkpoint that it should have been made from.
+
+    Returns:
+        The groups that it was fitted for, and its tensors.
+
+    Raises:
+        EasySpecError: The file is damaged, was made from other weights, or does not hold the
+            tensors that its groups need.
+    """
     again = "run easyspec_jax.refit again, or use --no-refit"
     try:
         with safe_open(path, framework="numpy") as file:
@@ -81,8 +124,10 @@ def load(path: Path, draft: Checkpoint) -> tuple[Layout, Held]:
         AttributeError,
     ) as error:
         raise EasySpecError(
-            f"{path} is no refit of this draft ({first_line(error)}); {again}"
+            f"{path} is not a refit of this draft ({first_line(error)}); {again}"
         ) from None
+    # A refit belongs to the very weights it was fitted to. With others it would still run, and only
+    # lower the acceptance rate, which is easy to miss.
     if metadata.get("draft") != draft.fingerprint:
         raise EasySpecError(
             f"{path} was made from other weights than those of {draft.directory}; {again}"
@@ -95,7 +140,15 @@ def load(path: Path, draft: Checkpoint) -> tuple[Layout, Held]:
 def refit_shapes(
     layout: Layout, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a refit; shapes: of the draft's."""
+    """List the tensors that a refit must hold.
+
+    Args:
+        layout: The refit's groups.
+        shapes: Shape of each of the draft's tensors, by canonical name.
+
+    Returns:
+        Shape of each of the refit's tensors, by canonical name. Every part has a bias.
+    """
     expected: dict[str, tuple[int, ...]] = {}
     for site in stale_sites(layout):
         expected[f"{site.norm}.weight"] = shapes[f"{site.norm}.weight"]
@@ -106,22 +159,30 @@ def refit_shapes(
 
 
 def find(directory: Path, speculative: SpeculativeConfig, layout: Layout) -> Path:
-    """The file with a refit for these groups, which may not exist; layout: of the flags.
+    """Find the file with a refit for a configuration.
 
-    Explicit groups are known by what the file says, not by its name.
+    Explicit groups are also found in files of any name, by the groups in their metadata.
+
+    Args:
+        directory: Directory of refits.
+        speculative: Configuration to draft with.
+        layout: Its groups.
+
+    Returns:
+        The file's path; path_of() if there is none.
     """
     path = path_of(directory, speculative, layout)
     if path.is_file() or speculative.lp_strategy is None:
         return path
-    alike = (
-        file
-        for file in sorted(directory.glob("*.safetensors"))
-        if _groups_in(file) == format_layout(layout)
-    )
-    return next(alike, path)
+    wanted = format_layout(layout)
+    for file in sorted(directory.glob("*.safetensors")):
+        if _groups_in(file) == wanted:
+            return file
+    return path
 
 
 def _groups_in(path: Path) -> str | None:
+    """Read the groups that a file is for; None if it does not say or cannot be read."""
     with suppress(SafetensorError, OSError), safe_open(path, framework="numpy") as file:
         return (file.metadata() or {}).get("groups")
     return None
@@ -130,17 +191,28 @@ def _groups_in(path: Path) -> str | None:
 def choose_layout(
     speculative: SpeculativeConfig, draft: Checkpoint
 ) -> tuple[Layout, TensorSource | None]:
-    """The groups to draft with, and their refit, if there is any.
+    """Choose the groups to draft with, and find their refit.
 
-    Raises EasySpecError for impossible groups, or if the refit that was asked for is missing or unfit.
+    Args:
+        speculative: Configuration to draft with. Its refit is "none"; "auto", for one in the
+            draft's directory if there is any; or a directory that must have one.
+        draft: The draft's checkpoint.
+
+    Returns:
+        The layout, which is the refit's own if only an lp_size is given; and the refit's tensors,
+        or None without a refit.
+
+    Raises:
+        EasySpecError: The draft cannot have these groups, or the refit is missing, damaged, or made
+            for other weights or groups.
     """
     layout = layout_of(speculative, draft.config.num_hidden_layers)
     if speculative.refit == "none" or layout.lp_size == 1:
         return layout, None
-    beside = draft.directory / DIRECTORY
-    path = find(
-        beside if speculative.refit == "auto" else Path(speculative.refit), speculative, layout
-    )
+    own = draft.directory / DIRECTORY
+    directory = own if speculative.refit == "auto" else Path(speculative.refit)
+    # With only an lp_size, the file decides the groups; explicit groups must be the file's.
+    path = find(directory, speculative, layout)
     if path.is_file():
         found, refit = load(path, draft)
         if speculative.lp_strategy is None or found == layout:

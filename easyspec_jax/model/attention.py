@@ -1,4 +1,8 @@
-"""Attention of one layer: rotary embeddings, grouped queries, a per-row cache."""
+"""Attention of one layer: rotary embeddings, grouped queries, and a mask over a per-row cache.
+
+One pass may hold consecutive tokens of a text (chain_window) or nodes of a token tree
+(tree_window). Both are just masks and positions: the attention itself does not know the difference.
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -22,9 +26,13 @@ from easyspec_jax.model.projection import Projection
 )
 @dataclass(frozen=True)
 class Window:
-    """Positions of the tokens of one pass: row b's tokens take the cache entries from start[b] on.
+    """Positions of the tokens of one pass.
 
-    mask[b, t, s]: token t may read entry s. cos, sin: the rotation of each token, in float32.
+    Attributes:
+        start: Row b's tokens take the cache entries from start[b] on.
+        mask: `mask[b, t, s]` says that token t may read entry s.
+        cos: Cosines of each token's rotation, float32.
+        sin: Sines of each token's rotation, float32.
     """
 
     start: Int[Array, " batch"]
@@ -36,17 +44,33 @@ class Window:
 def chain_window(
     start: Int[Array, " batch"], tokens: int, capacity: int, config: ModelConfig
 ) -> Window:
-    """The window of consecutive tokens, each reading everything up to itself."""
+    """Make the window of consecutive tokens, each of which reads everything up to itself.
+
+    Args:
+        start: Position, and cache entry, of each row's first token.
+        tokens: Tokens of each row.
+        capacity: Entries of the cache.
+        config: The model's configuration, for the rotation.
+    """
     positions = start[:, None] + jnp.arange(tokens, dtype=start.dtype)[None, :]
+    # Two tokens behind a text of three, capacity 6:
+    #   token 0   1 1 1 1 0 0
+    #   token 1   1 1 1 1 1 0
     mask = jnp.arange(capacity, dtype=start.dtype)[None, None, :] <= positions[:, :, None]
     return _window(start, mask, positions, config)
 
 
 class Nodes(NamedTuple):
-    """Positions of some nodes of token trees: they take the cache entries from start[b] on.
+    """Positions of some nodes of token trees.
 
-    Node i of row b's tree has the entry root[b] + i, behind everything that all nodes may read. depth: levels below
-    the root; ancestors[b, t, i]: token t may read node i.
+    Node i of row b's tree has the cache entry root[b] + i, behind everything that all nodes may
+    read. Its position in the text is root[b] + depth: siblings share a position, not an entry.
+
+    Attributes:
+        start: First entry that the nodes take; they take consecutive ones.
+        root: Entry, and position, of the tree's root.
+        depth: Levels below the root.
+        ancestors: `ancestors[b, t, i]` says that token t may read node i.
     """
 
     start: Int[Array, " batch"]
@@ -56,8 +80,19 @@ class Nodes(NamedTuple):
 
 
 def tree_window(nodes: Nodes, capacity: int, config: ModelConfig) -> Window:
-    """The window of nodes, each reading the text and its own path."""
+    """Make the window of nodes, each of which reads the text and its own path (tree attention).
+
+    Args:
+        nodes: The nodes.
+        capacity: Entries of the cache.
+        config: The model's configuration, for the rotation.
+    """
     start, root, depth, ancestors = nodes
+    # A text of two tokens, then a root (node 0) with children 1 and 2, capacity 6:
+    #            text  tree
+    #   node 0   1 1   1 0 0   0
+    #   node 1   1 1   1 1 0   0
+    #   node 2   1 1   1 0 1   0
     before = jnp.arange(capacity, dtype=root.dtype)[None, None, :] < root[:, None, None]
     before = jnp.broadcast_to(before, (*depth.shape, capacity))
     put = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
@@ -70,7 +105,8 @@ def _window(
     positions: Int[Array, "batch tokens"],
     config: ModelConfig,
 ) -> Window:
-    frequencies = jnp.asarray(rope_frequencies(config))
+    """Add each token's rotation to its mask."""
+    frequencies = jnp.asarray(rope_frequencies(config))  # [head_dim / 2], radians per position
     angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
     return Window(start, mask, jnp.cos(angles), jnp.sin(angles))
 
@@ -78,9 +114,19 @@ def _window(
 def rotate(
     x: Float[Array, "batch heads tokens head_dim"], window: Window
 ) -> Float[Array, "batch heads tokens head_dim"]:
-    """Rotary position embedding in Hugging Face's layout: channel i pairs with channel i + head_dim / 2."""
+    """Apply rotary position embedding in Hugging Face's layout.
+
+    Channel i is paired with channel i + head_dim / 2, and each pair turns by its token's angle.
+
+    Args:
+        x: Queries or keys.
+        window: Positions of the tokens.
+
+    Returns:
+        Rotated x, in its dtype; computed in float32.
+    """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = window.cos[:, None], window.sin[:, None]
+    cos, sin = window.cos[:, None], window.sin[:, None]  # [batch, 1, tokens, head_dim / 2]
     return jnp.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1
     ).astype(x.dtype)
@@ -89,9 +135,15 @@ def rotate(
 class Attention(nnx.Module):
     """One device's share of a layer's attention, its pre-norm included.
 
-    Columns of the projection are [queries | keys | values] of this share, with kv_heads keys and as many values for
-    kv_heads * group queries. head_norms: what each query's and each key's norm is scaled by, in families that have one.
     Leaves may carry a leading slot axis to `vmap` over.
+
+    Attributes:
+        qkv: Projection whose outputs are [queries | keys | values] of this share.
+        out: Output matrix, [kv_heads * group * head_dim, hidden].
+        query_norm: Weight of the norm of each query, in families that have one, else None.
+        key_norm: Likewise of each key.
+        kv_heads: Key heads of this share; it has as many value heads.
+        group: Query heads for each key head.
     """
 
     def __init__(
@@ -115,46 +167,65 @@ class Attention(nnx.Module):
         cache: KVCache,
         window: Window,
         slot: int | None = None,
-        where: Bool[Array, ""] | None = None,
+        mask: Bool[Array, ""] | None = None,
         qkv: Projection | None = None,
     ) -> tuple[Float[Array, "batch tokens hidden"], KVCache]:
-        """This share's addend of the attention output, and the cache with the window's entries written.
+        """Write the tokens' keys and values, then attend.
 
-        slot: this layer's place if the cache is a stack of several. where: a scalar; where false, the cache stays as it
-        is (the output is then meaningless). qkv: another projection than the layer's own.
+        Args:
+            h: Hidden states.
+            cache: This share's cache.
+            window: Positions of the tokens.
+            slot: This layer's place, if the cache is a stack of several.
+            mask: A scalar; where false, the cache stays as it is and the output means nothing.
+            qkv: A projection to use instead of the layer's own.
+
+        Returns:
+            This share's addend of the attention output, and the new cache.
         """
         q, k, v = self.heads((qkv or self.qkv)(h))
-        cache = write(cache, rotate(k, window), v, window.start, slot, where)
+        cache = write(cache, rotate(k, window), v, window.start, slot, mask)
         own = cache if slot is None else KVCache(cache.k[slot], cache.v[slot])
         return self._attend(rotate(q, window), own, window.mask), cache
 
     def init_cache(self, batch: int, capacity: int) -> KVCache:
-        """This share's part of an empty cache."""
+        """Make this share's part of an empty cache, in the weights' dtype."""
         weight = self.qkv.weight
-        width = weight.shape[-1] // (self.kv_heads * (self.group + 2))
-        empty = jnp.zeros((batch * self.kv_heads, capacity, width), weight.dtype)
+        head_dim = weight.shape[-1] // (self.kv_heads * (self.group + 2))
+        empty = jnp.zeros((batch * self.kv_heads, capacity, head_dim), weight.dtype)
         return KVCache(empty, empty)
 
     def heads(self, x: Float[Array, "batch tokens heads_dim"]) -> tuple[Array, Array, Array]:
-        """Queries [batch, kv_heads * group, tokens, head_dim], keys and values [batch, kv_heads, tokens, head_dim]."""
+        """Split the projection's outputs into heads, and norm queries and keys where families do.
+
+        Args:
+            x: Outputs of the projection.
+
+        Returns:
+            Queries [batch, kv_heads * group, tokens, head_dim]; keys and values [batch, kv_heads,
+            tokens, head_dim].
+        """
         heads = self.kv_heads * (self.group + 2)
+        # [batch, tokens, heads * head_dim] -> [batch, heads, tokens, head_dim]
         x = x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
         queries = self.kv_heads * self.group
         q, k, v = jnp.split(x, [queries, queries + self.kv_heads], axis=1)
         if self.query_norm is not None and self.key_norm is not None:
-            q, k = (
-                rms_norm(q, self.query_norm[...], self.qkv.eps),
-                rms_norm(k, self.key_norm[...], self.qkv.eps),
-            )
+            q = rms_norm(q, self.query_norm[...], self.qkv.eps)
+            k = rms_norm(k, self.key_norm[...], self.qkv.eps)
         return q, k, v
 
     def _attend(
         self, q: Array, cache: KVCache, mask: Bool[Array, "batch tokens capacity"]
     ) -> Array:
+        """Mix values by softmax of masked scores, and project: [batch, tokens, hidden]."""
         batch, _, tokens, head_dim = q.shape
-        # A key head's queries are extra rows of one product, so keys are read once.
+        # A key head's queries are extra rows of one product, so its keys are read once:
+        # from [batch, kv_heads * group, tokens, head_dim]
+        # to   [batch * kv_heads, group * tokens, head_dim].
         q = q.reshape(batch * self.kv_heads, self.group * tokens, head_dim)
         scores = jnp.einsum("kqd,ksd->kqs", q, cache.k, preferred_element_type=jnp.float32)
+        # The mask is per token, so unfold: [batch, kv_heads, group, tokens, capacity].
         scores = scores.reshape(batch, self.kv_heads, self.group, tokens, -1) * np.float32(
             head_dim**-0.5
         )
@@ -162,7 +233,7 @@ class Attention(nnx.Module):
         weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
         weights = weights.reshape(batch * self.kv_heads, self.group * tokens, -1)
         mixed = jnp.einsum("kqs,ksd->kqd", weights, cache.v)
-        mixed = mixed.reshape(batch, self.kv_heads * self.group, tokens, head_dim).transpose(
-            0, 2, 1, 3
-        )
-        return mixed.reshape(batch, tokens, -1) @ self.out[...]
+        # Back to one row per token, heads side by side: [batch, tokens, queries * head_dim].
+        mixed = mixed.reshape(batch, self.kv_heads * self.group, tokens, head_dim)
+        mixed = mixed.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
+        return mixed @ self.out[...]

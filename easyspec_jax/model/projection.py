@@ -1,4 +1,4 @@
-"""A pre-norm and the product behind it, the way into attention and into a feed-forward part."""
+"""A norm and the matrix product behind it: the way into an attention and into an MLP."""
 
 from flax import nnx
 from jaxtyping import Array, Float
@@ -7,7 +7,16 @@ from easyspec_jax.model.norm import rms_norm
 
 
 class Projection(nnx.Module):
-    """RMS norm, product and, in some families, bias; weights are [in, out]. Leaves may carry a leading slot axis."""
+    """RMS norm, product and, in some families, bias.
+
+    Leaves may carry a leading slot axis to `vmap` over.
+
+    Attributes:
+        norm: Weight of the norm.
+        weight: [hidden, out].
+        bias: Added to the product, or None.
+        eps: The norm's epsilon.
+    """
 
     def __init__(
         self,
@@ -22,5 +31,6 @@ class Projection(nnx.Module):
         self.eps = eps
 
     def __call__(self, h: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens out"]:
+        """Project hidden states, in their dtype."""
         x = rms_norm(h, self.norm[...], self.eps) @ self.weight[...]
         return x if self.bias is None else x + self.bias[...][None, None, :]

@@ -13,10 +13,13 @@ VOCAB_BLOCK = 128
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """Which heads each tensor-parallel shard computes; -1 is a zero head.
+    """Which heads each tensor-parallel shard computes; -1 stands for a head of zeros.
 
-    A shard has kv_heads key-value heads and `group` query heads for each. kv_index: int [shards, kv_heads];
-    query_index: int [shards, kv_heads * group].
+    Attributes:
+        kv_heads: Key-value heads of a shard.
+        group: Query heads for each of them.
+        kv_index: Key-value heads of each shard, int [shards, kv_heads].
+        query_index: Query heads of each shard, int [shards, kv_heads * group].
     """
 
     kv_heads: int
@@ -26,13 +29,34 @@ class HeadLayout:
 
 
 def head_layout(num_heads: int, num_kv_heads: int, shards: int) -> HeadLayout:
-    """The layout for any head count with the least work per shard.
+    """Deal heads out to shards so that the busiest shard has the least work.
 
-    Each key-value head is copied `copies` times and its queries split among the copies; whole copies are dealt out to
-    shards. Work is counted in head projections: query and output for each query head, key and value for each copy.
+    Heads need not divide among the shards. Each key-value head is copied `copies` times, and its
+    queries are split among the copies; then whole copies are dealt out, an equal number to each
+    shard, with heads of zeros for what is missing. Work is counted in head projections: query and
+    output for each query head, key and value for each copy.
+
+    Args:
+        num_heads: Query heads; a multiple of num_kv_heads.
+        num_kv_heads: Key-value heads.
+        shards: Tensor-parallel shards.
+
+    Returns:
+        The layout, which is the plain split wherever heads divide and copies do not pay.
+
+    Example:
+        Nine query and three key-value heads on eight shards. Two copies of each key-value head
+        occupy six shards, with at most two queries each:
+
+        >>> layout = head_layout(num_heads=9, num_kv_heads=3, shards=8)
+        >>> layout.kv_index[:, 0].tolist()
+        [0, 0, 1, 1, 2, 2, -1, -1]
+        >>> layout.query_index.tolist()
+        [[0, 1], [2, -1], [3, 4], [5, -1], [6, 7], [8, -1], [-1, -1], [-1, -1]]
     """
     queries = num_heads // num_kv_heads
 
+    # Work of a shard = its copies * (queries and outputs of a copy + one key and one value).
     def work(copies: int) -> int:
         return -(-num_kv_heads * copies // shards) * (2 * -(-queries // copies) + 2)
 
@@ -41,6 +65,8 @@ def head_layout(num_heads: int, num_kv_heads: int, shards: int) -> HeadLayout:
     per_shard = -(-num_kv_heads * copies // shards)
     kv_index = np.full(shards * per_shard, -1)
     query_index = np.full((shards * per_shard, per_copy), -1)
+    # Unit = one copy of one key-value head with its share of the queries. In the example above,
+    # units 0 and 1 are copies of head 0, with queries (0, 1) and (2,).
     for head in range(num_kv_heads):
         for copy in range(copies):
             unit = head * copies + copy
@@ -53,6 +79,17 @@ def head_layout(num_heads: int, num_kv_heads: int, shards: int) -> HeadLayout:
 
 
 def padded_vocab_size(mesh: Mesh, *configs: ModelConfig) -> int:
-    """Rows that the embeddings of models which share token ids get, so that their shards hold the same ids."""
+    """Count the embedding rows that models with the same token ids get on a mesh.
+
+    All get the same number, so that a device's vocabulary shards of target and draft hold the same
+    ids.
+
+    Args:
+        mesh: Its devices split the rows.
+        configs: The models.
+
+    Returns:
+        The largest vocabulary, rounded up to whole VOCAB_BLOCKs on every device.
+    """
     step = VOCAB_BLOCK * mesh.size
     return -(-max(config.vocab_size for config in configs) // step) * step

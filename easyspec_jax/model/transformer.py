@@ -1,4 +1,7 @@
-"""The decoder: embedding, blocks, head; every method computes one device's part inside `shard_map`."""
+"""The decoder: embedding, blocks, head.
+
+Every method computes one device's part and is called inside `shard_map`.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -25,13 +28,24 @@ Caches = tuple[KVCache, ...]
 
 
 class MLP(nnx.Module):
-    """One device's share of a gated feed-forward part, its pre-norm included; gate and up are one projection."""
+    """One device's share of a gated feed-forward part, its pre-norm included.
+
+    Attributes:
+        gate_up: Projection whose outputs are [gate | up] of this share.
+        down: Output matrix, [hidden, inner].
+    """
 
     def __init__(self, gate_up: Projection, down: Float[Array, "hidden inner"]) -> None:
         self.gate_up, self.down = gate_up, nnx.Param(down)
 
     def __call__(self, h: Hidden, gate_up: Projection | None = None) -> Hidden:
-        """This share's addend of the output. gate_up: another projection than the layer's own."""
+        """Compute this share's addend of the output.
+
+        Args:
+            h: Hidden states.
+            gate_up: A projection to use instead of the layer's own.
+        """
+        # A shard's columns are [its gate | its up], so that one product computes both.
         gate, up = jnp.split((gate_up or self.gate_up)(h), 2, axis=-1)
         return _product(self.down[...], jax.nn.silu(gate) * up)
 
@@ -43,16 +57,17 @@ class Layer(nnx.Module):
         self.attention, self.mlp, self.axes = attention, mlp, axes
 
     def __call__(self, h: Hidden, cache: KVCache, window: Window) -> tuple[Hidden, KVCache]:
+        """Run attention, then MLP; each adds to the hidden states. See Block for arguments."""
         attended, cache = self.attention(h, cache, window)
         h = h + all_reduce(attended, self.axes)
         return h + all_reduce(self.mlp(h), self.axes), cache
 
     def init_cache(self, batch: int, capacity: int) -> KVCache:
-        """This device's part of an empty cache."""
+        """Make this device's part of an empty cache."""
         return self.attention.init_cache(batch, capacity)
 
     def cache_spec(self) -> KVCache:
-        """Heads are split; a device's rows and heads are one axis."""
+        """Return how the cache is split: each device has all rows of its own heads."""
         spec = P(self.axes or None, None, None)
         return KVCache(spec, spec)  # pyright: ignore[reportArgumentType]
 
@@ -61,27 +76,44 @@ class Block(Protocol):
     """One or more layers that share a cache."""
 
     def __call__(self, h: Hidden, cache: KVCache, window: Window) -> tuple[Hidden, KVCache]:
-        """The exact pass: hidden states after the block, and its cache with the window's entries written."""
+        """Run the exact pass.
+
+        Args:
+            h: Hidden states before the block, the same on every device.
+            cache: This device's cache.
+            window: Positions of the tokens.
+
+        Returns:
+            Hidden states after the block, and the cache with the window's entries written.
+        """
         ...
 
     def init_cache(self, batch: int, capacity: int) -> KVCache:
-        """This device's part of an empty cache."""
+        """Make this device's part of an empty cache."""
         ...
 
     def cache_spec(self) -> KVCache:
-        """The PartitionSpec of each field of the cache."""
+        """Return the PartitionSpec of each field of the cache."""
         ...
 
 
 def run_exact(block: Block, h: Hidden, cache: KVCache, window: Window) -> tuple[Hidden, KVCache]:
-    """The exact pass through one block."""
+    """Run a block in the exact pass."""
     return block(h, cache, window)
 
 
 class Decoder(nnx.Module):
     """A causal language model whose embedding and head are split by vocabulary.
 
-    Ids at and above num_ids get no probability; ids without an embedding row embed as zero.
+    Attributes:
+        embedding: This device's rows; rows that pad the vocabulary are zero, and so their ids embed
+            as zero.
+        blocks: Layers and groups of layers, in order.
+        norm: Weight of the final norm.
+        head: This device's rows, or None where the embedding serves as head.
+        config: The model's configuration.
+        axes: Mesh axes that split the embedding and the head; () if replicated.
+        num_ids: Ids at and above this never get probability.
     """
 
     def __init__(
@@ -104,15 +136,23 @@ class Decoder(nnx.Module):
         self,
         tokens: Int[Array, "batch tokens"],
         caches: Caches,
-        where: Int[Array, " batch"] | Nodes | Window,
+        at: Int[Array, " batch"] | Nodes | Window,
         run: Callable[[Block, Hidden, KVCache, Window], tuple[Hidden, KVCache]] = run_exact,
     ) -> tuple[Hidden, Caches]:
-        """Final hidden states of tokens, and the caches with their entries written.
+        """Run the model over some tokens.
 
-        where: the first entry, and position, of each row's consecutive tokens; or nodes of trees; or any window. run:
-        how to go through a block; by default exactly.
+        Args:
+            tokens: Token ids.
+            caches: This device's caches.
+            at: Position, and cache entry, of each row's first token, if they are consecutive; or
+                nodes of token trees; or any window.
+            run: How to run a block: run_exact, or a draft's run_fuzzy.
+
+        Returns:
+            Final hidden states, normed; and the caches with the tokens' entries written.
         """
-        window = self._window(where, tokens.shape[1], caches[0].capacity)
+        # Mask and rotation are the same for every layer, so they are computed once.
+        window = self._window(at, tokens.shape[1], caches[0].capacity)
         h = self.embed(tokens)
         written = []
         for block, cache in zip(self.blocks, caches, strict=True):
@@ -121,35 +161,48 @@ class Decoder(nnx.Module):
         return rms_norm(h, self.norm[...], self.config.rms_norm_eps), tuple(written)
 
     def _window(
-        self, where: Int[Array, " batch"] | Nodes | Window, tokens: int, capacity: int
+        self, at: Int[Array, " batch"] | Nodes | Window, tokens: int, capacity: int
     ) -> Window:
-        if isinstance(where, Window):
-            return where
-        if isinstance(where, Nodes):
-            return tree_window(where, capacity, self.config)
-        return chain_window(where, tokens, capacity, self.config)
+        """Make the window of whatever says where the tokens are."""
+        if isinstance(at, Window):
+            return at
+        if isinstance(at, Nodes):
+            return tree_window(at, capacity, self.config)
+        return chain_window(at, tokens, capacity, self.config)
 
     def embed(self, tokens: Int[Array, "batch tokens"]) -> Hidden:
-        """Rows of the embedding; one all-reduce where it is split."""
+        """Look up embeddings; one all-reduce where the embedding is split."""
         rows = self.embedding[...]
         local = tokens - shard_index(self.axes) * rows.shape[0]
-        mine = (local >= 0) & (local < rows.shape[0])
-        found = rows[jnp.clip(local, 0, rows.shape[0] - 1)]
-        return all_reduce(jnp.where(mine[:, :, None], found, np.zeros((), rows.dtype)), self.axes)
+        is_local = (local >= 0) & (local < rows.shape[0])
+        found = rows[jnp.clip(local, 0, rows.shape[0] - 1)]  # [batch, tokens, hidden]
+        # One device has each token's row and the others add zero.
+        found = jnp.where(is_local[:, :, None], found, np.zeros((), rows.dtype))
+        return all_reduce(found, self.axes)
 
     def logits(self, h: Hidden) -> Float[Array, "batch tokens vocab_shard"]:
-        """This shard's logits in float32; -inf for ids that do not exist."""
+        """Compute this shard's logits in float32; -inf for ids at and above num_ids.
+
+        Args:
+            h: Final hidden states.
+        """
+        # Rows of zeros, which pad the vocabulary, would give logits of 0: hence -inf below.
         rows = (self.embedding if self.head is None else self.head)[...]
         logits = _product(rows, h, jnp.float32)
         ids = shard_index(self.axes) * rows.shape[0] + jnp.arange(rows.shape[0], dtype=jnp.int32)
         return jnp.where((ids < self.num_ids)[None, None, :], logits, np.float32(-np.inf))
 
     def init_caches(self, batch: int, capacity: int) -> Caches:
-        """This device's part of empty caches for `capacity` tokens a row."""
+        """Make this device's part of empty caches.
+
+        Args:
+            batch: Rows.
+            capacity: Entries of each row.
+        """
         return tuple(block.init_cache(batch, capacity) for block in self.blocks)
 
     def cache_specs(self) -> Caches:
-        """The PartitionSpec of every cache array."""
+        """Return the PartitionSpec of every cache array."""
         return tuple(block.cache_spec() for block in self.blocks)
 
 
@@ -158,8 +211,10 @@ def _product(
     x: Float[Array, "batch tokens inner"],
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "batch tokens out"]:
-    """Every token's x times the rows of a matrix; dtype: of the result, by default x's.
+    """Multiply each token's x by a matrix, with results in dtype (by default x's).
 
-    The matrix is the left operand: so XLA's CPU backend reads it faster. Accelerators do not mind.
+    The matrix is the left operand: XLA's CPU backend reads it faster that way, and accelerators do
+    not mind.
     """
+    # [out, inner] times [batch, tokens, inner] -> [out, batch, tokens] -> [batch, tokens, out]
     return jnp.moveaxis(jnp.einsum("oi,bti->obt", matrix, x, preferred_element_type=dtype), 0, 2)

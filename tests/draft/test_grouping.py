@@ -1,4 +1,4 @@
-"""Layers go together as the paper says, or as the user says, each exactly once."""
+"""Layers are grouped as the paper says or as the user says, each exactly once."""
 
 import itertools
 
@@ -39,7 +39,7 @@ def test_paper_groups_cover_each_layer_once_within_their_size_and_survive_a_roun
     assert list(itertools.chain(*groups)) == list(range(num_layers))
     assert all(1 <= len(group) <= lp_size for group in groups)
     assert len(groups[0]) == len(groups[-1]) == 1
-    # Only the ends may cut a group short of a multiple of lp_size.
+    # Groups begin at multiples of lp_size, except next to the first and the last layer.
     assert all(group.start % lp_size == 0 for group in groups[2:-1])
     layout = Layout.uniform(groups, 2)
     assert parse_layout(format_layout(layout), num_layers) == layout

@@ -1,4 +1,4 @@
-"""A group on the layer axis: fuzzily the paper's Algorithm 2, exactly the model, each at its promised cost."""
+"""A fuzzy pass is the paper's Algorithm 2, an exact pass is the model; costs are as stated."""
 
 import copy
 import re
@@ -34,7 +34,7 @@ TOKENS = np.random.default_rng(0).integers(0, 300, (2, 40))
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """A checkpoint of eight layers and its transformers model."""
+    """A checkpoint of eight layers, and its model in transformers."""
     directory = tmp_path_factory.mktemp("draft")
     reference = save_model(directory, "smollm2", num_hidden_layers=8)
     return open_checkpoint(directory), reference
@@ -42,9 +42,10 @@ def pair(tmp_path_factory):
 
 @torch.no_grad()
 def algorithm_2(reference, layout: Layout, refit=None) -> np.ndarray:
-    """The paper's fuzzy pass out of transformers' own modules: attentions on the group's input, MLPs in order.
+    """Run the paper's fuzzy pass with transformers' own modules.
 
-    Several MLPs at a time: each is fed what came before the first of them, and the attentions up to its own.
+    Attentions run on the group's input, MLPs in order. Of MLPs that run at once, each is fed what
+    came before the first of them, and the attention outputs up to its own.
     """
     model = reference.model
     layers = [with_refit(layer, index, refit) for index, layer in enumerate(model.layers)]
@@ -70,7 +71,7 @@ def algorithm_2(reference, layout: Layout, refit=None) -> np.ndarray:
 
 
 def with_refit(layer, index, refit):
-    """The layer, with those of its parts that a refit replaces replaced."""
+    """Return a layer with a refit's tensors in place of its own."""
     if refit is None:
         return layer
     layer = copy.deepcopy(layer)
@@ -153,7 +154,7 @@ def test_exact_pass_is_the_model(pair, mesh, groups, branch):
 @pytest.mark.parametrize("run", [run_exact, run_fuzzy], ids=["exact", "fuzzy"])
 @pytest.mark.parametrize("branch", [True, False], ids=["branch", "mask"])
 def test_kv_of_a_layer_lives_only_where_its_attention_does(pair, run, branch):
-    """Two tokens appended to an empty cache, then the cache of a group of three on four devices."""
+    """Two tokens in an empty cache; a group of three layers on a layer axis of four."""
     checkpoint, _ = pair
     from_ = loader(checkpoint, MeshShape(4, 2))
     group: Any = load_draft(from_, Layout.uniform(GROUPS[0])).blocks[1]
@@ -166,7 +167,10 @@ def test_kv_of_a_layer_lives_only_where_its_attention_does(pair, run, branch):
 @pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
 @pytest.mark.parametrize("size", [3, 4, 7])
 def test_collectives_of_a_group(pair, mesh, size):
-    """size + 1 all-reduces fuzzily, of which replicated MLPs leave one; twice the size exactly; nothing else."""
+    """All-reduces, and nothing else: size + 1 in the fuzzy pass and 2 * size in the exact one.
+
+    With replicated MLPs it is one in the fuzzy pass, and size in the exact one.
+    """
     checkpoint, _ = pair
 
     def collectives(axes, run) -> dict[str, int]:
@@ -186,7 +190,7 @@ def test_collectives_of_a_group(pair, mesh, size):
     "size, mlp_lp_size, expected", [(4, 2, 3), (4, 4, 2), (7, 2, 5), (7, 7, 2)]
 )
 def test_collectives_of_mlps_at_once(pair, size, mlp_lp_size, expected):
-    """One for the first attentions, and one for each part of the group's MLPs, refit or not."""
+    """One for the first attention outputs, one for each step of MLPs; a refit adds none."""
     for refitted in (False, True):
         from_ = loader(pair[0], MeshShape(4, 2))
         layout = Layout.uniform(single_out(size), mlp_lp_size)
@@ -199,7 +203,10 @@ def test_collectives_of_mlps_at_once(pair, size, mlp_lp_size, expected):
 
 @pytest.mark.parametrize("size", [3, 4, 7])
 def test_one_device_computes_a_groups_attentions_by_batched_products(pair, size):
-    """Fuzzily four for all of them (queries, keys and values; scores; mixtures; outputs); exactly, four for each."""
+    """The fuzzy pass has four products for all attentions together, the exact pass four for each.
+
+    They are: queries, keys and values; scores; mixtures; outputs. Each MLP has two more.
+    """
     from_ = loader(pair[0], MeshShape(1, 1))
     group = load_draft(from_, Layout.uniform(single_out(size))).blocks[1]
 
@@ -213,16 +220,21 @@ def test_one_device_computes_a_groups_attentions_by_batched_products(pair, size)
 
 
 def single_out(size: int) -> tuple[range, ...]:
-    """Groups of the eight layers, of which the second has `size` and the others one."""
+    """Group eight layers so that the second group has `size` layers and the others one."""
     return (range(0, 1), range(1, 1 + size), *(range(i, i + 1) for i in range(1 + size, 8)))
 
 
 def _run(group, from_, run, tokens, capacity, compiled=False) -> Any:
-    """Hidden states and cache of one pass through a group, or the optimised HLO of it."""
+    """Run one pass through a group, or return its optimised HLO."""
     from easyspec_jax.model.attention import chain_window
 
-    @partial(jax.shard_map, mesh=from_.mesh, in_specs=(partition_specs(group), P()),
-             out_specs=(P(), group.cache_spec()), check_vma=False)  # fmt: skip
+    @partial(
+        jax.shard_map,
+        mesh=from_.mesh,
+        in_specs=(partition_specs(group), P()),
+        out_specs=(P(), group.cache_spec()),
+        check_vma=False,
+    )
     def body(group, h):
         window = chain_window(jnp.zeros(1, jnp.int32), tokens, capacity, from_.config)
         return run(group, h, group.init_cache(1, capacity), window)

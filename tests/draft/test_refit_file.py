@@ -1,4 +1,4 @@
-"""A refit is taken where it belongs, and refused with one line elsewhere."""
+"""A refit is used with the draft and groups it was made for; others are refused in one line."""
 
 import shutil
 
@@ -20,7 +20,7 @@ CHOSEN = parse_layout("0-1,2-4x2,5-7", LAYERS)
 
 @pytest.fixture
 def directory(draft, tmp_path):
-    """A copy of the draft with a refit for --lp-size 3 beside it, whose groups are not the paper's."""
+    """A copy of the draft with a refit for --lp-size 3, whose groups are not the paper's."""
     copy = tmp_path / "draft"
     shutil.copytree(draft[0].directory, copy)
     opened = open_checkpoint(copy)
@@ -30,7 +30,7 @@ def directory(draft, tmp_path):
     return copy
 
 
-def test_a_refit_beside_the_draft_brings_its_groups(directory):
+def test_a_refit_in_the_drafts_directory_brings_its_groups(directory):
     opened = open_checkpoint(directory)
     layout, refit = choose_layout(ASKED, opened)
     assert layout == CHOSEN != layout_of(ASKED, LAYERS)

@@ -1,4 +1,4 @@
-"""Each part of attention against transformers' module of the same name."""
+"""Each part of attention agrees with transformers' module of the same name."""
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def test_a_token_reads_itself_and_what_came_before():
 
 @pytest.mark.parametrize("first", [0, 2])
 def test_a_chain_of_nodes_stands_where_a_chain_does(first):
-    """Its nodes from `first` on, behind texts of different lengths; the capacity has room for more."""
+    """Rows have different lengths, and the nodes from `first` on make the pass."""
     config, text, nodes = (
         model_config(family_config("llama3").to_dict()),
         np.array([0, 5], np.int32),
@@ -81,11 +81,14 @@ def test_a_node_reads_the_text_and_its_own_path():
 
 
 PATHS = ((0,), (0, 1), (0, 2), (0, 2, 3), (0, 1, 4), (0, 2, 5), (0, 2, 5, 6))
-"""Of a tree's nodes, in their order."""
+"""Path from the root to each node of a tree, in the order of the nodes."""
 
 
 def test_a_node_of_a_tree_is_the_end_of_a_chain(tmp_path):
-    """Logits after every node are those after its path as plain text, be they verified at once or drafted by levels."""
+    """Logits after a node are those after its path as plain text.
+
+    All nodes in one pass, as verified, or level by level, as drafted.
+    """
     save_model(tmp_path, "smollm2", num_hidden_layers=2)
     from_ = loader(open_checkpoint(tmp_path), MeshShape(1, 1))
     model, random = load_target(from_), np.random.default_rng(0)
@@ -102,8 +105,8 @@ def test_a_node_of_a_tree_is_the_end_of_a_chain(tmp_path):
             logits, first = [], 0
             for count in counts:
                 here = slice(first, first + count)
-                where = (jnp.broadcast_to(x[here], (2, *x[here].shape)) for x in (depth, ancestors))
-                h, caches = model(tokens[:, here], caches, Nodes(lengths + first, lengths, *where))
+                own = (jnp.broadcast_to(x[here], (2, *x[here].shape)) for x in (depth, ancestors))
+                h, caches = model(tokens[:, here], caches, Nodes(lengths + first, lengths, *own))
                 logits.append(model.logits(h))
                 first += count
             return jnp.concatenate(logits, axis=1)

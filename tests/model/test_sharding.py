@@ -10,7 +10,7 @@ HEADS = [(9, 3), (14, 2), (32, 8), (64, 8), (28, 4), (12, 2), (5, 1), (7, 7)]
 
 @pytest.mark.parametrize("num_heads, num_kv_heads", HEADS)
 @pytest.mark.parametrize("shards", [1, 2, 3, 4, 8, 16])
-def test_every_query_head_is_computed_once_beside_its_own_key_head(num_heads, num_kv_heads, shards):
+def test_every_query_head_is_computed_once_with_its_own_key_head(num_heads, num_kv_heads, shards):
     layout = head_layout(num_heads, num_kv_heads, shards)
     queries = layout.query_index.reshape(shards, layout.kv_heads, layout.group)
     assert sorted(queries[queries >= 0]) == list(range(num_heads))
@@ -27,7 +27,7 @@ def test_heads_that_divide_are_neither_padded_nor_copied():
 
 
 def test_smollm2_on_eight_shards_splits_its_key_heads_instead_of_idling():
-    """Nine query heads on eight shards: copying each key head once leaves no shard with more than two queries."""
+    """With two copies of each of three key heads, no shard has more than two queries."""
     layout = head_layout(9, 3, 8)
     assert (layout.kv_heads, layout.group) == (1, 2)
 

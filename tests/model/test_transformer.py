@@ -1,4 +1,4 @@
-"""Logits against transformers' own forward pass, for every family, on meshes that the heads do not divide."""
+"""Logits are those of transformers, for every family, on meshes that the heads do not divide."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_exact_pass_of_layer_groups(model, axes):
 
 
 def test_rows_of_different_lengths_continue_where_each_one_is(tmp_path):
-    """A chunk appended at per-row lengths gives the logits of the whole text."""
+    """A chunk appended after different lengths gives the logits of the whole text."""
     from functools import partial
 
     import jax
@@ -64,8 +64,13 @@ def test_rows_of_different_lengths_continue_where_each_one_is(tmp_path):
     whole = forward(target, from_.mesh, TOKENS)
     lengths = np.array([70, 40], np.int32)
 
-    @partial(jax.shard_map, mesh=from_.mesh, in_specs=(partition_specs(target), P()),
-             out_specs=P(None, None, ALL_AXES), check_vma=False)  # fmt: skip
+    @partial(
+        jax.shard_map,
+        mesh=from_.mesh,
+        in_specs=(partition_specs(target), P()),
+        out_specs=P(None, None, ALL_AXES),
+        check_vma=False,
+    )
     def in_two_parts(target, lengths):
         tokens = jnp.asarray(TOKENS, jnp.int32)
         _, caches = target(tokens[:, :70], target.init_caches(2, 90), jnp.zeros(2, jnp.int32))
@@ -80,7 +85,7 @@ def test_rows_of_different_lengths_continue_where_each_one_is(tmp_path):
 
 
 def test_a_pair_whose_embedding_rows_differ(tmp_path):
-    """Ids that the draft lacks get no probability and embed as zero; its surplus rows get none either."""
+    """Ids that a model lacks get no probability and embed as zero; surplus ids get none either."""
     save_model(tmp_path / "target", "qwen2", vocab_size=300)
     reference = save_model(tmp_path / "draft", "qwen2", vocab_size=290)
     save_model(tmp_path / "larger", "qwen2", vocab_size=400)
