@@ -1,1 +1,1 @@
-"""Rounds and the loop around them."""
+"""Rounds of speculative decoding, and the host loop around them."""

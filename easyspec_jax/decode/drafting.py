@@ -1,4 +1,4 @@
-"""Growing a token tree: one pass of the draft a level, over all of the level's nodes at once."""
+"""Growing a token tree: one pass of the draft per level, over all nodes of the level at once."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,16 @@ from easyspec_jax.verify.tree import Tree
 
 
 class Level(NamedTuple):
-    """The nodes of one depth; fields as those of Tree, and log_prob as that of Branches."""
+    """The nodes of one depth.
+
+    Attributes:
+        tokens: As in Tree, like the fields below.
+        parent: Numbers of the nodes that these follow.
+        rank: Which of its parent's candidates each node is.
+        score: Worth of verifying each node; -inf where there is none.
+        log_prob: Log-probability of each node's path; see Branches.
+        ancestors: Which nodes of the whole tree are each node or above it.
+    """
 
     tokens: Int[Array, "batch width"]
     parent: Int[Array, "batch width"]
@@ -29,7 +38,12 @@ class Level(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """For each node of a level, the ids that may follow it and their probabilities under the draft."""
+    """Tokens that may follow each node of a level.
+
+    Attributes:
+        ids: Token ids.
+        q: Their probabilities under the draft.
+    """
 
     ids: Int[Array, "batch width ids"]
     q: Float[Array, "batch width ids"]
@@ -46,20 +60,41 @@ def draft_tree(
     levels: int,
     width: int,
 ) -> tuple[Tree, Caches]:
-    """`levels` levels of `width` nodes below each row's token `root`, and caches with the KV of all but the last level.
+    """Grow a tree of `levels` levels of `width` nodes below each row's last token.
 
-    h: the draft's hidden states of the roots, which decide the first level; each further one costs a fuzzy pass.
-    position: of the roots, in the text and in the caches, where node i takes the entry position + i.
+    The hidden states of the roots decide the first level; each further level costs a fuzzy pass
+    over the level above it. Nodes are numbered level by level. For width 2:
+
+        level    0    1       2       3
+        nodes    0    1 2     3 4     5 6
+
+    Args:
+        draft: The draft.
+        h: Its final hidden states of the roots.
+        caches: Its caches, which hold the text up to and including the root.
+        root: Each row's root, the last token of its text.
+        position: Position of the root in the text and in the caches; node i takes the cache entry
+            position + i.
+        request: Each row's noise and distribution.
+        verifier: Rates the tokens that may follow a node.
+        levels: Levels below the root, at least 1.
+        width: Nodes per level.
+
+    Returns:
+        The trees, the same on every device; and the caches, with keys and values of all nodes but
+        those of the last level.
     """
 
     def grow(
         level: Level, h: Float[Array, "batch some hidden"], depth: Array
     ) -> tuple[Level, Candidates]:
+        """Choose the nodes of a depth from the hidden states of the level above it."""
         logits = draft.logits(h)
+        # [batch, some, vocab_shard] -> [batch * some, vocab_shard] -> whole rows' best ids
         best, ids = top(
             logits.reshape(-1, logits.shape[-1]), verifier.candidates(width), draft.axes
         )
-        best, ids = (x.reshape(*h.shape[:2], -1) for x in (best, ids))
+        best, ids = best.reshape(*h.shape[:2], -1), ids.reshape(*h.shape[:2], -1)
         branches = verifier.branch(
             best, ids, level.score, level.log_prob, position + depth, request
         )
@@ -69,6 +104,7 @@ def draft_tree(
     def deepen(
         carry: tuple[Level, Caches], depth: Array
     ) -> tuple[tuple[Level, Caches], tuple[Level, Candidates]]:
+        """Run the draft over the level of a depth, and choose the next level's nodes."""
         level, caches = carry
         depths = jnp.broadcast_to(depth, level.tokens.shape)
         nodes = Nodes(position + first_node(depth, width), position, depths, level.ancestors)
@@ -78,17 +114,24 @@ def draft_tree(
 
     top_level = _root_level(root, 1 + levels * width)
     first, of_root = grow(top_level, h[:, None], jnp.ones((), jnp.int32))
-    # A loop, because its body compiles once however many levels there are.
+    # A loop, because its body compiles once however many levels there are. Its outputs are stacked:
+    # fields of `later` are [levels - 1, batch, width, ...].
     (_, caches), (later, of_later) = jax.lax.scan(
         deepen, (first, caches), jnp.arange(1, levels, dtype=jnp.int32)
     )
     tree = _assemble((top_level, first, later), (of_root, of_later), width)
-    # Where each device has drafted for itself, kernels need not round alike.
+    # A replicated draft runs on every device by itself, and kernels need not round alike: let all
+    # take the first device's tree.
     return (tree if draft.axes else from_first_device(tree, ALL_AXES)), caches
 
 
 def first_node(depth: Array, width: int) -> Array:
-    """The number of a depth's first node; the root is node 0."""
+    """Return the number of a depth's first node; the root is node 0.
+
+    Example:
+        >>> first_node(jnp.arange(4), width=3).tolist()
+        [0, 1, 4, 7]
+    """
     return jnp.maximum(1 + (depth - 1) * width, 0)
 
 
@@ -100,13 +143,43 @@ def best_branches(
     above: Array,
     width: int,
 ) -> Level:
-    """The best `width` branches of a level as the next level; first, above: numbers of both levels' first nodes."""
+    """Make the next level of the best `width` branches below a level.
+
+    Branches compete over the whole level, so a node may get several children or none.
+
+    Args:
+        level: The level above.
+        ids: Tokens that may follow each of its nodes.
+        branches: Their worth.
+        first: Number of the next level's first node.
+        above: Number of the first node of the level above.
+        width: Nodes to choose.
+
+    Returns:
+        The next level, best first.
+
+    Example:
+        Below the root, number 0, two of three branches become nodes 1 and 2:
+
+        >>> zero = jnp.zeros((1, 1), jnp.int32)
+        >>> root = Level(zero, zero, zero, jnp.zeros((1, 1)), jnp.zeros((1, 1)),
+        ...              jnp.array([[[True, False, False]]]))
+        >>> score = jnp.log(jnp.array([[[0.2, 0.5, 0.3]]]))
+        >>> ids = jnp.array([[[7, 8, 9]]])
+        >>> branches = Branches(score, score, jnp.exp(score))
+        >>> level = best_branches(root, ids, branches, jnp.array(1), jnp.array(0), width=2)
+        >>> level.tokens.tolist(), level.parent.tolist(), level.rank.tolist()
+        ([[8, 9]], [[0, 0]], [[1, 2]])
+        >>> level.ancestors.astype(int).tolist()
+        [[[1, 1, 0], [1, 0, 1]]]
+    """
 
     def chosen(x: Array) -> Array:
-        return jnp.take_along_axis(x.reshape(x.shape[0], -1), place, axis=1)
+        return jnp.take_along_axis(x.reshape(x.shape[0], -1), branch, axis=1)
 
-    score, place = jax.lax.top_k(branches.score.reshape(ids.shape[0], -1), width)
-    parent, rank = jnp.divmod(place, ids.shape[2])
+    # All branches of the level in one row, [batch, some * ids]: branch = parent * ids + rank.
+    score, branch = jax.lax.top_k(branches.score.reshape(ids.shape[0], -1), width)
+    parent, rank = jnp.divmod(branch, ids.shape[2])
     own = jax.nn.one_hot(
         first + jnp.arange(width, dtype=jnp.int32), level.ancestors.shape[2], dtype=bool
     )
@@ -116,12 +189,13 @@ def best_branches(
         rank=rank,
         score=score,
         log_prob=chosen(branches.log_prob),
+        # A node's ancestors are its parent's and itself: [batch, width, nodes].
         ancestors=jnp.take_along_axis(level.ancestors, parent[:, :, None], axis=1) | own[None],
     )
 
 
 def _root_level(tokens: Int[Array, " batch"], nodes: int) -> Level:
-    """Level 0 of a tree."""
+    """Make level 0 of a tree of `nodes` nodes."""
     zero = jnp.zeros((tokens.shape[0], 1), jnp.int32)
     certain = zero.astype(jnp.float32)
     is_root = jnp.broadcast_to(jnp.arange(nodes) == 0, (tokens.shape[0], 1, nodes))
@@ -131,21 +205,28 @@ def _root_level(tokens: Int[Array, " batch"], nodes: int) -> Level:
 def _assemble(
     levels: tuple[Level, Level, Level], candidates: tuple[Candidates, Candidates], width: int
 ) -> Tree:
-    """The tree of levels 0, 1 and, stacked, the others; candidates: of level 0 and, stacked, of all but the last."""
+    """Join levels into a tree.
 
-    def in_order(first: Array, *others: Array) -> Array:
-        *single, stacked = others
+    levels: level 0, level 1 and, stacked, all others. candidates: those below level 0 and, stacked,
+    below all other levels but the last.
+    """
+
+    def in_order(*parts: Array) -> Array:
+        """Join parts [batch, n, ...] and a stacked last one along the axis of nodes."""
+        *single, stacked = parts
+        # [levels, batch, width, ...] -> [batch, levels, width, ...] -> [batch, levels * width, ...]
         stacked = jnp.moveaxis(stacked, 0, 1)
         flat = stacked.reshape(stacked.shape[0], -1, *stacked.shape[3:])
-        return jnp.concatenate([first, *single, flat], axis=1)
+        return jnp.concatenate([*single, flat], axis=1)
+
+    def with_leaves(x: Array) -> Array:
+        """Add zeros for the last level, whose nodes have no candidates."""
+        return jnp.pad(x, [(0, 0), (0, width), (0, 0)])
 
     nodes = jax.tree.map(in_order, *levels)
+    below = jax.tree.map(in_order, *candidates)
     entry = np.arange(nodes.tokens.shape[1], dtype=np.int32)
-    depth = -(entry // -width)
-    ids, q = (
-        jnp.pad(x, [(0, 0), (0, width), (0, 0)])  # leaves have none
-        for x in jax.tree.map(in_order, *candidates)
-    )
+    depth = -(entry // -width)  # rounded up: 0, then 1 `width` times, then 2, ...
     return Tree(
         tokens=nodes.tokens,
         parent=nodes.parent,
@@ -154,7 +235,7 @@ def _assemble(
         score=nodes.score,
         ancestors=nodes.ancestors,
         rank=nodes.rank,
-        candidates=ids,
-        q=q,
+        candidates=with_leaves(below.ids),
+        q=with_leaves(below.q),
         width=width,
     )

@@ -8,38 +8,54 @@ from easyspec_jax.decode.round import State
 
 
 class CacheGrowth:
-    """Caches grow to the next size when some row could need it in the round that is dispatched next.
+    """Bounds on the lengths of all rows, and the capacity that follows from them.
 
-    One report of each row may be unread by then. Rows that are left may run over: what they overwrite is their own.
+    Caches grow to their next size when some row could need it in the round to be dispatched next.
+    By then, the report of the round before may be unread, so a row may be longer than the host
+    knows by up to levels + 1 tokens. A row that was left may run past the capacity; it then
+    overwrites entries of its own only.
+
+    Attributes:
+        programs: Compiled steps, which know the sizes of caches.
+        capacity: Capacity of the caches now.
     """
 
     def __init__(self, programs: Programs, rows: int, capacity: int = 0) -> None:
         self.programs, self.capacity = programs, capacity
-        self._lengths, self._first, self._ends = (np.zeros(rows, np.int64) for _ in range(3))
+        self._lengths = np.zeros(rows, np.int64)  # tokens of each row's text that the host knows
+        self._first = np.zeros(rows, np.int64)  # tokens that get room at once
+        self._ends = np.zeros(rows, np.int64)  # tokens of the text at its limit
 
     def enter(self, row: int, prompt: int, limit: int) -> None:
-        """Note that a row has a text of `prompt` tokens, to be continued by up to `limit` more."""
-        self._lengths[row], self._first[row], self._ends[row] = (
-            prompt,
-            prompt + min(limit, AHEAD),
-            prompt + limit,
-        )
+        """Note that a row has a new text.
+
+        Args:
+            row: The row.
+            prompt: Tokens of its prompt.
+            limit: Tokens that may follow.
+        """
+        self._lengths[row] = prompt
+        self._first[row] = prompt + min(limit, AHEAD)
+        self._ends[row] = prompt + limit
 
     def leave(self, row: int) -> None:
-        """A row's text is finished."""
+        """Note that a row's text is finished: it needs no room any more."""
         self._lengths[row] = self._first[row] = self._ends[row] = 0
 
     def read(self, num_tokens: Int[Array | np.ndarray, " batch"]) -> None:
-        """So many tokens of each row have been reported."""
+        """Note how many new tokens each row has reported."""
         self._lengths += np.asarray(num_tokens)
 
     def needed(self) -> int:
-        """The capacity that the next round needs, whatever the unread report says."""
+        """Return the capacity that the next round needs, whatever the unread report says."""
+        # levels = 5, a row known to have 200 tokens, at most 206 after the unread report. The next
+        # round starts from there, and `capacity` adds what a round writes behind a text. A text
+        # does not grow past its limit, whatever levels a round drafts.
         longest = np.maximum(self._lengths + self.programs.config.levels + 1, self._first)
         return self.programs.capacity(max(1, int(np.minimum(longest, self._ends).max())))
 
     def grow_if_needed(self, state: State) -> State:
-        """The state, with larger caches if the next round may need them."""
+        """Return the state, with larger caches if the next round may need them."""
         if self.needed() <= self.capacity:
             return state
         self.capacity = self.needed()

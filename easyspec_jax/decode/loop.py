@@ -1,4 +1,11 @@
-"""The host's side of decoding: dispatch one round ahead, hand out reports."""
+"""The host's side of decoding: dispatch one round ahead, hand out reports.
+
+Calls to compiled steps return before the devices are done. So the host dispatches round n + 1 first
+and reads the report of round n while the devices already work on the next:
+
+    devices   | round 1 | round 2 | round 3 |
+    host      dispatch 2, read 1, dispatch 3, read 2, ...
+"""
 
 from collections.abc import Generator, Sequence
 from functools import partial
@@ -18,10 +25,16 @@ def decode(
     limits: Sequence[int],
     sampling: SamplingParams,
 ) -> Generator[Report]:
-    """Generates up to limits[i] tokens after prompts[i] (token ids, none empty).
+    """Generate text after several prompts, one per row of a batch.
 
-    Yields a Report of NumPy arrays for the prefill and for each round, until every row is done. The next round is
-    dispatched before a report is read, so the devices never wait for the host.
+    Args:
+        programs: Compiled steps.
+        prompts: Token ids of each prompt, none empty.
+        limits: How many tokens to generate after each prompt, at most.
+        sampling: Temperature, top-k and top-p. Row i has seed `(sampling.seed + i) % 2**32`.
+
+    Yields:
+        A Report of NumPy arrays for the prefill, and one for each round, until every row is done.
     """
     growth = CacheGrowth(programs, len(prompts))
     for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
@@ -30,27 +43,39 @@ def decode(
     state = programs.start(sampling, limits, growth.capacity)
     try:
         state, chunks = prefill_all(programs, state, prompts)
-        state, report = programs.round(state)
-        now = first_tokens(chunks)
-        yield now
-        while not now.done.all():
-            growth.read(now.num_tokens)
+        state, dispatched = programs.round(state)
+        report = first_tokens(chunks)
+        yield report
+        # Here `report` has been read, and `dispatched` is that of the round in progress.
+        while not report.done.all():
+            growth.read(report.num_tokens)
             state = growth.grow_if_needed(state)
             state, ahead = programs.round(state)
-            now, report = jax.device_get(report), ahead
-            yield now
+            report, dispatched = jax.device_get(dispatched), ahead
+            yield report
     finally:
         settle(state)
 
 
 def settle(state: State) -> None:
-    """Waits for the devices: two programs with collectives at once could starve each other of the CPU's threads."""
-    if not state.length.is_deleted():  # as it is if Ctrl-C came between a call and its result
+    """Wait for the devices to finish with a state.
+
+    Another program must not start before: on a CPU, two programs with collectives that run at once
+    could starve each other of threads.
+    """
+    # If Ctrl-C came between a call and its result, the state was donated and is gone.
+    if not state.length.is_deleted():
         jax.block_until_ready(state.length)
 
 
 def warm_up(programs: Programs, capacities: Sequence[int], rows: int = 1) -> None:
-    """Compile what decode() uses for rows whose caches grow like this, by decoding rows that are finished."""
+    """Compile what decode() will use, by running it on rows that are finished from the start.
+
+    Args:
+        programs: Compiled steps.
+        capacities: Sizes that the caches will have, in order; see Programs.capacities.
+        rows: Rows of the batch.
+    """
     state = programs.start(SamplingParams(), [0] * rows, capacities[0])
     state, _ = prefill_all(programs, state, [[0]] * rows)
     state, _ = programs.round(state)
@@ -60,13 +85,24 @@ def warm_up(programs: Programs, capacities: Sequence[int], rows: int = 1) -> Non
 
 
 Chunk = tuple[np.ndarray, Report]
-"""Which rows' prompts end with a chunk, bool [batch], and what its prefill reported."""
+"""For a chunk of all prompts: whose prompts end with it, bool [batch], and its prefill's report."""
 
 
 def prefill_all(
     programs: Programs, state: State, prompts: Sequence[Sequence[int]]
 ) -> tuple[State, list[Chunk]]:
-    """The state after all prompts, and what first_tokens needs."""
+    """Run prefill over all prompts, chunk by chunk.
+
+    Args:
+        programs: Compiled steps.
+        state: Rows that hold no text yet.
+        prompts: Token ids of each prompt, none empty.
+
+    Returns:
+        The state after all prompts, and the chunks that first_tokens() needs.
+    """
+    # Prompts of 150 and 20 tokens take two chunks of 128, with counts [128, 20] and [22, 0], and
+    # last [False, True] and [True, False].
     lengths = np.asarray([len(prompt) for prompt in prompts])
     chunks = []
     for start in range(0, int(lengths.max()), PREFILL_CHUNK):
@@ -81,7 +117,14 @@ def prefill_all(
 
 
 def first_tokens(chunks: list[Chunk]) -> Report:
-    """Each row's report from the chunk its prompt ended with, as NumPy arrays."""
+    """Merge prefill reports: take each row from the chunk its prompt ended with.
+
+    Args:
+        chunks: Chunks of prefill_all().
+
+    Returns:
+        A Report of NumPy arrays.
+    """
     (_, merged), *others = jax.device_get(chunks)
     for last, report in others:
         merged = jax.tree.map(partial(_choose_rows, last), report, merged)
@@ -89,4 +132,5 @@ def first_tokens(chunks: list[Chunk]) -> Report:
 
 
 def _choose_rows(rows: np.ndarray, new: np.ndarray, old: np.ndarray) -> np.ndarray:
+    """Take some rows from new, the others from old; arrays are [batch] or [batch, tokens]."""
     return np.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)

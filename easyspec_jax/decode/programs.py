@@ -1,4 +1,8 @@
-"""Compiled steps of one pair of models, each compiled once per cache size."""
+"""Compiled steps of one pair of models, each compiled once per cache size.
+
+The steps themselves are pure functions in `round.py` and `refill.py`. Here they are wrapped in
+`shard_map` and `jit`, and their arguments are put on the mesh.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,17 +29,28 @@ from easyspec_jax.parallel.mesh import replicated
 from easyspec_jax.verify import RowSampling
 
 AHEAD = 256
-"""Tokens behind its prompt for which a text gets cache entries at first."""
+"""Tokens after a prompt that a text gets cache entries for at first, whatever its limit."""
 
 PREFILL_CHUNK = 128
-"""Prompt tokens per prefill step; caches are multiples of it, so that a padded last chunk still fits."""
+"""Prompt tokens per prefill step.
+
+Capacities of caches are multiples of it, so that a last chunk fits with its padding.
+"""
 
 
 @dataclass(frozen=True)
 class Programs:
-    """The jitted steps of one pair of models and one RoundConfig; each compiles once per cache size.
+    """The jitted steps of one pair of models and one RoundConfig.
 
-    States are donated, and come back under the very shardings they went in with. max_length: no text is longer.
+    Each compiles once per cache size. Every step but `start` and `extend` donates the state: its
+    buffers are reused for the new state, and the old one can no longer be read.
+
+    Attributes:
+        mesh: The mesh of both models.
+        target: The target.
+        draft: The draft, or None for plain decoding.
+        config: The round's configuration.
+        max_length: Length that no text exceeds, or None.
     """
 
     mesh: Mesh
@@ -45,29 +60,50 @@ class Programs:
     max_length: int | None = None
 
     def capacity(self, tokens: int) -> int:
-        """Cache entries for texts of `tokens`: a power of two, so that few sizes are ever compiled.
+        """Return the size of caches for texts of a length.
 
-        Behind the text there is room for one round's padding and drafts. No cache is larger than max_length asks for.
+        It is a power of two, so that few sizes are ever compiled, and leaves room behind the text
+        for what one round writes. No cache is larger than texts of max_length need.
+
+        Args:
+            tokens: Length of the text.
+
+        Returns:
+            Cache entries per row.
         """
+        # The next power of two: 300 -> 512, 512 -> 512.
         size = 1 << (max(self._needed(tokens), PREFILL_CHUNK) - 1).bit_length()
         if self.max_length is None:
             return size
-        return min(
-            size, -(-self._needed(max(tokens, self.max_length)) // PREFILL_CHUNK) * PREFILL_CHUNK
-        )
+        most = self._needed(max(tokens, self.max_length))
+        return min(size, -(-most // PREFILL_CHUNK) * PREFILL_CHUNK)
 
     def _needed(self, tokens: int) -> int:
+        """Count the entries that a round may write for a text of a length."""
         return tokens + self.config.scratch + 1
 
     def capacities(self, prompt: int, limit: int) -> tuple[int, ...]:
-        """Cache sizes on the way from a prompt of `prompt` tokens to its limit."""
+        """List the sizes that caches may have while a text grows to its limit.
+
+        Args:
+            prompt: Tokens of the prompt.
+            limit: Tokens that may follow.
+        """
+        # A prompt of 100 tokens with a limit of 1000 starts with room for 356 and grows by powers
+        # of two: 512, 1024, 2048.
         sizes = [self.capacity(prompt + min(limit, AHEAD))]
         while sizes[-1] < self.capacity(prompt + limit):
             sizes.append(self.capacity(sizes[-1]))
         return tuple(sizes)
 
     def start(self, sampling: SamplingParams, limits: Sequence[int], capacity: int) -> State:
-        """Empty rows, one per limit (tokens to generate). Row i's noise is that of seed + i."""
+        """Make the state of rows that hold no text yet.
+
+        Args:
+            sampling: Temperature, top-k and top-p. Row i has seed `(sampling.seed + i) % 2**32`.
+            limits: Tokens to generate in each row; 0 for a row that is finished.
+            capacity: Cache entries per row.
+        """
         request = self._request(sampling, len(limits))
         return self._start(
             self.leaves, request, self._replicated(np.asarray(limits, np.int32)), capacity
@@ -76,41 +112,59 @@ class Programs:
     def prefill(
         self, state: State, tokens: np.ndarray, count: np.ndarray, last: np.ndarray
     ) -> tuple[State, Report]:
-        """One chunk of every row's prompt; int32 [batch, PREFILL_CHUNK], int32 and bool [batch]."""
-        arrays = (self._replicated(x) for x in (tokens, count, last))
+        """Run round.prefill: append one chunk of every row's prompt.
+
+        Args:
+            state: The state; donated.
+            tokens: int32 [batch, PREFILL_CHUNK], padded with any ids.
+            count: Tokens of each row's chunk, int32 [batch].
+            last: Whether a row's prompt ends with it, bool [batch].
+        """
+        arrays = map(self._replicated, (tokens, count, last))
         return self._prefill(self.leaves, state, *arrays)
 
     def enter(
         self, state: State, row: int, prompt: Sequence[int], limit: int, sampling: SamplingParams
     ) -> tuple[State, Report]:
-        """Gives a row another text, whose first token the report of this one row holds; other rows keep their state.
+        """Run refill.enter: give a row another text; other rows keep their state.
 
-        Its noise is that of sampling's seed. The caches must have room for the prompt.
+        Args:
+            state: The state; donated. Its caches must have room for the prompt.
+            row: The row.
+            prompt: Token ids, at least one.
+            limit: Tokens to generate.
+            sampling: Temperature, top-k, top-p and seed of this text.
+
+        Returns:
+            The new state; and a report of this one row, with the text's first token.
         """
         report = None
         for start in range(0, len(prompt), PREFILL_CHUNK):
             part = prompt[start : start + PREFILL_CHUNK]
             tokens = np.zeros((1, PREFILL_CHUNK), np.int32)
             tokens[0, : len(part)] = part
-            numbers = (np.full(1, number, np.int32) for number in (start, len(part), limit))
-            begun, count, limits = (self._replicated(number) for number in numbers)
-            last = self._replicated(np.full(1, start + PREFILL_CHUNK >= len(prompt)))
             text = Entrance(
-                self._replicated(tokens), begun, count, last, limits, self._request(sampling, 1)
+                tokens=self._replicated(tokens),
+                start=self._replicated(np.full(1, start, np.int32)),
+                count=self._replicated(np.full(1, len(part), np.int32)),
+                last=self._replicated(np.full(1, start + PREFILL_CHUNK >= len(prompt))),
+                limit=self._replicated(np.full(1, limit, np.int32)),
+                request=self._request(sampling, 1),
             )
             state, report = self._enter(self.leaves, state, self._replicated(np.int32(row)), text)
         assert report is not None, "an empty prompt"
         return state, report
 
     def extend(self, state: State, capacity: int) -> State:
-        """The state with larger caches; compiles once for each pair of sizes."""
+        """Return the state with larger caches; compiles once for each pair of sizes."""
         return self._extend(self.leaves, state, capacity)
 
     def round(self, state: State) -> tuple[State, Report]:
-        """One round of every row."""
+        """Run round.speculative_round for every row. The state is donated."""
         return self._round(self.leaves, state)
 
     def _request(self, sampling: SamplingParams, rows: int) -> RowSampling:
+        """Put each row's noise and distribution on the mesh, with consecutive seeds."""
         seeds = (sampling.seed + np.arange(rows)) % 2**32
         return RowSampling(
             seed=self._replicated(seeds.astype(np.uint32)),
@@ -125,11 +179,15 @@ class Programs:
 
     @cached_property
     def leaves(self) -> list[jax.Array]:
-        """The arrays of both models: flattening their modules at every call would cost more than a small round."""
+        """Arrays of both models, in the order of jax.tree.leaves.
+
+        Kept, because flattening the modules at every call would cost more than a small round.
+        """
         return jax.tree.leaves((self.target, self.draft))
 
     @property
     def state_spec(self) -> Any:
+        """PartitionSpecs of a State: caches are split, everything else is replicated."""
         return State(
             target=self.target.cache_specs(),
             draft=() if self.draft is None else self.draft.cache_specs(),
@@ -140,6 +198,7 @@ class Programs:
 
     @cached_property
     def _start(self) -> Callable[..., State]:
+        # The capacity is a shape, so it is static: a program for each.
         def program(
             leaves: list[jax.Array], request: RowSampling, limit: jax.Array, capacity: int
         ) -> State:
@@ -168,9 +227,8 @@ class Programs:
             body = partial(extended, capacity=capacity)
             return self.mapped(body, (self.state_spec,), self.state_spec)(leaves, state)
 
-        return jax.jit(
-            program, static_argnums=2, out_shardings=self._shardings[0]
-        )  # no size fits the donated one
+        # Not donated: buffers of the old size could not hold the new caches.
+        return jax.jit(program, static_argnums=2, out_shardings=self._shardings[0])
 
     @cached_property
     def _round(self) -> Callable[..., tuple[State, Report]]:
@@ -181,21 +239,33 @@ class Programs:
 
     @property
     def _results(self) -> Any:
+        """PartitionSpecs of a step's results, (State, Report)."""
         return self.state_spec, P()
 
     @property
     def _shardings(self) -> Any:
-        """Shardings of the results, spelled out: JAX infers several equal spellings, and each would compile again."""
+        """Shardings of a step's results, spelled out.
+
+        Left to itself, JAX may spell equal shardings differently, and the next step would compile
+        once for each spelling.
+        """
         return jax.tree.map(partial(NamedSharding, self.mesh), self._results)
 
     def mapped(
         self, body: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any
     ) -> Callable[..., Any]:
-        """body(target, draft, …) on every device of the mesh, as a function of the models' leaves."""
+        """Wrap body(target, draft, ...) in `shard_map`, as a function of `leaves` and the rest.
+
+        Args:
+            body: Computes one device's part.
+            in_specs: PartitionSpecs of the arguments after the models.
+            out_specs: PartitionSpecs of the results.
+        """
         models = jax.tree.structure((self.target, self.draft))
-        # Otherwise a GPU rounds float32 products to TF32 and a TPU to bfloat16.
+        # By default a GPU rounds the factors of float32 products to TF32, and a TPU to bfloat16.
         precision = "highest" if self.target.embedding.dtype == np.float32 else "default"
 
+        # Inside `shard_map` leaves are this device's parts; put together again they are modules.
         def on_device(leaves: list[jax.Array], *args: Any) -> Any:
             with jax.default_matmul_precision(precision):
                 return body(*jax.tree.unflatten(models, leaves), *args)

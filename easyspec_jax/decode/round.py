@@ -1,6 +1,16 @@
 """One round as a pure function of the state: calibrate, draft, verify, accept, commit.
 
-Everything here runs inside one `shard_map`; rows of a batch are independent, each with its own lengths.
+Everything here runs inside one `shard_map`. Rows of a batch are independent, each with its own
+lengths; no step waits for the longest.
+
+A round in the order of speculative_round():
+
+1. *Calibrate*: the draft runs exactly over the pending tokens, those that its cache lacks, and so
+   overwrites the inexact keys and values that drafting left there.
+2. *Draft*: fuzzy passes grow a token tree below the last token of the text.
+3. *Verify*: one pass of the target over the whole tree; a verifier decides what is accepted.
+4. *Accept*: the accepted path and one more token, cut at stop tokens and the limit.
+5. *Commit*: lengths advance past what the caches now hold of the text.
 """
 
 from dataclasses import dataclass, replace
@@ -27,10 +37,21 @@ from easyspec_jax.verify.tree import Tree, bare_root, path_to, prune
 class RoundConfig:
     """Static options that a compiled round is specialised to.
 
-    levels: of the drafted tree, 0 for plain decoding; width: nodes a level, 1 for a chain; nodes: how many of all nodes
-    are verified, None for all.
-    calibration: the draft's KV of accepted tokens is rebuilt exactly every round; otherwise what drafting wrote is
-    kept. stop_ids end a text.
+    Attributes:
+        levels: Levels of the drafted tree; 0 for plain decoding.
+        calibration: Whether the draft's keys and values of accepted tokens are rebuilt exactly in
+            every round. If not, those that drafting wrote are kept.
+        verifier: Rules by which drafts are proposed and accepted.
+        stop_ids: Token ids that end a text.
+        width: Nodes per level; 1 for a chain.
+        nodes: How many nodes are verified, the root not counted; None for all.
+
+    Example:
+        >>> config = RoundConfig.of(SpeculativeConfig(), SamplingParams(temperature=0.8), (2,))
+        >>> config.levels, config.calibration, config.verifier
+        (5, True, Rejection(truncates=False))
+        >>> config.pending_size, config.scratch
+        (6, 6)
     """
 
     levels: int
@@ -44,7 +65,16 @@ class RoundConfig:
     def of(
         cls, speculative: SpeculativeConfig, sampling: SamplingParams, stop_ids: tuple[int, ...]
     ) -> "RoundConfig":
-        """The round of a way to speculate, for a way of sampling; the numbers of the latter are arguments of it."""
+        """Derive the round for a way to speculate and a way to sample.
+
+        Only whether sampling is greedy, and whether it truncates, enters here. Its numbers are
+        arrays of the state (RowSampling), so that they do not need programs of their own.
+
+        Args:
+            speculative: How to draft.
+            sampling: How to sample.
+            stop_ids: Token ids that end a text.
+        """
         return cls(
             levels=0 if speculative.method == "vanilla" else speculative.num_speculative_tokens,
             # An exact draft's own KV is exact already: there is nothing to calibrate.
@@ -57,10 +87,10 @@ class RoundConfig:
 
     @property
     def pending_size(self) -> int:
-        """The most tokens that the draft's cache can lack at the start of a round."""
+        """Most tokens that the draft's cache can lack at the start of a round."""
         if self.calibration or self.levels == 0:
-            return self.levels + 1
-        return 2  # drafting writes no KV for its last level, and none for the bonus token
+            return self.levels + 1  # all that the last round added
+        return 2  # drafting writes no KV for its last level, and none for the token after it
 
     @property
     def scratch(self) -> int:
@@ -86,9 +116,26 @@ class RoundConfig:
 class State:
     """State of every row between rounds.
 
-    target, draft: caches, of whose entries the first length (draft_length) are committed. pending: the last tokens of
-    the text, which the draft's cache lacks; the last of them is also the one that the target's cache lacks. remaining:
-    tokens that may still be generated; 0 when the row is finished, and rounds then leave it alone.
+    The last token of a text is in no cache yet, because the pass over it is the next one to come.
+    The draft's cache may lack more. With calibration, after a round that added t4 and t5 to t0-t3:
+
+        text      t0   t1   t2   t3   t4   t5
+        target    kv   kv   kv   kv   kv         length = 5
+        draft     kv   kv   kv   kv              draft_length = 4, pending = t4, t5
+
+    Always draft_length + pending_count = length + 1, the number of tokens of the text.
+
+    Attributes:
+        target: The target's caches; the first `length` entries of a row are committed.
+        draft: The draft's caches, likewise up to `draft_length`; () without a draft.
+        length: Committed entries of the target's caches.
+        draft_length: Committed entries of the draft's caches.
+        pending: Last tokens of the text, which the draft's cache lacks; beyond `pending_count`
+            they mean nothing.
+        pending_count: How many tokens are pending.
+        remaining: Tokens that may still be generated; 0 when the row is finished. Rounds then
+            leave it alone.
+        request: Each row's noise and distribution.
     """
 
     target: Caches
@@ -102,7 +149,7 @@ class State:
 
 
 class Fault(IntEnum):
-    """Why a row cannot go on: which model's logits are not finite."""
+    """Reason why a row cannot go on: which model's logits are not finite."""
 
     NONE = 0
     TARGET = 1
@@ -110,10 +157,18 @@ class Fault(IntEnum):
 
 
 class Report(NamedTuple):
-    """Tokens that a pass added to each row: the first `num_tokens`; of `drafted` levels `accepted` are among them.
+    """Result of one pass for each row.
 
-    Levels that the text cannot reach, past a stop token, the limit or a fault, count as neither drafted nor accepted.
-    fault: a Fault, which ends the row.
+    Levels that the text cannot reach, past a stop token, the limit or a fault, count as neither
+    drafted nor accepted.
+
+    Attributes:
+        tokens: New tokens of the text; only the first `num_tokens` count.
+        num_tokens: How many there are.
+        drafted: Levels that were drafted.
+        accepted: How many of them were accepted.
+        done: Whether the row is finished.
+        fault: A Fault, which ends the row.
     """
 
     tokens: Int[Array, "batch levels+1"]
@@ -132,7 +187,16 @@ def init_state(
     capacity: int,
     size: int,
 ) -> State:
-    """Empty rows. limit: tokens to generate; capacity: cache entries a row; size: RoundConfig.pending_size."""
+    """Make the state of rows that hold no text yet.
+
+    Args:
+        target: The target.
+        draft: The draft, or None for plain decoding.
+        request: Each row's noise and distribution.
+        limit: Tokens to generate in each row.
+        capacity: Cache entries of each row.
+        size: RoundConfig.pending_size.
+    """
     batch = limit.shape[0]
     zero = jnp.zeros((batch,), jnp.int32)
     return State(
@@ -156,15 +220,25 @@ def prefill(
     last: Bool[Array, " batch"],
     config: RoundConfig,
 ) -> tuple[State, Report]:
-    """Appends each row's next `count` prompt tokens to both caches, exactly; samples the first token of the text.
+    """Append a chunk of each row's prompt to both caches, exactly; sample first tokens.
 
-    last: the row's prompt ends with this chunk, and the report holds its first token, which belongs to no round. Rows
-    whose prompt has ended before pass count 0.
+    Args:
+        target: The target.
+        draft: The draft, or None.
+        state: Rows, of whose prompts earlier chunks are in the caches.
+        tokens: Each row's next prompt tokens, padded to the chunk.
+        count: How many of them there are; 0 for a row whose prompt has ended before.
+        last: Whether the row's prompt ends with this chunk.
+        config: The round's configuration.
+
+    Returns:
+        The new state; and a report with the first token of rows whose prompt ends here. That token
+        belongs to no round. Other rows report no token.
     """
     h, target_caches = target(tokens, state.target, state.length)
     draft_caches = () if draft is None else draft(tokens, state.draft, state.draft_length)[1]
     end = jnp.maximum(count - 1, 0)
-    logits = target.logits(_take(h, end)[:, None])
+    logits = target.logits(_take(h, end)[:, None])  # after the prompt's last token: [batch, 1, ids]
     tree = bare_root(_take(tokens, end))
     verdict = config.verifier.verify(logits, tree, state.length + count, state.request)
     live = last & (state.remaining > 0)
@@ -188,19 +262,30 @@ def prefill(
 def speculative_round(
     target: Decoder, draft: Decoder | None, state: State, config: RoundConfig
 ) -> tuple[State, Report]:
-    """Drafts, verifies and commits up to config.levels + 1 tokens a row (EasySpec, arXiv 2502.02493)."""
+    """Run one round: draft, verify and commit up to config.levels + 1 tokens per row.
+
+    The method is EasySpec (arXiv 2502.02493). Without a draft, a round is a step of plain decoding.
+
+    Args:
+        target: The target.
+        draft: The draft, or None.
+        state: Rows whose prompts are in the caches.
+        config: The round's configuration.
+
+    Returns:
+        The state after the round, and what the round added to each row.
+    """
     root = _take(state.pending, state.pending_count - 1)
-    tree, sound, draft_caches = (
-        (bare_root(root), jnp.ones(root.shape, bool), ())
-        if draft is None
-        else _draft(draft, root, state, config)
-    )
+    if draft is None:
+        tree, draft_is_finite, draft_caches = bare_root(root), jnp.ones(root.shape, bool), ()
+    else:
+        tree, draft_is_finite, draft_caches = _draft(draft, root, state, config)
     nodes = Nodes(state.length, state.length, tree.depth, tree.ancestors)
     h, target_caches = target(tree.tokens, state.target, nodes)
     verdict = config.verifier.verify(target.logits(h), tree, state.length + 1, state.request)
     live = state.remaining > 0
     report, remaining, path = _accept(
-        verdict, tree, state.remaining, live, sound, config, config.levels
+        verdict, tree, state.remaining, live, draft_is_finite, config, config.levels
     )
     verified = replace(state, target=target_caches, draft=draft_caches, remaining=remaining)
     return _commit(_move_path(verified, tree, path, config), report, live, config), report
@@ -209,14 +294,19 @@ def speculative_round(
 def _draft(
     draft: Decoder, root: Int[Array, " batch"], state: State, config: RoundConfig
 ) -> tuple[Tree, Bool[Array, " batch"], Caches]:
-    """The pass over the pending tokens, and the tree that grows from its last hidden state; whether that is sound."""
+    """Catch up on the pending tokens, then grow a tree from the last one's hidden state.
+
+    Also returns whether the draft's probabilities are finite in each row.
+    """
+    # Calibration is this very pass: run exactly, it replaces what drafting wrote for these tokens.
+    # Without calibration it is a fuzzy pass like those of drafting, over one or two tokens.
     h, caches = draft(
         state.pending,
         state.draft,
         state.draft_length,
         run_exact if config.calibration else run_fuzzy,
     )
-    h = _take(h, state.pending_count - 1)
+    h = _take(h, state.pending_count - 1)  # [batch, pending, hidden] -> [batch, hidden]
     tree, caches = draft_tree(
         draft,
         h,
@@ -228,9 +318,10 @@ def _draft(
         config.levels,
         config.width,
     )
-    # Logits that are not finite make no probabilities. What follows an impossible token is nobody's business.
-    sound = jnp.all(jnp.isfinite(tree.q) | jnp.isneginf(tree.score)[:, :, None], axis=(1, 2))
-    return (tree if config.nodes is None else prune(tree, config.nodes)), sound, caches
+    # Logits that are not finite make no probabilities. Nodes that do not exist may have any q.
+    finite = jnp.isfinite(tree.q) | jnp.isneginf(tree.score)[:, :, None]
+    is_finite = jnp.all(finite, axis=(1, 2))
+    return (tree if config.nodes is None else prune(tree, config.nodes)), is_finite, caches
 
 
 def _accept(
@@ -238,21 +329,29 @@ def _accept(
     tree: Tree,
     remaining: Int[Array, " batch"],
     live: Bool[Array, " batch"],
-    sound: Bool[Array, " batch"],
+    draft_is_finite: Bool[Array, " batch"],
     config: RoundConfig,
     levels: int,
 ) -> tuple[Report, Int[Array, " batch"], Int[Array, "batch levels+1"]]:
-    """The accepted path and one token more, cut at a stop token, the limit and where the target has no choice.
+    """Cut the accepted path and one token more at stop tokens, the limit and faults.
 
-    sound: whether the draft is; otherwise nothing is accepted. Also what then remains, and the path's nodes.
+    Where the draft is not finite nothing is accepted. Returns the report, what then remains of the
+    limit, and the path's nodes.
     """
     columns = jnp.arange(levels + 1, dtype=jnp.int32)[None, :]
-    passed = _take(tree.depth, verdict.leaf)
+    depth = _take(tree.depth, verdict.leaf)
     path = path_to(tree, verdict.leaf, levels)
+    # Column j of the new tokens is the path's node at depth j + 1, up to the leaf, and then the
+    # verdict's token. With levels = 3, and the leaf, node 5, at depth 2:
+    #   path     0    2    5    0     nodes of depth 0, 1, 2; the last column means nothing
+    #   drafted  t2   t5   .    .     tokens of the path shifted by one
+    #   tokens   t2   t5   v    v     where columns < 2, else the verdict's token
     drafted = jnp.take_along_axis(tree.tokens, jnp.roll(path, -1, axis=1), axis=1)
-    tokens = jnp.where(columns < passed[:, None], drafted, verdict.token[:, None])
+    tokens = jnp.where(columns < depth[:, None], drafted, verdict.token[:, None])
 
-    reach = jnp.minimum(passed + 1, remaining)
+    # The first stop token within reach ends the text and is part of it. NO_CHOICE ends it, too, but
+    # does not stand for a token.
+    reach = jnp.minimum(depth + 1, remaining)
     ends = jnp.isin(tokens, jnp.asarray((*config.stop_ids, NO_CHOICE), jnp.int32)) & (
         columns < reach[:, None]
     )
@@ -260,26 +359,37 @@ def _accept(
     end = jnp.argmax(ends, axis=1).astype(jnp.int32)
     chosen = _take(tokens, end) != NO_CHOICE
     fault = jnp.where(ended & ~chosen, Fault.TARGET.value, Fault.NONE.value)
-    fault = jnp.where(live, jnp.where(sound, fault, Fault.DRAFT.value), Fault.NONE.value).astype(
-        jnp.int32
-    )
+    fault = jnp.where(draft_is_finite, fault, Fault.DRAFT.value)
+    fault = jnp.where(live, fault, Fault.NONE.value).astype(jnp.int32)
 
     count = jnp.where(ended, end + chosen.astype(jnp.int32), reach)
-    offered = jnp.minimum(levels, jnp.where(ended, count, remaining))
-    counts = (count, offered, jnp.minimum(passed, count))
-    count, offered, accepted = (jnp.where(live & sound, x, 0) for x in counts)
+    reachable = jnp.minimum(levels, jnp.where(ended, count, remaining))
+    accepted = jnp.minimum(depth, count)
+    counts = live & draft_is_finite
+    count = jnp.where(counts, count, 0)
+    reachable = jnp.where(counts, reachable, 0)
+    accepted = jnp.where(counts, accepted, 0)
     remaining = jnp.where((live & ended) | (fault != Fault.NONE.value), 0, remaining - count)
-    return Report(tokens, count, offered, accepted, remaining == 0, fault), remaining, path
+    return Report(tokens, count, reachable, accepted, remaining == 0, fault), remaining, path
 
 
 def _move_path(
     state: State, tree: Tree, path: Int[Array, "batch levels+1"], config: RoundConfig
 ) -> State:
-    """The state with the accepted path's entries right behind the text, where those of a chain are from the start."""
+    """Move the accepted path's cache entries right behind the text; a chain's are there already.
+
+    With a text of length n and an accepted path of nodes 0, 2, 5:
+
+        entry    n    n+1  n+2  n+3  n+4  n+5
+        before   0    1    2    3    4    5       numbers of nodes
+        after    0    2    5    ...
+    """
     if config.width == 1:
         return state
     draft, start = state.draft, state.length
     if not config.calibration:
+        # The draft's entries have the numbers that nodes had before pruning. Calibration rebuilds
+        # them, so they need not move then.
         entries = start[:, None] + jnp.take_along_axis(tree.entry, path, axis=1)
         draft = tuple(move(cache, entries, start) for cache in draft)
     target = tuple(move(cache, start[:, None] + path, start) for cache in state.target)
@@ -289,7 +399,12 @@ def _move_path(
 def _commit(
     state: State, report: Report, live: Bool[Array, " batch"], config: RoundConfig
 ) -> State:
-    """Advances the lengths past what the caches now hold, and keeps the rest of the new tokens as pending."""
+    """Advance the lengths past what the caches now hold, and keep other new tokens as pending."""
+    # New tokens whose draft KV is kept as drafting wrote it: without calibration those of all
+    # levels but the last. Three levels, all accepted, and one token more:
+    #   new tokens     t1   t2   t3   v
+    #   draft's cache  kv   kv              kept = 2, pending = t3, v
+    # With calibration nothing is kept, and all four are pending.
     kept = jnp.zeros_like(report.num_tokens)
     if not config.calibration and config.levels > 0:
         kept = jnp.clip(report.num_tokens, 1, config.levels) - 1
@@ -309,5 +424,5 @@ def _commit(
 
 
 def _take(x: Array, index: Int[Array, " batch"]) -> Array:
-    """x[b, index[b]] for every row b."""
+    """Select x[b, index[b]] for every row b: [batch, n, ...] -> [batch, ...]."""
     return jax.vmap(lambda row, i: jax.lax.dynamic_index_in_dim(row, i, keepdims=False))(x, index)

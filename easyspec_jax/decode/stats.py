@@ -6,10 +6,31 @@ from typing import Any, Self
 
 @dataclass(frozen=True)
 class Stats:
-    """Statistics of one request. Times in seconds; the first token, made by prefill, belongs to no round.
+    """Statistics of one request, or of several together.
 
-    drafted and accepted count positions (levels), those past a stop token or the limit in neither.
-    accepted_per_position[i]: rounds whose draft was accepted at position i.
+    A position is a level of a round's draft. Positions that the text cannot reach, past a stop
+    token or the limit, count as neither drafted nor accepted.
+
+    Attributes:
+        rounds: Rounds that were run.
+        drafted: Positions that were drafted.
+        accepted: Positions that were accepted.
+        accepted_per_position: For each position of a draft, the rounds that accepted it.
+        prefill_seconds: Time of prefill, in seconds.
+        decode_seconds: Time of all rounds, in seconds.
+        decoded_tokens: Tokens that rounds added. The first token of a text comes from prefill and
+            belongs to no round.
+
+    Example:
+        Two rounds of three levels. The first accepts all and adds four tokens, the second none:
+
+        >>> stats = Stats(accepted_per_position=(0, 0, 0), decode_seconds=0.5)
+        >>> stats = stats.with_round(tokens=4, drafted=3, accepted=3)
+        >>> stats = stats.with_round(tokens=1, drafted=3, accepted=0)
+        >>> stats.acceptance_rate, stats.mean_acceptance_length, stats.tokens_per_second
+        (0.5, 2.5, 10.0)
+        >>> stats.accepted_per_position
+        (1, 1, 1)
     """
 
     rounds: int = 0
@@ -27,29 +48,37 @@ class Stats:
 
     @property
     def mean_acceptance_length(self) -> float:
-        """1 + accepted positions per round: tokens that one pass of the target yields."""
+        """Tokens that a round yields on average: accepted positions per round, plus 1."""
         return 1.0 + (self.accepted / self.rounds if self.rounds else 0.0)
 
     @property
     def tokens_per_second(self) -> float:
-        """Speed of the rounds, prefill and its token left out; 0 without rounds."""
+        """Speed of the rounds, without prefill and its token; 0 where no time was measured."""
         return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     def with_round(self, tokens: int, drafted: int, accepted: int) -> Self:
-        """These figures after one more round."""
+        """Add one more round, whose time is counted elsewhere.
+
+        Args:
+            tokens: Tokens that it added.
+            drafted: Positions that it drafted.
+            accepted: Positions that it accepted, which are the first ones.
+        """
+        # A round accepts a prefix of its draft: with 2 of 3 accepted, (5, 3, 1) becomes (6, 4, 1).
+        per_position = list(self.accepted_per_position)
+        for position in range(min(accepted, len(per_position))):
+            per_position[position] += 1
         return replace(
             self,
             rounds=self.rounds + 1,
             drafted=self.drafted + drafted,
             accepted=self.accepted + accepted,
-            accepted_per_position=tuple(
-                n + (i < accepted) for i, n in enumerate(self.accepted_per_position)
-            ),
+            accepted_per_position=tuple(per_position),
             decoded_tokens=self.decoded_tokens + tokens,
         )
 
     def beside(self, other: Self) -> Self:
-        """The figures of both together, where both ran at once: times are those of the longer one."""
+        """Add the figures of requests that ran at the same time: the longer times count."""
         return replace(
             self + other,
             prefill_seconds=max(self.prefill_seconds, other.prefill_seconds),
@@ -57,21 +86,25 @@ class Stats:
         )
 
     def __add__(self, other: Self) -> Self:
-        """The figures of both together, where one followed the other."""
+        """Add the figures of requests that ran one after the other.
+
+        Raises:
+            ValueError: Their drafts have different numbers of levels.
+        """
         pairs = zip(self.accepted_per_position, other.accepted_per_position, strict=True)
         return replace(
             self,
             rounds=self.rounds + other.rounds,
             drafted=self.drafted + other.drafted,
             accepted=self.accepted + other.accepted,
-            accepted_per_position=tuple(a + b for a, b in pairs),
+            accepted_per_position=tuple(map(sum, pairs)),
             prefill_seconds=self.prefill_seconds + other.prefill_seconds,
             decode_seconds=self.decode_seconds + other.decode_seconds,
             decoded_tokens=self.decoded_tokens + other.decoded_tokens,
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Every figure by name, for `--json`."""
+        """Return every figure by name, for `--json`."""
         names = ("acceptance_rate", "mean_acceptance_length", "tokens_per_second")
         fields = asdict(self) | {name: getattr(self, name) for name in names}
         del fields["decoded_tokens"]

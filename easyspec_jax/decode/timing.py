@@ -1,4 +1,8 @@
-"""Timing on devices, case by case in turn: single passes of a model, whole rounds."""
+"""Timing on devices: single passes of a model and whole rounds, with cases taking turns.
+
+Machines change speed while one measures. Cases that take turns are all exposed to the same changes,
+so their ratios mean more than their times.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -23,15 +27,24 @@ from easyspec_jax.sampling.vocabulary import argmax
 from easyspec_jax.verify import Greedy
 
 Run = Callable[..., Any]
-"""How to go through a block: run_exact or run_fuzzy."""
+"""Way to run a block: run_exact or run_fuzzy."""
 
 
 @dataclass
 class Case:
-    """A step whose state goes from call to call, its buffers donated, so that no call can begin before the last ends.
+    """A step to time, whose state goes from call to call.
 
-    bytes: what a step cannot but read (and write). loops: steps that one call makes. reset: the state to begin every
-    sample with, from the one the last sample left.
+    Each call needs the state that the one before it returns, so no call can begin before the last
+    one ends.
+
+    Attributes:
+        name: Name in reports.
+        step: Makes the next state from a state, whose buffers it may donate.
+        state: The state now.
+        bytes: The least a step must read and write.
+        loops: Steps that one call makes.
+        reset: Makes the state that a sample begins with from the one that the last sample left;
+            None to go on from there.
     """
 
     name: str
@@ -42,7 +55,14 @@ class Case:
     reset: Callable[[Any], Any] | None = None
 
     def sample(self, calls: int) -> float:
-        """Seconds of a step, averaged over calls that are dispatched as fast as the host can."""
+        """Time a step.
+
+        Args:
+            calls: Calls to average over, dispatched as fast as the host can.
+
+        Returns:
+            Seconds per step.
+        """
         if self.reset is not None:
             self.state = self.reset(self.state)
         jax.block_until_ready(self.state)
@@ -54,7 +74,16 @@ class Case:
 
 
 def alternate(cases: Sequence[Case], repeats: int, calls: int) -> dict[str, list[float]]:
-    """Seconds of every case's step, one sample a repeat, all cases in turn; a first sample of each is not timed."""
+    """Time several cases, taking turns.
+
+    Args:
+        cases: The cases. Each first makes one call that does not count, to compile.
+        repeats: Samples of each case.
+        calls: Calls per sample.
+
+    Returns:
+        Seconds per step of every sample, by the name of the case.
+    """
     seconds: dict[str, list[float]] = {case.name: [] for case in cases}
     with bar("Compiling", len(cases)) as advance:
         for case in cases:
@@ -69,7 +98,12 @@ def alternate(cases: Sequence[Case], repeats: int, calls: int) -> dict[str, list
 
 
 def alone(mesh: Mesh, model: Decoder) -> Programs:
-    """Programs of plain decoding by one model."""
+    """Make the programs of plain decoding with one model.
+
+    Args:
+        mesh: The model's mesh.
+        model: The model.
+    """
     return Programs(
         mesh, model, None, RoundConfig(levels=0, calibration=False, verifier=Greedy(), stop_ids=())
     )
@@ -87,23 +121,36 @@ def pass_case(
     scored: int | None = None,
     loops: int = 1,
 ) -> Case:
-    """One pass over `tokens` consecutive tokens behind a text of `context`, their logits, and the best id of each.
+    """Make a case of one pass: some consecutive tokens behind a text, their logits and best ids.
 
-    Those ids are the next pass's input. programs: see alone(). scored: the last tokens, which get logits; None for all.
-    loops: passes in a loop on the device.
+    The best ids are the next pass's input.
+
+    Args:
+        name: Name of the case.
+        programs: Programs of the model; see alone().
+        tokens: Tokens of a pass.
+        run: How to run blocks.
+        bytes: The least a pass must read and write.
+        context: Tokens of the text before. The caches hold no such text, but cost the same.
+        capacity: Cache entries.
+        scored: How many of the last tokens get logits; None for all.
+        loops: Passes that one call makes in a loop on the device.
     """
     spec = programs.target.cache_specs(), P()
-    # An argument, as in a round: XLA would simplify what it knows.
+    # The position is an argument, as in a round: XLA would simplify with a constant.
     at = replicated(np.full(1, context, np.int32), programs.mesh)
 
     def once(
         model: Decoder, at: Array, carry: tuple[Caches, Int[Array, "1 tokens"]]
     ) -> tuple[Caches, Array]:
         caches, ids = carry
+        # A chain is a tree in which every node reads all nodes before it: a lower triangle.
         depth = jnp.arange(tokens, dtype=jnp.int32)[None]
         h, caches = model(ids, caches, Nodes(at, at, depth, jnp.tri(tokens, dtype=bool)[None]), run)
+        # Only the scored tokens reach the head: [1, tokens, hidden] -> [1, scored, hidden].
         logits = model.logits(h[:, tokens - (scored or tokens) :])
         best = argmax(logits[0], model.axes)
+        # The ids are the next pass's input, so XLA cannot leave the logits out.
         return caches, jnp.broadcast_to(best[None], ids.shape)
 
     def body(
@@ -124,9 +171,15 @@ def pass_case(
 def round_case(
     name: str, programs: Programs, bytes: int = 0, *, context: int, capacity: int
 ) -> Case:
-    """Rounds as decoding dispatches them; every sample begins behind a text of `context` tokens.
+    """Make a case of rounds, as decoding dispatches them.
 
-    The caches hold no such text: what they hold costs nothing.
+    Args:
+        name: Name of the case.
+        programs: Programs of the pair.
+        bytes: The least a round must read and write.
+        context: Tokens of the text that every sample begins behind. The caches hold no such text,
+            but cost the same.
+        capacity: Cache entries.
     """
 
     def small(value: int, *shape: int) -> Array:

@@ -1,4 +1,4 @@
-"""The tree that a draft grows is the beam that it means, on any mesh; a sampled one is a sample without replacement."""
+"""A greedy tree is a beam, a sampled one a sample without replacement; the mesh changes neither."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,19 +23,19 @@ from tests.verify.markov import make_request, softmax
 ONE, EIGHT = MeshShape(1, 1), MeshShape(4, 2)
 VOCAB = 16
 TOKENS = np.setdiff1d(np.arange(VOCAB), [0, 5, 6, 11, 15])
-"""The only ids with a finite logit."""
+"""Ids with a finite logit; no others have one."""
 POSITIONS = np.asarray([0, 3, 9, 4], np.int32)
 ROOTS = np.asarray([1, 14, 5, 7], np.int32)
 SCRATCH = 999
-"""In cache entries that nobody has written."""
+"""Content of cache entries before anything is written."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["table"], meta_fields=["axes"])
 @dataclass(frozen=True)
 class Table:
-    """Stands in for a Decoder: logits are a row of a table, which depends on the whole path and on the depth.
+    """Stand-in for a Decoder: logits are a row of a table, chosen by whole path and depth.
 
-    A node finds the tokens of its path where a real draft does: in the cache, through its ancestors.
+    A node finds its path's tokens where a real draft does: in the cache, through its ancestors.
     """
 
     table: Any
@@ -59,7 +59,7 @@ class Table:
 
 
 def logits_after(table: np.ndarray, path: tuple[int, ...]) -> np.ndarray:
-    """Table's logits, of the path from the root on."""
+    """Look up Table's logits after a path from the root."""
     return table[(sum(path) + 3 * (len(path) - 1)) % VOCAB]
 
 
@@ -76,7 +76,7 @@ TABLE = make_table()
 def program(
     verifier: Verifier, levels: int, width: int, mesh: MeshShape, axes: Axes, disagree: bool
 ) -> Any:
-    """draft_tree on a mesh, compiled once for all the tests that want it."""
+    """Compile draft_tree on a mesh, once for all tests that need it."""
 
     def body(
         draft: Any, cache: Any, root: jax.Array, position: jax.Array, request: RowSampling
@@ -102,7 +102,10 @@ def grow(
     roots: np.ndarray = ROOTS,
     positions: np.ndarray = POSITIONS,
 ) -> tuple[Tree, np.ndarray]:
-    """Each device's tree, and cache afterwards, on a leading axis. disagree: all but the first have another table."""
+    """Grow trees; return each device's trees and cache, on a leading axis.
+
+    disagree: all devices but the first have other tables.
+    """
     entries = np.full((len(roots), int(positions.max()) + 1 + levels * width), SCRATCH, np.int32)
     entries[np.arange(len(roots)), positions] = roots
     run = program(verifier, levels, width, mesh, axes, disagree)
@@ -118,7 +121,7 @@ class Node(NamedTuple):
 
 
 def beam(table: np.ndarray, root: int, levels: int, width: int) -> list[list[Node]]:
-    """The likeliest `width` paths of every length, spelled out; a chain's only candidate is certain."""
+    """Find the likeliest `width` paths of every length; a chain's only candidate is certain."""
     result = [[Node((root,), 0.0, 0)]]
     for level in range(levels):
         first, grown = max(1 + (level - 1) * width, 0), []
@@ -136,7 +139,7 @@ def beam(table: np.ndarray, root: int, levels: int, width: int) -> list[list[Nod
 
 
 def paths(tree: Tree, row: int) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """Each existing node's number and path, found by its parents."""
+    """List each existing node's number and its path, by way of its parents."""
     found: dict[int, tuple[int, ...]] = {0: (int(tree.tokens[row, 0]),)}
     for node in np.flatnonzero(tree.exists[row])[1:].tolist():
         found[node] = (*found[int(tree.parent[row, node])], int(tree.tokens[row, node]))
@@ -145,14 +148,14 @@ def paths(tree: Tree, row: int) -> Iterator[tuple[int, tuple[int, ...]]]:
 
 @pytest.fixture(autouse=True)
 def quiet_logarithms() -> Iterator[None]:
-    """The references take logarithms of probability zero."""
+    """Let the references take logarithms of zero."""
     with np.errstate(divide="ignore"):
         yield
 
 
 @pytest.mark.parametrize(("width", "levels"), [(1, 1), (1, 4), (3, 1), (3, 4), (5, 2), (13, 2)])
 def test_a_greedy_tree_is_a_beam(width, levels):
-    """Of 13 nodes a level only as many exist as there are tokens to fill them."""
+    """With 13 nodes per level, only as many exist as there are possible tokens."""
     tree, cache = grow(Greedy(), levels, width)
     tree, cache = jax.tree.map(lambda x: x[0], (tree, cache))
     assert tree.width == width
@@ -171,7 +174,7 @@ def test_a_greedy_tree_is_a_beam(width, levels):
                 tree.score[row, here], [node.score for node in nodes], rtol=1e-5
             )
             assert not tree.exists[row, here.stop : 1 + level * width].any()
-        # What was drafted but for the last level is in the cache, and nothing else was written.
+        # The cache holds all levels but the last, and nothing else was written.
         written = tree.tokens[row, : 1 + (levels - 1) * width]
         behind = cache.shape[1] - position - len(written)
         np.testing.assert_array_equal(
@@ -182,7 +185,7 @@ def test_a_greedy_tree_is_a_beam(width, levels):
 
 @pytest.mark.parametrize("verifier", [Greedy(), Rejection()], ids=str)
 def test_a_tree_agrees_with_itself(verifier):
-    """Parents, ancestors and ranks tell of the same paths, and candidates and q are the draft's after each of them."""
+    """Parents, ancestors and ranks mean the same paths; candidates and q fit those paths."""
     levels, width = 3, 4
     tree: Tree = jax.tree.map(lambda x: x[0], grow(verifier, levels, width)[0])
     temperature = 0.7 if verifier == Rejection() else 1.0
@@ -214,7 +217,7 @@ def test_a_tree_agrees_with_itself(verifier):
 
 
 def same_everywhere(eight: Any, one: Any) -> None:
-    """Each of eight devices has what one device has for itself."""
+    """Check that each of eight devices has what one device has by itself."""
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y.repeat(8, axis=0), rtol=1e-5), eight, one
     )
@@ -226,7 +229,7 @@ def test_the_mesh_changes_nothing(verifier):
 
 
 def test_devices_that_draft_for_themselves_follow_the_first():
-    """Where the draft is replicated nothing else keeps them together; here all but the first have another one."""
+    """Replicated drafts may round differently; here all but the first have another table."""
     (eight, _), (one, _) = grow(Greedy(), 3, 4, EIGHT, (), disagree=True), grow(Greedy(), 3, 4)
     same_everywhere(eight, one)
     mine, *others = (
@@ -236,11 +239,11 @@ def test_devices_that_draft_for_themselves_follow_the_first():
 
 
 DRAWS, ALPHA = 40_000, 0.01 / 4
-"""Requests with seeds of their own, and the level of each of the four distributions that are tested."""
+"""Number of requests, and significance level of each of the four tests of a distribution."""
 
 
 def without_replacement(q: np.ndarray) -> np.ndarray:
-    """The probability that two draws from q without replacement are a and then b."""
+    """Return the probability that two draws from q without replacement are a, then b: [a, b]."""
     pairs = np.outer(q, q) / (1 - q)[:, None]
     return pairs * (1 - np.eye(len(q)))
 
@@ -250,7 +253,7 @@ def count_pairs(first: np.ndarray, second: np.ndarray, kinds: int) -> np.ndarray
 
 
 class Branched(NamedTuple):
-    """What Rejection.branch makes of three nodes, the last of which does not exist, for every request."""
+    """Result of Rejection.branch for three nodes, the last of which does not exist; per request."""
 
     q: np.ndarray
     score: np.ndarray
@@ -303,7 +306,7 @@ def test_what_is_impossible_never_becomes_a_node(branched):
 
 
 def test_paths_are_drawn_without_replacement():
-    """A stochastic beam: not only siblings, all paths of a level are a sample of the draft's distribution of paths."""
+    """All paths of a level, not only siblings, are a sample of the draft's paths."""
     few = TOKENS[:3]
     table = make_table(few)
     tree, _ = grow(

@@ -1,4 +1,4 @@
-"""Caches have room for the round that is dispatched, whatever the report that is unread by then says."""
+"""Caches have room for the round that is dispatched, whatever the unread report says."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ LIMITS = np.array([700, 40, 300])
 
 
 class Recorder(Programs):
-    """Programs without models, whose state is the capacity of its caches."""
+    """Programs without models; their state is the capacity of the caches."""
 
     def extend(self, state: Any, capacity: int) -> Any:
         assert capacity > state
@@ -23,7 +23,7 @@ class Recorder(Programs):
 
 
 def rounds_with_room(levels, width, seed):
-    """Decodes on the books alone, two texts one after the other in every row; fails where a round has no room."""
+    """Simulate two texts in every row, one after the other; fail where a round has no room."""
     config = RoundConfig(
         levels=levels, calibration=True, verifier=Greedy(), stop_ids=(), width=width
     )
@@ -57,7 +57,7 @@ def test_every_round_has_room(levels, width, monkeypatch):
 
 @pytest.mark.parametrize("levels, width", [(0, 1), (4, 1), (5, 4), (16, 1)])
 def test_room_that_comes_too_late_would_be_found(levels, width, monkeypatch):
-    """Planted: room for what has been read, as if no report were on its way."""
+    """Plant a fault: room for what has been read, as if no report were in flight."""
     monkeypatch.setattr(
         CacheGrowth, "needed", lambda self: self.programs.capacity(int(self._lengths.max()))
     )

@@ -1,4 +1,4 @@
-"""Whole generations on tiny models: the same text as plain decoding, caches that are what they claim to be."""
+"""Whole generations on tiny models: texts are those of plain decoding, caches those of prefill."""
 
 import re
 from dataclasses import replace
@@ -32,7 +32,7 @@ ONE_DEVICE = MeshShape(1, 1)
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """A target, a draft that is the target with noise in its weights, and the target in transformers."""
+    """A target; a draft, which is a noisy copy of it; and the target in transformers."""
     target, draft = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("draft")
     reference = save_model(target, "smollm2")
     noisy = save_model(draft, "smollm2")
@@ -46,7 +46,7 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(pair):
-    """What transformers generates greedily."""
+    """Greedy texts of transformers."""
     texts = []
     for prompt, limit in zip(PROMPTS, LIMITS, strict=True):
         ids = torch.tensor([prompt])
@@ -76,7 +76,7 @@ def programs(
 
 
 def texts(programs, prompts=PROMPTS, limits=LIMITS, sampling=SamplingParams()):  # noqa: B008
-    """Each row's tokens, and the totals of drafted and accepted levels."""
+    """Decode; return each row's tokens, and how many levels were drafted and accepted in all."""
     rows: list[list[int]] = [[] for _ in prompts]
     drafted = accepted = 0
     for report in decode(programs, prompts, limits, sampling):
@@ -138,7 +138,7 @@ def test_a_wider_tree_accepts_more(pair):
 
 
 def test_acceptance_falls_from_exact_to_fuzzy_and_without_calibration(pair):
-    """The target as its own draft: exact drafting passes whole, for what the text can reach."""
+    """With the target as its own draft, everything an exact draft proposes is accepted."""
 
     def rate(lp_size, calibration):
         _, drafted, accepted = texts(
@@ -154,7 +154,7 @@ def test_acceptance_falls_from_exact_to_fuzzy_and_without_calibration(pair):
 
 @pytest.mark.parametrize("calibration, refit", [(True, False), (False, False), (True, True)])
 def test_a_stop_token_ends_its_row_alone(pair, plain, calibration, refit):
-    """A token from the middle of one text as stop token: rows end right behind its first occurrence."""
+    """With a token of one text as stop token, each row ends right after its first occurrence."""
     stop = plain[1][30]
     config = replace(GREEDY, stop_ids=(stop, 299), calibration=calibration)
     ended = [text[: text.index(stop) + 1] if stop in text else text for text in plain]
@@ -191,9 +191,9 @@ def test_limits_are_kept_to_the_token_with_a_refit(pair, plain):
 def test_after_many_rounds_caches_equal_a_fresh_prefill(
     pair, mesh, verifier, width, nodes, lp_size, refit
 ):
-    """30 rounds and more with mixed acceptance; one row stops early and sits through the rest.
+    """Run 30 rounds and more with mixed acceptance; one row finishes early and stays.
 
-    Calibrated caches of fuzzy drafts and, not calibrated, that of an exact one.
+    Caches of fuzzy drafts are calibrated; that of an exact draft is not.
     """
     config = RoundConfig(
         4, calibration=lp_size > 1, verifier=verifier, stop_ids=(), width=width, nodes=nodes
@@ -242,7 +242,7 @@ def test_coupled_text_is_plain_sampling_with_the_same_noise(pair, mesh, width, r
 
 @pytest.mark.parametrize("temperature, refit", [(0.0, False), (0.9, False), (0.9, True)])
 def test_a_row_does_not_depend_on_its_neighbours(pair, temperature, refit):
-    """Alone, with the seed that its place in the batch gave it, each row becomes the same text."""
+    """Alone, with the seed that it had in the batch, each row becomes the same text."""
     run = programs(
         pair, replace(GREEDY, verifier=Rejection() if temperature else Greedy()), refit=refit
     )
@@ -264,7 +264,11 @@ def test_sampled_text_depends_on_the_seed_alone(pair, refit):
 
 @pytest.mark.parametrize("x64", [False, True])
 def test_one_program_whose_state_is_donated(pair, x64, monkeypatch):
-    """Also where a process has made 64 bits JAX's default: a state of other types would compile a second round."""
+    """Each step compiles once, and its old state is deleted.
+
+    x64: a process may have made 64 bits JAX's default; if that changed the types of the state, the
+    round would compile a second time.
+    """
     chex.clear_trace_counter()
     monkeypatch.setattr(
         compiled, "speculative_round", chex.assert_max_traces(compiled.speculative_round, n=1)
@@ -291,7 +295,7 @@ def check_one_program(pair, config):
     "config", [PLAIN, GREEDY, replace(GREEDY, width=3, calibration=False)], ids=str
 )
 def test_no_round_of_one_stream_copies_a_cache(pair, config):
-    """Entries are written into the donated buffers: what a step costs does not grow by copies of the text's KV."""
+    """Entries are written into the donated buffers, so a step does not copy the text."""
     run = programs(pair, config)
     state = run.start(SamplingParams(), [9], capacity := 256)
     text = run._round.lower(run.leaves, state).compile().as_text()  # pyright: ignore[reportFunctionMemberAccess]
@@ -304,7 +308,7 @@ def test_no_round_of_one_stream_copies_a_cache(pair, config):
     "levels, width, refit", [(0, 1, False), (4, 1, False), (3, 3, False), (3, 3, True)]
 )
 def test_caches_that_grow_change_no_token(pair, levels, width, refit, monkeypatch):
-    """From the least that a round needs, several times over, against caches that are large from the start."""
+    """Caches that grow several times give the texts of caches that are large from the start."""
     config = replace(GREEDY, levels=levels, width=width, verifier=Rejection())
     sampling, limits = SamplingParams(temperature=0.8, seed=5), [150, 300, 200]
     run = programs(pair, config, refit=refit)

@@ -1,4 +1,4 @@
-"""Figures are those that serving engines report, and add up."""
+"""Statistics are those that serving engines report, and they add up."""
 
 import json
 from dataclasses import replace
@@ -8,11 +8,8 @@ import pytest
 from easyspec_jax.decode.stats import Stats
 
 THREE_ROUNDS = Stats(accepted_per_position=(0, 0, 0), prefill_seconds=0.5, decode_seconds=2.0)
-for _tokens, _drafted, _accepted in (
-    (4, 3, 3),
-    (1, 3, 0),
-    (2, 2, 1),
-):  # the last is cut short by the limit
+# The last round is cut short by the limit.
+for _tokens, _drafted, _accepted in ((4, 3, 3), (1, 3, 0), (2, 2, 1)):
     THREE_ROUNDS = THREE_ROUNDS.with_round(_tokens, _drafted, _accepted)
 
 KEYS = {
