@@ -94,8 +94,8 @@ class LayerGroup(nnx.Module):
         With mlp_lp_size > 1, that many MLPs at a time run on what the group has by then, each
         with the attention outputs up to its own but without the other MLPs' outputs.
 
-        All-reduces: one, plus one per step of MLPs: layers / mlp_lp_size + 1. With replicated MLPs
-        it is one in all.
+        All-reduces: one, plus one per step of MLPs; the steps are layers / mlp_lp_size, rounded up.
+        With replicated MLPs it is one in all.
 
         Args:
             h: Hidden states before the group, the same on every device.

@@ -47,8 +47,8 @@ Exactness does not depend on it: whatever q is, the residual makes up for it.
 class Rejection:
     """Sample drafts from the draft's warped distribution q; accept with min(1, p / q).
 
-    q is cut to the draft's likeliest ids and renormalised; p is the target's warped distribution,
-    never cut.
+    q is cut to the draft's likeliest ids and renormalised; p is the target's warped distribution
+    over the whole vocabulary.
 
     Attributes:
         truncates: Whether some request asks for top-k or top-p.
@@ -177,7 +177,7 @@ class Trial(NamedTuple):
 
     Attributes:
         left: Candidates that have not been rejected.
-        spent: How many times q has been subtracted from p.
+        spent: The multiple of q that has been subtracted from p.
         accepted: The accepted child, or 0 if none has been.
     """
 
