@@ -13,7 +13,10 @@ import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16)
 import numpy as np
 
 Slices = tuple[slice, ...]
-"""Of a tensor's first one or two dimensions; of the others it has everything. Without steps, within bounds."""
+"""A window of a tensor: slices of its first one or two dimensions, without steps and within bounds.
+
+Of any further dimension it has everything.
+"""
 
 _BLOCK = 4 << 20  # bytes that are read at a time on their way into a larger array
 
@@ -39,9 +42,15 @@ class StoredSource(TensorSource, Protocol):
 
 
 def read_into(out: np.ndarray, source: TensorSource, name: str, window: Slices = ()) -> None:
-    """Fills out, however its memory lies, with a window of a tensor in out's dtype; beside it lie a few MiB at most.
+    """Read a window of a tensor into an array, a few MiB at a time.
 
     Rows are read in powers of two, so that reads begin and end where most stored chunks do.
+
+    Args:
+        out: Array of the window's shape. Its memory may have any strides; values take its type.
+        source: Holds the tensor.
+        name: The tensor's name.
+        window: Slices of the tensor; by default all of it.
     """
     first = window[0].start if window else 0
     for rows in row_blocks(out.shape):

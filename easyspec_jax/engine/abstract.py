@@ -24,7 +24,8 @@ from easyspec_jax.draft.grouping import Layout
 from easyspec_jax.draft.layer_group import load_draft
 from easyspec_jax.draft.refit_file import refit_shapes
 from easyspec_jax.model.attention import Attention
-from easyspec_jax.model.loader import Fill, Loader
+from easyspec_jax.model.loader import Loader
+from easyspec_jax.model.shard_plan import ArrayPlan
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import MLP, Decoder
 from easyspec_jax.options import Platform
@@ -68,9 +69,10 @@ class Shapes:
 class ShapeLoader(Loader):
     """A Loader that places nothing. All layers have the same shapes, so one stands for all."""
 
-    def place_shards(self, shape: tuple[int, ...], spec: P, fill: Fill) -> jax.Array:
+    def load(self, plan: ArrayPlan) -> jax.Array:
         """Return the array's shape, type and sharding."""
-        return jax.ShapeDtypeStruct(shape, self.dtype, sharding=NamedSharding(self.mesh, spec))  # pyright: ignore[reportReturnType]
+        sharding = NamedSharding(self.mesh, plan.spec)
+        return jax.ShapeDtypeStruct(plan.shape, self.dtype, sharding=sharding)  # pyright: ignore[reportReturnType]
 
     @cached_property
     def _first(self) -> tuple[Attention, MLP]:

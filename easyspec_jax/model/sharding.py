@@ -1,14 +1,19 @@
-"""How weights lie on the mesh: heads padded to any shard count, vocabularies aligned."""
+"""Which heads, rows and columns each shard of a weight has, for any number of shards."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 
+from easyspec_jax.arithmetic import ceil_div, round_up
 from easyspec_jax.checkpoint.config import ModelConfig
 
 VOCAB_BLOCK = 128
-"""Vocabulary shards are whole blocks of this many ids, as accelerators lay out arrays."""
+"""Vocabulary shards are multiples of this many ids: accelerators lay out arrays in such blocks."""
+
+Entries = Int[np.ndarray, "shards entries"]
+"""Numbers of the stored rows or columns that each shard has, in order; -1 is padding."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +63,12 @@ def head_layout(num_heads: int, num_kv_heads: int, shards: int) -> HeadLayout:
 
     # Work of a shard = its copies * (queries and outputs of a copy + one key and one value).
     def work(copies: int) -> int:
-        return -(-num_kv_heads * copies // shards) * (2 * -(-queries // copies) + 2)
+        units = ceil_div(num_kv_heads * copies, shards)
+        return units * (2 * ceil_div(queries, copies) + 2)
 
     copies = min(range(1, queries + 1), key=work)
-    per_copy = -(-queries // copies)
-    per_shard = -(-num_kv_heads * copies // shards)
+    per_copy = ceil_div(queries, copies)
+    per_shard = ceil_div(num_kv_heads * copies, shards)
     kv_index = np.full(shards * per_shard, -1)
     query_index = np.full((shards * per_shard, per_copy), -1)
     # Unit = one copy of one key-value head with its share of the queries. In the example above,
@@ -73,8 +79,14 @@ def head_layout(num_heads: int, num_kv_heads: int, shards: int) -> HeadLayout:
             chosen = np.arange(copy * per_copy, min((copy + 1) * per_copy, queries))
             kv_index[unit] = head
             query_index[unit, : len(chosen)] = head * queries + chosen
+    # 9 queries, 3 keys and 8 shards make 2 copies of each key, one to a shard:
+    # kv_index [[0], [0], [1], [1], [2], [2], [-1], [-1]]
+    # query_index [[0, 1], [2, -1], [3, 4], [5, -1], [6, 7], [8, -1], [-1, -1], [-1, -1]]
     return HeadLayout(
-        per_shard, per_copy, kv_index.reshape(shards, -1), query_index.reshape(shards, -1)
+        kv_heads=per_shard,
+        group=per_copy,
+        kv_index=kv_index.reshape(shards, -1),
+        query_index=query_index.reshape(shards, -1),
     )
 
 
@@ -92,4 +104,27 @@ def padded_vocab_size(mesh: Mesh, *configs: ModelConfig) -> int:
         The largest vocabulary, rounded up to whole VOCAB_BLOCKs on every device.
     """
     step = VOCAB_BLOCK * mesh.size
-    return -(-max(config.vocab_size for config in configs) // step) * step
+    return round_up(max(config.vocab_size for config in configs), step)
+
+
+def even_entries(size: int, width: int, shards: int) -> Entries:
+    """Deal out `size` entries, `width` to each shard until none are left.
+
+    Example:
+        >>> even_entries(size=5, width=3, shards=2).tolist()
+        [[0, 1, 2], [3, 4, -1]]
+    """
+    entries = np.arange(shards * width).reshape(shards, width)
+    return np.where(entries < size, entries, -1)
+
+
+def head_entries(heads: Int[np.ndarray, "shards heads"], head_dim: int) -> Entries:
+    """Return the entries of heads: head h has those from h * head_dim on, and -1 has padding.
+
+    Example:
+        >>> head_entries(np.array([[1, 2], [0, -1]]), head_dim=2).tolist()
+        [[2, 3, 4, 5], [0, 1, -1, -1]]
+    """
+    # [shards, heads] -> [shards, heads, head_dim] -> [shards, heads * head_dim]
+    entries = heads[:, :, None] * head_dim + np.arange(head_dim)
+    return np.where(heads[:, :, None] < 0, -1, entries).reshape(len(heads), -1)

@@ -1,4 +1,4 @@
-"""Shards are read by themselves: no tensor whole, nothing twice, into memory that the device then has."""
+"""Each shard is read by itself: no tensor whole, nothing twice, into memory the device keeps."""
 
 from collections import Counter
 from pathlib import Path
@@ -17,7 +17,10 @@ from tests.support.models import FAMILIES, load_target, loader, save_model
 
 
 class Recorder:
-    """A source that counts how often each element is read, and notes the largest window; shards read it at once."""
+    """A source that counts how often each element is read, and notes the largest window.
+
+    Several shards read it at the same time.
+    """
 
     def __init__(self, source: TensorSource) -> None:
         self._source, self.reads, self.largest, self._lock = (

@@ -1,0 +1,211 @@
+"""Shard plans: which windows of which stored tensors make up the shards of an array, as plain data.
+
+Plans follow from sizes alone. Making one reads nothing and needs no devices; `model/loader.py`
+carries it out. In a tensor's name, {} stands for a layer's number: all layers have the same plan.
+"""
+
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import prod
+from typing import TypeVar
+
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Int
+
+from easyspec_jax.checkpoint.tensors import Slices
+from easyspec_jax.model.sharding import Entries
+from easyspec_jax.parallel.mesh import LAYER, Axes
+
+T = TypeVar("T")
+
+Index = tuple[int | slice, ...]
+"""A place in a shard: a slice for each dimension, and before them the slot in a stack of layers."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A window of a stored tensor, and the place in a shard that it fills.
+
+    Attributes:
+        tensor: Name of the tensor.
+        source: Slices of the tensor.
+        shard: Number of the shard.
+        target: The place in the shard.
+        transposed: Whether the place is filled with the transpose of the window.
+    """
+
+    tensor: str
+    source: Slices
+    shard: int
+    target: Index
+    transposed: bool = False
+
+    def __str__(self) -> str:
+        turned = ".T" if self.transposed else ""
+        source, target = _text(self.source), _text(self.target)
+        return f"{self.tensor}{source}{turned} -> {target} of shard {self.shard}"
+
+
+@dataclass(frozen=True)
+class ArrayPlan:
+    """The copies that fill an array. Elements that none of them fills are zero.
+
+    Attributes:
+        shard_shape: Shape of every shard.
+        grid: Number of shards along each dimension. Shards are numbered in row-major order.
+        spec: Mesh axes that each dimension is split over.
+        copies: What is copied into all shards.
+
+    Example:
+        >>> from easyspec_jax.model.sharding import even_entries
+        >>> columns = even_entries(size=3, width=2, shards=2)
+        >>> print(matrix({"layers.{}.down": columns}, 4, ("tensor",), dimension=1).for_layer(7))
+        [4, 4] as a [1, 2] grid of [4, 2] shards
+        layers.7.down[0:4, 0:2] -> [0:4, 0:2] of shard 0
+        layers.7.down[0:4, 2:3] -> [0:4, 0:1] of shard 1
+    """
+
+    shard_shape: tuple[int, ...]
+    grid: tuple[int, ...]
+    spec: P
+    copies: tuple[Copy, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole array."""
+        return tuple(np.multiply(self.grid, self.shard_shape).tolist())
+
+    def shard_at(self, bounds: Slices) -> int:
+        """Return the number of the shard that has these bounds in the array."""
+        # On a [2, 1, 4] grid the shard in the second row and the last column is 1 * 4 + 3 = 7.
+        number = 0
+        for part, size, count in zip(bounds, self.shard_shape, self.grid, strict=True):
+            number = number * count + (part.start or 0) // size
+        return number
+
+    def by_shard(self) -> list[list[Copy]]:
+        """Return the copies of each shard."""
+        shards: list[list[Copy]] = [[] for _ in range(prod(self.grid))]
+        for copy in self.copies:
+            shards[copy.shard].append(copy)
+        return shards
+
+    def only(self, tensors: Container[str]) -> "ArrayPlan":
+        """Return the plan without its copies of other tensors."""
+        return replace(self, copies=tuple(copy for copy in self.copies if copy.tensor in tensors))
+
+    def for_layer(self, layer: int) -> "ArrayPlan":
+        """Return the plan of one layer."""
+        named = []
+        for copy in self.copies:
+            named.append(replace(copy, tensor=copy.tensor.format(layer)))
+        return replace(self, copies=tuple(named))
+
+    def stacked(self, layers: Sequence[int], slots: int, devices: int) -> "ArrayPlan":
+        """Return the plan of one array for several layers.
+
+        Args:
+            layers: Numbers of the layers that fill the first slots.
+            slots: Length of the new leading axis.
+            devices: Size of the mesh axis "layer", over which the new axis is split.
+        """
+        # Layers 4, 5 and 6 in 4 slots on 2 devices: [[4, 5], [6, zeros]]
+        per_device = slots // devices
+        stack = []
+        for number, layer in enumerate(layers):
+            device, slot = divmod(number, per_device)
+            first_shard = device * prod(self.grid)
+            for copy in self.for_layer(layer).copies:
+                target = (slot, *copy.target)
+                stack.append(replace(copy, shard=first_shard + copy.shard, target=target))
+        return ArrayPlan(
+            shard_shape=(per_device, *self.shard_shape),
+            grid=(devices, *self.grid),
+            spec=P(LAYER, *self.spec),
+            copies=tuple(stack),
+        )
+
+    def __str__(self) -> str:
+        shape, grid, shard = list(self.shape), list(self.grid), list(self.shard_shape)
+        lines = [f"{shape} as a {grid} grid of {shard} shards"]
+        for copies in self.by_shard():
+            lines += map(str, copies)
+        return "\n".join(lines)
+
+
+def vector(tensor: str, size: int) -> ArrayPlan:
+    """Plan a vector that every device holds."""
+    whole = (slice(0, size),)
+    return ArrayPlan((size,), (1,), P(None), (Copy(tensor, whole, shard=0, target=whole),))
+
+
+def matrix(
+    tensors: Mapping[str, Entries],
+    across: int,
+    axes: Axes,
+    *,
+    dimension: int,
+    transposed: bool = False,
+) -> ArrayPlan:
+    """Plan a matrix whose shards have entries of several tensors, one tensor after another.
+
+    Args:
+        tensors: Entries of each tensor by its name: rows or columns, which the shards have in full.
+        across: Length of such a row or column.
+        axes: Mesh axes that the matrix is split over.
+        dimension: Dimension of the matrix along which the entries lie: 0 for rows, 1 for columns.
+        transposed: Whether rows of the matrix are columns of the tensors, and columns rows.
+    """
+    # {q: [[0, 1], [2, -1]], k: [[0], [1]]} is two shards of width 3: [q0, q1, k0] and [q2, 0, k1].
+    copies: list[Copy] = []
+    shards, width = 0, 0
+    for tensor, entries in tensors.items():
+        shards = len(entries)
+        for shard in range(shards):
+            for position, entry, count in _runs(entries[shard]):
+                at, everything = width + position, slice(0, across)
+                # Transposing swaps the dimension: columns of the matrix are rows of the tensor.
+                source = _ordered(slice(entry, entry + count), everything, dimension ^ transposed)
+                target = _ordered(slice(at, at + count), everything, dimension)
+                copies.append(Copy(tensor, source, shard, target, transposed))
+        width += entries.shape[1]
+    return ArrayPlan(
+        shard_shape=_ordered(width, across, dimension),
+        grid=_ordered(shards, 1, dimension),
+        spec=P(*_ordered(axes or None, None, dimension)),
+        copies=tuple(copies),
+    )
+
+
+def bias_of(weight: ArrayPlan) -> ArrayPlan:
+    """Plan the bias [out] of a weight [in, out] whose tensors are stored as [out, in]."""
+    # w[8:12, 0:72].T -> [0:72, 4:8] gives b[8:12] -> [4:8].
+    copies = []
+    for copy in weight.copies:
+        tensor = copy.tensor.removesuffix("weight") + "bias"
+        copies.append(Copy(tensor, copy.source[:1], copy.shard, copy.target[1:]))
+    return ArrayPlan(weight.shard_shape[1:], weight.grid[1:], P(weight.spec[1]), tuple(copies))
+
+
+def _runs(entries: Int[np.ndarray, " entries"]) -> Iterator[tuple[int, int, int]]:
+    """Find the runs of consecutive entries; yield each one's position, first entry and length."""
+    # [4, 5, -1, 7] -> (0, 4, 2) and (3, 7, 1): in a run, entry - position stays the same.
+    shift = np.where(entries < 0, -1 - len(entries), entries - np.arange(len(entries)))
+    ends = np.flatnonzero(np.diff(shift)) + 1
+    for start, stop in pairwise([0, *ends.tolist(), len(entries)]):
+        if entries[start] >= 0:
+            yield start, int(entries[start]), stop - start
+
+
+def _ordered(along: T, across: T, dimension: int) -> tuple[T, T]:
+    """Return (along, across) for dimension 0 and (across, along) for dimension 1."""
+    return (across, along) if dimension else (along, across)
+
+
+def _text(index: Index) -> str:
+    parts = []
+    for part in index:
+        parts.append(f"{part.start}:{part.stop}" if isinstance(part, slice) else str(part))
+    return f"[{', '.join(parts)}]"
