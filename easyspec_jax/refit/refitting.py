@@ -1,148 +1,159 @@
-"""One refit from a draft's directory to the file beside it, and what it is worth on texts it was not fitted on."""
+"""From a draft and a RefitConfig to a refit on disk, and a measure of what it gains."""
 
-import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
-from rich.console import Console
-from rich.table import Table
 
-from easyspec_jax.checkpoint.directory import Checkpoint, open_checkpoint
+from easyspec_jax.checkpoint.directory import Checkpoint
 from easyspec_jax.checkpoint.tensors import Held
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.round import RoundConfig
-from easyspec_jax.draft.grouping import Layout, format_layout, layout_of
+from easyspec_jax.draft.grouping import Layout
 from easyspec_jax.draft.layer_group import load_draft
 from easyspec_jax.draft.refit_file import DIRECTORY, find, load, path_of, save
 from easyspec_jax.draft.sites import Tensors
 from easyspec_jax.engine.engine import Engine
-from easyspec_jax.engine.pair import open_model
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.files import check_writable
 from easyspec_jax.model.loader import Loader
-from easyspec_jax.options import SamplingParams, SpeculativeConfig
-from easyspec_jax.parallel.mesh import ALL_AXES, parse_mesh
-from easyspec_jax.progress import bar
+from easyspec_jax.parallel.mesh import ALL_AXES
+from easyspec_jax.progress import Bar, no_bar
 from easyspec_jax.refit.borders import best_layout, measure_groups, sizes_to_try
 from easyspec_jax.refit.distill import distill
-from easyspec_jax.refit.fidelity import DEPTHS, fidelity
+from easyspec_jax.refit.fidelity import fidelity
 from easyspec_jax.refit.fit import fit
+from easyspec_jax.refit.options import RefitConfig
 from easyspec_jax.refit.texts import LENGTH, answer_prompts, read_texts, write_texts
 
 HELD_OUT = 0.1
-"""Of the texts, to see what the refit is worth."""
+"""Share of the texts that are not fitted on, but kept to compare drafts."""
 
-Ways = dict[str, tuple[Layout, Held | None]]
-"""To draft, by name: what runs at once, and with which refit."""
+Drafts = dict[str, tuple[Layout, Held | None]]
+"""Drafts to compare by name: their groups, and the refit they use."""
 
 
-def refit(
-    args: argparse.Namespace,
-    speculative: SpeculativeConfig,
-    sampling: SamplingParams,
-    prompts: list[str] | None,
-) -> None:
-    """Fit, save, and say what was gained.
+@dataclass(frozen=True)
+class Refitted:
+    """A refit on disk, and how close to the exact draft it drafts.
+
+    Attributes:
+        path: The file.
+        before: Groups of the draft as it was.
+        after: Groups of the refit. They differ from `before` where borders were measured.
+        overlaps: The mean of Σ min(p fuzzy, p exact) at draft depths 1, 2, 3 and 4, on texts that
+            were not fitted on: for the draft "as it was", with its "refit" and, if the config asks
+            for it, "distilled".
+        nbytes: Size of the file.
+    """
+
+    path: Path
+    before: Layout
+    after: Layout
+    overlaps: Mapping[str, tuple[float, ...]]
+    nbytes: int
+
+
+def refit(pair: Engine, config: RefitConfig, *, bar: Bar = no_bar) -> Refitted:
+    """Fit a draft's stale projections, write them to disk and compare the draft with and without.
+
+    All that can be checked is checked before any weight is read. Nothing is printed.
 
     Args:
-        args: The command's flags.
-        speculative: Which layers run together.
-        sampling: How the draft writes what it is fitted on.
-        prompts: What it answers for that, if not a text or what it writes by itself.
+        pair: An engine with a draft, which is fitted as a model of its own on the engine's mesh; or
+            the draft opened by itself, with `SpeculativeConfig(method="vanilla")`.
+        config: The groups, the texts and the method.
+        bar: Shows progress.
+
+    Returns:
+        The file and the figures.
 
     Raises:
-        EasySpecError: It could not be done; nothing has been computed yet.
+        EasySpecError: The draft cannot have these groups, texts or prompts are unfit or too few,
+            there is nothing to resume, or memory will not suffice.
+        OSError: The file cannot be written.
+
+    Example:
+        >>> pair = open_model("TARGET", "DRAFT", mesh="8")  # doctest: +SKIP
+        >>> fitted = refit(pair, RefitConfig(lp_size=4))  # doctest: +SKIP
+        >>> fitted.overlaps["refit"][0] > fitted.overlaps["as it was"][0]  # doctest: +SKIP
+        True
     """
-    draft = open_checkpoint(args.draft, allow_links=args.allow_links)
-    layout = layout_of(speculative, draft.config.num_hidden_layers)
-    if layout.lp_size == 1:
-        raise EasySpecError(
-            "in groups of one layer nothing is stale; give an --lp-size of at least 2"
-        )
-    directory = args.out or draft.directory / DIRECTORY
-    path = path_of(directory, speculative, layout)
+    engine = pair.draft_alone()
+    draft = engine.target
+    before = config.layout(draft.config.num_hidden_layers)
+    directory = draft.directory / DIRECTORY if config.out is None else Path(config.out)
+    path = path_of(directory, config.speculative_config(), before)
     path.parent.mkdir(parents=True, exist_ok=True)
     check_writable(path)
-    found = _resumed(find(directory, speculative, layout), draft) if args.resume else None
-    engine = _open(args, layout)
-    texts = _texts(args, engine, sampling, prompts)
+    resumed = None
+    if config.resume:
+        resumed = _resumed(find(directory, config.speculative_config(), before), draft)
+
+    texts = _texts(engine, config, bar)
     held_out = max(1, round(HELD_OUT * len(texts)))
+    compared_on, fitted_on = texts[:held_out], texts[held_out:]
     loader = engine.loader(draft, ALL_AXES)
-    fitted, tensors = found or _fitted(args, loader, layout, texts[held_out:])
-    ways: Ways = {"as it was": (layout, None), "refit": (fitted, Held(tensors))}
-    if args.distill:
-        tensors = distill(loader, fitted, tensors, texts[held_out:], args.distill, bar)
-        ways["distilled"] = fitted, Held(tensors)
-    save(path, tensors, fitted, draft)
-    _report(loader, ways, texts[:held_out])
-    size = path.stat().st_size / 2**20
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[dim]—[/] {path}: {size:.1f} MiB")
+    after, tensors = resumed or _fitted(loader, before, config, fitted_on, bar)
+    drafts: Drafts = {"as it was": (before, None), "refit": (after, Held(tensors))}
+    if config.distill:
+        tensors = distill(loader, after, tensors, fitted_on, config.distill, bar)
+        drafts["distilled"] = after, Held(tensors)
+    save(path, tensors, after, draft)
+    overlaps = _compared(loader, drafts, compared_on, bar)
+    return Refitted(path, before, after, overlaps, path.stat().st_size)
 
 
 def _resumed(path: Path, draft: Checkpoint) -> tuple[Layout, Tensors]:
+    """Read the refit to go on from; its file has the draft's dtype, but training needs float32."""
     if not path.is_file():
-        raise EasySpecError(f"there is no {path} to go on from; leave out --resume")
+        raise EasySpecError(f"there is no {path} to go on from; leave out `resume`")
     layout, held = load(path, draft)
     return layout, {name: tensor.astype(np.float32) for name, tensor in held.tensors.items()}
 
 
 def _fitted(
-    args: argparse.Namespace, loader: Loader, layout: Layout, texts: Int[np.ndarray, "texts tokens"]
+    loader: Loader,
+    layout: Layout,
+    config: RefitConfig,
+    texts: Int[np.ndarray, "texts tokens"],
+    bar: Bar,
 ) -> tuple[Layout, Tensors]:
-    """layout: of the flags, whose groups are moved to where they cost least unless they were asked for."""
-    if args.borders == "measured" and args.lp_strategy is None:
-        tried = sizes_to_try(layout.lp_size, args.mlp_lp_size)
-        overlaps = measure_groups(loader, layout.lp_size, tried, texts, args.ridge, bar)
-        layout = best_layout(
-            overlaps, loader.config.num_hidden_layers, layout.lp_size, args.mlp_lp_size
-        )
-    return layout, fit(loader, layout, texts, args.ridge, bar)
+    """Fit a layout, whose borders are measured first unless the config fixes them."""
+    if config.borders == "measured" and config.lp_strategy is None:
+        lp_size, mlp_lp_size = layout.lp_size, config.mlp_lp_size
+        tried = sizes_to_try(lp_size, mlp_lp_size)
+        overlaps = measure_groups(loader, lp_size, tried, texts, config.ridge, bar)
+        layout = best_layout(overlaps, loader.config.num_hidden_layers, lp_size, mlp_lp_size)
+    return layout, fit(loader, layout, texts, config.ridge, bar)
 
 
-def _open(args: argparse.Namespace, layout: Layout) -> Engine:
-    """The draft as a model that speaks for itself, on the mesh on which it will draft."""
-    shape = parse_mesh(args.mesh, group_size=layout.lp_size)
-    mesh = f"layer={shape.layer},tensor={shape.tensor}"
-    vanilla = SpeculativeConfig(method="vanilla")
-    return open_model(
-        args.draft,
-        mesh=mesh,
-        platform=args.platform,
-        speculative=vanilla,
-        dtype=args.dtype,
-        allow_links=args.allow_links,
-    )
-
-
-def _texts(
-    args: argparse.Namespace, engine: Engine, sampling: SamplingParams, prompts: list[str] | None
-) -> Int[np.ndarray, "texts tokens"]:
-    count = -(-args.tokens // LENGTH)
-    if args.text is not None:
-        return read_texts(args.text, engine.tokenizer, count)
-    if prompts is not None:
-        return answer_prompts(engine, prompts, count, sampling, args.chat, bar)
-    config = RoundConfig.of(engine.speculative, sampling, stop_ids=())
-    programs = Programs(engine.mesh, engine.load(bar)[0], None, config)
+def _texts(engine: Engine, config: RefitConfig, bar: Bar) -> Int[np.ndarray, "texts tokens"]:
+    """Read or generate the texts, whichever the config asks for."""
+    count = -(-config.tokens // LENGTH)
+    if config.text is not None:
+        return read_texts(Path(config.text), engine.tokenizer, count)
+    sampling = config.sampling_params()
+    if config.prompts is not None:
+        return answer_prompts(engine, config.prompts, count, sampling, config.chat, bar)
+    # Without stop ids every text reaches its full length.
+    round_config = RoundConfig.of(engine.speculative, sampling, stop_ids=())
+    programs = Programs(engine.mesh, engine.load(bar)[0], None, round_config)
     return write_texts(programs, engine.tokenizer, count, sampling, bar)
 
 
-def _report(loader: Loader, ways: Ways, texts: Int[np.ndarray, "texts tokens"]) -> None:
-    """A table of what fuzzy drafts keep of the exact one's distribution."""
+def _compared(
+    loader: Loader, drafts: Drafts, texts: Int[np.ndarray, "texts tokens"], bar: Bar
+) -> dict[str, tuple[float, ...]]:
+    """Measure how much of the exact draft's distribution each fuzzy draft keeps, by depth."""
     everywhere = np.ones(texts.shape, bool)
-    table = Table(
-        "draft", *(f"depth {depth + 1}" for depth in range(DEPTHS)), box=None, pad_edge=False
-    )
-    with bar("Comparing", len(ways)) as advance:
-        for name, (layout, refitted) in ways.items():
-            overlaps, _ = fidelity(
-                load_draft(loader, layout, refitted), loader.mesh, texts, everywhere
-            )
-            table.add_row(name, *(f"{overlap:.3f}" for overlap in overlaps))
+    kept: dict[str, tuple[float, ...]] = {}
+    with bar("Comparing", len(drafts)) as advance:
+        for name, (layout, held) in drafts.items():
+            draft = load_draft(loader, layout, held)
+            overlaps, _ = fidelity(draft, loader.mesh, texts, everywhere)
+            kept[name] = tuple(overlaps)
             advance(1)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print("Σ min(p fuzzy, p exact) on texts that were not fitted on")
-    console.print(table)
-    before, *_, after = (format_layout(layout) for layout, _ in ways.values())
-    console.print(f"[dim]—[/] groups {before}, now {after}")
+    return kept

@@ -1,4 +1,4 @@
-"""Texts to fit on: a file's, the draft's answers to prompts, or all its own."""
+"""Texts to fit on: from a file, the draft's answers to prompts, or written by the draft alone."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -10,6 +10,7 @@ from jaxtyping import Int
 
 from easyspec_jax.decode.loop import decode
 from easyspec_jax.decode.programs import Programs
+from easyspec_jax.engine.completion import Generation
 from easyspec_jax.engine.engine import Engine
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SamplingParams
@@ -21,7 +22,7 @@ LENGTH = 240
 """Tokens of a text."""
 
 FEWEST = 3
-"""Texts: some to fit on, some to choose by, some to say what was gained."""
+"""Least number of texts: some to fit on, some to choose borders by, some to compare drafts on."""
 
 ROWS = 32
 """Texts that are written together."""
@@ -30,15 +31,27 @@ _QUESTION = "{question}"
 
 
 def read_texts(path: Path, tokenizer: Tokenizer, count: int) -> Int[np.ndarray, "texts tokens"]:
-    """Up to `count` texts, one after another out of a file. Raises EasySpecError if it holds too little."""
+    """Cut a file into texts.
+
+    Args:
+        path: The file, in UTF-8.
+        tokenizer: The draft's.
+        count: Most texts to return.
+
+    Returns:
+        Token ids, int32 [texts, LENGTH].
+
+    Raises:
+        EasySpecError: The file cannot be read, or holds fewer than FEWEST texts.
+    """
     try:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise EasySpecError(f"--text {path} cannot be read: {error}") from None
+        raise EasySpecError(f"`text` {path} cannot be read: {error}") from None
     ids = encode(tokenizer, content) if content else []
     if len(ids) < FEWEST * LENGTH:
         raise EasySpecError(
-            f"--text {path} holds {len(ids)} tokens; give at least {FEWEST * LENGTH}"
+            f"`text` {path} holds {len(ids)} tokens; give at least {FEWEST * LENGTH}"
         )
     return _cut(ids, count)
 
@@ -51,10 +64,24 @@ def answer_prompts(
     chat: bool,
     bar: Bar = no_bar,
 ) -> Int[np.ndarray, "texts tokens"]:
-    """Up to `count` texts, one after another out of prompts with what the engine makes of them.
+    """Join prompts and the engine's answers to them, and cut that into texts.
 
-    Above temperature 0 all are answered again, with other noise, until that is enough. Raises EasySpecError for any bad
-    prompt before anything is generated, and for too few prompts.
+    Above temperature 0 all prompts are answered again, with other noise, until that is enough.
+
+    Args:
+        engine: The draft, opened by itself.
+        prompts: At least one.
+        count: Most texts to return.
+        sampling: Temperature and seed.
+        chat: Wrap each prompt in the chat template.
+        bar: Shows progress.
+
+    Returns:
+        Token ids, int32 [texts, LENGTH].
+
+    Raises:
+        EasySpecError: A prompt is unfit or memory will not suffice, before anything is generated;
+            or prompts and answers come to fewer than FEWEST texts.
     """
     sampling = replace(sampling, max_new_tokens=LENGTH)
     rows = min(ROWS, len(prompts))
@@ -72,7 +99,7 @@ def answer_prompts(
     if len(ids) < FEWEST * LENGTH:
         raise EasySpecError(
             f"prompts and greedy answers have {len(ids)} tokens, fewer than {FEWEST * LENGTH}; "
-            "give more prompts, or a --temperature above 0"
+            "give more prompts, or a `temperature` above 0"
         )
     return _cut(ids, count)
 
@@ -80,27 +107,35 @@ def answer_prompts(
 def _answers(
     engine: Engine, prompts: Sequence[str], sampling: SamplingParams, chat: bool, rows: int
 ) -> Iterator[list[int]]:
-    """Prompts with their answers, in order; greedy ones would be the same again."""
-    asked = (
-        engine.row(
-            prompt,
-            replace(sampling, seed=(sampling.seed + turn * len(prompts) + number) % 2**32),
-            chat=chat,
-        )
-        for turn in (itertools.count() if sampling.temperature else range(1))
-        for number, prompt in enumerate(prompts)
-    )
+    """Yield the ids of each prompt and its answer, in order, round after round without end.
+
+    Greedy answers would repeat themselves, so they come once.
+    """
     early: dict[int, list[int]] = {}
     following = 0
+    asked = _questions(engine, prompts, sampling, chat)
     for number, completion in engine.complete_each(asked, rows):
+        # Short answers finish first. They wait here, so that texts do not depend on `rows`.
         early[number] = completion.prompt_ids + completion.token_ids
         while following in early:
             yield early.pop(following)
             following += 1
 
 
+def _questions(
+    engine: Engine, prompts: Sequence[str], sampling: SamplingParams, chat: bool
+) -> Iterator[Generation]:
+    """Prepare all prompts again and again, each time with the next seeds."""
+    for turn in itertools.count() if sampling.temperature else range(1):
+        for number, prompt in enumerate(prompts):
+            seed = (sampling.seed + turn * len(prompts) + number) % 2**32
+            yield engine.row(prompt, replace(sampling, seed=seed), chat=chat)
+
+
 def _cut(ids: Sequence[int], count: int) -> Int[np.ndarray, "texts tokens"]:
+    """Cut ids into up to `count` texts and drop the rest."""
     found = min(count, len(ids) // LENGTH)
+    # [found * LENGTH] -> [found, LENGTH]
     return np.asarray(ids[: found * LENGTH], np.int32).reshape(found, LENGTH)
 
 
@@ -111,9 +146,17 @@ def write_texts(
     sampling: SamplingParams,
     bar: Bar = no_bar,
 ) -> Int[np.ndarray, "texts tokens"]:
-    """Texts that the programs' target writes, conversations if it has a chat template.
+    """Let a model write texts: conversations if it has a chat template, else anything.
 
-    The programs must stop at no token. Text i draws its noise from sampling's seed + i.
+    Args:
+        programs: Programs whose target is the model, compiled to stop at no token.
+        tokenizer: The model's.
+        count: Number of texts.
+        sampling: Temperature and seed; text i draws its noise from seed + i.
+        bar: Shows progress.
+
+    Returns:
+        Token ids, int32 [count, LENGTH].
     """
     start = opening(tokenizer)
     texts = []
@@ -131,11 +174,15 @@ def write_texts(
 
 
 def opening(tokenizer: Tokenizer) -> list[int]:
-    """The ids after which a text is the model's own: up to a user's question, or what begins texts."""
+    """Return the ids after which a model writes by itself.
+
+    With a chat template they are the start of a user's turn, so the model invents the question too.
+    Without one they are the id that begins a text.
+    """
     if tokenizer.chat_template:
         question = Conversation([{"role": "user", "content": _QUESTION}])
         before, found, _ = from_template(tokenizer, question).partition(_QUESTION)
         if found:
             return tokenizer(before, add_special_tokens=False).input_ids
-    first = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    return [first]
+    candidates = (tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
+    return [next(i for i in candidates if i is not None)]

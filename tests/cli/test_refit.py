@@ -1,23 +1,18 @@
-"""The command from end to end on a tiny draft, and what it says to bad input."""
+"""The refit command from end to end on a tiny draft, and its errors."""
 
 import json
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from easyspec_jax import SamplingParams, SpeculativeConfig, generate, open_model
+from easyspec_jax import SpeculativeConfig, generate
 from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.draft.grouping import paper_groups, parse_layout
 from easyspec_jax.draft.refit_file import choose_layout
-from easyspec_jax.errors import EasySpecError
 from easyspec_jax.refit.__main__ import main
-from easyspec_jax.refit.texts import LENGTH, answer_prompts, opening, read_texts
-from easyspec_jax.tokenizer import load_tokenizer
 from tests.refit.conftest import LAYERS
-from tests.support.models import byte_tokenizer
 
 
 @pytest.fixture
@@ -28,26 +23,17 @@ def directory(draft, tmp_path):
 
 
 def test_a_refit_is_written_and_then_drafted_with(directory, capsys):
-    """A few texts, borders that are measured."""
+    """A few texts are enough to measure borders on."""
     (directory / "text.txt").write_text("a much shorter fox " * 60)
-    fitted = [
-        "--draft",
-        str(directory),
-        "--lp-size",
-        "3",
-        "--text",
-        str(directory / "text.txt"),
-        "--mesh",
-        "2",
-    ]
-    assert main([*fitted, "--tokens", "1000"]) == 0
+    asked = ["--draft", str(directory), "--text", str(directory / "text.txt")]
+    assert main([*asked, "--lp-size", "3", "--mesh", "2", "--tokens", "1000"]) == 0
     shown = capsys.readouterr().err
     assert "as it was" in shown and str(directory / "refit" / "lp3.safetensors") in shown
     rates = {}
     for extra in ("--lp-size 3", "--lp-size 3 --no-refit", "--method vanilla"):
-        command = ["--target", str(directory), "--draft", str(directory), "--prompt", "a fox", "--json",
-                   "--max-new-tokens", "24", *extra.split()]  # fmt: skip
-        assert generate.main(command) == 0
+        models = ["--target", str(directory), "--draft", str(directory)]
+        asked = ["--prompt", "a fox", "--json", "--max-new-tokens", "24", *extra.split()]
+        assert generate.main([*models, *asked]) == 0
         rates[extra] = json.loads(capsys.readouterr().out)
     texts = {extra: result["token_ids"] for extra, result in rates.items()}
     assert texts["--lp-size 3"] == texts["--lp-size 3 --no-refit"] == texts["--method vanilla"]
@@ -70,16 +56,8 @@ def test_measured_borders_stay_within_the_turns_that_were_asked_for(directory, c
 
 
 def test_text_of_its_own(directory, capsys):
-    asked = [
-        "--draft",
-        str(directory),
-        "--tokens",
-        "1000",
-        "--borders",
-        "paper",
-        "--mlp-lp-size",
-        "2",
-    ]
+    asked = ["--draft", str(directory), "--tokens", "1000"]
+    asked += ["--borders", "paper", "--mlp-lp-size", "2"]
     assert main(asked) == 0
     refit = directory / "refit" / "lp4_mlp2.safetensors"
     closed, shown = load_file(refit), capsys.readouterr().err
@@ -99,23 +77,6 @@ def test_text_of_its_own(directory, capsys):
     assert sum(np.abs(x).max() for x in again.values()) > 1.2 * sum(
         np.abs(x).max() for x in moved.values()
     )
-
-
-def test_answers_to_prompts(directory):
-    """Prompts and answers follow each other as plain decoding makes them, again and again until they are enough."""
-    prompts = ["a fox", "a much shorter fox"]
-    engine = open_model(directory, speculative=SpeculativeConfig(method="vanilla"))
-    sampling = SamplingParams(0.8, seed=3, max_new_tokens=LENGTH)
-    turns = [
-        engine.generate(prompts, replace(sampling, seed=3 + 2 * turn), batch_size=2)
-        for turn in range(10)
-    ]
-    expected = [id for turn in turns for done in turn for id in done.prompt_ids + done.token_ids]
-    texts = answer_prompts(engine, prompts, 4, sampling, chat=False)
-    assert texts.shape == (4, LENGTH)
-    assert texts.ravel().tolist() == expected[: texts.size]
-    with pytest.raises(EasySpecError, match=r"give more prompts, or a --temperature above 0"):
-        answer_prompts(engine, ["a fox"], 4, SamplingParams(), chat=False)
 
 
 def test_prompts_through_the_command(directory):
@@ -155,22 +116,3 @@ def test_bad_input_gets_one_line(directory, capsys, arguments, complaint):
     assert shown.err.startswith("easyspec_jax.refit: error: ") and complaint in shown.err
     assert shown.err.count("\n") == 1 and not shown.out
     assert not list((directory / "refit").glob("*")) if (directory / "refit").exists() else True
-
-
-def test_a_file_becomes_texts_of_one_length(tmp_path):
-    tokenizer = byte_tokenizer()
-    (tmp_path / "text").write_text("x" * (4 * LENGTH + 10))
-    texts = read_texts(tmp_path / "text", tokenizer, 5)
-    assert texts.shape == (4, LENGTH) and texts.dtype == np.int32
-    assert read_texts(tmp_path / "text", tokenizer, 3).shape == (3, LENGTH)
-    (tmp_path / "text").write_text("x" * LENGTH)
-    with pytest.raises(EasySpecError, match="at least 720"):
-        read_texts(tmp_path / "text", tokenizer, 5)
-
-
-def test_a_text_opens_where_a_question_would_stand(directory):
-    tokenizer = load_tokenizer(directory)
-    assert opening(tokenizer) == [tokenizer.bos_token_id]
-    tokenizer.chat_template = "{% for m in messages %}<bos>Q: {{ m['content'] }}<eos>{% endfor %}A:"
-    ids = opening(tokenizer)
-    assert tokenizer.decode(ids) == "<bos>Q: "
