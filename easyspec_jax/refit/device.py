@@ -14,19 +14,37 @@ from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.model.loader import Loader
 
 
-def run(loader: Loader, step: Callable[..., Any], modules: Any, arrays: Sequence[np.ndarray], specs: Any,
-         *static: Any) -> Any:  # fmt: skip
-    """step(modules, config, *arrays, *static) on every device; specs: of the results."""
+def run(
+    loader: Loader,
+    step: Callable[..., Any],
+    modules: Any,
+    arrays: Sequence[np.ndarray],
+    specs: Any,
+    *static: Any,
+) -> Any:
+    """Call `step(modules, config, *arrays, *static)` on every device of a mesh.
+
+    Args:
+        loader: Loader that placed the modules; it has the mesh, the configuration and the dtype.
+        step: The function. It is called under `shard_map`, so it may use collectives.
+        modules: A tree of modules or arrays, each device seeing its own shards.
+        arrays: Arrays that every device sees whole; floats are cast to the loader's dtype.
+        specs: Partition specs of the results.
+        static: Hashable arguments; other values compile another program.
+
+    Returns:
+        What `step` returns, as global arrays.
+    """
     leaves, structure = jax.tree.flatten(modules)
     leaf_specs = tuple(leaf.sharding.spec for leaf in leaves)
     program = _program(
         step, static, loader.mesh, loader.config, structure, leaf_specs, len(arrays), specs
     )
-    dtypes = (loader.dtype if array.dtype.kind == "f" else array.dtype for array in arrays)
     everywhere = NamedSharding(loader.mesh, P())
-    placed = [
-        jax.device_put(x.astype(dtype), everywhere) for x, dtype in zip(arrays, dtypes, strict=True)
-    ]
+    placed = []
+    for array in arrays:
+        dtype = loader.dtype if array.dtype.kind == "f" else array.dtype
+        placed.append(jax.device_put(array.astype(dtype), everywhere))
     return program(leaves, *placed)
 
 
@@ -41,7 +59,11 @@ def _program(
     count: int,
     specs: Any,
 ) -> Callable[..., Any]:
-    """Compiled once for all groups of one shape."""
+    """Compile a step for all modules of one structure.
+
+    The modules' leaves are arguments. If a step closed over them, every group of layers would
+    compile a program of its own.
+    """
 
     def body(leaves: tuple[jax.Array, ...], *arrays: Array) -> Any:
         with jax.default_matmul_precision("highest"):

@@ -17,6 +17,7 @@ from easyspec_jax.refit.teacher import drafted_window, exact_window
 from easyspec_jax.sampling.vocabulary import argmax, normaliser
 
 DEPTHS = 4
+"""Depths that drafts are compared at, unless a caller says otherwise."""
 
 
 def fidelity(
@@ -26,9 +27,19 @@ def fidelity(
     counted: Bool[np.ndarray, "texts tokens"],
     depths: int = DEPTHS,
 ) -> tuple[list[float], list[float]]:
-    """At each depth from 1: the mean of Σ min(p_fuzzy, p_exact), and how often both have the same likeliest id.
+    """Compare a draft's fuzzy distributions with its exact ones, teacher-forced, at temperature 1.
 
-    counted: the positions whose predictions are compared. Teacher-forced, at temperature 1.
+    Args:
+        draft: The draft, on the mesh.
+        mesh: The mesh.
+        texts: Token ids. Everything before a draft is read exactly.
+        counted: Positions whose predictions are compared.
+        depths: Number of draft depths, from 1.
+
+    Returns:
+        For each depth, the mean of Σ min(p fuzzy, p exact), which is the acceptance rate of
+        rejection sampling if the exact draft were the target; and the share of positions where
+        both find the same id the likeliest.
     """
     specs = jax.tree.map(lambda x: x.sharding.spec, draft)
 
@@ -38,16 +49,24 @@ def fidelity(
 
     mapped = jax.shard_map(body, mesh=mesh, in_specs=(specs, P()), out_specs=P(), check_vma=False)
     program: Any = jax.jit(mapped)
-    results = [program(draft, ids[None].astype(np.int32)) for ids in texts]
-    overlaps, agrees = (
-        np.stack([np.asarray(result[i]) for result in results], axis=1) for i in range(2)
-    )
-    return [float(x[counted].mean()) for x in overlaps], [float(x[counted].mean()) for x in agrees]
+    overlaps, agrees = [], []
+    for ids in texts:
+        overlap_of_text, agrees_in_text = program(draft, ids[None].astype(np.int32))
+        overlaps.append(np.asarray(overlap_of_text))
+        agrees.append(np.asarray(agrees_in_text))
+    return _means(overlaps, counted), _means(agrees, counted)
+
+
+def _means(by_text: list[np.ndarray], counted: Bool[np.ndarray, "texts tokens"]) -> list[float]:
+    """Average each depth's values over the counted positions of all texts."""
+    by_depth = np.stack(by_text, axis=1)  # texts of [depths, tokens] -> [depths, texts, tokens]
+    return [float(values[counted].mean()) for values in by_depth]
 
 
 def _compare(
     draft: Decoder, ids: Int[Array, "1 tokens"], depths: int
 ) -> tuple[Float[Array, "depths tokens"], Bool[Array, "depths tokens"]]:
+    """Run one text exactly, then fuzzily at each depth on the exact and all shallower KV."""
     batch, tokens = ids.shape
     capacity = (depths + 1) * tokens
     caches: Caches = draft.init_caches(batch, capacity)
@@ -56,9 +75,8 @@ def _compare(
     best = argmax(exact, draft.axes)
     overlaps, agrees = [], []
     for depth in range(1, depths + 1):
-        h, caches = draft(
-            ids, caches, drafted_window(depth, batch, tokens, capacity, draft.config), run_fuzzy
-        )
+        window = drafted_window(depth, batch, tokens, capacity, draft.config)
+        h, caches = draft(ids, caches, window, run_fuzzy)
         fuzzy = draft.logits(h)[0]
         overlaps.append(overlap(exact, fuzzy, draft.axes))
         agrees.append(argmax(fuzzy, draft.axes) == best)
@@ -68,13 +86,25 @@ def _compare(
 def overlap(
     exact: Float[Array, "tokens vocab_shard"], fuzzy: Float[Array, "tokens vocab_shard"], axes: Axes
 ) -> Float[Array, " tokens"]:
-    """Σ min(p, q) of two distributions, given by their logits."""
-    p, q = (_probabilities(logits, axes) for logits in (exact, fuzzy))
+    """Return Σ min(p, q) of two distributions; 1 if they are equal, 0 if they are disjoint.
+
+    Args:
+        exact: Logits of p, one shard of the vocabulary on each device.
+        fuzzy: Logits of q, likewise.
+        axes: Mesh axes that the vocabulary is split over.
+
+    Example:
+        >>> p, q = jnp.log(jnp.array([[0.5, 0.3, 0.2]])), jnp.log(jnp.array([[0.2, 0.3, 0.5]]))
+        >>> f"{overlap(p, q, axes=())[0]:.3f}"  # 0.2 + 0.3 + 0.2
+        '0.700'
+    """
+    p, q = _probabilities(exact, axes), _probabilities(fuzzy, axes)
     return all_reduce(jnp.sum(jnp.minimum(p, q), axis=-1), axes)
 
 
 def _probabilities(
     logits: Float[Array, "tokens vocab_shard"], axes: Axes
 ) -> Float[Array, "tokens vocab_shard"]:
+    """Softmax over all shards."""
     greatest, total = normaliser(logits, axes)
     return jnp.exp(logits - greatest) / total

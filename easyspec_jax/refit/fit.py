@@ -1,10 +1,19 @@
-"""The refit, group by group: what each stale projection should have said, from what its group is fed.
+"""The fit, group by group: each stale projection is mapped to what its exact input would give.
 
-Inside a fuzzy group a layer's queries, keys and values come from the group's input instead of the layer's own. One
-affine map of that input, fitted to what the exact pass would have projected, takes the place of the layer's projection:
-same shapes, plus a bias. The inputs are those that the fuzzy model itself has, all groups before it refit already. MLPs
-that run at once are treated alike. Closed-form replacements of whole blocks are known (Neural Block Linearization,
-arXiv 2505.21077; ReplaceMe, arXiv 2505.02819); these maps are what a group of layers needs to run at once.
+Inside a fuzzy group, a layer's queries, keys and values are computed from the group's input instead
+of the layer's own. One affine map of that input, fitted to what the exact pass projects, stands in
+for the layer's projection: the same shapes, and a bias. MLPs that run at once are treated alike.
+
+For an input h of the group, x = [rms(h), 1] and y the layer's exact projection, over n tokens:
+
+    W' = argmin Σ |x W' - y|² + ridge · n · |W' - W|²
+
+where W is the plain projection, its norm's weight multiplied in. Inputs are those that the fuzzy
+model itself has, with all groups before this one refit already, so a group also makes up for what
+earlier ones lose.
+
+Closed-form replacements of whole blocks are known (Neural Block Linearization, arXiv 2505.21077;
+ReplaceMe, arXiv 2505.02819); these maps are what a group of layers needs to run at once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -41,10 +50,11 @@ from easyspec_jax.refit.equations import NormalEquations
 from easyspec_jax.refit.teacher import drafted_window, exact_window
 
 TEXTS_A_BATCH = 8
+"""Texts that go through a block together."""
 
 
 class Batches(Protocol):
-    """Hidden states in the exact and in the fuzzy pass, [texts, tokens, hidden], batch by batch."""
+    """Hidden states of the exact and the fuzzy pass, each [texts, tokens, hidden], by batch."""
 
     def __len__(self) -> int: ...
 
@@ -52,7 +62,7 @@ class Batches(Protocol):
 
 
 class States:
-    """Hidden states of every batch in the exact and in the fuzzy pass, on disk."""
+    """Batches on disk, in float32, that can be replaced."""
 
     def __init__(self, directory: Path) -> None:
         self._directory, self._count = directory, 0
@@ -66,9 +76,9 @@ class States:
 
     def __setitem__(self, number: int, states: Sequence[ArrayLike]) -> None:
         self._count = max(self._count, number + 1)
-        np.save(
-            self._directory / f"{number}.npy", np.stack([np.asarray(x, np.float32) for x in states])
-        )
+        # [2, texts, tokens, hidden]: the exact pass, then the fuzzy one.
+        both = np.stack([np.asarray(x, np.float32) for x in states])
+        np.save(self._directory / f"{number}.npy", both)
 
 
 def fit(
@@ -78,21 +88,33 @@ def fit(
     ridge: float,
     bar: Bar = no_bar,
 ) -> Tensors:
-    """The replaced tensors of every stale projection of a draft, fitted on texts.
+    """Fit every stale projection of a draft on texts.
 
-    ridge: the penalty on the distance from the plain projection, per pair of input and output, where inputs have a mean
-    square of 1. Hidden states lie on disk between groups, so that memory does not grow with the number of texts.
+    Hidden states lie on disk between groups, so memory does not grow with the number of texts.
+
+    Args:
+        loader: Loader of the draft.
+        layout: Its groups.
+        texts: Token ids.
+        ridge: Penalty for each pair (input, output), which holds projections to the plain ones.
+            Inputs have a mean square of 1, so one value suits models of any width.
+        bar: Shows progress.
+
+    Returns:
+        The tensors that replace the draft's own in fuzzy passes, float32, by canonical name.
     """
     fitted: Tensors = {}
     with TemporaryDirectory() as directory, bar("Refitting", len(layout.groups)) as advance:
         states = States(Path(directory))
         for number, h in enumerate(embed(loader, texts)):
+            # Nothing is fuzzy before the first layer.
             states[number] = h, h
         for group, mlps in layout:
             block = load_block(loader, group, mlps)
             if isinstance(block, LayerGroup):
                 attentions = fit_attentions(loader, group, block, states, ridge)
                 fitted |= fit_mlps(loader, group, block, attentions, states, ridge)
+            # The block runs with its refit here, and the next group is fitted to what that gives.
             for number in range(len(states)):
                 states[number] = run(loader, through_block, block, states[number], (P(), P()))
             advance(1)
@@ -102,7 +124,15 @@ def fit(
 def fit_attentions(
     loader: Loader, group: Group, block: LayerGroup, states: Batches, ridge: float
 ) -> Tensors:
-    """The tensors of a group's stale attentions, however its MLPs run."""
+    """Fit the attentions of a group that have stale inputs: all but the first.
+
+    Args:
+        loader: Loader of the draft.
+        group: The group's layers.
+        block: The group, without a refit. How its MLPs run does not matter.
+        states: Inputs of the group.
+        ridge: As for `fit`.
+    """
     stale = range(1, len(group))
     sites = [qkv_site(group[index]) for index in stale]
     return _fit_projections(loader, block, _attentions_fed, sites, stale, states, ridge)
@@ -116,41 +146,56 @@ def fit_mlps(
     states: Batches,
     ridge: float,
 ) -> Tensors:
-    """A group's tensors: those of its attentions, and of the MLPs that are stale; the block then runs with them."""
+    """Fit the MLPs of a group that have stale inputs, turn by turn.
+
+    Args:
+        loader: Loader of the draft.
+        group: The group's layers.
+        block: The group. It has the whole refit afterwards and runs with it.
+        attentions: Result of `fit_attentions`.
+        states: Inputs of the group.
+        ridge: As for `fit`.
+
+    Returns:
+        The tensors of all the group's stale projections, those of `attentions` included.
+    """
     tensors = dict(attentions)
     block.refit = load_refit(loader, group, Held(tensors))
+    # With 5 layers, 2 MLPs at a time, the turns are 0-1 | 2-3 | 4, and MLPs 1 and 3 are stale.
     for first in range(0, len(group), block.mlp_lp_size):
         stale = range(first + 1, min(first + block.mlp_lp_size, len(group)))
         if stale:
             sites = [gate_up_site(group[index]) for index in stale]
             tensors |= _fit_projections(loader, block, _mlps_fed, sites, stale, states, ridge)
+            # Later turns see the outputs of this one, so they are fitted with its refit in place.
             block.refit = load_refit(loader, group, Held(tensors))
     return tensors
 
 
 Fed = tuple[Hidden, Hidden]
-"""What a projection is fed in the fuzzy pass, and what in the exact one."""
+"""Inputs of a projection in the fuzzy and in the exact pass."""
 
 
 def _attentions_fed(
     block: LayerGroup, config: ModelConfig, exact: Hidden, fuzzy: Hidden, stale: range
 ) -> list[Fed]:
+    """In the fuzzy pass every attention is fed the group's input."""
     batch, tokens = exact.shape[:2]
-    fed = block.trace_exact(
-        exact, block.init_cache(batch, tokens), exact_window(batch, tokens, tokens, config)
-    )[2]
-    return [(fuzzy, fed[index][0]) for index in stale]
+    window = exact_window(batch, tokens, tokens, config)
+    _, _, expected = block.trace_exact(exact, block.init_cache(batch, tokens), window)
+    return [(fuzzy, expected[index][0]) for index in stale]
 
 
 def _mlps_fed(
     block: LayerGroup, config: ModelConfig, exact: Hidden, fuzzy: Hidden, stale: range
 ) -> list[Fed]:
+    """MLPs are fed what the attentions and the earlier turns, as refit so far, add up to."""
     batch, tokens = exact.shape[:2]
     cache = block.init_cache(batch, 2 * tokens)
-    _, cache, expected = block.trace_exact(
-        exact, cache, exact_window(batch, tokens, 2 * tokens, config)
-    )
-    got = block.trace_fuzzy(fuzzy, cache, drafted_window(1, batch, tokens, 2 * tokens, config))[2]
+    window = exact_window(batch, tokens, 2 * tokens, config)
+    _, cache, expected = block.trace_exact(exact, cache, window)
+    window = drafted_window(1, batch, tokens, 2 * tokens, config)
+    _, _, got = block.trace_fuzzy(fuzzy, cache, window)
     return [(got[index], expected[index][1]) for index in stale]
 
 
@@ -163,8 +208,9 @@ def _fit_projections(
     states: Batches,
     ridge: float,
 ) -> Tensors:
-    """The tensors of some projections, each from what it is fed to what it should have said."""
+    """Fit some projections of a group, which `fed` traces, in one pass over all batches."""
     modules = block, [target(loader, site) for site in sites]
+    # xᵀx is whole on every device; the columns of xᵀy are split like the projection's outputs.
     specs = ((P(), P(None, ALL_AXES)),) * len(sites)
     priors = [prior(loader, site) for site in sites]
     equations = [NormalEquations(*plain.shape) for plain in priors]
@@ -172,6 +218,7 @@ def _fit_projections(
         texts, tokens, _ = states[number][0].shape
         sums = run(loader, _sums, modules, states[number], specs, fed, stale)
         for equation, plain, (xx, xy) in zip(equations, priors, sums, strict=True):
+            # Columns past the projection's own pad it to a multiple of the number of devices.
             equation.add(np.asarray(xx), np.asarray(xy)[:, : plain.shape[1]], texts * tokens)
     tensors: Tensors = {}
     for site, plain, equation in zip(sites, priors, equations, strict=True):
@@ -187,6 +234,7 @@ def _sums(
     fed: Callable[..., list[Fed]],
     stale: range,
 ) -> tuple[tuple[Float[Array, "inputs inputs"], Float[Array, "inputs outputs"]], ...]:
+    """Return xᵀx and xᵀy of one batch for each stale projection."""
     block, targets = modules
     pairs = zip(targets, fed(block, config, exact, fuzzy, stale), strict=True)
     return tuple(products(got, target(expected), config) for target, (got, expected) in pairs)
@@ -195,7 +243,7 @@ def _sums(
 def through_block(
     block: Any, config: ModelConfig, exact: Hidden, fuzzy: Hidden
 ) -> tuple[Hidden, Hidden]:
-    """Outputs of both passes for a block's inputs."""
+    """Run a block exactly and then, on the KV that this leaves, fuzzily at depth 1."""
     batch, tokens = exact.shape[:2]
     cache = block.init_cache(batch, 2 * tokens)
     exact, cache = run_exact(block, exact, cache, exact_window(batch, tokens, 2 * tokens, config))
@@ -204,7 +252,7 @@ def through_block(
 
 
 def embed(loader: Loader, texts: Int[np.ndarray, "texts tokens"]) -> Iterator[np.ndarray]:
-    """Inputs of both passes, batch by batch: float32 [texts, tokens, hidden]."""
+    """Yield the first layer's inputs batch by batch: float32 [TEXTS_A_BATCH, tokens, hidden]."""
     decoder = loader.decoder(())
     for first in range(0, len(texts), TEXTS_A_BATCH):
         batch = texts[first : first + TEXTS_A_BATCH]

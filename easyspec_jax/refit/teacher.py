@@ -1,8 +1,9 @@
-"""Fuzzy passes over whole texts at once, each token as it would be drafted: everything before the draft is exact.
+"""Fuzzy passes over whole texts at once, each token as it would be drafted after an exact text.
 
-A cache of (depth + 1) * tokens entries holds the exact KV of a text in its first `tokens` entries and behind them, for
-each draft depth, that of the text's tokens drafted at this depth. A token drafted at depth d reads the exact KV of all
-but the d - 1 tokens before it, and those as drafted at the depths 1 to d - 1.
+A cache of (depth + 1) * tokens entries holds the exact KV of a text in its first `tokens` entries.
+Behind them come, for each draft depth, the KV of all the text's tokens as drafted at this depth.
+A token drafted at depth d reads the exact KV of the tokens up to d before it, and the KV of the
+d - 1 tokens in between as drafted at depths 1 to d - 1.
 """
 
 import jax.numpy as jnp
@@ -14,49 +15,101 @@ from easyspec_jax.model.attention import Window, chain_window
 
 
 def exact_window(batch: int, tokens: int, capacity: int, config: ModelConfig) -> Window:
-    """The window of whole texts, to be gone through before any at a depth."""
+    """Return the window of whole texts read exactly; this pass comes before any drafted one.
+
+    Args:
+        batch: Number of texts.
+        tokens: Tokens of each.
+        capacity: Entries of the cache, at least `tokens`.
+        config: The model's.
+    """
     return chain_window(jnp.zeros((batch,), jnp.int32), tokens, capacity, config)
 
 
 def drafted_window(
     depth: int, batch: int, tokens: int, capacity: int, config: ModelConfig
 ) -> Window:
-    """The window of whole texts, every token drafted at this depth; to be gone through in order of depth, from 1."""
+    """Return the window of whole texts with every token drafted at one depth.
+
+    Passes go in order of depth, from 1, because each reads the KV of those before it.
+
+    Args:
+        depth: The depth, from 1.
+        batch: Number of texts.
+        tokens: Tokens of each.
+        capacity: Entries of the cache, at least (depth + 1) * tokens.
+        config: The model's.
+    """
     exact = exact_window(batch, tokens, capacity, config)
     mask = np.broadcast_to(_mask(depth, tokens, capacity), (batch, tokens, capacity))
+    # The KV of this depth is written behind the exact and all shallower ones.
     start: Int[Array, " batch"] = jnp.full((batch,), depth * tokens, jnp.int32)
     return Window(start, jnp.asarray(mask), exact.cos, exact.sin)
 
 
 def sampled_positions(every: int, depths: int, tokens: int) -> Int[np.ndarray, " sampled"]:
-    """Positions of a text at which drafts begin: every `every`-th one whose draft does not go past the end."""
-    return np.concatenate(
-        [np.arange(first, first + depths) for first in range(0, tokens - depths + 1, every)]
-    )
+    """List the positions of sampled drafts, chain by chain.
+
+    Args:
+        every: Tokens from the start of one draft to the next.
+        depths: Tokens of a draft.
+        tokens: Tokens of the text, past which no draft goes.
+
+    Example:
+        >>> sampled_positions(every=3, depths=2, tokens=6).tolist()
+        [0, 1, 3, 4]
+    """
+    starts = range(0, tokens - depths + 1, every)
+    return np.concatenate([np.arange(first, first + depths) for first in starts])
 
 
 def sampled_window(
     every: int, depths: int, batch: int, tokens: int, capacity: int, config: ModelConfig
 ) -> Window:
-    """The window of sampled_positions(): chains of tokens, drafted at the depths from 1 on; their KV lies behind the
-    texts'."""
+    """Return the window of sampled drafts: all their tokens in one pass, at depths 1, 2, ….
+
+    One pass serves all depths, because attention within a draft is causal.
+
+    Args:
+        every: As for `sampled_positions`, which lists the tokens of the pass.
+        depths: As for `sampled_positions`.
+        batch: Number of texts.
+        tokens: Tokens of each text, whose exact KV are in the cache's first entries.
+        capacity: Entries of the cache; the drafts' KV go behind the texts'.
+        config: The model's.
+    """
     exact = exact_window(batch, tokens, capacity, config)
     positions = sampled_positions(every, depths, tokens)
+    # every=3, depths=2, tokens=6: positions 0 1 3 4, of chains 0 0 1 1, at depths 0 1 0 1.
     chain, depth = np.divmod(np.arange(len(positions)), depths)
+    # A row reads the exact text before its chain, and its own chain up to itself:
+    #       the text      the drafts
+    #   0   0 0 0 0 0 0   1 0 0 0
+    #   1   0 0 0 0 0 0   1 1 0 0
+    #   3   1 1 1 0 0 0   0 0 1 0
+    #   4   1 1 1 0 0 0   0 0 1 1
+    before = np.arange(tokens) < (positions - depth)[:, None]
+    within = (chain == chain[:, None]) & (depth <= depth[:, None])
     mask = np.zeros((len(positions), capacity), bool)
-    mask[:, :tokens] = np.arange(tokens) < (positions - depth)[:, None]
-    mask[:, tokens : tokens + len(positions)] = (chain == chain[:, None]) & (
-        depth <= depth[:, None]
-    )
+    mask[:, :tokens] = before
+    mask[:, tokens : tokens + len(positions)] = within
     start: Int[Array, " batch"] = jnp.full((batch,), tokens, jnp.int32)
     mask = jnp.asarray(np.broadcast_to(mask, (batch, *mask.shape)))
     return Window(start, mask, exact.cos[:, positions], exact.sin[:, positions])
 
 
 def _mask(depth: int, tokens: int, capacity: int) -> Bool[np.ndarray, "tokens capacity"]:
+    """Mark the entries that each token reads when it is drafted at a depth."""
+    # depth=2, tokens=4, capacity=12:
+    #       exact     depth 1   depth 2
+    #   0   0 0 0 0   0 0 0 0   1 0 0 0
+    #   1   0 0 0 0   1 0 0 0   0 1 0 0
+    #   2   1 0 0 0   0 1 0 0   0 0 1 0
+    #   3   1 1 0 0   0 0 1 0   0 0 0 1
     mask = np.zeros((tokens, capacity), bool)
     mask[:, :tokens] = np.tri(tokens, k=-depth)
     for earlier in range(1, depth + 1):
+        # The token drafted at depth `earlier` lies this many positions before the one that reads.
         behind = depth - earlier
         position = np.arange(behind, tokens)
         mask[position, earlier * tokens + position - behind] = True

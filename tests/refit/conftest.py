@@ -1,4 +1,4 @@
-"""The size of what is refitted in tests."""
+"""Size of the draft that tests refit, and texts to refit it on."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Groups where they cost least: the search against brute force, the measure against a whole model."""
+"""Group borders: the search against brute force, the measure against a whole model."""
 
 import itertools
 
@@ -15,7 +15,7 @@ from tests.support.models import loader
 
 
 def _groupings(layers: int, lp_size: int):
-    """All of them."""
+    """Yield every way to cut layers into groups of at most lp_size."""
     for count in range(layers):
         for inner in itertools.combinations(range(1, layers), count):
             groups = tuple(range(a, b) for a, b in itertools.pairwise((0, *inner, layers)))
@@ -72,7 +72,7 @@ def test_search_finds_the_best_of_all_layouts(layers, lp_size, mlp_lp_size):
     "mesh, sizes", [(MeshShape(1, 1), (1, 2, 3)), (MeshShape(2, 4), (1,))], ids=str
 )
 def test_overlap_of_a_candidate_is_that_of_a_draft_with_this_group_alone(draft, mesh, sizes):
-    """With a ridge so strong that nothing is refit, the plain draft is the reference."""
+    """With a ridge that leaves nothing refit, the plain draft is the reference."""
     from_ = loader(draft[0], mesh)
     overlaps = measure_groups(from_, 3, sizes, TEXTS, ridge=1e9)
     every = {

@@ -1,4 +1,4 @@
-"""What is distilled says more of what the draft itself would, on any mesh, and moves nothing else."""
+"""Distillation brings a draft nearer to itself, on any mesh, and moves nothing else."""
 
 from dataclasses import replace
 from functools import cache
@@ -52,7 +52,7 @@ def test_more_tokens_are_kept(draft, fitted, distilled):
 
 @pytest.mark.parametrize("mesh", [MeshShape(4, 2), MeshShape(1, 8)], ids=str)
 def test_the_mesh_does_not_matter(fitted, distilled, mesh):
-    """Adam's first steps are as long for the least gradient as for the greatest, so signs may differ, but rarely."""
+    """Directions agree, not each sign: Adam's first steps are as long for tiny gradients."""
     one, many = distilled(ONE, 2), distilled(mesh, 2)
     assert one.keys() == many.keys() == fitted.keys()
     for name, tensor in fitted.items():

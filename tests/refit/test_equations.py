@@ -1,3 +1,5 @@
+"""Ridge regression from sums, against least squares over all rows."""
+
 import numpy as np
 
 from easyspec_jax.refit.equations import NormalEquations
@@ -14,7 +16,7 @@ def test_solution_minimises_the_penalised_error():
     random = np.random.default_rng(0)
     x, y, prior = (random.normal(size=shape) for shape in ((200, 7), (200, 3), (7, 3)))
     ridge = 0.1
-    # A penalty is as good as so many more rows.
+    # The penalty is that of further rows: weight · I as inputs, weight · prior as targets.
     weight = np.sqrt(ridge * len(x))
     rows, targets = np.concatenate([x, weight * np.eye(7)]), np.concatenate([y, weight * prior])
     expected = np.linalg.lstsq(rows, targets)[0]

@@ -1,4 +1,4 @@
-"""What is fitted is the least-squares answer, and brings a fuzzy draft nearer to itself."""
+"""The fit is the least-squares answer, and brings a fuzzy draft nearer to itself."""
 
 from functools import cache
 
@@ -40,7 +40,7 @@ def _layer_inputs(reference) -> list[np.ndarray]:
 
 
 def test_first_group_is_ridge_regression_on_transformers_states(draft, fitted):
-    """Nothing before it is fuzzy, so what it is fed is what transformers says."""
+    """Nothing before it is fuzzy, so its inputs are transformers' hidden states."""
     checkpoint, reference = draft
     states, eps = _layer_inputs(reference), checkpoint.config.rms_norm_eps
 

@@ -1,4 +1,4 @@
-"""Teacher-forced passes are what drafting does, one position at a time."""
+"""Teacher-forced passes equal drafting one position at a time."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def _teacher_forced(draft, ids):
 
 
 def _drafted(draft, ids, last: int, depth: int):
-    """The final hidden state of token `last`, drafted fuzzily behind an exact text and depth - 1 drafted tokens."""
+    """Draft `depth` tokens fuzzily after an exact text; return the state of the last, `last`."""
     batch = ids.shape[0]
     start = jnp.zeros((batch,), jnp.int32)
     _, caches = draft(ids[:, : last - depth + 1], draft.init_caches(batch, last + 1), start)
