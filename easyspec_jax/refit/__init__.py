@@ -1,7 +1,7 @@
 """Fit projections that keep a layer-parallel draft close to itself, in closed form.
 
-The files hold stand-ins for projections that a group of layers feeds with stale inputs. They add no
-latency, and the target still verifies every token, so its distribution stays exact.
+A refit is a file of stand-ins for the projections that a group of layers feeds with stale inputs.
+They add no latency. The target still verifies every token, so its distribution stays exact.
 
     from easyspec_jax import SpeculativeConfig, open_model
     from easyspec_jax.refit import RefitConfig, refit

@@ -69,6 +69,7 @@ def _program(
         with jax.default_matmul_precision("highest"):
             return step(jax.tree.unflatten(structure, leaves), config, *arrays, *static)
 
+    # Parameters stay where the loader put them; every device has all of each array.
     in_specs = (list(leaf_specs), *(P(),) * count)
     return jax.jit(
         jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=specs, check_vma=False)

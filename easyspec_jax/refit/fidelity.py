@@ -51,6 +51,7 @@ def fidelity(
     program: Any = jax.jit(mapped)
     overlaps, agrees = [], []
     for ids in texts:
+        # A batch of one: a whole text's logits at all depths take enough memory by themselves.
         overlap_of_text, agrees_in_text = program(draft, ids[None].astype(np.int32))
         overlaps.append(np.asarray(overlap_of_text))
         agrees.append(np.asarray(agrees_in_text))
@@ -68,6 +69,7 @@ def _compare(
 ) -> tuple[Float[Array, "depths tokens"], Bool[Array, "depths tokens"]]:
     """Run one text exactly, then fuzzily at each depth on the exact and all shallower KV."""
     batch, tokens = ids.shape
+    # Entries for the exact KV and, behind them, for the KV of each depth; see teacher.py.
     capacity = (depths + 1) * tokens
     caches: Caches = draft.init_caches(batch, capacity)
     h, caches = draft(ids, caches, exact_window(batch, tokens, capacity, draft.config))
@@ -98,6 +100,7 @@ def overlap(
         >>> f"{overlap(p, q, axes=())[0]:.3f}"  # 0.2 + 0.3 + 0.2
         '0.700'
     """
+    # Each device sums over its own ids; the all-reduce adds the shards up.
     p, q = _probabilities(exact, axes), _probabilities(fuzzy, axes)
     return all_reduce(jnp.sum(jnp.minimum(p, q), axis=-1), axes)
 

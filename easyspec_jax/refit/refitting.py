@@ -93,6 +93,7 @@ def refit(pair: Engine, config: RefitConfig, *, bar: Bar = no_bar) -> Refitted:
         resumed = _resumed(find(directory, config.speculative_config(), before), draft)
 
     texts = _texts(engine, config, bar)
+    # Neither the fit nor the choice of borders sees the texts that drafts are compared on.
     held_out = max(1, round(HELD_OUT * len(texts)))
     compared_on, fitted_on = texts[:held_out], texts[held_out:]
     loader = engine.loader(draft, ALL_AXES)
@@ -101,6 +102,7 @@ def refit(pair: Engine, config: RefitConfig, *, bar: Bar = no_bar) -> Refitted:
     if config.distill:
         tensors = distill(loader, after, tensors, fitted_on, config.distill, bar)
         drafts["distilled"] = after, Held(tensors)
+    # Saved before anything is compared, so an interrupted comparison does not lose the fit.
     save(path, tensors, after, draft)
     overlaps = _compared(loader, drafts, compared_on, bar)
     return Refitted(path, before, after, overlaps, path.stat().st_size)

@@ -111,6 +111,7 @@ def _answers(
 
     Greedy answers would repeat themselves, so they come once.
     """
+    # Answers by number that wait for one before them.
     early: dict[int, list[int]] = {}
     following = 0
     asked = _questions(engine, prompts, sampling, chat)
@@ -165,6 +166,7 @@ def write_texts(
             rows = min(ROWS, count - first)
             chosen = replace(sampling, seed=(sampling.seed + first) % 2**32)
             written = [list(start) for _ in range(rows)]
+            # Row i of a report holds num_tokens[i] new ids; what follows them is padding.
             for report in decode(programs, written, [LENGTH - len(start)] * rows, chosen):
                 for row, text in enumerate(written):
                     text.extend(report.tokens[row, : report.num_tokens[row]])
