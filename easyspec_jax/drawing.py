@@ -1,4 +1,4 @@
-"""Style shared by all pictures, and files that depend on nothing but what is drawn. Drawing is an extra."""
+"""Style shared by all pictures, and reproducible PNG files. Needs matplotlib, an optional extra."""
 
 import io
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ STYLE: dict[str, Any] = {
 
 
 def check_drawing() -> None:
-    """Raises EasySpecError without matplotlib."""
+    """Raise EasySpecError if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -33,21 +33,27 @@ def check_drawing() -> None:
 
 
 def dress_bars(axes: Any) -> None:
-    """The looks of horizontal bars: grid lines across them alone, and behind them."""
+    """Style a horizontal bar chart: vertical grid lines only, drawn behind the bars."""
     axes.grid(visible=False, axis="y")
     axes.set_axisbelow(True)
     axes.tick_params(colors=SOFT, labelcolor=INK)
 
 
 def png(make: Callable[[], "Figure"], style: Mapping[str, Any] = STYLE) -> bytes:
-    """A picture, made in a style (matplotlib's rcParams). The same picture gives the same bytes.
+    """Draw a figure and return it as a PNG file. The same figure gives the same bytes.
 
-    Raises EasySpecError without matplotlib.
+    Args:
+        make: Draws the figure; called with the style in force.
+        style: matplotlib's rcParams.
+
+    Raises:
+        EasySpecError: matplotlib is not installed.
     """
     check_drawing()
     import matplotlib
 
     written = io.BytesIO()
+    # By default matplotlib writes its version into the file, which would change the bytes.
     with matplotlib.rc_context(dict[Any, Any](style)):
         make().savefig(written, format="png", metadata={"Software": None})
     return written.getvalue()

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and where those that can be regenerated are kept."""
+"""Atomic writes, input from a file or stdin, and the directory for caches."""
 
 import errno
 import os
@@ -9,29 +9,55 @@ from pathlib import Path
 
 
 def cache_directory() -> Path | None:
-    """Directory for regenerable caches, or None without a home directory."""
+    """Return the directory for regenerable caches, or None without a home directory."""
     with suppress(RuntimeError):
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "easyspec_jax"
     return None
 
 
 def read_input(path: str | Path) -> bytes:
-    """Read a file, or standard input for "-". Raises OSError, also if standard input is closed."""
+    """Read a file, or standard input for "-".
+
+    Raises:
+        OSError: The file cannot be read, or standard input is closed.
+    """
     if str(path) != "-":
         return Path(path).read_bytes()
+    # Python sets sys.stdin to None when descriptor 0 was closed before it started (`command <&-`).
     if sys.stdin is None:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     return sys.stdin.buffer.read()
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Replaces the file, if there is one, once all of the content is on disk, whoever else writes it too."""
+    """Write a file atomically: a reader sees the old content or the new one, never a mixture.
+
+    Concurrent writers do not disturb each other; the last one to finish wins.
+
+    Args:
+        path: The file to create or replace.
+        content: All of it.
+
+    Raises:
+        OSError: The write fails; the old file, if any, is untouched.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as directory:
+        ...     path = Path(directory, "note.txt")
+        ...     write_whole(path, b"hello")
+        ...     path.read_bytes()
+        b'hello'
+    """
+    # A temporary name of its own for each writer, in the same directory: a rename is atomic only
+    # within one file system.
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     partial = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-        partial.chmod(0o666 & ~_umask())  # a temporary file is its owner's only
+        # mkstemp makes the file private (0600); give it the mode that open() would have given.
+        partial.chmod(0o666 & ~_umask())
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -39,7 +65,11 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raises OSError, before anything is measured, where write_whole could not write."""
+    """Check, before any long work starts, that write_whole could write this file.
+
+    Raises:
+        OSError: It could not: the path is a directory, or its parent is missing or read-only.
+    """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory")
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -48,7 +78,7 @@ def check_writable(path: Path) -> None:
 
 
 def _umask() -> int:
-    """The only way to read it is to set it."""
+    # POSIX offers no way to read the mask without setting it.
     mask = os.umask(0o022)
     os.umask(mask)
     return mask

@@ -1,4 +1,4 @@
-"""`python -m easyspec_jax.generate`, which is `easyspec generate`."""
+"""`python -m easyspec_jax.generate`: the same command as `easyspec generate`."""
 
 import sys
 

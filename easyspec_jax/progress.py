@@ -1,4 +1,4 @@
-"""Progress of what takes long, for whoever watches a terminal."""
+"""Progress bars for long work, shown only on a terminal."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -6,11 +6,11 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 Advance = Callable[[int], None]
-"""Reports that so much more is done."""
+"""Reports that a further amount of work is done."""
 
 
 class Bar(Protocol):
-    """A way to show progress while a block runs: bar, or no_bar."""
+    """A way to show progress while a block runs: `bar` or `no_bar`."""
 
     def __call__(
         self, description: str, total: int | None = None, *, in_bytes: bool = False
@@ -21,19 +21,33 @@ class Bar(Protocol):
 def no_bar(
     description: str, total: int | None = None, *, in_bytes: bool = False
 ) -> Iterator[Advance]:
-    """Shows nothing."""
+    """Show nothing; takes the same arguments as `bar`.
+
+    Example:
+        >>> with no_bar("Reading", 3) as advance:
+        ...     advance(1)
+    """
     yield lambda amount: None
 
 
 @contextmanager
 def bar(description: str, total: int | None = None, *, in_bytes: bool = False) -> Iterator[Advance]:
-    """A progress bar on stderr while the block runs, gone after it; nothing at all where the output goes elsewhere.
+    """Show a progress bar on stderr while the block runs, and erase it afterwards.
 
-    Without a total the bar only shows that time passes. in_bytes: total and what advances it are bytes, not things.
+    Nothing is shown unless stdout and stderr are both terminals.
+
+    Args:
+        description: Text to the left of the bar.
+        total: Amount of work; without one, the bar shows elapsed time only.
+        in_bytes: Count in bytes ("2.0/3.0 kB") instead of items ("2/3").
+
+    Yields:
+        A function that takes the amount of work just done.
     """
     if not (sys.stderr.isatty() and sys.stdout.isatty()):
         yield lambda amount: None
         return
+    # Imported here because a command that shows no bar need not wait for rich.
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -48,7 +62,7 @@ def bar(description: str, total: int | None = None, *, in_bytes: bool = False) -
     done = DownloadColumn() if in_bytes else MofNCompleteColumn()
     numbers = (TimeElapsedColumn(),) if total is None else (done, TimeRemainingColumn())
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), *numbers)
-    # stdout is left alone: rich would send what is printed there to stderr.
+    # Without redirect_stdout=False, rich would send printed text to stderr.
     with Progress(
         *columns, console=Console(stderr=True), transient=True, redirect_stdout=False
     ) as progress:

@@ -1,1 +1,1 @@
-"""Checkpoints: directories opened and checked, tensors read by byte range, configurations and families."""
+"""Checkpoints: open and check directories, read tensors by byte range, describe model families."""

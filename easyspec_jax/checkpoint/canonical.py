@@ -1,6 +1,8 @@
-"""Canonical tensors: Llama's names and layouts in Hugging Face, however they are stored (linear weights are [out, in]).
+"""Canonical tensors: every checkpoint as if it were Llama's in Hugging Face.
 
-What a configuration asks for, how others name, join and permute it, and whether that is what they have stored.
+The rest of the package knows one set of names and layouts, with linear weights as [out, in]. This
+module lists the tensors that a configuration asks for, where other formats keep them (other names,
+several tensors joined, permuted rows), and checks that a checkpoint has exactly these.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,16 +20,16 @@ from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import FLOAT_DTYPES
 
 _INV_FREQ = "rotary_emb.inv_freq"
-"""Suffix of the buffers in which old exports keep the RoPE frequencies. They follow from the configuration."""
+"""Suffix of buffers that hold RoPE frequencies in old exports; the configuration implies them."""
 
 _STORED_DTYPES = (*FLOAT_DTYPES, "float64")
 
 Scheme = Literal["canonical", "hf", "gguf"]
-"""Who named the stored tensors, see `families.Tensor`."""
+"""Whose names the stored tensors have, see `families.Tensor`."""
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
-    """Map the size names of a family's table to numbers."""
+    """Map the names of dimensions in a family's table to their sizes."""
     return {
         "hidden": config.hidden_size,
         "inner": config.intermediate_size,
@@ -39,27 +41,45 @@ def sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def tensors(config: ModelConfig) -> Iterator[tuple[str, int, Tensor]]:
-    """Name, layer and row of the family's table of every canonical tensor of a model, layer by layer."""
-    table = [tensor for tensor in FAMILIES[config.model_type].tensors
-             if tensor.name != HEAD or not config.tie_word_embeddings]  # fmt: skip
-    yield from ((tensor.name, 0, tensor) for tensor in table if "{}" not in tensor.name)
+    """Yield the name, the layer (0 outside layers) and the table's row of every canonical tensor.
+
+    A head that is tied to the embedding is not among them.
+    """
+    per_layer: list[Tensor] = []
+    for tensor in FAMILIES[config.model_type].tensors:
+        if "{}" in tensor.name:
+            per_layer.append(tensor)
+        elif tensor.name != HEAD or not config.tie_word_embeddings:
+            yield tensor.name, 0, tensor
     for layer in range(config.num_hidden_layers):
-        yield from (
-            (tensor.name.format(layer), layer, tensor) for tensor in table if "{}" in tensor.name
-        )
+        for tensor in per_layer:
+            yield tensor.name.format(layer), layer, tensor
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every canonical tensor of a model, an untied head included."""
-    size = sizes(config)
-    return {name: tuple(size[dim] for dim in tensor.shape) for name, _, tensor in tensors(config)}
+    """Return the name and shape of every canonical tensor of a model.
+
+    Example:
+        >>> from easyspec_jax import demo
+        >>> from easyspec_jax.checkpoint.config import read_model_config
+        >>> shapes = expected_shapes(read_model_config(demo.TARGET))
+        >>> shapes["model.layers.0.self_attn.k_proj.weight"]
+        (128, 384)
+    """
+    size, shapes = sizes(config), dict[str, tuple[int, ...]]()
+    for name, _, tensor in tensors(config):
+        shapes[name] = tuple(size[dimension] for dimension in tensor.shape)
+    return shapes
 
 
 @dataclass(frozen=True)
 class StoredAs:
-    """Location of a canonical tensor in someone else's naming: rows of one of their tensors.
+    """Rows of a stored tensor that hold one canonical tensor.
 
-    unit: rows of a head, where they are stored as pairs of channels; otherwise 1.
+    Attributes:
+        name: The stored tensor.
+        start: Its first row that belongs to the canonical one.
+        unit: Rows of a head, if the rows of each head are permuted as GGUF does; otherwise 1.
     """
 
     name: str
@@ -68,7 +88,7 @@ class StoredAs:
 
 
 def places(config: ModelConfig, scheme: Scheme) -> dict[str, StoredAs]:
-    """The StoredAs of every canonical tensor."""
+    """Return where each canonical tensor is stored."""
     size, found = sizes(config), {}
     for name, layer, tensor in tensors(config):
         if scheme == "canonical":
@@ -76,15 +96,17 @@ def places(config: ModelConfig, scheme: Scheme) -> dict[str, StoredAs]:
             continue
         stored = tensor.gguf if scheme == "gguf" else tensor.hf or tensor.name
         unit = config.head_dim if scheme == "gguf" and tensor.pairs else 1
-        found[name] = StoredAs(stored.format(layer), sum(size[dim] for dim in tensor.after), unit)
+        start = sum(size[dimension] for dimension in tensor.after)
+        found[name] = StoredAs(stored.format(layer), start, unit)
     return found
 
 
 def stored_shapes(config: ModelConfig, scheme: Scheme) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a model as others keep them."""
+    """Return the name and shape of every tensor as it is stored, several joined ones as one."""
     expected, shapes = expected_shapes(config), dict[str, tuple[int, ...]]()
     for name, place in places(config, scheme).items():
         rows, *rest = expected[name]
+        # A joined tensor ends where its last part does.
         before = shapes.get(place.name, (0,))[0]
         shapes[place.name] = (max(before, place.start + rows), *rest)
     return shapes
@@ -95,61 +117,59 @@ def canonical(
 ) -> tuple[ModelConfig, StoredSource]:
     """Present the tensors of a source under their canonical names.
 
-    No stored tensor is dropped unseen. A head beside a tied embedding is compared with it: if they are equal, it is a
-    copy; otherwise it is a head of its own, as fine-tunes leave it, and the configuration returned is untied. Stored
-    RoPE frequencies are compared with those of the configuration.
+    No stored tensor is ignored silently. If the configuration ties the head to the embedding but a
+    head is stored as well, the two are compared: equal, the head is a copy; different, it counts,
+    and the configuration returned is untied. (Fine-tunes that train the head often forget to say
+    so.) Stored RoPE frequencies must be the ones that the configuration implies.
 
     Args:
-        config: What the configuration file says.
-        source: The tensors as they are stored.
-        scheme: How the source names them.
+        config: The configuration as its file says.
+        source: The stored tensors.
+        scheme: Whose names they have.
         origin: Names the source in error messages.
 
     Returns:
-        The configuration, untied if the head is stored, and its canonical tensors.
+        The configuration and its canonical tensors.
 
     Raises:
         EasySpecError: The tensors are not the ones that the configuration asks for.
     """
     untied = replace(config, tie_word_embeddings=False)
-    head = places(untied, scheme)[HEAD].name
-    if config.tie_word_embeddings and head in source.shapes():
-        check_tensors(untied, source, origin, scheme)
-        tensors = CanonicalSource(source, places(untied, scheme), expected_shapes(untied))
-        config = config if _same_values(tensors, EMBEDDING, HEAD) else untied
-        copies = frozenset({head}) if config.tie_word_embeddings else frozenset[str]()
-    else:
-        copies = frozenset[str]()
-    check_tensors(config, source, origin, scheme, copies)
+    has_head = places(untied, scheme)[HEAD].name in source.shapes()
+    stored = untied if has_head else config
+    check_tensors(stored, source, origin, scheme)
+    tensors = CanonicalSource(source, places(stored, scheme), expected_shapes(stored))
+    if stored != config:
+        if _same_values(tensors, EMBEDDING, HEAD):
+            tensors = CanonicalSource(source, places(config, scheme), expected_shapes(config))
+        else:
+            config = untied
     _check_frequencies(config, source, origin)
-    return config, CanonicalSource(source, places(config, scheme), expected_shapes(config))
+    return config, tensors
 
 
 def _same_values(source: TensorSource, first: str, second: str) -> bool:
-    """Whether two matrices of one shape hold equal numbers, in whatever types; stops at the first difference."""
-    return all(
-        np.array_equal(
-            source.read(first, (rows,)).astype(np.float64),
-            source.read(second, (rows,)).astype(np.float64),
-        )
-        for rows in row_blocks(source.shapes()[first])
-    )
+    """Whether two matrices of one shape hold equal numbers, even if in different dtypes."""
+    # An embedding takes a gigabyte; both are read block by block, up to the first difference.
+    for rows in row_blocks(source.shapes()[first]):
+        one = source.read(first, (rows,)).astype(np.float64)
+        if not np.array_equal(one, source.read(second, (rows,)).astype(np.float64)):
+            return False
+    return True
 
 
 def _check_frequencies(config: ModelConfig, source: StoredSource, origin: str) -> None:
-    """Raise EasySpecError if stored RoPE frequencies are others than the configuration's, beyond their own rounding."""
+    """Raise EasySpecError if stored RoPE frequencies differ, by more than rounding, from ours."""
     expected = rope_frequencies(config)
     for name in filter(_is_frequencies, source.shapes()):
         stored = source.read(name).astype(np.float32)
-        # Half precision keeps 8 to 11 bits, and of the slowest frequencies almost none.
-        rtol, atol = (
-            (1e-2, 1e-7) if source.dtypes()[name] in ("bfloat16", "float16") else (1e-4, 0.0)
-        )
-        if stored.shape != expected.shape or not np.allclose(
-            stored, expected, rtol=rtol, atol=atol
-        ):
+        # Half precision keeps 8 to 11 bits, and almost none of the slowest frequencies, which
+        # are subnormal in float16.
+        is_half = source.dtypes()[name] in ("bfloat16", "float16")
+        rtol, atol = (1e-2, 1e-7) if is_half else (1e-4, 0.0)
+        if stored.shape != expected.shape or not np.allclose(stored, expected, rtol, atol):
             raise EasySpecError(
-                f"{origin}: {name} holds other RoPE frequencies than the configuration gives; "
+                f"{origin}: {name} holds RoPE frequencies that do not match the configuration; "
                 "correct rope_theta or rope_scaling in config.json, or remove the tensor"
             )
 
@@ -160,7 +180,13 @@ def _is_frequencies(name: str) -> bool:
 
 @dataclass(frozen=True)
 class CanonicalSource:
-    """Canonical tensors out of a source that names, joins and permutes them as a family's table says."""
+    """Canonical tensors, read from a source with other names, joined tensors or permuted rows.
+
+    Attributes:
+        stored: The source.
+        places: Where it keeps each canonical tensor.
+        expected: The shape of each canonical tensor.
+    """
 
     stored: StoredSource
     places: Mapping[str, StoredAs]
@@ -176,31 +202,40 @@ class CanonicalSource:
     def read(self, name: str, window: Slices = ()) -> np.ndarray:
         place = self.places[name]
         rows = window[0] if window else slice(0, self.expected[name][0])
-        # Whole heads, where a row's place depends on the head's others.
-        first, last = (
-            rows.start // place.unit * place.unit,
-            -(-rows.stop // place.unit) * place.unit,
-        )
-        values = self.stored.read(
-            place.name, (slice(place.start + first, place.start + last), *window[1:])
-        )
+        # Undoing the permutation takes whole heads: with unit = 4, rows 5:7 are read as 4:8.
+        first = rows.start // place.unit * place.unit
+        last = -(-rows.stop // place.unit) * place.unit
+        whole = slice(place.start + first, place.start + last)
+        values = self.stored.read(place.name, (whole, *window[1:]))
         if place.unit > 1:
             values = unpermute(values, place.unit)
         return values[rows.start - first : rows.stop - first]
 
 
 def unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Puts [heads * head_dim, ...] rows from llama.cpp's order (pairs side by side) into Hugging Face's (by halves)."""
+    """Reorder the rows of query or key weights from llama.cpp's order into Hugging Face's.
+
+    RoPE rotates channels in pairs. llama.cpp stores the two channels of a pair as neighbours,
+    Hugging Face half a head apart.
+
+    Args:
+        rows: [heads * head_dim, ...]
+        head_dim: Channels of a head.
+
+    Returns:
+        The same shape.
+
+    Example:
+        >>> unpermute(np.array(["a0", "b0", "a1", "b1", "a2", "b2"]), head_dim=6).tolist()
+        ['a0', 'a1', 'a2', 'b0', 'b1', 'b2']
+    """
+    # [H * D, ...] -> [H, D / 2, 2, ...] -> [H, 2, D / 2, ...] -> [H * D, ...]
     pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def check_tensors(
-    config: ModelConfig,
-    source: StoredSource,
-    origin: str,
-    scheme: Scheme = "canonical",
-    copies: frozenset[str] = frozenset(),
+    config: ModelConfig, source: StoredSource, origin: str, scheme: Scheme = "canonical"
 ) -> None:
     """Check that a source stores exactly the tensors of a configuration.
 
@@ -208,33 +243,33 @@ def check_tensors(
         config: The configuration.
         source: The stored tensors.
         origin: Names the source in error messages.
-        scheme: How the source names its tensors.
-        copies: Stored tensors that are known to equal one of the expected ones.
+        scheme: Whose names they have.
 
     Raises:
-        EasySpecError: Counts every missing, unknown, misshapen and mistyped tensor, and names a few.
+        EasySpecError: Tensors are missing, unknown, or of the wrong shape or dtype. The message
+            counts them by kind and names up to three of each.
     """
-    expected, dtypes = stored_shapes(config, scheme), source.dtypes()
-    present = {
-        name: shape
-        for name, shape in source.shapes().items()
-        if name not in copies and not _is_frequencies(name)
-    }
-    both = [name for name in expected if name in present]
-    kinds = (
-        [f"{name} is missing" for name in expected if name not in present],
-        [f"{name} is unknown" for name in present if name not in expected],
-        [f"{name} has shape {present[name]} instead of {expected[name]}" for name in both
-         if present[name] != expected[name]],
-        [f"{name} is stored as {dtypes[name]}, which is not supported" for name in both
-         if dtypes[name] not in _STORED_DTYPES],
-    )  # fmt: skip
-    if any(kinds):
-        listed = [fault for faults in kinds for fault in (*faults[:3], *_more(len(faults) - 3))]
+    expected, stored, dtypes = stored_shapes(config, scheme), source.shapes(), source.dtypes()
+    missing, unknown, misshapen, mistyped = [], [], [], []
+    for name, shape in expected.items():
+        if name not in stored:
+            missing.append(f"{name} is missing")
+            continue
+        if stored[name] != shape:
+            misshapen.append(f"{name} has shape {stored[name]} instead of {shape}")
+        if dtypes[name] not in _STORED_DTYPES:
+            mistyped.append(f"{name} is stored as {dtypes[name]}, which is not supported")
+    for name in stored:
+        if name not in expected and not _is_frequencies(name):
+            unknown.append(f"{name} is unknown")
+    faults = [*_some(missing), *_some(unknown), *_some(misshapen), *_some(mistyped)]
+    if faults:
         raise EasySpecError(
-            f"{origin}: tensors do not match the configuration: {'; '.join(listed)}"
+            f"{origin}: tensors do not match the configuration: {'; '.join(faults)}"
         )
 
 
-def _more(count: int) -> tuple[str, ...]:
-    return (f"and {count} more",) if count > 0 else ()
+def _some(faults: list[str]) -> list[str]:
+    """The first three faults, and how many more there are."""
+    further = len(faults) - 3
+    return [*faults[:3], f"and {further} more"] if further > 0 else faults

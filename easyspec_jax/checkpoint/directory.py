@@ -1,4 +1,4 @@
-"""Opening checkpoints: an Orbax directory of our own, or a Hugging Face directory as it is."""
+"""Opening a checkpoint directory: a converted one (Orbax) or a Hugging Face one (safetensors)."""
 
 import hashlib
 import itertools
@@ -20,7 +20,13 @@ from easyspec_jax.errors import EasySpecError
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint directory, its tensors checked against its configuration but not yet read."""
+    """An open checkpoint directory. Its tensors match its configuration, and are not read yet.
+
+    Attributes:
+        directory: Where it is.
+        config: Its configuration.
+        source: Its canonical tensors.
+    """
 
     directory: Path
     config: ModelConfig
@@ -28,13 +34,18 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of every tensor as it is stored; the same for a converted copy in the same dtype."""
+        """A hash of all tensors (SHA-256, hexadecimal). Reads the whole checkpoint.
+
+        A converted copy in the same dtype has the same fingerprint.
+        """
 
         def digest(name: str) -> bytes:
             tensor = np.ascontiguousarray(self.source.read(name))
             described = f"{name} {tensor.dtype} {tensor.shape} ".encode()
             return hashlib.sha256(described + tensor.reshape(-1).view(np.uint8).data).digest()
 
+        # Reading and hashing release the GIL, so tensors are hashed by threads, and their digests
+        # are hashed in the order of their names, which both kinds of directory have in common.
         with ThreadPoolExecutor() as pool:
             digests = pool.map(digest, sorted(expected_shapes(self.config)))
             return hashlib.sha256(b"".join(digests)).hexdigest()
@@ -43,21 +54,32 @@ class Checkpoint:
 def open_checkpoint(directory: Path | str, *, allow_links: bool = False) -> Checkpoint:
     """Open a converted (Orbax) or a Hugging Face (safetensors) directory.
 
-    Where files compete, the directory means what it means to transformers: `model.safetensors` comes before an index,
-    and a stored head that differs from the embedding is used even if the configuration says that the two are tied.
+    Conflicting files are resolved as transformers does: `model.safetensors` wins over an index,
+    and a stored head that differs from the embedding wins over a configuration that ties the two.
 
     Args:
         directory: The checkpoint.
-        allow_links: Follow links that lead out of the directory, such as weights on another disk.
+        allow_links: Follow links that point outside the directory, for weights on another disk.
+
+    Returns:
+        The checkpoint, with its tensors checked but not read.
 
     Raises:
-        EasySpecError: The directory is neither kind, is damaged, leads out of itself, or holds other tensors than its
-            configuration asks for.
+        EasySpecError: The directory is of neither kind, is damaged, has links that point outside
+            or lacks tensors that its configuration asks for (or has others).
+
+    Example:
+        >>> from easyspec_jax import demo
+        >>> checkpoint = open_checkpoint(demo.TARGET)
+        >>> checkpoint.config.num_hidden_layers
+        5
+        >>> checkpoint.source.read("model.norm.weight").shape
+        (384,)
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise EasySpecError(
-            f"{directory} is no directory; expected a converted or a Hugging Face checkpoint"
+            f"{directory} is not a directory; expected a converted or a Hugging Face checkpoint"
         )
     check_files(directory, allow_links)
     if (directory / "adapter_config.json").exists():
@@ -66,42 +88,48 @@ def open_checkpoint(directory: Path | str, *, allow_links: bool = False) -> Chec
         )
     config = read_model_config(directory)
     if (directory / WEIGHTS).is_dir():
-        config, source = canonical(
-            config, OrbaxSource(directory / WEIGHTS), "canonical", origin=str(directory)
-        )
+        stored, scheme = OrbaxSource(directory / WEIGHTS), "canonical"
     else:
         stored = SafetensorsSource(directory, frozenset(stored_shapes(config, "hf")))
-        config, source = canonical(config, stored, "hf", origin=str(directory))
+        scheme = "hf"
+    config, source = canonical(config, stored, scheme, origin=str(directory))
     return Checkpoint(directory, config, source)
 
 
 def check_files(directory: Path, allow_links: bool = False) -> None:
-    """Check that a checkpoint's files are files and stay inside its directory.
+    """Check that a checkpoint holds only regular files and directories inside itself.
 
-    `convert` copies what is read here, so a link could leak a file of the host; a pipe would never end. The hub's cache
-    keeps a snapshot's files next to it, in `blobs`, which may be linked to.
+    A downloaded checkpoint is not to be trusted: `convert` copies files, so a link could leak a
+    private file of this machine, and reading a pipe would never end.
+
+    Args:
+        directory: The checkpoint.
+        allow_links: Allow links that point outside the directory.
 
     Raises:
-        EasySpecError: A file is a link that leads out of the directory (unless allow_links), or not an ordinary file.
+        EasySpecError: A file is not a regular one, or is such a link.
     """
     root = directory.resolve()
-    homes = [root] + ([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])
+    homes = [root]
+    # The hub's cache keeps a snapshot's files next to it and links to them:
+    # models--A--B/snapshots/COMMIT/model.safetensors -> models--A--B/blobs/HASH
+    if root.parent.name == "snapshots":
+        homes.append(root.parents[1] / "blobs")
     deeper = (
         (directory / WEIGHTS).rglob("*"),
         directory.glob("refit/*"),
         directory.glob("additional_chat_templates/*"),
     )
     for path in itertools.chain(directory.iterdir(), *deeper):
-        leads_out = path.is_symlink() and not any(
-            _resolved(path).is_relative_to(home) for home in homes
-        )
+        leads_out = path.is_symlink() and not any(map(_resolved(path).is_relative_to, homes))
         if leads_out and not allow_links:
             raise EasySpecError(
-                f"{path} is a link that leads out of the checkpoint directory; put the file there or give --allow-links"
+                f"{path} is a link that points outside the checkpoint directory; "
+                "put the file itself there, or pass allow_links=True (--allow-links)"
             )
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise EasySpecError(
-                f"{path} is no ordinary file; remove it from the checkpoint directory"
+                f"{path} is not a regular file; remove it from the checkpoint directory"
             )
 
 

@@ -1,4 +1,7 @@
-"""Model families: a table of tensors and a reader of `config.json` each. docs/families.md shows how to add one."""
+"""Model families: for each, a table of tensors and a reader of `config.json`.
+
+docs/families.md shows how to add one.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,12 +12,18 @@ EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A canonical tensor: Llama's name and layout in Hugging Face, {} standing for a layer's number.
+    """A canonical tensor, with the name and layout of Llama in Hugging Face.
 
-    shape: sizes by name, see `checkpoint.sizes`. hf, gguf: what the others call it; by default hf is the name, and
-    without a gguf there is none. after: sizes of what lies before it, row by row, where several tensors are stored as
-    one. pairs: the field of ModelConfig that counts its heads, where GGUF stores each head's rows as pairs of channels
-    side by side.
+    Attributes:
+        name: Its name; `{}` stands for the layer's number.
+        shape: Its dimensions by name, see `canonical.sizes`.
+        gguf: Its name in GGUF files; empty if they do not have it.
+        hf: Its name in Hugging Face files, if other than `name`.
+        after: If several tensors are stored as one, the dimensions of those whose rows come
+            before it. Phi-3 stores queries, keys and values as `qkv_proj`; there the values come
+            after ("queries", "keys").
+        pairs: The field of ModelConfig that counts its heads, if GGUF permutes the rows of each
+            head for its rotary embedding (see `canonical.unpermute`); otherwise empty.
     """
 
     name: str
@@ -29,8 +38,12 @@ class Tensor:
 class Family:
     """Definition of a `model_type`.
 
-    tensors: all of them; an untied head comes last. read_config: the contents of a `config.json` in Llama's terms, with
-    the family's defaults. class_name: transformers' class. gguf: the architecture that GGUF files name; "" for none.
+    Attributes:
+        tensors: Every tensor, the untied head included.
+        read_config: Translates the contents of `config.json` into Llama's terms, with the
+            family's defaults filled in.
+        class_name: The class of transformers.
+        gguf: The architecture that GGUF files name; empty for none.
     """
 
     tensors: tuple[Tensor, ...]
@@ -39,7 +52,12 @@ class Family:
     gguf: str = ""
 
     def has(self, name: str) -> bool:
-        """Whether a layer has this tensor."""
+        """Whether each layer has this tensor.
+
+        Example:
+            >>> FAMILIES["qwen3"].has("self_attn.q_norm.weight")
+            True
+        """
         return any(tensor.name == f"model.layers.{{}}.{name}" for tensor in self.tensors)
 
 
@@ -62,8 +80,10 @@ COMMON = (
     _layer("mlp.down_proj.weight", ("hidden", "inner"), "ffn_down.weight"),
     Tensor(HEAD, ("vocab", "hidden"), "output.weight"),
 )
-"""What every family has: all but the queries and keys, which GGUF stores in two ways."""
+"""Tensors of every family. Queries and keys are missing, because GGUF stores them in two ways."""
 
+# llama.cpp rotates neighbouring channels for Llama and the two halves of a head for Qwen, so only
+# Llama's query and key rows are permuted in GGUF files.
 LLAMA = (
     *COMMON,
     replace(QUERIES, pairs="num_attention_heads"),
@@ -89,27 +109,31 @@ QWEN3 = (
 
 
 def read_llama(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a Llama configuration as it is."""
     return config
 
 
 def read_mistral(config: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "sliding_window": 4096,
-        "num_key_value_heads": 8,
-    } | config  # only a null says that there is no window
+    """Fill in the defaults of Mistral 7B v0.1."""
+    # An absent sliding_window means 4096; only an explicit null turns the window off.
+    return {"sliding_window": 4096, "num_key_value_heads": 8} | config
 
 
 def read_qwen2(config: dict[str, Any]) -> dict[str, Any]:
-    # Qwen2's projections have their biases whatever attention_bias says.
+    """Fill in Qwen2's defaults."""
+    # Qwen2's projections have biases whatever attention_bias says; the table lists them.
     return read_qwen_window(config) | {"attention_bias": False}
 
 
 def read_qwen3(config: dict[str, Any]) -> dict[str, Any]:
+    """Fill in Qwen3's defaults."""
     return read_qwen_window(config) | {"head_dim": config.get("head_dim") or 128}
 
 
 def read_qwen_window(config: dict[str, Any]) -> dict[str, Any]:
-    """Clear `sliding_window` unless some layer slides: with `use_sliding_window`, those from `max_window_layers` on."""
+    """Clear `sliding_window` unless some layer uses it."""
+    # With use_sliding_window the layers from max_window_layers on slide, unless layer_types lists
+    # each layer's kind; the caller checks that list.
     above = (
         config.get("layer_types") is None
         and config.get("max_window_layers", 28) < config["num_hidden_layers"]
@@ -120,7 +144,9 @@ def read_qwen_window(config: dict[str, Any]) -> dict[str, Any]:
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(LLAMA, read_llama, "LlamaForCausalLM", gguf="llama"),
-    "mistral": Family(LLAMA, read_mistral, "MistralForCausalLM"),  # whose GGUF files say llama
+    # GGUF files of Mistral models say that their architecture is llama.
+    "mistral": Family(LLAMA, read_mistral, "MistralForCausalLM"),
     "qwen2": Family(QWEN2, read_qwen2, "Qwen2ForCausalLM", gguf="qwen2"),
     "qwen3": Family(QWEN3, read_qwen3, "Qwen3ForCausalLM", gguf="qwen3"),
 }
+"""Every supported `model_type`."""

@@ -1,4 +1,8 @@
-"""Safetensors files: read by byte ranges out of a Hugging Face directory, and written."""
+"""Safetensors files: read by byte ranges from a Hugging Face directory, and written.
+
+A file is a length (8 bytes, little-endian), a JSON header of that length, and the data. The header
+maps each name to a dtype, a shape and the tensor's bytes as `[start, stop]` within the data.
+"""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,20 +22,23 @@ from easyspec_jax.checkpoint.tensors import Slices, read_bytes
 from easyspec_jax.errors import EasySpecError, first_line
 
 SAFETENSORS = "model.safetensors"
-"""Name of the weights inside a Hugging Face directory, where they are one file."""
+"""Name of the weights in a Hugging Face directory that keeps them in one file."""
 
 INDEX = "model.safetensors.index.json"
-"""Name of the file that says which tensor is in which, where they are several."""
+"""Name of the file that maps tensors to files in a directory that has several."""
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
-_OTHER_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
-               "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64}  # fmt: skip
+# Bits of dtypes that are not supported as weights. Their tensors' sizes are checked all the same.
+_OTHER_BITS: dict[str, int] = {
+    **{"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8},
+    **{"U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64},
+}
 
 
 @dataclass(frozen=True)
 class _ByteRange:
-    """Location of a tensor in a safetensors file: `offset` bytes from its start, in row-major order."""
+    """Location of a tensor: `offset` bytes from the start of a file, in row-major order."""
 
     path: Path
     dtype: str
@@ -40,32 +47,28 @@ class _ByteRange:
 
 
 class SafetensorsSource:
-    """Tensors of a Hugging Face directory, out of the files that transformers would read.
+    """Tensors of a Hugging Face directory, from the files that transformers would read.
 
-    These are `model.safetensors` if there is one, whatever an index says; otherwise all shards that the index lists,
-    each with all that it holds, the last one in order of names where two hold the same tensor. A `transformers_weights`
-    in `config.json` names either kind of file itself.
+    That is `model.safetensors` if there is one, even next to an index. Otherwise it is every file
+    that the index lists, with all the tensors it holds; if two files hold the same tensor, the one
+    whose name sorts last wins. `transformers_weights` in `config.json` can name either kind of
+    file.
 
     Args:
         directory: The checkpoint.
-        wanted: The tensors that are needed. A shard that is missing and listed for none of these is an entry from an
-            older state of the directory.
+        wanted: The tensors that are needed. A missing file is ignored if the index lists none of
+            them for it, because it is then left over from an older state of the directory.
 
     Raises:
-        EasySpecError: A shard is missing, truncated or malformed.
+        EasySpecError: A file is missing, truncated or malformed.
     """
 
     def __init__(self, directory: Path, wanted: frozenset[str] | None = None) -> None:
         self._places: dict[str, _ByteRange] = {}
         for path, listed in _shards(directory):
-            if (
-                listed is not None
-                and wanted is not None
-                and not listed & wanted
-                and not path.is_file()
-            ):
-                continue
-            self._places |= _header(path)
+            needed = listed is None or wanted is None or not listed.isdisjoint(wanted)
+            if needed or path.is_file():
+                self._places |= _header(path)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: place.shape for name, place in self._places.items()}
@@ -80,6 +83,7 @@ class SafetensorsSource:
                 f"{place.path}: {name} is stored as {place.dtype}, which is not supported"
             )
         try:
+            # Opened anew for every read: a model of hundreds of files must not exhaust descriptors.
             with place.path.open("rb", buffering=0) as file:
                 return _read_window(file.fileno(), place, window)
         except (OSError, EOFError) as error:
@@ -90,30 +94,30 @@ class SafetensorsSource:
 
 def _read_window(file: int, place: _ByteRange, window: Slices) -> np.ndarray:
     dtype = np.dtype(_DTYPES[place.dtype])
-    ranges = [(part.start, part.stop) for part in window] + [
-        (0, size) for size in place.shape[len(window) :]
-    ]
-    out = np.empty([stop - start for start, stop in ranges], dtype)
+    # Slices of the dimensions that the window leaves out.
+    whole = tuple(slice(0, size) for size in place.shape[len(window) :])
+    slices = window + whole
+    out = np.empty([part.stop - part.start for part in slices], dtype)
     row = prod(place.shape[1:]) * dtype.itemsize
-    if out.shape[1:] == place.shape[1:]:  # whole rows are one range
-        read_bytes(file, out, place.offset + (ranges[0][0] * row if ranges else 0))
+    if out.shape[1:] == place.shape[1:]:
+        # Whole rows, and scalars, are one range of bytes.
+        read_bytes(file, out, place.offset + (slices[0].start * row if slices else 0))
     else:
-        run = place.offset + ranges[1][0] * prod(place.shape[2:]) * dtype.itemsize
-        for number, part in enumerate(out, ranges[0][0]):
-            read_bytes(file, part, run + number * row)
+        # Some columns: one range of bytes in each row.
+        column = slices[1].start * prod(place.shape[2:]) * dtype.itemsize
+        for number, part in enumerate(out, slices[0].start):
+            read_bytes(file, part, place.offset + number * row + column)
     return out
 
 
 def _shards(directory: Path) -> Iterator[tuple[Path, set[str] | None]]:
-    """Each safetensors file, in order, with the tensors that the index lists for it (None without an index)."""
+    """Yield each file, in order, with the tensors that the index lists for it (None: no index)."""
     main = _main_file(directory)
     if not main.name.endswith(".index.json"):
         yield main, None
         return
     weight_map = read_json(main).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(file, str) for file in weight_map.values()
-    ):
+    if not isinstance(weight_map, dict) or set(map(type, weight_map.values())) - {str}:
         raise EasySpecError(f"{main} has no weight_map from tensor names to files")
     listed: dict[str, set[str]] = {}
     for name, file in weight_map.items():
@@ -123,50 +127,54 @@ def _shards(directory: Path) -> Iterator[tuple[Path, set[str] | None]]:
 
 
 def _main_file(directory: Path) -> Path:
-    """The safetensors file or index that transformers would start from."""
+    """Return the safetensors file or the index that transformers would start from."""
     config = directory / "config.json"
     named = read_json(config).get("transformers_weights") if config.exists() else None
     if isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json")):
         return _inside(directory, named, config)
     if named is not None:
         raise EasySpecError(
-            f"{config}: transformers_weights={named!r} names no safetensors file and no index of some"
+            f"{config}: transformers_weights={named!r} must name a safetensors file or an index"
         )
     for name in (SAFETENSORS, INDEX):
         if (directory / name).exists():
             return directory / name
     raise EasySpecError(
-        f"{directory} holds no weights; expected {SAFETENSORS}, {INDEX} or a converted checkpoint (weights/)"
+        f"{directory} holds no weights; "
+        f"expected {SAFETENSORS}, {INDEX} or a converted checkpoint (weights/)"
     )
 
 
 def _inside(directory: Path, file: str, named_by: Path) -> Path:
+    # An index is not to be trusted: "../../secret" must not be read, and "\0" is not a file name.
     if Path(file).name != file or "\0" in file:
-        raise EasySpecError(f"{named_by}: {file!r} leads out of the checkpoint directory")
+        raise EasySpecError(f"{named_by}: {file!r} points outside the checkpoint directory")
     return directory / file
 
 
 def _header(path: Path) -> dict[str, _ByteRange]:
-    """Locate each tensor of a file; every byte of the file belongs to exactly one."""
+    """Locate each tensor of a file, and check that every byte belongs to exactly one of them."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             data = 8 + length
             if not 2 <= length <= LARGEST_JSON or data > size:
-                raise ValueError("no header fits it")
+                raise ValueError("its header does not fit")
             entries = json.loads(file.read(length), object_pairs_hook=_unique)
         entries.pop("__metadata__", None)
         places = {name: _place(path, name, entry, data) for name, entry in entries.items()}
+        # In order of their offsets, each tensor must begin where the one before it ends, so that
+        # none overlap and none can hide bytes from a reader that checks shapes only.
         ranges = sorted(entry["data_offsets"] for entry in entries.values())
-        if any(
-            first[1] != second[0]
-            for first, second in pairwise([[0, 0], *ranges, [size - data, size - data]])
-        ):
-            raise ValueError("its tensors do not fill it")
+        for before, after in pairwise([[0, 0], *ranges, [size - data, size - data]]):
+            if before[1] != after[0]:
+                raise ValueError("its tensors do not fill it")
         return places
     except FileNotFoundError:
         raise EasySpecError(f"{path} is missing; fetch the whole checkpoint again") from None
+    # What a header provokes that is valid JSON but of other types: a list instead of an object,
+    # a missing field, a thousand nested brackets.
     except (
         OSError,
         ValueError,
@@ -182,6 +190,7 @@ def _header(path: Path) -> dict[str, _ByteRange]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its pairs; json alone would keep the last of two equal names."""
     entries = dict(pairs)
     if len(entries) < len(pairs):
         raise ValueError("a name appears twice in its header")
@@ -190,27 +199,37 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _place(path: Path, name: str, entry: dict[str, Any], data: int) -> _ByteRange:
     dtype, shape, (start, stop) = str(entry["dtype"]), entry["shape"], entry["data_offsets"]
-    if len(shape) > 8 or not all(
-        type(number) is int and 0 <= number < 2**62 for number in (*shape, start, stop)
-    ):
-        raise ValueError(f"{name[:100]!r} has no proper place")
+    if len(shape) > 8 or not all(map(_is_size, (*shape, start, stop))):
+        raise ValueError(f"{name[:100]!r} has an invalid shape or place")
     bits = 8 * np.dtype(_DTYPES[dtype]).itemsize if dtype in _DTYPES else _OTHER_BITS.get(dtype)
     if bits is not None and prod(shape) * bits != 8 * (stop - start):
-        raise ValueError(f"{name[:100]!r} has another size than its shape")
+        raise ValueError(f"the size of {name[:100]!r} does not match its shape")
     return _ByteRange(path, dtype, tuple(shape), data + start)
 
 
-def write_safetensors(path: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes canonical tensors as a safetensors file that transformers reads.
+def _is_size(number: Any) -> bool:
+    # JSON's true is an int to isinstance(); and huge integers would make their product slow.
+    return type(number) is int and 0 <= number < 2**62
 
-    Raises EasySpecError if the place cannot hold them.
+
+def write_safetensors(path: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Write tensors as a safetensors file that transformers reads.
+
+    Args:
+        path: The file to create or replace.
+        tensors: Their names and values.
+
+    Raises:
+        EasySpecError: The write fails.
     """
-    # The library copies memory as it lies, whatever the strides say.
+    # The library copies memory as it lies and ignores strides.
     values = {name: np.ascontiguousarray(tensor) for name, tensor in tensors}
     try:
+        # It also makes its file readable by the owner only; ours keeps the mode that a new file
+        # gets here.
         path.touch()
         mode = path.stat().st_mode
         save_file(values, path, metadata={"format": "pt"})
-        path.chmod(mode)  # the library's file is readable by its owner only
+        path.chmod(mode)
     except (OSError, SafetensorError) as error:
         raise EasySpecError(f"{path.parent} cannot be written: {first_line(error)}") from None

@@ -1,6 +1,7 @@
-"""Tensors by name, of which any slices can be read: what every checkpoint is to those who read it.
+"""Named tensors of which any rows can be read: the interface between checkpoints and their readers.
 
-Files are read, never mapped: mapped pages count as memory of the process. Nothing is ever unpickled.
+Files are read, never memory-mapped: mapped pages would count as memory of the process. Nothing is
+ever unpickled.
 """
 
 import os
@@ -13,23 +14,23 @@ import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16)
 import numpy as np
 
 Slices = tuple[slice, ...]
-"""A window of a tensor: slices of its first one or two dimensions, without steps and within bounds.
+"""Slices of a tensor's first one or two dimensions; the other dimensions are read whole.
 
-Of any further dimension it has everything.
+Each has a start and a stop within bounds, and no step.
 """
 
 _BLOCK = 4 << 20  # bytes that are read at a time on their way into a larger array
 
 
 class TensorSource(Protocol):
-    """Canonical tensors by name, read a window at a time."""
+    """Canonical tensors by name, of which slices can be read."""
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shape of every tensor, without reading any."""
+        """Return the shape of every tensor without reading any."""
         ...
 
     def read(self, name: str, window: Slices = ()) -> np.ndarray:
-        """A window of one tensor in host memory, in its stored dtype; by default all of it."""
+        """Read a slice of one tensor (by default all of it) in its stored dtype."""
         ...
 
 
@@ -37,20 +38,20 @@ class StoredSource(TensorSource, Protocol):
     """A TensorSource that knows how its tensors are stored."""
 
     def dtypes(self) -> Mapping[str, str]:
-        """Each tensor's type: NumPy's name, or the file's own for a type that is not supported."""
+        """Return each tensor's dtype: NumPy's name, or the file's own name if unsupported."""
         ...
 
 
 def read_into(out: np.ndarray, source: TensorSource, name: str, window: Slices = ()) -> None:
-    """Read a window of a tensor into an array, a few MiB at a time.
+    """Fill an array with a slice of a tensor, block by block.
 
-    Rows are read in powers of two, so that reads begin and end where most stored chunks do.
+    Needs a few MiB of memory besides `out`, which may be strided (a transposed view, for example).
 
     Args:
-        out: Array of the window's shape. Its memory may have any strides; values take its type.
-        source: Holds the tensor.
-        name: The tensor's name.
-        window: Slices of the tensor; by default all of it.
+        out: The array to fill; values are converted to its dtype.
+        source: Where to read from.
+        name: The tensor.
+        window: Its slices; `out` must have the shape they select.
     """
     first = window[0].start if window else 0
     for rows in row_blocks(out.shape):
@@ -58,16 +59,33 @@ def read_into(out: np.ndarray, source: TensorSource, name: str, window: Slices =
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Split the rows of a tensor into slices of a few MiB, each a power of two of rows but the last."""
+    """Split the rows of a tensor into slices of at most 4 MiB in float32 (at least one row each).
+
+    Example:
+        >>> list(row_blocks((2500, 1024)))
+        [slice(0, 1024, None), slice(1024, 2048, None), slice(2048, 2500, None)]
+    """
     fitting = max(1, _BLOCK // max(1, 4 * prod(shape[1:])))
+    # A power of two, so that blocks begin and end where most chunks of an Orbax checkpoint do;
+    # otherwise a chunk at a border would be read twice.
     step = 1 << (fitting.bit_length() - 1)
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
 
 
 def read_bytes(file: int, out: np.ndarray, offset: int) -> None:
-    """Fills a contiguous array from an open file. Raises EOFError if the file ends before."""
+    """Fill a contiguous array with bytes from an open file.
+
+    Args:
+        file: A file descriptor. Its position is neither used nor moved, so threads may share it.
+        out: The array to fill.
+        offset: Byte of the file to start from.
+
+    Raises:
+        EOFError: The file ends too early.
+    """
     left = out.reshape(-1).view(np.uint8).data
+    # One read may return less than it was asked for: Linux stops at 2 GiB.
     while left:
         count = os.preadv(file, [left], offset)
         if not count:
@@ -77,7 +95,13 @@ def read_bytes(file: int, out: np.ndarray, offset: int) -> None:
 
 @dataclass(frozen=True)
 class Overlay:
-    """A TensorSource: what `above` holds, and otherwise what `below` does."""
+    """Two sources as one: a tensor comes from `above` if it is there, otherwise from `below`.
+
+    Example:
+        >>> both = Overlay(Held({"a": np.zeros(2), "b": np.zeros(2)}), Held({"b": np.ones(2)}))
+        >>> both.read("b")
+        array([1., 1.])
+    """
 
     below: TensorSource
     above: TensorSource
@@ -91,7 +115,14 @@ class Overlay:
 
 @dataclass(frozen=True)
 class Held:
-    """Tensors in host memory, as a TensorSource."""
+    """A TensorSource whose tensors are in host memory.
+
+    Example:
+        >>> source = Held({"a": np.arange(6).reshape(3, 2)})
+        >>> source.read("a", (slice(1, 3),))
+        array([[2, 3],
+               [4, 5]])
+    """
 
     tensors: Mapping[str, np.ndarray]
 

@@ -1,4 +1,7 @@
-"""The bundled demo pair: a target and a draft that complete Python code; README.md beside this is its model card."""
+"""The bundled demo pair: a target and a draft that complete Python code.
+
+README.md in this directory is the model card.
+"""
 
 from pathlib import Path
 
@@ -9,4 +12,4 @@ PROMPT = '''\
 def read_config(filename):
     """Read a configuration file and return a dictionary."""
     with open(filename) as'''
-"""What is completed where no prompt is given."""
+"""The prompt to complete when the user gives none."""

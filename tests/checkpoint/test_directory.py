@@ -104,7 +104,7 @@ def test_orbax_comes_before_safetensors(tmp_path):
 
 
 def test_no_directory_and_no_weights(tmp_path):
-    with pytest.raises(EasySpecError, match="is no directory"):
+    with pytest.raises(EasySpecError, match="is not a directory"):
         open_checkpoint(tmp_path / "absent")
     with pytest.raises(EasySpecError, match=r"config\.json is missing"):
         open_checkpoint(tmp_path)
@@ -136,7 +136,7 @@ def test_truncated_shard(tmp_path, kept):
 def test_index_that_leads_out(tmp_path, place):
     write_huggingface(tmp_path, shards=3)
     edit_index(tmp_path, {EMBEDDING: place})
-    with pytest.raises(EasySpecError, match="leads out of the checkpoint directory"):
+    with pytest.raises(EasySpecError, match="points outside the checkpoint directory"):
         open_checkpoint(tmp_path)
 
 
@@ -213,9 +213,9 @@ def test_a_configuration_may_name_its_weights(tmp_path, shards):
 @pytest.mark.parametrize(
     ("named", "message"),
     [
-        ("../model.safetensors", "leads out of the checkpoint directory"),
-        ("pytorch_model.bin", "names no safetensors file"),
-        (7, "names no safetensors file"),
+        ("../model.safetensors", "points outside the checkpoint directory"),
+        ("pytorch_model.bin", "must name a safetensors file or an index"),
+        (7, "must name a safetensors file or an index"),
     ],
 )
 def test_weights_that_cannot_be_named(tmp_path, named, message):
@@ -358,7 +358,7 @@ def test_stored_frequencies_are_compared(tmp_path, dtype):
     for wrong in (frequencies / 2, frequencies[:1]):
         save_file(tensors | {name: wrong.astype(dtype)}, tmp_path / SAFETENSORS)
         with pytest.raises(
-            EasySpecError, match="other RoPE frequencies than the configuration gives"
+            EasySpecError, match="RoPE frequencies that do not match the configuration"
         ):
             open_checkpoint(tmp_path)
 

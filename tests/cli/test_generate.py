@@ -199,7 +199,7 @@ def test_bad_checkpoints_are_one_clear_line(model, arguments, capsys, tmp_path):
     prompt = ["--prompt", "text"]
     assert "--draft needs --target DIR" in refusal(capsys, "--draft", directory, *prompt)
     assert "needs --draft DIR" in refusal(capsys, "--target", directory, *prompt)
-    assert "is no directory" in refusal(capsys, "--target", str(tmp_path / "absent"), *prompt)
+    assert "is not a directory" in refusal(capsys, "--target", str(tmp_path / "absent"), *prompt)
     refusal(capsys, "--target", "x" * 5000, *prompt)
 
     save_model(tmp_path / "other", "smollm2", vocab_size=260)
@@ -419,7 +419,7 @@ def test_files_on_another_disk(model, arguments, capsys, tmp_path):
         "--prompt",
         "a",
     ]
-    assert "give --allow-links" in refusal(capsys, *flags)
+    assert "(--allow-links)" in refusal(capsys, *flags)
     assert main([*flags, "--allow-links"]) == 0
 
 

@@ -120,7 +120,7 @@ def test_file_is_no_checkpoint_to_export(tmp_path, capsys):
     (tmp_path / "model.gguf").touch()
     check_error(
         ["--to-hf", tmp_path / "model.gguf", "--out", tmp_path / "out"],
-        "model.gguf is no directory",
+        "model.gguf is not a directory",
         capsys,
     )
 
