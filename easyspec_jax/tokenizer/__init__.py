@@ -1,4 +1,4 @@
-"""Text and ids: opening tokenizers, encoding prompts and conversations, decoding text that grows."""
+"""Text and ids: open tokenizers, encode prompts and conversations, decode text that grows."""
 
 from easyspec_jax.tokenizer.loading import check_same_ids, encode, load_tokenizer
 from easyspec_jax.tokenizer.stream import TextStream, decode_text

@@ -1,4 +1,4 @@
-"""Tokenizers: opening one, checking that two agree, and encoding prompts. `text` goes back from ids to text."""
+"""Tokenizers: open one, check that two agree, and encode prompts. `stream` decodes ids to text."""
 
 import os
 from collections.abc import Mapping
@@ -12,15 +12,14 @@ from easyspec_jax.checkpoint.config import read_json
 from easyspec_jax.errors import EasySpecError, first_line
 from easyspec_jax.tokenizer.conversation import (
     Prompt,
-    Tokenizer,
     check_text,
     conversation_of,
     from_template,
 )
-from easyspec_jax.tokenizer.stream import decode_text
+from easyspec_jax.tokenizer.stream import Tokenizer, decode_text
 
 LARGEST_FILE = 256 << 20
-"""Bytes of any file of a tokenizer; those of large vocabularies have 40 MiB."""
+"""Largest file of a tokenizer that is read, in bytes; those of large vocabularies have 40 MiB."""
 
 _FILE = "tokenizer.json"
 
@@ -39,31 +38,39 @@ PROBE = (
     "Hello world, it's 12345.67 — don't  stop!\n\tdef f(x): return x_1+2 # Ünïcödé ﬁ Å\r\n\n"
     "中文分詞，日本語。 한국어 русский العربية हिन्दी 👩‍👩‍👧 ½ ² ABCdef HTTPServer 1,000  \u00a0end "
 )
-"""Text on which libraries that read one tokenizer.json differently are likely to differ."""
+"""Text on which two libraries that read one tokenizer.json differently are likely to differ."""
 
 
 def quiet_transformers() -> None:
-    """Keep transformers from warning, where there is no torch, that it has no models: none are wanted."""
+    """Stop transformers from warning that it has no models without torch; none are needed."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
     """Open the tokenizer of a checkpoint directory, offline and without running its code.
 
-    A `tokenizer.json` is taken at its word: class names and model types choose nothing, as they do in AutoTokenizer.
-    `tokenizer_config.json` and its companions add what they name: special tokens, chat templates, and with
-    `add_bos_token` a BOS where the file's own post-processor writes none. Code that a configuration names (`auto_map`)
-    is never imported.
+    A `tokenizer.json` is followed to the letter; class names and model types, which steer
+    AutoTokenizer, are ignored. `tokenizer_config.json` and its companions add special tokens, chat
+    templates and, with `add_bos_token`, a BOS if the file's own post-processor adds none. Code
+    named by the configuration (`auto_map`) is never imported.
+
+    Args:
+        directory: The checkpoint.
 
     Raises:
-        EasySpecError: There is no tokenizer, its files are damaged, unreasonably large or contradict each other, or
+        EasySpecError: There is no tokenizer; its files are damaged, too large or contradictory; or
             the installed transformers gives other ids or text than `tokenizer.json` itself.
+
+    Example:
+        >>> from easyspec_jax import demo
+        >>> len(load_tokenizer(demo.TARGET))
+        2048
     """
     for pattern in ("*.json", "*.jinja", "*.txt", "tokenizer*", "additional_chat_templates/*"):
         for path in filter(Path.is_file, directory.glob(pattern)):
             if path.stat().st_size > LARGEST_FILE:
                 raise EasySpecError(
-                    f"{path} is larger than the {LARGEST_FILE >> 20} MiB of any proper one"
+                    f"{path} is larger than {LARGEST_FILE >> 20} MiB, the limit for tokenizer files"
                 )
     quiet_transformers()
     try:
@@ -74,24 +81,22 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False
         )
-        _ = tokenizer.backend_tokenizer  # without one, ids cannot be decoded piece by piece
+        # Raises for a tokenizer written in Python, whose ids cannot be decoded piece by piece.
+        _ = tokenizer.backend_tokenizer
         return tokenizer
     except EasySpecError:
         raise
     except (KeyboardInterrupt, SystemExit):
         raise
-    except (
-        BaseException
-    ) as error:  # whatever the libraries raise for a broken tokenizer, Rust's panics included
+    # Libraries raise anything for a broken tokenizer. A panic in Rust is a BaseException.
+    except BaseException as error:
         raise EasySpecError(f"{directory} has no usable tokenizer: {first_line(error)}") from None
 
 
 def _from_file(directory: Path) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`.
-
-    PreTrainedTokenizerFast.from_pretrained would do much of this, but it imports torch where there is one, and ignores
-    `add_bos_token`.
-    """
+    """Open the tokenizer of a `tokenizer.json`."""
+    # PreTrainedTokenizerFast.from_pretrained would do much of this, but it imports torch if that
+    # is installed, and ignores add_bos_token.
     from transformers import PreTrainedTokenizerFast
 
     file = TokenizerFile.from_file(str(directory / _FILE))
@@ -112,33 +117,30 @@ def _from_file(directory: Path) -> Tokenizer:
         split_special_tokens=config.get("split_special_tokens") is True,
         **special,
     )
-    file.encode(PROBE)  # a damaged post-processor panics here rather than at the first prompt
+    # Some damaged post-processors panic only when used: better here than at the first prompt.
+    file.encode(PROBE)
     again = tokenizer(PROBE, add_special_tokens=False, verbose=False).input_ids
     if list(again) != ids or decode_text(tokenizer, ids) != text:
         import transformers
 
         raise EasySpecError(
             f"{directory / _FILE} is read differently by transformers {transformers.__version__}; "
-            "install another version of it"
+            "install another version of transformers"
         )
     return tokenizer
 
 
 def _read_configuration(directory: Path) -> dict[str, Any]:
-    """The contents of `tokenizer_config.json`.
-
-    Without an `added_tokens_decoder` it is of an older kind, which two further files complete, as in transformers.
-    """
+    """Return the contents of `tokenizer_config.json`, completed as transformers does."""
     config = _read_optional(directory / "tokenizer_config.json")
     if "added_tokens_decoder" in config:
         return config
-    added = _read_optional(directory / "added_tokens.json")
-    declared = {str(number): {"content": token} for token, number in added.items()}
-    return (
-        config
-        | _read_optional(directory / "special_tokens_map.json")
-        | {"added_tokens_decoder": declared}
-    )
+    # Older directories keep the added tokens and the special ones in files of their own.
+    declared: dict[str, Any] = {}
+    for token, number in _read_optional(directory / "added_tokens.json").items():
+        declared[str(number)] = {"content": token}
+    special = _read_optional(directory / "special_tokens_map.json")
+    return config | special | {"added_tokens_decoder": declared}
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
@@ -146,53 +148,53 @@ def _read_optional(path: Path) -> dict[str, Any]:
 
 
 def _named_tokens(config: Mapping[str, Any]) -> dict[str, AddedToken]:
-    """The tokens that the configuration gives a role, such as `bos_token` or a model's own `tool_token`."""
+    """Return the tokens with a role, such as `bos_token` or a model's own `tool_token`."""
     further = config.get("extra_special_tokens")
     roles = dict(config) | (further if isinstance(further, dict) else {})
-    tokens = {
-        name: _token(entry)
-        for name, entry in roles.items()
-        if name.endswith("_token") or name not in config
-    }
-    return {name: token for name, token in tokens.items() if token is not None}
+    tokens: dict[str, AddedToken] = {}
+    for name, entry in roles.items():
+        token = _token(entry) if name.endswith("_token") or name not in config else None
+        if token is not None:
+            tokens[name] = token
+    return tokens
 
 
 def _token(entry: Any) -> AddedToken | None:
-    """A token as the files write it: its text, or an object with that and flags."""
-    if isinstance(entry, str) and entry:
-        return AddedToken(entry, special=True, normalized=False)
-    if (
-        not isinstance(entry, dict)
-        or not isinstance(entry.get("content"), str)
-        or not entry["content"]
-    ):
+    """Parse a token: its text, or an object that has its text as `content`, and flags."""
+    fields = entry if isinstance(entry, dict) else {"content": entry}
+    content = fields.get("content")
+    if not isinstance(content, str) or not content:
         return None
-    flags = {name: entry[name] for name in _FLAGS if isinstance(entry.get(name), bool)}
-    return AddedToken(entry["content"], special=True, **({"normalized": False} | flags))
+    flags = {name: fields[name] for name in _FLAGS if isinstance(fields.get(name), bool)}
+    return AddedToken(content, special=True, **({"normalized": False} | flags))
 
 
 def _add_declared(
     file: TokenizerFile, directory: Path, config: Mapping[str, Any], named: Mapping[str, AddedToken]
 ) -> None:
-    """Add the tokens that only the configuration has, and make those special that it gives a role.
+    """Add the tokens that only the configuration has, and make those with a role special.
 
     Raises:
-        EasySpecError: A token that `tokenizer.json` lacks would get another id than the one declared for it.
+        EasySpecError: A token that `tokenizer.json` lacks would get another id than is declared.
     """
-    roles = {str(token) for token in named.values()}
+    roles = set(map(str, named.values()))
     for number, token in _declared_tokens(config):
-        token.special = token.special or str(token) in roles
-        lacking = file.token_to_id(str(token)) is None
+        text = str(token)
+        token.special = token.special or text in roles
+        lacking = file.token_to_id(text) is None
         _add(file, token)
-        if lacking and file.token_to_id(str(token)) != number:
+        # The library numbers new tokens in the order in which they are added. An id that is
+        # skipped or taken would shift all later ones, and texts would come out as gibberish.
+        given = file.token_to_id(text)
+        if lacking and given != number:
             raise EasySpecError(
-                f"{directory}: {str(token)!r} has the id {number} in the tokenizer's configuration, where "
-                f"{_FILE} leaves it {file.token_to_id(str(token))}; save the tokenizer again"
+                f"{directory}: {text!r} has the id {number} in the tokenizer's configuration, "
+                f"but {_FILE} gives it {given}; save the tokenizer again"
             )
     for token in named.values():
         _add(file, token)
     further = config.get("extra_special_tokens") or config.get("additional_special_tokens")
-    added = {token.content for token in file.get_added_tokens_decoder().values()}
+    added = _is_special(file)
     for entry in further if isinstance(further, list) else ():
         token = _token(entry)
         if token is not None and str(token) not in added:
@@ -200,16 +202,21 @@ def _add_declared(
 
 
 def _add(file: TokenizerFile, token: AddedToken) -> None:
-    """Have texts split at a token, and make it special if it is; a token that is so already stays as it is."""
-    known = {token.content: token.special for token in file.get_added_tokens_decoder().values()}
+    """Split texts at a token, and make it special if it says so; known ones stay as they are."""
+    known = _is_special(file)
     if token.special and not known.get(str(token)):
         file.add_special_tokens([token])
     elif str(token) not in known:
         file.add_tokens([token])
 
 
+def _is_special(file: TokenizerFile) -> dict[str, bool]:
+    """Map every added token to whether it is special."""
+    return {token.content: token.special for token in file.get_added_tokens_decoder().values()}
+
+
 def _declared_tokens(config: Mapping[str, Any]) -> list[tuple[int, AddedToken]]:
-    """The tokens of `added_tokens_decoder` in order of their ids."""
+    """Return the tokens of `added_tokens_decoder` in the order of their ids."""
     entries = config["added_tokens_decoder"]
     declared: list[tuple[int, AddedToken]] = []
     for number, entry in entries.items() if isinstance(entries, dict) else ():
@@ -221,67 +228,70 @@ def _declared_tokens(config: Mapping[str, Any]) -> list[tuple[int, AddedToken]]:
 
 
 def _add_bos(file: TokenizerFile, bos: str) -> None:
-    """Have texts begin with BOS, in front of what the post-processor writes around them, unless that begins so."""
-    number, inner, whole = (
-        file.token_to_id(bos),
-        file.encode(PROBE, add_special_tokens=False).ids,
-        file.encode(PROBE).ids,
-    )
+    """Begin texts with BOS, before what the post-processor adds, unless they do already."""
+    number = file.token_to_id(bos)
+    inner = file.encode(PROBE, add_special_tokens=False).ids
+    whole = file.encode(PROBE).ids
     if number is None or not inner or whole[:1] == [number]:
         return
+    # Find out by example what the post-processor adds on either side, and write a new one:
+    # whole = [*before, *inner, *after] becomes [bos, *before, *inner, *after].
     start = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
-    before = [bos, *(str(file.id_to_token(i)) for i in whole[:start])]
-    after = [str(file.id_to_token(i)) for i in whole[start + len(inner) :]]
+    before = [bos, *map(str, map(file.id_to_token, whole[:start]))]
+    after = list(map(str, map(file.id_to_token, whole[start + len(inner) :])))
+    used = dict.fromkeys([*before, *after])
     file.post_processor = processors.TemplateProcessing(
         single=[*before, "$A", *after],
         pair=[*before, "$A", *after, "$B:1"],
-        special_tokens=[
-            (token, file.token_to_id(token)) for token in dict.fromkeys([*before, *after])
-        ],
+        special_tokens=[(token, file.token_to_id(token)) for token in used],
     )
 
 
 def _chat_templates(directory: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
-    """The chat template, or several by name; files of their own come before the configuration's entries."""
+    """Return the chat template, or several by name. Files win over the configuration's entries."""
     entries = config.get("chat_template")
     templates: dict[str, str] = {}
     if isinstance(entries, str):
         templates["default"] = entries
     for entry in entries if isinstance(entries, list) else ():
         templates[entry["name"]] = entry["template"]
-    paths = [
-        (path.stem, path) for path in sorted(directory.glob("additional_chat_templates/*.jinja"))
-    ]
-    for name, path in [*paths, ("default", directory / "chat_template.jinja")]:
-        if path.is_file():
-            templates[name] = path.read_text(encoding="utf-8")
+    further = sorted(directory.glob("additional_chat_templates/*.jinja"))
+    for path in filter(Path.is_file, further):
+        templates[path.stem] = path.read_text(encoding="utf-8")
+    main = directory / "chat_template.jinja"
+    if main.is_file():
+        templates["default"] = main.read_text(encoding="utf-8")
     return templates.get("default") if templates.keys() <= {"default"} else templates
 
 
 def check_same_ids(target: Tokenizer, draft: Tokenizer) -> None:
     """Check that every token that both tokenizers know has one id, and every id one token.
 
-    Special tokens may differ in name, as between Llama 3 and 3.1: the target verifies them like any other.
+    Special tokens may differ in name, as between Llama 3 and 3.1: the target verifies them like any
+    other.
+
+    Args:
+        target: The target's tokenizer.
+        draft: The draft's tokenizer.
 
     Raises:
-        EasySpecError: Names the first token or id for which that is not so.
+        EasySpecError: They disagree; names the first token or id.
     """
     of_target, of_draft = target.get_vocab(), draft.get_vocab()
     by_id = {number: token for token, number in of_target.items()}
-    special = _special_ids(target), _special_ids(draft)
+    target_special, draft_special = _special_ids(target), _special_ids(draft)
     for token, number in of_draft.items():
         other = of_target.get(token, number)
-        if other != number and not (other in special[0] and number in special[1]):
+        if other != number and not (other in target_special and number in draft_special):
             raise EasySpecError(
                 f"target and draft give {token!r} different token ids ({other} and {number}); "
                 "choose a draft of the target's family"
             )
-        if by_id.get(number, token) != token and not (
-            number in special[0] and number in special[1]
-        ):
+        renamed = number in target_special and number in draft_special
+        if by_id.get(number, token) != token and not renamed:
             raise EasySpecError(
-                f"target and draft give token id {number} to different tokens ({by_id[number]!r} and {token!r}); "
-                "choose a draft of the target's family"
+                f"target and draft give token id {number} to different tokens "
+                f"({by_id[number]!r} and {token!r}); choose a draft of the target's family"
             )
 
 
@@ -290,15 +300,24 @@ def _special_ids(tokenizer: Tokenizer) -> set[int]:
 
 
 def encode(tokenizer: Tokenizer, prompt: Prompt, chat: bool = False) -> list[int]:
-    """Turn a prompt into ids: a conversation through the chat template, text with the tokenizer's special tokens.
+    """Turn a prompt into token ids.
+
+    A conversation goes through the chat template, which writes special tokens itself. Text gets
+    those that the tokenizer adds, such as a BOS.
 
     Args:
         tokenizer: The target's.
         prompt: Text, messages or a Conversation.
-        chat: Take text as a conversation of one user message.
+        chat: Treat text as a conversation of one user message.
 
     Raises:
-        EasySpecError: The prompt is empty, not valid Unicode or not a conversation, or there is no chat template.
+        EasySpecError: The prompt is empty, not valid Unicode or not a conversation, or there is no
+            chat template.
+
+    Example:
+        >>> from easyspec_jax import demo
+        >>> encode(load_tokenizer(demo.TARGET), "def f(x):")
+        [314, 285, 8, 88, 298]
     """
     if isinstance(prompt, str):
         check_text(prompt)
@@ -311,5 +330,5 @@ def encode(tokenizer: Tokenizer, prompt: Prompt, chat: bool = False) -> list[int
 def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
     ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
     if not ids:
-        raise EasySpecError(f"the prompt {text[:40]!r} has no tokens")
+        raise EasySpecError(f"the prompt {text[:40]!r} has no tokens; give other text")
     return list(ids)

@@ -1,10 +1,13 @@
-"""From ids to text: text that grows with its ids and is, at every moment, what the tokenizer's decoder says.
+"""Text that grows with its token ids, and at every moment is what the tokenizer would decode.
 
-The text of some ids after a prompt is a function of both alone: the decoding of all of them without what the decoding
-of the prompt begins with. To decode everything anew for each token would take time that grows with the text, so a
-stream decodes from an *anchor* on: a token before which nothing can change how the ids from there on are spelled. Two
-things reach across tokens: characters of several bytes, and decoders that strip a blank at the start. A visible token
-that by itself is whole characters ends both.
+The text that follows a prompt is a function of the ids alone: decode the prompt and the ids
+together, and cut off what they have in common with the decoded prompt. Doing so again for each
+token would take time that grows with the text. A stream therefore starts decoding at an *anchor*:
+a token such that nothing before it changes how the ids from there on are spelled.
+
+Only two things reach across tokens. A character of several bytes can be split over tokens, and some
+decoders strip a space at the start of a text. A token that decodes on its own to whole, visible
+characters is past both, so it can serve as an anchor.
 """
 
 import json
@@ -13,51 +16,69 @@ from functools import cache, lru_cache
 from typing import Any
 
 Tokenizer = Any
+"""A transformers tokenizer that is backed by the tokenizers library."""
 
+# Decoders write U+FFFD for bytes that are not a whole character yet. A genuine U+FFFD in a text
+# looks the same, so it is held back too, until another character follows.
 _HALF = "\ufffd"
-"""Stands for bytes that are no whole character; a real one in a text is taken for such until another follows it."""
 
 _PIECEWISE = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace"}
-"""Decoders that spell a token without looking at those after it (but for the bytes of a character)."""
+"""Decoders that spell a token without looking at later tokens (except for bytes of a character)."""
+
+
+def decode_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Decode ids to text, without special tokens and without tidying up spaces.
+
+    Example:
+        >>> from easyspec_jax import demo
+        >>> from easyspec_jax.tokenizer import encode, load_tokenizer
+        >>> tokenizer = load_tokenizer(demo.TARGET)
+        >>> decode_text(tokenizer, encode(tokenizer, "def f(x):"))
+        'def f(x):'
+    """
+    return tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
 class Detokenizer:
-    """The decoder of a tokenizer, and what a stream must know of it.
+    """A tokenizer's decoder, with what a stream must know about it.
 
     Attributes:
         piecewise: Whether text can be shown before all ids are there.
+        is_anchor: Whether no earlier token can change how this id and later ones are spelled.
+        is_byte: Whether this id is a single byte, which is decoded together with its neighbours.
+        is_hidden: Whether the decoder never sees this id: it is special or unknown.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._backend = tokenizer.backend_tokenizer
+        self._tokenizer, self._backend = tokenizer, tokenizer.backend_tokenizer
         added = self._backend.get_added_tokens_decoder()
         self._special = {number for number, token in added.items() if token.special}
         decoder = self._backend.decoder
         parts = [] if decoder is None else _parts(json.loads(decoder.__getstate__()))
         self.piecewise = _is_piecewise(parts)
+        # Sentencepiece spells an unknown character as byte tokens "<0xE4>", "<0xB8>", "<0xAD>",
+        # which its ByteFallback decoder joins. ByteLevel has no such tokens: each of its letters
+        # stands for a byte ("Ġ" for a space), and any token may begin or end inside a character.
         self._has_bytes = any(part["type"] == "ByteFallback" for part in parts)
-        self.is_anchor, self.is_byte, self.is_hidden = map(
-            cache, (self._is_anchor, self._is_byte, self._is_hidden)
-        )
+        # Asked for every token of every text: each instance remembers its own answers.
+        self.is_anchor = cache(self._is_anchor)
+        self.is_byte = cache(self._is_byte)
+        self.is_hidden = cache(self._is_hidden)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+        """Decode ids to text, without special tokens."""
+        return decode_text(self._tokenizer, ids)
 
     def _is_anchor(self, number: int) -> bool:
-        """Whether nothing before this token can change how it and those after it are spelled."""
         text = self.decode([number])
         return text != "" and _HALF not in text and not self.is_byte(number)
 
     def _is_byte(self, number: int) -> bool:
-        """Whether the token may be one byte, which a sentencepiece decoder spells together with its neighbours."""
         token = self._backend.id_to_token(number) or ""
-        return (
-            self._has_bytes and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-        )
+        looks_so = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+        return self._has_bytes and looks_so
 
     def _is_hidden(self, number: int) -> bool:
-        """Whether the decoder never sees the token: it is special, or not in the vocabulary."""
         return number in self._special or self._backend.id_to_token(number) is None
 
 
@@ -66,30 +87,45 @@ def _parts(decoder: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _is_piecewise(parts: list[dict[str, Any]]) -> bool:
-    kinds = [part["type"] for part in parts]
-    # Once everything is one string, a pattern can match across tokens.
-    fused = min(
-        (place for place, kind in enumerate(kinds) if kind in ("Fuse", "ByteLevel")),
-        default=len(kinds),
-    )
-    return all(
-        (kind == "Strip" and not part["stop"])
-        or (kind in _PIECEWISE and not (kind == "Replace" and place > fused))
-        for place, (kind, part) in enumerate(zip(kinds, parts, strict=True))
-    )
+    """Whether no part of a decoder lets a later token change the spelling of earlier ones."""
+    joined = False
+    for part in parts:
+        kind = part["type"]
+        # Stripping the end of a text waits for the end; stripping its start does not.
+        if kind == "Strip":
+            if part["stop"]:
+                return False
+        elif kind not in _PIECEWISE or (kind == "Replace" and joined):
+            # Once the tokens are one string, a pattern can match across them.
+            return False
+        joined = joined or kind in ("Fuse", "ByteLevel")
+    return True
 
 
 _detokenizer = lru_cache(maxsize=8)(Detokenizer)
 
 
 class TextStream:
-    """Text that grows with its ids, never shows half a character, and ends before the stop string completed first.
+    """Text that grows with its ids, in whole characters, and ends before the first stop string.
 
-    Whatever the portions in which ids are pushed, the text is the same, and so are its pieces put together.
+    The text does not depend on how the ids are divided into pushes. What the pushes return, with
+    rest() at the end, adds up to the text.
 
     Attributes:
-        ids: The ids taken so far; those after the one that completed a stop string are dropped.
+        ids: The ids taken so far. Those after the one that completed a stop string are dropped.
         stopped: Whether a stop string was completed.
+
+    Example:
+        >>> from easyspec_jax import demo
+        >>> from easyspec_jax.tokenizer import encode, load_tokenizer
+        >>> tokenizer = load_tokenizer(demo.TARGET)
+        >>> stream = TextStream(tokenizer, stop=[":"])
+        >>> stream.push(encode(tokenizer, "def f("))
+        'def f('
+        >>> stream.push(encode(tokenizer, "x): return"))
+        'x)'
+        >>> stream.stopped, stream.text
+        (True, 'def f(x)')
     """
 
     def __init__(
@@ -99,19 +135,20 @@ class TextStream:
         prompt_ids: Sequence[int] = (),
         stop_ids: Sequence[int] = (),
     ) -> None:
-        """Start behind a prompt.
+        """Start after a prompt.
 
         Args:
             tokenizer: The target's.
             stop: Strings that end the text.
-            prompt_ids: The ids that the text goes on from.
-            stop_ids: Ids that end the text and are not spelled, even where the tokenizer takes them for plain text.
+            prompt_ids: Ids that come before the text.
+            stop_ids: Ids that end the text. They are not spelled, even if the tokenizer takes
+                them for ordinary text.
         """
         self.ids: list[int] = []
         self.stopped = False
         self._decoder = _detokenizer(tokenizer)
         self._stop, self._stop_ids = stop, frozenset(stop_ids)
-        # The prompt and the ids that are spelled, without those that the decoder never sees.
+        # Prompt and text, without the ids that the decoder never sees.
         self._all = [number for number in prompt_ids if not self._decoder.is_hidden(number)]
         self._certain = ""  # text that no further id can change
         self._shown = 0  # characters of it that push() has returned
@@ -119,11 +156,11 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """The text of all ids, certain or not, before the stop string that ended it."""
+        """The text of all ids so far, final or not, up to the stop string."""
         return self._certain if self.stopped else self._spelled(len(self._all))
 
     def push(self, ids: Sequence[int]) -> str:
-        """Take further ids and return the text that they add, as far as it is certain."""
+        """Take further ids and return the text that they add, as far as it is final."""
         before = self._shown
         for number in ids:
             if self.stopped:
@@ -132,7 +169,7 @@ class TextStream:
         return self._certain[before : self._shown]
 
     def rest(self) -> str:
-        """Return what push() still holds back, when no more ids come."""
+        """Return the text that push() still holds back, once no more ids come."""
         return self.text[self._shown :]
 
     def _take(self, number: int) -> None:
@@ -149,25 +186,29 @@ class TextStream:
         elif self._decoder.piecewise:
             closed = text if end == len(self._all) else self._spelled(end)
             self._certain = closed.rstrip(_HALF)
+            # A push never takes back what an earlier one returned, hence the max().
             self._shown = max(self._shown, len(self._certain) - self._withheld())
             if end == len(self._all) and self._certain == text:
                 self._read_to(end, text)
 
     def _read_to(self, end: int, text: str) -> None:
-        """Settle that the ids up to end say text, so that spelling goes on from the last anchor before it."""
-        anchors = (
-            place for place in range(end - 1, -1, -1) if self._decoder.is_anchor(self._all[place])
-        )
-        self._anchor = next(anchors, 0)
+        """Record that the ids up to `end` spell `text`, and move the anchor towards it."""
+        # With ids [.., A, x, y | z] and A the last anchor before end, _known is "Axy". When z
+        # comes, "Axyz" is decoded, and the text grows by what follows "Axy" in it.
+        self._anchor = 0
+        for place in range(end - 1, -1, -1):
+            if self._decoder.is_anchor(self._all[place]):
+                self._anchor = place
+                break
         self._known, self._text = self._decoder.decode(self._all[self._anchor : end]), text
 
     def _spelled(self, end: int) -> str:
-        """The text of the ids up to end; those that are settled are not decoded again."""
+        """Return the text of the ids up to `end`, decoding only those from the anchor on."""
         spelled = self._decoder.decode(self._all[self._anchor : end])
         return self._text + spelled[_common_length(self._known, spelled) :]
 
     def _start_of_open_bytes(self) -> int:
-        """Find where trailing byte tokens begin, which a further byte could turn into other characters."""
+        """Return where the byte tokens at the end begin; a further byte may change their text."""
         start = place = len(self._all)
         while place > self._anchor:
             place -= 1
@@ -177,16 +218,16 @@ class TextStream:
         return start
 
     def _first_stop(self, text: str) -> int | None:
-        """Find the stop string that ends first in the text not shown yet; returns where it begins."""
-        found = [
-            (place + len(stop), place)
-            for stop in self._stop
-            if (place := text.find(stop, self._shown)) >= 0
-        ]
-        return min(found)[1] if found else None
+        """Return where the stop string begins that ends first in the text not shown yet."""
+        first = None
+        for stop in self._stop:
+            place = text.find(stop, self._shown)
+            if place >= 0 and (first is None or (place + len(stop), place) < first):
+                first = place + len(stop), place
+        return None if first is None else first[1]
 
     def _withheld(self) -> int:
-        """Length of the longest end of the certain text that may yet become a stop string."""
+        """Return the length of the longest end of the text that may become a stop string."""
         shown = self._certain[self._shown :]
         longest = 0
         for stop in self._stop:
@@ -198,15 +239,12 @@ class TextStream:
 
 
 def _common_length(first: str, second: str) -> int:
-    """Length of what two texts have in common at the start."""
-    if second.startswith(first):
+    """Return the length of the longest common prefix of two texts."""
+    if second.startswith(first):  # the usual case, without a loop in Python
         return len(first)
-    pairs = enumerate(zip(first, second, strict=False))
-    return next(
-        (place for place, (one, other) in pairs if one != other), min(len(first), len(second))
-    )
-
-
-def decode_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """Decode ids to text without special tokens, spaces as they are."""
-    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    length = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        length += 1
+    return length

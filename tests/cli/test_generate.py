@@ -181,7 +181,7 @@ def test_bad_flags_are_one_clear_line(arguments, capsys, flags, words):
 def test_bad_prompts_are_one_clear_line(arguments, capsys, tmp_path):
     assert "the prompt is empty" in refusal(capsys, *arguments, "--prompt", "fine", "--prompt", "")
     assert "no prompt" in refusal(capsys, *arguments)
-    assert "no valid Unicode" in refusal(capsys, *arguments, "--prompt", "\udcff")
+    assert "not valid Unicode" in refusal(capsys, *arguments, "--prompt", "\udcff")
     assert "leaves no room within --max-length 1024" in refusal(
         capsys, *arguments, "--prompt", "long" * 1000
     )

@@ -138,7 +138,7 @@ def test_tools_and_further_fields_reach_the_template():
 
 def test_a_text_that_is_no_unicode_is_refused_wherever_it_comes_from():
     conversation = conversation_of([USER | {"name": "\udc00"}])
-    with pytest.raises(EasySpecError, match="no valid Unicode"):
+    with pytest.raises(EasySpecError, match="not valid Unicode"):
         from_template(tokenizer("{{ messages[0].name }}"), conversation)
 
 
