@@ -1,5 +1,6 @@
-"""Converts a Hugging Face directory or a GGUF file, once, into an Orbax checkpoint that opens straight into shards.
+"""Conversion of Hugging Face directories and GGUF files into Orbax checkpoints, and back.
 
-The way back leads to a Hugging Face directory.
-`python -m convert --help` shows the command; `stream.convert` is the same thing as a function.
+A model is converted once; the result opens straight into the shards of any mesh. Any checkpoint can
+also be exported as a Hugging Face directory. `python -m convert --help` describes the command;
+`stream.convert` is the function.
 """

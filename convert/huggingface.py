@@ -1,4 +1,4 @@
-"""Opens a directory for conversion: a Hugging Face checkpoint, or one of ours."""
+"""Opening a directory for conversion: a Hugging Face checkpoint or a converted one."""
 
 import shutil
 from pathlib import Path
@@ -19,7 +19,7 @@ COMPANIONS = (
     "chat_template*",
     "additional_chat_templates/*.jinja",
 )
-"""Patterns of the files that keep their name and contents."""
+"""Patterns of the files that are copied unchanged."""
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -29,19 +29,21 @@ def open_huggingface(directory: Path, allow_links: bool = False) -> Model:
 
     Args:
         directory: The checkpoint.
-        allow_links: Follow links that lead out of the directory.
+        allow_links: Follow links that point outside the directory.
 
     Raises:
-        EasySpecError: The directory is damaged or unsupported, or its tokenizer is.
+        EasySpecError: The directory or its tokenizer is damaged or not supported.
     """
     opened = open_checkpoint(directory, allow_links=allow_links)
     config = read_json(directory / "config.json")
-    config.pop("transformers_weights", None)  # names files of this directory
+    # This names files of the source directory; the output has others.
+    config.pop("transformers_weights", None)
+    # The output must say that it is untied if the source stores a head that differs.
     if opened.config.tie_word_embeddings != bool(config.get("tie_word_embeddings", False)):
         config["tie_word_embeddings"] = opened.config.tie_word_embeddings
     has_tokenizer = any(path.name in _TOKENIZERS for path in directory.iterdir())
     if has_tokenizer:
-        load_tokenizer(directory)
+        load_tokenizer(directory)  # a broken one is refused before the weights are converted
     return Model(
         origin=str(directory),
         config=config,

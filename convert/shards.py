@@ -1,4 +1,4 @@
-"""Writes safetensors files in pieces."""
+"""Safetensors files that are written piece by piece."""
 
 import json
 import os
@@ -20,7 +20,20 @@ _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class SafetensorsStore:
-    """Safetensors files that transformers reads: `model.safetensors`, or shards of `largest` bytes and an index."""
+    """Safetensors files that transformers reads, as a Store.
+
+    A small model becomes `model.safetensors`, a large one several shards and an index. Since every
+    size is known from the start, the headers are written first, and pieces then go to their offsets
+    in any order.
+
+    Args:
+        directory: Where to write.
+        config: The model.
+        largest: Bytes of a shard's tensors, at most, unless a single tensor is larger.
+
+    Raises:
+        EasySpecError: The files cannot be written.
+    """
 
     def __init__(self, directory: Path, config: ModelConfig, largest: int = 5 * 10**9) -> None:
         self._directory, self._dtype = directory, np.dtype(config.dtype)
@@ -31,8 +44,10 @@ class SafetensorsStore:
             several = f"model-{number:05}-of-{len(shards):05}.safetensors"
             path = directory / (SAFETENSORS if len(shards) == 1 else several)
             header, offsets = self._header(names)
-            self._places |= {name: (path, offset) for name, offset in offsets.items()}
+            for name, offset in offsets.items():
+                self._places[name] = path, offset
             try:
+                # Opened without truncation: an earlier run's pieces stay where they are.
                 with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
                     file.write(header)
             except OSError as error:
@@ -42,6 +57,7 @@ class SafetensorsStore:
         return 1
 
     def write(self, name: str, start: int, values: np.ndarray) -> None:
+        """Write rows at their offset; a file with a hole in front of them is sparse."""
         path, offset = self._at(name, start)
         left = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
         try:
@@ -63,16 +79,16 @@ class SafetensorsStore:
         return values
 
     def finish(self) -> None:
-        if len({path for path, _ in self._places.values()}) > 1:
-            total = sum(prod(shape) for shape in self._shapes.values()) * self._dtype.itemsize
-            weight_map = {name: path.name for name, (path, _) in self._places.items()}
+        weight_map = {name: path.name for name, (path, _) in self._places.items()}
+        if len(set(weight_map.values())) > 1:
+            total = sum(map(prod, self._shapes.values())) * self._dtype.itemsize
             write_json(
                 self._directory / INDEX,
                 {"metadata": {"total_size": total}, "weight_map": weight_map},
             )
 
     def _header(self, names: list[str]) -> tuple[bytes, dict[str, int]]:
-        """The beginning of a file, and where in it each tensor starts."""
+        """Return the bytes at the start of a file, and the offset of each tensor in it."""
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offsets, end = {}, 0
         for name in names:
@@ -81,24 +97,23 @@ class SafetensorsStore:
             dtype = _NAMES[self._dtype.name]
             entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offsets[name], end]}
         text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8 bytes
         header = len(text).to_bytes(8, "little") + text
         return header, {name: offset + len(header) for name, offset in offsets.items()}
 
     def _at(self, name: str, row: int) -> tuple[Path, int]:
-        """The file and the byte in it where a row of a canonical tensor begins."""
+        """Return the file, and the byte in it, where a row of a canonical tensor begins."""
         stored = self._stored[name]
         path, offset = self._places[stored.name]
-        return path, offset + (stored.start + row) * prod(
-            self._shapes[stored.name][1:]
-        ) * self._dtype.itemsize
+        row_bytes = prod(self._shapes[stored.name][1:]) * self._dtype.itemsize
+        return path, offset + (stored.start + row) * row_bytes
 
     def _unwritable(self, error: Exception) -> EasySpecError:
         return EasySpecError(f"{self._directory} cannot be written: {first_line(error)}")
 
 
 def _grouped(shapes: Shapes, itemsize: int, largest: int) -> Iterator[list[str]]:
-    """Names in groups of at most so many bytes, unless one tensor is more."""
+    """Group names so that their tensors have at most `largest` bytes, if each has fewer."""
     group, size = [], 0
     for name, shape in shapes.items():
         added = prod(shape) * itemsize

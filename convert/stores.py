@@ -1,4 +1,4 @@
-"""What keeps a model's tensors in a directory while they come in pieces."""
+"""The interface of formats that are written piece by piece."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -11,37 +11,50 @@ import numpy as np
 from easyspec_jax.checkpoint.config import ModelConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Of tensors, by name."""
+"""Shapes of tensors by name."""
 
 
 class Store(Protocol):
-    """Tensors of one dtype that are written in pieces of whole rows, by several threads."""
+    """Tensors of one dtype in a directory, written in pieces of whole rows by several threads."""
 
     def rows(self, name: str) -> int:
-        """Pieces of a tensor begin at multiples of this row."""
+        """Return the rows of a chunk: pieces of this tensor must begin at multiples of it."""
         ...
 
     def write(self, name: str, start: int, values: np.ndarray) -> None:
-        """Write a piece; it is in place on return. Raises EasySpecError if the write fails."""
+        """Write the rows of a tensor from `start` on; later reads see them.
+
+        Raises:
+            EasySpecError: The write fails.
+        """
         ...
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """A piece that was written. Raises EasySpecError if it is not whole."""
+        """Read rows that were written, by this process or an earlier one.
+
+        Raises:
+            EasySpecError: They are missing or damaged.
+        """
         ...
 
     def finish(self) -> None:
-        """Makes a checkpoint out of all that was written; may be repeated."""
+        """Make a complete checkpoint of everything written. May be called again after a failure."""
         ...
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a directory keeps a model's tensors; make opens a Store in it."""
+    """A format that models can be written in.
+
+    Attributes:
+        name: Its name.
+        make: Opens a Store in a directory for a model, or reopens the one that is there.
+    """
 
     name: str
     make: Callable[[Path, ModelConfig], Store]
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """A JSON file as Hugging Face writes them."""
+    """Write a JSON file, indented as Hugging Face indents them."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,8 @@
-"""From any opened model to a directory of ours, or of Hugging Face's, a few pieces of tensors at a time."""
+"""Conversion of any open model to a directory, a few pieces of tensors at a time.
+
+Pieces are read, cast, checked, written and recorded by a few threads. A byte budget bounds the
+pieces in flight, so memory does not grow with the model.
+"""
 
 import hashlib
 import json
@@ -27,11 +31,11 @@ from easyspec_jax.options import FLOAT_DTYPES
 from easyspec_jax.progress import bar
 
 DEFAULT_MEMORY = 2 << 30
-"""Bytes of the whole process."""
+"""Bytes that the whole process may take."""
 
-_BASE = 256 << 20  # what the interpreter and the libraries take of them
+_BASE = 256 << 20  # bytes of them for the interpreter and the libraries
 _PIECE = 8 << 20  # bytes written at a time, unless one row of chunks is more
-_COPIES = 2  # of a piece as it is read, and as it is written, that are in memory at once
+_COPIES = 2  # copies of a piece, both as stored and as written, that are in memory at once
 _WORKERS = 8
 
 
@@ -39,10 +43,14 @@ _WORKERS = 8
 class Model:
     """A model about to be converted.
 
-    origin: names it in error messages. config: the contents of its `config.json`. source: its canonical tensors.
-    dtype: what to write where nobody asks for another. files: what holds the tensors; a conversion goes on only if
-    they are unchanged. write_companions: puts generation configuration and tokenizer, if it has_tokenizer, into a
-    directory.
+    Attributes:
+        origin: Names it in error messages.
+        config: The contents of its `config.json`.
+        source: Its canonical tensors.
+        dtype: The dtype to write by default.
+        files: The files that hold the tensors. A conversion is resumed only if they are unchanged.
+        has_tokenizer: Whether there is a tokenizer.
+        write_companions: Writes the generation configuration and the tokenizer into a directory.
     """
 
     origin: str
@@ -56,7 +64,14 @@ class Model:
 
 @dataclass(frozen=True)
 class Result:
-    """What was written; size is that of the tensors, reused what of it an earlier run had written, in bytes."""
+    """Summary of a conversion.
+
+    Attributes:
+        parameters: Number of parameters.
+        dtype: The dtype that was written.
+        size: Bytes of all tensors.
+        reused: Bytes of these that an interrupted run had already written.
+    """
 
     parameters: int
     dtype: str
@@ -73,11 +88,21 @@ def convert(
     memory: int = DEFAULT_MEMORY,
     verify: bool = False,
 ) -> Result:
-    """Writes a model to a directory that must not exist; on any error, nothing is left of it.
+    """Write a model to a new directory.
 
-    Interrupted, it goes on where it stopped when called again. memory: bytes that the process may take. verify: what
-    was written is read again and compared with its source. Raises EasySpecError if the model is unsupported,
-    incomplete or not finite, a value does not fit dtype, memory is too little, or out is unusable.
+    An error leaves nothing behind. After an interruption, the same call resumes where it stopped.
+
+    Args:
+        model: The model, from `open_gguf` or `open_huggingface`.
+        out: The directory to create.
+        dtype: The dtype of all tensors; by default the model's.
+        format: The format, ORBAX or HUGGING_FACE.
+        memory: Bytes that the process may take.
+        verify: Read everything again at the end and compare it with the source.
+
+    Raises:
+        EasySpecError: The model is not supported, incomplete or not finite, a value does not fit
+            the dtype, the memory is too small, or `out` exists or cannot be written.
     """
     config, parsed = _configuration(model, dtype)
     job = _job(model, parsed, memory)
@@ -99,17 +124,24 @@ def convert(
 
 
 def verify(model: Model, out: Path, memory: int = DEFAULT_MEMORY) -> Result:
-    """Compares what was converted, in whatever dtype, with its source.
+    """Compare a converted directory with its source, in the dtype it was converted to.
 
-    Raises EasySpecError that names the first tensor which differs.
+    Args:
+        model: The source.
+        out: The converted directory.
+        memory: Bytes that the process may take.
+
+    Raises:
+        EasySpecError: They differ; names the first tensor or field that does.
     """
     opened = open_checkpoint(out)
     _, parsed = _configuration(model, opened.config.dtype)
     found = asdict(opened.config)
     for name, value in asdict(parsed).items():
-        if name != "stop_ids" and found[name] != value:  # these are those of the companions too
+        # Stop ids also come from companions, which the source's configuration does not have.
+        if name != "stop_ids" and found[name] != value:
             raise EasySpecError(
-                f"{out}: {name} is {found[name]!r}, not {value!r} as in {model.origin}; convert again"
+                f"{out}: {name} is {found[name]!r}, but {value!r} in {model.origin}; convert again"
             )
     job = _job(model, parsed, memory)
     _compare(job, out, opened.source)
@@ -117,7 +149,7 @@ def verify(model: Model, out: Path, memory: int = DEFAULT_MEMORY) -> Result:
 
 
 class Piece(NamedTuple):
-    """Rows start to stop of a tensor; size: in bytes, when written."""
+    """Rows `start` to `stop` of a tensor, `size` bytes when written."""
 
     name: str
     start: int
@@ -127,7 +159,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class _Job:
-    """Tensors to go through, a few pieces at a time; budget: bytes that their buffers may take."""
+    """A walk over all tensors, a few pieces at a time; `budget` limits their bytes in memory."""
 
     origin: str
     source: StoredSource
@@ -144,7 +176,7 @@ class _Job:
         return self.parameters * np.dtype(self.dtype).itemsize
 
     def pieces(self, rows: Callable[[str], int] = lambda name: 1) -> Iterator[Piece]:
-        """All tensors in pieces that begin at multiples of some row."""
+        """Split all tensors into pieces that begin at multiples of rows(name)."""
         for name, shape in self.shapes.items():
             row = prod(shape[1:]) * np.dtype(self.dtype).itemsize
             step = max(1, _PIECE // row // rows(name)) * rows(name)
@@ -153,27 +185,30 @@ class _Job:
                 yield Piece(name, start, stop, (stop - start) * row)
 
     def read(self, piece: Piece) -> np.ndarray:
-        """A piece out of the source, as it is to be written. Raises EasySpecError, naming it, if it is not finite."""
-        return cast(
-            piece.name, self.source.read(piece.name, (slice(piece.start, piece.stop),)), self.dtype
-        )
+        """Read a piece in the dtype to write. Raises EasySpecError if it is not finite."""
+        values = self.source.read(piece.name, (slice(piece.start, piece.stop),))
+        return cast(piece.name, values, self.dtype)
 
     def run(
         self, work: Callable[[Piece], Any], pieces: Iterable[Piece]
     ) -> Iterator[tuple[Piece, Any]]:
-        """Each piece with what work makes of it, in any order, several at once within the budget."""
+        """Work on pieces with several threads within the budget; yield each with its result.
+
+        Results come in any order.
+        """
         stored, pending, used = self.source.dtypes(), dict[Future[Any], tuple[Piece, int]](), 0
+        itemsize = np.dtype(self.dtype).itemsize
         with ThreadPoolExecutor(_WORKERS) as pool:
             try:
                 for piece in pieces:
-                    itemsize = np.dtype(self.dtype).itemsize
-                    cost = _COPIES * (
-                        piece.size + piece.size // itemsize * np.dtype(stored[piece.name]).itemsize
-                    )
+                    stored_size = piece.size // itemsize * np.dtype(stored[piece.name]).itemsize
+                    cost = _COPIES * (piece.size + stored_size)
                     if cost > self.budget:
                         raise EasySpecError(
-                            f"{self.origin}: {piece.name} needs --memory {_BASE + cost} or more"
+                            f"{self.origin}: {piece.name} needs more memory; "
+                            f"give at least {_BASE + cost} bytes (--memory)"
                         )
+                    # Wait for earlier pieces until this one fits.
                     while used + cost > self.budget:
                         for future in wait(pending, return_when=FIRST_COMPLETED).done:
                             done, freed = pending.pop(future)
@@ -185,18 +220,20 @@ class _Job:
                     for future in wait(pending, return_when=FIRST_COMPLETED).done:
                         yield pending.pop(future)[0], future.result()
             finally:
+                # After an error or Ctrl-C, pieces that wait for a thread are not started.
                 pool.shutdown(cancel_futures=True)
 
 
 def _job(model: Model, config: ModelConfig, memory: int) -> _Job:
-    shapes = expected_shapes(config)  # a tied head is none of them
+    shapes = expected_shapes(config)  # without the head if it is tied
     return _Job(model.origin, model.source, shapes, config.dtype, memory - _BASE)
 
 
 def _transfer(job: _Job, store: Store, place: Workplace, piece: Piece) -> bool:
-    """Writes a piece, unless an earlier run has written it; returns whether that is so."""
+    """Write a piece unless an earlier run has; return whether it had."""
     recorded = place.done.get((piece.name, piece.start))
     if recorded is not None:
+        # The journal may be ahead of the data after a power failure, so the data is read back.
         with suppress(EasySpecError):
             if _checksum(store.read(piece.name, piece.start, piece.stop)) == recorded:
                 return True
@@ -207,7 +244,7 @@ def _transfer(job: _Job, store: Store, place: Workplace, piece: Piece) -> bool:
 
 
 def _compare(job: _Job, out: Path, written: StoredSource) -> None:
-    """Raise EasySpecError unless what was written has the source's bits; the tensors are those of one configuration."""
+    """Raise EasySpecError unless the written tensors equal the source's, bit for bit."""
 
     def same(piece: Piece) -> bool:
         values = written.read(piece.name, (slice(piece.start, piece.stop),))
@@ -222,36 +259,47 @@ def _compare(job: _Job, out: Path, written: StoredSource) -> None:
 
 
 def cast(name: str, values: np.ndarray, dtype: str) -> np.ndarray:
-    """The same shape in another dtype. Raises EasySpecError, naming the tensor, if either is not finite."""
+    """Cast a tensor to another dtype.
+
+    Args:
+        name: Names the tensor in error messages.
+        values: The tensor; floating-point, any shape.
+        dtype: NumPy's name of the dtype.
+
+    Raises:
+        EasySpecError: The tensor holds NaN or infinity, before or after the cast.
+    """
     if not is_finite(values):
         raise EasySpecError(
-            f"{name} holds NaN or infinity: the checkpoint is damaged; fetch it again"
+            f"{name} holds NaN or infinity, so the checkpoint is damaged; fetch it again"
         )
     if values.dtype == np.dtype(dtype):
         return values
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # overflow is reported below, with a name
         result = values.astype(dtype)
     if not is_finite(result):
         raise EasySpecError(
-            f"{name} has values that are not finite in {dtype}; choose another --dtype"
+            f"{name} has values that overflow {dtype}; choose another dtype (--dtype)"
         )
     return result
 
 
 def is_finite(values: np.ndarray) -> bool:
-    """Whether floating-point numbers are neither NaN nor infinite, without an array of answers.
+    """Whether no floating-point number is NaN or infinite.
 
-    Read as an integer, a number is at least infinity exactly if it is not finite; below zero, with the sign bit set.
+    Unlike np.isfinite(values).all(), this allocates no array of answers.
     """
     if not values.size:
         return True
-    limit = np.array([np.inf, -np.inf], values.dtype)
-    return all(
-        values.view(f"{kind}{values.itemsize}").max() < bound
-        for kind, bound in (
-            ("i", limit.view(f"i{values.itemsize}")[0]),
-            ("u", limit.view(f"u{values.itemsize}")[1]),
-        )
+    # The bits of a float, read as an integer, sort by magnitude: finite < infinity < NaN. The sign
+    # is the highest bit. As signed integers, negative floats are below zero, so the maximum is the
+    # largest positive float; as unsigned ones, they are above all others, so the maximum is the
+    # negative float of the largest magnitude, if there is one.
+    signed, unsigned = f"i{values.itemsize}", f"u{values.itemsize}"
+    infinity, negative = np.array([np.inf, -np.inf], values.dtype)
+    return bool(
+        values.view(signed).max() < infinity.view(signed)
+        and values.view(unsigned).max() < negative.view(unsigned)
     )
 
 
@@ -264,31 +312,32 @@ def _checksum(values: np.ndarray) -> int:
 
 
 def _configuration(model: Model, dtype: str | None) -> tuple[dict[str, Any], ModelConfig]:
-    """What `config.json` is to say, and what it means."""
+    """Return the contents of the new `config.json`, and the model that they describe."""
     dtype = dtype or model.dtype
     if dtype not in FLOAT_DTYPES:
         raise EasySpecError(
-            f"{model.origin}: the embedding is stored as {dtype}; choose a --dtype to write"
+            f"{model.origin}: the embedding is stored as {dtype}, which cannot be written; "
+            "choose a dtype (--dtype)"
         )
-    config = {name: value for name, value in model.config.items() if name != "torch_dtype"} | {
-        "dtype": dtype
-    }
+    config = model.config | {"dtype": dtype}
+    config.pop("torch_dtype", None)  # the older spelling of the same field
     return config, model_config(config, origin=model.origin)
 
 
 def _task(model: Model, config: dict[str, Any], format: Format) -> str:
-    """A digest of what is written from what: a run with the same one can go on with this one's pieces."""
-    files = [
-        (str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(model.files)
-    ]
-    return hashlib.sha256(
-        json.dumps([config, format.name, files], sort_keys=True).encode()
-    ).hexdigest()
+    """Return a digest of source, settings and format; a run with the same one can be resumed."""
+    files: list[tuple[str, int, int]] = []
+    for path in sorted(model.files):
+        files.append((str(path), path.stat().st_size, path.stat().st_mtime_ns))
+    described = json.dumps([config, format.name, files], sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()
 
 
 def _check_space(place: Workplace, pieces: Iterable[Piece]) -> None:
     needed = sum(piece.size for piece in pieces if (piece.name, piece.start) not in place.done)
     free = shutil.disk_usage(place.directory).free
     if needed > free:
-        sizes = f"{needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free"
-        raise EasySpecError(f"{place.directory.parent} cannot be written: {sizes}")
+        raise EasySpecError(
+            f"{place.directory.parent} needs {needed / 1e6:,.1f} MB of free space and has "
+            f"{free / 1e6:,.1f} MB; free some or choose another directory"
+        )

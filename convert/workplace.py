@@ -1,4 +1,8 @@
-"""Where an output grows until it is whole: a locked directory beside it, with a journal of what is done."""
+"""The hidden directory in which an output grows until it is complete.
+
+It is locked, so that only one process writes it, and holds a journal of what is done, so that an
+interrupted run can be resumed.
+"""
 
 import fcntl
 import json
@@ -17,33 +21,46 @@ _JOURNAL = "journal"
 
 @dataclass(frozen=True)
 class Workplace:
-    """A directory that is this process's own, and the checksums of what earlier runs finished in it.
+    """A directory that only this process writes, and what earlier runs finished in it.
 
-    done: of each piece, by the tensor's name and its first row. A piece counts once its record is in the journal.
+    Attributes:
+        directory: Where the output grows.
+        done: Checksums of finished pieces, by the tensor's name and the piece's first row. A piece
+            counts as finished once its record is in the journal.
     """
 
     directory: Path
     done: dict[tuple[str, int], int]
 
     def record(self, name: str, start: int, checksum: int) -> None:
-        """Notes that a piece is written; one appended line, so that several threads may."""
+        """Record in the journal that a piece is written. Threads may call this concurrently."""
+        # One short write in append mode is atomic, so lines of different threads do not mix.
         with (self.directory / _JOURNAL).open("a", encoding="utf-8") as journal:
             journal.write(json.dumps([name, start, checksum]) + "\n")
 
 
 @contextmanager
 def workplace(out: Path, task: str) -> Iterator[Workplace]:
-    """A directory that takes the name `out` when the block ends without an error, all of it on the disk.
+    """Provide a directory that is renamed to `out` if the block ends without an error.
 
-    Interrupted, even by SIGKILL, it stays: the next run with the same task, a description of what is written from
-    what, goes on with it. After an error nothing stays. Raises EasySpecError if the path exists, its parent cannot be
-    written, or another process is at it.
+    An interruption, even by SIGKILL, leaves the directory for the next run with the same task to
+    resume. An error removes it. The content is on the disk before the name appears.
+
+    Args:
+        out: The path to create. Its parent is created too.
+        task: Identifies what is written from what; another task starts over.
+
+    Raises:
+        EasySpecError: The path exists, its parent cannot be written, or another process is writing
+            it.
     """
     _refuse_existing(out)
+    # In the same parent, so that the rename stays within one file system.
     partial = out.with_name(f".{out.name}.partial")
     lock = _locked(partial, out)
     try:
-        _refuse_existing(out)  # whoever held the lock may have finished
+        # Another process may have finished between the first check and the lock.
+        _refuse_existing(out)
         yield Workplace(partial, _resumed(partial, task))
         (partial / _JOURNAL).unlink()
         _flush(partial)
@@ -58,12 +75,18 @@ def workplace(out: Path, task: str) -> Iterator[Workplace]:
 
 
 def _refuse_existing(out: Path) -> None:
-    if os.path.lexists(out):
-        raise EasySpecError(f"{out} exists already; choose another --out or remove it")
+    if os.path.lexists(out):  # which a dangling link does
+        raise EasySpecError(f"{out} already exists; remove it or choose another directory")
 
 
 def _locked(partial: Path, out: Path) -> int:
-    """The locked directory, open; the lock ends with the process, however it ends."""
+    """Create and lock the directory, and return its descriptor."""
+    # flock() locks the directory itself, not its name, and the kernel drops the lock when the
+    # process ends, however it ends: no stale lock files. But between open() and flock() the
+    # process that held the lock may have renamed the directory to `out` (or removed it after an
+    # error). Then this lock is on the wrong directory, and a third process could create and lock a
+    # new one under the old name. So once the lock is held, check that the name still leads to the
+    # directory that was locked, and otherwise start over.
     try:
         while True:
             partial.mkdir(parents=True, exist_ok=True)
@@ -76,25 +99,23 @@ def _locked(partial: Path, out: Path) -> int:
             except BaseException:
                 os.close(handle)
                 raise
-            os.close(handle)  # it was renamed or removed before it was locked
+            os.close(handle)
     except BlockingIOError:
         raise EasySpecError(
-            f"another conversion is writing {out}; wait for it or choose another --out"
+            f"another conversion is writing {out}; wait for it or choose another directory"
         ) from None
     except OSError as error:
         raise EasySpecError(f"{out.parent} cannot be written: {error.strerror}") from None
 
 
 def _resumed(partial: Path, task: str) -> dict[tuple[str, int], int]:
-    """What the journal says is done, if it is of this task; otherwise the directory is emptied for it."""
+    """Return what the journal records for this task, or empty the directory for a new start."""
     journal = partial / _JOURNAL
     with suppress(OSError, UnicodeDecodeError):
         head, *lines = journal.read_text(encoding="utf-8").split("\n")
         if head == task:
-            return {
-                (name, start): checksum
-                for name, start, checksum in filter(None, map(_parsed, lines))
-            }
+            records = filter(None, map(_parsed, lines))
+            return {(name, start): checksum for name, start, checksum in records}
     for path in partial.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     journal.write_text(task + "\n", encoding="utf-8")
@@ -102,14 +123,16 @@ def _resumed(partial: Path, task: str) -> dict[tuple[str, int], int]:
 
 
 def _parsed(line: str) -> Any:
+    # The last line is cut short if the run was killed while writing it.
     with suppress(ValueError):
         return json.loads(line)
-    return None  # the last line of a run that was killed
+    return None
 
 
 def _flush(directory: Path) -> None:
-    """Everything in a directory goes to the disk, so that no power failure leaves a name without its data."""
+    """Force all files to the disk: after a power failure, a name must not lead to empty files."""
     for parent, _, files in os.walk(directory):
+        # Directories have contents too, the names of their files.
         for name in (*files, "."):
             handle = os.open(os.path.join(parent, name), os.O_RDONLY)
             try:

@@ -143,7 +143,7 @@ def test_a_path_that_is_a_file(source, fails):
 
 
 def test_too_little_memory(source, fails):
-    assert "needs --memory" in fails(source, "--memory", "256MiB")
+    assert "needs more memory; give at least" in fails(source, "--memory", "256MiB")
 
 
 def test_two_converters_on_one_output(source, fails, tmp_path):
@@ -154,7 +154,7 @@ def test_two_converters_on_one_output(source, fails, tmp_path):
 def test_a_disk_that_is_too_small(source, fails, monkeypatch):
     usage = stream.shutil.disk_usage
     monkeypatch.setattr(stream.shutil, "disk_usage", lambda path: usage(path)._replace(free=10_000))
-    assert "cannot be written: 0.2 MB are needed, 0.0 MB are free" in fails(source)
+    assert "needs 0.2 MB of free space and has 0.0 MB" in fails(source)
 
 
 @pytest.fixture

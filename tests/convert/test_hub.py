@@ -42,7 +42,7 @@ def test_what_cannot_be_fetched_is_one_line(tmp_path, monkeypatch, capsys, error
     assert main(["--hf", "some/model", "--out", str(tmp_path / "out")]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith(
-        "convert: error: some/model is no directory here and cannot be fetched from the hub ("
+        "convert: error: some/model is not a local directory and cannot be fetched from the hub ("
     )
     assert printed.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -52,7 +52,7 @@ def test_the_library_itself_is_quoted_when_it_is_offline(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
-        EasySpecError, match=r"^some/model is no directory here and cannot be fetched"
+        EasySpecError, match=r"^some/model is not a local directory and cannot be fetched"
     ) as error:
         directory_of("some/model")
     assert "\n" not in str(error.value)
@@ -63,5 +63,5 @@ def test_directories_stay_here(tmp_path, monkeypatch):
     Path("some/model").mkdir(parents=True)
     for source in ("some/model", str(tmp_path), "/absent", "absent", "a/b/c"):
         assert directory_of(source) == Path(source)
-    with pytest.raises(EasySpecError, match="--revision is for models on the hub"):
+    with pytest.raises(EasySpecError, match=r"--revision\) needs a model on the hub"):
         directory_of("some/model", REVISION)

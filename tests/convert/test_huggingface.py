@@ -114,7 +114,7 @@ def test_a_copy_without_its_head_is_not_verified(tiny_model, save, tmp_path):
         headless / "model.safetensors",
     )
     convert(open_huggingface(headless), tmp_path / "out")
-    with pytest.raises(EasySpecError, match="tie_word_embeddings is True, not False as in"):
+    with pytest.raises(EasySpecError, match="tie_word_embeddings is True, but False in"):
         verify(open_huggingface(source), tmp_path / "out")
 
 
@@ -172,7 +172,7 @@ def test_values_beyond_the_dtype_are_refused_by_name(tiny_model, save, tmp_path)
     source = save(model)
     with pytest.raises(
         EasySpecError,
-        match=r"layers\.1\.mlp\.up_proj\.weight has values that are not finite in float16",
+        match=r"layers\.1\.mlp\.up_proj\.weight has values that overflow float16",
     ):
         convert(open_huggingface(source), tmp_path / "out", "float16")
     assert remaining(tmp_path) == ["hf"]
@@ -203,7 +203,7 @@ def test_existing_directory_is_kept(tiny_model, save, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").touch()
-    with pytest.raises(EasySpecError, match="exists already"):
+    with pytest.raises(EasySpecError, match="already exists"):
         convert(open_huggingface(save(tiny_model())), out)
     assert remaining(out) == ["mine"]
 
@@ -306,6 +306,6 @@ def test_a_changed_configuration_is_not_verified(tiny_model, save, tmp_path):
     verify(open_huggingface(source), tmp_path / "out")
     edit(tmp_path / "out" / "config.json", lambda config: config | {"rms_norm_eps": 0.5})
     with pytest.raises(
-        EasySpecError, match=r"rms_norm_eps is 0\.5, not 1e-06 as in .*; convert again"
+        EasySpecError, match=r"rms_norm_eps is 0\.5, but 1e-06 in .*; convert again"
     ):
         verify(open_huggingface(source), tmp_path / "out")

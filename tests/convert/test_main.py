@@ -146,9 +146,9 @@ def test_unusable_destination_is_one_line(tiny_model, tmp_path, capsys):
     check_error(
         ["--hf", tmp_path / "hf", "--out", tmp_path / "file" / "out"], "cannot be written", capsys
     )
-    check_error(["--hf", tmp_path / "hf", "--out", tmp_path / "file"], "exists already", capsys)
-    check_error(["--hf", tmp_path / "hf", "--out", tmp_path / "hf"], "exists already", capsys)
-    check_error(["--to-hf", tmp_path / "hf", "--out", tmp_path / "hf"], "exists already", capsys)
+    check_error(["--hf", tmp_path / "hf", "--out", tmp_path / "file"], "already exists", capsys)
+    check_error(["--hf", tmp_path / "hf", "--out", tmp_path / "hf"], "already exists", capsys)
+    check_error(["--to-hf", tmp_path / "hf", "--out", tmp_path / "hf"], "already exists", capsys)
     assert {path.name for path in tmp_path.iterdir()} == {"file", "hf"}
 
 

@@ -67,7 +67,7 @@ def test_one_process_at_a_time(tmp_path):
         ):
             workplace(tmp_path / "new", "task").__enter__()
         (place.directory / "file").touch()  # it is untouched
-    with pytest.raises(EasySpecError, match="exists already"):
+    with pytest.raises(EasySpecError, match="already exists"):
         workplace(tmp_path / "new", "task").__enter__()
 
 
@@ -82,7 +82,7 @@ def test_whoever_waited_for_the_lock_sees_what_the_other_finished(tmp_path, monk
 
     flock = module.fcntl.flock
     monkeypatch.setattr(module.fcntl, "flock", renamed_first)
-    with pytest.raises(EasySpecError, match="exists already"):
+    with pytest.raises(EasySpecError, match="already exists"):
         workplace(tmp_path / "new", "task").__enter__()
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
@@ -91,7 +91,7 @@ def test_what_exists_is_kept(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to("nowhere")
     for taken in (tmp_path, tmp_path / "file", tmp_path / "dangling"):
-        with pytest.raises(EasySpecError, match="exists already"), workplace(taken, "task"):
+        with pytest.raises(EasySpecError, match="already exists"), workplace(taken, "task"):
             pass
     assert {path.name for path in tmp_path.iterdir()} == {"file", "dangling"}
 
