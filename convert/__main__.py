@@ -1,4 +1,7 @@
-"""The command `python -m convert`. Heavy libraries wait until the arguments are known to be good."""
+"""The command `python -m convert`.
+
+Heavy libraries are imported only once the arguments are known to be good.
+"""
 
 import argparse
 import ctypes
@@ -44,7 +47,7 @@ def _run(args: argparse.Namespace, started: float) -> None:
 
 def _open(arguments: argparse.Namespace) -> "Model":
     if arguments.revision is not None and arguments.hf is None:
-        raise EasySpecError("--revision goes with --hf")
+        raise EasySpecError("--revision is for --hf ID only; leave it out")
     if arguments.gguf is not None:
         from convert.gguf import open_gguf
 
@@ -77,8 +80,8 @@ def _convert(model: "Model", arguments: argparse.Namespace) -> "Result":
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="convert",
-        description="Writes an Orbax checkpoint with its configuration and tokenizer, from a model of a known family; "
-        "or a Hugging Face directory from such a checkpoint.",
+        description="Write an Orbax checkpoint with its configuration and tokenizer, from a model "
+        "of a known family; or a Hugging Face directory from such a checkpoint.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -96,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         "--to-hf",
         type=Path,
         metavar="DIR",
-        help="a checkpoint of either kind, to export as a Hugging Face directory",
+        help="a checkpoint of either kind to export as a Hugging Face directory",
     )
     parser.add_argument(
         "--revision", help="commit, branch or tag of a model on the hub; by default its main branch"
@@ -108,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype",
         choices=FLOAT_DTYPES,
-        help="what every tensor is written as; by default the type the embedding is stored in, "
+        help="type to write every tensor in; by default the type the embedding is stored in, "
         "or bfloat16 where that is quantised",
     )
     parser.add_argument(
@@ -116,12 +119,14 @@ def _parser() -> argparse.ArgumentParser:
         type=_bytes,
         default="2GiB",
         metavar="SIZE",
-        help="what the process may take, such as 700MB or 2GiB (the default); more is faster, up to a point",
+        help="memory that the process may take, such as 700MB or 2GiB (the default); "
+        "more is faster, up to a point",
     )
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read everything again and compare it with the source; alone if --out exists already",
+        help="read everything again and compare it with the source; "
+        "if --out already exists, only do this",
     )
     return parser
 
@@ -129,15 +134,17 @@ def _parser() -> argparse.ArgumentParser:
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?(?:([kMGT]?)(i?)B)?", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no size such as 700MB or 2GiB")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a size such as 700MB or 2GiB")
     number, prefix, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix or " "))
 
 
 def _share_free_memory() -> None:
-    """glibc keeps what a thread has freed for that thread; with one arena, as --memory has it, others take it."""
-    arena_max = -8  # of <malloc.h>
-    with suppress(AttributeError, OSError):  # another C library
+    """Let all threads allocate from one arena, so that --memory holds."""
+    # glibc gives each thread an arena of its own, and memory freed into one is not reused by the
+    # threads of another: eight workers would keep eight times what one needs.
+    arena_max = -8  # M_ARENA_MAX of <malloc.h>
+    with suppress(AttributeError, OSError):  # other C libraries have no mallopt
         ctypes.CDLL(None).mallopt(arena_max, 1)
 
 

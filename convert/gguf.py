@@ -1,4 +1,7 @@
-"""Opens a GGUF file for conversion: its tensors in NumPy, its metadata as a Hugging Face configuration."""
+"""Opening a GGUF file for conversion.
+
+Its tensors become NumPy arrays, its metadata a Hugging Face configuration and tokenizer.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -24,27 +27,30 @@ from easyspec_jax.errors import EasySpecError, first_line
 from easyspec_jax.tokenizer.conversation import end_of_turn_ids
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
-_DTYPES = {
-    "F32": "float32",
-    "F16": "float16",
-}  # the rest is BF16, or loses more by its quantisation
+# The dtype to write by default for a stored type. For all others it is bfloat16: they are BF16
+# already, or quantised, which has lost more than bfloat16 does.
+_DTYPES = {"F32": "float32", "F16": "float16"}
 
 
 def open_gguf(path: Path) -> Model:
-    """Open a GGUF file, or several parts of one, that hold a whole model, with its tokenizer, if there is one.
+    """Open a model in a GGUF file, or in several that are parts of one.
 
     Args:
         path: The file, or any part of a split one (`NAME-00001-of-00003.gguf`).
 
+    Returns:
+        The model, with its tokenizer if the file has one. Weights are read later, piece by piece.
+
     Raises:
-        EasySpecError: A file is missing, damaged, or describes anything unsupported.
+        EasySpecError: A file is missing or damaged, or the model is not supported.
     """
     origin = str(path)
     paths, metadata, stored = _read_parts(path)
     model_type, family = _family(metadata, origin)
     tensors = {name: tensor for name, (_, tensor) in stored.items()}
     if _EMBEDDING not in tensors:
-        raise EasySpecError(f"{origin}: {_EMBEDDING} is missing")
+        raise EasySpecError(f"{origin}: {_EMBEDDING} is missing; is this a whole model?")
+    # The factors belong to the configuration; the remaining tensors must all be weights.
     rope_factors = tensors.get(ROPE_FACTORS)
     stored.pop(ROPE_FACTORS, None)
     config = _config(metadata, tensors, origin) | {
@@ -71,26 +77,26 @@ def open_gguf(path: Path) -> Model:
 
 
 class GGUFSource:
-    """Tensors of GGUF files by their own names, each with its file, dequantised to float32 when they are read."""
+    """Tensors of GGUF files under their own names, dequantised to float32 when they are read.
+
+    Args:
+        tensors: Each tensor by name, with the file that holds it.
+    """
 
     def __init__(self, tensors: Mapping[str, tuple[Path, ReaderTensor]]) -> None:
-        self._places = {
-            name: _ByteRange(
-                path,
-                tensor.tensor_type,
-                _shape(tensor),
-                int(tensor.data_offset),
-                int(tensor.n_bytes),
-            )
-            for name, (path, tensor) in tensors.items()
-        }
+        self._places: dict[str, _ByteRange] = {}
+        for name, (path, tensor) in tensors.items():
+            offset, size = int(tensor.data_offset), int(tensor.n_bytes)
+            self._places[name] = _ByteRange(path, tensor.tensor_type, _shape(tensor), offset, size)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: place.shape for name, place in self._places.items()}
 
     def dtypes(self) -> Mapping[str, str]:
-        kinds = {name: place.kind for name, place in self._places.items()}
-        return {name: "float32" if _readable(kind) else kind.name for name, kind in kinds.items()}
+        dtypes: dict[str, str] = {}
+        for name, place in self._places.items():
+            dtypes[name] = "float32" if _readable(place.kind) else place.kind.name
+        return dtypes
 
     def read(self, name: str, window: Slices = ()) -> np.ndarray:
         place = self._places[name]
@@ -98,11 +104,16 @@ class GGUFSource:
         return self._read_rows(place, rows)[(slice(None), *window[1:])]
 
     def _read_rows(self, place: "_ByteRange", rows: slice) -> np.ndarray:
-        if len(place.shape) == 1:  # one row of blocks
+        # A quantised tensor is a sequence of blocks along its last dimension: Q4_0 keeps 32 numbers
+        # in 18 bytes, a scale in float16 and 4 bits for each. Blocks never span two rows, so rows
+        # [start, stop) of a matrix are one range of bytes. A vector is a single row, and is read
+        # whole, since `rows` may begin inside a block.
+        if len(place.shape) == 1:
             return self._read_blocks(place, 0, 1, place.size)[0, rows]
         return self._read_blocks(place, rows.start, rows.stop, place.size // place.shape[0])
 
     def _read_blocks(self, place: "_ByteRange", start: int, stop: int, row: int) -> np.ndarray:
+        """Read and dequantise rows of `row` bytes each: float32 [stop - start, columns]."""
         stored = np.empty((stop - start, row), np.uint8)
         try:
             with place.path.open("rb", buffering=0) as file:
@@ -116,7 +127,7 @@ class GGUFSource:
 
 @dataclass(frozen=True)
 class _ByteRange:
-    """Where a tensor lies in a GGUF file and how it is quantised; offset and size in bytes."""
+    """Location of a tensor in a GGUF file, in bytes, and its kind of quantisation."""
 
     path: Path
     kind: GGMLQuantizationType
@@ -127,6 +138,7 @@ class _ByteRange:
 
 @cache
 def _readable(kind: GGMLQuantizationType) -> bool:
+    """Whether the gguf library can dequantise a kind; it has no list, so one block is tried."""
     try:
         dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except NotImplementedError:
@@ -134,16 +146,16 @@ def _readable(kind: GGMLQuantizationType) -> bool:
     return True
 
 
-_MOST_ENTRIES = 1 << 22  # of all metadata arrays together, or tensors: each becomes a few objects
+_MOST_ENTRIES = 1 << 22  # fields, elements of arrays and tensors; each becomes a few objects
 _LONGEST_TEXT = 64 << 20  # bytes
 
 
 class _Reader(GGUFReader):
-    """Stops at the end of the file; the library goes on with empty arrays, without end where a length is damaged.
+    """The library's reader, with limits for damaged and hostile files."""
 
-    It also makes several objects of every entry, however many, and calls itself for arrays of arrays, however deep.
-    """
-
+    # Reading past the end of the file gives the library empty arrays, on which it goes on for ever
+    # if a length is damaged. It makes several objects of every entry, however many a file claims
+    # to have, and recurses into arrays of arrays, however deep.
     _entries = 0
 
     def _get(
@@ -186,7 +198,7 @@ _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 def _read_parts(
     path: Path,
 ) -> tuple[tuple[Path, ...], dict[str, Any], dict[str, tuple[Path, ReaderTensor]]]:
-    """Read a file, or all the parts that it is one of.
+    """Read the headers of a file, or of all parts of a split one.
 
     Returns:
         The files, the metadata of the first one, and every tensor with the file that holds it.
@@ -204,28 +216,29 @@ def _read_parts(
         raise EasySpecError(
             f"{path} is one of {count} parts; name them like model-00001-of-{count:05}.gguf"
         )
-    paths = tuple(
-        path.with_name(f"{named[1]}-{number:05}-of-{count:05}.gguf")
-        for number in range(1, count + 1)
-    )
+    names = (f"{named[1]}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1))
+    paths = tuple(map(path.with_name, names))
     tensors: dict[str, tuple[Path, ReaderTensor]] = {}
     first: dict[str, Any] = {}
     for number, part in enumerate(paths):
         reader, metadata = _read(part)
         if (metadata.get("split.no"), metadata.get("split.count")) != (number, count):
             raise EasySpecError(
-                f"{part} is not part {number + 1} of {count}, as its name says; fetch it again"
+                f"{part} is not part {number + 1} of {count} as its name says; fetch it again"
             )
         first = first or metadata
-        twice = [tensor.name for tensor in reader.tensors if tensor.name in tensors]
-        if twice:
-            raise EasySpecError(
-                f"{part} holds {twice[0]}, which an earlier part holds too; fetch all parts again"
-            )
-        tensors |= {tensor.name: (part, tensor) for tensor in reader.tensors}
+        # The library itself refuses a name that appears twice in one file.
+        for tensor in reader.tensors:
+            if tensor.name in tensors:
+                raise EasySpecError(
+                    f"{part} holds {tensor.name}, which an earlier part holds too; "
+                    "fetch all parts again"
+                )
+            tensors[tensor.name] = part, tensor
     if first.get("split.tensors.count", len(tensors)) != len(tensors):
         raise EasySpecError(
-            f"{path}: its parts hold {len(tensors)} tensors of {first['split.tensors.count']}"
+            f"{path}: its parts hold {len(tensors)} of {first['split.tensors.count']} tensors; "
+            "fetch all parts again"
         )
     return paths, first, tensors
 
@@ -238,18 +251,15 @@ def _read(path: Path) -> tuple[GGUFReader, dict[str, Any]]:
         raise EasySpecError(f"{path} is missing; expected a GGUF file") from None
     except OSError as error:
         raise EasySpecError(f"{path} cannot be read: {error.strerror}") from None
-    except (
-        ValueError,
-        IndexError,
-        KeyError,
-    ) as error:  # the reader indexes and decodes without looking
+    # The library indexes and decodes without checking first.
+    except (ValueError, IndexError, KeyError) as error:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise EasySpecError(f"{path} is no GGUF file") from None
+                raise EasySpecError(f"{path} is not a GGUF file") from None
         raise EasySpecError(f"{path} is truncated or damaged ({error}); fetch it again") from None
     if reader.byte_order != "I":
         raise EasySpecError(
-            f"{path} is stored in another byte order than this machine's; fetch the other variant"
+            f"{path} has the wrong byte order for this machine; fetch the other variant"
         )
     return reader, metadata
 
@@ -268,7 +278,7 @@ def _family(metadata: Mapping[str, Any], origin: str) -> tuple[str, Family]:
 def _config(
     metadata: Mapping[str, Any], tensors: Mapping[str, ReaderTensor], origin: str
 ) -> dict[str, Any]:
-    """The contents of `config.json`, without the family and a dtype."""
+    """Return the contents of `config.json`, without the family and a dtype."""
     prefix = metadata["general.architecture"]
     config: dict[str, Any] = {}
     for field, key in (REQUIRED_FIELDS | OPTIONAL_FIELDS).items():
@@ -276,9 +286,12 @@ def _config(
         if value is not None:
             config[field] = _shortest(value)
         elif field in REQUIRED_FIELDS:
-            raise EasySpecError(f"{origin}: the metadata field {prefix}.{key} is missing")
+            raise EasySpecError(
+                f"{origin}: the metadata field {prefix}.{key} is missing; fetch the file again"
+            )
     config["vocab_size"], *_ = _shape(tensors[_EMBEDDING]) or (0,)
     config["tie_word_embeddings"] = _HEAD not in tensors
+    # Tell Qwen's readers, which ignore the window by default, that every layer has it.
     if "sliding_window" in config:
         config |= {"use_sliding_window": True, "max_window_layers": 0}
     if (kind := _rope_type(metadata, prefix)) != "default":
@@ -287,7 +300,7 @@ def _config(
 
 
 def _rope_type(metadata: Mapping[str, Any], prefix: str) -> str:
-    """The kind of RoPE scaling in the metadata, whose own default is linear scaling by 1."""
+    """Return the kind of RoPE scaling; GGUF's own default is linear scaling by 1, which is none."""
     factor = (
         metadata.get(f"{prefix}.rope.scaling.factor")
         or metadata.get(f"{prefix}.rope.scale_linear")
@@ -298,9 +311,8 @@ def _rope_type(metadata: Mapping[str, Any], prefix: str) -> str:
 
 
 def _refuse_partial_rope(metadata: Mapping[str, Any], model: ModelConfig, origin: str) -> None:
-    rotated = metadata.get(
-        f"{metadata['general.architecture']}.rope.dimension_count", model.head_dim
-    )
+    prefix = metadata["general.architecture"]
+    rotated = metadata.get(f"{prefix}.rope.dimension_count", model.head_dim)
     if rotated != model.head_dim:
         raise EasySpecError(
             f"{origin}: RoPE over {rotated} of {model.head_dim} dimensions is not supported"
@@ -308,7 +320,7 @@ def _refuse_partial_rope(metadata: Mapping[str, Any], model: ModelConfig, origin
 
 
 def _shortest(value: Any) -> Any:
-    """A float as its shortest decimal: GGUF has 1e-5 in single precision."""
+    """Round a float to its shortest decimal: GGUF keeps 1e-5 as 9.999999747e-06 (float32)."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
@@ -317,27 +329,34 @@ def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _generation(metadata: Mapping[str, Any], further: Sequence[int]) -> dict[str, Any]:
-    """The contents of `generation_config.json`: every id that ends a text, by the metadata and further ones."""
-    stop_ids = list(
-        dict.fromkeys([*(metadata[key] for key in STOP_IDS if key in metadata), *further])
-    )
+    """Return the contents of `generation_config.json`, with every id that ends a text."""
+    known = [metadata[key] for key in STOP_IDS if key in metadata]
+    stop_ids = list(dict.fromkeys([*known, *further]))
     if not stop_ids:
         return _token_ids(metadata)
     return _token_ids(metadata) | {"eos_token_id": stop_ids if len(stop_ids) > 1 else stop_ids[0]}
 
 
 def _llama3_scaling(factors: np.ndarray, model: ModelConfig, origin: str) -> dict[str, Any]:
-    """Llama 3's RoPE scaling, of which GGUF keeps what each of the head_dim / 2 frequencies is divided by.
+    """Recover Llama 3's RoPE scaling from the factors that GGUF stores instead.
 
-    Raises EasySpecError if the constants that every Llama 3 uses do not give these factors.
+    Args:
+        factors: What each of the head_dim / 2 frequencies is divided by.
+        model: The model without the scaling.
+        origin: Names the file in error messages.
+
+    Raises:
+        EasySpecError: The constants that every Llama 3 uses do not give these factors.
     """
+    # The lowest frequency is divided by the whole factor, which is therefore the largest one.
     factor, low, high, length = float(factors.max()), 1.0, 4.0, 8192
     wavelengths = 2 * pi * model.rope_theta ** (np.arange(0, model.head_dim, 2) / model.head_dim)
     smooth = np.clip((length / wavelengths - low) / (high - low), 0.0, 1.0)
     expected = 1 / ((1 - smooth) / factor + smooth)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
         raise EasySpecError(
-            f"{origin}: {ROPE_FACTORS} holds a RoPE scaling other than Llama 3's; not supported"
+            f"{origin}: {ROPE_FACTORS} holds a RoPE scaling other than Llama 3's, "
+            "which is not supported"
         )
     return {
         "rope_type": "llama3",
@@ -349,4 +368,5 @@ def _llama3_scaling(factors: np.ndarray, model: ModelConfig, origin: str) -> dic
 
 
 def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
+    """Return a tensor's shape in NumPy's order; GGUF's begins with the fastest dimension."""
     return tuple(int(size) for size in reversed(tensor.shape))

@@ -1,4 +1,7 @@
-"""What GGUF calls a model's metadata, and what Hugging Face calls it. Names of tensors are in the table of a family."""
+"""Names of metadata fields in GGUF and in Hugging Face.
+
+Names of tensors are in the tables of `easyspec_jax.checkpoint.families`.
+"""
 
 REQUIRED_FIELDS: dict[str, str] = {
     "num_hidden_layers": "block_count",
@@ -8,13 +11,16 @@ REQUIRED_FIELDS: dict[str, str] = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "max_position_embeddings": "context_length",
 }
-"""Field of `config.json` to metadata key, without the architecture in front."""
+"""Fields of `config.json`, with their metadata keys without the architecture in front.
+
+A Llama's `hidden_size` is `llama.embedding_length`.
+"""
 
 OPTIONAL_FIELDS: dict[str, str] = {
     "num_key_value_heads": "attention.head_count_kv",
     "head_dim": "attention.key_length",
     "rope_theta": "rope.freq_base",
-    # As fields of the configuration these are refused by name where they would change a text.
+    # Not supported. They are copied so that reading the configuration refuses them by name.
     "num_experts": "expert_count",
     "sliding_window": "attention.sliding_window",
 }
@@ -31,6 +37,7 @@ STOP_IDS: tuple[str, ...] = (
     "tokenizer.ggml.eot_token_id",
     "tokenizer.ggml.eom_token_id",
 )
-"""Ends of a text, of a turn and of a message that calls a tool."""
+"""Keys of the tokens that end a text, a turn, and a message that calls a tool."""
 
 ROPE_FACTORS = "rope_freqs.weight"
+"""A tensor that divides the RoPE frequencies; GGUF's way to store Llama 3's scaling."""

@@ -1,4 +1,4 @@
-"""Builds a Hugging Face tokenizer from the tokenizer metadata of a GGUF file."""
+"""Building a Hugging Face tokenizer from the metadata of a GGUF file."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,23 +23,25 @@ from easyspec_jax.tokenizer.stream import decode_text
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5  # values of `tokenizer.ggml.token_type`
 _LONGEST_PIECE = 1000  # characters; sentencepiece trains with at most 16 by default
+_BLANK = "\u2581"  # sentencepiece writes "▁" for a space
 
 
 def build_tokenizer(metadata: Mapping[str, Any], origin: str) -> Any:
     """Build a transformers tokenizer that splits text as llama.cpp does.
 
     Args:
-        metadata: The file's.
+        metadata: The metadata of the file.
         origin: Names the file in error messages.
 
     Raises:
-        EasySpecError: It is neither sentencepiece BPE nor byte-level BPE with a known pre-tokenizer, or is damaged.
+        EasySpecError: The tokenizer is damaged, or neither sentencepiece BPE nor byte-level BPE
+            with a known pre-tokenizer.
     """
     kind = str(metadata.get("tokenizer.ggml.model", "(none)"))
     if kind not in _KINDS:
         raise EasySpecError(
-            f"{origin}: tokenizer model {kind!r} is not supported, only gpt2 (byte-level BPE) and llama "
-            "(sentencepiece); convert the model's Hugging Face directory instead"
+            f"{origin}: tokenizer model {kind!r} is not supported, only gpt2 (byte-level BPE) and "
+            "llama (sentencepiece); convert the model's Hugging Face directory instead"
         )
     quiet_transformers()
     from transformers import PreTrainedTokenizerFast
@@ -47,14 +49,13 @@ def build_tokenizer(metadata: Mapping[str, Any], origin: str) -> Any:
     try:
         tokens = metadata["tokenizer.ggml.tokens"]
         kinds = metadata["tokenizer.ggml.token_type"]
-        named = {
-            token: tokens[metadata[key]] for token, key in TOKEN_IDS.items() if key in metadata
-        }
-        # Padding or the unknown token may be an ordinary one, which texts then contain.
-        special = {
-            token for token, kind in zip(tokens, kinds, strict=True) if kind in (_UNKNOWN, _CONTROL)
-        }
-        hidden = {name: token for name, token in named.items() if token in special}
+        named = {name: tokens[metadata[key]] for name, key in TOKEN_IDS.items() if key in metadata}
+        # Some files name an ordinary token as padding or unknown token. Made special, it would
+        # vanish from texts that contain it, so only tokens that the file calls special are.
+        hidden: dict[str, str] = {}
+        for name, token in named.items():
+            if kinds[metadata[TOKEN_IDS[name]]] in (_UNKNOWN, _CONTROL):
+                hidden[name] = token
         return PreTrainedTokenizerFast(
             tokenizer_object=_KINDS[kind](metadata, named, origin),
             clean_up_tokenization_spaces=False,
@@ -62,37 +63,44 @@ def build_tokenizer(metadata: Mapping[str, Any], origin: str) -> Any:
             **hidden,
         )
     except KeyError as missing:
-        raise EasySpecError(f"{origin}: the tokenizer's {missing} is missing") from None
+        raise EasySpecError(
+            f"{origin}: the tokenizer's {missing} is missing; fetch the file again"
+        ) from None
     except EasySpecError:
         raise
     except Exception as error:  # the tokenizers library raises nothing more specific
-        raise EasySpecError(f"{origin}: the tokenizer is damaged ({error})") from None
+        raise EasySpecError(
+            f"{origin}: the tokenizer is damaged ({error}); fetch the file again"
+        ) from None
 
 
 def check_saved(tokenizer: Any, directory: Path) -> None:
-    """Check that a tokenizer, saved to a directory, is read there as what it was.
+    """Check that a tokenizer that was saved to a directory is still the same when loaded.
 
     Raises:
-        EasySpecError: It gives other ids or another text for a probe text.
+        EasySpecError: A probe text gets other ids, or decodes differently.
     """
     saved = load_tokenizer(directory)
     ids = tokenizer(PROBE).input_ids
     if saved(PROBE).input_ids != ids or decode_text(saved, ids) != decode_text(tokenizer, ids):
         raise EasySpecError(
-            "the tokenizer is not the same after it was saved; install another version of transformers"
+            "the tokenizer is not the same after it was saved; "
+            "install another version of transformers"
         )
 
 
 def _byte_level_bpe(
     metadata: Mapping[str, Any], named: Mapping[str, str], origin: str
 ) -> Tokenizer:
-    """Byte-level BPE with merges, split by regular expressions first."""
+    """Build byte-level BPE, which splits texts by regular expressions and then applies merges."""
     pre = _pre_tokenizer(metadata, origin)
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     model = models.BPE(vocab=_vocabulary(metadata), merges=merges, ignore_merges=pre.ignore_merges)
     tokenizer = Tokenizer(model)
     if pre.nfc:
         tokenizer.normalizer = normalizers.NFC()
+    # ByteLevel turns each byte of a piece into one letter ("Ġ" for a space) before BPE, and the
+    # decoder turns the letters back. The splits are done already, hence use_regex=False.
     splits = [pre_tokenizers.Split(Regex(split), "isolated") for split in pre.splits]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
@@ -113,37 +121,35 @@ def _pre_tokenizer(metadata: Mapping[str, Any], origin: str) -> PreTokenizer:
 def _sentencepiece_bpe(
     metadata: Mapping[str, Any], named: Mapping[str, str], origin: str
 ) -> Tokenizer:
-    """Sentencepiece's BPE: blanks are part of tokens, rare characters are bytes, and tokens have scores, not merges."""
+    """Build sentencepiece BPE, whose tokens include spaces and have scores instead of merges."""
     vocab = _vocabulary(metadata)
-    scores = dict(
-        zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"], strict=True)
-    )
-    unknown = named.get("unk_token")
+    tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
     model = models.BPE(
         vocab=vocab,
-        merges=_merges(vocab, scores),
-        unk_token=unknown,
+        merges=_merges(vocab, dict(zip(tokens, scores, strict=True))),
+        unk_token=named.get("unk_token"),
         fuse_unk=True,
-        byte_fallback=True,
+        byte_fallback=True,  # an unknown character becomes the tokens of its bytes, "<0xE4>" ...
     )
     tokenizer = Tokenizer(model)
-    blank = "\u2581"
-    steps: list[Any] = [normalizers.Replace(" ", blank)]
-    spelling: list[Any] = [decoders.Replace(blank, " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps: list[Any] = [normalizers.Replace(" ", _BLANK)]
+    spelling: list[Any] = [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    # "Hi" is encoded as if it were " Hi", and the space is stripped again on the way back.
     if metadata.get("tokenizer.ggml.add_space_prefix", True):
-        steps.insert(0, normalizers.Prepend(blank))
+        steps.insert(0, normalizers.Prepend(_BLANK))
         spelling.append(decoders.Strip(" ", 1, 0))
-    tokenizer.normalizer, tokenizer.decoder = (
-        normalizers.Sequence(steps),
-        decoders.Sequence(spelling),
-    )
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.decoder = decoders.Sequence(spelling)
     return _with_special_tokens(tokenizer, metadata, named, add_bos=True)
 
 
 def _merges(vocab: Mapping[str, int], scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Every way to put a token together from two others, the best-scored token first, as sentencepiece merges."""
+    """List every way to join two tokens into a third, those of the best-scored token first."""
+    # Sentencepiece joins the neighbours whose joint token has the best score. With merges in the
+    # order of their results' scores, BPE does the same.
     found: list[tuple[float, int, int, tuple[str, str]]] = []
     for token in vocab:
+        # A hostile file may have tokens of megabytes, whose splits would never end.
         for place in range(1, len(token) if len(token) <= _LONGEST_PIECE else 0):
             left, right = token[:place], token[place:]
             if left in vocab and right in vocab:
@@ -152,31 +158,25 @@ def _merges(vocab: Mapping[str, int], scores: Mapping[str, float]) -> list[tuple
 
 
 def _vocabulary(metadata: Mapping[str, Any]) -> dict[str, int]:
-    """Every token's id. Unused tokens pad the vocabulary to the embedding's rows; no text contains them."""
+    """Return every token's id, without the unused ones, which only pad the embedding."""
     tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    used = [
-        (token, id)
-        for id, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
-        if kind != _UNUSED
-    ]
-    vocab = dict(used)
-    if len(vocab) < len(used):
-        raise ValueError("two ids have the same token")
+    vocab: dict[str, int] = {}
+    for number, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
+        if kind != _UNUSED and vocab.setdefault(token, number) != number:
+            raise ValueError("two ids have the same token")
     return vocab
 
 
 def _with_special_tokens(
     tokenizer: Tokenizer, metadata: Mapping[str, Any], named: Mapping[str, str], add_bos: bool
 ) -> Tokenizer:
-    """The tokenizer, with the tokens that no text is split into, and what a text begins and ends with."""
+    """Add the tokens that are never split, and what every text begins and ends with."""
     tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
-            for token, kind in zip(tokens, kinds, strict=True)
-            if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
-        ]
-    )
+    added: list[AddedToken] = []
+    for token, kind in zip(tokens, kinds, strict=True):
+        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED):
+            added.append(AddedToken(token, special=kind != _USER_DEFINED, normalized=False))
+    tokenizer.add_tokens(added)
     template = _template(metadata, named, add_bos)
     if template is not None:
         tokenizer.post_processor = template
@@ -184,7 +184,7 @@ def _with_special_tokens(
 
 
 def _template(metadata: Mapping[str, Any], named: Mapping[str, str], add_bos: bool) -> Any:
-    """What puts BOS before and EOS after a text, None where neither is wanted."""
+    """Return a post-processor that adds BOS or EOS to texts; None if neither is wanted."""
     before = ["bos_token"] if metadata.get("tokenizer.ggml.add_bos_token", add_bos) else []
     after = ["eos_token"] if metadata.get("tokenizer.ggml.add_eos_token", False) else []
     if not before and not after:
@@ -201,4 +201,4 @@ _KINDS: dict[str, Callable[[Mapping[str, Any], Mapping[str, str], str], Tokenize
     "gpt2": _byte_level_bpe,
     "llama": _sentencepiece_bpe,
 }
-"""Builders, by `tokenizer.ggml.model`."""
+"""Builders by the value of `tokenizer.ggml.model`."""

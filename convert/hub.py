@@ -35,6 +35,7 @@ def directory_of(source: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
+    # The library would draw its bars into a log file, too.
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:

@@ -61,6 +61,7 @@ class SafetensorsStore:
         path, offset = self._at(name, start)
         left = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
         try:
+            # A write may take less than it is given: Linux stops at 2 GiB.
             with path.open("r+b", buffering=0) as file:
                 while left:
                     count = os.pwrite(file.fileno(), left, offset)

@@ -106,6 +106,7 @@ def convert(
     """
     config, parsed = _configuration(model, dtype)
     job = _job(model, parsed, memory)
+    # Companions come first: a tokenizer that cannot be written fails before the long part.
     with workplace(out, _task(model, config, format)) as place:
         write_json(place.directory / "config.json", config)
         model.write_companions(place.directory)
@@ -179,6 +180,8 @@ class _Job:
         """Split all tensors into pieces that begin at multiples of rows(name)."""
         for name, shape in self.shapes.items():
             row = prod(shape[1:]) * np.dtype(self.dtype).itemsize
+            # The largest multiple of a chunk's rows that fits, so that no two threads ever write
+            # to the same chunk.
             step = max(1, _PIECE // row // rows(name)) * rows(name)
             for start in range(0, shape[0], step):
                 stop = min(start + step, shape[0])

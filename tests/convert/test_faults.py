@@ -137,8 +137,8 @@ def test_an_absurd_configuration(source, fails, fields, message):
 
 
 def test_a_path_that_is_a_file(source, fails):
-    assert "no directory" in fails(source / "config.json")
-    assert "no directory" in fails(source / "config.json", flag="--to-hf")
+    assert "not a directory" in fails(source / "config.json")
+    assert "not a directory" in fails(source / "config.json", flag="--to-hf")
     assert "no GGUF file" in fails(source / "config.json", flag="--gguf")
 
 
