@@ -1,4 +1,4 @@
-"""The bundled pair is what its model card says, and what the command runs without a checkpoint."""
+"""The bundled pair matches its model card, and is the default of the command."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def test_the_model_card_has_the_figures_of_the_training():
 
 
 def test_nothing_but_the_command(capsys):
-    """The README's main job, and the same by plain decoding; the draft must be worth its name."""
+    """The README's first command gives the text of plain decoding, and accepts most drafts."""
     assert main(["--mesh", "8", "--compare", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["prompt"] == demo.PROMPT

@@ -1,4 +1,4 @@
-"""Pictures say what they need."""
+"""Without matplotlib, drawing names the extra to install."""
 
 import sys
 

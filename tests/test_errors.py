@@ -1,4 +1,4 @@
-"""docs/errors.md lists every message there is, and the tests it names are there."""
+"""docs/errors.md lists every message, with tests that exist."""
 
 from tests.errors import documented, exists, head_of, sites
 

@@ -1,4 +1,4 @@
-"""Progress is shown to whoever watches, and to nobody else."""
+"""Progress is shown on terminals and nowhere else."""
 
 import pytest
 

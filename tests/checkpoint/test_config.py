@@ -1,4 +1,4 @@
-"""ModelConfig reads a `config.json` as transformers does, and refuses by name what it cannot honour."""
+"""ModelConfig reads `config.json` as transformers does, and refuses unsupported fields by name."""
 
 import json
 from pathlib import Path
@@ -218,8 +218,17 @@ def test_refuses_by_name_what_would_give_other_text(change, message):
         model_config({"model_type": "llama"} | SIZES | change)
 
 
-@pytest.mark.parametrize("field", ["num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
-                                   "vocab_size", "max_position_embeddings"])  # fmt: skip
+@pytest.mark.parametrize(
+    "field",
+    [
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "vocab_size",
+        "max_position_embeddings",
+    ],
+)
 def test_names_a_missing_field(field):
     config = {"model_type": "llama"} | SIZES
     del config[field]

@@ -1,4 +1,4 @@
-"""Checkpoints are read bit for bit from either layout, and every kind of damage is one clear line."""
+"""Checkpoints of both kinds are read bit for bit, and any damage gives one clear line."""
 
 import json
 from collections.abc import Mapping
@@ -157,7 +157,7 @@ def test_stale_entries_of_the_index_are_ignored(tmp_path):
 
 
 def test_an_index_that_places_a_tensor_in_another_of_its_files(tmp_path):
-    """transformers reads all that the listed files hold."""
+    """transformers reads all tensors of the files that the index lists."""
     tensors = write_huggingface(tmp_path, shards=3)
     edit_index(tmp_path, {EMBEDDING: "model-1.safetensors"})
     assert_holds(tmp_path, tensors)
@@ -258,7 +258,7 @@ def test_other_types_are_named(tmp_path):
 
 @dataclass(frozen=True)
 class Described:
-    """A source that only says what it has."""
+    """A source with shapes and dtypes but no values."""
 
     present: Mapping[str, tuple[int, ...]]
     others: Mapping[str, str] = field(default_factory=dict)
@@ -283,8 +283,8 @@ def test_every_fault_of_the_tensors_is_listed():
     with pytest.raises(EasySpecError) as error:
         check_tensors(config, Described(faulty, {FINAL_NORM: "I8"}), "here")
     assert str(error.value) == (
-        "here: tensors do not match the configuration: lm_head.weight is missing; extra is unknown; "
-        "model.embed_tokens.weight has shape (3, 3) instead of (10, 8); "
+        "here: tensors do not match the configuration: lm_head.weight is missing; "
+        "extra is unknown; model.embed_tokens.weight has shape (3, 3) instead of (10, 8); "
         "model.norm.weight is stored as I8, which is not supported"
     )
     with pytest.raises(
@@ -297,7 +297,7 @@ TIED = CONFIG | {"tie_word_embeddings": True}
 
 
 def write_tied(directory: Path, layout: str, head: np.ndarray | None) -> dict[str, np.ndarray]:
-    """A checkpoint whose configuration ties the head, with a head of its own in either layout."""
+    """Write a checkpoint of either kind that has a head although its configuration ties it."""
     tensors = make_tensors()
     del tensors[HEAD]
     if head is not None:

@@ -1,4 +1,4 @@
-"""docs/families.md adds a family that loads, converts and comes back like those that are built in."""
+"""The family that docs/families.md adds loads, converts and comes back as built-in ones do."""
 
 import re
 from pathlib import Path
@@ -31,10 +31,19 @@ def phi3(monkeypatch) -> transformers.Phi3Config:
     for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
         exec(block, scope)
     return transformers.Phi3Config(
-        vocab_size=100, hidden_size=48, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False, sliding_window=None,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=100,
+        hidden_size=48,
+        intermediate_size=56,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        sliding_window=None,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
 
 
 def test_the_page_adds_a_family(phi3, tmp_path):

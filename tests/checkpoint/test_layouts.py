@@ -31,7 +31,7 @@ def random_tensors(config: Any, seed: int) -> Tensors:
 def write_sharded(
     directory: Path, tensors: Tensors, chance: random.Random, index: str = INDEX
 ) -> None:
-    """Two to four files with an index; a tensor may be in two files, or listed for another than holds it."""
+    """Two to four files with an index; a tensor may be in two, or listed for the wrong one."""
     count = chance.randint(2, 4)
     files = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
     placed = {name: chance.choice(files) for name in tensors}
@@ -53,10 +53,18 @@ def write_sharded(
 
 
 def write_layout(directory: Path, chance: random.Random) -> None:
-    """A tiny model in one of the ways in which directories come about."""
+    """Write a tiny model in one of the layouts that real directories have."""
     tied = chance.random() < 0.5
-    config = family_config("llama3", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4,
-                           num_key_value_heads=2, vocab_size=40, tie_word_embeddings=tied)  # fmt: skip
+    config = family_config(
+        "llama3",
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=40,
+        tie_word_embeddings=tied,
+    )
     config.save_pretrained(directory)
     tensors = random_tensors(config, chance.randint(0, 999))
     if tied:
@@ -120,7 +128,7 @@ def test_tensors_are_those_that_transformers_loads(tmp_path, seed):
         try:
             opened = open_checkpoint(directory)
         except EasySpecError as error:
-            # An unknown tensor, which transformers drops, or a shard that is gone, for which it fails.
+            # An unknown tensor, which transformers drops, or a missing file, on which it fails.
             assert re.search(
                 r"unheard_of is unknown|of-0000\d\.safetensors is missing", str(error)
             ), error

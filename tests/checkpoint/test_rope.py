@@ -1,4 +1,4 @@
-"""Frequencies against transformers, for every family and with Llama 3's scaling."""
+"""RoPE frequencies equal transformers', for every family and with Llama 3's scaling."""
 
 import numpy as np
 import pytest

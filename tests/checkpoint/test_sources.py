@@ -1,4 +1,4 @@
-"""Any window of a tensor equals that part of the whole, and costs the bytes of that part."""
+"""Any slice of a tensor equals that part of the whole, and reads only the bytes of that part."""
 
 import itertools
 import json
@@ -76,8 +76,13 @@ def write_header(directory: Path, header: object, data: int = 0) -> None:
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, 4),
         ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, 8),
         ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, 8),
-        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
-          "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, 4),
+        (
+            {
+                "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+                "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+            },
+            4,
+        ),
         ({"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}, 4),
         ({"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}, 4),
         ({"a": {"dtype": "F32", "shape": [1e0], "data_offsets": [0, 4]}}, 4),
@@ -86,12 +91,15 @@ def write_header(directory: Path, header: object, data: int = 0) -> None:
         ({"a": {"shape": [1], "data_offsets": [0, 4]}}, 4),
         ({"a": 3}, 0),
         ([], 0),
-        (b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}, "a": {"dtype": "F32", "shape": [0], '
-         b'"data_offsets": [0, 0]}}', 0),
+        (
+            b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}, '
+            b'"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}',
+            0,
+        ),
         (b"[" * 200_000, 0),
         (b"\xff\xfe", 0),
     ],
-)  # fmt: skip
+)
 def test_headers_that_lie_are_refused(tmp_path, header, data):
     write_header(tmp_path, header, data)
     with pytest.raises(EasySpecError, match=r"model\.safetensors is truncated or damaged") as error:

@@ -43,7 +43,7 @@ TOKENIZER: dict[str, Any] = {
 
 @pytest.fixture
 def tokenizer_metadata() -> dict[str, Any]:
-    """The tokenizer part of a tiny GGUF file's metadata."""
+    """Provide the metadata of a tiny GGUF file's tokenizer."""
     return dict(TOKENIZER)
 
 
@@ -74,9 +74,10 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
 
 @pytest.fixture
 def write_gguf(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a model as llama.cpp's converter does; metadata and tensors of the same name replace its own (None: none).
+    """Write a model as llama.cpp's converter does.
 
-    Matrices are stored as `stored`, vectors in float32; a tuple is bytes and how to understand them.
+    Matrices are stored as `stored`, vectors in float32. Metadata and tensors that are given replace
+    those of the same name; None leaves one out, and a tuple is bytes with their type.
     """
 
     def write(
@@ -129,7 +130,7 @@ def model_metadata(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def gguf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
-    """GGUF's names, from the table in the gguf package, and llama.cpp's order of rows."""
+    """Rename tensors by the gguf package's table, and permute rows as llama.cpp does."""
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, model.config.model_type.upper()), 2)
     heads = {"q_proj": HEADS, "k_proj": KEY_HEADS} if model.config.model_type == "llama" else {}
     tensors = {}
@@ -143,6 +144,6 @@ def gguf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
 
 
 def permute(weights: np.ndarray, heads: int) -> np.ndarray:
-    """LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py."""
+    """Permute rows as LlamaModel.permute in llama.cpp's convert_hf_to_gguf.py does."""
     halves = weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
     return halves.swapaxes(1, 2).reshape(weights.shape)

@@ -1,4 +1,4 @@
-"""Whatever goes wrong is one clear line and leaves nothing half-written; whatever is interrupted goes on."""
+"""Every failure is one clear line and leaves nothing behind; interruptions are resumed."""
 
 import json
 import os
@@ -27,15 +27,22 @@ from experiments.bench_checkpoints import write_random
 
 ROOT = Path(__file__).parents[2]
 FIELDS = {
-    "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 200,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "dtype": "bfloat16",
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "vocab_size": 200,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "dtype": "bfloat16",
     "tie_word_embeddings": False,
-}  # fmt: skip
+}
 
 
 @pytest.fixture
 def source(tmp_path) -> Path:
-    """A directory of three shards."""
+    """Write a directory of three shards."""
     write_random(tmp_path / "hf", FIELDS, 3)
     assert (tmp_path / "hf" / INDEX).exists()
     return tmp_path / "hf"
@@ -43,7 +50,7 @@ def source(tmp_path) -> Path:
 
 @pytest.fixture
 def fails(tmp_path, capsys) -> Callable[..., str]:
-    """Runs the command, which fails with one line and changes nothing; returns the line."""
+    """Run a command that must fail with one line and change nothing, and return that line."""
 
     def run(source: Path, *options: str, flag: str = "--hf") -> str:
         before = contents(tmp_path)
@@ -159,7 +166,7 @@ def test_a_disk_that_is_too_small(source, fails, monkeypatch):
 
 @pytest.fixture
 def small_disk(tmp_path, monkeypatch) -> Iterator[Path]:
-    """A file system of 100 kB that says it has more."""
+    """Mount a file system of 100 kB that claims to have more."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -200,7 +207,7 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.parametrize("flag", ["--hf", "--to-hf"])
 def test_files_that_may_not_grow(source, tmp_path, flag):
-    """As a disk that fills, where none can be mounted."""
+    """A limit on file sizes acts like a full disk, for machines where none can be mounted."""
     (source / "tokenizer.json").unlink()
     command = [sys.executable, "-c", SMALL_FILES, flag, source, "--out", tmp_path / "out"]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -269,7 +276,7 @@ from convert.orbax import OrbaxStore
 OrbaxStore.finish = shards.SafetensorsStore.finish = lambda self: time.sleep(600)
 {SMALL_PIECES}
 """
-"""Whoever is to be killed must not be done before, however late the killer comes."""
+"""Makes a conversion wait at its end, so that it is still running when it is killed."""
 
 
 @pytest.mark.parametrize("flag", ["--hf", "--to-hf"])
@@ -339,7 +346,7 @@ def test_what_an_interruption_damaged_is_written_again(source, tmp_path, monkeyp
 
 @pytest.mark.parametrize("damage", ["truncate", "remove"])
 def test_what_cannot_be_gone_on_with_is_begun_anew(source, tmp_path, damage):
-    """As after a power failure, when files of the interrupted run are there but empty."""
+    """After a power failure, files of the interrupted run may be there but empty."""
 
     def interrupt(self) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Damaged files of any kind: one line or a whole conversion, never a stack trace, a hang or a heap of memory."""
+"""Damaged files give one line or a whole conversion, never a stack trace or a hang."""
 
 import contextlib
 import io
@@ -20,9 +20,12 @@ from tests.convert.test_faults import FIELDS
 
 GIB = 2**30
 FUZZ = settings(
-    max_examples=200, deadline=None, derandomize=True, database=None,
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)  # fmt: skip
+)
 
 NUMBERS = (
     st.integers(-2, 300) | st.integers() | st.sampled_from([2**31, 2**62, 2**63, 2**64, 10**30])
@@ -38,7 +41,7 @@ VALUES = st.recursive(
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Iterator[Path]:
-    """A directory of three shards, each with one to three tensors' worth of header to damage."""
+    """Write three shards whose headers of one to three tensors can be damaged."""
     with tempfile.TemporaryDirectory() as directory:
         write_random(Path(directory) / "hf", FIELDS, 3)
         yield Path(directory) / "hf"
@@ -65,7 +68,7 @@ def resident(status: Path, field: str) -> int:
 
 
 def check(checkpoint: Path, damaged: dict[str, bytes]) -> int:
-    """Converts the checkpoint with some files replaced; returns the exit code."""
+    """Convert the checkpoint with some files replaced, and return the exit code."""
     with tempfile.TemporaryDirectory() as directory:
         source, out = Path(directory) / "hf", Path(directory) / "out"
         shutil.copytree(checkpoint, source)
@@ -146,8 +149,21 @@ def test_indices(checkpoint, data):
 @FUZZ
 @given(st.data())
 def test_configurations(checkpoint, data):
-    names = [*FIELDS, "head_dim", "rope_scaling", "rope_parameters", "rope_theta", "rms_norm_eps", "eos_token_id",
-             "layer_types", "sliding_window", "attention_bias", "hidden_act", "torch_dtype", "num_experts"]  # fmt: skip
+    names = [
+        *FIELDS,
+        "head_dim",
+        "rope_scaling",
+        "rope_parameters",
+        "rope_theta",
+        "rms_norm_eps",
+        "eos_token_id",
+        "layer_types",
+        "sliding_window",
+        "attention_bias",
+        "hidden_act",
+        "torch_dtype",
+        "num_experts",
+    ]
     changes = data.draw(st.dictionaries(st.sampled_from(names), VALUES, min_size=1, max_size=3))
     model_types = st.sampled_from(["llama", "mistral", "qwen2", "qwen3"])
     check(

@@ -1,4 +1,4 @@
-"""GGUF files give the tensors, the configuration and the tokenizer of the model they were made from."""
+"""GGUF files give the tensors, configuration and tokenizer of the model they were made from."""
 
 import itertools
 import json
@@ -37,7 +37,8 @@ def test_smollm2_has_the_tensors_transformers_reads(smollm2_gguf, smollm2):
     theirs = load_gguf_checkpoint(smollm2_gguf, return_tensors=True, model_to_load=model)["tensors"]
     assert smollm2.source.shapes().keys() == theirs.keys()
     for name, values in theirs.items():
-        # Names and row orders are transformers' own. Blocks go through the same gguf library, hence no tolerance.
+        # Names and row orders are computed independently, but both use the gguf library for
+        # blocks, hence no tolerance.
         np.testing.assert_array_equal(smollm2.source.read(name), values.numpy(), err_msg=name)
 
 
@@ -46,17 +47,35 @@ def test_smollm2_has_the_tokenizer_transformers_builds(smollm2_gguf, smollm2, tm
     smollm2.write_companions(tmp_path)
     ours = AutoTokenizer.from_pretrained(tmp_path)
     theirs = AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
-    # transformers leaves out what `smollm` means: llama.cpp splits at every \p{N}, as SmolLM2's own tokenizer.json
-    # does. Merges join a space with the first byte of an Arabic digit, so without it " ٣" has other ids.
+    # transformers ignores the pre-tokenizer `smollm`, with which llama.cpp splits at every \p{N},
+    # as SmolLM2's own tokenizer.json does. Merges join a space with the first byte of an Arabic
+    # digit, so that " ٣" would get other ids.
     theirs.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(False)]
     )
     for text in (
-        "Hello world", " leading and trailing ", "a\n\n\nb\t\tc  d", "don't WE'LL I'd", "def f(x):\n    return x**2",
-        "日本語のテキスト", "中文 测试。", "안녕하세요", "Привет, мир!", "مرحبا ٣٤", "😀👍🏽 emoji", "café naïve ﬁ",
-        "1234567890", "3.14 and 2,718", "x²+y½=Ⅷ", "１２３ 4a5b6", "{'a': [1, 2], \"b\": null}", "https://a.bc/d?e=f&g",
-        "<|im_start|>user\nhi<|im_end|>\n", "<|endoftext|><|im_start|><| im_end |>", "\r\n \u00a0\u3000\u200b",
-    ):  # fmt: skip
+        "Hello world",
+        " leading and trailing ",
+        "a\n\n\nb\t\tc  d",
+        "don't WE'LL I'd",
+        "def f(x):\n    return x**2",
+        "日本語のテキスト",
+        "中文 测试。",
+        "안녕하세요",
+        "Привет, мир!",
+        "مرحبا ٣٤",
+        "😀👍🏽 emoji",
+        "café naïve ﬁ",
+        "1234567890",
+        "3.14 and 2,718",
+        "x²+y½=Ⅷ",
+        "１２３ 4a5b6",
+        "{'a': [1, 2], \"b\": null}",
+        "https://a.bc/d?e=f&g",
+        "<|im_start|>user\nhi<|im_end|>\n",
+        "<|endoftext|><|im_start|><| im_end |>",
+        "\r\n \u00a0\u3000\u200b",
+    ):
         assert ours(text).input_ids == theirs(text).input_ids, text
         assert ours.decode(ours(text).input_ids) == text
     assert ours.chat_template == theirs.chat_template
@@ -71,12 +90,17 @@ def test_smollm2_has_the_tokenizer_transformers_builds(smollm2_gguf, smollm2, tm
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize(
     ("stored", "tolerance"),
-    # Of the largest magnitude: exact, 11 and 8 bits of mantissa, steps of 1/127 under an 11-bit scale.
-    # Four bits: half a step of 16, but Q4_0 has none above 7/8 of a block's largest magnitude.
-    [(Type.F32, 0.0), (Type.F16, 2**-11), (Type.BF16, 2**-8), (Type.Q8_0, 0.5 / 127 + 2**-11),
-     (Type.Q4_0, 1 / 8 + 2**-11), (Type.Q4_1, 1 / 15 + 2**-10)],
+    # Relative to the largest magnitude of a block.
+    [
+        (Type.F32, 0.0),
+        (Type.F16, 2**-11),  # bits of the mantissa
+        (Type.BF16, 2**-8),
+        (Type.Q8_0, 0.5 / 127 + 2**-11),  # half a step, and the rounding of the scale
+        (Type.Q4_0, 1 / 8 + 2**-11),  # has no value above 7/8
+        (Type.Q4_1, 1 / 15 + 2**-10),
+    ],
     ids=["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"],
-)  # fmt: skip
+)
 def test_tensors_are_those_of_the_original(tiny_model, write_gguf, family, stored, tolerance):
     model = tiny_model(family)
     source = open_gguf(write_gguf(model, stored)).source
@@ -108,7 +132,7 @@ def test_converted_model_equals_the_original(tiny_model, write_gguf, tmp_path, f
 
 
 def test_super_blocks_of_four_bits_are_those_of_ggml(tiny_model, write_gguf):
-    """dequantize_row_q4_K of ggml-quants.c, in its own order of loops."""
+    """Dequantise as dequantize_row_q4_K of ggml-quants.c does, in its order of loops."""
     rows, random = 3, np.random.default_rng(0)
     blocks = random.integers(0, 256, (rows, 144), np.uint8)
     blocks[:, :4] = random.uniform(0.01, 1, (rows, 2)).astype(np.float16).view(np.uint8)
@@ -131,7 +155,7 @@ def test_super_blocks_of_four_bits_are_those_of_ggml(tiny_model, write_gguf):
 
 
 def test_super_blocks_of_six_bits_are_those_of_ggml(tiny_model, write_gguf):
-    """dequantize_row_q6_K of ggml-quants.c."""
+    """Dequantise as dequantize_row_q6_K of ggml-quants.c does."""
     rows, random = 3, np.random.default_rng(1)
     blocks = random.integers(0, 256, (rows, 210), np.uint8)
     blocks[:, 208:] = random.uniform(0.01, 1, (rows, 1)).astype(np.float16).view(np.uint8)
@@ -183,8 +207,10 @@ def test_a_file_without_a_tokenizer_converts(tiny_model, write_gguf, tokenizer_m
     assert not model.has_tokenizer
     convert(model, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "config.json", "generation_config.json", "weights",
-    ]  # fmt: skip
+        "config.json",
+        "generation_config.json",
+        "weights",
+    ]
 
 
 def test_unpermute_undoes_llama_cpp():
@@ -234,7 +260,7 @@ def test_an_end_of_turn_alone_stops(tiny_model, write_gguf, tmp_path):
 def test_the_end_of_turn_that_the_template_writes_stops(
     tiny_model, write_gguf, tokenizer_metadata, tmp_path
 ):
-    """As in fine-tunes whose metadata still name the end of text of their base model."""
+    """Some fine-tunes' metadata still name the end-of-text token of their base model."""
     tokens = tokenizer_metadata["tokenizer.ggml.tokens"]
     metadata = {
         "tokenizer.ggml.eos_token_id": tokens.index("<|end|>"),
@@ -246,7 +272,7 @@ def test_the_end_of_turn_that_the_template_writes_stops(
 
 
 def write_parts(model, directory: Path, tokenizer: dict) -> list[Path]:
-    """The model as llama.cpp's tools split it, a few tensors to a file."""
+    """Write a model as llama.cpp's tools split it, a few tensors to a file."""
     writer = gguf.GGUFWriter(directory / "model.gguf", "llama", split_max_tensors=5)
     for key, value in (model_metadata(model) | tokenizer).items():
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
@@ -291,7 +317,7 @@ def test_parts_that_are_not_of_one_model_are_refused(tiny_model, tokenizer_metad
 
 
 def renumbered(path: Path, directory: Path, **fields: int) -> Path:
-    """A copy of a part with other numbers in its metadata, which are fields of one size."""
+    """Copy a part with other numbers in its metadata; fields keep their size."""
     reader = gguf.GGUFReader(path, "r")
     content = bytearray(path.read_bytes())
     for name, value in fields.items():
@@ -464,7 +490,7 @@ def test_missing_file_and_directory_are_refused(tmp_path):
 
 
 def llama3_factors(scaling: RopeScaling, head_dim: int, theta: float) -> np.ndarray:
-    """The loop of LlamaModel.generate_extra_tensors in llama.cpp's convert_hf_to_gguf.py."""
+    """Compute the factors as LlamaModel.generate_extra_tensors in convert_hf_to_gguf.py does."""
     factors = []
     for index in range(0, head_dim, 2):
         wavelength = 2 * np.pi * theta ** (index / head_dim)

@@ -1,4 +1,4 @@
-"""Tokenizers out of GGUF metadata split text as the originals do, and survive being saved and opened again."""
+"""Tokenizers from GGUF metadata split text as the originals do, and survive being saved."""
 
 import json
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_splits_text_as_transformers_does_for_gguf(tokenizer_metadata, pre):
 
 
 def test_deepseek_llm_splits_as_llama_cpp_does(tokenizer_metadata):
-    """Each of its six expressions splits what the ones before it left; the third matches ASCII letters, too."""
+    """Its six expressions split one after the other; the third matches ASCII letters too."""
     pre = build(
         tokenizer_metadata | {"tokenizer.ggml.pre": "deepseek-llm"}
     ).backend_tokenizer.pre_tokenizer
@@ -90,9 +90,27 @@ def test_the_end_of_text_begins_where_each_says(tokenizer_metadata):
 
 
 SENTENCEPIECES = [
-    "<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "<|im_end|>", "<tool>", "▁", "▁▁",
-    *"abcdehlorwt.1你", "▁h", "el", "lo", "▁hel", "▁hello", "wo", "▁wo", "ld", "▁wor", "▁world", "rl",
-]  # fmt: skip
+    "<unk>",
+    "<s>",
+    "</s>",
+    *(f"<0x{byte:02X}>" for byte in range(256)),
+    "<|im_end|>",
+    "<tool>",
+    "▁",
+    "▁▁",
+    *"abcdehlorwt.1你",
+    "▁h",
+    "el",
+    "lo",
+    "▁hel",
+    "▁hello",
+    "wo",
+    "▁wo",
+    "ld",
+    "▁wor",
+    "▁world",
+    "rl",
+]
 SENTENCEPIECE: dict[str, Any] = {
     "tokenizer.ggml.model": "llama",
     "tokenizer.ggml.tokens": SENTENCEPIECES,
@@ -106,7 +124,7 @@ SENTENCEPIECE: dict[str, Any] = {
 
 
 def test_sentencepiece_splits_text_as_transformers_does(tmp_path):
-    """Through Llama's own class, with merges that transformers derives from the same scores."""
+    """The reference is Llama's own class, which derives its merges from the same scores."""
     vocab = {piece: number for number, piece in enumerate(SENTENCEPIECES)}
     scores = dict(zip(SENTENCEPIECES, SENTENCEPIECE["tokenizer.ggml.scores"], strict=True))
     theirs = LlamaTokenizer(vocab=vocab, merges=generate_merges(vocab, scores))
@@ -258,7 +276,7 @@ def build(metadata: dict[str, Any]) -> Any:
 
 
 def reopen(tokenizer: Any, directory: Path, family: str) -> Any:
-    """Save a tokenizer and open it as a checkpoint directory's, whose model type must not matter."""
+    """Save a tokenizer and open it from a checkpoint, whose model type must not matter."""
     tokenizer.save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps({"model_type": family}))
     return load_tokenizer(directory)

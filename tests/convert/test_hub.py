@@ -1,4 +1,4 @@
-"""Models on the hub come as files that are neither unpickled nor run; without the hub there is one clear line."""
+"""Downloads contain nothing that is unpickled or run; a failed one gives one clear line."""
 
 from pathlib import Path
 

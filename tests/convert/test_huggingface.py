@@ -27,7 +27,7 @@ from easyspec_jax.tokenizer import load_tokenizer
 
 @pytest.fixture
 def save(tmp_path: Path) -> Callable[..., Path]:
-    """Saves a model to a directory named `hf`."""
+    """Save a model to a directory named `hf`."""
 
     def save(model: PreTrainedModel, max_shard_size: str = "40KB") -> Path:
         model.save_pretrained(tmp_path / "hf", max_shard_size=max_shard_size)
@@ -103,7 +103,7 @@ def test_a_head_that_differs_from_the_embedding_is_kept(tiny_model, save, tmp_pa
 
 
 def test_a_copy_without_its_head_is_not_verified(tiny_model, save, tmp_path):
-    """As an older version of this package converted it."""
+    """Older versions of this package converted such models so."""
     source = save(tiny_model(tie_word_embeddings=False), "1GB")
     edit(source / "config.json", lambda config: config | {"tie_word_embeddings": True})
     headless = tmp_path / "headless"
@@ -160,9 +160,13 @@ def test_tokenizer_template_and_stop_ids_come_along(tiny_model, save, tmp_path, 
     assert opened.chat_template == tokenizer.chat_template
     assert read_model_config(tmp_path / "out").stop_ids == (3, 5)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
         "weights",
-    }  # fmt: skip
+    }
 
 
 def test_values_beyond_the_dtype_are_refused_by_name(tiny_model, save, tmp_path):

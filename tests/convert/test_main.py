@@ -77,8 +77,11 @@ def test_runs_as_a_module_and_prints_nothing_else(tiny_model, tmp_path):
 
 def test_help_waits_for_no_heavy_library():
     heavy = {"numpy", "jax", "transformers", "safetensors", "gguf", "tokenizers"}
-    finished = run("-c", "import sys; from convert.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: "
-                         f"sys.exit(', '.join({heavy!r} & set(sys.modules)) or 0)")  # fmt: skip
+    finished = run(
+        "-c",
+        "import sys; from convert.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: "
+        f"sys.exit(', '.join({heavy!r} & set(sys.modules)) or 0)",
+    )
     assert (finished.returncode, finished.stderr) == (0, "")
     assert "bfloat16 where that is quantised" in " ".join(finished.stdout.split())
 

@@ -1,4 +1,4 @@
-"""Converting and opening take little more memory than buffers, and the weights; measured from outside."""
+"""Converting needs memory for buffers only, and opening little more than the weights."""
 
 import os
 import subprocess
@@ -21,7 +21,8 @@ from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
 
 def resident(field):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 opened, mesh = open_checkpoint(sys.argv[1]), open_mesh(MeshShape(4, 2), "cpu")
 rows, ids = padded_vocab_size(mesh, opened.config), opened.config.vocab_size

@@ -1,4 +1,4 @@
-"""What is written piece by piece is an Orbax checkpoint: Orbax restores it, whole or sharded."""
+"""A checkpoint that is written piece by piece can be restored by Orbax, whole or sharded."""
 
 import jax
 import ml_dtypes
@@ -12,8 +12,11 @@ from convert.orbax import OrbaxStore
 from easyspec_jax.checkpoint.orbax import OrbaxSource
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape, open_mesh
 
-SHAPES = {"model.layers.0.mlp.down_proj.weight": (1024, 768), "model.layers.0.mlp.up_proj.weight": (512, 1024),
-          "model.norm.weight": (1024,)}  # fmt: skip
+SHAPES = {
+    "model.layers.0.mlp.down_proj.weight": (1024, 768),
+    "model.layers.0.mlp.up_proj.weight": (512, 1024),
+    "model.norm.weight": (1024,),
+}
 
 
 @pytest.fixture(params=["float32", "bfloat16", "float16"])
@@ -57,8 +60,11 @@ def test_orbax_restores_it_onto_a_mesh(tensors, tmp_path, spec):
 
 
 def test_chunks_are_small_and_lie_along_the_axis_that_is_split(tmp_path):
-    wide = {"model.layers.0.mlp.down_proj.weight": (8192, 28672), "model.layers.0.mlp.up_proj.weight": (28672, 8192),
-            "model.norm.weight": (8192,)}  # fmt: skip
+    wide = {
+        "model.layers.0.mlp.down_proj.weight": (8192, 28672),
+        "model.layers.0.mlp.up_proj.weight": (28672, 8192),
+        "model.norm.weight": (8192,),
+    }
     store = OrbaxStore(tmp_path, wide, "bfloat16")
     chunks = {name: store._arrays[name].chunk_layout.read_chunk.shape for name in wide}
     assert list(chunks.values()) == [(512, 256), (64, 8192), (8192,)]

@@ -1,4 +1,4 @@
-"""What was converted comes back as a Hugging Face directory with the same bits, or not at all."""
+"""A converted model is exported as a Hugging Face directory bit for bit, or not at all."""
 
 import json
 from dataclasses import replace
@@ -59,8 +59,10 @@ def test_shards_of_a_hugging_face_directory_become_one_file(tiny_model, tmp_path
     convert(open_huggingface(tmp_path / "hf"), tmp_path / "out", format=HUGGING_FACE)
     assert_loads_as(tmp_path / "out", model)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors",
-    }  # fmt: skip
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
 
 
 def test_file_is_marked_for_transformers_and_has_no_tied_head(tmp_path):
@@ -124,7 +126,7 @@ def test_damaged_checkpoint_leaves_nothing(tmp_path):
 
 
 def assert_loads_as(directory: Path, model: Any) -> None:
-    """transformers finds every tensor of the model in the directory, none else, and computes the same with them."""
+    """transformers finds exactly the tensors of the model, and computes the same with them."""
     loaded, report = load(directory, output_loading_info=True)
     assert not any(report.values()), report
     assert loaded.dtype == model.dtype

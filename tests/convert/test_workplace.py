@@ -1,4 +1,4 @@
-"""An output appears whole or not at all, grows under one process at a time, and survives interruptions."""
+"""An output appears whole or not at all, has one writer, and survives interruptions."""
 
 import os
 
@@ -72,7 +72,7 @@ def test_one_process_at_a_time(tmp_path):
 
 
 def test_whoever_waited_for_the_lock_sees_what_the_other_finished(tmp_path, monkeypatch):
-    """The directory is renamed between opening and locking it: the lock would be on the finished output."""
+    """If the directory is renamed just before it is locked, the lock is on the finished output."""
     from convert import workplace as module
 
     def renamed_first(handle, operation):

@@ -23,7 +23,7 @@ def on_mesh(
 def goodness_of_fit(counts: np.ndarray, probabilities: np.ndarray) -> float:
     """Return the chi-square p-value of counts [rows, cells] under each row's own distribution.
 
-    A row's cells with an expectation under 5 are pooled; what is impossible but happened gives 0.
+    Cells of a row with an expectation under 5 are pooled. Counts in impossible cells give 0.
     """
     if counts[probabilities == 0].any():
         return 0.0

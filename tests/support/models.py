@@ -109,7 +109,8 @@ def save_model(directory: Path, family: str, seed: int = 0, **options: Any) -> A
     torch.manual_seed(seed)
     config = family_config(family, **({"eos_token_id": 2, "bos_token_id": 1} | options))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():  # biases and norms that are not at their neutral values
+    # Move biases and norms away from their neutral values, so that ignoring one shows.
+    with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
@@ -121,10 +122,8 @@ def save_model(directory: Path, family: str, seed: int = 0, **options: Any) -> A
 def byte_tokenizer(order: int = 1) -> PreTrainedTokenizerFast:
     """Make a tokenizer of four special tokens and 256 bytes; order -1 numbers these backwards."""
     special = ["<unk>", "<bos>", "<eos>", "<pad>"]
-    vocab = {
-        token: i
-        for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())[::order]])
-    }
+    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())[::order]]
+    vocab = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -168,17 +167,14 @@ def some_refit(checkpoint: Checkpoint, layout: Layout, noise: float = 1.0) -> He
     tensors: dict[str, np.ndarray] = {}
     for site in stale_sites(layout):
         norm = checkpoint.source.read(f"{site.norm}.weight").astype(np.float32)
-        tensors[f"{site.norm}.weight"] = norm * random.uniform(
-            1 - noise / 2, 1 + noise / 2, norm.size
-        ).astype(np.float32)
+        scale = random.uniform(1 - noise / 2, 1 + noise / 2, norm.size)
+        tensors[f"{site.norm}.weight"] = norm * scale.astype(np.float32)
         for part in site.parts:
             weight = checkpoint.source.read(f"{part}.weight").astype(np.float32)
-            tensors[f"{part}.weight"] = weight + 0.05 * noise * random.normal(
-                size=weight.shape
-            ).astype(np.float32)
-            tensors[f"{part}.bias"] = (
-                0.1 * noise * random.normal(size=len(weight)).astype(np.float32)
-            )
+            change = 0.05 * noise * random.normal(size=weight.shape)
+            bias = 0.1 * noise * random.normal(size=len(weight)).astype(np.float32)
+            tensors[f"{part}.weight"] = weight + change.astype(np.float32)
+            tensors[f"{part}.bias"] = bias
     return Held(tensors)
 
 

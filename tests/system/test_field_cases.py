@@ -65,7 +65,7 @@ def test_a_tied_configuration_beside_a_head_of_its_own(tmp_path, capsys):
 
 
 def sentencepiece() -> tuple[Tokenizer, dict[str, Any]]:
-    """CodeQwen1.5's kind: sentencepiece's BPE with bytes, under the model type of Qwen2."""
+    """Make a tokenizer like CodeQwen1.5's: sentencepiece BPE with the model type of Qwen2."""
     raw = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     special = ["<unk>", "<s>", "<|endoftext|>", *(f"<0x{byte:02X}>" for byte in range(256))]

@@ -1,4 +1,4 @@
-"""Odd command lines, prompts and conversations: text or one line, never a stack trace or a hang."""
+"""Odd command lines, prompts and conversations give text or one line of error."""
 
 import contextlib
 import io
@@ -107,7 +107,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def idle(monkeypatch):
-    """Everything is checked, nothing is computed."""
+    """Check everything but compute nothing."""
     from easyspec_jax.engine.engine import Engine
 
     def stop(self, bar):

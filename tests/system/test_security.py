@@ -193,10 +193,11 @@ def test_an_orbax_store_that_claims_more_than_it_has(tmp_path):
             "driver": "zarr3",
             "kvstore": {"driver": "ocdbt", "base": weights.as_uri() + "/", "path": "big/"},
             "metadata": {
-                "shape": shape, "data_type": "float32",
+                "shape": shape,
+                "data_type": "float32",
                 "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
             },
-        }  # fmt: skip
+        }
         ts.open(spec, create=True, delete_existing=True).result()
         with pytest.raises(EasySpecError, match=complaint):
             OrbaxSource(weights)
@@ -205,7 +206,7 @@ def test_an_orbax_store_that_claims_more_than_it_has(tmp_path):
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", INDEX])
 def test_json_beyond_all_measure(planted, monkeypatch, name):
     monkeypatch.setattr(config, "LARGEST_JSON", 4096)
-    if name == INDEX:  # which is read only where there is no single file
+    if name == INDEX:  # which is not read next to a single file
         (planted / SAFETENSORS).unlink()
     (planted / name).write_text("[" * 5000)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Conversations in the forms in which users send them, and the end of a turn as a template writes it."""
+"""Conversations in the forms that users send, and ends of turns as templates write them."""
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, models
@@ -35,13 +35,12 @@ def tokenizer(template: str | None) -> PreTrainedTokenizerFast:
         ("{% for m in messages %}{{ m.content }} {{ eos_token }}{% endfor %}", "</s>"),
         ("{% for m in messages %}{{ m.content }}\n\n <tool>{% endfor %}", "<tool>"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", None),
-        (
-            "{% for m in messages %}{{ m.content }}\n\n\n{% endfor %}",
-            None,
-        ),  # an added token, but of blanks
+        # An added token, but of blanks.
+        ("{% for m in messages %}{{ m.content }}\n\n\n{% endfor %}", None),
         ("{% for m in messages %}{{ m.content }} bye</s>{% endfor %}", None),
         (
-            "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}</s>{% endif %}{% endfor %}",
+            "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}</s>{% endif %}"
+            "{% endfor %}",
             None,
         ),
         ("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}", None),

@@ -1,4 +1,4 @@
-"""Tokenizers are what their files say, those that disagree are refused, and prompts become ids."""
+"""Tokenizers follow their files, those that disagree are refused, and prompts become ids."""
 
 import json
 import random
@@ -51,7 +51,7 @@ def test_tokens_known_to_both_may_be_any_part_of_the_vocabularies(draft):
 
 
 def test_special_tokens_may_be_renamed_and_moved():
-    """As between Llama 3, a common target, and Llama 3.2, whose small models are its drafts."""
+    """Llama 3 is a common target, and Llama 3.2, which renames special tokens, its draft."""
     target = vocabulary(
         special=("eot", "reserved_2", "reserved_3"), a=0, eot=9, reserved_2=4, reserved_3=5
     )
@@ -151,7 +151,7 @@ def test_lone_surrogates_are_refused(tokenizer):
 
 
 def test_a_text_longer_than_the_tokenizer_expects_is_no_warning(tokenizer, caplog):
-    """Whoever asks for the ids checks their number."""
+    """No warning appears about the length; callers check the number of ids."""
     short = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, model_max_length=4
     )
@@ -183,12 +183,21 @@ SAMPLES = [
     "\u0301e",
 ]
 SPLIT = Regex(r"\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+")
-CLASSES = ["Qwen2Tokenizer", "LlamaTokenizerFast", "LlamaTokenizer", "PreTrainedTokenizerFast", "GPT2Tokenizer",
-           "GemmaTokenizer", "TokenizersBackend", "Nonsense", None]  # fmt: skip
+CLASSES = [
+    "Qwen2Tokenizer",
+    "LlamaTokenizerFast",
+    "LlamaTokenizer",
+    "PreTrainedTokenizerFast",
+    "GPT2Tokenizer",
+    "GemmaTokenizer",
+    "TokenizersBackend",
+    "Nonsense",
+    None,
+]
 
 
 def random_file(chance: random.Random) -> Tokenizer:
-    """A tokenizer.json as one finds them: byte-level or sentencepiece, split, normalised and finished in many ways."""
+    """Make a tokenizer.json: byte-level or sentencepiece, with any steps around the BPE."""
     special = ["<unk>", "<s>", "</s>", "<|im_end|>"]
     if chance.random() < 0.5:
         file = Tokenizer(models.BPE(ignore_merges=chance.random() < 0.3))
@@ -229,15 +238,20 @@ def random_file(chance: random.Random) -> Tokenizer:
     )
     file = Tokenizer.from_str(json.dumps(_with_plain_bytes(json.loads(file.to_str()))))
     bos, eos = [("<s>", 1)], [("</s>", 2)]
-    file.post_processor = chance.choice([
-        None,
-        processors.ByteLevel(trim_offsets=False),
-        processors.TemplateProcessing(single="<s> $A", special_tokens=bos),
-        processors.TemplateProcessing(single="$A </s>", special_tokens=eos),
-        processors.Sequence([
-            processors.ByteLevel(), processors.TemplateProcessing(single="<s> $A", special_tokens=bos)
-        ]),
-    ])  # fmt: skip
+    file.post_processor = chance.choice(
+        [
+            None,
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single="<s> $A", special_tokens=bos),
+            processors.TemplateProcessing(single="$A </s>", special_tokens=eos),
+            processors.Sequence(
+                [
+                    processors.ByteLevel(),
+                    processors.TemplateProcessing(single="<s> $A", special_tokens=bos),
+                ]
+            ),
+        ]
+    )
     if chance.random() < 0.3:
         file.enable_truncation(chance.randint(1, 8))
     if chance.random() < 0.3:
@@ -246,7 +260,7 @@ def random_file(chance: random.Random) -> Tokenizer:
 
 
 def _with_plain_bytes(data: dict[str, Any]) -> dict[str, Any]:
-    """Bytes are ordinary entries of the vocabulary, as sentencepiece has them."""
+    """Make bytes ordinary entries of the vocabulary, as in sentencepiece."""
     return data | {
         "added_tokens": [
             token for token in data["added_tokens"] if not token["content"].startswith("<0x")
@@ -255,7 +269,7 @@ def _with_plain_bytes(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def random_configuration(chance: random.Random) -> dict[str, Any]:
-    """A tokenizer_config.json whose class names mean nothing."""
+    """Make a tokenizer_config.json with class names that must not matter."""
     fields = {
         "tokenizer_class": chance.choice(CLASSES),
         "add_bos_token": chance.choice([True, True, False, None]),
@@ -280,7 +294,7 @@ def random_configuration(chance: random.Random) -> dict[str, Any]:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_ids_and_text_are_those_of_the_tokenizers_file(tmp_path, seed):
-    """Whatever class and model type say. 8 × 26 = 208 tokenizers, against the tokenizers library itself."""
+    """8 × 26 = 208 tokenizers, compared with the tokenizers library itself."""
     chance, with_bos = random.Random(seed), 0
     for number in range(26):
         directory = tmp_path / str(number)
@@ -332,7 +346,7 @@ def saved(directory: Path, file: Tokenizer, **config: Any) -> Path:
 
 
 def plain_file(*tokens: str) -> Tokenizer:
-    """A tokenizer.json of single letters and given tokens, none of which is special."""
+    """Make a tokenizer.json of single letters and given tokens, none of them special."""
     vocab = {
         token: number for number, token in enumerate([*"abcdefghijklmnopqrstuvwxyz ", *tokens])
     }
@@ -342,7 +356,7 @@ def plain_file(*tokens: str) -> Tokenizer:
 
 
 def test_a_token_that_the_configuration_names_is_special(tmp_path):
-    """As fine-tunes name an end of turn that their tokenizer.json holds as an ordinary token."""
+    """Fine-tunes may name an end of turn that is an ordinary token in tokenizer.json."""
     opened = load_tokenizer(saved(tmp_path, plain_file("<|im_end|>"), eos_token="<|im_end|>"))
     assert encode(opened, "ab<|im_end|>") == [0, 1, 27]
     assert decode_text(opened, [0, 27, 1]) == "ab"

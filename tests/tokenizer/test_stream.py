@@ -1,4 +1,4 @@
-"""Text streams out in whole characters, and is a function of the ids alone."""
+"""Streamed text comes in whole characters, and depends on the ids alone."""
 
 import itertools
 import random
@@ -53,7 +53,8 @@ def test_a_stream_that_breaks_off_inside_a_character_holds_it_back_to_the_end(to
 
 
 def test_spaces_are_left_as_they_are(tokenizer):
-    text = "it 's here , he said ."  # what clean_up_tokenization_spaces would tidy, and so change text already shown
+    # clean_up_tokenization_spaces would tidy this, and so change text that is already shown.
+    text = "it 's here , he said ."
     assert decode_text(tokenizer, encode(tokenizer, text, chat=False)) == text
 
 
@@ -83,7 +84,7 @@ def test_a_stream_ends_before_the_first_stop_string(tokenizer, stop, longest):
 
 @pytest.mark.parametrize("cut", range(1, 6))
 def test_a_stop_string_before_half_a_character_is_found_at_once(tokenizer, cut):
-    """Whatever the ids that complete it say beside it; no id of an earlier push is ever taken back."""
+    """The ids that complete it may hold more text; ids of earlier pushes are never dropped."""
     text = TEXTS["ascii"] + TEXTS["emoji"]
     ids = encode(tokenizer, text)[: len(encode(tokenizer, TEXTS["ascii"])) + 2 + cut]
     assert decode_text(tokenizer, ids).startswith(TEXTS["ascii"])
@@ -142,7 +143,7 @@ DECODERS = {
 
 
 def spelled_by(decoder: decoders.Decoder | None) -> PreTrainedTokenizerFast:
-    """A tokenizer of sentencepiece's tokens, those of single bytes included, with a decoder of its own."""
+    """Make a tokenizer with sentencepiece's tokens, bytes included, and a given decoder."""
     vocab = {piece: number for number, piece in enumerate(PIECES)}
     tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
     tokenizer.add_special_tokens(SPECIAL)
@@ -163,13 +164,13 @@ IDS = st.lists(
 
 
 def expected_text(tokenizer: PreTrainedTokenizerFast, prompt: list[int], ids: list[int]) -> str:
-    """The definition: what all ids decode to, without what this has in common with what the prompt decodes to."""
+    """Return the text by its definition: decode all ids, and cut off the decoded prompt."""
     whole, before = (decode_text(tokenizer, [*prompt, *more]) for more in (ids, []))
     return whole[len(path.commonprefix((before, whole))) :]  # noqa: RUF071
 
 
 def streamed(stream: TextStream, ids: list[int], sizes: list[int]) -> list[str]:
-    """The pieces of ids that are pushed in portions of given sizes, over and over."""
+    """Push ids in portions of given sizes, over and over, and return the pieces."""
     pieces, start = [], 0
     while start < len(ids):
         size = sizes[len(pieces) % len(sizes)]
@@ -193,9 +194,13 @@ def test_text_is_a_function_of_the_ids_alone(name, prompt, ids, sizes):
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=100, deadline=None)
 @given(
-    prompt=IDS, ids=IDS, sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4),
-    stop=st.lists(st.sampled_from(["x", "xa", "你", " ", "Hello w", "é你", "ax"]), min_size=1, max_size=3),
-)  # fmt: skip
+    prompt=IDS,
+    ids=IDS,
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    stop=st.lists(
+        st.sampled_from(["x", "xa", "你", " ", "Hello w", "é你", "ax"]), min_size=1, max_size=3
+    ),
+)
 def test_where_a_stop_string_ends_a_text_is_a_function_of_the_ids_alone(
     name, prompt, ids, sizes, stop
 ):
@@ -225,7 +230,7 @@ def test_text_is_shown_as_it_comes(name):
 
 
 def test_what_a_stop_id_would_say_is_not_shown():
-    """Some checkpoints end a turn with a token that their tokenizer does not take for a special one."""
+    """Some checkpoints end turns with a token that is not special in their tokenizer."""
     tokenizer, (x, a) = TOKENIZERS["gemma"], map(PIECES.index, "xa")
     stream = TextStream(tokenizer, stop_ids=[a])
     assert stream.push([x, a]) + stream.rest() == stream.text == "x"
