@@ -76,7 +76,7 @@ class SafetensorsStore:
             with path.open("rb", buffering=0) as file:
                 read_bytes(file.fileno(), values, offset)
         except (OSError, EOFError) as error:
-            raise EasySpecError(f"{path} is damaged: {first_line(error)}") from None
+            raise EasySpecError(f"{path} is damaged ({first_line(error)}); convert again") from None
         return values
 
     def finish(self) -> None:

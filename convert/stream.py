@@ -342,5 +342,5 @@ def _check_space(place: Workplace, pieces: Iterable[Piece]) -> None:
     if needed > free:
         raise EasySpecError(
             f"{place.directory.parent} needs {needed / 1e6:,.1f} MB of free space and has "
-            f"{free / 1e6:,.1f} MB; free some or choose another directory"
+            f"{free / 1e6:,.1f} MB; free some space or choose another directory"
         )

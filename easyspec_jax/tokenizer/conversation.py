@@ -155,7 +155,7 @@ def from_template(tokenizer: Tokenizer, conversation: Conversation) -> str:
         conversation: What conversation_of() returned.
 
     Raises:
-        EasySpecError: There is no chat template, or it fails on this conversation.
+        EasySpecError: The tokenizer has no chat template, or it fails on this conversation.
     """
     if not tokenizer.chat_template:
         raise EasySpecError(

@@ -58,8 +58,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         directory: The checkpoint.
 
     Raises:
-        EasySpecError: There is no tokenizer; its files are damaged, too large or contradictory; or
-            the installed transformers gives other ids or text than `tokenizer.json` itself.
+        EasySpecError: The directory has no tokenizer; its files are damaged, too large or
+            contradictory; or the installed transformers gives other ids or text than
+            `tokenizer.json` itself.
 
     Example:
         >>> from easyspec_jax import demo
@@ -311,8 +312,8 @@ def encode(tokenizer: Tokenizer, prompt: Prompt, chat: bool = False) -> list[int
         chat: Treat text as a conversation of one user message.
 
     Raises:
-        EasySpecError: The prompt is empty, not valid Unicode or not a conversation, or there is no
-            chat template.
+        EasySpecError: The prompt is empty, not valid Unicode or not a conversation, or the
+            tokenizer has no chat template.
 
     Example:
         >>> from easyspec_jax import demo
