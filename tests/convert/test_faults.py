@@ -146,7 +146,7 @@ def test_an_absurd_configuration(source, fails, fields, message):
 def test_a_path_that_is_a_file(source, fails):
     assert "not a directory" in fails(source / "config.json")
     assert "not a directory" in fails(source / "config.json", flag="--to-hf")
-    assert "no GGUF file" in fails(source / "config.json", flag="--gguf")
+    assert "not a GGUF file" in fails(source / "config.json", flag="--gguf")
 
 
 def test_too_little_memory(source, fails):
