@@ -123,7 +123,7 @@ class State:
         target    kv   kv   kv   kv   kv         length = 5
         draft     kv   kv   kv   kv              draft_length = 4, pending = t4, t5
 
-    Always draft_length + pending_count = length + 1, the number of tokens of the text.
+    Once the prompt is in, draft_length + pending_count = length + 1, the tokens of the text.
 
     Attributes:
         target: The target's caches; the first `length` entries of a row are committed.

@@ -70,30 +70,6 @@ class Engine(Models):
             rows.append(prompt if encoded else EncodedPrompt(prompt, self.encode(prompt, chat)))
         return rows
 
-    def draft_alone(self) -> "Engine":
-        """Return the draft as a model of its own on the same mesh, with the pair's tokenizer.
-
-        Its texts end where the target's or its own would. It reads its weights itself. An engine
-        without a draft returns itself.
-        """
-        if self.draft is None:
-            return self
-        config = self.draft.config
-        # dict.fromkeys() drops repeated ids and keeps their order.
-        ends = dict.fromkeys((*config.stop_ids, *self.target.config.stop_ids))
-        stop_ids = tuple(i for i in ends if i < config.vocab_size)
-        return Engine(
-            target=replace(self.draft, config=replace(config, stop_ids=stop_ids)),
-            draft=None,
-            tokenizer=self.tokenizer,
-            layout=Layout.uniform(()),
-            refit=None,
-            mesh=self.mesh,
-            speculative=SpeculativeConfig(method="vanilla"),
-            max_length=config.max_position_embeddings,
-            dtype=self.dtype,
-        )
-
     def encode(self, prompt: Prompt, chat: bool = False) -> list[int]:
         """Return a prompt's token ids.
 

@@ -137,6 +137,28 @@ class Models:
             other._draft = self._draft
         return other
 
+    def draft_alone(self) -> Self:
+        """Return the draft as a model of its own on the same mesh, with the pair's tokenizer.
+
+        Its texts end where the target's or its own would. It reads its weights itself. An engine
+        without a draft returns itself.
+        """
+        if self.draft is None:
+            return self
+        config = self.draft.config
+        # dict.fromkeys() drops repeated ids and keeps their order.
+        ends = dict.fromkeys((*config.stop_ids, *self.target.config.stop_ids))
+        stop_ids = tuple(i for i in ends if i < config.vocab_size)
+        return replace(
+            self,
+            target=replace(self.draft, config=replace(config, stop_ids=stop_ids)),
+            draft=None,
+            layout=Layout.uniform(()),
+            refit=None,
+            speculative=SpeculativeConfig(method="vanilla"),
+            max_length=config.max_position_embeddings,
+        )
+
     def config(self, sampling: SamplingParams) -> RoundConfig:
         """Return the static options of the programs for a way of sampling."""
         return RoundConfig.of(self.speculative, sampling, self.target.config.stop_ids)

@@ -21,7 +21,7 @@ from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.shard_plan import ArrayPlan, Copy, matrix
 from easyspec_jax.model.sharding import even_entries, head_entries, head_layout, padded_vocab_size
 from easyspec_jax.parallel.mesh import ALL_AXES, LAYER, TENSOR, Axes, MeshShape, open_mesh
-from tests.models import FAMILIES, family_config, load_target
+from tests.support.models import FAMILIES, family_config, load_target
 
 MESHES = [MeshShape(*sizes) for sizes in [(1, 1), (4, 2), (2, 4), (8, 1), (1, 3), (16, 4)]]
 

@@ -13,7 +13,7 @@ from easyspec_jax.draft.grouping import format_layout
 from easyspec_jax.draft.refit_file import load
 from easyspec_jax.refit import RefitConfig, refit
 from easyspec_jax.refit.fidelity import DEPTHS
-from tests.models import save_model
+from tests.support.models import save_model
 
 MESH = "layer=2,tensor=1"
 VANILLA = SpeculativeConfig(method="vanilla")

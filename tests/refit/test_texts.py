@@ -8,7 +8,7 @@ import pytest
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, open_model
 from easyspec_jax.refit.texts import LENGTH, answer_prompts, opening, read_texts
 from easyspec_jax.tokenizer import load_tokenizer
-from tests.models import byte_tokenizer
+from tests.support.models import byte_tokenizer
 
 
 def test_answers_to_prompts(draft):
