@@ -5,6 +5,7 @@ Heavy libraries are imported only once the arguments are known to be good.
 
 import argparse
 import ctypes
+import os
 import re
 import sys
 import time
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code, as run_command does."""
     started = time.monotonic()
     _share_free_memory()
+    _leave_accelerators_alone()
     again = "interrupted; the same command goes on from here"
     return run_command("convert", _parser(), lambda args: _run(args, started), argv, again)
 
@@ -146,6 +148,12 @@ def _share_free_memory() -> None:
     arena_max = -8  # M_ARENA_MAX of <malloc.h>
     with suppress(AttributeError, OSError):  # other C libraries have no mallopt
         ctypes.CDLL(None).mallopt(arena_max, 1)
+
+
+def _leave_accelerators_alone() -> None:
+    """Let JAX, which Orbax starts when it commits a checkpoint, take the CPU only."""
+    if "jax" not in sys.modules:  # otherwise the program that calls us has chosen
+        os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""Writes an Orbax checkpoint in pieces, without Orbax, which wants a model's tensors all at once."""
+"""Writes tensors in pieces and lets Orbax make a checkpoint of them."""
 
 import shutil
-import time
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -9,34 +8,46 @@ from typing import Any
 
 import numpy as np
 
-from convert.stores import Format, Shapes, write_json
+from convert.stores import Format, Shapes
 from easyspec_jax.checkpoint.canonical import expected_shapes
 from easyspec_jax.checkpoint.orbax import WEIGHTS
 from easyspec_jax.errors import EasySpecError, first_line
 
-_CHUNK = 1 << 20  # bytes, at most, unless one row is more
-_TILE = (512, 256)  # rows and columns of a chunk of what tensor parallelism splits by columns
+_CHUNK = 1 << 20  # bytes of a chunk at most, unless one row is larger
+_TILE = (512, 256)  # rows and columns of a chunk, where tensor parallelism splits columns
 _SPLIT_BY_COLUMNS = ("o_proj.weight", "down_proj.weight")
+_PIECES = "ocdbt.process_0"  # where tensors grow; Orbax's name for the store of its first process
 
 
 class OrbaxStore:
-    """An OCDBT store of zarr arrays, laid out as Orbax lays it out, in `weights/`.
+    """An OCDBT store of zarr arrays that becomes the Orbax checkpoint `weights/`.
 
-    Chunks are small enough that a shard of any mesh is read by few bytes more than it has, are not compressed (weights
-    hardly are compressible, and reading would wait for it), and carry a CRC-32C that every reader checks.
+    Orbax writes whole tensors, so the pieces are written here; `finish` hands them over. Chunks are
+    small: to read a shard of any mesh takes few bytes more than the shard has. They are not
+    compressed, since weights hardly shrink and a reader would wait for it. Each chunk carries a
+    CRC-32C that every reader checks.
+
+    Args:
+        directory: Where `weights/` is to be. Pieces of an earlier run are kept.
+        shapes: The shape of every tensor, by name.
+        dtype: The type of all tensors.
+
+    Raises:
+        EasySpecError: The directory cannot be written.
     """
 
     def __init__(self, directory: Path, shapes: Shapes, dtype: str) -> None:
         import tensorstore as ts
 
-        self._directory, self._dtype = directory / WEIGHTS, np.dtype(dtype)
-        self._written = self._directory / "ocdbt.process_0"  # where Orbax's first process writes
+        self._parent, self._dtype = directory, np.dtype(dtype)
+        self._directory = directory / _PIECES
         self._shapes = shapes
         # The workplace flushes everything once, at the end.
         self._context = ts.Context({"file_io_sync": False})
         try:
+            self._take_back()
             self._arrays = self._opened()
-        except (OSError, ValueError):  # what an earlier run left cannot be gone on with
+        except (OSError, ValueError):  # an earlier run left a damaged store; start anew
             shutil.rmtree(self._directory, ignore_errors=True)
             try:
                 self._arrays = self._opened()
@@ -50,7 +61,7 @@ class OrbaxStore:
         target = self._arrays[name][start : start + len(values)]
         try:
             target.write(values, can_reference_source_data_indefinitely=True).result()
-        except (OSError, ValueError) as error:  # a full disk is either, by the layer that meets it
+        except (OSError, ValueError) as error:  # a full disk raises either
             raise self._unwritable(error) from None
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -60,25 +71,33 @@ class OrbaxStore:
             raise EasySpecError(f"{self._directory} is damaged: {first_line(error)}") from None
 
     def finish(self) -> None:
-        """Lists all chunks in an index at the top, which is Orbax's commit, and drops what interruptions left."""
-        import tensorstore as ts
+        """Drop what interrupted runs left, and let Orbax commit the rest as a checkpoint."""
+        from easyspec_jax.checkpoint.orbax_handlers import commit
 
         try:
-            (self._directory / "manifest.ocdbt").unlink(missing_ok=True)
-            child, parent = (
-                ts.KvStore.open(_ocdbt(directory), context=self._context).result()
-                for directory in (self._written, self._directory)
-            )
-            with ts.Transaction() as transaction:
-                child.experimental_copy_range_to(parent.with_transaction(transaction)).result()
-            kept = set(_files(self._directory)) | set(_files(self._written))
-            for pattern in ("d/*", f"{self._written.name}/d/*", "**/*.__lock"):
+            self._take_back()
+            kept = set(_files(self._directory))
+            for pattern in ("d/*", "**/*.__lock"):
                 for path in set(self._directory.glob(pattern)) - kept:
                     path.unlink()
-            write_json(self._directory / "_METADATA", _orbax_metadata(self._shapes))
-            write_json(self._directory / "_CHECKPOINT_METADATA", _checkpoint_metadata())
+            commit(self._parent / WEIGHTS, self._directory, self._shapes, self._dtype)
         except (OSError, ValueError) as error:
             raise self._unwritable(error) from None
+
+    def _take_back(self) -> None:
+        """Undo a commit, whole or half done, so that an interrupted run goes on with its pieces.
+
+        Some versions of Orbax give the checkpoint a temporary name until it is complete.
+        """
+        from_orbax = (
+            self._parent / WEIGHTS,
+            *self._parent.glob(f"{WEIGHTS}.orbax-checkpoint-tmp*"),
+        )
+        for checkpoint in from_orbax:
+            if (checkpoint / _PIECES).is_dir():
+                (checkpoint / _PIECES).rename(self._directory)
+            if checkpoint.is_dir():
+                shutil.rmtree(checkpoint)
 
     def _opened(self) -> dict[str, Any]:
         import tensorstore as ts
@@ -103,8 +122,8 @@ class OrbaxStore:
         }
         spec = {
             "driver": "zarr3",
-            # Small nodes: each piece's commit writes those that it changes anew.
-            "kvstore": _ocdbt(self._written)
+            # Every piece that is committed rewrites the nodes it changes, so they are small.
+            "kvstore": _ocdbt(self._directory)
             | {"path": f"{name}/", "config": {"max_decoded_node_bytes": 1 << 16}},
             "metadata": metadata,
             "store_data_equal_to_fill_value": True,
@@ -120,7 +139,7 @@ class OrbaxStore:
         return [min(rows, 1 << (fitting.bit_length() - 1)), *rest]
 
     def _unwritable(self, error: Exception) -> EasySpecError:
-        return EasySpecError(f"{self._directory.parent} cannot be written: {first_line(error)}")
+        return EasySpecError(f"{self._parent} cannot be written: {first_line(error)}")
 
 
 def _ocdbt(directory: Path) -> dict[str, Any]:
@@ -128,7 +147,7 @@ def _ocdbt(directory: Path) -> dict[str, Any]:
 
 
 def _files(directory: Path) -> Iterator[Path]:
-    """The files that the newest version of an OCDBT store refers to."""
+    """Yield the files that the newest version of an OCDBT store refers to."""
     import tensorstore as ts
 
     base = ts.KvStore.open(directory.resolve().as_uri() + "/").result()
@@ -141,34 +160,6 @@ def _files(directory: Path) -> Iterator[Path]:
             if kind == "btreenode":
                 entries = ts.ocdbt.dump(base, place).result()["entries"]
                 places += [entry.get("location", entry.get("indirect_value")) for entry in entries]
-
-
-def _orbax_metadata(names: Shapes) -> dict[str, Any]:
-    """Orbax's description of a flat tree of NumPy arrays."""
-    leaf = {"value_type": "np.ndarray", "skip_deserialize": False}
-    return {
-        "tree_metadata": {
-            str((name,)): {"key_metadata": [{"key": name, "key_type": 2}], "value_metadata": leaf}
-            for name in names
-        },
-        "use_ocdbt": True,
-        "use_zarr3": True,
-        "store_array_data_equal_to_fill_value": True,
-        "custom_metadata": None,
-    }
-
-
-def _checkpoint_metadata() -> dict[str, Any]:
-    handler = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
-    now = time.time_ns()
-    return {
-        "item_handlers": handler,
-        "metrics": {},
-        "performance_metrics": {},
-        "init_timestamp_nsecs": now,
-        "commit_timestamp_nsecs": now,
-        "custom_metadata": {},
-    }
 
 
 ORBAX = Format(

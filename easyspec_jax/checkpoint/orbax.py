@@ -1,4 +1,4 @@
-"""Orbax checkpoints that `convert` wrote, read by byte ranges."""
+"""Orbax checkpoints as tensors by name, read by byte ranges."""
 
 from collections.abc import Iterable, Mapping
 from math import prod
@@ -15,38 +15,34 @@ from easyspec_jax.errors import EasySpecError, first_line
 WEIGHTS = "weights"
 """Name of the Orbax checkpoint inside a directory of ours."""
 
-_MOST_COMPRESSED = 16  # times, at most, that weights are larger than what is stored of them
+_MOST_COMPRESSED = 16  # weights are at most this many times as large as their files
 
 
 class OrbaxSource:
-    """Tensors of a checkpoint that `convert` wrote.
+    """Tensors of an Orbax checkpoint.
 
-    Reads Orbax's storage (zarr arrays in an OCDBT store) through tensorstore: a restore per tensor costs fifteen
-    times as much, a restore of all at once needs the whole model in host memory, and Orbax answers a damaged store
-    with stack traces from its event loop. Chunks carry checksums, so damage is noticed by whoever reads it.
+    Orbax lists the tensors and a type handler of ours opens them (see `orbax_handlers`). Windows
+    are then read through tensorstore, because Orbax restores whole tensors only. Chunks that
+    `convert` wrote carry checksums, so a read notices damage.
+
+    Args:
+        directory: The Orbax checkpoint.
+
+    Raises:
+        EasySpecError: The checkpoint is damaged, or claims more data than its files can hold.
     """
 
     def __init__(self, directory: Path) -> None:
-        import tensorstore
+        from easyspec_jax.checkpoint.orbax_handlers import open_tensors
 
         self._directory = directory
-        store = {"driver": "ocdbt", "base": directory.resolve().as_uri() + "/"}
         try:
+            # Read here too, because Orbax would read a file of any size.
             metadata = read_json(directory / "_METADATA")
-            spec: dict[str, Any] = {"driver": "zarr3" if metadata["use_zarr3"] else "zarr"}
-            if metadata.get("store_array_data_equal_to_fill_value"):
-                spec["fill_missing_data_reads"] = (
-                    False  # where zeros are stored as well, what is absent is lost
-                )
-            leaves = metadata["tree_metadata"].values()
-            names = [".".join(key["key"] for key in leaf["key_metadata"]) for leaf in leaves]
-            opening = {
-                name: tensorstore.open(spec | {"kvstore": store | {"path": f"{name}/"}}, open=True)
-                for name in names
-            }
-            self._arrays = {name: future.result() for name, future in opening.items()}
+            zeros = bool(metadata.get("store_array_data_equal_to_fill_value"))
+            self._arrays = open_tensors(directory, zeros_are_stored=zeros)
             _check_sizes(self._arrays.values(), directory)
-        except Exception as error:  # whatever the layers of the store raise
+        except Exception as error:  # the layers of the store raise errors of many types
             raise _unreadable(directory, error) from None
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -63,7 +59,10 @@ class OrbaxSource:
 
 
 def _check_sizes(arrays: Iterable[Any], directory: Path) -> None:
-    """Raises ValueError if little on the disk is said to be much, as tensors or as chunks, which are read whole."""
+    """Raise ValueError unless the files can hold the tensors, and the tensors their chunks.
+
+    A chunk is read whole, so one that is larger than its tensor could ask for any amount of memory.
+    """
     claimed = sum(prod(array.shape) * array.dtype.numpy_dtype.itemsize for array in arrays)
     stored = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     if claimed > _MOST_COMPRESSED * stored:
@@ -77,4 +76,6 @@ def _check_sizes(arrays: Iterable[Any], directory: Path) -> None:
 
 def _unreadable(directory: Path, error: Exception) -> EasySpecError:
     reason = first_line(error).partition(" [tensorstore_spec")[0]
-    return EasySpecError(f"{directory} is no readable Orbax checkpoint ({reason}); convert again")
+    return EasySpecError(
+        f"{directory} is not a readable Orbax checkpoint ({reason}); convert again"
+    )

@@ -366,14 +366,14 @@ def test_stored_frequencies_are_compared(tmp_path, dtype):
 def test_damaged_orbax_tree(tmp_path):
     write_converted(tmp_path)
     (tmp_path / WEIGHTS / "_METADATA").write_text("{")
-    with pytest.raises(EasySpecError, match="is no readable Orbax checkpoint"):
+    with pytest.raises(EasySpecError, match="is not a readable Orbax checkpoint"):
         open_checkpoint(tmp_path)
 
 
 def test_empty_orbax_directory(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / WEIGHTS).mkdir()
-    with pytest.raises(EasySpecError, match="is no readable Orbax checkpoint"):
+    with pytest.raises(EasySpecError, match="is not a readable Orbax checkpoint"):
         open_checkpoint(tmp_path)
 
 
@@ -391,7 +391,7 @@ def test_damaged_orbax_data_is_noticed(tmp_path, damage, opened):
             path.write_bytes(
                 data[:-20] if damage == "truncate" else bytes(byte ^ 255 for byte in data)
             )
-    with pytest.raises(EasySpecError, match="is no readable Orbax checkpoint") as error:
+    with pytest.raises(EasySpecError, match="is not a readable Orbax checkpoint") as error:
         (source or OrbaxSource(tmp_path / WEIGHTS)).read("large")
     assert "\n" not in str(error.value)
 

@@ -51,8 +51,9 @@ def test_a_sixth_of_a_billion_parameters(tmp_path, monkeypatch):
         tmp_path / "out",
     ]
     backwards = measured([*back, "--memory", "330MiB", "--verify"])
-    # Libraries take about half of this, and buffers up to 74 MiB of what --memory leaves.
-    assert max(forwards.peak_bytes, backwards.peak_bytes) < 0.7 * size
+    # Libraries (JAX and Orbax among them) take two thirds of this, and buffers up to 74 MiB of what
+    # --memory leaves.
+    assert max(forwards.peak_bytes, backwards.peak_bytes) < min(0.95 * size, 330 << 20)
     assert (
         open_checkpoint(tmp_path / "out").source.shapes()
         == open_checkpoint(tmp_path / "hf").source.shapes()

@@ -120,7 +120,7 @@ def test_damaged_checkpoint_leaves_nothing(tmp_path):
     model = open_huggingface(tmp_path / "orbax")
     for path in (tmp_path / "orbax" / WEIGHTS).glob("**/d/*"):
         path.write_bytes(bytes(byte ^ 255 for byte in path.read_bytes()))
-    with pytest.raises(EasySpecError, match="is no readable Orbax checkpoint"):
+    with pytest.raises(EasySpecError, match="is not a readable Orbax checkpoint"):
         convert(model, tmp_path / "out", format=HUGGING_FACE)
     assert remaining(tmp_path) == ["hf", "orbax"]
 
