@@ -69,7 +69,10 @@ def _check_sizes(arrays: Iterable[Any], directory: Path) -> None:
         raise ValueError(f"{claimed} bytes of tensors cannot lie in files of {stored}")
     for array in arrays:
         metadata = array.spec().to_json()["metadata"]
-        chunk = metadata.get("chunks") or metadata["chunk_grid"]["configuration"]["chunk_shape"]
+        if "chunks" in metadata:  # zarr 2
+            chunk = metadata["chunks"]
+        else:
+            chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"]
         if any(part > whole for part, whole in zip(chunk, array.shape, strict=True)):
             raise ValueError(f"chunks of shape {chunk} are larger than their tensor")
 
