@@ -40,7 +40,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 def test_a_sixth_of_a_billion_parameters(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     size = write_random(tmp_path / "hf", SHAPES["0.17b"], 3)
-    forwards = convert(tmp_path / "hf", tmp_path / "orbax", "--memory", "330MiB", "--verify")
+    forwards = convert(tmp_path / "hf", tmp_path / "orbax", "--memory", "300MiB", "--verify")
     back = [
         sys.executable,
         "-m",
@@ -50,10 +50,9 @@ def test_a_sixth_of_a_billion_parameters(tmp_path, monkeypatch):
         "--out",
         tmp_path / "out",
     ]
-    backwards = measured([*back, "--memory", "330MiB", "--verify"])
-    # Libraries (JAX and Orbax among them) take two thirds of this, and buffers up to 74 MiB of what
-    # --memory leaves.
-    assert max(forwards.peak_bytes, backwards.peak_bytes) < min(0.95 * size, 330 << 20)
+    backwards = measured([*back, "--memory", "300MiB", "--verify"])
+    # Less than the tensors alone, although most of it is libraries (JAX and Orbax among them).
+    assert max(forwards.peak_bytes, backwards.peak_bytes) < size
     assert (
         open_checkpoint(tmp_path / "out").source.shapes()
         == open_checkpoint(tmp_path / "hf").source.shapes()
