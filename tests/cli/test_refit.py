@@ -14,6 +14,8 @@ from easyspec_jax.draft.refit_file import choose_layout
 from easyspec_jax.refit.__main__ import main
 from tests.refit.conftest import LAYERS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def directory(draft, tmp_path):

@@ -22,6 +22,7 @@ from easyspec_jax.tune.tuning import open_pair
 from tests.support.models import save_model
 
 NO_FIGURES = Figures(plain=1.0, overhead=0.0, verification={})
+pytestmark = pytest.mark.slow
 
 FEW = [
     "--lp-sizes",

@@ -281,6 +281,7 @@ OrbaxStore.finish = shards.SafetensorsStore.finish = lambda self: time.sleep(600
 """Makes a conversion wait at its end, so that it is still running when it is killed."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["--hf", "--to-hf"])
 def test_killed_at_random_moments_it_goes_on(tmp_path, flag):
     write_random(

@@ -18,6 +18,8 @@ from easyspec_jax.checkpoint.safetensors import INDEX
 from experiments.bench_checkpoints import write_random
 from tests.convert.test_faults import FIELDS
 
+pytestmark = pytest.mark.slow
+
 GIB = 2**30
 FUZZ = settings(
     max_examples=200,

@@ -34,7 +34,10 @@ jax.block_until_ready(jax.tree.leaves(model))
 print(before, resident("VmHWM"))
 """
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc"),
+]
 
 
 def test_a_sixth_of_a_billion_parameters(tmp_path, monkeypatch):

@@ -86,6 +86,7 @@ def texts(programs, prompts=PROMPTS, limits=LIMITS, sampling=SamplingParams()): 
     return rows, int(drafted), int(accepted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MeshShape(1, 1), MeshShape(2, 4)], ids=str)
 @pytest.mark.parametrize(
     "levels, calibration, lp_size, refit",
@@ -102,6 +103,7 @@ def test_greedy_text_is_plain_decoding(pair, plain, mesh, levels, calibration, l
     assert texts(programs(pair, config, mesh, lp_size=lp_size, refit=refit))[0] == plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh, levels, width, nodes, calibration, refit",
     [
@@ -129,6 +131,7 @@ def test_greedy_text_with_a_replicated_draft(pair, plain, refit):
     )
 
 
+@pytest.mark.slow
 def test_a_wider_tree_accepts_more(pair):
     def rate(width, nodes=None):
         _, drafted, accepted = texts(programs(pair, replace(GREEDY, width=width, nodes=nodes)))
@@ -137,6 +140,7 @@ def test_a_wider_tree_accepts_more(pair):
     assert rate(1) < rate(4, nodes=8) < rate(4)
 
 
+@pytest.mark.slow
 def test_acceptance_falls_from_exact_to_fuzzy_and_without_calibration(pair):
     """With the target as its own draft, everything an exact draft proposes is accepted."""
 
@@ -177,6 +181,7 @@ def test_limits_are_kept_to_the_token_with_a_refit(pair, plain):
     assert rows == [text[:limit] for text, limit in zip(plain, limits, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh, verifier, width, nodes, lp_size, refit",
     [
@@ -231,6 +236,7 @@ def test_after_many_rounds_caches_equal_a_fresh_prefill(
                     np.testing.assert_allclose(*entries, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MeshShape(1, 1), MeshShape(2, 4)], ids=str)
 @pytest.mark.parametrize("width, refit", [(1, False), (1, True), (3, True)])
 def test_coupled_text_is_plain_sampling_with_the_same_noise(pair, mesh, width, refit):
@@ -240,6 +246,7 @@ def test_coupled_text_is_plain_sampling_with_the_same_noise(pair, mesh, width, r
     assert texts(programs(pair, config, mesh, refit=refit), sampling=sampling)[0] == plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature, refit", [(0.0, False), (0.9, False), (0.9, True)])
 def test_a_row_does_not_depend_on_its_neighbours(pair, temperature, refit):
     """Alone, with the seed that it had in the batch, each row becomes the same text."""
@@ -253,6 +260,7 @@ def test_a_row_does_not_depend_on_its_neighbours(pair, temperature, refit):
         assert alone == [together[row]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refit", [False, True])
 def test_sampled_text_depends_on_the_seed_alone(pair, refit):
     run = programs(pair, replace(GREEDY, verifier=Rejection()), MeshShape(2, 2), refit=refit)
@@ -262,6 +270,7 @@ def test_sampled_text_depends_on_the_seed_alone(pair, refit):
     assert first == again != other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("x64", [False, True])
 def test_one_program_whose_state_is_donated(pair, x64, monkeypatch):
     """Each step compiles once, and its old state is deleted.
@@ -304,6 +313,7 @@ def test_no_round_of_one_stream_copies_a_cache(pair, config):
     assert re.findall(rf"= (f32\[[\d,]*,{capacity},{head_dim}\])\S* copy\(", text) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "levels, width, refit", [(0, 1, False), (4, 1, False), (3, 3, False), (3, 3, True)]
 )

@@ -99,6 +99,7 @@ def test_fuzzy_pass_is_algorithm_2(pair, mesh, groups, axes):
     assert np.abs(expected - exact).max() > 0.1, "the test could not tell fuzzy from exact"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [ALL_AXES, ()], ids=["split", "replicated"])
 @pytest.mark.parametrize(
     "layout, refitted",

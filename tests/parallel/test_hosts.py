@@ -72,6 +72,7 @@ def alone(model):
         return [decode(model, way) for way in WAYS], sum(CountingSource.sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_give_the_tokens_of_one_and_read_their_shards_only(model, alone, count, tmp_path):
     flags = [model, json.dumps(WAYS), str(CACHE / "xla"), str(tmp_path), free_address(), str(count)]
@@ -85,6 +86,7 @@ def test_processes_give_the_tokens_of_one_and_read_their_shards_only(model, alon
     assert sum(read) >= bytes_ and max(read) < bytes_ * (1 / count + 0.1)  # norms are everybody's
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_others_with_one_line(model, victim):
     flags = [

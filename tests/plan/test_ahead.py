@@ -16,6 +16,8 @@ from easyspec_jax.plan.ahead import Compiled, TooLarge, _memory_line, compile_ro
 from easyspec_jax.plan.machines import MACHINES, Topology, parse_topology
 from easyspec_jax.plan.steps import Pair, programs, ways
 
+pytestmark = pytest.mark.slow
+
 CPU = parse_topology("cpu:8")
 MAX_LENGTH = 200
 

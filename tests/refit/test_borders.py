@@ -13,6 +13,8 @@ from easyspec_jax.refit.fidelity import DEPTHS, fidelity
 from tests.refit.conftest import LAYERS, TEXTS
 from tests.support.models import loader
 
+pytestmark = pytest.mark.slow
+
 
 def _groupings(layers: int, lp_size: int):
     """Yield every way to cut layers into groups of at most lp_size."""

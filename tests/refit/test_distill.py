@@ -18,6 +18,8 @@ from easyspec_jax.refit.fit import fit
 from tests.refit.conftest import LAYERS, TEXTS
 from tests.support.models import loader
 
+pytestmark = pytest.mark.slow
+
 LAYOUT = Layout.uniform(paper_groups(LAYERS, 4), mlp_lp_size=2)  # 0 | 1-3x2 | 4-6x2 | 7
 ONE = MeshShape(1, 1)
 

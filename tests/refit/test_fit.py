@@ -15,6 +15,8 @@ from easyspec_jax.refit.fit import fit
 from tests.refit.conftest import LAYERS, TEXTS
 from tests.support.models import loader
 
+pytestmark = pytest.mark.slow
+
 RIDGE = 1e-2
 ONE = MeshShape(1, 1)
 GROUPS = paper_groups(LAYERS, 4)  # 0 | 1-3 | 4-6 | 7

@@ -11,6 +11,8 @@ import pytest
 
 from easyspec_jax import SamplingParams, SpeculativeConfig, open_model
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

@@ -18,6 +18,8 @@ from easyspec_jax.generate import main
 from easyspec_jax.tokenizer import TextStream, encode, load_tokenizer
 from tests.support.models import byte_tokenizer, save_model
 
+pytestmark = pytest.mark.slow
+
 CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
 
 

@@ -10,6 +10,8 @@ import pytest
 
 import easyspec_jax
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("leaf", ["plan", "tune", "refit"])
 def test_the_engine_needs_no_leaf(leaf, tmp_path):

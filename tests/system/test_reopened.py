@@ -7,6 +7,8 @@ from convert.stream import convert
 from easyspec_jax import SamplingParams, SpeculativeConfig, open_model
 from tests.support.models import save_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):

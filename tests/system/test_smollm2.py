@@ -26,7 +26,7 @@ PROMPTS = [
 ]
 NEW_TOKENS = 64
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

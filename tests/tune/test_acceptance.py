@@ -11,6 +11,8 @@ from easyspec_jax.options import SamplingParams, SpeculativeConfig
 from easyspec_jax.tune.acceptance import _ahead, accepted_by_width, mean_accepted, reach
 from tests.support.models import save_model
 
+pytestmark = pytest.mark.slow
+
 LEVELS = 4
 
 

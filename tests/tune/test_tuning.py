@@ -14,6 +14,8 @@ from easyspec_jax.tune.predict import Figures
 from easyspec_jax.tune.tuning import TuneConfig, choose, open_pair, rows, tune, tune_over
 from tests.support.models import save_model
 
+pytestmark = pytest.mark.slow
+
 SPACE = Space([1, 3], [1], 2, ["all"], mlp_lp_sizes=[1])
 SAMPLE = Sample(["Hello", "two of them"], SamplingParams(max_new_tokens=12))
 

@@ -59,6 +59,7 @@ def models(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "truncation", [[], ["--top-k", "20", "--top-p", "0.9"]], ids=["whole", "truncated"]
 )

@@ -128,6 +128,7 @@ _FEW = [
 FEW_CASES = [Case(v, width, t, TRUNCATIONS[cut], pair) for v, width, t, cut, pair in _FEW]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
 def test_texts_follow_the_target(case):
     assert p_value(case.counts(2)[-1], case.probabilities()) > ALPHA
@@ -295,6 +296,7 @@ def planting(fault: jax.Array) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "width, nodes, fault",
     [(1, 1, fault) for fault in FAULTS if fault not in IN_TREES]
