@@ -1,12 +1,16 @@
 """Progress bars for long work, shown only on a terminal."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Protocol
 
 Advance = Callable[[int], None]
 """Reports that a further amount of work is done."""
+
+_seconds_a_line: ContextVar[float | None] = ContextVar("seconds_a_line", default=None)
 
 
 class Bar(Protocol):
@@ -45,7 +49,8 @@ def bar(description: str, total: int | None = None, *, in_bytes: bool = False) -
         A function that takes the amount of work just done.
     """
     if not (sys.stderr.isatty() and sys.stdout.isatty()):
-        yield lambda amount: None
+        seconds = _seconds_a_line.get()
+        yield (lambda amount: None) if seconds is None else _lines(description, total, seconds)
         return
     # Imported here because a command that shows no bar need not wait for rich.
     from rich.console import Console
@@ -68,3 +73,34 @@ def bar(description: str, total: int | None = None, *, in_bytes: bool = False) -
     ) as progress:
         task = progress.add_task(description, total=total)
         yield lambda amount: progress.advance(task, amount)
+
+
+@contextmanager
+def progress_lines(seconds: float = 10.0) -> Iterator[None]:
+    """Let bars in this block print lines on stderr where there is no terminal, for logs of long runs.
+
+    Args:
+        seconds: The least time between two lines of a bar, and before its first.
+    """
+    token = _seconds_a_line.set(seconds)
+    try:
+        yield
+    finally:
+        _seconds_a_line.reset(token)
+
+
+def _lines(description: str, total: int | None, seconds: float) -> Advance:
+    """Return what prints how far a bar is, such as "Measuring: 12 of 40 after 31 s"."""
+    begun = last = time.monotonic()
+    done = 0
+
+    def advance(amount: int) -> None:
+        nonlocal last, done
+        done += amount
+        now = time.monotonic()
+        if now - last >= seconds:
+            share = str(done) if total is None else f"{done} of {total}"
+            print(f"{description}: {share} after {now - begun:.0f} s", file=sys.stderr, flush=True)
+            last = now
+
+    return advance

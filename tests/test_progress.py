@@ -2,7 +2,8 @@
 
 import pytest
 
-from easyspec_jax.progress import bar
+from easyspec_jax import progress
+from easyspec_jax.progress import bar, progress_lines
 
 ERASE_LINE, HIDE_CURSOR, SHOW_CURSOR = "\x1b[2K", "\x1b[?25l", "\x1b[?25h"
 
@@ -11,6 +12,24 @@ def test_nothing_without_a_terminal(capsys):
     with bar("Reading", 3) as advance:
         advance(2)
     assert capsys.readouterr() == ("", "")
+
+
+def test_lines_where_they_are_asked_for(capsys, monkeypatch):
+    clock = iter([0.0, 4.0, 11.0, 15.0, 20.0, 31.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress_lines(), bar("Reading", 9) as advance:
+        for amount in (1, 2, 1, 1, 3):
+            advance(amount)
+    assert capsys.readouterr() == ("", "Reading: 3 of 9 after 11 s\nReading: 8 of 9 after 31 s\n")
+    with bar("Reading", 9) as advance:
+        advance(9)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_lines_are_not_for_terminals(terminal):
+    with progress_lines(0), bar("Reading", 3000) as advance:
+        advance(2000)
+    assert "after" not in terminal.readouterr().err
 
 
 @pytest.mark.parametrize(("in_bytes", "numbers"), [(False, "2000/3000"), (True, "2.0/3.0 kB")])
