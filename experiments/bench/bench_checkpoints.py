@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import prod
@@ -28,7 +28,9 @@ from easyspec_jax import EasySpecError, demo
 from easyspec_jax.checkpoint.canonical import expected_shapes
 from easyspec_jax.checkpoint.config import model_config
 from easyspec_jax.cli.command import Parser
-from experiments.output import RESULTS, check_destination, machine, run_experiment, save
+from experiments.lib.machine import machine
+from experiments.lib.output import RESULTS, check_destination, run_experiment, save
+from experiments.lib.tables import Rows
 
 _COMMON = {
     "model_type": "llama",
@@ -194,6 +196,21 @@ def bench(
             b.seconds / a.seconds for a, b in zip(converted, copied, strict=True)
         ),
     }
+
+
+def tabulate(measured: Mapping[str, Any]) -> Rows:
+    """Of bench_checkpoints: medians of the rounds."""
+    ways = {"conversion": measured["convert"], "copy of the files": measured["copy"]}
+    ways |= {f"opening, {name}": [run] for name, run in measured["open"].items()}
+    return [
+        {
+            "what": name,
+            "GB": measured["bytes"] / 1e9,
+            "seconds": median(run["seconds"] for run in runs),
+            "GiB held at most": max(run["peak_bytes"] for run in runs) / 2**30,
+        }
+        for name, runs in ways.items()
+    ]
 
 
 def run(args: argparse.Namespace) -> None:

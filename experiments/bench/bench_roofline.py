@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,28 @@ from easyspec_jax import EasySpecError
 from easyspec_jax.checkpoint.config import read_json
 from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.options import resolve_dtype
-from experiments import output
-from experiments.output import RESULTS, check_destination, run_experiment, save
-from experiments.roofline_models import SHAPES
-from experiments.roofline_parts import PARTS, Bench, Row
-from experiments.roofline_texts import torch_device
+from experiments.bench.roofline_models import SHAPES
+from experiments.bench.roofline_parts import PARTS, Bench, Row
+from experiments.lib.machine import machine as here
+from experiments.lib.machine import torch_device
+from experiments.lib.output import RESULTS, check_destination, run_experiment, save, settings
+from experiments.lib.tables import Rows
+
+
+def tabulate(measured: Mapping[str, Any]) -> Rows:
+    """Of bench_roofline: all parts, a row for what each of them timed."""
+    milliseconds = {"seconds": "ms", "floor_seconds": "its bytes take, ms"}
+    figures = {
+        "share_of_bandwidth": "share of bandwidth", "GB_per_second": "GB/s", "tokens_per_second": "tokens/s",
+        "tokens_per_pass": "tokens a pass", "acceptance_rate": "α", "over_plain": "over plain",
+    }  # fmt: skip
+    return [
+        {"part": part, "what": row["name"]}
+        | {label: 1e3 * row[name] if name in row else None for name, label in milliseconds.items()}
+        | {label: row.get(name) for name, label in figures.items()}
+        for part, of_part in measured["parts"].items()
+        for row in of_part["results"]
+    ]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -36,12 +53,12 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or RESULTS / f"bench_roofline_{args.shape}.json"
     parts = saved(out, args.shape)
     bench = opened(args)
-    settings = output.settings(args, "only", "shape", "command")
+    chosen = settings(args, "only", "shape", "command")
     told = {
         "command": args.command,
         "machine": machine(bench),
         "dtype": bench.dtype.name,
-        "settings": settings,
+        "settings": chosen,
     }
     Console().print(", ".join(f"{name} {value}" for name, value in told["machine"].items()))
     for name in (name for name in PARTS if name in args.only):
@@ -83,7 +100,7 @@ def saved(out: Path, shape: str) -> dict[str, Any]:
     held = read_json(out)
     if held.get("shape") != shape or not isinstance(held.get("parts"), dict):
         raise EasySpecError(
-            f"--out {out} holds no results of --shape {shape}; remove it or choose another"
+            f"--out {out} has no results of --shape {shape}; remove it or choose another"
         )
     return held["parts"]
 
@@ -107,7 +124,7 @@ def machine(bench: Bench) -> dict[str, Any]:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = "absent"
-    return output.machine(bench.platform) | {"devices": bench.mesh().devices.size} | packages
+    return here(bench.platform) | {"devices": bench.mesh().devices.size} | packages
 
 
 def print_table(title: str, rows: Sequence[Row]) -> None:

@@ -7,7 +7,7 @@ whole rounds from the same state; what a round takes beyond its passes is bookke
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
-from easyspec_jax import SamplingParams, SpeculativeConfig, demo, open_model
+from easyspec_jax import SamplingParams, SpeculativeConfig, demo
 from easyspec_jax.cli.command import Parser
 from easyspec_jax.decode.loop import prefill_all
 from easyspec_jax.decode.programs import Programs
@@ -30,16 +30,17 @@ from easyspec_jax.model.attention import Nodes
 from easyspec_jax.model.transformer import Decoder, run_exact
 from easyspec_jax.options import Verifier
 from easyspec_jax.parallel.mesh import ALL_AXES
-from experiments.output import (
+from experiments.lib.machine import machine
+from experiments.lib.output import (
     RESULTS,
     as_json,
     check_destination,
-    machine,
     run_experiment,
     save,
     settings,
 )
-from experiments.pair import names
+from experiments.lib.pair import add_models, names, open_pair
+from experiments.lib.tables import Rows
 
 WARM_UP = 3
 
@@ -119,10 +120,23 @@ def timed(run: Callable[[State], Any], state: State) -> tuple[Any, float]:
     return result, time.perf_counter() - begun
 
 
+def tabulate(measured: Mapping[str, Any]) -> Rows:
+    """Of bench_round; shares are medians over pairs of a round and its passes."""
+    return [
+        {
+            "verifier": row["verifier"],
+            "T": f"{row['temperature']:g}",
+            "ms a round": 1e3 * median(row["round"]),
+            "ms its passes": 1e3 * median(row["passes"]),
+            "bookkeeping": f"{row['bookkeeping']:.1%}",
+        }
+        for row in measured["results"]
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.bench_round", description=__doc__)
-    parser.add_argument("--target", help="default: the bundled pair")
-    parser.add_argument("--draft")
+    add_models(parser)
     parser.add_argument("--mesh", default="1")
     parser.add_argument("--lp-size", type=int, default=4)
     parser.add_argument("--num-speculative-tokens", type=int, default=5)
@@ -150,7 +164,7 @@ def report(args: argparse.Namespace) -> None:
             lp_size=args.lp_size,
             verifier=verifier,
         )
-        engine = open_model(args.target, args.draft, mesh=args.mesh, speculative=speculative)
+        engine = open_pair(args, speculative)
         sampling = SamplingParams(
             temperature=temperature,
             max_new_tokens=(args.num_speculative_tokens + 1) * (args.repeats + WARM_UP),

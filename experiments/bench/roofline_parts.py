@@ -19,9 +19,10 @@ from easyspec_jax.errors import EasySpecError
 from easyspec_jax.model.transformer import Decoder, run_exact
 from easyspec_jax.parallel.mesh import open_mesh, parse_mesh
 from easyspec_jax.verify import Greedy, Verifier
-from experiments import roofline_models as models
-from experiments import roofline_texts as texts
-from experiments.roofline_timing import memory_cases
+from experiments.bench import roofline_models as models
+from experiments.bench import roofline_texts as texts
+from experiments.bench.roofline_timing import memory_cases
+from experiments.lib.machine import host_memory, torch_device
 
 VERIFIED = (1, 2, 4, 6, 8, 16, 21, 32, 64)
 LP_SIZES = (1, 2, 4, 7)
@@ -91,9 +92,7 @@ class Bench:
         devices = self.mesh().devices.flat
         stats = devices[0].memory_stats() or {}
         # Virtual devices share the host's memory.
-        held = (
-            len(devices) * stats["bytes_limit"] if "bytes_limit" in stats else texts.host_memory()
-        )
+        held = len(devices) * stats["bytes_limit"] if "bytes_limit" in stats else host_memory()
         if sum(self.bytes) > held:
             needed = f"{sum(self.bytes) / 2**30:.1f} GiB for its weights in {self.dtype.name}"
             raise EasySpecError(
@@ -247,7 +246,7 @@ def peers(bench: Bench) -> list[Row]:
 
     Where a device cannot hold them twice, transformers comes first and leaves: JAX keeps what memory it once had.
     """
-    device = texts.torch_device(bench.platform)
+    device = torch_device(bench.platform)
     walk = models.Walk.of(bench.configs[0].vocab_size, bench.args.agreement)
     successors = walk.target, walk.draft
     of_target, of_draft = (

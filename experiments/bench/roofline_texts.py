@@ -1,7 +1,6 @@
 """Whole texts in turn, by this package and by transformers; and speculation at a prescribed rate of acceptance."""
 
 import gc
-import os
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,6 @@ from jaxtyping import Array, Float, Int
 
 from easyspec_jax.decode.loop import decode
 from easyspec_jax.decode.programs import Programs
-from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.parallel.mesh import ALL_AXES
 from easyspec_jax.progress import bar
@@ -23,8 +21,8 @@ from easyspec_jax.sampling.noise import Purpose, noise_keys, uniform
 from easyspec_jax.sampling.vocabulary import argmax
 from easyspec_jax.verify import Greedy, RowSampling, Verdict
 from easyspec_jax.verify.tree import Tree, deepest
-from experiments.output import cores
-from experiments.roofline_models import Fields, Synthetic, torch_model
+from experiments.bench.roofline_models import Fields, Synthetic, torch_model
+from experiments.lib.machine import cores
 
 
 @dataclass(frozen=True)
@@ -155,25 +153,6 @@ def theirs(
     return {"transformers": completed, "transformers, assisted": assisted}
 
 
-def torch_device(platform: str) -> str:
-    """Torch's name of the device that JAX runs on. Raises EasySpecError if torch or that device is missing."""
-    try:
-        import torch
-        import transformers
-    except ImportError as missing:
-        raise EasySpecError(
-            f"peers need torch and transformers ({missing}); install .[test], or leave out peers"
-        ) from None
-    transformers.utils.logging.set_verbosity_error()
-    if platform == "cpu":
-        return "cpu"
-    if platform == "gpu" and torch.cuda.is_available():
-        return "cuda"
-    raise EasySpecError(
-        f"torch {torch.__version__} cannot use the {platform} that JAX runs on; leave out peers"
-    )
-
-
 def fit_together(device: str, size: int) -> bool:
     """Whether one device can hold `size` bytes of weights for either engine at once."""
     if device == "cpu":
@@ -192,8 +171,3 @@ def release(device: str) -> None:
         import torch
 
         torch.cuda.empty_cache()
-
-
-def host_memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

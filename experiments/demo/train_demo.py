@@ -30,8 +30,8 @@ from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, open_
 from easyspec_jax.checkpoint.safetensors import SAFETENSORS, write_safetensors
 from easyspec_jax.cli.command import Parser
 from easyspec_jax.decode.loop import decode
-from experiments import demo_corpus
-from experiments.demo_model import Params, Shape, checkpoint, init, logits
+from experiments.demo import demo_corpus
+from experiments.demo.demo_model import Params, Shape, checkpoint, init, logits
 
 TARGET = Shape(384, 5, 1024, 6, 2, 64)
 DRAFT = Shape(96, 12, 160, 3, 1, 32)

@@ -21,16 +21,17 @@ from typing import Any
 from easyspec_jax import EasySpecError
 from easyspec_jax.cli.command import Parser
 from easyspec_jax.options import check_whole
-from experiments.output import (
+from experiments.lib.machine import machine
+from experiments.lib.output import (
     RESULTS,
     as_json,
     check_destination,
-    machine,
     run_experiment,
     save,
     settings,
 )
-from experiments.requests import WAYS, piece, sampling
+from experiments.lib.requests import WAYS, piece, sampling
+from experiments.lib.tables import Rows
 
 TIMINGS = ("prefill_seconds", "decode_seconds", "tokens_per_second")
 
@@ -216,6 +217,16 @@ def measure(
     )
     found = differences(ids, undisturbed.out.read_bytes(), killed.out.read_bytes())
     return {"seconds": time.perf_counter() - begun} | found, rows
+
+
+def tabulate(measured: Mapping[str, Any]) -> Rows:
+    """Of kill_check: all that it found in one row."""
+    names = {
+        "lines": "lines", "kills": "kills with SIGKILL", "lost": "ids lost", "doubled": "ids doubled",
+        "different": "records that differ", "equal": "equal byte for byte",
+    }  # fmt: skip
+    row: dict[str, Any] = {label: measured[name] for name, label in names.items()}
+    return [row | {"equal byte for byte": "yes" if measured["equal"] else "no"}]
 
 
 def run(args: argparse.Namespace) -> Mapping[str, Any]:

@@ -12,16 +12,20 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from easyspec_jax import EasySpecError, Engine, SpeculativeConfig, open_model
 from easyspec_jax.cli.command import Parser, cache_compilations
+from easyspec_jax.drawing import FAINT, INK, SOFT, png
 from easyspec_jax.options import check_whole
-from experiments.draw_soak import draw
-from experiments.output import RESULTS, prepare, publish, run_experiment, settings
-from experiments.requests import RowSampling, blocks
+from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings
+from experiments.lib.requests import RowSampling, blocks
+from experiments.lib.tables import Rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 EVENT = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 """What JAX reports of every program that it lowers, whether or not a cache on disk then holds it compiled."""
@@ -151,6 +155,62 @@ def _change(values: Sequence[float] | np.ndarray) -> float:
     part = -(-len(values) // 10)
     first, last = (float(np.median(some)) for some in (values[:part], values[-part:]))
     return 100 * (last / first - 1)
+
+
+BLUE, ORANGE = "#0072b2", "#e69f00"
+"""Of Okabe and Ito."""
+
+
+def draw(measured: dict[str, Any]) -> bytes:
+    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    return png(lambda: _figure(measured))
+
+
+def _figure(measured: dict[str, Any]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    rows = measured["results"]
+    rounds = [row["rounds"] for row in rows]
+    memory = [row["resident_bytes"] / 2**20 for row in rows]
+    figure = Figure(figsize=(9, 5.6), dpi=120, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    figure.suptitle(
+        f"{rounds[-1]:,} rounds, --batch-size {measured['batch_size']}: "
+        f"memory {measured['memory_growth_percent']:+.2f} %, "
+        f"{measured['compilations_after_warm_up']} compilations after warm-up, "
+        f"{measured['mismatches']} of {measured['checked']} texts differ",
+        weight="bold",
+        size=11,
+    )
+    upper.plot(rounds, memory, color=BLUE, linewidth=2)
+    upper.set_ylabel("resident memory, MiB")
+    for name, label, color in (
+        ("tokens_per_second", "of wall time", BLUE),
+        ("tokens_per_cpu_second", "of this process's CPU time", ORANGE),
+    ):
+        lower.plot(rounds, [row[name] for row in rows], color=color, linewidth=2, label=label)
+    lower.set_ylabel("tokens a second")
+    lower.set_xlabel("rounds")
+    lower.legend(loc="lower right")
+    for axes in (upper, lower):
+        axes.axvspan(0, measured["warm_up"], color=FAINT, zorder=0)
+        axes.set_xlim(0, rounds[-1])
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+        axes.tick_params(colors=SOFT, labelcolor=INK)
+    return figure
+
+
+def tabulate(measured: Mapping[str, Any]) -> Rows:
+    """Of soak: its verdict in one row."""
+    names = {
+        "memory_growth_percent": "memory after warm-up, %", "compilations_after_warm_up": "compilations after warm-up",
+        "throughput_change_percent": "throughput, %", "throughput_noise_percent": "noise of a window, %",
+        "checked": "texts checked", "mismatches": "that differ",
+    }  # fmt: skip
+    return [
+        {"rounds": measured["results"][-1]["rounds"]}
+        | {label: measured[name] for name, label in names.items()}
+    ]
 
 
 def run(args: argparse.Namespace) -> Mapping[str, Any]:

@@ -11,25 +11,29 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
 
-from easyspec_jax import EasySpecError, demo
-from easyspec_jax.checkpoint.directory import open_checkpoint
+from easyspec_jax import EasySpecError
 from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.decode.timing import alternate
+from easyspec_jax.drawing import dress_bars, png
 from easyspec_jax.options import resolve_dtype
 from easyspec_jax.parallel.hosts import joined
 from easyspec_jax.parallel.rendezvous import Peer
 from easyspec_jax.plan.steps import Pair
-from experiments.draw_two_processes import draw
-from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
-from experiments.pair import add_flags, names
-from experiments.table6 import PLAIN, draft_ways, name_of, step_cost, timed_cases
+from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.lib.pair import add_flags, names, open_draft
+from experiments.lib.picture import draft_title
+from experiments.lib.tables import Rows
+from experiments.paper.table6 import PLAIN, draft_ways, name_of, step_cost, timed_cases
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PROGRAM = "experiments.two_processes"
 DEVICES = 2
@@ -93,7 +97,7 @@ def rows_of(
 
 def collectives_of(args: argparse.Namespace) -> dict[str, int]:
     """Of a step, by way, as the compiled programs have them."""
-    config = open_checkpoint(args.draft or demo.DRAFT).config
+    config = open_draft(args).config
     dtype = np.dtype(resolve_dtype(args.dtype, "cpu", config.dtype))
     pair = Pair(config, config, dtype, str(DEVICES), 1, 1, args.context, args.context + 1)
     ways = draft_ways(args.lp_sizes, DEVICES)
@@ -113,6 +117,65 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     show(table)
 
 
+TITLES = {2: "two processes, a core each", 1: "one process, the same two cores"}
+COLORS = {2: "#0072b2", 1: "#e69f00"}
+"""Of Okabe and Ito, and far apart in grey."""
+
+
+def draw(measured: dict[str, Any]) -> bytes:
+    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    return png(lambda: _figure(measured))
+
+
+def _figure(measured: dict[str, Any]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    ways = list(dict.fromkeys(row["way"] for row in measured["results"]))
+    figure = Figure(figsize=(10, 1.6 + 0.4 * len(ways)), dpi=120, layout="constrained")
+    figure.suptitle(f"A step of {draft_title(measured)} on two devices", weight="bold", size=13)
+    panels = figure.subplots(1, len(TITLES), sharey=True)
+    for axes, (processes, title) in zip(panels, TITLES.items(), strict=True):
+        rows = {row["way"]: row for row in measured["results"] if row["processes"] == processes}
+        times = [1e3 * rows[way]["step_seconds"] for way in ways]
+        axes.barh(range(len(ways)), times, color=COLORS[processes], height=0.62)
+        for place, way in enumerate(ways):
+            text: dict[str, Any] = {
+                "textcoords": "offset points",
+                "xytext": (4, 0),
+                "va": "center",
+                "size": 9,
+            }
+            axes.annotate(
+                f"{times[place]:.1f}, {rows[way]['time_of_tp']:.2f} × TP",
+                (times[place], place),
+                **text,
+            )
+        axes.set_title(title, size=11)
+        axes.set_xlabel("milliseconds")
+        axes.margins(x=0.3)
+        dress_bars(axes)
+        axes.set_yticks(
+            range(len(ways)), [f"{way}\n{rows[way]['collectives']} collectives" for way in ways]
+        )
+        axes.set_ylim(len(ways) - 0.5, -0.5)
+    return figure
+
+
+def tabulate(measured: Mapping[str, Any]) -> Rows:
+    """Of two_processes: a draft step by the way of splitting it."""
+    return [
+        {
+            "processes": row["processes"],
+            "way": row["way"],
+            "collectives": row["collectives"],
+            "ms a draft step": 1e3 * row["step_seconds"],
+            "±": 1e3 * row["deviation"],
+            "over TP": row["time_of_tp"],
+        }
+        for row in measured["results"]
+    ]
+
+
 def run(args: argparse.Namespace) -> None:
     """Measures, prints, writes the JSON and draws it; or is one of the processes that measure."""
     if args.process_id is not None:
@@ -121,7 +184,7 @@ def run(args: argparse.Namespace) -> None:
     if min(args.repeats, args.calls, args.context) < 1:
         raise EasySpecError("--repeats, --calls and --context must be at least 1")
     prepare(args.out)
-    open_checkpoint(args.draft or demo.DRAFT)  # so that one process complains, and not two
+    open_draft(args)  # so that one process complains, and not two
     rows = rows_of(args, DEVICES, between_processes(args.words)) + rows_of(args, 1, measure(args))
     print_table(rows)
     left_out = (

@@ -1,8 +1,7 @@
-"""Results are files of JSON, written whole or not at all, and pictures of them."""
+"""Results: files of JSON, written whole or not at all, with a picture next to each."""
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -10,18 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from easyspec_jax import EasySpecError
-from easyspec_jax.checkpoint.config import read_json
-from easyspec_jax.cli.command import Parser, run_command
+from easyspec_jax.cli.command import run_command
 from easyspec_jax.drawing import check_drawing
 from easyspec_jax.files import check_writable, write_whole
+from easyspec_jax.progress import progress_lines
+from experiments.lib.machine import machine
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
+
+UNRECORDED = ("out", "allow_links")
+"""Flags that say nothing about what was measured."""
 
 Draw = Callable[[dict[str, Any]], bytes]
-"""From what publish() writes to a picture of it, as PNG."""
+"""Makes a picture, as PNG, of what publish() writes."""
 
 
 def run_experiment(
@@ -30,14 +33,22 @@ def run_experiment(
     run: Callable[[argparse.Namespace], None],
     argv: Sequence[str] | None,
 ) -> int:
-    """As run_command; the results tell what was typed, as args.command."""
+    """Run a command as run_command does, with lines of progress where there is no terminal.
+
+    The results record what was typed, as `args.command`.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     parser.set_defaults(command=command_line(program, words))
-    return run_command(program, parser, run, argv)
+
+    def logged(args: argparse.Namespace) -> None:
+        with progress_lines():
+            run(args)
+
+    return run_command(program, parser, logged, argv)
 
 
 def command_line(program: str, words: Sequence[str]) -> str:
-    """What somebody else would type: without --out, and with the mere names of absolute paths."""
+    """Return the command for other machines: without --out, absolute paths cut to their names."""
     kept, skip = [], False
     for word in words:
         if not skip and word != "--out" and not word.startswith("--out="):
@@ -47,7 +58,11 @@ def command_line(program: str, words: Sequence[str]) -> str:
 
 
 def prepare(out: Path) -> None:
-    """Raises EasySpecError, before anything is measured, where publish() would not succeed."""
+    """Check, before anything is measured, that publish() will succeed.
+
+    Raises:
+        EasySpecError: The file cannot be written, or matplotlib is missing.
+    """
     check_destination(out)
     check_drawing()
 
@@ -55,57 +70,23 @@ def prepare(out: Path) -> None:
 def publish(
     out: Path, fields: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], draw: Draw
 ) -> None:
-    """Writes the fields, the machine and the rows as JSON, and beside it the picture of all that."""
+    """Write the fields, the machine and the rows as JSON, and the picture of them next to it."""
     measured = dict(fields) | {"machine": machine(fields.get("platform")), "results": list(rows)}
     save(out, as_json(measured))
     write_whole(out.with_suffix(".png"), draw(measured))
 
 
 def settings(args: argparse.Namespace, *left_out: str) -> dict[str, Any]:
-    """The flags as they go into a file of results: paths by their names, without --out."""
-    values = {name: value for name, value in vars(args).items() if name not in ("out", *left_out)}
-    return {name: _plain(value) for name, value in values.items()}
-
-
-def _plain(value: Any) -> Any:
-    return value.name if isinstance(value, Path) else value
-
-
-def machine(platform: str | None = None) -> dict[str, Any]:
-    """What the figures were measured on; cores: of the host, as many as this process may use."""
-    import jax
-
-    devices = jax.devices(platform)
-    return {
-        "platform": devices[0].platform,
-        "device_kind": devices[0].device_kind,
-        "devices": len(devices),
-        "cores": cores(),
-        "jax": jax.__version__,
-    }
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def pair_title(measured: Mapping[str, Any]) -> str:
-    """Whose results these are."""
-    return (
-        "the bundled pair"
-        if measured.get("bundled")
-        else f"{measured['target']}, drafted by {measured['draft']}"
-    )
-
-
-def draft_title(measured: Mapping[str, Any]) -> str:
-    """Whose draft these results are of."""
-    return "the bundled draft" if measured.get("bundled") else str(measured["draft"])
+    """Return the flags as results record them: paths by their names, UNRECORDED ones left out."""
+    recorded = {}
+    for name, value in vars(args).items():
+        if name not in (*UNRECORDED, *left_out):
+            recorded[name] = value.name if isinstance(value, Path) else value
+    return recorded
 
 
 def as_json(measured: Mapping[str, Any]) -> str:
-    """One line for every field and every row of the results."""
+    """Write results as JSON, one line for every field and every row."""
     lines = [
         f"{json.dumps(name)}: {json.dumps(value)}"
         for name, value in measured.items()
@@ -116,35 +97,24 @@ def as_json(measured: Mapping[str, Any]) -> str:
 
 
 def show(table: "Table") -> None:
-    """Prints a table, as wide as it needs where nobody's terminal limits it."""
+    """Print a table; where there is no terminal to fit, it may be 140 characters wide."""
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def check_destination(path: Path) -> None:
-    """Raises EasySpecError, before anything is measured, where save() could not write."""
+    """Check, before anything is measured, that save() can write a file.
+
+    Raises:
+        EasySpecError: The path is not a .json file in a directory that exists.
+        OSError: The file is not writable.
+    """
     if not path.parent.is_dir() or path.suffix != ".json" or path.is_dir():
-        raise EasySpecError(f"--out {path} is no .json file in a directory that exists")
-    check_writable(path)  # an OSError says what is wrong
+        raise EasySpecError(f"--out {path} must be a .json file in a directory that exists")
+    check_writable(path)
 
 
 def save(path: Path, text: str) -> None:
-    """Replaces the file, if there is one, once all of the text is on disk."""
+    """Replace the file, if there is one, once all of the text is on disk."""
     write_whole(path, text.encode())
-
-
-def draw_again(program: str, doc: str | None, draw: Draw, argv: Sequence[str] | None) -> int:
-    """The command that draws results once more; returns its exit code."""
-    parser = Parser(prog=f"python -m {program}", description=doc)
-    parser.add_argument("measured", type=Path, metavar="JSON", help="what was measured")
-    parser.add_argument("--out", type=Path, help="default: the same name, as .png")
-
-    def run(args: argparse.Namespace) -> None:
-        try:
-            picture = draw(read_json(args.measured))
-        except KeyError as missing:
-            raise EasySpecError(f"{args.measured} holds no {missing}") from None
-        write_whole(args.out or args.measured.with_suffix(".png"), picture)
-
-    return run_command(program, parser, run, argv)

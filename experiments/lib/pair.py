@@ -1,20 +1,27 @@
-"""The flags that say which pair of models an experiment is about, and what it is asked."""
+"""The flags that say which models an experiment is about and what they are asked."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
 from easyspec_jax import Engine, SpeculativeConfig, demo, open_model
-from easyspec_jax.cli.command import Parser, read_prompts
-from experiments.questions import Question, code_questions, read_questions
+from easyspec_jax.checkpoint.directory import Checkpoint, open_checkpoint
+from easyspec_jax.cli.command import Parser, add_allow_links, read_prompts
+from experiments.lib.questions import Question, code_questions, read_questions
 
-HERE = Path(__file__).parent
+DATA = Path(__file__).parents[1] / "data"
+
+
+def add_models(parser: Parser) -> None:
+    """Add the flags of a pair, and --allow-links for its checkpoints."""
+    parser.add_argument("--target", help="default: the bundled pair")
+    parser.add_argument("--draft")
+    add_allow_links(parser)
 
 
 def add_flags(parser: Parser) -> None:
-    """Models, devices and questions."""
-    parser.add_argument("--target", help="default: the bundled pair")
-    parser.add_argument("--draft")
+    """Add the flags of models, devices and questions."""
+    add_models(parser)
     parser.add_argument("--mesh", default="1")
     parser.add_argument("--platform")
     parser.add_argument("--dtype", default="auto")
@@ -28,28 +35,45 @@ def add_flags(parser: Parser) -> None:
 def open_pair(
     args: argparse.Namespace, speculative: SpeculativeConfig, mesh: str | None = None
 ) -> Engine:
-    """The models of the flags, on their mesh or another. Raises EasySpecError as open_model does."""
+    """Open the models of the flags, on their mesh or another.
+
+    Raises:
+        EasySpecError: As open_model.
+    """
     return open_model(
         args.target,
         args.draft,
         mesh=mesh or args.mesh,
-        platform=args.platform,
-        dtype=args.dtype,
+        platform=getattr(args, "platform", None),
+        dtype=getattr(args, "dtype", "auto"),
         speculative=speculative,
+        allow_links=args.allow_links,
     )
 
 
+def open_draft(args: argparse.Namespace) -> Checkpoint:
+    """Open the checkpoint of --draft, by default the bundled draft.
+
+    Raises:
+        EasySpecError: As open_checkpoint.
+    """
+    return open_checkpoint(args.draft or demo.DRAFT, allow_links=args.allow_links)
+
+
 def questions_of(args: argparse.Namespace) -> list[Question]:
-    """What is asked. Raises EasySpecError for a bad file."""
+    """Read what is asked.
+
+    Raises:
+        EasySpecError: The file of --questions is not one.
+    """
     if args.questions is None and args.target is None:
-        return code_questions(read_prompts(HERE / "code_prompts.txt"))
-    return read_questions(args.questions or HERE / "questions.jsonl")
+        return code_questions(read_prompts(DATA / "code_prompts.txt"))
+    return read_questions(args.questions or DATA / "questions.jsonl")
 
 
 def names(args: argparse.Namespace) -> dict[str, Any]:
-    """What the models are called, and whether they are the bundled pair."""
-    called = {
-        name: Path(getattr(args, name) or getattr(demo, name.upper())).name
-        for name in ("target", "draft")
-    }
+    """Name the models, and say whether they are the bundled pair."""
+    called = {}
+    for name in ("target", "draft"):
+        called[name] = Path(getattr(args, name) or getattr(demo, name.upper())).name
     return called | {"bundled": args.target is None}

@@ -63,7 +63,7 @@ def read_questions(path: Path) -> list[Question]:
         if line.strip()
     ]
     if not found:
-        raise EasySpecError(f"--questions {path} holds no question")
+        raise EasySpecError(f"--questions {path} has no questions")
     return found
 
 
@@ -77,7 +77,7 @@ def _question(line: str, place: str) -> Question:
         fields = json.loads(line)
         question = Question(fields["question_id"], fields["category"], tuple(fields["turns"]))
     except (ValueError, TypeError, KeyError) as error:
-        raise EasySpecError(f"{place} is no question of Spec-Bench's form: {error!r}") from None
+        raise EasySpecError(f"{place} is not a question in Spec-Bench's form: {error!r}") from None
     if not question.turns or not all(isinstance(turn, str) and turn for turn in question.turns):
         raise EasySpecError(f'{place}: "turns" must be a list of texts')
     if not isinstance(question.category, str):

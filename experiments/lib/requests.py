@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from easyspec_jax import SamplingParams
 from easyspec_jax.cli.command import read_prompts
-from experiments.pair import HERE
+from experiments.lib.pair import DATA
 
 WAYS = (SamplingParams(), SamplingParams(0.8), SamplingParams(1.0, top_k=40, top_p=0.95))
 """One of each kind of program: greedy, sampling, and sampling from the likeliest."""
@@ -22,7 +22,7 @@ class RowSampling(NamedTuple):
 
 def piece(random: Random, lines: int) -> str:
     """Up to so many lines of code, the last one cut anywhere; never empty."""
-    chosen = random.choices(read_prompts(HERE / "code_prompts.txt"), k=random.randint(1, lines))
+    chosen = random.choices(read_prompts(DATA / "code_prompts.txt"), k=random.randint(1, lines))
     return "\n    ".join([*chosen[:-1], chosen[-1][: random.randint(1, len(chosen[-1]))]])
 
 

@@ -6,25 +6,32 @@ No figure here is a time.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import cycle, groupby
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rich.table import Table
 
-from easyspec_jax import Engine, SamplingParams, SpeculativeConfig, open_model
+from easyspec_jax import Engine, SamplingParams, SpeculativeConfig
 from easyspec_jax.cli.command import Parser, cache_compilations, read_prompts
 from easyspec_jax.draft.grouping import format_layout
+from easyspec_jax.drawing import INK, SOFT, STYLE, WHITE, png
 from easyspec_jax.options import Verifier
 from easyspec_jax.progress import bar
-from experiments.draw_acceptance import Row, draw
-from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
-from experiments.pair import names
+from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.lib.pair import DATA, add_models, names, open_pair
+from experiments.lib.tables import Rows
 
-HERE = Path(__file__).parent
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 GREEDY = "greedy"
+
+Row = dict[str, Any]
+"""The figures of one variant."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +106,7 @@ def measure_grid(args: argparse.Namespace, prompts: Sequence[str]) -> list[Row]:
     layouts = dict.fromkeys(config.weights_key for config in configs.values())
 
     def opened(layout: SpeculativeConfig) -> Engine:
-        return open_model(
-            args.target, args.draft, mesh=args.mesh, platform=args.platform, speculative=layout
-        )
+        return open_pair(args, layout)
 
     for layout in layouts:
         opened(layout)  # which checks it and reads no weights
@@ -160,11 +165,161 @@ def print_tables(rows: Sequence[Row]) -> None:
         show(table)
 
 
+PANELS = {"mean_acceptance_length": "Tokens per target pass", "acceptance_rate": "Acceptance rate"}
+
+COLORS = ("#000000", "#0072b2", "#009e73", "#d55e00", "#cc79a7", "#e69f00")
+MARKERS = "osD^vP"
+"""Both by tree width; the colours are those of Okabe and Ito."""
+
+STROKES: dict[str, dict[str, Any]] = {
+    "calibrated": {"linestyle": "-"},
+    "not calibrated": {"linestyle": (0, (4, 2)), "markerfacecolor": WHITE},
+    "refit": {"linestyle": (0, (1, 1.5))},
+}
+"""By how a fuzzy draft is kept near the exact one; what is refit is calibrated too."""
+
+OWN_STYLE = {"axes.titlesize": 11, "lines.markersize": 5, "figure.constrained_layout.h_pad": 0.08}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A tree width with one kind of fuzzy draft, over N; all start at the exact draft."""
+
+    width: int
+    kind: str
+    style: dict[str, Any]
+
+    def has(self, row: Row) -> bool:
+        return row["tree_width"] == self.width and (
+            row["lp_size"] == 1 or kind_of(row) == self.kind
+        )
+
+
+def kind_of(row: Row) -> str:
+    """Which of STROKES is the row's."""
+    if row.get("refit"):
+        return "refit"
+    return "calibrated" if row["calibration"] else "not calibrated"
+
+
+def lines_of(rows: Sequence[Row]) -> list[Line]:
+    """A line for every width and kind there is; those of a width have one colour."""
+    widths, kinds = sorted({row["tree_width"] for row in rows}), {kind_of(row) for row in rows}
+    return [
+        Line(width, kind, {"color": color, "marker": marker} | stroke)
+        for width, color, marker in zip(widths, cycle(COLORS), cycle(MARKERS), strict=False)
+        for kind, stroke in STROKES.items()
+        if kind in kinds
+    ]
+
+
+def draw(measured: dict[str, Any]) -> bytes:
+    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    return png(lambda: _figure(measured), STYLE | OWN_STYLE)
+
+
+def _figure(measured: dict[str, Any]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    results = measured["results"]
+    ways = {way: [row for row in results if way_of(row) == way] for way in map(way_of, results)}
+    lines = lines_of(results)
+    figure = Figure(figsize=(10, 1.2 + 3 * len(ways)), dpi=120, layout="constrained")
+    figure.suptitle(title_of(measured), weight="bold", size=13)
+    panels = figure.subplots(len(ways), len(PANELS), squeeze=False)
+    for (way, rows), beside in zip(ways.items(), panels, strict=True):
+        for (name, title), axes in zip(PANELS.items(), beside, strict=True):
+            axes.set_title(f"{title}: {way}")
+            draw_panel(axes, lines, rows, name)
+    for axes in panels[-1]:
+        axes.set_xlabel("N, draft layers that run at once")
+    draw_legend(figure, lines)
+    return figure
+
+
+def way_of(row: Row) -> str:
+    """How the row's tokens were chosen."""
+    return (
+        "greedy"
+        if row["temperature"] == 0
+        else f"temperature {row['temperature']:g}, {row['verifier']}"
+    )
+
+
+def draw_panel(axes: "Axes", lines: Sequence[Line], rows: Sequence[Row], name: str) -> None:
+    """One figure over N."""
+    for line in reversed(lines):  # calibrated ones come last, on top
+        points = sorted((row["lp_size"], row[name]) for row in rows if line.has(row))
+        axes.plot(*zip(*points, strict=True), **line.style)
+    axes.set_xticks(sorted({row["lp_size"] for row in rows}))
+    axes.tick_params(colors=SOFT, labelcolor=INK)
+
+
+def draw_legend(figure: "Figure", lines: Sequence[Line]) -> None:
+    """What colours and strokes mean, below the panels."""
+    from matplotlib.lines import Line2D
+
+    first = lines[0].kind
+    widths = [
+        Line2D([], [], **line.style, label=f"tree width {line.width}")
+        for line in lines
+        if line.kind == first
+    ]
+    kinds = dict.fromkeys(line.kind for line in lines)
+    strokes = [
+        Line2D([], [], color=SOFT, **STROKES[kind], marker="o", label=kind) for kind in kinds
+    ]
+    figure.legend(
+        handles=[*widths, *strokes], loc="outside lower center", ncols=len(widths) + len(strokes)
+    )
+
+
+def title_of(measured: dict[str, Any]) -> str:
+    """The pair, and what was decoded."""
+    target, draft = measured["target"], measured["draft"]
+    pair = f"{target} drafting for itself" if target == draft else f"{target}, drafted by {draft}"
+    texts = f"{len(measured['prompts'])} prompts of up to {measured['max_new_tokens']} tokens"
+    levels = f"{measured['num_speculative_tokens']} levels a round"
+    return f"{'The bundled pair' if measured['bundled'] else pair}: {levels}, {texts}"
+
+
+def tabulate(measured: Mapping[str, Any]) -> Rows:
+    """Of acceptance: α at temperature 0 by width and N for each kind of draft, and the loss against the exact draft."""
+    greedy = [row for row in measured["results"] if row["temperature"] == 0]
+    kinds, sizes, widths = (
+        list(dict.fromkeys(values))
+        for values in (
+            map(kind, greedy),
+            (row["lp_size"] for row in greedy),
+            (row["tree_width"] for row in greedy),
+        )
+    )
+    table = []
+    for width in widths:
+        rows = [row for row in greedy if row["tree_width"] == width]
+        exact = next((row["acceptance_rate"] for row in rows if row["lp_size"] == 1), None)
+        for size in sizes:
+            own = {kind(row): row["acceptance_rate"] for row in rows if row["lp_size"] == size}
+            shown: dict[str, Any] = {"width": width, "N": "1, exact" if size == 1 else size}
+            for name in kinds:
+                shown[f"α, {name}"] = own.get(name)
+                if size > 1 and exact is not None and name in own:
+                    shown[f"loss, {name}"] = exact - own[name]
+            table.append(shown)
+    names = list(dict.fromkeys(name for row in table for name in row))
+    return [{name: row.get(name) for name in names} for row in table]
+
+
+def kind(row: Mapping[str, Any]) -> str:
+    """Of a draft in a file of acceptance."""
+    return "refit" if row.get("refit") else "calibrated" if row["calibration"] else "no calibration"
+
+
 def run(args: argparse.Namespace) -> None:
     """Measures the grid, prints it, writes the JSON and draws it."""
     cache_compilations()
     prompts = read_prompts(
-        args.prompt_file or HERE / ("prompts.txt" if args.target else "code_prompts.txt")
+        args.prompt_file or DATA / ("prompts.txt" if args.target else "code_prompts.txt")
     )
     out = destination(args)
     rows = measure_grid(args, prompts)
@@ -184,8 +339,7 @@ def destination(args: argparse.Namespace) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.acceptance", description=__doc__)
-    parser.add_argument("--target", help="default: the bundled pair")
-    parser.add_argument("--draft")
+    add_models(parser)
     parser.add_argument("--mesh", default="1")
     parser.add_argument("--platform")
     parser.add_argument(

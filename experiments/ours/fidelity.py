@@ -19,8 +19,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from easyspec_jax import EasySpecError, Engine, SamplingParams, SpeculativeConfig, demo, open_model
-from easyspec_jax.checkpoint.directory import open_checkpoint
-from easyspec_jax.cli.command import Parser, cache_compilations, read_prompts, run_command
+from easyspec_jax.cli.command import (
+    Parser,
+    add_allow_links,
+    cache_compilations,
+    read_prompts,
+    run_command,
+)
 from easyspec_jax.draft.grouping import format_layout
 from easyspec_jax.draft.layer_group import LayerGroup, load_draft, run_fuzzy
 from easyspec_jax.draft.refit_file import choose_layout
@@ -30,9 +35,9 @@ from easyspec_jax.parallel.mesh import ALL_AXES
 from easyspec_jax.progress import bar
 from easyspec_jax.refit.fidelity import DEPTHS, fidelity
 from easyspec_jax.refit.teacher import drafted_window, exact_window
+from experiments.lib.pair import DATA, open_draft
 
 PROGRAM = "experiments.fidelity"
-HERE = Path(__file__).parent
 
 Texts = Int[np.ndarray, "texts tokens"]
 Counted = Bool[np.ndarray, "texts tokens"]
@@ -141,15 +146,18 @@ def prepare(
     Raises EasySpecError for groups in which nothing is fuzzy, before anything is computed.
     """
     prompts = read_prompts(
-        args.prompts or HERE / ("code_prompts.txt" if args.draft == demo.DRAFT else "prompts.txt")
+        args.prompts or DATA / ("code_prompts.txt" if args.draft == demo.DRAFT else "prompts.txt")
     )
-    draft = open_checkpoint(args.draft)
+    draft = open_draft(args)
     if any(choose_layout(speculative, draft)[0].lp_size == 1 for speculative in speculations):
         raise EasySpecError(
             "in groups of one layer nothing is fuzzy; give an --lp-size of at least 2"
         )
     engine = open_model(
-        args.draft, speculative=SpeculativeConfig(method="vanilla"), dtype="float32"
+        args.draft,
+        speculative=SpeculativeConfig(method="vanilla"),
+        dtype="float32",
+        allow_links=args.allow_links,
     )
     return engine, *continuations(engine, prompts, args.chat, args.max_new_tokens)
 
@@ -191,6 +199,7 @@ def measure_all(
 def add_flags(parser: Parser) -> None:
     """The draft, and what it is measured on."""
     parser.add_argument("--draft", type=Path, default=demo.DRAFT, help="default: the bundled one")
+    add_allow_links(parser)
     parser.add_argument(
         "--prompts",
         type=Path,

@@ -7,23 +7,29 @@ those layouts that have one, which `python -m easyspec_jax.refit --lp-strategy S
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from easyspec_jax import EasySpecError, SpeculativeConfig, demo
-from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.draft.grouping import Layout, format_layout, layout_of, paper_groups
 from easyspec_jax.draft.refit_file import find
+from easyspec_jax.drawing import png
 from easyspec_jax.refit.fidelity import DEPTHS
-from experiments.draw_frontier import draw
-from experiments.fidelity import add_flags, measure_all
-from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.lib.pair import open_draft
+from experiments.lib.picture import draft_title
+from experiments.lib.tables import Rows
+from experiments.ours.fidelity import add_flags, measure_all
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def default_strategies(num_layers: int) -> list[str]:
@@ -62,11 +68,69 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     show(table)
 
 
+LOOKS = (("#000000", "o"), ("#0072b2", "s"), ("#d55e00", "D"), ("#56b4e9", "^"))
+"""By depth; the colours are those of Okabe and Ito, and far apart in grey."""
+
+
+def draw(measured: dict[str, Any]) -> bytes:
+    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    return png(lambda: _figure(measured))
+
+
+def _figure(measured: dict[str, Any]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    rows = measured["results"]
+    kinds = [kind for kind in (False, True) if any(row["refit"] == kind for row in rows)]
+    figure = Figure(figsize=(1.2 + 5.2 * len(kinds), 4.8), dpi=120, layout="constrained")
+    title = f"What a fuzzy pass of {draft_title(measured)} keeps\nby what it waits for"
+    figure.suptitle(title, weight="bold", size=13)
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for axes, kind in zip(panels, kinds, strict=True):
+        _curves(axes, [row for row in rows if row["refit"] == kind])
+        axes.set_title("with a refit" if kind else "plain", size=11)
+    panels[0].set_ylabel("Σ min(p fuzzy, p exact)")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(LOOKS)
+    )
+    return figure
+
+
+def _curves(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
+    places = [row["collectives"] for row in rows]
+    for depth, (color, marker) in enumerate(LOOKS):
+        values = [row["overlap"][depth] for row in rows]
+        axes.plot(places, values, marker, color=color, markersize=5, label=f"depth {depth + 1}")
+        axes.plot(*zip(*frontier(rows, depth), strict=True), color=color, linewidth=1.2)
+    axes.set_xlabel("collectives of a fuzzy pass")
+    axes.locator_params(axis="x", integer=True)
+
+
+def frontier(rows: Sequence[dict[str, Any]], depth: int) -> list[tuple[int, float]]:
+    """Collectives and overlap of what keeps more than everything with no more collectives, fewest first."""
+    found: list[tuple[int, float]] = []
+    for row in sorted(rows, key=lambda row: (row["collectives"], -row["overlap"][depth])):
+        if not found or row["overlap"][depth] > found[-1][1]:
+            found.append((row["collectives"], row["overlap"][depth]))
+    return found
+
+
+def tabulate(measured: Mapping[str, Any]) -> Rows:
+    """Of frontier."""
+    return [
+        {"collectives": row["collectives"], "MLPs in a row": row["sequential_mlps"]}
+        | {"refit": "yes" if row["refit"] else "no"}
+        | {f"overlap at depth {depth}": value for depth, value in enumerate(row["overlap"], 1)}
+        | {"layout": row["groups"]}
+        for row in measured["results"]
+    ]
+
+
 def run(args: argparse.Namespace) -> None:
     """Measures, prints, writes the JSON and draws it."""
     cache_compilations()
     prepare(args.out)
-    layers = open_checkpoint(args.draft).config.num_hidden_layers
+    layers = open_draft(args).config.num_hidden_layers
     asked = ways(args.lp_strategies or default_strategies(layers), args.refit, layers)
     rows = sorted(measure_all(args, asked), key=lambda row: (row["refit"], -row["collectives"]))
     print_table(rows)

@@ -15,9 +15,8 @@ from convert.huggingface import open_huggingface
 from convert.shards import HUGGING_FACE
 from convert.stream import convert
 from easyspec_jax.checkpoint.directory import open_checkpoint
-from experiments.gguf_file import write_gguf
-from experiments.output import cores
-from experiments.roofline_texts import torch_device
+from experiments.lib.machine import cores, torch_device
+from experiments.ours.gguf_file import write_gguf
 
 Complete = Callable[[Sequence[int]], list[int]]
 """From a prompt's ids to the generated ones, a stop token included."""
@@ -53,12 +52,14 @@ class Task:
     max_new_tokens: int
     length: int
     gguf: Path | None = None
+    allow_links: bool = False
 
     def exported(self, name: str) -> Path:
         """The "target" or the "draft" as a Hugging Face directory, whatever it was, in the dtype of the task."""
         out = self.directory / name
         if not out.exists():
-            convert(open_huggingface(getattr(self, name)), out, self.dtype, HUGGING_FACE)
+            model = open_huggingface(getattr(self, name), self.allow_links)
+            convert(model, out, self.dtype, HUGGING_FACE)
         return out
 
     def ended(self, tokens: Sequence[int]) -> list[int]:
@@ -127,7 +128,7 @@ def llama_cpp_peers(task: Task) -> dict[str, Peer]:
 
     files = {name: task.directory / f"{name}.gguf" for name in ("target", "draft")}
     for name, path in files.items():
-        write_gguf(open_checkpoint(getattr(task, name)), path)
+        write_gguf(open_checkpoint(getattr(task, name), allow_links=task.allow_links), path)
     levels = task.num_speculative_tokens
 
     def opened(path: Path, **options: Any) -> Any:

@@ -15,19 +15,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from rich.table import Table
 
 from easyspec_jax import EasySpecError, Engine, SamplingParams, SpeculativeConfig, demo
 from easyspec_jax.cli.command import Parser, cache_compilations
+from easyspec_jax.drawing import INK, SOFT, WHITE, dress_bars, png
 from easyspec_jax.progress import bar
-from experiments.divergence import NextLogits, divergence, first_difference, next_logits
-from experiments.draw_peers import draw
-from experiments.output import RESULTS, cores, prepare, publish, run_experiment, settings, show
-from experiments.pair import add_flags, names, open_pair, questions_of
-from experiments.peer_engines import EXACT, Complete, Peer, Task, open_peers
+from experiments.lib.divergence import NextLogits, divergence, first_difference, next_logits
+from experiments.lib.machine import cores
+from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.lib.pair import add_flags, names, open_pair, questions_of
+from experiments.lib.picture import pair_title
+from experiments.lib.tables import Rows
+from experiments.ours.peer_engines import EXACT, Complete, Peer, Task, open_peers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PLAIN = "plain"
 
@@ -156,6 +162,7 @@ def measure(
         max_new_tokens=args.max_new_tokens,
         length=max(map(len, prompts)) + args.max_new_tokens,
         gguf=args.gguf,
+        allow_links=args.allow_links,
     )
     peers, missing = open_peers(task)
     own = {
@@ -214,13 +221,92 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     show(table)
 
 
+OURS, THEIRS = "#0072b2", "#e69f00"
+"""Of Okabe and Ito, and far apart in grey."""
+
+
+def draw(measured: dict[str, Any]) -> bytes:
+    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    return png(lambda: _figure(measured))
+
+
+def _figure(measured: dict[str, Any]) -> "Figure":
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    rows = [row for row in measured["results"] if "missing" not in row]
+    missing = [
+        f"{row['name']}: {row['missing']}" for row in measured["results"] if "missing" in row
+    ]
+    figure = Figure(figsize=(9, 1.9 + 0.42 * len(rows)), dpi=120, layout="constrained")
+    figure.suptitle(pair_title(measured), weight="bold", size=13)
+    axes: Any = figure.subplots()
+    for place, row in enumerate(rows):
+        ratios = row["over_plain"]
+        middle = median(ratios)
+        spread = [[middle - min(ratios)], [max(ratios) - middle]]
+        axes.barh(place, middle, height=0.62, color=THEIRS if _foreign(row["name"]) else OURS)
+        axes.errorbar([middle], [place], xerr=spread, color=INK, capsize=3, linewidth=1)
+        text = f"{middle:.2f} ×, {row['identical']:.0%} identical"
+        box = {
+            "facecolor": WHITE,
+            "edgecolor": "none",
+            "pad": 1,
+        }  # over the line that marks plain decoding
+        at = {"textcoords": "offset points", "xytext": (7, 0), "va": "center", "size": 9}
+        axes.annotate(text, (max(ratios), place), bbox=box, **at)
+    axes.axvline(1, color=SOFT, linestyle=(0, (4, 2)), linewidth=1)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(
+        0, 1.35 * max(max(row["over_plain"]) for row in rows)
+    )  # leaves room for what stands behind the bars
+    axes.set_xlabel(
+        "tokens/s over those of our plain decoding" + "".join(f"\n{line}" for line in missing)
+    )
+    axes.set_title(
+        f"{measured['platform']}, {measured['dtype']}, {measured['threads']} threads", size=11
+    )
+    dress_bars(axes)
+    handles = [Patch(color=OURS, label="this package"), Patch(color=THEIRS, label="other engines")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    return figure
+
+
+def _foreign(name: str) -> bool:
+    return name.startswith(("transformers", "llama.cpp", "vLLM"))
+
+
+def tabulate(measured: Mapping[str, Any]) -> Rows:
+    """Of peers; speeds are medians over the repeats."""
+    table = []
+    for row in measured["results"]:
+        if "missing" in row:
+            table.append({"engine": row["name"], "weights": f"not measured: {row['missing']}"})
+            continue
+        gaps = [
+            place["logit_gap"] for place in row["divergences"] if place["logit_gap"] is not None
+        ]
+        table.append({
+            "engine": row["name"],
+            "tokens/s": median(row["tokens_per_second"]),
+            "over plain": median(row["over_plain"]),
+            "identical": f"{row['identical']:.1%}",
+            "largest logit gap": max(gaps, default=None),
+            "weights": row["weights"],
+            "version": row["version"],
+        })  # fmt: skip
+    names = list(dict.fromkeys(name for row in table for name in row if name != "weights"))
+    return [{name: row.get(name) for name in [*names, "weights"]} for row in table]
+
+
 def run(args: argparse.Namespace) -> None:
     """Measures, prints, writes the JSON and draws it."""
     if args.repeats < 1:
         raise EasySpecError(f"--repeats {args.repeats} must be at least 1")
     if args.gguf is not None and not args.gguf.is_file():
         raise EasySpecError(
-            f"--gguf {args.gguf} is no file; leave it out, or give a GGUF file of the target"
+            f"--gguf {args.gguf} is not a file; leave it out, or give a GGUF file of the target"
         )
     prepare(args.out)
     cache_compilations()

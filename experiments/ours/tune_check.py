@@ -7,17 +7,18 @@ What is not on the grid (other numbers of levels) is not tried.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from easyspec_jax import Engine
 from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.draft.refit_file import refit_sizes
+from easyspec_jax.drawing import SOFT, png
 from easyspec_jax.engine.tuned_file import label
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
 from easyspec_jax.parallel.mesh import parse_mesh
@@ -26,9 +27,14 @@ from easyspec_jax.tune.bench import Sample
 from easyspec_jax.tune.candidates import Candidate, Space, candidates
 from easyspec_jax.tune.confirm import alternate, confirmed
 from easyspec_jax.tune.tuning import MAX_NEW_TOKENS, default_sample, open_pair, tune_over
-from experiments.draw_tune_check import draw
-from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
-from experiments.pair import names
+from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.lib.pair import add_models, names
+from experiments.lib.picture import pair_title
+from experiments.lib.tables import Rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ALTERNATIONS = 5
 
@@ -61,7 +67,10 @@ def sweep(
 def open_all(args: argparse.Namespace) -> dict[str, Engine]:
     """By mesh, the largest first: JAX makes its virtual devices once. Raises EasySpecError as tune_over()."""
     meshes = sorted(args.meshes, key=lambda mesh: parse_mesh(mesh).size, reverse=True)
-    return {mesh: open_pair(args.target, args.draft, mesh, None, None, "auto") for mesh in meshes}
+    models, links = (args.target, args.draft), args.allow_links
+    return {
+        mesh: open_pair(*models, mesh, None, None, "auto", allow_links=links) for mesh in meshes
+    }
 
 
 def check(args: argparse.Namespace, mesh: str, engine: Engine) -> dict[str, Any]:
@@ -142,6 +151,59 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     show(table)
 
 
+CHOICE, FASTEST = "#d55e00", "#0072b2"
+"""Of Okabe and Ito."""
+
+
+def draw(measured: dict[str, Any]) -> bytes:
+    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    return png(lambda: _figure(measured))
+
+
+def _figure(measured: dict[str, Any]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    rows = measured["results"]
+    figure = Figure(figsize=(1.2 + 4.8 * len(rows), 4.6), dpi=120, layout="constrained")
+    figure.suptitle(
+        f"{pair_title(measured)}: tune's choice\namong all candidates", weight="bold", size=13
+    )
+    panels = figure.subplots(1, len(rows), squeeze=False)[0]
+    for axes, row in zip(panels, rows, strict=True):
+        _sweep(axes, row)
+    panels[0].set_ylabel("times plain decoding")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def _sweep(axes: "Axes", row: dict[str, Any]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    gains = sorted(row["gains"].values(), reverse=True)
+    axes.plot(
+        range(1, len(gains) + 1), gains, "o", color=SOFT, markersize=4, label="candidates, as swept"
+    )
+    axes.axhline(
+        row["fastest_over_plain"],
+        color=FASTEST,
+        linestyle=(0, (4, 2)),
+        label="the fastest, run again",
+    )
+    axes.axhline(row["choice_over_plain"], color=CHOICE, label="the choice, run beside it")
+    axes.set_title(f"--mesh {row['mesh']}: {row['choice']}", size=9)
+    axes.set_xlabel("candidates, best first")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=0)
+
+
+def tabulate(measured: Mapping[str, Any]) -> Rows:
+    """Of tune_check: a row a mesh."""
+    names = {"mesh": "mesh", "seconds": "seconds of tuning", "choice": "choice", "choice_over_plain": "over plain",
+             "candidates": "candidates swept", "fastest": "the fastest", "fastest_over_plain": "its gain over plain",
+             "share_of_fastest": "choice over the fastest"}  # fmt: skip
+    return [{label: row[name] for name, label in names.items()} for row in measured["results"]]
+
+
 def run(args: argparse.Namespace) -> None:
     """Tunes and sweeps on each mesh, prints, writes the JSON and draws it."""
     prepare(args.out)
@@ -154,8 +216,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.tune_check", description=__doc__)
-    parser.add_argument("--target", help="default: the bundled pair")
-    parser.add_argument("--draft")
+    add_models(parser)
     parser.add_argument("--meshes", nargs="+", default=["1", "8"], metavar="MESH")
     parser.add_argument("--lp-sizes", type=int, nargs="+", default=[1, 2, 3, 4, 7])
     parser.add_argument("--mlp-lp-sizes", type=int, nargs="+", default=[1, 2])

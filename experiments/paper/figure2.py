@@ -7,9 +7,9 @@ the round of median duration is shown. Profiling costs time; the median round wi
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -18,12 +18,18 @@ from rich.table import Table
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig
 from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.decode.timing import Case, alternate, round_case
+from easyspec_jax.drawing import INK, dress_bars, png
 from easyspec_jax.parallel.mesh import parse_mesh
-from experiments.draw_figure2 import draw
-from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
-from experiments.pair import add_flags, names, open_pair, questions_of
-from experiments.table2 import ONE_DEVICE, TENSOR_PARALLEL, Way, complete
-from experiments.timeline import ROUND, Timeline, by_bin, lane, middle, read_timeline
+from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.lib.pair import add_flags, names, open_pair, questions_of
+from experiments.lib.picture import pair_title
+from experiments.lib.tables import Rows
+from experiments.paper.table2 import ONE_DEVICE, TENSOR_PARALLEL, Way, complete
+from experiments.paper.timeline import ROUND, Timeline, by_bin, lane, middle, read_timeline, runs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BINS = 4000
 """Of the longest round: a few for a pixel."""
@@ -149,6 +155,80 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['tokens_per_round']:.2f}",
         )
     show(table)
+
+
+KINDS = {
+    ".": ("idle", "#dcdcdc"),
+    "x": ("in collectives, waiting included", "#e69f00"),
+    "c": ("computing", "#0072b2"),
+}
+"""By the letter of a lane. Of Okabe and Ito, and far apart in grey."""
+
+
+def draw(measured: dict[str, Any]) -> bytes:
+    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    return png(lambda: _figure(measured))
+
+
+def _figure(measured: dict[str, Any]) -> "Figure":
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    rows = measured["results"]
+    lanes = max(len(row["lanes"]) for row in rows)
+    figure = Figure(
+        figsize=(12, 1.8 + len(rows) * (0.75 + 0.21 * lanes)), dpi=120, layout="constrained"
+    )
+    figure.suptitle(
+        f"One round on every device: {pair_title(measured)}, --mesh {measured['mesh']}",
+        weight="bold",
+        size=13,
+    )
+    panels = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, row in zip(panels, rows, strict=True):
+        _panel(axes, row)
+    panels[-1].set_xlim(0, max(1e3 * row["traced_round_seconds"] for row in rows))
+    panels[-1].set_xlabel("milliseconds since the round was dispatched")
+    patches = [Patch(facecolor=color, label=name) for name, color in reversed(KINDS.values())]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches))
+    return figure
+
+
+def _panel(axes: "Axes", row: dict[str, Any]) -> None:
+    milliseconds = 1e3 * row["bin_seconds"]
+    for place, letters in enumerate(row["lanes"].values()):
+        # Each over what may show through where it fills a pixel in part.
+        for (_, color), shown in zip(KINDS.values(), (".xc", "xc", "c"), strict=True):
+            bars = [
+                (first * milliseconds, count * milliseconds)
+                for first, count in runs(letters, shown)
+            ]
+            axes.broken_barh(bars, (place - 0.4, 0.8), facecolor=color, linewidth=0)
+    split = " × ".join(f"{size} {axis}" for axis, size in row["mesh"].items())
+    shares = f"computing {row['computing']:.0%}, in collectives {row['in_collectives']:.0%}, idle {row['idle']:.0%}"
+    tokens = f"{row['tokens_per_round']:.2f} tokens a round"
+    axes.set_title(f"{row['way']} (mesh {split}): {shares}; {tokens}", size=10.5, color=INK)
+    dress_bars(axes)
+    axes.set_yticks(range(len(row["lanes"])), list(row["lanes"]), size=8)
+    axes.set_ylabel("device")
+    axes.set_ylim(len(row["lanes"]) - 0.5, -0.5)
+
+
+def tabulate(measured: Mapping[str, Any]) -> Rows:
+    """Of figure2: shares of the round under the profiler, means over devices."""
+    return [
+        {
+            "way": row["way"],
+            "mesh": " × ".join(f"{size} {axis}" for axis, size in row["mesh"].items()),
+            "ms a round": 1e3 * row["round_seconds"],
+            "ms under the profiler": 1e3 * row["traced_round_seconds"],
+            "computing": row["computing"],
+            "in collectives": row["in_collectives"],
+            "idle": row["idle"],
+            "tokens a round": row["tokens_per_round"],
+        }
+        for row in measured["results"]
+    ]
 
 
 def run(args: argparse.Namespace) -> None:

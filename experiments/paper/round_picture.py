@@ -23,7 +23,7 @@ from easyspec_jax.parallel.mesh import MeshShape, parse_mesh
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 READABLE = {"layers": 14, "lp_size": 14, "devices": 8, "num_speculative_tokens": 8}
 """The most that fits on a page."""

@@ -9,11 +9,11 @@ measured.
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from rich.table import Table
@@ -21,6 +21,7 @@ from rich.table import Table
 from easyspec_jax import EasySpecError, SpeculativeConfig
 from easyspec_jax.checkpoint.config import read_json
 from easyspec_jax.cli.command import Parser
+from easyspec_jax.drawing import INK, dress_bars, png
 from easyspec_jax.engine.abstract import absent_mesh
 from easyspec_jax.options import DraftTensorParallelSize, Method, Platform
 from easyspec_jax.plan.configurations import find_config
@@ -28,9 +29,12 @@ from easyspec_jax.plan.machines import Machine, Topology, parse_topology
 from easyspec_jax.plan.report import tokens_per_second
 from easyspec_jax.plan.steps import Costs, Pair, Way, costs, verification_cost
 from easyspec_jax.progress import bar
-from experiments import paper
-from experiments.draw_simulate import draw
-from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.lib.tables import Rows
+from experiments.paper import published as paper
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHAPES = {
     "Llama-3-70B": "Llama-3.3-70B",
@@ -304,6 +308,96 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             "" if published is None else f"{published:.2f}",
         )
     show(table)
+
+
+COLORS = {None: "#bdbdbd", "1": "#0072b2", "all": "#e69f00"}
+"""By draft TP; of Okabe and Ito, and far apart in grey."""
+
+LABELS = {None: "no draft", "1": "draft on every device", "all": "draft split over all"}
+
+
+def draw(measured: dict[str, Any]) -> bytes:
+    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    return png(lambda: _figure(measured))
+
+
+def _figure(measured: dict[str, Any]) -> "Figure":
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    rows = [row for row in measured["results"] if row["fits"] and row["temperature"] == 0]
+    pairs = list(dict.fromkeys((row["target"], row["draft"]) for row in rows))
+    machines = list(dict.fromkeys(row["machine"] for row in rows))
+    of = {pair: [row for row in rows if (row["target"], row["draft"]) == pair] for pair in pairs}
+    ways = {pair: list(dict.fromkeys(row["way"] for row in own)) for pair, own in of.items()}
+    heights = [0.8 + len(names) for names in ways.values()]
+    figure = Figure(
+        figsize=(2 + 3.2 * len(machines), 1.6 + 0.62 * sum(heights)), dpi=110, layout="constrained"
+    )
+    figure.suptitle(
+        "Predicted speed-up over plain decoding on one device, greedily (estimates)",
+        weight="bold",
+        size=13,
+    )
+    grid = figure.subplots(
+        len(pairs),
+        len(machines),
+        squeeze=False,
+        sharex=True,
+        sharey="row",
+        gridspec_kw={"height_ratios": heights},
+    )
+    for line, pair in zip(grid, pairs, strict=True):
+        for axes, machine in zip(line, machines, strict=True):
+            _draw_panel(axes, [row for row in of[pair] if row["machine"] == machine], ways[pair])
+            axes.set_title(f"{machine}: {pair[0]}, {pair[1]}", size=9)
+    for axes in grid[-1]:
+        axes.set_xlabel("× one device")
+    handles: list[Any] = [Patch(color=color, label=LABELS[size]) for size, color in COLORS.items()]
+    marker = Line2D(
+        [], [], color=INK, marker="D", linestyle="none", label="the paper, measured on 8×A100"
+    )
+    figure.legend(handles=[*handles, marker], loc="outside lower center", ncols=4)
+    return figure
+
+
+def _draw_panel(axes: Any, rows: Sequence[dict[str, Any]], ways: Sequence[str]) -> None:
+    for row in rows:
+        size = row["draft_tensor_parallel_size"]
+        place = ways.index(row["way"]) + {None: 0, "1": -0.2, "all": 0.2}[size]
+        axes.barh(place, row["speedup"], height=0.64 if size is None else 0.36, color=COLORS[size])
+        end = max(row["speedup"], row["paper_speedup"] or 0)  # behind the paper's mark too
+        at = {"textcoords": "offset points", "xytext": (6, 0), "va": "center", "size": 8}
+        axes.annotate(f"{row['speedup']:.1f}", (end, place), **at)
+        if row["paper_speedup"] is not None:
+            axes.plot(row["paper_speedup"], ways.index(row["way"]), marker="D", color=INK, markersize=6,
+                      markeredgecolor="white")  # fmt: skip
+    axes.margins(x=0.16)
+    axes.set_yticks(range(len(ways)), ways)
+    axes.set_ylim(len(ways) - 0.5, -0.5)
+    dress_bars(axes)
+
+
+def tabulate(measured: Mapping[str, Any]) -> Rows:
+    """Of simulate: a row a pair, temperature, way and placement of the draft; tokens/s and speed-up by machine."""
+    rows = [row for row in measured["results"] if row["fits"]]
+    shared = {"target": "target", "draft": "draft", "temperature": "T", "way": "way", "lp_size": "N",
+              "draft_tensor_parallel_size": "draft TP", "acceptance_rate": "α"}  # fmt: skip
+    table: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        named = {column: row[name] for name, column in shared.items()} | {
+            "T": f"{row['temperature']:g}"
+        }
+        shown = table.setdefault(tuple(row[name] for name in shared), named)
+        shown[row["machine"]] = f"{row['tokens_per_second']:.1f} ({row['speedup']:.2f} ×)"
+    for key, shown in table.items():
+        row = next(row for row in rows if tuple(row[name] for name in shared) == key)
+        if row["paper_speedup"] is not None:
+            shown["the paper, 8×A100"] = (
+                f"{row['paper_tokens_per_second']:.1f} ({row['paper_speedup']:.2f} ×)"
+            )
+    return list(table.values())
 
 
 def run(args: argparse.Namespace) -> None:

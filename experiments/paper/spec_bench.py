@@ -9,10 +9,10 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
@@ -20,15 +20,20 @@ from rich.table import Table
 from easyspec_jax import EasySpecError, Engine, SamplingParams, SpeculativeConfig
 from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.decode.stats import Stats
+from easyspec_jax.drawing import INK, dress_bars, png
 from easyspec_jax.files import check_writable, write_whole
 from easyspec_jax.options import Method
 from easyspec_jax.progress import bar
 from easyspec_jax.tokenizer.conversation import Prompt
-from experiments.divergence import Divergence, divergence, next_logits
-from experiments.draw_spec_bench import draw
-from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
-from experiments.pair import add_flags, names, open_pair, questions_of
-from experiments.questions import Answer, Question
+from experiments.lib.divergence import Divergence, divergence, next_logits
+from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.lib.pair import add_flags, names, open_pair, questions_of
+from experiments.lib.picture import pair_title
+from experiments.lib.questions import Answer, Question
+from experiments.lib.tables import Rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OVERALL = "overall"
 
@@ -141,6 +146,81 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     show(table)
 
 
+SPEED, LENGTH = "#0072b2", "#e69f00"
+"""Of Okabe and Ito, and far apart in grey."""
+
+
+def draw(measured: dict[str, Any]) -> bytes:
+    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    return png(lambda: _figure(measured))
+
+
+def _figure(measured: dict[str, Any]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    rows = measured["results"]
+    figure = Figure(figsize=(9, 1.8 + 0.36 * len(rows)), dpi=120, layout="constrained")
+    figure.suptitle(f"{pair_title(measured)}, --mesh {measured['mesh']}", weight="bold", size=13)
+    speed, length = figure.subplots(1, 2, sharey=True)
+    panels = (
+        (
+            speed,
+            "speed over plain decoding",
+            "speedup",
+            SPEED,
+            [row["speedup_deviation"] for row in rows],
+        ),
+        (length, "tokens a round", "mean_acceptance_length", LENGTH, None),
+    )
+    for axes, label, name, color, deviations in panels:
+        values = [row[name] for row in rows]
+        axes.barh(
+            range(len(rows)),
+            values,
+            xerr=deviations,
+            color=color,
+            height=0.62,
+            ecolor=INK,
+            capsize=3,
+        )
+        for place, value in enumerate(values):
+            text: dict[str, Any] = {
+                "textcoords": "offset points",
+                "xytext": (4, 0),
+                "va": "center",
+                "size": 9,
+            }
+            axes.annotate(
+                f"{value:.2f}", (value + (deviations[place] if deviations else 0), place), **text
+            )
+        axes.set_xlabel(label)
+        axes.margins(x=0.16)
+        dress_bars(axes)
+        axes.set_yticks(
+            range(len(rows)), [f"{row['category']}\n{row['questions']} questions" for row in rows]
+        )
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+    speed.axvline(1, color=INK, linewidth=1, linestyle=":")
+    return figure
+
+
+def tabulate(measured: Mapping[str, Any]) -> Rows:
+    """Of spec_bench."""
+    return [
+        {
+            "category": row["category"],
+            "questions": row["questions"],
+            "tokens/s": row["tokens_per_second"],
+            "over plain": f"{row['speedup']:.2f} ± {row['speedup_deviation']:.2f}",
+            "tokens a round": row["mean_acceptance_length"],
+            "α": row["acceptance_rate"],
+            "same answers": row["same"],
+            "largest logit gap": row["largest_logit_gap"],
+        }
+        for row in measured["results"]
+    ]
+
+
 def run(args: argparse.Namespace) -> None:
     """Answers, prints the table, writes the JSON, draws it, and keeps the answers where that was asked for."""
     cache_compilations()
@@ -169,7 +249,7 @@ def _answer_files(answers: Path | None) -> list[Path]:
     if answers is None:
         return []
     if answers.suffix != ".jsonl" or not answers.parent.is_dir():
-        raise EasySpecError(f"--answers {answers} is no .jsonl file in a directory that exists")
+        raise EasySpecError(f"--answers {answers} must be a .jsonl file in a directory that exists")
     files = [answers, answers.with_name(f"{answers.stem}-plain.jsonl")]
     for path in files:
         check_writable(path)

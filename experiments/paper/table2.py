@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
@@ -22,15 +22,21 @@ from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.cli.console import print_note
 from easyspec_jax.decode.timing import alone, alternate, pass_case, round_case
 from easyspec_jax.draft.layer_group import run_fuzzy
+from easyspec_jax.drawing import INK, dress_bars, png
 from easyspec_jax.engine.completion import Completion
 from easyspec_jax.model.transformer import run_exact
 from easyspec_jax.parallel.mesh import parse_mesh
 from easyspec_jax.progress import bar
 from easyspec_jax.refit.__main__ import main as fit_refit
-from experiments.draw_table2 import draw
-from experiments.output import RESULTS, machine, prepare, publish, run_experiment, settings, show
-from experiments.pair import add_flags, names, open_pair, questions_of
-from experiments.questions import Question
+from experiments.lib.machine import machine
+from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.lib.pair import add_flags, names, open_pair, questions_of
+from experiments.lib.picture import pair_title
+from experiments.lib.questions import Question
+from experiments.lib.tables import speeds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ONE_DEVICE, TENSOR_PARALLEL = "one device", "TP"
 TOLERANCE = {"cpu": 0.2}
@@ -79,20 +85,19 @@ def refit_of(args: argparse.Namespace) -> Iterator[str | None]:
     if args.fit_tokens is None:
         yield args.refit
         return
-    draft = [] if args.draft is None else ["--draft", args.draft]
-    platform = [] if args.platform is None else ["--platform", args.platform]
+    words = [
+        "--dtype",
+        args.dtype,
+        "--lp-size",
+        f"{args.lp_size}",
+        "--tokens",
+        f"{args.fit_tokens}",
+    ]
+    for flag, value in (("--draft", args.draft), ("--platform", args.platform)):
+        words += [] if value is None else [flag, value]
+    words += ["--allow-links"] if args.allow_links else []
     with TemporaryDirectory() as directory:
-        asked = [
-            *draft,
-            *platform,
-            "--dtype",
-            args.dtype,
-            "--lp-size",
-            f"{args.lp_size}",
-            "--out",
-            directory,
-        ]
-        if fit_refit([*asked, "--tokens", f"{args.fit_tokens}"]):
+        if fit_refit([*words, "--out", directory]):
             raise EasySpecError(f"--fit-tokens {args.fit_tokens}: no refit for this run; see above")
         yield directory
 
@@ -253,6 +258,79 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['phases_over_round']:.2f}" if "phases_over_round" in row else "",
         )
     show(table)
+
+
+DRAFTING, VERIFICATION, WHOLE = "#0072b2", "#e69f00", "#bdbdbd"
+"""Of Okabe and Ito, and far apart in grey."""
+
+
+def draw(measured: dict[str, Any]) -> bytes:
+    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    return png(lambda: _figure(measured))
+
+
+def _figure(measured: dict[str, Any]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    rows = measured["results"]
+    temperatures = list(dict.fromkeys(row["temperature"] for row in rows))
+    figure = Figure(figsize=(9, 1.4 + 2.4 * len(temperatures)), dpi=120, layout="constrained")
+    figure.suptitle(f"{pair_title(measured)}, --mesh {measured['mesh']}", weight="bold", size=13)
+    panels = figure.subplots(len(temperatures), 1, squeeze=False, sharex=True)[:, 0]
+    for temperature, axes in zip(temperatures, panels, strict=True):
+        _draw_panel(axes, [row for row in rows if row["temperature"] == temperature])
+        axes.set_title(f"temperature {temperature:g}", size=11)
+    panels[-1].set_xlabel("seconds for 100 tokens")
+    handles = {
+        label: bars
+        for axes in panels
+        for bars, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def _draw_panel(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    for place, way in enumerate(dict.fromkeys(row["way"] for row in rows)):
+        own = [row for row in rows if row["way"] == way]
+        whole, gain = (
+            float(np.mean([row[name] for row in own]))
+            for name in ("seconds_per_100_tokens", "speedup")
+        )
+        if "drafting" in own[0]:
+            drafting, verification = (
+                float(np.mean([row[name] for row in own])) for name in ("drafting", "verification")
+            )
+            axes.barh(place, drafting, color=DRAFTING, height=0.62, label="drafting")
+            axes.barh(
+                place,
+                verification,
+                left=drafting,
+                color=VERIFICATION,
+                height=0.62,
+                label="verification",
+            )
+            axes.plot([whole, whole], [place - 0.36, place + 0.36], color=INK, label="as it ran")
+            end = max(whole, drafting + verification)
+        else:
+            axes.barh(place, whole, color=WHOLE, height=0.62, label="not divided")
+            end = whole
+        axes.annotate(
+            f"{gain:.2f} ×",
+            (end, place),
+            textcoords="offset points",
+            xytext=(6, 0),
+            va="center",
+            size=9,
+        )
+    axes.set_yticks(range(len(names := list(dict.fromkeys(row["way"] for row in rows)))), names)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    dress_bars(axes)
+
+
+tabulate = speeds
+"""Rows for the page of results."""
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,18 +6,24 @@ number of layers that run at once; with --refit DIR also for the refits there.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from easyspec_jax import SpeculativeConfig, demo
 from easyspec_jax.cli.command import Parser, cache_compilations
+from easyspec_jax.drawing import SOFT, WHITE, png
 from easyspec_jax.refit.fidelity import DEPTHS
-from experiments.draw_table4 import draw
-from experiments.fidelity import add_flags, measure_all
-from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.lib.picture import draft_title
+from experiments.lib.tables import Rows
+from experiments.ours.fidelity import add_flags, measure_all
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def speculations(args: argparse.Namespace) -> list[SpeculativeConfig]:
@@ -38,6 +44,68 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         kind = str(row["lp_size"]), "refit" if row["refit"] else ""
         table.add_row(*kind, *(f"{number:.3f}" for number in numbers))
     show(table)
+
+
+COLORS = ("#000000", "#0072b2", "#009e73", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = "osD^vPX"
+"""Both by group sizes; the colours are those of Okabe and Ito."""
+
+
+def draw(measured: dict[str, Any]) -> bytes:
+    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    return png(lambda: _figure(measured))
+
+
+def _figure(measured: dict[str, Any]) -> "Figure":
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    rows = measured["results"]
+    sizes = list(dict.fromkeys(row["lp_size"] for row in rows))
+    looks = dict(zip(sizes, zip(cycle(COLORS), cycle(MARKERS), strict=False), strict=False))
+    figure = Figure(figsize=(7, 4.8), dpi=120, layout="constrained")
+    title = f"What fuzzy passes of {draft_title(measured)} keep\nof its distribution"
+    figure.suptitle(title, weight="bold", size=13)
+    axes = figure.subplots()
+    for row in rows:
+        color, marker = looks[row["lp_size"]]
+        line, face = ("-", color) if row["refit"] else ((0, (4, 2)), WHITE)
+        style = {"color": color, "marker": marker, "markerfacecolor": face, "linestyle": line}
+        axes.plot(range(1, len(row["overlap"]) + 1), row["overlap"], **style)
+    axes.set_xticks(range(1, 1 + max(len(row["overlap"]) for row in rows)))
+    axes.set_xlabel("draft depth")
+    axes.set_ylabel("Σ min(p fuzzy, p exact)")
+    handles = [
+        Line2D([], [], color=c, marker=m, label=f"N = {size}") for size, (c, m) in looks.items()
+    ]
+    if any(row["refit"] for row in rows):
+        handles += [
+            Line2D([], [], color=SOFT, linestyle="-", marker="o", label="refit"),
+            Line2D(
+                [],
+                [],
+                color=SOFT,
+                linestyle=(0, (4, 2)),
+                marker="o",
+                markerfacecolor=WHITE,
+                label="plain",
+            ),
+        ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def tabulate(measured: Mapping[str, Any]) -> Rows:
+    """Of table4."""
+    return [
+        {"N": row["lp_size"], "refit": "yes" if row["refit"] else "no"}
+        | {
+            name.replace("attn_out", "attention output"): value
+            for name, value in row["cosine"].items()
+        }
+        | {f"overlap at depth {depth}": value for depth, value in enumerate(row["overlap"], 1)}
+        for row in measured["results"]
+    ]
 
 
 def run(args: argparse.Namespace) -> None:

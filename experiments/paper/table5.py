@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
@@ -19,11 +19,16 @@ from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.decode.timing import Case, alone, alternate, pass_case
 from easyspec_jax.draft.grouping import format_layout
 from easyspec_jax.draft.layer_group import run_fuzzy
+from easyspec_jax.drawing import dress_bars, png
 from easyspec_jax.parallel.mesh import parse_mesh
-from experiments.draw_table5 import draw
-from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
-from experiments.pair import add_flags, names, open_pair, questions_of
-from experiments.table2 import Way, complete, rows_of
+from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.lib.pair import add_flags, names, open_pair, questions_of
+from experiments.lib.picture import pair_title
+from experiments.lib.tables import speeds
+from experiments.paper.table2 import Way, complete, rows_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PLAIN, EXACT, ATTENTION, LAYERS = "plain decoding", "in order", "attention only", "whole layers"
 
@@ -104,6 +109,52 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['speedup']:.2f} ± {row['speedup_deviation']:.2f}",
         )
     show(table)
+
+
+COLORS = {"in order": "#000000", "attention only": "#0072b2", "whole layers": "#e69f00"}
+"""Of Okabe and Ito, and far apart in grey."""
+
+
+def draw(measured: dict[str, Any]) -> bytes:
+    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    return png(lambda: _figure(measured))
+
+
+def _figure(measured: dict[str, Any]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    rows = [row for row in measured["results"] if row["acceptance_rate"] is not None]
+    panels = {
+        "acceptance rate": [row["acceptance_rate"] for row in rows],
+        "milliseconds a draft step": [1e3 * row["step_seconds"] for row in rows],
+        "speed over plain decoding": [row["speedup"] for row in rows],
+    }
+    figure = Figure(figsize=(11, 1.6 + 0.36 * len(rows)), dpi=120, layout="constrained")
+    figure.suptitle(f"{pair_title(measured)}, --mesh {measured['mesh']}", weight="bold", size=13)
+    for axes, (name, values) in zip(
+        figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True
+    ):
+        axes.barh(
+            range(len(rows)), values, color=[COLORS[row["at_once"]] for row in rows], height=0.62
+        )
+        for place, value in enumerate(values):
+            text: dict[str, Any] = {
+                "textcoords": "offset points",
+                "xytext": (4, 0),
+                "va": "center",
+                "size": 9,
+            }
+            axes.annotate(f"{value:.2f}", (value, place), **text)
+        axes.set_xlabel(name)
+        axes.margins(x=0.16)
+        dress_bars(axes)
+        axes.set_yticks(range(len(rows)), [row["way"] for row in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+    return figure
+
+
+tabulate = speeds
+"""Rows for the page of results."""
 
 
 def run(args: argparse.Namespace) -> None:

@@ -12,20 +12,24 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, demo, open_model
 from easyspec_jax.checkpoint.config import read_json
 from easyspec_jax.checkpoint.directory import open_checkpoint
-from easyspec_jax.cli.command import Parser, cache_compilations, read_prompts
+from easyspec_jax.cli.command import Parser, add_allow_links, cache_compilations, read_prompts
+from easyspec_jax.drawing import INK, WHITE, dress_bars, png
 from easyspec_jax.parallel.mesh import parse_mesh
-from experiments.draw_table8 import draw
-from experiments.output import RESULTS, prepare, publish, run_experiment, settings, show
-from experiments.pair import HERE
-from experiments.questions import Question, code_questions, read_questions
-from experiments.table2 import Way, complete, rows_of
+from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.lib.pair import DATA
+from experiments.lib.questions import Question, code_questions, read_questions
+from experiments.lib.tables import speeds
+from experiments.paper.table2 import Way, complete, rows_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Pair = tuple[Path, Path]
 """The directories of a target and of a draft."""
@@ -75,10 +79,10 @@ def measure(
     rows, sampling = [], SamplingParams(max_new_tokens=args.max_new_tokens)
     levels = {"num_speculative_tokens": args.num_speculative_tokens}
     for target, draft in pairs:
-        layers = open_checkpoint(draft).config.num_hidden_layers
+        layers = open_checkpoint(draft, allow_links=args.allow_links).config.num_hidden_layers
         chain = open_model(
             target, draft, mesh=args.mesh, platform=args.platform, dtype=args.dtype,
-            speculative=SpeculativeConfig(method="sd", **levels),
+            speculative=SpeculativeConfig(method="sd", **levels), allow_links=args.allow_links,
         )  # fmt: skip
         tree = SpeculativeConfig(method="tree", tree_width=args.tree_width, **levels)
         size = min(args.lp_size, layers)
@@ -118,14 +122,66 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     show(table)
 
 
+COLORS = {"sd": "#e2e2e2", "tree": "#e69f00", "easyspec": "#0072b2"}
+"""Of Okabe and Ito, and far apart in grey."""
+
+
+def draw(measured: dict[str, Any]) -> bytes:
+    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    return png(lambda: _figure(measured))
+
+
+def _figure(measured: dict[str, Any]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    rows = [row for row in measured["results"] if row["way"] in COLORS]
+    pairs = list(dict.fromkeys((row["target"], row["draft"]) for row in rows))
+    figure = Figure(figsize=(9, 1.6 + 0.95 * len(pairs)), dpi=120, layout="constrained")
+    figure.suptitle(
+        f"Speed over plain decoding by pair, --mesh {measured['mesh']}", weight="bold", size=13
+    )
+    axes = figure.subplots()
+    height = 0.8 / len(COLORS)
+    for index, (way, color) in enumerate(COLORS.items()):
+        own = [row for row in rows if row["way"] == way]
+        places = [pairs.index((row["target"], row["draft"])) + (index - 1) * height for row in own]
+        axes.barh(
+            places, [row["speedup"] for row in own], color=color, height=0.9 * height, label=way
+        )
+        for place, row in zip(places, own, strict=True):
+            text = f"{row['speedup']:.2f} ×, α {row['acceptance_rate']:.2f}"
+            style: dict[str, Any] = {
+                "textcoords": "offset points",
+                "xytext": (4, 0),
+                "va": "center",
+                "size": 9,
+            }
+            style["bbox"] = {"facecolor": WHITE, "edgecolor": "none", "pad": 1}
+            axes.annotate(text, (row["speedup"], place), **style)
+    axes.axvline(1, color=INK, linewidth=1)
+    axes.set_yticks(
+        range(len(pairs)), [f"{target},\ndrafted by {draft}" for target, draft in pairs]
+    )
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.set_xlabel("times plain decoding")
+    dress_bars(axes)
+    figure.legend(loc="outside lower center", ncols=len(COLORS))
+    return figure
+
+
+tabulate = speeds
+"""Rows for the page of results."""
+
+
 def run(args: argparse.Namespace) -> None:
     """Measures, prints, writes the JSON and draws it."""
     cache_compilations()
     prepare(args.out)
     if args.questions is None and args.pairs is None:
-        questions = code_questions(read_prompts(HERE / "code_prompts.txt"))
+        questions = code_questions(read_prompts(DATA / "code_prompts.txt"))
     else:
-        questions = read_questions(args.questions or HERE / "questions.jsonl")
+        questions = read_questions(args.questions or DATA / "questions.jsonl")
     with tempfile.TemporaryDirectory() as directory:
         rows = measure(args, pairs_of(args, Path(directory)), questions)
     print_table(rows)
@@ -138,6 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--pairs", type=Path, nargs="+", metavar="DIR", help="a target and a draft for each pair"
     )
+    add_allow_links(parser)
     parser.add_argument("--mesh", default="1")
     parser.add_argument("--platform")
     parser.add_argument("--dtype", default="auto")

@@ -23,7 +23,7 @@ from convert.stores import Format
 from convert.workplace import workplace
 from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.checkpoint.safetensors import INDEX
-from experiments.bench_checkpoints import write_random
+from experiments.bench.bench_checkpoints import write_random
 
 ROOT = Path(__file__).parents[2]
 FIELDS = {

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from convert.__main__ import main
 from easyspec_jax.checkpoint.safetensors import INDEX
-from experiments.bench_checkpoints import write_random
+from experiments.bench.bench_checkpoints import write_random
 from tests.convert.test_faults import FIELDS
 
 pytestmark = pytest.mark.slow

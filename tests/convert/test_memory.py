@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from easyspec_jax.checkpoint.directory import open_checkpoint
-from experiments.bench_checkpoints import SHAPES, convert, measured, write_random
+from experiments.bench.bench_checkpoints import SHAPES, convert, measured, write_random
 
 ROOT = Path(__file__).parents[2]
 

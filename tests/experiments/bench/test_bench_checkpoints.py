@@ -8,7 +8,7 @@ import pytest
 from easyspec_jax import EasySpecError
 from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.checkpoint.safetensors import INDEX
-from experiments import bench_checkpoints as bench
+from experiments.bench import bench_checkpoints as bench
 from tests.convert.test_faults import FIELDS
 
 
@@ -82,3 +82,19 @@ def test_all_figures_of_a_shape(tmp_path, monkeypatch):
 def test_a_bad_destination_is_one_line(tmp_path, capsys):
     assert bench.main(["--out", str(tmp_path / "r.txt")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_of_several_runs_the_median_and_the_most_memory():
+    def runs(*seconds):
+        return [{"seconds": taken, "peak_bytes": taken * 2**30} for taken in seconds]
+
+    measured = {
+        "bytes": 5e8,
+        "convert": runs(1, 4, 2),
+        "copy": runs(1),
+        "open": {"orbax, mesh 8": runs(3)[0]},
+    }
+    rows = bench.tabulate(measured)
+    labels = [row["what"] for row in rows]
+    assert labels == ["conversion", "copy of the files", "opening, orbax, mesh 8"]
+    assert (rows[0]["GB"], rows[0]["seconds"], rows[0]["GiB held at most"]) == (0.5, 2, 4)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments import demo_corpus
+from experiments.demo import demo_corpus
 
 TEXTS = [
     'def area(radius):\n    """Of a circle."""\n    return 3.14 * radius ** 2\n\n\n' * 5,

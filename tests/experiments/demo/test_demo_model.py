@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.numpy import save_file
 
-from experiments.demo_model import QUERY_BLOCK, Shape, checkpoint, init, logits
+from experiments.demo.demo_model import QUERY_BLOCK, Shape, checkpoint, init, logits
 
 model = jax.jit(logits, static_argnums=0)
 SHAPE = Shape(48, 3, 80, 4, 2, 16, vocab_size=90)

@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from easyspec_jax import SamplingParams, open_model
-from experiments import demo_corpus, train_demo
-from experiments.demo_model import Shape
+from experiments.demo import demo_corpus, train_demo
+from experiments.demo.demo_model import Shape
 
 STAGES = ["--target-steps", "5", "--draft-steps", "4", "--written-batches", "2"]
 

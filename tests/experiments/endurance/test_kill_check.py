@@ -7,7 +7,7 @@ import pytest
 
 from easyspec_jax import SamplingParams
 from easyspec_jax.cli.job_lines import read_items
-from experiments.kill_check import differences, main, moments, waits, write_job
+from experiments.endurance.kill_check import differences, main, moments, waits, write_job
 
 IDS = ["a", "b", "c"]
 

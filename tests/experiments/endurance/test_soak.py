@@ -6,9 +6,10 @@ import jax
 import pytest
 
 from easyspec_jax import SamplingParams, SpeculativeConfig, open_model
-from experiments import draw_soak, soak
-from experiments.requests import RowSampling
-from experiments.soak import Soak, mismatches, verdict
+from experiments import draw
+from experiments.endurance import soak
+from experiments.endurance.soak import Soak, mismatches, verdict
+from experiments.lib.requests import RowSampling
 from tests.support.models import save_model
 
 
@@ -93,8 +94,8 @@ def test_the_same_figures_are_the_same_picture(tmp_path):
     )
     path = tmp_path / "soak.json"
     path.write_text(json.dumps(measured))
-    assert draw_soak.main([str(path)]) == 0
-    assert path.with_suffix(".png").read_bytes() == draw_soak.draw(measured)
+    assert draw.main([str(path)]) == 0
+    assert path.with_suffix(".png").read_bytes() == soak.draw(measured)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_the_same_figures_are_the_same_picture(tmp_path):
     [
         (["--rounds", "0"], "--rounds 0 must be at least 1"),
         (["--rounds", "3000"], "must be at least --warm-up 3000 and four windows"),
-        (["--out", "absent/soak.json"], "--out absent/soak.json is no .json file"),
+        (["--out", "absent/soak.json"], "--out absent/soak.json must be a .json file"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, complaint, capsys):

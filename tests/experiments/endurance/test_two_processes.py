@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from experiments import draw_two_processes
-from experiments.two_processes import main
+from experiments import draw
+from experiments.endurance.two_processes import main
 from tests.support.models import save_model
 
 
@@ -31,7 +31,7 @@ def test_both_processes_take_every_step(tmp_path):
     of_two = {row["way"]: row["collectives"] for row in rows[: len(ways)]}
     assert of_two["a copy on each"] == 0 < of_two["N = 2, TP"] < of_two["TP"]
     again = tmp_path / "again.png"
-    assert draw_two_processes.main([str(out), "--out", str(again)]) == 0
+    assert draw.main([str(out), "--out", str(again)]) == 0
     assert again.read_bytes() == out.with_suffix(".png").read_bytes()
 
 
@@ -41,7 +41,7 @@ def test_both_processes_take_every_step(tmp_path):
         (["--calls", "0"], "--context must be at least 1"),
         (
             ["--out", "absent/two_processes.json"],
-            "--out absent/two_processes.json is no .json file",
+            "--out absent/two_processes.json must be a .json file",
         ),
         (["--draft", "absent"], "absent"),
     ],

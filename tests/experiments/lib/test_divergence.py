@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from easyspec_jax import SpeculativeConfig, open_model
-from experiments.divergence import divergence, next_logits
+from experiments.lib.divergence import divergence, first_difference, next_logits
 from tests.support.models import save_model
 
 
@@ -25,3 +25,9 @@ def test_the_gap_is_that_of_transformers(tmp_path, mesh):
     assert divergence(behind, prompt, same, same) is None
     ended = divergence(behind, prompt, same, [*same, 4])
     assert ended is not None and np.isnan(ended.logit_gap)
+
+
+def test_the_first_difference():
+    assert first_difference([1, 2, 3], [1, 2, 3]) is None
+    assert first_difference([1, 2, 3], [1, 4, 3]) == 1
+    assert first_difference([1, 2], [1, 2, 3]) == 2

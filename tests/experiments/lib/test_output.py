@@ -3,7 +3,7 @@ import json
 import pytest
 
 from easyspec_jax import EasySpecError
-from experiments.output import check_destination, command_line, publish, save
+from experiments.lib.output import check_destination, command_line, publish, save
 
 
 def test_results_replace_those_before(tmp_path):
@@ -27,7 +27,7 @@ def test_results_that_cannot_be_written_leave_those_before(tmp_path):
 @pytest.mark.parametrize("name", ["absent/results.json", "results.txt", "directory.json"])
 def test_bad_destinations_are_named(tmp_path, name):
     (tmp_path / "directory.json").mkdir()
-    with pytest.raises(EasySpecError, match=f"{name} is no .json file"):
+    with pytest.raises(EasySpecError, match=f"{name} must be a .json file"):
         check_destination(tmp_path / name)
 
 

@@ -1,29 +1,20 @@
-"""The page of results is what the results say."""
+"""A section of the page of results is what its file says."""
 
 import json
 
 import pytest
 
-from experiments.output import RESULTS
-from experiments.readme import machine_line, main, page, section
+from experiments.lib.sections import machine_line, section, sections, subject
 
 
-def test_the_page_is_what_the_results_make():
-    assert (RESULTS.parent / "README.md").read_text(encoding="utf-8") == page(RESULTS)
-
-
-def test_a_file_that_nobody_knows_has_a_section_too(tmp_path):
-    results = tmp_path / "results"
-    results.mkdir()
+def test_a_file_that_is_not_listed_has_a_section_too(tmp_path):
     machine = {"platform": "cpu", "device_kind": "cpu", "devices": 8, "cores": 2}
     row = {"way": "sd", "tokens_per_second": 12.5, "parts": [1, 2]}
     held = {"command": "python -m experiments.other", "machine": machine, "results": [row]}
-    (results / "other.json").write_text(json.dumps(held))
-    assert main(["--results", str(results)]) == 0
-    text = (tmp_path / "README.md").read_text()
-    assert (
-        "## other\n\n`python -m experiments.other`; 2-core CPU, 8 virtual devices; [JSON](" in text
-    )
+    (tmp_path / "other.json").write_text(json.dumps(held))
+    text = sections(tmp_path)
+    head = "### other\n\n`python -m experiments.other`; 2-core CPU, 8 virtual devices; [JSON]("
+    assert text.startswith(head)
     assert "| way | tokens_per_second |\n| - | - |\n| sd | 12.50 |" in text
     assert "png" not in text
 
@@ -48,7 +39,7 @@ def test_parts_may_be_of_several_commands(tmp_path):
     path = tmp_path / "bench_roofline_h200-8b-1b.json"
     path.write_text(json.dumps({"shape": "h200-8b-1b", "parts": parts}))
     text = section(path)
-    assert text.startswith("## Passes and rounds against the machine's bandwidth: h200-8b-1b\n")
+    assert text.startswith("### Passes and rounds against the machine's bandwidth: h200-8b-1b\n")
     assert "`measure --only target`; `measure --only draft`; 2-core CPU; [JSON](" in text
     assert "| target | plain step | 4.00 | 1.00 | 0.250 |" in text
 
@@ -57,4 +48,11 @@ def test_parts_may_be_of_several_commands(tmp_path):
 def test_a_machine_half_known_is_not_named(tmp_path, fields):
     path = tmp_path / "other.json"
     path.write_text(json.dumps({"machine": fields, "results": []}))
-    assert section(path) == "## other\n\n[JSON](results/other.json).\n"
+    assert section(path) == "### other\n\n[JSON](results/other.json).\n"
+
+
+def test_a_heading_may_name_the_pair():
+    rows = [{"refit": True}, {}]
+    assert subject({"target": "A", "draft": "B", "results": rows}) == "A, drafted by B"
+    alone = subject({"target": "A", "draft": "A", "results": rows})
+    assert alone == "A as its own exact draft against fuzzy and refit drafts"

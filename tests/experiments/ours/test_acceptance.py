@@ -6,8 +6,9 @@ from dataclasses import astuple
 import pytest
 
 from easyspec_jax.refit.__main__ import main as refit
-from experiments import acceptance, draw_acceptance
-from experiments.acceptance import main, variants
+from experiments import draw
+from experiments.ours import acceptance
+from experiments.ours.acceptance import main, variants
 from tests.support.models import save_model
 
 PAIR = ("rejection", "coupled")
@@ -100,7 +101,7 @@ def test_a_refit_that_is_missing_is_noticed_before_anything_is_measured(
 
 def test_the_same_results_are_the_same_picture(measured, tmp_path):
     again = tmp_path / "again.png"
-    assert draw_acceptance.main([str(measured / "acceptance.json"), "--out", str(again)]) == 0
+    assert draw.main([str(measured / "acceptance.json"), "--out", str(again)]) == 0
     assert again.read_bytes() == (measured / "acceptance.png").read_bytes()
 
 
@@ -112,7 +113,7 @@ def test_the_same_results_are_the_same_picture(measured, tmp_path):
         (["--temperatures", "-1"], "--temperature -1.0 must be 0 (greedy)"),
         (["--verifiers", "typical"], "invalid choice: 'typical'"),
         (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
-        (["--out", "absent/acceptance.json"], "--out absent/acceptance.json is no .json file"),
+        (["--out", "absent/acceptance.json"], "--out absent/acceptance.json must be a .json file"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, complaint, capsys):
@@ -125,12 +126,27 @@ def test_bad_arguments_are_one_line(arguments, complaint, capsys):
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"), [("{}", "holds no 'results'"), ("nothing", "cannot be read as JSON")]
+    ("content", "complaint"), [("{}", "has no 'results'"), ("nothing", "cannot be read as JSON")]
 )
 def test_what_is_no_result_is_not_drawn(content, complaint, tmp_path, capsys):
     path = tmp_path / "other.json"
     path.write_text(content)
-    assert draw_acceptance.main([str(path)]) == 2
+    assert draw.main([str(path)]) == 2
     error = capsys.readouterr().err
     assert complaint in error
     assert error.count("\n") == 1
+
+
+def test_losses_are_against_the_exact_draft():
+    common = {"temperature": 0.0, "tree_width": 1, "calibration": True, "refit": False}
+    rows = [
+        common | {"lp_size": 1, "acceptance_rate": 0.75},
+        common | {"lp_size": 2, "acceptance_rate": 0.5},
+        common | {"lp_size": 2, "acceptance_rate": 0.625, "refit": True},
+        common | {"lp_size": 2, "acceptance_rate": 0.1, "temperature": 0.8},
+        common | {"lp_size": 1, "acceptance_rate": 0.875, "tree_width": 4},
+    ]
+    exact, pair, exact_tree, _ = acceptance.tabulate({"results": rows})
+    assert exact["α, calibrated"] == 0.75 and exact["α, refit"] is None
+    assert (exact["width"], exact_tree["width"], exact_tree["α, calibrated"]) == (1, 4, 0.875)
+    assert (pair["loss, calibrated"], pair["loss, refit"]) == (0.25, 0.125)

@@ -1,4 +1,4 @@
-"""The cosines are those that transformers' hidden states have, and tables are what was measured."""
+"""The cosines are those that transformers' hidden states have."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from experiments import draw_table4, fidelity, table4
+from experiments.ours import fidelity
 from tests.support.models import save_model
 
 
@@ -56,29 +56,14 @@ def expected_cosines(directory, reference) -> dict[str, float]:
         }
 
 
-def test_the_table_has_every_way(draft, tmp_path):
-    pytest.importorskip("matplotlib")
-    out = tmp_path / "table4.json"
-    assert table4.main([*flags(draft[0]), "--lp-sizes", "3", "4", "--out", str(out)]) == 0
-    rows = json.loads(out.read_text())["results"]
-    # Two collectives for each layer alone; a group's one, and one for each MLP.
-    found = [(row["lp_size"], row["groups"], row["collectives"]) for row in rows]
-    assert found == [(3, "0,1-2,3", 7), (4, "0,1-2,3", 7)]
-    again = tmp_path / "again.png"
-    assert draw_table4.main([str(out), "--out", str(again)]) == 0
-    assert again.read_bytes() == out.with_suffix(".png").read_bytes()
-
-
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
-        (["--lp-sizes", "1"], "in groups of one layer nothing is fuzzy"),
-        (["--lp-sizes", "3", "--refit", "nowhere"], "--refit nowhere has no lp3.safetensors"),
-        (["--prompts", "absent.txt"], "--prompt-file absent.txt cannot be read"),
-        (["--out", "absent/table4.json"], "is no .json file"),
+        (["--lp-size", "1"], "in groups of one layer nothing is fuzzy"),
+        (["--lp-size", "3", "--refit", "nowhere"], "--refit nowhere has no lp3.safetensors"),
     ],
 )
 def test_bad_arguments_are_one_line(draft, arguments, complaint, capsys):
-    assert table4.main([*flags(draft[0]), *arguments]) == 2
+    assert fidelity.main([*flags(draft[0]), *arguments]) == 2
     printed = capsys.readouterr().err
     assert complaint in printed and printed.count("\n") == 1

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from easyspec_jax.refit.__main__ import main as refit
-from experiments import draw_frontier, frontier
+from experiments import draw
+from experiments.ours import frontier
 from tests.support.models import save_model
 
 STRATEGIES = ("0,1-2,3", "0,1-2x2,3")
@@ -50,7 +51,7 @@ def test_every_layout_and_those_that_have_a_refit_with_it(draft, tmp_path):
     ]
     assert len({tuple(row["overlap"]) for row in rows}) == 3, "refits must matter"
     again = tmp_path / "again.png"
-    assert draw_frontier.main([str(out), "--out", str(again)]) == 0
+    assert draw.main([str(out), "--out", str(again)]) == 0
     assert again.read_bytes() == out.with_suffix(".png").read_bytes()
 
 
@@ -59,8 +60,8 @@ def test_a_layout_that_another_beats_is_not_on_the_line():
         return {"collectives": collectives, "overlap": overlap}
 
     rows = [row(10, 0.5, 0.4), row(12, 0.4, 0.45), row(14, 0.9, 0.8), row(14, 0.7, 0.9)]
-    assert draw_frontier.frontier(rows, 0) == [(10, 0.5), (14, 0.9)]
-    assert draw_frontier.frontier(rows, 1) == [(10, 0.4), (12, 0.45), (14, 0.9)]
+    assert frontier.frontier(rows, 0) == [(10, 0.5), (14, 0.9)]
+    assert frontier.frontier(rows, 1) == [(10, 0.4), (12, 0.45), (14, 0.9)]
 
 
 def test_the_paper_s_groups_are_the_default():
@@ -75,7 +76,7 @@ def test_the_paper_s_groups_are_the_default():
         (["0,1,2,3"], "in groups of one layer nothing is fuzzy"),
         (["0,1-2"], "leaves out layer 3"),
         (["0,1-2,3", "--refit", "nowhere"], "--refit nowhere has none for these layouts"),
-        (["0,1-2,3", "--out", "absent/frontier.json"], "is no .json file"),
+        (["0,1-2,3", "--out", "absent/frontier.json"], "must be a .json file"),
     ],
 )
 def test_bad_arguments_are_one_line(draft, strategies, complaint, capsys):

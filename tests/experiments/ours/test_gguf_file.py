@@ -6,7 +6,7 @@ import pytest
 from convert.gguf import open_gguf
 from easyspec_jax.checkpoint.canonical import expected_shapes
 from easyspec_jax.checkpoint.directory import open_checkpoint
-from experiments.gguf_file import write_gguf
+from experiments.ours.gguf_file import write_gguf
 from tests.support.models import save_model
 
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments.peer_engines import Missing, Peer, open_peers
-from experiments.peers import PLAIN, alternate, main, rows_of
+from experiments.ours.peer_engines import Missing, Peer, open_peers
+from experiments.ours.peers import PLAIN, alternate, main, rows_of
 from tests.support.models import save_model
 
 PROMPTS = [[5, 6], [7, 8]]
@@ -86,8 +86,8 @@ def test_transformers_completes_the_same_texts(tmp_path):
     ("arguments", "complaint"),
     [
         (["--repeats", "0"], "--repeats 0 must be at least 1"),
-        (["--gguf", "absent.gguf"], "--gguf absent.gguf is no file"),
-        (["--out", "absent/peers.json"], "--out absent/peers.json is no .json file"),
+        (["--gguf", "absent.gguf"], "--gguf absent.gguf is not a file"),
+        (["--out", "absent/peers.json"], "--out absent/peers.json must be a .json file"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, complaint, capsys):

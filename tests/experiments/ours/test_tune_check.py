@@ -2,8 +2,7 @@
 
 import json
 
-from experiments.draw_tune_check import draw
-from experiments.tune_check import main
+from experiments.ours.tune_check import draw, main
 from tests.support.models import save_model
 
 

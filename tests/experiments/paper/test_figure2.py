@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from experiments import draw_figure2, readme
-from experiments.figure2 import main
+from experiments import draw
+from experiments.lib import sections
+from experiments.paper.figure2 import main
 from tests.support.models import save_model
 
 
@@ -49,9 +50,9 @@ def test_every_way_has_a_lane_for_every_device(measured):
 
 def test_the_picture_and_the_page_are_of_the_file(measured, tmp_path):
     again = tmp_path / "again.png"
-    assert draw_figure2.main([str(measured), "--out", str(again)]) == 0
+    assert draw.main([str(measured), "--out", str(again)]) == 0
     assert again.read_bytes() == measured.with_suffix(".png").read_bytes()
-    page = readme.section(measured)
+    page = sections.section(measured)
     assert "A lane is a device" in page
     assert "| EasySpec, N = 2 |" in page
 

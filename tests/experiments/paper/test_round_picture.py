@@ -10,7 +10,7 @@ from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.layer_group import load_draft
 from easyspec_jax.parallel.mesh import MeshShape
-from experiments.draw_round import Kind, exact_pass, fuzzy_pass, main, owners
+from experiments.paper.round_picture import Kind, exact_pass, fuzzy_pass, main, owners
 from tests.support.models import loader, save_model
 
 MESHES = [MeshShape(1, 1), MeshShape(4, 1), MeshShape(4, 2), MeshShape(2, 4), MeshShape(3, 2)]

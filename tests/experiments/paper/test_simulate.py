@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from experiments import draw_simulate, paper, simulate
-from experiments.readme import predictions
-from experiments.simulate import REFIT, SHAPES, main, share_lost, ways_of
+from experiments import draw
+from experiments.paper import published as paper
+from experiments.paper import simulate
+from experiments.paper.simulate import REFIT, SHAPES, main, share_lost, tabulate, ways_of
 from tests.support.models import save_model
 
 
@@ -77,12 +78,12 @@ def test_rows_agree_with_themselves(estimated):
             assert row["speedup"] == pytest.approx(row["paper_speedup"])
             assert row["tokens_per_second"] == pytest.approx(row["paper_tokens_per_second"])
     assert any("v5p: 2765 GB/s" in line for line in measured["assumptions"])
-    assert {"a100:8", "v5p:2x1x1", "the paper, 8×A100"} <= set(predictions(measured)[0])
+    assert {"a100:8", "v5p:2x1x1", "the paper, 8×A100"} <= set(tabulate(measured)[0])
 
 
 def test_the_same_results_are_the_same_picture(estimated, tmp_path):
     again = tmp_path / "again.png"
-    assert draw_simulate.main([str(estimated / "simulate.json"), "--out", str(again)]) == 0
+    assert draw.main([str(estimated / "simulate.json"), "--out", str(again)]) == 0
     assert again.read_bytes() == (estimated / "simulate.png").read_bytes()
 
 
@@ -129,7 +130,7 @@ def test_the_papers_pairs():
         (["--prompt-length", "0"], "--prompt-length and --max-new-tokens must be at least 1"),
         (["--tree-width", "0"], "--tree-width 0 must be"),
         (["--acceptance", "absent.json"], "absent.json"),
-        (["--out", "absent/simulate.json"], "--out absent/simulate.json is no .json file"),
+        (["--out", "absent/simulate.json"], "--out absent/simulate.json must be a .json file"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, complaint, tmp_path, capsys):

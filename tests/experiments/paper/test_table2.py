@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from experiments import draw_table2
-from experiments.table2 import ONE_DEVICE, TENSOR_PARALLEL, apart, main
+from experiments import draw
+from experiments.paper.table2 import ONE_DEVICE, TENSOR_PARALLEL, apart, main
 from tests.support.models import save_model
 
 QUESTIONS = [
@@ -81,7 +81,7 @@ def test_phases_that_do_not_make_a_round_are_told():
 
 def test_the_same_results_are_the_same_picture(measured, tmp_path):
     again = tmp_path / "again.png"
-    assert draw_table2.main([str(measured / "table2.json"), "--out", str(again)]) == 0
+    assert draw.main([str(measured / "table2.json"), "--out", str(again)]) == 0
     assert again.read_bytes() == (measured / "table2.png").read_bytes()
 
 
@@ -94,7 +94,7 @@ def test_the_same_results_are_the_same_picture(measured, tmp_path):
             ["--refit", "there", "--fit-tokens", "1000"],
             "--fit-tokens: not allowed with argument --refit",
         ),
-        (["--out", "absent/table2.json"], "--out absent/table2.json is no .json file"),
+        (["--out", "absent/table2.json"], "--out absent/table2.json must be a .json file"),
         (["--temperatures", "-1"], "--temperature -1.0 must be 0 (greedy)"),
     ],
 )

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from experiments import draw_table5
-from experiments.table5 import ATTENTION, EXACT, LAYERS, PLAIN, main
+from experiments import draw
+from experiments.paper.table5 import ATTENTION, EXACT, LAYERS, PLAIN, main
 from tests.support.models import save_model
 
 
@@ -45,7 +45,7 @@ def test_rows_agree_with_themselves(measured):
 
 def test_the_same_results_are_the_same_picture(measured, tmp_path):
     again = tmp_path / "again.png"
-    assert draw_table5.main([str(measured / "table5.json"), "--out", str(again)]) == 0
+    assert draw.main([str(measured / "table5.json"), "--out", str(again)]) == 0
     assert again.read_bytes() == (measured / "table5.png").read_bytes()
 
 
@@ -53,7 +53,7 @@ def test_the_same_results_are_the_same_picture(measured, tmp_path):
     ("arguments", "complaint"),
     [
         (["--questions", "absent.jsonl"], "--questions absent.jsonl cannot be read"),
-        (["--out", "absent/table5.json"], "--out absent/table5.json is no .json file"),
+        (["--out", "absent/table5.json"], "--out absent/table5.json must be a .json file"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, complaint, tmp_path, capsys):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from experiments import draw_table6
-from experiments.table6 import PLAIN, main
+from experiments import draw
+from experiments.paper.table6 import PLAIN, main
 from tests.support.models import save_model
 
 
@@ -58,7 +58,7 @@ def test_estimates_and_their_picture(model, tmp_path):
         for row in rows
     )
     again = tmp_path / "again.png"
-    assert draw_table6.main([str(out), "--out", str(again)]) == 0
+    assert draw.main([str(out), "--out", str(again)]) == 0
     assert again.read_bytes() == out.with_suffix(".png").read_bytes()
 
 
@@ -89,7 +89,7 @@ def test_steps_are_timed_on_the_devices_that_are_here(model, tmp_path):
     [
         (["--machines", "abacus"], "--machines abacus: there are"),
         (["--context", "0"], "--context must be at least 1"),
-        (["--out", "absent/table6.json"], "--out absent/table6.json is no .json file"),
+        (["--out", "absent/table6.json"], "--out absent/table6.json must be a .json file"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, complaint, capsys):

@@ -6,8 +6,8 @@ import pytest
 
 from easyspec_jax import demo
 from easyspec_jax.checkpoint.directory import open_checkpoint
-from experiments import draw_table8
-from experiments.table8 import main, truncated
+from experiments import draw
+from experiments.paper.table8 import main, truncated
 from tests.support.models import save_model
 
 
@@ -48,7 +48,7 @@ def test_a_truncated_draft_has_the_first_layers(tmp_path):
 
 def test_the_same_results_are_the_same_picture(measured, tmp_path):
     again = tmp_path / "again.png"
-    assert draw_table8.main([str(measured / "table8.json"), "--out", str(again)]) == 0
+    assert draw.main([str(measured / "table8.json"), "--out", str(again)]) == 0
     assert again.read_bytes() == (measured / "table8.png").read_bytes()
 
 
@@ -57,7 +57,7 @@ def test_the_same_results_are_the_same_picture(measured, tmp_path):
     [
         (["--pairs", "alone"], "a target and a draft for each pair; one directory is left over"),
         (["--questions", "absent.jsonl"], "--questions absent.jsonl cannot be read"),
-        (["--out", "absent/table8.json"], "--out absent/table8.json is no .json file"),
+        (["--out", "absent/table8.json"], "--out absent/table8.json must be a .json file"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, complaint, tmp_path, capsys):

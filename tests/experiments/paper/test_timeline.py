@@ -8,8 +8,8 @@ from jax.profiler import ProfileData
 from jax.sharding import PartitionSpec as P
 
 from easyspec_jax import EasySpecError
-from experiments import timeline
-from experiments.timeline import (
+from experiments.paper import timeline
+from experiments.paper.timeline import (
     ROUND,
     by_bin,
     covered,

@@ -1,0 +1,241 @@
+"""The generated passages of documents: tables, and figures within a sentence."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from easyspec_jax.checkpoint.config import read_json
+from experiments.lib.sections import sections
+from experiments.lib.tables import Rows, markdown
+from experiments.registry import SCRIPTS
+
+WAYS = {
+    "easyspec, N = 4": "easyspec, N = 4",
+    "sd": "an ordinary draft (`--method sd`)",
+    "plain": "plain decoding",
+    "transformers": "transformers, plain",
+    "transformers, assisted": "transformers, assisted generation",
+    "llama.cpp": "llama.cpp, plain",
+    "llama.cpp, drafts of 5": "llama.cpp, drafts of five by the same draft, through its Python hook",
+}
+"""The engines in peers.json that the README compares, and how it calls them."""
+
+SIZES = (1, 2, 4, 6, 7)
+"""The numbers of layers at once for which the README has the acceptance."""
+
+SAMPLED = {"greedy": "greedy", "coupled": "T = 0.8, coupled", "rejection": "T = 0.8, rejection"}
+"""Ways of sampling in a file of acceptance, by the verifier."""
+
+
+def scripts(results: Path) -> str:
+    """List every script in one line, folder by folder."""
+    lines = []
+    for folder in dict.fromkeys(script.folder for script in SCRIPTS):
+        rows = [script for script in SCRIPTS if script.folder == folder]
+        names: Rows = [
+            {f"`{folder or 'experiments'}/`": f"`{script.name}`", "what it does": script.about}
+            for script in rows
+        ]
+        lines.append(markdown(names))
+    return "\n\n".join(lines)
+
+
+def peers(results: Path) -> str:
+    """Tabulate how fast each engine is, as a multiple of our plain decoding."""
+    ratios = over_plain(results, "peers")
+    rows = [
+        {"": label, "speed over plain decoding": f"{ratios[way]:.2f}"}
+        for way, label in WAYS.items()
+    ]
+    return markdown(rows)
+
+
+def over_plain(results: Path, name: str) -> dict[str, float]:
+    """Read the median speed of every way in a file of peers, as a multiple of plain decoding."""
+    rows = read(results, name)
+    return {row["name"]: median(row["over_plain"]) for row in rows if "over_plain" in row}
+
+
+def chains(results: Path, name: str) -> dict[str, dict[str, Any]]:
+    """Read the greedy rows of width 1 in a file of acceptance, by the draft's name."""
+    rows = read(results, name)
+    return {row["draft"]: row for row in rows if row["temperature"] == 0 and row["tree_width"] == 1}
+
+
+def acceptance(results: Path) -> str:
+    """Tabulate what the target accepts of the drafts of both pairs that the README shows."""
+    pairs = {
+        "bundled pair": chains(results, "acceptance_demo"),
+        "SmolLM2": chains(results, "acceptance"),
+    }
+    found = {draft: row for rows in pairs.values() for draft, row in rows.items()}
+    drafts = [draft for draft, row in found.items() if row["lp_size"] in SIZES]
+    table = []
+    for draft in sorted(drafts, key=lambda draft: _order(found[draft])):
+        shown = {"draft": draft if draft == "exact" else f"fuzzy, {draft}"}
+        for pair, rows in pairs.items():
+            shown[pair] = f"{rows[draft]['acceptance_rate']:.3f}" if draft in rows else ""
+        table.append(shown)
+    return markdown(table)
+
+
+def _order(row: Mapping[str, Any]) -> tuple[int, bool, bool]:
+    """Sort drafts by size: plain ones, then those without calibration, then refit ones."""
+    return row["lp_size"], row.get("refit", False), not row["calibration"]
+
+
+def card(results: Path) -> str:
+    """Tabulate the acceptance of the bundled pair for its model card."""
+    rows = [
+        {
+            "draft": draft,
+            "acceptance rate": f"{row['acceptance_rate']:.3f}",
+            "tokens a round": f"{row['mean_acceptance_length']:.2f}",
+        }
+        for draft, row in chains(results, "acceptance_demo").items()
+    ]
+    return markdown(rows)
+
+
+def kept(results: Path) -> str:
+    """Tabulate how much of the draft's distribution groups keep, with and without refits."""
+    sets = {"A": read(results, "table4_smollm2"), "unseen": read(results, "table4_smollm2_unseen")}
+    table: dict[int, dict[str, Any]] = {}
+    for label, rows in sets.items():
+        for row in rows:
+            column = f"{label}, refit" if row["refit"] else label
+            shown = table.setdefault(row["lp_size"], {"N": row["lp_size"]})
+            shown[column] = short(row["overlap"])
+    return markdown(list(table.values()))
+
+
+def acceptance_refit(results: Path) -> str:
+    """Tabulate the acceptance of SmolLM2's plain and refit groups, where drafts share their texts."""
+    table = []
+    for width, verifier, rows in _same_texts(read(results, "acceptance")):
+        groups = [row for row in rows if row["lp_size"] > 1 and row["calibration"]]
+        sizes = dict.fromkeys(row["lp_size"] for row in groups)
+        shown: dict[str, Any] = {"sampling": SAMPLED[verifier], "tree width": width}
+        for refit in (False, True):
+            for size in sizes:
+                (own,) = (r for r in groups if (r["lp_size"], r["refit"]) == (size, refit))
+                name = f"N = {size}, refit" if refit else f"N = {size}"
+                shown[name] = short([own["acceptance_rate"]])
+        table.append(shown)
+    return markdown(table)
+
+
+def acceptance_demo_refit(results: Path) -> str:
+    """Tabulate the acceptance of the bundled draft: exact, in groups of four, and these refit."""
+    table = []
+    rows = read(results, "acceptance_demo_refit")
+    for width, verifier, own in [*_same_texts(rows), *_same_texts(rows, ("rejection",))]:
+        shown: dict[str, Any] = {"sampling": SAMPLED[verifier], "tree width": width}
+        for row in own:
+            if row["draft"] in ("exact", "N = 4", "N = 4, refit"):
+                shown[row["draft"]] = short([row["acceptance_rate"]])
+        table.append(shown)
+    return markdown(table)
+
+
+def _same_texts(
+    rows: Rows, verifiers: tuple[str, ...] = ("greedy", "coupled")
+) -> Iterable[tuple[int, str, Rows]]:
+    """Group the rows of a file of acceptance by verifier and tree width."""
+    for verifier in verifiers:
+        chosen = [row for row in rows if row["verifier"] == verifier]
+        for width in dict.fromkeys(row["tree_width"] for row in chosen):
+            yield width, verifier, [row for row in chosen if row["tree_width"] == width]
+
+
+def trees(results: Path) -> str:
+    """Tabulate the bundled pair's acceptance at temperature 0.8 by verifier and tree width.
+
+    Means over all calibrated groups.
+    """
+    rows = [row for row in read(results, "acceptance_demo") if row["temperature"] == 0.8]
+    groups = [row for row in rows if row["lp_size"] > 1 and row["calibration"]]
+    table = []
+    for verifier in ("rejection", "coupled"):
+        shown = {"": verifier}
+        for width in dict.fromkeys(row["tree_width"] for row in groups):
+            rates = [
+                row["acceptance_rate"]
+                for row in groups
+                if (row["verifier"], row["tree_width"]) == (verifier, width)
+            ]
+            shown[f"width {width}"] = short([fmean(rates)])
+        table.append(shown)
+    return markdown(table)
+
+
+def checkpoints(results: Path) -> str:
+    """Tabulate what a conversion takes, against copying the files, and what opening one takes."""
+    measured = read_json(results / "bench_checkpoints_7b.json")
+    opened = [own["over_weights"] for own in measured["open"].values()]
+    speeds = []
+    for converted, copied in zip(measured["convert"], measured["copy"], strict=True):
+        speeds.append(copied["seconds"] / converted["seconds"])
+    rounds = ", ".join(f"{speed:.2f}" for speed in sorted(speeds))
+    held = f"{measured['convert_peak_bytes'] / 2**30:.2f} GiB"
+    median_speed = f"{measured['speed_over_copy']:.2f}, the median of {rounds}"
+    rows = [
+        {"": "conversion: memory held at most", "measured": held},
+        {"": "conversion: speed over copying the files", "measured": median_speed},
+        {"": "opened on 8 virtual devices: memory over weights", "measured": f"{max(opened):.2f}"},
+    ]
+    return markdown(rows)
+
+
+def tune_share(results: Path) -> str:
+    """Return the least speed of tune's choice over that of the fastest candidate."""
+    rows = [*read(results, "tune_check"), *read(results, "tune_check_smollm2")]
+    return f"{min(row['share_of_fastest'] for row in rows):.2f}"
+
+
+def peers_smollm2(results: Path) -> str:
+    """Return how fast llama.cpp is with SmolLM2, over our plain decoding."""
+    return f"{over_plain(results, 'peers_smollm2')['llama.cpp']:.2f}"
+
+
+def peers_smollm2_transformers(results: Path) -> str:
+    """Return how fast transformers is with SmolLM2, over our plain decoding."""
+    return f"{over_plain(results, 'peers_smollm2')['transformers']:.2f}"
+
+
+def read(results: Path, name: str) -> Rows:
+    """Read the rows of a file of results.
+
+    Raises:
+        EasySpecError: It is missing, or is not JSON.
+    """
+    return read_json(results / f"{name}.json")["results"]
+
+
+def short(values: Iterable[float]) -> str:
+    """Write shares with three digits and without the leading zero.
+
+    Example:
+        >>> short([0.8941, 0.871])
+        '.894 .871'
+    """
+    return " ".join(f"{value:.3f}".removeprefix("0") for value in values)
+
+
+PASSAGES: dict[str, Callable[[Path], str]] = {
+    "scripts": scripts,
+    "results": lambda results: sections(results).strip(),
+    "peers": peers,
+    "acceptance": acceptance,
+    "card": card,
+    "kept": kept,
+    "acceptance_refit": acceptance_refit,
+    "acceptance_demo_refit": acceptance_demo_refit,
+    "trees": trees,
+    "checkpoints": checkpoints,
+    "tune_share": tune_share,
+    "peers_smollm2": peers_smollm2,
+    "peers_smollm2_transformers": peers_smollm2_transformers,
+}
+"""By the names in the documents' markers. Each gets the directory of results."""

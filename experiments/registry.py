@@ -1,0 +1,303 @@
+"""Every script, once: its name, its folder, the results it writes and the settings for small runs.
+
+A script NAME runs as `python -m experiments.NAME`. Where it writes results, its module has `main`,
+which measures, `tabulate`, which turns a file of results into the rows of a table, and `draw`, which
+makes the picture next to the file, if there is one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+HOME = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Result:
+    """A file in results/.
+
+    Attributes:
+        name: Its name without `.json`.
+        title: The heading of its section in the page of results; `{subject}` is the pair that it
+            is about.
+        quick: The flags with which `run --quick` measures it; None for a file that `run` leaves alone.
+        smoke: The flags with which `run --smoke` measures it; None to leave it out there.
+    """
+
+    name: str
+    title: str
+    quick: str | None = None
+    smoke: str | None = None
+
+
+@dataclass(frozen=True)
+class Script:
+    """A command.
+
+    Attributes:
+        name: What to type after `python -m experiments.`
+        folder: Where its module is, "" for experiments/ itself.
+        about: One line for the list of scripts.
+        results: The files that the committed results hold of it, in the order of the page.
+        draws: Its module has a `draw` function.
+        by_shape: Results are named NAME_SHAPE, with the title `by_shape: SHAPE`.
+    """
+
+    name: str
+    folder: str
+    about: str
+    results: tuple[Result, ...] = ()
+    draws: bool = False
+    by_shape: str | None = None
+
+    @property
+    def module(self) -> str:
+        """Return the module's full name."""
+        return ".".join(part for part in ("experiments", self.folder, self.name) if part)
+
+    @property
+    def path(self) -> Path:
+        """Return the module's file."""
+        return HOME / self.folder / f"{self.name}.py"
+
+    def function(self, name: str) -> Callable[..., Any]:
+        """Import the module and return one of its functions."""
+        return getattr(import_module(self.module), name)
+
+
+SCRIPTS = (
+    Script(
+        "run",
+        "",
+        "measures everything anew, or what `--only` names, and updates the documents",
+    ),
+    Script("page", "", "writes the tables of all documents from the results; `--check` compares"),
+    Script("draw", "", "draws a file of results again"),
+    Script(
+        "table2",
+        "paper",
+        "Table 2: every way of decoding on the same prompts, drafting and verification apart",
+        (
+            Result(
+                "table2",
+                "Table 2: ways of decoding",
+                "--profile-phases --mesh 2 --max-new-tokens 64 --repeats 9 --fit-tokens 6000",
+            ),
+            Result("table2_smollm2", "Table 2: SmolLM2-135M-Instruct as its own draft"),
+        ),
+        draws=True,
+    ),
+    Script(
+        "spec_bench",
+        "paper",
+        "Table 3: Spec-Bench's questions, or a dozen of ours, answered with and without a draft",
+        (
+            Result("spec_bench", "Table 3: questions in Spec-Bench's form", "--max-new-tokens 64"),
+            Result("spec_bench_smollm2", "Table 3: SmolLM2-135M-Instruct as its own draft"),
+        ),
+        draws=True,
+    ),
+    Script(
+        "table4",
+        "paper",
+        "Table 4: cosines of what a group approximates, and what is left of the draft's distribution",
+        (
+            Result(
+                "table4",
+                "Table 4: what groups approximate",
+                "--max-new-tokens 64",
+                "--lp-sizes 2 --max-new-tokens 8",
+            ),
+            Result("table4_smollm2", "Table 4: SmolLM2-135M-Instruct, six prompts"),
+            Result(
+                "table4_smollm2_unseen",
+                "Table 4: SmolLM2-135M-Instruct, ten prompts that no fit and no choice has seen",
+            ),
+        ),
+        draws=True,
+    ),
+    Script(
+        "frontier",
+        "ours",
+        "what each layout keeps of the draft, against the collectives that it waits for",
+        (
+            Result(
+                "frontier",
+                "Fidelity against collectives",
+                "--max-new-tokens 64",
+                "--lp-strategies 0,1-3,4-7x4,8-10,11 --max-new-tokens 8",
+            ),
+            Result("frontier_smollm2", "Fidelity against collectives: SmolLM2-135M-Instruct"),
+        ),
+        draws=True,
+    ),
+    Script(
+        "table5",
+        "paper",
+        "Table 5: groups of attentions against groups of whole layers",
+        (
+            Result(
+                "table5",
+                "Table 5: attentions or whole layers at once",
+                "--mesh 2 --max-new-tokens 64 --repeats 9",
+                "--lp-sizes 2 --max-new-tokens 8 --repeats 2",
+            ),
+        ),
+        draws=True,
+    ),
+    Script(
+        "table6",
+        "paper",
+        "Table 6: speed by the number of devices, measured or by the cost model",
+        (Result("table6", "Table 6: steps a second by the number of devices", ""),),
+        draws=True,
+    ),
+    Script(
+        "table8",
+        "paper",
+        "Table 8: drafts of several sizes for one target",
+        (Result("table8", "Table 8: other pairs", "--max-new-tokens 64"),),
+        draws=True,
+    ),
+    Script(
+        "figure2",
+        "paper",
+        "Figure 2: what every device does in a round, from a profile",
+        (
+            Result(
+                "figure2",
+                "Figure 2: what the devices do in a round",
+                "--max-new-tokens 32 --rounds 5 --repeats 5",
+                "--mesh 2 --lp-size 2 --max-new-tokens 8 --rounds 2 --repeats 2",
+            ),
+        ),
+        draws=True,
+    ),
+    Script("round_picture", "paper", "draws `docs/round.svg`, one round step by step"),
+    Script(
+        "acceptance",
+        "ours",
+        "Figure 4: acceptance by tree width and number of layers at once",
+        (
+            Result(
+                "figure4",
+                "Figure 4: acceptance by N and width",
+                "--temperatures 0 --widths 1 4 --lp-sizes 1 2 3 4 5 --max-new-tokens 64 "
+                "--batch-size 8",
+                "--temperatures 0 --widths 1 --lp-sizes 1 2 --max-new-tokens 8",
+            ),
+            Result("acceptance_demo", "Acceptance: the bundled pair"),
+            Result("acceptance_demo_refit", "Acceptance with a refit: the bundled pair"),
+            Result("acceptance", "{subject}"),
+        ),
+        draws=True,
+    ),
+    Script("fidelity", "ours", "how faithful one way of drafting is to the exact draft"),
+    Script(
+        "tune_check",
+        "ours",
+        "whether `tune` chooses the fastest of all candidates",
+        (
+            Result("tune_check", "What tune chooses, among all candidates"),
+            Result(
+                "tune_check_smollm2",
+                "What tune chooses: SmolLM2-135M-Instruct as its own draft",
+            ),
+        ),
+        draws=True,
+    ),
+    Script(
+        "simulate",
+        "paper",
+        "the paper's pairs on machines that are not here, by the cost model",
+        (
+            Result(
+                "simulate",
+                "Simulation: machines that are not here (estimates)",
+                "--topologies a100:8 h100:8 v5p:2x2x1",
+            ),
+        ),
+        draws=True,
+    ),
+    Script(
+        "two_processes",
+        "endurance",
+        "a draft step where all-reduces are slow, as between hosts",
+        (
+            Result("two_processes", "Two processes, a core each", "--repeats 9 --calls 4"),
+            Result("two_processes_smollm2", "Two processes, a core each: SmolLM2-135M-Instruct"),
+        ),
+        draws=True,
+    ),
+    Script(
+        "peers",
+        "ours",
+        "transformers, llama.cpp and vLLM on the same weights and prompts",
+        (
+            Result("peers", "Other engines in the same run", "--max-new-tokens 64 --repeats 3"),
+            Result(
+                "peers_smollm2",
+                "Other engines in the same run: SmolLM2-135M-Instruct as its own draft",
+            ),
+        ),
+        draws=True,
+    ),
+    Script(
+        "bench_round",
+        "bench",
+        "what a round takes beyond its passes",
+        (Result("bench_round", "Bookkeeping: what a round takes beyond its passes"),),
+    ),
+    Script(
+        "kill_check",
+        "endurance",
+        "a batch job killed again and again, compared with one that was not",
+        (Result("kill_check", "A job of 500 prompts, killed at random moments"),),
+    ),
+    Script(
+        "soak",
+        "endurance",
+        "memory, programs and speed over tens of thousands of rounds",
+        (Result("soak", "A soak: memory, programs and speed over many rounds"),),
+        draws=True,
+    ),
+    Script(
+        "bench_checkpoints",
+        "bench",
+        "memory and speed of converting and opening a checkpoint",
+        by_shape="Conversion and opening of a checkpoint",
+    ),
+    Script(
+        "bench_roofline",
+        "bench",
+        "passes and whole texts against the machine's bandwidth and against transformers",
+        by_shape="Passes and rounds against the machine's bandwidth",
+    ),
+    Script("train_demo", "demo", "trains the bundled pair on a CPU"),
+)
+"""A new experiment is one entry here. Its `main` takes --out if it has results with `quick`."""
+
+FORMER = {"readme": "page", "draw_round": "round_picture"} | {
+    f"draw_{script.name}": "draw" for script in SCRIPTS if script.draws
+}
+"""Names that some scripts had, and their names today."""
+
+
+def named(name: str) -> Script | None:
+    """Find a script by its name, or by one that it had."""
+    name = FORMER.get(name, name)
+    return next((script for script in SCRIPTS if script.name == name), None)
+
+
+def known(stem: str) -> tuple[Script, Result] | None:
+    """Find what a file of results is, by its name without `.json`."""
+    for script in SCRIPTS:
+        for result in script.results:
+            if result.name == stem:
+                return script, result
+        if script.by_shape and stem.startswith(f"{script.name}_"):
+            shape = stem.removeprefix(f"{script.name}_")
+            return script, Result(stem, f"{script.by_shape}: {shape}")
+    return None

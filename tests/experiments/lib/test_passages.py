@@ -1,0 +1,89 @@
+"""Passages of documents are figures of the results."""
+
+import json
+
+import pytest
+
+from experiments.lib import passages
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Write files of results and return their directory."""
+
+    def write(**files):
+        for name, rows in files.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps({"results": rows}))
+        return tmp_path
+
+    return write
+
+
+def row(draft, lp_size, rate, **fields):
+    common = {"draft": draft, "lp_size": lp_size, "acceptance_rate": rate, "temperature": 0.0}
+    return common | {"tree_width": 1, "calibration": True, "verifier": "greedy"} | fields
+
+
+def test_acceptance_has_both_pairs_by_size(results):
+    demo = [
+        row("exact", 1, 0.7),
+        row("N = 2", 2, 0.6),
+        row("N = 3", 3, 0.5),
+        row("N = 6", 6, 0.4),
+        row("N = 2", 2, 0.9, tree_width=4),
+    ]
+    other = [
+        row("exact", 1, 1.0),
+        row("N = 2, refit", 2, 0.8, refit=True),
+        row("N = 2, no calibration", 2, 0.3, calibration=False),
+        row("N = 2", 2, 0.55),
+    ]
+    lines = passages.acceptance(results(acceptance_demo=demo, acceptance=other)).split("\n")
+    assert lines[2:] == [
+        "| exact | 0.700 | 1.000 |",
+        "| fuzzy, N = 2 | 0.600 | 0.550 |",
+        "| fuzzy, N = 2, no calibration |  | 0.300 |",
+        "| fuzzy, N = 2, refit |  | 0.800 |",
+        "| fuzzy, N = 6 | 0.400 |  |",
+    ]
+
+
+def test_what_groups_keep_is_by_size_and_set(results):
+    def rows(first):
+        return [
+            {"lp_size": 4, "refit": refit, "overlap": [first + refit / 8, 0.25]}
+            for refit in (False, True)
+        ]
+
+    directory = results(table4_smollm2=rows(0.5), table4_smollm2_unseen=rows(0.125))
+    lines = passages.kept(directory).split("\n")
+    assert lines[0] == "| N | A | A, refit | unseen | unseen, refit |"
+    assert lines[2:] == ["| 4 | .500 .250 | .625 .250 | .125 .250 | .250 .250 |"]
+
+
+def test_trees_are_means_over_calibrated_groups(results):
+    sampled = {"temperature": 0.8, "verifier": "coupled"}
+    rows = [
+        row("exact", 1, 0.9, **sampled),
+        row("N = 2", 2, 0.5, **sampled),
+        row("N = 3", 3, 0.25, **sampled),
+        row("N = 3", 3, 0.1, **sampled | {"calibration": False}),
+    ]
+    rows += [own | {"verifier": "rejection", "acceptance_rate": 0.5} for own in rows]
+    lines = passages.trees(results(acceptance_demo=rows)).split("\n")
+    assert lines == ["|  | width 1 |", "| - | - |", "| rejection | .500 |", "| coupled | .375 |"]
+
+
+def test_speeds_are_medians_over_plain_decoding(results):
+    ways = [*passages.WAYS, "another"]
+    rows = [{"name": way, "over_plain": [1.0, 3.0, 2.0]} for way in ways]
+    rows.append({"name": "vLLM", "missing": "not installed"})
+    lines = passages.peers(results(peers=rows)).split("\n")
+    assert lines[2] == "| easyspec, N = 4 | 2.00 |"
+    assert len(lines) == 2 + len(passages.WAYS)
+
+
+def test_the_least_share_counts(results):
+    rows = [{"share_of_fastest": 1.0}, {"share_of_fastest": 0.954}]
+    directory = results(tune_check=rows, tune_check_smollm2=[{"share_of_fastest": 0.97}])
+    assert passages.tune_share(directory) == "0.95"
