@@ -17,7 +17,7 @@ from experiments.registry import named
 
 
 class _ShortName(SourceFileLoader):
-    """Loads a script under its short name: as code for `python -m`, as the real module elsewhere."""
+    """Loads a script by its short name: as code for `python -m`, else as the real module."""
 
     def __init__(self, fullname: str, path: str, module: str) -> None:
         super().__init__(fullname, path)

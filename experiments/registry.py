@@ -1,8 +1,8 @@
 """Every script, once: its name, its folder, the results it writes and the settings for small runs.
 
-A script NAME runs as `python -m experiments.NAME`. Where it writes results, its module has `main`,
-which measures, `tabulate`, which turns a file of results into the rows of a table, and `draw`, which
-makes the picture next to the file, if there is one.
+A script NAME runs as `python -m experiments.NAME`. Its module has `main`, which measures. Where it
+writes results, the module also has `tabulate`, which turns a file of results into the rows of a
+table, and `draw`, which makes the picture next to the file, if there is one.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class Result:
         name: Its name without `.json`.
         title: The heading of its section in the page of results; `{subject}` is the pair that it
             is about.
-        quick: The flags with which `run --quick` measures it; None for a file that `run` leaves alone.
+        quick: The flags with which `run --quick` measures it; None if `run` leaves it alone.
         smoke: The flags with which `run --smoke` measures it; None to leave it out there.
     """
 
@@ -102,7 +102,8 @@ SCRIPTS = (
     Script(
         "table4",
         "paper",
-        "Table 4: cosines of what a group approximates, and what is left of the draft's distribution",
+        "Table 4: cosines of what a group approximates, and what is left of the draft's "
+        "distribution",
         (
             Result(
                 "table4",

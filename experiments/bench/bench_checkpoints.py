@@ -1,8 +1,9 @@
-"""Memory and speed of converting and opening a checkpoint: `python -m experiments.bench_checkpoints --shape 7b`.
+"""Measure conversion and opening: `python -m experiments.bench_checkpoints --shape 7b`.
 
-A random checkpoint is made, converted and opened by commands of their own, whose memory is read from /proc while they
-run: resident pages, mapped ones included, of a whole tree of processes. Conversion takes turns with copying the same
-files, each from a disk that has forgotten them and until all of the copy is on it. Linux only.
+Makes a random checkpoint, then converts and opens it with commands of their own. Their resident
+memory, mapped pages included, is read from /proc over the whole process tree. Conversion alternates
+with copying the same files. Each starts with nothing in the page cache and ends when all of the
+copy is on disk. Linux only.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from easyspec_jax.checkpoint.config import model_config
 from easyspec_jax.cli.command import Parser
 from experiments.lib.machine import machine
 from experiments.lib.output import RESULTS, check_destination, run_experiment, save
-from experiments.lib.tables import Rows
+from experiments.lib.tables import Rows, column
 
 _COMMON = {
     "model_type": "llama",
@@ -39,27 +40,57 @@ _COMMON = {
     "dtype": "bfloat16",
 }
 SHAPES: dict[str, dict[str, Any]] = {
-    "7b": _COMMON | {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008,
-                     "num_attention_heads": 32, "vocab_size": 32000, "tie_word_embeddings": False},
-    "1b": _COMMON | {"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192,
-                     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
-                     "tie_word_embeddings": True},
-    "0.17b": _COMMON | {"num_hidden_layers": 14, "hidden_size": 1024, "intermediate_size": 2816,
-                        "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 8192,
-                        "tie_word_embeddings": False},
-}  # fmt: skip
+    "7b": _COMMON
+    | {
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+    },
+    "1b": _COMMON
+    | {
+        "num_hidden_layers": 16,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "0.17b": _COMMON
+    | {
+        "num_hidden_layers": 14,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "vocab_size": 8192,
+        "tie_word_embeddings": False,
+    },
+}
 
 _OPEN = """
 import sys, jax
 from easyspec_jax import SpeculativeConfig, open_model
-vanilla = SpeculativeConfig(method="vanilla")
-engine = open_model(sys.argv[1], mesh=sys.argv[2], platform="cpu", speculative=vanilla, dtype="bfloat16")
+options = dict(speculative=SpeculativeConfig(method="vanilla"), dtype="bfloat16")
+engine = open_model(sys.argv[1], mesh=sys.argv[2], platform="cpu", **options)
 jax.block_until_ready(jax.tree.leaves(engine.load()))
 """
 
 
 def write_random(directory: Path, fields: dict[str, Any], shards: int) -> int:
-    """A Hugging Face directory of random weights, about that many shards, with a tokenizer; returns its bytes."""
+    """Write a Hugging Face directory of random weights with a tokenizer.
+
+    Args:
+        directory: Created; must not exist.
+        fields: The content of config.json.
+        shards: About how many files the weights are split into.
+
+    Returns:
+        The bytes of all weights.
+    """
     config = model_config(fields)
     shapes = expected_shapes(config)
     size = sum(map(prod, shapes.values())) * np.dtype(config.dtype).itemsize
@@ -82,14 +113,18 @@ def write_random(directory: Path, fields: dict[str, Any], shards: int) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """What a command took."""
+    """The time and memory that a command took."""
 
     seconds: float
     peak_bytes: int
 
 
 def measured(command: Sequence[str | Path], interval: float = 0.02) -> Run:
-    """Runs a command and samples the resident memory of it and its children. Raises EasySpecError if it fails."""
+    """Run a command, sampling the resident memory of it and its children.
+
+    Raises:
+        EasySpecError: The command fails.
+    """
     begun, peak = time.perf_counter(), 0
     with subprocess.Popen(
         [*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -125,24 +160,24 @@ def _resident(process: int, field: str = "VmRSS") -> int:
 
 
 def convert(source: Path, out: Path, *options: str) -> Run:
-    """One conversion by the command."""
+    """Convert once, by the command."""
     return measured([sys.executable, "-m", "convert", "--hf", source, "--out", out, *options])
 
 
 def open_(directory: Path, mesh: str) -> Run:
-    """One start on virtual CPU devices, until all weights are there."""
+    """Open a checkpoint on virtual CPU devices, until all weights are loaded."""
     return measured([sys.executable, "-c", _OPEN, directory, mesh])
 
 
 def copy(source: Path, out: Path) -> Run:
-    """One copy by the system's command, and the disk's word that it is there."""
+    """Copy a directory with the system's command, and wait until it is on disk."""
     return measured(
         ["sh", "-c", 'cp -r "$0" "$1" && find "$1" -type f -exec sync {} +', source, out]
     )
 
 
 def forget(directory: Path) -> None:
-    """The system drops what it keeps of these files in memory."""
+    """Drop these files from the page cache."""
     for path in filter(Path.is_file, directory.rglob("*")):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -152,7 +187,7 @@ def forget(directory: Path) -> None:
 def alternately(
     rounds: int, source: Path, out: Path, *ways: Callable[[Path, Path], Run]
 ) -> list[list[Run]]:
-    """Every way in turn, from a cold disk to a path that is free again afterwards."""
+    """Run every way in turn, from a cold cache to a path that is free again afterwards."""
     runs: list[list[Run]] = [[] for _ in ways]
     for _ in range(rounds):
         for way, done in zip(ways, runs, strict=True):
@@ -165,7 +200,7 @@ def alternately(
 def bench(
     shape: str, shards: int, rounds: int, meshes: Sequence[str], memory: str, directory: Path
 ) -> dict[str, Any]:
-    """All figures of a shape; the disk holds three times its bytes at most."""
+    """Measure all figures of a shape. The disk holds at most three times its bytes."""
     source, out = directory / "hf", directory / "orbax"
     try:
         size = write_random(source, SHAPES[shape], shards)
@@ -175,8 +210,11 @@ def bench(
         )
         convert(source, out, *options)
         forget(out)
-        opened = {f"{kind}, mesh {mesh}": open_(place, mesh)
-                  for kind, place in (("huggingface", source), ("orbax", out)) for mesh in meshes}  # fmt: skip
+        opened = {
+            f"{kind}, mesh {mesh}": open_(place, mesh)
+            for kind, place in (("huggingface", source), ("orbax", out))
+            for mesh in meshes
+        }
     finally:
         shutil.rmtree(source, ignore_errors=True)
         shutil.rmtree(out, ignore_errors=True)
@@ -199,22 +237,22 @@ def bench(
 
 
 def tabulate(measured: Mapping[str, Any]) -> Rows:
-    """Of bench_checkpoints: medians of the rounds."""
+    """Tabulate medians of time and maxima of memory."""
     ways = {"conversion": measured["convert"], "copy of the files": measured["copy"]}
     ways |= {f"opening, {name}": [run] for name, run in measured["open"].items()}
     return [
         {
             "what": name,
             "GB": measured["bytes"] / 1e9,
-            "seconds": median(run["seconds"] for run in runs),
-            "GiB held at most": max(run["peak_bytes"] for run in runs) / 2**30,
+            "seconds": median(column(runs, "seconds")),
+            "GiB held at most": max(column(runs, "peak_bytes")) / 2**30,
         }
         for name, runs in ways.items()
     ]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures and writes the JSON."""
+    """Measure and write the JSON."""
     out = args.out or RESULTS / f"bench_checkpoints_{args.shape}.json"
     check_destination(out)
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
@@ -226,12 +264,13 @@ def run(args: argparse.Namespace) -> None:
         json.dumps({"command": args.command, "machine": machine("cpu"), **report}, indent=2) + "\n",
     )
     print(
-        f"{out}: {report['convert_peak_bytes'] / 2**30:.2f} GiB at most, {report['speed_over_copy']:.2f} of a copy"
+        f"{out}: {report['convert_peak_bytes'] / 2**30:.2f} GiB at most, "
+        f"{report['speed_over_copy']:.2f} of a copy"
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code."""
+    """Run the command and return its exit code."""
     parser = Parser(prog="python -m experiments.bench_checkpoints", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--shards", type=int, default=6)

@@ -1,8 +1,9 @@
-"""Speed against the machine's memory and against transformers: `python -m experiments.bench_roofline --shape cpu`.
+"""Compare speed with memory bandwidth: `python -m experiments.bench_roofline --shape cpu`.
 
-Weights are made on the spot, so nothing is downloaded. A pass of a model cannot take less than its floor: the bytes of
-its weights, and of the keys and values of the text so far, over the bandwidth measured beside it. What is compared
-alternates within one part of one run; parts can be run one by one (--only), and each replaces its own results.
+Weights are made on the spot, so nothing is downloaded. A pass of a model takes at least its floor:
+the bytes of its weights, keys and values over the bandwidth measured in the same run. Cases that
+are compared alternate within one part of a run, transformers' among them. Parts can run one by one
+(--only), and each replaces its own results.
 """
 
 import argparse
@@ -27,27 +28,32 @@ from experiments.bench.roofline_parts import PARTS, Bench, Row
 from experiments.lib.machine import machine as here
 from experiments.lib.machine import torch_device
 from experiments.lib.output import RESULTS, check_destination, run_experiment, save, settings
-from experiments.lib.tables import Rows
+from experiments.lib.tables import Rows, labelled
 
 
 def tabulate(measured: Mapping[str, Any]) -> Rows:
-    """Of bench_roofline: all parts, a row for what each of them timed."""
+    """Tabulate all parts, a row for each case."""
     milliseconds = {"seconds": "ms", "floor_seconds": "its bytes take, ms"}
     figures = {
-        "share_of_bandwidth": "share of bandwidth", "GB_per_second": "GB/s", "tokens_per_second": "tokens/s",
-        "tokens_per_pass": "tokens a pass", "acceptance_rate": "α", "over_plain": "over plain",
-    }  # fmt: skip
-    return [
-        {"part": part, "what": row["name"]}
-        | {label: 1e3 * row[name] if name in row else None for name, label in milliseconds.items()}
-        | {label: row.get(name) for name, label in figures.items()}
-        for part, of_part in measured["parts"].items()
-        for row in of_part["results"]
-    ]
+        "share_of_bandwidth": "share of bandwidth",
+        "GB_per_second": "GB/s",
+        "tokens_per_second": "tokens/s",
+        "tokens_per_pass": "tokens a pass",
+        "acceptance_rate": "α",
+        "over_plain": "over plain",
+    }
+    table = []
+    for part, of_part in measured["parts"].items():
+        for row in of_part["results"]:
+            shown = {"part": part, "what": row["name"]}
+            for name, label in milliseconds.items():
+                shown[label] = 1e3 * row[name] if name in row else None
+            table.append(shown | labelled(row, figures))
+    return table
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures part after part; prints and saves each as soon as it is done."""
+    """Measure part after part, printing and saving each as soon as it is done."""
     cache_compilations()
     check(args)
     out = args.out or RESULTS / f"bench_roofline_{args.shape}.json"
@@ -69,7 +75,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises EasySpecError for what cannot be measured."""
+    """Check the flags.
+
+    Raises:
+        EasySpecError: They ask for something that cannot be measured.
+    """
     for name in ("repeats", "calls", "context", "max_new_tokens", "memory_mib"):
         if getattr(args, name) < 1:
             raise EasySpecError(
@@ -85,14 +95,16 @@ def check(args: argparse.Namespace) -> None:
     positions = min(fields["max_position_embeddings"] for fields in SHAPES[args.shape])
     if args.context + args.max_new_tokens > positions:
         raise EasySpecError(
-            f"--context and --max-new-tokens exceed the {positions} positions of --shape {args.shape}"
+            f"--context and --max-new-tokens exceed the {positions} positions of --shape "
+            f"{args.shape}"
         )
 
 
 def saved(out: Path, shape: str) -> dict[str, Any]:
-    """The parts that a file of results holds already; none if there is no file.
+    """Read the parts that a file of results already holds, if it exists.
 
-    Raises EasySpecError if it holds anything else, or its directory is missing.
+    Raises:
+        EasySpecError: It holds results of something else, or its directory is missing.
     """
     check_destination(out)
     if not out.exists():
@@ -106,7 +118,11 @@ def saved(out: Path, shape: str) -> dict[str, Any]:
 
 
 def opened(args: argparse.Namespace) -> Bench:
-    """The devices, and the type to compute in. Raises EasySpecError if something is missing."""
+    """Open the devices and choose the type to compute in.
+
+    Raises:
+        EasySpecError: Memory, torch or a device is missing.
+    """
     bench = Bench(args, np.dtype(np.float32), "cpu")
     platform = bench.mesh().devices.flat[0].platform
     bench = Bench(args, np.dtype(resolve_dtype("auto", platform, bench.configs[0].dtype)), platform)
@@ -117,7 +133,7 @@ def opened(args: argparse.Namespace) -> Bench:
 
 
 def machine(bench: Bench) -> dict[str, Any]:
-    """What the times are times of."""
+    """Describe the machine and the versions of the other engines."""
     packages = {}
     for name in ("torch", "transformers"):
         try:
@@ -128,7 +144,7 @@ def machine(bench: Bench) -> dict[str, Any]:
 
 
 def print_table(title: str, rows: Sequence[Row]) -> None:
-    """One line a row, with its medians; times in milliseconds."""
+    """Print one line for each row with its medians; times are in milliseconds."""
     hidden = {"name", "bytes", "repeats", "alternating"}
     columns = list(dict.fromkeys(key for row in rows for key in row if key not in hidden))
     table = Table(title=title)
@@ -143,7 +159,7 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
 
 
 def shown(column: str, value: float | None) -> str:
-    """A cell."""
+    """Write a cell."""
     if value is None:
         return ""
     if column in ("seconds", "floor_seconds"):
@@ -152,6 +168,7 @@ def shown(column: str, value: float | None) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     parser = Parser(prog="python -m experiments.bench_roofline", description=__doc__)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="cpu", help="target and draft")
     parser.add_argument("--mesh", default="1")

@@ -1,7 +1,8 @@
-"""Where a round's time goes: `python -m experiments.bench_round --target DIR --draft DIR --tree-width 8`.
+"""Measure a round's bookkeeping: `python -m experiments.bench_round --tree-width 8`.
 
-The same passes of both models with nothing between them (no choice of nodes, no verdict, no commit) alternate with
-whole rounds from the same state; what a round takes beyond its passes is bookkeeping.
+The same passes of both models with nothing between them (no choice of nodes, no verdict, no commit)
+alternate with whole rounds from the same state. Whatever a round takes beyond its passes is
+bookkeeping.
 """
 
 import argparse
@@ -46,7 +47,7 @@ WARM_UP = 3
 
 
 def passes(target: Decoder, draft: Decoder, state: State, config: RoundConfig) -> Any:
-    """The state and the logits after a round's passes, over tokens that are not chosen but merely there."""
+    """Run a round's passes over arbitrary tokens, and return the state and the logits."""
     h, caches = draft(
         state.pending,
         state.draft,
@@ -84,7 +85,7 @@ def passes(target: Decoder, draft: Decoder, state: State, config: RoundConfig) -
 
 
 def compiled_passes(programs: Programs) -> Any:
-    """passes() as a program of its own, whose state is donated like a round's."""
+    """Compile passes() as a program of its own that, like a round, donates its state."""
     draft = programs.draft
     assert draft is not None, "rounds without a draft have no bookkeeping to speak of"
     spec, split = programs.state_spec, draft.axes or None
@@ -96,7 +97,7 @@ def compiled_passes(programs: Programs) -> Any:
 def measure(
     programs: Programs, prompt: list[int], sampling: SamplingParams, repeats: int
 ) -> dict[str, list[float]]:
-    """Seconds of passes and of rounds, in turn; the first few of each are not timed."""
+    """Time passes and rounds alternately, in seconds; the first few of each are not counted."""
     bare = compiled_passes(programs)
     capacity = programs.capacity(len(prompt) + sampling.max_new_tokens)
     state, _ = prefill_all(
@@ -113,7 +114,7 @@ def measure(
 
 
 def timed(run: Callable[[State], Any], state: State) -> tuple[Any, float]:
-    """What run makes of a state, and the seconds it takes."""
+    """Run a program on a state, and return what it makes and the seconds it took."""
     jax.block_until_ready(state)
     begun = time.perf_counter()
     result = jax.block_until_ready(run(state))
@@ -121,7 +122,7 @@ def timed(run: Callable[[State], Any], state: State) -> tuple[Any, float]:
 
 
 def tabulate(measured: Mapping[str, Any]) -> Rows:
-    """Of bench_round; shares are medians over pairs of a round and its passes."""
+    """Tabulate medians; shares are medians over pairs of a round and its passes."""
     return [
         {
             "verifier": row["verifier"],
@@ -135,6 +136,7 @@ def tabulate(measured: Mapping[str, Any]) -> Rows:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     parser = Parser(prog="python -m experiments.bench_round", description=__doc__)
     add_models(parser)
     parser.add_argument("--mesh", default="1")
@@ -151,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Measures each way of sampling, prints the table and writes the JSON."""
+    """Measure each way of sampling, print the table and write the JSON."""
     check_destination(args.out)
     ways: list[tuple[Verifier | None, float]] = [(None, 0.0)] if 0.0 in args.temperatures else []
     ways += [(verifier, t) for t in args.temperatures if t > 0 for verifier in args.verifiers]

@@ -1,7 +1,8 @@
-"""Models for benchmarks: shapes of known models with weights made on the spot, for this package and transformers.
+"""Models for benchmarks: known shapes with weights made on the spot, here and for transformers.
 
-Random weights, or weights that make a text of known acceptance at full cost: attention and feed-forward outputs are
-zero, so a token's hidden state is its embedding, and the head maps it to the one token that follows.
+Weights are random, or such that a text has a known acceptance at full cost. In the latter case
+attention and feed-forward outputs are zero, so a token's hidden state is its embedding, and the
+head maps it to the one token that follows.
 """
 
 import re
@@ -35,31 +36,50 @@ Fields = dict[str, Any]
 
 
 def _bundled(name: str, **others: Any) -> Fields:
-    """A bundled configuration, without the tokens that would end a text."""
+    """Return a bundled configuration, without the tokens that would end a text."""
     return read_json(BUNDLED)[name] | {"eos_token_id": None} | others
 
 
-SMOLLM2_135M = {"model_type": "llama", "num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536,
-                "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152,
-                "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-                "rope_theta": 1e5, "bos_token_id": None, "eos_token_id": None}  # fmt: skip
-SMALL = SMOLLM2_135M | {"num_hidden_layers": 12, "hidden_size": 256, "intermediate_size": 768,
-                        "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+SMOLLM2_135M = {
+    "model_type": "llama",
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "rope_theta": 1e5,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+SMALL = SMOLLM2_135M | {
+    "num_hidden_layers": 12,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 SHAPES: dict[str, tuple[Fields, Fields]] = {
     "cpu": (SMOLLM2_135M, SMALL),
     "h200-8b-1b": (_bundled("Llama-3.1-8B"), _bundled("Llama-3.2-1B")),
-    # As many ids for the draft as for the target (152,064 instead of 151,936), as assisted generation asks for.
+    # Assisted generation wants as many ids in the draft as in the target: 152,064, not 151,936.
     "h200-32b-1.5b": (_bundled("Qwen2.5-32B"), _bundled("Qwen2.5-1.5B", vocab_size=152064)),
 }
-"""Target and draft, which share their ids."""
+"""Target and draft, which share their token ids."""
 
 
 @dataclass(frozen=True)
 class Walk:
     """A text in which every token has one successor, and a draft that knows some of them.
 
-    order: all ids, each followed by its successor, the last by the first; agrees[t]: the draft knows t's.
+    Attributes:
+        order: All ids, int [vocabulary]; each is followed by the next, the last by the first.
+        agrees: bool [vocabulary]; whether the draft knows the successor of an id.
     """
 
     order: np.ndarray
@@ -67,7 +87,7 @@ class Walk:
 
     @classmethod
     def of(cls, vocab_size: int, agreement: float, seed: int = 0) -> "Walk":
-        """A random order of all ids, on about the given share of which target and draft agree."""
+        """Draw a random order of all ids, on about the given share of which the models agree."""
         rng = np.random.default_rng(seed)
         agrees = rng.random(vocab_size) < agreement
         if np.sum(~agrees) == 1:  # its successor is the only one left
@@ -75,19 +95,19 @@ class Walk:
         return cls(rng.permutation(vocab_size), agrees)
 
     def text(self, start: int, count: int) -> list[int]:
-        """`count` tokens of the text from its start-th on."""
+        """Return `count` tokens of the text, beginning with the start-th."""
         return self.order[np.arange(start, start + count) % len(self.order)].tolist()
 
     @property
     def target(self) -> np.ndarray:
-        """Each id's successor."""
+        """Each id's successor, int [vocabulary]."""
         successor = np.empty_like(self.order)
         successor[self.order] = np.roll(self.order, -1)
         return successor
 
     @property
     def draft(self) -> np.ndarray:
-        """What the draft takes for it: a permutation too, wrong wherever it does not agree."""
+        """The draft's guess of it: also a permutation, wrong wherever it does not agree."""
         successor, (wrong,) = self.target, np.nonzero(~self.agrees)
         successor[wrong] = np.roll(successor[wrong], 1)
         return successor
@@ -97,7 +117,8 @@ class Walk:
 class Synthetic:
     """A TensorSource of made-up tensors, the same in every layer.
 
-    successor: None for random weights throughout; otherwise the greedy choice after every id, by an untied head.
+    Attributes:
+        successor: The greedy choice after every id, by an untied head; None for random weights.
     """
 
     config: ModelConfig
@@ -126,7 +147,10 @@ class Synthetic:
         return np.resize(np.roll(block, -rows.start * prod(shape[1:])), chosen)
 
     def _block(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """A million numbers, for over and over, and a few more, so that rows differ: billions of draws take minutes."""
+        """Return a million numbers to repeat, and a few more so that rows differ.
+
+        Billions of draws would take minutes.
+        """
         if name not in self._blocks:
             rng = np.random.default_rng(zlib.crc32(name.encode()))
             scale = shape[-1] ** -0.5
@@ -155,7 +179,7 @@ class Synthetic:
 
 
 class AlikeLoader(Loader):
-    """A Loader for models whose layers are alike: one is read, the others are copied on the devices."""
+    """A Loader for models whose layers are alike: it reads one and copies it on the devices."""
 
     @cached_property
     def _first(self) -> tuple[Attention, MLP]:
@@ -166,15 +190,15 @@ class AlikeLoader(Loader):
         return {}
 
     def attention(self, index: int) -> Attention:
-        """One layer's attention."""
+        """Load one layer's attention."""
         return copied(self._first[0])
 
     def mlp(self, index: int) -> MLP:
-        """A layer's feed-forward part."""
+        """Load one layer's feed-forward part."""
         return copied(self._first[1])
 
     def stacked_attention(self, layers: Sequence[int], slots: int) -> Attention:
-        """The attention of several layers."""
+        """Load the attentions of several layers as one stack."""
         kind = len(layers), slots
         if kind not in self._stacks:
             self._stacks[kind] = super().stacked_attention(layers, slots)
@@ -182,12 +206,12 @@ class AlikeLoader(Loader):
 
 
 def copied(module: Any) -> Any:
-    """A module with buffers of its own, under the very same shardings."""
+    """Copy a module into buffers of its own with the same shardings."""
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding, may_alias=False), module)
 
 
 def load(source: Synthetic, mesh: Mesh, groups: Sequence[Group] | None = None) -> Decoder:
-    """A target or, with groups, a draft; split over all devices."""
+    """Load a target or, with groups, a draft, split over all devices."""
     config = source.config
     rows = padded_vocab_size(mesh, config)
     loader = AlikeLoader(source, config, mesh, ALL_AXES, source.dtype, rows, config.vocab_size)
@@ -197,22 +221,23 @@ def load(source: Synthetic, mesh: Mesh, groups: Sequence[Group] | None = None) -
 
 
 def random_source(fields: Fields, dtype: str) -> Synthetic:
-    """Random weights of a shape."""
+    """Make random weights of a shape."""
     return Synthetic(model_config(fields), np.dtype(dtype))
 
 
 def constructed_source(fields: Fields, dtype: str, successor: np.ndarray) -> Synthetic:
-    """Weights by which `successor` follows.
+    """Make weights with which every id is followed by its `successor`.
 
-    The head is a matrix of its own even if the shape ties it to the embedding, which can encode no such successor.
-    That costs memory and no time: of an embedding only the tokens' rows are read, a head is read whole either way.
+    The head is a matrix of its own even if the shape ties it to the embedding, because a tied head
+    cannot encode an arbitrary successor. That costs memory but no time: a pass reads only the
+    tokens' rows of an embedding, and the whole head either way.
     """
     config = replace(model_config(fields), tie_word_embeddings=False)
     return Synthetic(config, np.dtype(dtype), successor)
 
 
 def weight_bytes(config: ModelConfig, dtype: np.dtype) -> int:
-    """Of all weights that a pass reads: everything but an embedding that is not the head as well."""
+    """Count the bytes of weights that a pass reads: all but an untied embedding."""
     sizes = {name: prod(shape) for name, shape in expected_shapes(config).items()}
     if not config.tie_word_embeddings:
         del sizes[EMBEDDING]
@@ -220,13 +245,13 @@ def weight_bytes(config: ModelConfig, dtype: np.dtype) -> int:
 
 
 def kv_bytes(config: ModelConfig, dtype: np.dtype, tokens: int) -> int:
-    """Of all layers' keys and values of so many tokens."""
+    """Count the bytes of all layers' keys and values for that many tokens."""
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return per_token * tokens * dtype.itemsize
 
 
 def torch_model(fields: Fields, source: Synthetic, device: str) -> Any:
-    """transformers' model of a shape with the same tensors."""
+    """Build transformers' model of a shape with the same tensors."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

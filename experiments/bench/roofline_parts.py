@@ -1,4 +1,4 @@
-"""The parts of bench_roofline: what each measures, as rows of medians, ratios and raw repeats."""
+"""The parts of bench_roofline. Each returns rows of medians, ratios and raw repeats."""
 
 import argparse
 from collections.abc import Sequence
@@ -34,13 +34,18 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Timings:
-    """In every repeat: the seconds of each case, and the bytes a second at which memory was read fastest."""
+    """The seconds of each case and the fastest read of memory, in every repeat.
+
+    Attributes:
+        seconds: Of each case, [repeats].
+        rate: Bytes a second, [repeats].
+    """
 
     seconds: dict[str, np.ndarray]
     rate: np.ndarray
 
     def row(self, name: str, bytes: int, **ratios: np.ndarray) -> Row:
-        """Medians of ratios that were each taken within a repeat, because a shared machine drifts."""
+        """Return medians of ratios, each taken within a repeat because a shared machine drifts."""
         seconds = self.seconds[name]
         floor = bytes / self.rate
         figures = {
@@ -55,7 +60,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all parts share: the arguments, and what follows from them."""
+    """The arguments, and the models and sizes that follow from them."""
 
     args: argparse.Namespace
     dtype: np.dtype
@@ -68,12 +73,12 @@ class Bench:
 
     @property
     def configs(self) -> tuple[ModelConfig, ModelConfig]:
-        """The same as configurations of this package."""
+        """The same shapes as configurations of this package."""
         return model_config(self.pair[0]), model_config(self.pair[1])
 
     @property
     def bytes(self) -> tuple[int, int]:
-        """What one pass of the target, and one of the draft, cannot but read."""
+        """The least bytes that one pass of the target, and one of the draft, must read."""
         target, draft = (
             models.weight_bytes(config, self.dtype)
             + models.kv_bytes(config, self.dtype, self.args.context)
@@ -83,12 +88,16 @@ class Bench:
 
     @property
     def lengths(self) -> dict[str, int]:
-        """Of the text, and of every cache: a power of two, as in decoding."""
+        """The length of the text and the capacity of every cache, a power of two as in decoding."""
         needed = self.args.context + self.args.calls * (LEVELS + 1) + max(VERIFIED) + 1
         return {"context": self.args.context, "capacity": 1 << (needed - 1).bit_length()}
 
     def check_memory(self) -> None:
-        """Raises EasySpecError if the devices cannot hold the weights of both models."""
+        """Check that the devices can hold the weights of both models.
+
+        Raises:
+            EasySpecError: They cannot.
+        """
         devices = self.mesh().devices.flat
         stats = devices[0].memory_stats() or {}
         # Virtual devices share the host's memory.
@@ -101,20 +110,20 @@ class Bench:
             )
 
     def mesh(self, lp_size: int = LP_SIZE) -> Mesh:
-        """The mesh on which the engine would run groups of so many layers."""
+        """Open the mesh on which the engine would run groups of that many layers."""
         return open_mesh(parse_mesh(self.args.mesh, group_size=lp_size))
 
     def target(self, mesh: Mesh) -> Decoder:
-        """With random weights."""
+        """Load the target with random weights."""
         return models.load(models.random_source(self.pair[0], self.dtype.name), mesh)
 
     def draft(self, mesh: Mesh, lp_size: int = LP_SIZE) -> Decoder:
-        """With random weights, in groups of so many layers."""
+        """Load the draft with random weights, in groups of that many layers."""
         source = models.random_source(self.pair[1], self.dtype.name)
         return models.load(source, mesh, paper_groups(source.config.num_hidden_layers, lp_size))
 
     def measure(self, cases: Sequence[Case]) -> Timings:
-        """All cases in turn, and ways to read memory among them."""
+        """Time all cases in turn, with reads of memory among them."""
         memory = memory_cases(self.mesh(), self.dtype, self.args.memory_mib * 2**20)
         measured = alternate([*memory, *cases], self.args.repeats, self.args.calls)
         seconds = {name: np.asarray(samples) for name, samples in measured.items()}
@@ -124,7 +133,7 @@ class Bench:
 
 
 def bandwidth(bench: Bench) -> list[Row]:
-    """How fast memory is read, and written."""
+    """Measure how fast memory is read and written."""
     cases = memory_cases(bench.mesh(), bench.dtype, bench.args.memory_mib * 2**20)
     timings = bench.measure([])
     rows = []
@@ -141,7 +150,7 @@ def bandwidth(bench: Bench) -> list[Row]:
 
 
 def target(bench: Bench) -> list[Row]:
-    """A plain step as decoding dispatches it, and verification of more and more tokens."""
+    """Time a plain step as decoding dispatches it, and verification of more and more tokens."""
     programs = alone(bench.mesh(), bench.target(bench.mesh()))
     size = bench.bytes[0]
     cases = [round_case("plain step", programs, size, **bench.lengths)]
@@ -157,9 +166,9 @@ def target(bench: Bench) -> list[Row]:
 
 
 def draft(bench: Bench) -> list[Row]:
-    """Exact and fuzzy steps of one token by groups of N layers, in a loop on the device as in a round.
+    """Time exact and fuzzy steps of one token in a loop on the device, for groups of N layers.
 
-    gap_over_exact: of a step's time above its floor, over that of an ordinary draft.
+    `gap_over_exact` is a step's time above its floor, as a multiple of an ordinary draft's.
     """
     size, cases = bench.bytes[1], []
     for n in LP_SIZES:
@@ -180,7 +189,7 @@ def draft(bench: Bench) -> list[Row]:
 
 
 def rounds(bench: Bench) -> list[Row]:
-    """Whole rounds as decoding dispatches them, beside the passes that they consist of."""
+    """Time whole rounds as decoding dispatches them, and the passes that they consist of."""
     mesh = bench.mesh()
     target, draft = bench.target(mesh), bench.draft(mesh)
     of_target, of_draft = alone(mesh, target), alone(mesh, draft)
@@ -224,7 +233,7 @@ def rounds(bench: Bench) -> list[Row]:
 
 
 def synthetic(bench: Bench) -> list[Row]:
-    """End to end at prescribed rates of acceptance: chains, N = 4, random weights."""
+    """Time whole texts at prescribed acceptance rates: chains, N = 4, random weights."""
     mesh = bench.mesh()
     target, draft = bench.target(mesh), bench.draft(mesh)
     ways = {"plain": texts.ours(alone(mesh, target))}
@@ -242,9 +251,10 @@ def synthetic(bench: Bench) -> list[Row]:
 
 
 def peers(bench: Bench) -> list[Row]:
-    """This package and transformers on the same weights, by which target and draft agree on a share of all tokens.
+    """Time this package and transformers on weights with a known share of agreement.
 
-    Where a device cannot hold them twice, transformers comes first and leaves: JAX keeps what memory it once had.
+    Where a device cannot hold the weights twice, transformers runs first and is released, because
+    JAX keeps the memory it once had.
     """
     device = torch_device(bench.platform)
     walk = models.Walk.of(bench.configs[0].vocab_size, bench.args.agreement)
@@ -289,14 +299,14 @@ def peers(bench: Bench) -> list[Row]:
 
 
 def speculative(mesh: Mesh, target: Decoder, draft: Decoder, verifier: Verifier) -> Programs:
-    """Programs of the default method: calibrated chains."""
+    """Return programs of the default method, calibrated chains."""
     return Programs(
         mesh, target, draft, RoundConfig(LEVELS, calibration=True, verifier=verifier, stop_ids=())
     )
 
 
 def speed_row(name: str, measured: texts.Measured, others: dict[str, texts.Measured]) -> Row:
-    """Tokens a second of whole completions, and how many times those of others."""
+    """Return tokens a second over whole completions, and their multiples of other ways' speeds."""
     seconds, made = np.asarray(measured.seconds), measured.texts
     speeds = np.asarray([len(text.tokens) for text in made]) / seconds
     row = {"name": name, "tokens_per_second": float(np.median(speeds))}

@@ -1,4 +1,4 @@
-"""Whole texts in turn, by this package and by transformers; and speculation at a prescribed rate of acceptance."""
+"""Whole texts by this package and by transformers in turn; rounds at a prescribed acceptance."""
 
 import gc
 import time
@@ -27,10 +27,10 @@ from experiments.lib.machine import cores
 
 @dataclass(frozen=True)
 class SyntheticAcceptance(Greedy):
-    """Accepts each drafted level with a given probability, whatever was drafted, at the cost of a greedy verdict.
+    """A verifier that accepts drafted levels with a given probability, at a greedy verdict's cost.
 
-    For benchmarks alone: the text is neither model's. Whether a level passes, if the one above it does, depends on the
-    request's seed and the absolute position.
+    For benchmarks only: the text is neither model's. Whether a level passes, if the one above it
+    does, depends on the request's seed and the absolute position.
     """
 
     acceptance: float = 1.0
@@ -42,7 +42,7 @@ class SyntheticAcceptance(Greedy):
         position: Int[Array, " batch"],
         request: RowSampling,
     ) -> Verdict:
-        """Goes down the path to the first of the deepest nodes, and on with the target's choice."""
+        """Follow the path to the first of the deepest nodes, then add the target's choice."""
         tokens = argmax(target.reshape(-1, target.shape[-1]), ALL_AXES).reshape(tree.tokens.shape)
         end = jnp.argmax(jnp.where(tree.exists, tree.depth, -1), axis=1)
         on_path = jnp.take_along_axis(tree.ancestors, end[:, None, None], axis=1)[:, 0]
@@ -55,7 +55,13 @@ class SyntheticAcceptance(Greedy):
 
 @dataclass(frozen=True)
 class Text:
-    """Generated ids. passes: of the target, the first included; drafted, accepted: levels, where they are known."""
+    """Generated ids and how they came about.
+
+    Attributes:
+        passes: Passes of the target, the first included.
+        drafted: Levels drafted, if known.
+        accepted: Levels accepted, if known.
+    """
 
     tokens: list[int]
     passes: int
@@ -64,12 +70,12 @@ class Text:
 
 
 Complete = Callable[[Sequence[int], int], Text]
-"""From a prompt and a number of tokens to the text."""
+"""Completes a prompt by a number of tokens."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one way of decoding: seconds and text of each timed completion, its prompt included."""
+    """The seconds and texts of one way's timed completions, prompts included."""
 
     seconds: list[float] = field(default_factory=list)
     texts: list[Text] = field(default_factory=list)
@@ -78,7 +84,7 @@ class Measured:
 def alternate_texts(
     ways: Mapping[str, Complete], prompts: Sequence[Sequence[int]], count: int
 ) -> dict[str, Measured]:
-    """Lets every way complete each prompt by `count` tokens, all ways in turn; the first prompt is not timed."""
+    """Let all ways complete each prompt by `count` tokens; the first prompt is not timed."""
     measured = {name: Measured() for name in ways}
     with bar("Generating", len(prompts) * len(ways)) as advance:
         for number, prompt in enumerate(prompts):
@@ -93,7 +99,7 @@ def alternate_texts(
 
 
 def ours(programs: Programs) -> Complete:
-    """Greedy decoding by this package, round by round as the engine does it; a prompt's seed is its checksum."""
+    """Decode greedily round by round, as the engine does; a prompt's seed is its checksum."""
 
     def complete(prompt: Sequence[int], count: int) -> Text:
         tokens, passes, drafted, accepted = [], 0, 0, 0
@@ -115,7 +121,7 @@ def theirs(
     device: str,
     num_assistant_tokens: int,
 ) -> dict[str, Complete]:
-    """Plain and assisted generation by transformers, with as many drafted tokens a round as ours, whatever happens."""
+    """Generate with transformers, plainly and assisted, always drafting as many tokens as ours."""
     import torch
 
     if device == "cpu":
@@ -154,7 +160,7 @@ def theirs(
 
 
 def fit_together(device: str, size: int) -> bool:
-    """Whether one device can hold `size` bytes of weights for either engine at once."""
+    """Tell whether one device can hold `size` bytes of weights for both engines at once."""
     if device == "cpu":
         return True
     import torch
@@ -165,7 +171,7 @@ def fit_together(device: str, size: int) -> bool:
 
 
 def release(device: str) -> None:
-    """Gives freed memory back."""
+    """Give freed memory back to the device."""
     gc.collect()
     if device == "cuda":
         import torch

@@ -1,4 +1,4 @@
-"""Ways to read and to write memory, to be timed beside the passes of a model."""
+"""Ways to read and write memory, to be timed next to the passes of a model."""
 
 from functools import partial
 
@@ -14,9 +14,10 @@ from easyspec_jax.parallel.mesh import ALL_AXES
 
 
 def memory_cases(mesh: Mesh, dtype: np.dtype, size: int) -> list[Case]:
-    """Ways to go through an array of `size` bytes, split over all devices, far larger than any cache.
+    """Return ways to go through an array of `size` bytes, split over all devices.
 
-    Which is the fastest depends on the backend: writing in place, summing, or one row times a matrix.
+    The array is far larger than any cache. Which way is fastest depends on the backend: writing in
+    place, summing, or multiplying one row by a matrix.
     """
     columns = 4096
     shape = (max(size // (columns * dtype.itemsize * mesh.size), 1) * mesh.size, columns)

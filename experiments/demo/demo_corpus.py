@@ -1,4 +1,4 @@
-"""The demo pair's text: Python's own standard library, its tokenizer and its packed token ids."""
+"""The demo pair's text: Python's standard library, its tokenizer and its packed token ids."""
 
 import hashlib
 import os
@@ -14,17 +14,22 @@ from transformers import PreTrainedTokenizerFast
 LEFT_OUT = frozenset(
     {"encodings", "idlelib", "pydoc_data", "site-packages", "dist-packages", "test", "tests"}
 )
-"""Folders of tables, of text that is no library, and of other people's packages."""
+"""Folders of tables, of tests and other text that is not library code, and of other packages."""
 
 END_OF_TEXT = "<|endoftext|>"
 
-# Words, digits and punctuation carry the space before them; line ends stand alone: a prompt may well end in one.
+# Words and punctuation carry the space before them. Line ends stand alone, because a prompt may
+# well end in one.
 _PIECES = r"\n+| ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|[^\S\n]+(?=[^\S\n]\S)|[^\S\n]+"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token ids, uint16 [tokens], of files for training and of files held out; heldout_bytes: their UTF-8 length."""
+    """Token ids of the files for training and of the files held out, uint16 [tokens].
+
+    Attributes:
+        heldout_bytes: The UTF-8 length of the files held out.
+    """
 
     train: np.ndarray
     heldout: np.ndarray
@@ -32,7 +37,7 @@ class Corpus:
 
 
 def library_files(root: Path | None = None) -> list[Path]:
-    """The library's modules, in an order that does not depend on the file system."""
+    """List the library's modules in an order that does not depend on the file system."""
     files = []
     for folder, folders, names in os.walk(root or sysconfig.get_paths()["stdlib"]):
         folders[:] = set(folders) - LEFT_OUT
@@ -41,12 +46,12 @@ def library_files(root: Path | None = None) -> list[Path]:
 
 
 def is_held_out(path: Path) -> bool:
-    """One file in forty, by the digest of its name."""
+    """Hold out one file in forty, by the digest of its name."""
     return hashlib.sha256(path.name.encode()).digest()[0] % 40 == 0
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer whose only special token ends a text."""
+    """Train a byte-level BPE tokenizer whose only special token ends a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
         [
@@ -66,7 +71,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def pack(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> np.ndarray:
-    """Every text's ids, each text ended by the special token; uint16 [tokens]."""
+    """Return the ids of all texts, each followed by the special token; uint16 [tokens]."""
     ids = tokenizer(list(texts), verbose=False).input_ids
     return np.asarray(
         [token for text in ids for token in (*text, tokenizer.eos_token_id)], np.uint16
@@ -74,7 +79,7 @@ def pack(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> np.ndarray
 
 
 def build(directory: Path, vocab_size: int) -> Corpus:
-    """The corpus and its tokenizer in a directory; made on the first call and read after that."""
+    """Build the corpus and its tokenizer in a directory, or read them from it."""
     packed = directory / "corpus.npz"
     if not packed.exists():
         files = {

@@ -1,6 +1,7 @@
-"""The demo pair as a function to train: the Llama architecture over whole windows of text, without a cache.
+"""The demo pair as a function to train: the Llama architecture over whole windows of text.
 
-Training needs no mesh, and generation needs no gradient; tests hold the two implementations together.
+Training needs no mesh and no cache, generation no gradient. Tests hold the two implementations
+together.
 """
 
 from dataclasses import asdict, dataclass
@@ -33,7 +34,7 @@ class Shape:
     rms_norm_eps: float = 1e-5
 
     def config(self, positions: int) -> dict[str, Any]:
-        """The content of config.json."""
+        """Return the content of config.json."""
         return asdict(self) | {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -49,7 +50,7 @@ class Shape:
 
 
 def init(shape: Shape, key: Array) -> Params:
-    """Float32 parameters; the matrices of all layers are stacked, [layers, in, out]."""
+    """Draw float32 parameters; the matrices of all layers are stacked, [layers, in, out]."""
     hidden, heads = shape.hidden_size, shape.num_attention_heads * shape.head_dim
     keys_values = shape.num_key_value_heads * shape.head_dim
     matrices = {
@@ -84,7 +85,7 @@ def init(shape: Shape, key: Array) -> Params:
 def logits(
     shape: Shape, params: Params, tokens: Int[Array, "batch length"]
 ) -> Float[Array, "batch length vocab"]:
-    """Next-token logits at every position of windows that start at position 0."""
+    """Return next-token logits at every position of windows that start at position 0."""
     cos, sin = _rotation(shape, tokens.shape[1])
 
     def layer(h: Array, weights: Params) -> tuple[Array, None]:
@@ -132,7 +133,7 @@ def _attention(shape: Shape, weights: Params, x: Array, cos: Array, sin: Array) 
 
 
 def checkpoint(shape: Shape, params: Params) -> dict[str, np.ndarray]:
-    """The parameters under Hugging Face's names and layouts, in float32."""
+    """Return the parameters under Hugging Face's names and layouts, in float32."""
     names = {
         "q": "self_attn.q_proj",
         "k": "self_attn.k_proj",

@@ -1,7 +1,8 @@
-"""Trains the bundled demo pair on a CPU: `python -m experiments.train_demo --work DIR --out DIR`.
+"""Train the bundled pair on a CPU: `python -m experiments.train_demo --work DIR --out DIR`.
 
-A target learns the Python standard library; a draft then learns the target's distributions (Hinton et al., arXiv
-1503.02531) on the same text and on text that the target wrote. A run that is stopped continues where it was.
+A target learns the Python standard library. A draft then learns the target's distributions (Hinton
+et al., arXiv 1503.02531) on the same text and on text that the target wrote. A run that is stopped
+continues where it was.
 """
 
 import argparse
@@ -37,7 +38,7 @@ TARGET = Shape(384, 5, 1024, 6, 2, 64)
 DRAFT = Shape(96, 12, 160, 3, 1, 32)
 
 LENGTH = 512
-"""Tokens a window, and the positions that the models are made for."""
+"""Tokens in a window, and the positions that the models are made for."""
 
 PROMPT = 64
 """Tokens of the library that a written text starts with."""
@@ -49,7 +50,7 @@ console = Console(highlight=False)
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to learn; tokens a step are batch × LENGTH."""
+    """How long and how fast to learn; a step sees batch × LENGTH tokens."""
 
     steps: int
     batch: int = 4
@@ -60,7 +61,10 @@ class Schedule:
 
 
 def optimizer(schedule: Schedule) -> optax.GradientTransformation:
-    """Muon for the layers' matrices, Adam for the rest; both rates rise shortly and then fall to zero."""
+    """Return Muon for the layers' matrices and Adam for the rest.
+
+    Both rates rise over the warm-up and then fall to zero.
+    """
     shape = optax.join_schedules(
         [
             optax.linear_schedule(0.0, 1.0, schedule.warm_up),
@@ -83,7 +87,11 @@ def optimizer(schedule: Schedule) -> optax.GradientTransformation:
 
 @dataclass(frozen=True)
 class Trained:
-    """Parameters, and how they came about; loss: mean of the last hundred steps, in nats a token."""
+    """Parameters, and how they came about.
+
+    Attributes:
+        loss: The mean of the last hundred steps, in nats a token.
+    """
 
     params: Params
     loss: float
@@ -92,16 +100,19 @@ class Trained:
     seconds: float
 
     def as_dict(self) -> dict[str, float]:
-        """The figures."""
+        """Return the figures."""
         return {name: getattr(self, name) for name in ("loss", "steps", "tokens", "seconds")}
 
 
 def train(
     shape: Shape, loss: Loss, windows: Windows, schedule: Schedule, directory: Path
 ) -> Trained:
-    """Learns from windows(step), int32 [batch, LENGTH + 1].
+    """Learn from windows(step), int32 [batch, LENGTH + 1].
 
-    The state is saved to the directory every few minutes, and read from it when it is there.
+    The state is saved to the directory every few minutes, and read from it if it is there.
+
+    Raises:
+        EasySpecError: The directory holds a state after more steps than the schedule has.
     """
     rule = optimizer(schedule)
 
@@ -139,7 +150,8 @@ def train(
                 speed = (done - start) * schedule.batch * LENGTH / (seconds - earlier)
                 recent = np.mean(losses[-20:])
                 console.print(
-                    f"{directory.name} {done}/{schedule.steps}  loss {recent:.3f}  {speed:.0f} tokens/s"
+                    f"{directory.name} {done}/{schedule.steps}  loss {recent:.3f}  {speed:.0f} "
+                    "tokens/s"
                 )
             if seconds - saved > schedule.save_seconds or done == schedule.steps:
                 content = {
@@ -157,7 +169,7 @@ def train(
 def next_token_loss(
     shape: Shape, params: Params, windows: Int[Array, "batch length+1"]
 ) -> Float[Array, ""]:
-    """Cross entropy of every next token, in nats."""
+    """Return the cross entropy of the next tokens, in nats."""
     predicted = logits(shape, params, windows[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(predicted, windows[:, 1:]).mean()
 
@@ -168,20 +180,20 @@ def distillation_loss(
     params: Params,
     windows: Int[Array, "batch length+1"],
 ) -> Float[Array, ""]:
-    """Kullback-Leibler divergence from the teacher's next-token distributions, in nats."""
+    """Return the KL divergence from the teacher's next-token distributions, in nats."""
     wanted = jax.nn.log_softmax(teacher(windows[:, :-1]))
     learned = jax.nn.log_softmax(logits(shape, params, windows[:, :-1]))
     return optax.losses.kl_divergence_with_log_targets(learned, wanted).mean()
 
 
 def random_windows(tokens: np.ndarray, batch: int, step: int) -> np.ndarray:
-    """Windows at places that depend on the step alone; [batch, LENGTH + 1]."""
+    """Cut windows at places that depend on the step alone; [batch, LENGTH + 1]."""
     starts = np.random.default_rng([0, step]).integers(0, len(tokens) - LENGTH, batch)
     return tokens[starts[:, None] + np.arange(LENGTH + 1)]
 
 
 def bits_per_byte(shape: Shape, params: Params, tokens: np.ndarray, size: int) -> float:
-    """Bits that the text's tokens take, all but the first, over its length in bytes."""
+    """Return the bits of all tokens but the first over the text's length in bytes."""
     evaluate = jax.jit(partial(next_token_loss, shape))
     cut = (len(tokens) - 1) // LENGTH * LENGTH + 1
     nats = sum(
@@ -193,7 +205,11 @@ def bits_per_byte(shape: Shape, params: Params, tokens: np.ndarray, size: int) -
 
 
 def write_texts(target: Path, tokens: np.ndarray, rows: int, batches: int) -> np.ndarray:
-    """Texts by the target that go on from the library's, greedy and sampled in turn; their ids in one array."""
+    """Let the target continue pieces of the library, greedily and sampled in turn.
+
+    Returns:
+        The ids of all texts in one array, uint16 [tokens].
+    """
     engine = open_model(
         target, mesh="1", speculative=SpeculativeConfig(method="vanilla"), dtype="float32"
     )
@@ -215,7 +231,7 @@ def write_texts(target: Path, tokens: np.ndarray, rows: int, batches: int) -> np
 
 
 def save_model(directory: Path, shape: Shape, params: Params, tokenizer: Path) -> None:
-    """A Hugging Face directory in bfloat16."""
+    """Write a Hugging Face directory in bfloat16."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.astype(bfloat16) for name, tensor in checkpoint(shape, params).items()}
     write_safetensors(directory / SAFETENSORS, tensors.items())
@@ -224,6 +240,7 @@ def save_model(directory: Path, shape: Shape, params: Params, tokenizer: Path) -
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     parser = Parser(prog="python -m experiments.train_demo", description=__doc__)
     parser.add_argument(
         "--work", type=Path, required=True, help="corpus, training states and written texts"
@@ -248,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """All stages in turn."""
+    """Run all stages one after the other."""
     args.work.mkdir(parents=True, exist_ok=True)
     corpus = demo_corpus.build(args.work, TARGET.vocab_size)
     tokenizer = args.work / "tokenizer"
@@ -288,7 +305,7 @@ def run(args: argparse.Namespace) -> None:
 def report(
     path: Path, corpus: demo_corpus.Corpus, written: int, target: Trained, draft: Trained
 ) -> None:
-    """Writes and prints the figures of the model card, but for acceptance: see experiments.acceptance."""
+    """Write and print the figures of the model card; acceptance is from experiments.acceptance."""
     figures = {
         "python": platform.python_version(),
         "train_tokens": len(corpus.train),

@@ -1,8 +1,9 @@
-"""Kills a batch job again and again, and asks whether anything shows: `python -m experiments.kill_check`.
+"""Kill a batch job again and again and look for traces: `python -m experiments.kill_check`.
 
-A job of the bundled pair runs once undisturbed, and once killed with SIGKILL at random moments, each time continued by
-the very same command: during start-up, and while its output grows. Both must hold every id exactly once and,
-sorted by id and without timings, be equal byte for byte. Exit code 1 if they are not.
+A job of the bundled pair runs once undisturbed. It runs once more, killed with SIGKILL at random
+moments, during start-up and while its output grows, and continued by the same command each time.
+Both outputs must hold every id exactly once and, sorted by id and without timings, be equal byte
+for byte. The exit code is 1 if they are not.
 """
 
 import argparse
@@ -42,7 +43,7 @@ POLL_SECONDS = 0.002
 
 
 def write_job(path: Path, lines: int, random: Random) -> list[str]:
-    """Prompts of all lengths, each with its own sampling; returns their ids."""
+    """Write prompts of all lengths, each with its own sampling, and return their ids."""
     ids = [f"request-{number}" for number in range(lines)]
     with path.open("w", encoding="utf-8") as file:
         for name in ids:
@@ -59,7 +60,7 @@ def write_job(path: Path, lines: int, random: Random) -> list[str]:
 
 
 def without_timings(content: bytes) -> bytes:
-    """The records sorted by id, a line each, without what no two runs share."""
+    """Return the records sorted by id, a line each, without the fields that differ between runs."""
     found = [json.loads(line) for line in content.splitlines()]
     for record in found:
         for name in TIMINGS:
@@ -71,7 +72,11 @@ def without_timings(content: bytes) -> bytes:
 
 
 def differences(ids: Sequence[str], undisturbed: bytes, killed: bytes) -> dict[str, Any]:
-    """What is wrong with the output of a job that was killed: ids missing, ids more than once, records that differ."""
+    """Compare the output of a killed job with an undisturbed one.
+
+    Returns:
+        Counts of ids lost, ids doubled and records that differ, and whether all is equal.
+    """
     counts = Counter(json.loads(line)["id"] for line in killed.splitlines())
     expected, found = without_timings(undisturbed), without_timings(killed)
     pairs = itertools.zip_longest(expected.splitlines(), found.splitlines())
@@ -100,7 +105,11 @@ class Job:
         self._command = [*program, "--prompts", str(prompts), "--out", str(out)]
 
     def run(self) -> float:
-        """To its end; returns the seconds until the output has a record. Raises EasySpecError if it fails."""
+        """Run to the end, and return the seconds until the output has a record.
+
+        Raises:
+            EasySpecError: The job fails.
+        """
         begun = time.perf_counter()
         with self._started() as process:
             self._wait(process, lambda: self.records > 0)
@@ -110,7 +119,11 @@ class Job:
         return started - begun
 
     def kill_starting(self, seconds: float) -> float:
-        """Started, and killed after so many seconds, or by its first record; returns the seconds that it had."""
+        """Start, and kill after that many seconds or at the first record.
+
+        Returns:
+            The seconds that it ran.
+        """
         begun, before = time.perf_counter(), self.records
         with self._started() as process:
             self._wait(
@@ -119,9 +132,10 @@ class Job:
             return self._killed(process, begun)
 
     def kill_growing(self, records: float) -> float:
-        """Started, and killed after so many records; returns the seconds that it had.
+        """Start, and kill after that many records; a fraction is a share of the time one takes.
 
-        A part of a record is that part of the time that the others took each.
+        Returns:
+            The seconds that it ran.
         """
         begun, before = time.perf_counter(), self.records
         whole = int(records)
@@ -136,7 +150,7 @@ class Job:
 
     @property
     def records(self) -> int:
-        """Whole lines."""
+        """The number of whole lines in the output."""
         return self.out.read_bytes().count(b"\n") if self.out.exists() else 0
 
     @staticmethod
@@ -158,7 +172,7 @@ class Job:
 
 
 def moments(kills: int, random: Random) -> list[tuple[float, bool]]:
-    """When to kill: how far into its part of the job, from 0 to 1, and whether that part is the output's growth."""
+    """Draw when to kill: how far into a phase, from 0 to 1, and whether the output then grows."""
     early = round(STARTING * kills)
     found = [(random.random(), number >= early) for number in range(kills)]
     random.shuffle(found)
@@ -168,10 +182,15 @@ def moments(kills: int, random: Random) -> list[tuple[float, bool]]:
 def waits(
     kills: Sequence[tuple[float, bool]], start: float, left: Callable[[], int]
 ) -> Iterator[float]:
-    """How long to wait before each kill: seconds of a start-up that takes `start`, or records.
+    """Yield how long to wait before each kill, in seconds of start-up or in records.
 
-    left: records to be written. They are shared among the kills to come and one more, so that the job is not done
-    before the last one.
+    Records left to write are shared among the kills to come and one more, so that the job is not
+    done before the last kill.
+
+    Args:
+        kills: As moments() draws them.
+        start: Seconds of a start-up.
+        left: Counts the records to be written.
     """
     growing = sum(grows for _, grows in kills)
     for share, grows in kills:
@@ -182,7 +201,7 @@ def waits(
 def measure(
     args: argparse.Namespace, directory: Path
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What was found, and a row for every run."""
+    """Run the job both ways, and return the comparison and a row for every run."""
     random, begun = Random(args.seed), time.perf_counter()
     ids = write_job(directory / "in.jsonl", args.lines, random)
     undisturbed = Job(directory / "in.jsonl", directory / "undisturbed.jsonl", args.batch_size)
@@ -220,17 +239,21 @@ def measure(
 
 
 def tabulate(measured: Mapping[str, Any]) -> Rows:
-    """Of kill_check: all that it found in one row."""
+    """Tabulate the comparison in one row."""
     names = {
-        "lines": "lines", "kills": "kills with SIGKILL", "lost": "ids lost", "doubled": "ids doubled",
-        "different": "records that differ", "equal": "equal byte for byte",
-    }  # fmt: skip
+        "lines": "lines",
+        "kills": "kills with SIGKILL",
+        "lost": "ids lost",
+        "doubled": "ids doubled",
+        "different": "records that differ",
+        "equal": "equal byte for byte",
+    }
     row: dict[str, Any] = {label: measured[name] for name, label in names.items()}
     return [row | {"equal byte for byte": "yes" if measured["equal"] else "no"}]
 
 
 def run(args: argparse.Namespace) -> Mapping[str, Any]:
-    """Kills, compares, prints and writes the JSON; returns what was found."""
+    """Kill, compare, print and write the JSON; return the comparison."""
     for name in ("lines", "kills", "batch_size"):
         check_whole(name.replace("_", "-"), getattr(args, name), 1)
     check_destination(args.out)
@@ -242,6 +265,7 @@ def run(args: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     parser = Parser(prog="python -m experiments.kill_check", description=__doc__)
     parser.add_argument("--lines", type=int, default=500)
     parser.add_argument("--kills", type=int, default=20)

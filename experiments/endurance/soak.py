@@ -1,9 +1,10 @@
-"""Decodes without pause, and watches what must not change: `python -m experiments.soak`.
+"""Decode without pause and watch for growth: `python -m experiments.soak`.
 
-Requests of every length and way of sampling go through one engine in a batch that is refilled. Resident memory,
-throughput and compilations are noted every 1,000 rounds, and some of the texts are decoded once more, alone and
-plainly: the coupled verifier then gives the same tokens, whatever the temperature. Exit code 1 if memory or
-compilations grow after the warm-up, if throughput falls by more than its noise, or if a text differs.
+Requests of every length and way of sampling go through one engine in a batch that is refilled.
+Resident memory, throughput and compilations are noted every 1,000 rounds. Some of the texts are
+decoded once more, alone and plainly; the coupled verifier must give the same tokens at any
+temperature. The exit code is 1 if memory or compilations grow after the warm-up, if throughput
+falls by more than its noise, or if a text differs.
 """
 
 import argparse
@@ -22,26 +23,26 @@ from easyspec_jax.drawing import FAINT, INK, SOFT, png
 from easyspec_jax.options import check_whole
 from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings
 from experiments.lib.requests import RowSampling, blocks
-from experiments.lib.tables import Rows
+from experiments.lib.tables import Rows, column
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EVENT = "/jax/core/compile/jaxpr_to_mlir_module_duration"
-"""What JAX reports of every program that it lowers, whether or not a cache on disk then holds it compiled."""
+"""JAX's event for every program that it lowers, whether or not a cache on disk has it compiled."""
 
 BLOCK = 96
 """Requests of one way of sampling in a row."""
 
 MOST_GROWTH = 2.0
-"""Per cent of resident memory."""
+"""The growth of resident memory that is allowed, in per cent."""
 
 NOISES = 3.0
-"""The fall of throughput that is none, in standard deviations of a window."""
+"""The fall of throughput that is allowed, in standard deviations of a window."""
 
 
 class Compilations:
-    """How many programs this process has lowered since."""
+    """Counts the programs that this process lowers."""
 
     def __init__(self) -> None:
         import jax
@@ -54,7 +55,11 @@ class Compilations:
 
 
 def resident_bytes() -> int:
-    """Of this process, now. Raises EasySpecError where the system does not tell."""
+    """Return the resident memory of this process.
+
+    Raises:
+        EasySpecError: The system has no /proc.
+    """
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -62,7 +67,11 @@ def resident_bytes() -> int:
 
 
 class Soak:
-    """An engine at work. kept: every so-many-th request, with the tokens that it became."""
+    """An engine at work.
+
+    Attributes:
+        kept: Every check_every-th request, with the tokens that it became.
+    """
 
     def __init__(self, engine: Engine, batch_size: int, check_every: int, seed: int) -> None:
         self.engine, self.batch_size, self.check_every = engine, batch_size, check_every
@@ -71,9 +80,10 @@ class Soak:
         self._asked: dict[int, RowSampling] = {}
 
     def windows(self, rounds: int, window: int, seconds: float) -> Iterator[dict[str, Any]]:
-        """What each so many rounds took, until there were `rounds`, or so much time is over.
+        """Yield the figures of each window of rounds, until `rounds` or `seconds` are over.
 
-        A round is one of a full batch: rounds of all rows over the rows there are, so at least as many were decoded.
+        A round here is one of a full batch: the rounds of all rows divided by their number. At
+        least as many were decoded.
         """
         row_rounds = tokens = texts = 0
         end, begun, cpu = window, time.perf_counter(), time.process_time()
@@ -106,7 +116,7 @@ class Soak:
 
 
 def mismatches(engine: Engine, kept: Iterable[tuple[RowSampling, list[int]]]) -> int:
-    """How many of these texts plain decoding does not make."""
+    """Count the texts that plain decoding does not reproduce."""
     plain = engine.baseline()
     different = 0
     for request, token_ids in kept:
@@ -118,11 +128,14 @@ def mismatches(engine: Engine, kept: Iterable[tuple[RowSampling, list[int]]]) ->
 def verdict(
     windows: Sequence[Mapping[str, Any]], warm_up: int, checked: int, different: int
 ) -> dict[str, Any]:
-    """What became of memory, programs and speed after so many rounds of warm-up, in per cent; `flat` if all is well.
+    """Judge memory, programs and speed after the warm-up, in per cent; `flat` if all is well.
 
-    First and last are the medians of the first and the last tenth of the windows. Throughput is judged by tokens a
-    second of this process's own time, which other work on the machine changes less; its noise is the standard
-    deviation of a window as neighbouring ones differ. Raises EasySpecError if too few windows are left.
+    First and last are the medians of the first and the last tenth of the windows. Throughput is
+    judged by tokens per second of this process's CPU time, which other work on the machine changes
+    less. Its noise is the standard deviation of a window, estimated from neighbouring ones.
+
+    Raises:
+        EasySpecError: Too few windows are left after the warm-up.
     """
     warm = [window for window in windows if window["rounds"] > warm_up]
     if len(warm) < 3:
@@ -158,11 +171,15 @@ def _change(values: Sequence[float] | np.ndarray) -> float:
 
 
 BLUE, ORANGE = "#0072b2", "#e69f00"
-"""Of Okabe and Ito."""
+"""From the palette of Okabe and Ito."""
 
 
 def draw(measured: dict[str, Any]) -> bytes:
-    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    """Draw memory and throughput over rounds as PNG, both from zero; the warm-up is grey.
+
+    Raises:
+        EasySpecError: matplotlib is missing.
+    """
     return png(lambda: _figure(measured))
 
 
@@ -170,7 +187,7 @@ def _figure(measured: dict[str, Any]) -> "Figure":
     from matplotlib.figure import Figure
 
     rows = measured["results"]
-    rounds = [row["rounds"] for row in rows]
+    rounds = column(rows, "rounds")
     memory = [row["resident_bytes"] / 2**20 for row in rows]
     figure = Figure(figsize=(9, 5.6), dpi=120, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
@@ -201,12 +218,15 @@ def _figure(measured: dict[str, Any]) -> "Figure":
 
 
 def tabulate(measured: Mapping[str, Any]) -> Rows:
-    """Of soak: its verdict in one row."""
+    """Tabulate the verdict in one row."""
     names = {
-        "memory_growth_percent": "memory after warm-up, %", "compilations_after_warm_up": "compilations after warm-up",
-        "throughput_change_percent": "throughput, %", "throughput_noise_percent": "noise of a window, %",
-        "checked": "texts checked", "mismatches": "that differ",
-    }  # fmt: skip
+        "memory_growth_percent": "memory after warm-up, %",
+        "compilations_after_warm_up": "compilations after warm-up",
+        "throughput_change_percent": "throughput, %",
+        "throughput_noise_percent": "noise of a window, %",
+        "checked": "texts checked",
+        "mismatches": "that differ",
+    }
     return [
         {"rounds": measured["results"][-1]["rounds"]}
         | {label: measured[name] for name, label in names.items()}
@@ -214,7 +234,7 @@ def tabulate(measured: Mapping[str, Any]) -> Rows:
 
 
 def run(args: argparse.Namespace) -> Mapping[str, Any]:
-    """Soaks, checks, prints, writes the JSON and draws it; returns the verdict."""
+    """Soak, check, print, write the JSON and draw it; return the verdict."""
     for name in ("rounds", "warm_up", "window", "batch_size", "check_every"):
         check_whole(name.replace("_", "-"), getattr(args, name), 1)
     if args.rounds < args.warm_up + 4 * args.window:
@@ -232,8 +252,11 @@ def run(args: argparse.Namespace) -> Mapping[str, Any]:
     )
     for row in soak.windows(args.rounds, args.window, 60 * args.minutes):
         rows.append(row)
-        print(f"{row['rounds']} rounds: {row['resident_bytes'] / 2**20:.0f} MiB, {row['compilations']} compilations, "
-              f"{row['tokens_per_second']:.0f} tokens/s", flush=True)  # fmt: skip
+        print(
+            f"{row['rounds']} rounds: {row['resident_bytes'] / 2**20:.0f} MiB, "
+            f"{row['compilations']} compilations, {row['tokens_per_second']:.0f} tokens/s",
+            flush=True,
+        )
     seconds = time.perf_counter() - begun
     found = verdict(rows, args.warm_up, len(soak.kept), mismatches(engine, soak.kept))
     publish(args.out, settings(args) | {"seconds": seconds, **found}, rows, draw)
@@ -242,6 +265,7 @@ def run(args: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     parser = Parser(prog="python -m experiments.soak", description=__doc__)
     parser.add_argument("--rounds", type=int, default=50000)
     parser.add_argument(

@@ -1,8 +1,8 @@
-"""A draft's step where all-reduces are slow, as between hosts: `python -m experiments.two_processes`.
+"""Time a draft step where all-reduces are slow: `python -m experiments.two_processes`.
 
-Two devices, each of a process with a core of its own, talk through Gloo; beside that the same two devices in one
-process, on the same cores. The draft goes through its layers whole on each device, by tensor parallelism, or by
-layer-parallel groups. Every sample times all ways in turn.
+Two devices, each in a process with a core of its own, talk through Gloo, as hosts would. The same
+two devices in one process on the same cores are the comparison. The draft is replicated, split by
+tensor parallelism, or run in layer-parallel groups. Every sample times all ways in turn.
 """
 
 import argparse
@@ -26,10 +26,18 @@ from easyspec_jax.options import resolve_dtype
 from easyspec_jax.parallel.hosts import joined
 from easyspec_jax.parallel.rendezvous import Peer
 from easyspec_jax.plan.steps import Pair
-from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.lib.output import (
+    RESULTS,
+    align_right,
+    prepare,
+    publish,
+    run_experiment,
+    settings,
+    show,
+)
 from experiments.lib.pair import add_flags, names, open_draft
-from experiments.lib.picture import draft_title
-from experiments.lib.tables import Rows
+from experiments.lib.picture import draft_title, note
+from experiments.lib.tables import Rows, distinct
 from experiments.paper.table6 import PLAIN, draft_ways, name_of, step_cost, timed_cases
 
 if TYPE_CHECKING:
@@ -41,14 +49,18 @@ BASELINE = "TP"
 
 
 def measure(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of a step by way, one figure a sample; in one process of several, all take every step together."""
+    """Time a step of every way, one figure a sample; processes take every step together."""
     cache_compilations()
     cases = [case for case in timed_cases(args, DEVICES) if case.name != PLAIN]
     return alternate(cases, args.repeats, args.calls)
 
 
 def between_processes(words: Sequence[str]) -> dict[str, list[float]]:
-    """What measure() finds where each device is a process's own. Raises EasySpecError if one of them fails."""
+    """Run measure() with each device in a process of its own.
+
+    Raises:
+        EasySpecError: A process fails, or there are too few cores.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     cores = sorted(os.sched_getaffinity(0))
@@ -69,7 +81,7 @@ def between_processes(words: Sequence[str]) -> dict[str, list[float]]:
 
 
 def be_one_of_two(args: argparse.Namespace) -> None:
-    """Measures on a core of this process's own; the first of them prints what it found as JSON."""
+    """Measure on a core of this process's own; process 0 prints the figures as JSON."""
     os.sched_setaffinity(0, {args.core})  # before XLA counts them
     own = ("process_id", "core", "command", "words")
     command = {name: value for name, value in vars(args).items() if name not in own}
@@ -80,7 +92,7 @@ def be_one_of_two(args: argparse.Namespace) -> None:
 def rows_of(
     args: argparse.Namespace, processes: int, seconds: dict[str, list[float]]
 ) -> list[dict[str, Any]]:
-    """One for every way; ratios are of samples taken in turn."""
+    """Return a row for every way; ratios are between samples taken in turn."""
     collectives = collectives_of(args)
     return [
         {
@@ -96,7 +108,7 @@ def rows_of(
 
 
 def collectives_of(args: argparse.Namespace) -> dict[str, int]:
-    """Of a step, by way, as the compiled programs have them."""
+    """Count the collectives of a step in the traced program of every way."""
     config = open_draft(args).config
     dtype = np.dtype(resolve_dtype(args.dtype, "cpu", config.dtype))
     pair = Pair(config, config, dtype, str(DEVICES), 1, 1, args.context, args.context + 1)
@@ -105,12 +117,11 @@ def collectives_of(args: argparse.Namespace) -> dict[str, int]:
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """What rows_of() made, of both."""
+    """Print the rows of both arrangements."""
     table = Table(
         "processes", "draft's step", "collectives", "ms", "× TP", box=None, pad_edge=False
     )
-    for column in table.columns[2:]:
-        column.justify = "right"
+    align_right(table.columns[2:])
     for row in rows:
         figures = f"{1e3 * row['step_seconds']:.2f}", f"{row['time_of_tp']:.2f}"
         table.add_row(str(row["processes"]), row["way"], str(row["collectives"]), *figures)
@@ -119,18 +130,22 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 TITLES = {2: "two processes, a core each", 1: "one process, the same two cores"}
 COLORS = {2: "#0072b2", 1: "#e69f00"}
-"""Of Okabe and Ito, and far apart in grey."""
+"""By the number of processes; from the palette of Okabe and Ito, far apart in grey."""
 
 
 def draw(measured: dict[str, Any]) -> bytes:
-    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    """Draw a bar for every way as PNG, in one panel for each number of processes.
+
+    Raises:
+        EasySpecError: matplotlib is missing.
+    """
     return png(lambda: _figure(measured))
 
 
 def _figure(measured: dict[str, Any]) -> "Figure":
     from matplotlib.figure import Figure
 
-    ways = list(dict.fromkeys(row["way"] for row in measured["results"]))
+    ways = distinct(measured["results"], "way")
     figure = Figure(figsize=(10, 1.6 + 0.4 * len(ways)), dpi=120, layout="constrained")
     figure.suptitle(f"A step of {draft_title(measured)} on two devices", weight="bold", size=13)
     panels = figure.subplots(1, len(TITLES), sharey=True)
@@ -139,17 +154,8 @@ def _figure(measured: dict[str, Any]) -> "Figure":
         times = [1e3 * rows[way]["step_seconds"] for way in ways]
         axes.barh(range(len(ways)), times, color=COLORS[processes], height=0.62)
         for place, way in enumerate(ways):
-            text: dict[str, Any] = {
-                "textcoords": "offset points",
-                "xytext": (4, 0),
-                "va": "center",
-                "size": 9,
-            }
-            axes.annotate(
-                f"{times[place]:.1f}, {rows[way]['time_of_tp']:.2f} × TP",
-                (times[place], place),
-                **text,
-            )
+            text = f"{times[place]:.1f}, {rows[way]['time_of_tp']:.2f} × TP"
+            note(axes, text, times[place], place)
         axes.set_title(title, size=11)
         axes.set_xlabel("milliseconds")
         axes.margins(x=0.3)
@@ -162,7 +168,7 @@ def _figure(measured: dict[str, Any]) -> "Figure":
 
 
 def tabulate(measured: Mapping[str, Any]) -> Rows:
-    """Of two_processes: a draft step by the way of splitting it."""
+    """Tabulate a draft step by the way of splitting it."""
     return [
         {
             "processes": row["processes"],
@@ -177,7 +183,7 @@ def tabulate(measured: Mapping[str, Any]) -> Rows:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures, prints, writes the JSON and draws it; or is one of the processes that measure."""
+    """Measure, print, write the JSON and draw it; or be one of the processes that measure."""
     if args.process_id is not None:
         be_one_of_two(args)
         return
@@ -201,6 +207,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__)
     add_flags(parser)
     parser.add_argument("--lp-sizes", type=int, nargs="+", default=[2, 4])

@@ -1,4 +1,4 @@
-"""Where two texts part, and how near a tie it was: what rounding may decide, and what nothing may."""
+"""Where two texts part, and how near a tie it was, which tells rounding from an error."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,29 +15,41 @@ from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.parallel.mesh import ALL_AXES
 
 NextLogits = Callable[[Sequence[int]], np.ndarray]
-"""From a text to what the target says behind it: float32 [vocabulary]."""
+"""Returns the target's logits after a text, float32 [vocabulary]."""
 
 CHUNK = 128
-"""Lengths are padded to whole multiples, so that few programs are compiled."""
+"""Lengths are padded to multiples of this, so that few programs are compiled."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first place where two texts differ. logit_gap: of the target, between the two tokens that came there."""
+    """The first place where two texts differ.
+
+    Attributes:
+        logit_gap: Between the target's logits of the two tokens there.
+    """
 
     place: int
     logit_gap: float
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """The index of the first token that two texts do not share."""
+    """Return the index of the first token that two texts do not share, or None.
+
+    Example:
+        >>> first_difference([1, 2, 3], [1, 4, 3])
+        1
+    """
     return next((place for place, (a, b) in enumerate(zip_longest(one, other)) if a != b), None)
 
 
 def divergence(
     next_logits: NextLogits, prompt: Sequence[int], one: Sequence[int], other: Sequence[int]
 ) -> Divergence | None:
-    """Of two continuations of a prompt; None if they are the same. A text that only ends sooner has no gap: nan."""
+    """Compare two continuations of a prompt; None if they are the same.
+
+    The gap is nan where one text only ends sooner.
+    """
     place = first_difference(one, other)
     if place is None:
         return None
@@ -48,7 +60,7 @@ def divergence(
 
 
 def next_logits(engine: Engine) -> NextLogits:
-    """A pass of the engine's target over whole texts."""
+    """Compile a pass of the engine's target over whole texts."""
     target = engine.load()[0]
     specs = jax.tree.map(lambda x: x.sharding.spec, target)
     mapped = jax.shard_map(

@@ -16,7 +16,7 @@ from easyspec_jax.progress import progress_lines
 from experiments.lib.machine import machine
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.table import Column, Table
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -94,6 +94,12 @@ def as_json(measured: Mapping[str, Any]) -> str:
     ]
     results = ",\n".join(f"  {json.dumps(row)}" for row in measured["results"])
     return "{\n " + ",\n ".join([*lines, f'"results": [\n{results}\n ]']) + "\n}\n"
+
+
+def align_right(columns: "Sequence[Column]") -> None:
+    """Align the figures of some columns of a table."""
+    for column in columns:
+        column.justify = "right"
 
 
 def show(table: "Table") -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from easyspec_jax.checkpoint.config import read_json
 from experiments.lib.sections import sections
-from experiments.lib.tables import Rows, markdown
+from experiments.lib.tables import Rows, distinct, markdown, matching
 from experiments.registry import SCRIPTS
 
 WAYS = {
@@ -17,7 +17,8 @@ WAYS = {
     "transformers": "transformers, plain",
     "transformers, assisted": "transformers, assisted generation",
     "llama.cpp": "llama.cpp, plain",
-    "llama.cpp, drafts of 5": "llama.cpp, drafts of five by the same draft, through its Python hook",
+    "llama.cpp, drafts of 5": "llama.cpp, drafts of five by the same draft, through its "
+    "Python hook",
 }
 """The engines in peers.json that the README compares, and how it calls them."""
 
@@ -111,11 +112,11 @@ def kept(results: Path) -> str:
 
 
 def acceptance_refit(results: Path) -> str:
-    """Tabulate the acceptance of SmolLM2's plain and refit groups, where drafts share their texts."""
+    """Tabulate the acceptance of SmolLM2's groups, plain and refit, where texts are the same."""
     table = []
     for width, verifier, rows in _same_texts(read(results, "acceptance")):
         groups = [row for row in rows if row["lp_size"] > 1 and row["calibration"]]
-        sizes = dict.fromkeys(row["lp_size"] for row in groups)
+        sizes = distinct(groups, "lp_size")
         shown: dict[str, Any] = {"sampling": SAMPLED[verifier], "tree width": width}
         for refit in (False, True):
             for size in sizes:
@@ -144,9 +145,9 @@ def _same_texts(
 ) -> Iterable[tuple[int, str, Rows]]:
     """Group the rows of a file of acceptance by verifier and tree width."""
     for verifier in verifiers:
-        chosen = [row for row in rows if row["verifier"] == verifier]
-        for width in dict.fromkeys(row["tree_width"] for row in chosen):
-            yield width, verifier, [row for row in chosen if row["tree_width"] == width]
+        chosen = matching(rows, verifier=verifier)
+        for width in distinct(chosen, "tree_width"):
+            yield width, verifier, matching(chosen, tree_width=width)
 
 
 def trees(results: Path) -> str:
@@ -159,7 +160,7 @@ def trees(results: Path) -> str:
     table = []
     for verifier in ("rejection", "coupled"):
         shown = {"": verifier}
-        for width in dict.fromkeys(row["tree_width"] for row in groups):
+        for width in distinct(groups, "tree_width"):
             rates = [
                 row["acceptance_rate"]
                 for row in groups

@@ -1,4 +1,4 @@
-"""Questions and answers in the form of Spec-Bench (https://github.com/hemingkx/Spec-Bench), JSON lines both."""
+"""Questions and answers as Spec-Bench's JSON lines (https://github.com/hemingkx/Spec-Bench)."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from easyspec_jax.engine.completion import Completion
 
 @dataclass(frozen=True)
 class Question:
-    """What a user says, turn by turn."""
+    """The messages of a user, turn by turn."""
 
     question_id: int
     category: str
@@ -21,7 +21,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a question's turns; seconds: from each prompt to the end of its text."""
+    """The completions of a question's turns.
+
+    Attributes:
+        seconds: From each prompt to the end of its text.
+    """
 
     question: Question
     turns: tuple[Completion, ...]
@@ -32,7 +36,7 @@ class Answer:
         return [turn.text.strip() for turn in self.turns]
 
     def as_dict(self, model_id: str, time: float) -> dict[str, Any]:
-        """A line of an answer file. Accept lengths are tokens a round, as Spec-Bench counts them."""
+        """Return a line of an answer file; accept lengths are tokens a round."""
         choice = {
             "index": 0,
             "turns": self.text,
@@ -52,7 +56,12 @@ class Answer:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Every line of a question file. Raises EasySpecError, naming the line, for what is none."""
+    """Read every line of a question file.
+
+    Raises:
+        EasySpecError: The file cannot be read, or a line (which the message names) is not a
+            question.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -68,7 +77,7 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def code_questions(prompts: Sequence[str]) -> list[Question]:
-    """Beginnings of programs, for a model that holds no conversations."""
+    """Turn beginnings of programs into questions, for a model without a chat template."""
     return [Question(number, "code", (prompt,)) for number, prompt in enumerate(prompts, 1)]
 
 

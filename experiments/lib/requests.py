@@ -1,4 +1,4 @@
-"""Requests without end for the bundled pair: cut pieces of code, every way of sampling, all lengths."""
+"""An endless stream of requests for the bundled pair: pieces of code, all lengths and samplings."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,7 +10,7 @@ from easyspec_jax.cli.command import read_prompts
 from experiments.lib.pair import DATA
 
 WAYS = (SamplingParams(), SamplingParams(0.8), SamplingParams(1.0, top_k=40, top_p=0.95))
-"""One of each kind of program: greedy, sampling, and sampling from the likeliest."""
+"""One for each kind of program: greedy, sampling, and sampling from the likeliest."""
 
 
 class RowSampling(NamedTuple):
@@ -21,21 +21,22 @@ class RowSampling(NamedTuple):
 
 
 def piece(random: Random, lines: int) -> str:
-    """Up to so many lines of code, the last one cut anywhere; never empty."""
+    """Draw at most that many lines of code, the last one cut anywhere; never empty."""
     chosen = random.choices(read_prompts(DATA / "code_prompts.txt"), k=random.randint(1, lines))
     return "\n    ".join([*chosen[:-1], chosen[-1][: random.randint(1, len(chosen[-1]))]])
 
 
 def sampling(random: Random, way: int, fewest: int, most: int) -> SamplingParams:
-    """One of WAYS, with noise and a length of its own."""
+    """Return one of WAYS with noise and a length of its own."""
     seed, length = random.randrange(2**32), random.randint(fewest, most)
     return replace(WAYS[way], seed=seed, max_new_tokens=length)
 
 
 def blocks(seed: int, rows: int, size: int) -> Iterator[RowSampling]:
-    """Blocks of so many requests, each of one way of sampling.
+    """Yield blocks of `size` requests, each block with one way of sampling.
 
-    Each begins with as many short ones as a batch has rows, and goes on with a long one: caches start small and grow.
+    A block begins with a short request for each row of a batch and goes on with a long one, so that
+    caches start small and grow.
     """
     random, way = Random(seed), 0
     while True:

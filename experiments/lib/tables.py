@@ -1,6 +1,6 @@
 """Tables of results as Markdown."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Rows = list[dict[str, Any]]
@@ -23,12 +23,48 @@ SPEEDS = {
 """Fields of a row that compares ways of decoding, and their columns."""
 
 
+def column(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
+    """Return one field of all rows."""
+    return [row[name] for row in rows]
+
+
+def distinct(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
+    """Return the values that a field has, in the order of their first rows.
+
+    Example:
+        >>> distinct([{"N": 2}, {"N": 4}, {"N": 2}], "N")
+        [2, 4]
+    """
+    return list(dict.fromkeys(column(rows, name)))
+
+
+def matching(rows: Sequence[dict[str, Any]], **fields: Any) -> Rows:
+    """Return the rows that have these values.
+
+    Example:
+        >>> matching([{"N": 2, "way": "sd"}, {"N": 4, "way": "sd"}], N=4)
+        [{'N': 4, 'way': 'sd'}]
+    """
+    return [row for row in rows if all(row[name] == value for name, value in fields.items())]
+
+
+def labelled(row: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, Any]:
+    """Return some fields of a row under their labels; None for those that it lacks."""
+    return {label: row.get(name) for name, label in labels.items()}
+
+
+def overlaps(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return how much a draft keeps at each depth, as cells of a table."""
+    return {f"overlap at depth {depth}": value for depth, value in enumerate(row["overlap"], 1)}
+
+
 def speeds(measured: Mapping[str, Any]) -> Rows:
     """Tabulate ways of decoding: a row for each, with those of the fields in SPEEDS that it has.
 
     "±" is the standard deviation over prompts.
     """
-    named = [name for name in SPEEDS if any(name in row for row in measured["results"])]
+    found = {name for row in measured["results"] for name in row}
+    named = [name for name in SPEEDS if name in found]
     table = []
     for row in measured["results"]:
         shown = {SPEEDS[name]: _with_deviation(row, name) for name in named}
@@ -67,9 +103,14 @@ def markdown(rows: Rows) -> str:
         | tree |  |
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [names, ["-"] * len(names)]
-    lines += [[cell(row.get(name)) for name in names] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    text = _line(names) + _line(["-"] * len(names))
+    for row in rows:
+        text += _line([cell(row.get(name)) for name in names])
+    return text.rstrip("\n")
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"
 
 
 def cell(value: Any) -> str:

@@ -1,7 +1,7 @@
-"""How far drafts see ahead, by tree width and layer-parallel size: `python -m experiments.acceptance`.
+"""Measure how far drafts see ahead: `python -m experiments.acceptance`.
 
-The grid of the paper's Figure 4, for several temperatures and verifiers. Prints tables, writes JSON and draws it.
-No figure here is a time.
+The grid of the paper's Figure 4, by tree width and number of layers at once, for several
+temperatures and verifiers. Prints tables, writes JSON and draws it. None of the figures is a time.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from easyspec_jax.options import Verifier
 from easyspec_jax.progress import bar
 from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
 from experiments.lib.pair import DATA, add_models, names, open_pair
-from experiments.lib.tables import Rows
+from experiments.lib.tables import Rows, distinct, matching
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +36,11 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to sample, verify and draft; lp_size 1 is the exact draft, whose KV needs no calibration."""
+    """A way to sample, verify and draft.
+
+    Attributes:
+        lp_size: 1 is the exact draft, whose keys and values need no calibration.
+    """
 
     temperature: float
     verifier: Verifier | Literal["greedy"]
@@ -56,7 +60,15 @@ class Variant:
         )
 
     def speculative(self, num_speculative_tokens: int, refit: str | None) -> SpeculativeConfig:
-        """The engine's configuration; refit: the directory with refits. Raises EasySpecError if there is none."""
+        """Return the engine's configuration.
+
+        Args:
+            num_speculative_tokens: Levels a round.
+            refit: The directory with refits, if any.
+
+        Raises:
+            EasySpecError: The values do not go together.
+        """
         return SpeculativeConfig(
             num_speculative_tokens=num_speculative_tokens,
             tree_width=self.tree_width,
@@ -78,7 +90,7 @@ def variants(
     lp_sizes: Sequence[int],
     refit: bool = False,
 ) -> list[Variant]:
-    """The grid, every variant once: at temperature 0 all verifiers are one comparison."""
+    """List the grid, every variant once; at temperature 0 all verifiers are the same comparison."""
     fuzzy = (PLAIN, UNCALIBRATED, REFIT) if refit else (PLAIN, UNCALIBRATED)
     grid = (
         Variant(temperature, verifier if temperature else GREEDY, width, lp_size, *draft)
@@ -92,7 +104,11 @@ def variants(
 
 
 def measure_grid(args: argparse.Namespace, prompts: Sequence[str]) -> list[Row]:
-    """Every variant's acceptance. Raises EasySpecError for an impossible one before any is measured."""
+    """Measure the acceptance of every variant.
+
+    Raises:
+        EasySpecError: A variant is impossible, which is known before any is measured.
+    """
     grid = variants(
         args.temperatures, args.verifiers, args.widths, args.lp_sizes, args.refit is not None
     )
@@ -126,7 +142,7 @@ def measure_grid(args: argparse.Namespace, prompts: Sequence[str]) -> list[Row]:
 def measure(
     engine: Engine, sampling: SamplingParams, prompts: Sequence[str], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Acceptance over all prompts."""
+    """Measure acceptance over all prompts."""
     completions = list(
         engine.generate(prompts, sampling, chat=args.chat, batch_size=args.batch_size)
     )
@@ -143,7 +159,7 @@ def measure(
 
 
 def print_tables(rows: Sequence[Row]) -> None:
-    """A table for every way of sampling: drafts downward, tree widths to the right."""
+    """Print a table for every way of sampling: a row a draft, a column a tree width."""
     for (temperature, verifier), same in groupby(
         rows, key=lambda row: (row["temperature"], row["verifier"])
     ):
@@ -169,21 +185,21 @@ PANELS = {"mean_acceptance_length": "Tokens per target pass", "acceptance_rate":
 
 COLORS = ("#000000", "#0072b2", "#009e73", "#d55e00", "#cc79a7", "#e69f00")
 MARKERS = "osD^vP"
-"""Both by tree width; the colours are those of Okabe and Ito."""
+"""By tree width, as are the colors; these are from the palette of Okabe and Ito."""
 
 STROKES: dict[str, dict[str, Any]] = {
     "calibrated": {"linestyle": "-"},
     "not calibrated": {"linestyle": (0, (4, 2)), "markerfacecolor": WHITE},
     "refit": {"linestyle": (0, (1, 1.5))},
 }
-"""By how a fuzzy draft is kept near the exact one; what is refit is calibrated too."""
+"""By how a fuzzy draft is kept near the exact one; refit drafts are calibrated too."""
 
 OWN_STYLE = {"axes.titlesize": 11, "lines.markersize": 5, "figure.constrained_layout.h_pad": 0.08}
 
 
 @dataclass(frozen=True)
 class Line:
-    """A tree width with one kind of fuzzy draft, over N; all start at the exact draft."""
+    """A tree width with one kind of fuzzy draft, over N; every line starts at the exact draft."""
 
     width: int
     kind: str
@@ -196,14 +212,14 @@ class Line:
 
 
 def kind_of(row: Row) -> str:
-    """Which of STROKES is the row's."""
+    """Return the key of STROKES for a row."""
     if row.get("refit"):
         return "refit"
     return "calibrated" if row["calibration"] else "not calibrated"
 
 
 def lines_of(rows: Sequence[Row]) -> list[Line]:
-    """A line for every width and kind there is; those of a width have one colour."""
+    """Return a line for every width and kind; those of a width share a color."""
     widths, kinds = sorted({row["tree_width"] for row in rows}), {kind_of(row) for row in rows}
     return [
         Line(width, kind, {"color": color, "marker": marker} | stroke)
@@ -214,7 +230,13 @@ def lines_of(rows: Sequence[Row]) -> list[Line]:
 
 
 def draw(measured: dict[str, Any]) -> bytes:
-    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    """Draw acceptance over N as PNG, a row of panels for each way of sampling.
+
+    As the paper's Figure 4, with tokens per pass of the target instead of throughput.
+
+    Raises:
+        EasySpecError: matplotlib is missing.
+    """
     return png(lambda: _figure(measured), STYLE | OWN_STYLE)
 
 
@@ -222,7 +244,9 @@ def _figure(measured: dict[str, Any]) -> "Figure":
     from matplotlib.figure import Figure
 
     results = measured["results"]
-    ways = {way: [row for row in results if way_of(row) == way] for way in map(way_of, results)}
+    ways: dict[str, list[Row]] = {}
+    for row in results:
+        ways.setdefault(way_of(row), []).append(row)
     lines = lines_of(results)
     figure = Figure(figsize=(10, 1.2 + 3 * len(ways)), dpi=120, layout="constrained")
     figure.suptitle(title_of(measured), weight="bold", size=13)
@@ -238,7 +262,7 @@ def _figure(measured: dict[str, Any]) -> "Figure":
 
 
 def way_of(row: Row) -> str:
-    """How the row's tokens were chosen."""
+    """Say how the row's tokens were chosen."""
     return (
         "greedy"
         if row["temperature"] == 0
@@ -247,7 +271,7 @@ def way_of(row: Row) -> str:
 
 
 def draw_panel(axes: "Axes", lines: Sequence[Line], rows: Sequence[Row], name: str) -> None:
-    """One figure over N."""
+    """Draw one figure over N."""
     for line in reversed(lines):  # calibrated ones come last, on top
         points = sorted((row["lp_size"], row[name]) for row in rows if line.has(row))
         axes.plot(*zip(*points, strict=True), **line.style)
@@ -256,7 +280,7 @@ def draw_panel(axes: "Axes", lines: Sequence[Line], rows: Sequence[Row], name: s
 
 
 def draw_legend(figure: "Figure", lines: Sequence[Line]) -> None:
-    """What colours and strokes mean, below the panels."""
+    """Explain colors and strokes below the panels."""
     from matplotlib.lines import Line2D
 
     first = lines[0].kind
@@ -275,7 +299,7 @@ def draw_legend(figure: "Figure", lines: Sequence[Line]) -> None:
 
 
 def title_of(measured: dict[str, Any]) -> str:
-    """The pair, and what was decoded."""
+    """Name the pair and what was decoded."""
     target, draft = measured["target"], measured["draft"]
     pair = f"{target} drafting for itself" if target == draft else f"{target}, drafted by {draft}"
     texts = f"{len(measured['prompts'])} prompts of up to {measured['max_new_tokens']} tokens"
@@ -284,19 +308,12 @@ def title_of(measured: dict[str, Any]) -> str:
 
 
 def tabulate(measured: Mapping[str, Any]) -> Rows:
-    """Of acceptance: α at temperature 0 by width and N for each kind of draft, and the loss against the exact draft."""
-    greedy = [row for row in measured["results"] if row["temperature"] == 0]
-    kinds, sizes, widths = (
-        list(dict.fromkeys(values))
-        for values in (
-            map(kind, greedy),
-            (row["lp_size"] for row in greedy),
-            (row["tree_width"] for row in greedy),
-        )
-    )
+    """Tabulate acceptance at temperature 0 by width and N, and the loss against exact drafts."""
+    greedy = matching(measured["results"], temperature=0)
+    kinds, sizes = list(dict.fromkeys(map(kind, greedy))), distinct(greedy, "lp_size")
     table = []
-    for width in widths:
-        rows = [row for row in greedy if row["tree_width"] == width]
+    for width in distinct(greedy, "tree_width"):
+        rows = matching(greedy, tree_width=width)
         exact = next((row["acceptance_rate"] for row in rows if row["lp_size"] == 1), None)
         for size in sizes:
             own = {kind(row): row["acceptance_rate"] for row in rows if row["lp_size"] == size}
@@ -311,12 +328,12 @@ def tabulate(measured: Mapping[str, Any]) -> Rows:
 
 
 def kind(row: Mapping[str, Any]) -> str:
-    """Of a draft in a file of acceptance."""
+    """Name the kind of a row's draft."""
     return "refit" if row.get("refit") else "calibrated" if row["calibration"] else "no calibration"
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures the grid, prints it, writes the JSON and draws it."""
+    """Measure the grid, print it, write the JSON and draw it."""
     cache_compilations()
     prompts = read_prompts(
         args.prompt_file or DATA / ("prompts.txt" if args.target else "code_prompts.txt")
@@ -329,7 +346,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def destination(args: argparse.Namespace) -> Path:
-    """The JSON to write. Raises EasySpecError, before hours of measuring, if it cannot be written or drawn."""
+    """Return the JSON to write.
+
+    Raises:
+        EasySpecError: It cannot be written or drawn, which hours of measuring would find out late.
+    """
     out = args.out or RESULTS
     if out.is_dir():
         out = out / ("acceptance.json" if args.target else "acceptance_demo.json")
@@ -338,6 +359,7 @@ def destination(args: argparse.Namespace) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     parser = Parser(prog="python -m experiments.acceptance", description=__doc__)
     add_models(parser)
     parser.add_argument("--mesh", default="1")

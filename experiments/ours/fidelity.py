@@ -1,8 +1,8 @@
-"""How faithful a layer-parallel draft is to itself run exactly: `python -m experiments.fidelity`.
+"""Compare a layer-parallel draft with itself run exactly: `python -m experiments.fidelity`.
 
-Teacher-forced on the draft's own greedy continuations: at every position, the tokens of the last 1, 2, … depths are
-drafted and everything before is exact. Beside the distributions, cosines of what a group approximates (the paper's
-Table 4), at depth 1, over the layers whose input is stale.
+Teacher-forced on the draft's own greedy continuations: at every position the last 1, 2, … tokens
+are drafted, and everything before them is exact. Besides the distributions, cosines show what a
+group approximates (the paper's Table 4), at depth 1, over the layers whose input is stale.
 """
 
 import argparse
@@ -42,13 +42,18 @@ PROGRAM = "experiments.fidelity"
 Texts = Int[np.ndarray, "texts tokens"]
 Counted = Bool[np.ndarray, "texts tokens"]
 Cosines = dict[str, list[Float[Array, " tokens"]]]
-"""Of each thing that is approximated, by stale layer."""
+"""By what is approximated, then by stale layer."""
 
 
 def continuations(
     engine: Engine, prompts: Sequence[str], chat: bool, new_tokens: int
 ) -> tuple[Texts, Counted]:
-    """Prompts with what the model greedily makes of them, and the positions that predict the latter."""
+    """Let the model continue the prompts greedily.
+
+    Returns:
+        The texts, int32 [texts, tokens], and the positions that predict a continuation's tokens,
+        bool [texts, tokens].
+    """
     completions = list(
         engine.generate(prompts, SamplingParams(max_new_tokens=new_tokens), chat=chat)
     )
@@ -62,7 +67,10 @@ def continuations(
 
 
 def cosines(draft: Decoder, mesh: Any, texts: Texts, counted: Counted) -> dict[str, float]:
-    """Mean cosines over stale layers and counted positions; the mesh is one device. Nothing stale: nothing."""
+    """Return mean cosines over stale layers and counted positions, on a mesh of one device.
+
+    Empty if no layer is stale.
+    """
     specs = jax.tree.map(lambda x: x.sharding.spec, draft)
 
     def body(draft: Decoder, ids: Int[Array, "1 tokens"]) -> Cosines:
@@ -74,10 +82,12 @@ def cosines(draft: Decoder, mesh: Any, texts: Texts, counted: Counted) -> dict[s
     )
     results = [program(draft, ids[None]) for ids in texts]
     names = [name for name, layers in results[0].items() if layers]
-    return {
-        name: float(np.stack([np.asarray(r[name]) for r in results], axis=1)[:, counted].mean())
-        for name in names
-    }
+    means = {}
+    for name in names:
+        # [layers, tokens] of each text -> [layers, texts, tokens]
+        by_text = np.stack([np.asarray(found[name]) for found in results], axis=1)
+        means[name] = float(by_text[:, counted].mean())
+    return means
 
 
 def _through_blocks(draft: Decoder, ids: Int[Array, "1 tokens"]) -> Cosines:
@@ -126,14 +136,13 @@ def _of_layer(
         pairs[name] = tuple(
             x.transpose(0, 2, 1, 3).reshape(1, x.shape[2], -1) for x in (exact, got)
         )
-    return {
-        name: _cosine(*(x[0].astype(jnp.float32) for x in pair)) for name, pair in pairs.items()
-    }
+    return {name: _cosine(exact[0], got[0]) for name, (exact, got) in pairs.items()}
 
 
 def _cosine(
     a: Float[Array, "tokens size"], b: Float[Array, "tokens size"]
 ) -> Float[Array, " tokens"]:
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     lengths = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
     return jnp.sum(a * b, axis=-1) / jnp.maximum(lengths, jnp.finfo(jnp.float32).tiny)
 
@@ -141,9 +150,10 @@ def _cosine(
 def prepare(
     args: argparse.Namespace, speculations: Sequence[SpeculativeConfig]
 ) -> tuple[Engine, Texts, Counted]:
-    """The draft as a model that speaks for itself, and what it says to the prompts; flags: see add_flags().
+    """Open the draft as a model of its own and let it continue the prompts; flags as add_flags().
 
-    Raises EasySpecError for groups in which nothing is fuzzy, before anything is computed.
+    Raises:
+        EasySpecError: No group would be fuzzy, which is known before anything is computed.
     """
     prompts = read_prompts(
         args.prompts or DATA / ("code_prompts.txt" if args.draft == demo.DRAFT else "prompts.txt")
@@ -165,7 +175,7 @@ def prepare(
 def measured(
     engine: Engine, speculative: SpeculativeConfig, texts: Texts, counted: Counted
 ) -> dict[str, Any]:
-    """How faithful one way to draft is."""
+    """Measure how faithful one way to draft is."""
     layout, refit = choose_layout(speculative, engine.target)
     model = load_draft(engine.loader(engine.target, ALL_AXES), layout, refit)
     overlap, agree = fidelity(model, engine.mesh, texts, counted)
@@ -186,7 +196,11 @@ def measured(
 def measure_all(
     args: argparse.Namespace, speculations: Sequence[SpeculativeConfig]
 ) -> list[dict[str, Any]]:
-    """A row for every way to draft, on the same texts; flags: see add_flags(). Raises EasySpecError as prepare()."""
+    """Measure every way to draft on the same texts and return a row for each; flags as add_flags().
+
+    Raises:
+        EasySpecError: As prepare().
+    """
     engine, texts, counted = prepare(args, speculations)
     rows = []
     with bar("Measuring", len(speculations)) as advance:
@@ -197,7 +211,7 @@ def measure_all(
 
 
 def add_flags(parser: Parser) -> None:
-    """The draft, and what it is measured on."""
+    """Add the flags of the draft and of what it is measured on."""
     parser.add_argument("--draft", type=Path, default=demo.DRAFT, help="default: the bundled one")
     add_allow_links(parser)
     parser.add_argument(
@@ -226,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures and prints."""
+    """Measure and print."""
     speculative = SpeculativeConfig(
         lp_size=args.lp_size,
         lp_strategy=args.lp_strategy,
@@ -242,16 +256,14 @@ def run(args: argparse.Namespace) -> None:
 def _described(result: dict[str, Any]) -> str:
     columns = range(1, DEPTHS + 1)
     lines = [f"{'depth':8}" + "".join(f"{depth:8}" for depth in columns)]
-    lines += [
-        f"{name:8}" + "".join(f"{value:8.3f}" for value in result[name])
-        for name in ("overlap", "agree")
-    ]
-    return "\n".join(
-        [*lines, "cosine  " + "  ".join(f"{name} {x:.3f}" for name, x in result["cosine"].items())]
-    )
+    for name in ("overlap", "agree"):
+        lines.append(f"{name:8}" + "".join(f"{value:8.3f}" for value in result[name]))
+    cosines = "  ".join(f"{name} {value:.3f}" for name, value in result["cosine"].items())
+    return "\n".join([*lines, f"cosine  {cosines}"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     return run_command(PROGRAM, _parser(), run, argv)
 
 

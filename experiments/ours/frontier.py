@@ -1,8 +1,9 @@
-"""Fidelity against collectives: `python -m experiments.frontier --draft DIR --chat [--refit DIR --lp-strategies S …]`.
+"""Plot fidelity against collectives: `python -m experiments.frontier --draft DIR --chat`.
 
-The more runs at once, the fewer collectives a fuzzy pass waits for, and the less it keeps of what the draft says. How
-much of the exact draft's distribution each layout leaves at each depth; with --refit DIR also with the refits there, of
-those layouts that have one, which `python -m easyspec_jax.refit --lp-strategy S --out DIR` makes.
+The more runs at once, the fewer collectives a fuzzy pass waits for, and the less it keeps of the
+draft's distribution. Shows how much each layout keeps at each depth; with --refit DIR also with the
+refits there, for the layouts that have one (`python -m easyspec_jax.refit --lp-strategy S --out
+DIR` makes them).
 """
 
 import argparse
@@ -24,7 +25,7 @@ from easyspec_jax.refit.fidelity import DEPTHS
 from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
 from experiments.lib.pair import open_draft
 from experiments.lib.picture import draft_title
-from experiments.lib.tables import Rows
+from experiments.lib.tables import Rows, column, distinct, matching, overlaps
 from experiments.ours.fidelity import add_flags, measure_all
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def default_strategies(num_layers: int) -> list[str]:
-    """The paper's groups of two, three and four: attentions only, MLPs in pairs, and whole layers."""
+    """List the paper's groups of two to four: attentions only, MLPs in pairs, and whole layers."""
     layouts = [
         Layout.uniform(paper_groups(num_layers, lp_size), mlp_lp_size)
         for lp_size, mlp_lp_size in product((2, 3, 4), (1, 2, 4))
@@ -42,7 +43,11 @@ def default_strategies(num_layers: int) -> list[str]:
 
 
 def ways(strategies: Sequence[str], refit: Path | None, num_layers: int) -> list[SpeculativeConfig]:
-    """Every layout as it is, and refitted where the directory has one for it. Raises EasySpecError if it has none."""
+    """List every layout as it is, and refit where the directory has a refit for it.
+
+    Raises:
+        EasySpecError: The directory has none.
+    """
     plain = [SpeculativeConfig(lp_strategy=strategy, refit="none") for strategy in strategies]
     if refit is None:
         return plain
@@ -55,7 +60,7 @@ def ways(strategies: Sequence[str], refit: Path | None, num_layers: int) -> list
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """What was measured, plain layouts first."""
+    """Print the rows, plain layouts first."""
     depths = [f"depth {depth + 1}" for depth in range(DEPTHS)]
     table = Table("collectives", "MLPs in a row", "", *depths, "layout", box=None, pad_edge=False)
     for row in rows:
@@ -69,11 +74,15 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 LOOKS = (("#000000", "o"), ("#0072b2", "s"), ("#d55e00", "D"), ("#56b4e9", "^"))
-"""By depth; the colours are those of Okabe and Ito, and far apart in grey."""
+"""By depth; from the palette of Okabe and Ito, far apart in grey."""
 
 
 def draw(measured: dict[str, Any]) -> bytes:
-    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    """Draw a curve for each depth as PNG, through the layouts that no other beats at that depth.
+
+    Raises:
+        EasySpecError: matplotlib is missing.
+    """
     return png(lambda: _figure(measured))
 
 
@@ -81,13 +90,13 @@ def _figure(measured: dict[str, Any]) -> "Figure":
     from matplotlib.figure import Figure
 
     rows = measured["results"]
-    kinds = [kind for kind in (False, True) if any(row["refit"] == kind for row in rows)]
+    kinds = sorted(distinct(rows, "refit"))
     figure = Figure(figsize=(1.2 + 5.2 * len(kinds), 4.8), dpi=120, layout="constrained")
     title = f"What a fuzzy pass of {draft_title(measured)} keeps\nby what it waits for"
     figure.suptitle(title, weight="bold", size=13)
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for axes, kind in zip(panels, kinds, strict=True):
-        _curves(axes, [row for row in rows if row["refit"] == kind])
+        _curves(axes, matching(rows, refit=kind))
         axes.set_title("with a refit" if kind else "plain", size=11)
     panels[0].set_ylabel("Σ min(p fuzzy, p exact)")
     figure.legend(
@@ -97,7 +106,7 @@ def _figure(measured: dict[str, Any]) -> "Figure":
 
 
 def _curves(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
-    places = [row["collectives"] for row in rows]
+    places = column(rows, "collectives")
     for depth, (color, marker) in enumerate(LOOKS):
         values = [row["overlap"][depth] for row in rows]
         axes.plot(places, values, marker, color=color, markersize=5, label=f"depth {depth + 1}")
@@ -107,7 +116,11 @@ def _curves(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
 
 
 def frontier(rows: Sequence[dict[str, Any]], depth: int) -> list[tuple[int, float]]:
-    """Collectives and overlap of what keeps more than everything with no more collectives, fewest first."""
+    """Find the layouts that keep more than all others with as few collectives or fewer.
+
+    Returns:
+        Collectives and overlap of each, fewest collectives first.
+    """
     found: list[tuple[int, float]] = []
     for row in sorted(rows, key=lambda row: (row["collectives"], -row["overlap"][depth])):
         if not found or row["overlap"][depth] > found[-1][1]:
@@ -116,18 +129,18 @@ def frontier(rows: Sequence[dict[str, Any]], depth: int) -> list[tuple[int, floa
 
 
 def tabulate(measured: Mapping[str, Any]) -> Rows:
-    """Of frontier."""
+    """Tabulate every layout."""
     return [
         {"collectives": row["collectives"], "MLPs in a row": row["sequential_mlps"]}
         | {"refit": "yes" if row["refit"] else "no"}
-        | {f"overlap at depth {depth}": value for depth, value in enumerate(row["overlap"], 1)}
+        | overlaps(row)
         | {"layout": row["groups"]}
         for row in measured["results"]
     ]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures, prints, writes the JSON and draws it."""
+    """Measure, print, write the JSON and draw it."""
     cache_compilations()
     prepare(args.out)
     layers = open_draft(args).config.num_hidden_layers
@@ -143,10 +156,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     parser = Parser(prog="python -m experiments.frontier", description=__doc__)
     add_flags(parser)
-    parser.add_argument("--lp-strategies", nargs="+", metavar="S",
-                        help="default: the paper's groups of two to four, one, two or all MLPs at a time")  # fmt: skip
+    parser.add_argument(
+        "--lp-strategies",
+        nargs="+",
+        metavar="S",
+        help="default: the paper's groups of two to four, one, two or all MLPs at a time",
+    )
     parser.add_argument(
         "--refit", type=Path, metavar="DIR", help="with a refit for some of the layouts"
     )

@@ -1,4 +1,4 @@
-"""Writes a checkpoint as a GGUF file in float32, so that llama.cpp decodes with exactly the same weights."""
+"""Write a checkpoint as GGUF in float32, so that llama.cpp decodes with the same weights."""
 
 from pathlib import Path
 
@@ -14,7 +14,10 @@ from easyspec_jax.checkpoint.rope import rope_frequencies
 
 
 def write_gguf(checkpoint: Checkpoint, path: Path) -> None:
-    """The whole model without its tokenizer: whoever reads the file is given token ids. All tensors are in memory."""
+    """Write the whole model without its tokenizer, for readers that are given token ids.
+
+    All tensors are in memory at once.
+    """
     config = checkpoint.config
     architecture = FAMILIES[config.model_type].gguf or "llama"  # as Mistral's files say
     writer = GGUFWriter(path, architecture)
@@ -38,15 +41,21 @@ def write_gguf(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def permute(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Puts [heads * head_dim, ...] rows from Hugging Face's order (by halves) into llama.cpp's (pairs side by side)."""
+    """Reorder rows [heads * head_dim, ...] from Hugging Face's order to llama.cpp's.
+
+    Hugging Face stores a head by halves, llama.cpp as pairs side by side.
+    """
     halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _metadata(config: ModelConfig) -> dict[str, int | float]:
-    """Without the architecture in front."""
-    fields = {key: getattr(config, field) for field, key in (REQUIRED_FIELDS | OPTIONAL_FIELDS).items()
-              if hasattr(config, field)}  # fmt: skip
+    """Return the fields without the architecture in front of their names."""
+    fields = {
+        key: getattr(config, field)
+        for field, key in (REQUIRED_FIELDS | OPTIONAL_FIELDS).items()
+        if hasattr(config, field)
+    }
     return fields | {
         "attention.value_length": config.head_dim,
         "rope.dimension_count": config.head_dim,

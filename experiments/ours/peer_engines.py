@@ -1,4 +1,4 @@
-"""Other engines on the same weights: transformers, llama.cpp and vLLM, whichever are installed. All decode greedily."""
+"""Other engines on the same weights, greedily: transformers, llama.cpp and vLLM."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -19,18 +19,22 @@ from experiments.lib.machine import cores, torch_device
 from experiments.ours.gguf_file import write_gguf
 
 Complete = Callable[[Sequence[int]], list[int]]
-"""From a prompt's ids to the generated ones, a stop token included."""
+"""Returns the ids generated after a prompt's ids, a stop token included."""
 
 EXACT = "the checkpoint's"
 
 
 class Missing(Exception):
-    """Nothing is wrong, but an engine cannot be compared here; the message says why."""
+    """An engine cannot be compared here; the message says why. This is not an error."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A way of decoding. weights: EXACT, or how what it reads differs from the checkpoint."""
+    """A way of decoding.
+
+    Attributes:
+        weights: EXACT, or how the weights it reads differ from the checkpoint's.
+    """
 
     complete: Complete
     version: str
@@ -39,8 +43,14 @@ class Peer:
 
 @dataclass(frozen=True)
 class Task:
-    """What every engine is given. directory: for exports; length: of prompt and text together; gguf: another file of
-    the target's weights, for llama.cpp."""
+    """What every engine is given.
+
+    Attributes:
+        directory: Where exports go.
+        length: Of prompt and text together.
+        gguf: Another file of the target's weights, for llama.cpp.
+        allow_links: Follow links that lead out of a checkpoint's directory.
+    """
 
     target: Path
     draft: Path
@@ -55,7 +65,7 @@ class Task:
     allow_links: bool = False
 
     def exported(self, name: str) -> Path:
-        """The "target" or the "draft" as a Hugging Face directory, whatever it was, in the dtype of the task."""
+        """Export the "target" or the "draft" as a Hugging Face directory in the task's dtype."""
         out = self.directory / name
         if not out.exists():
             model = open_huggingface(getattr(self, name), self.allow_links)
@@ -63,7 +73,7 @@ class Task:
         return out
 
     def ended(self, tokens: Sequence[int]) -> list[int]:
-        """Up to the first stop token, and no longer than was asked for."""
+        """Cut a text after the first stop token, and at the length that was asked for."""
         end = next(
             (place + 1 for place, token in enumerate(tokens) if token in self.stop_ids), None
         )
@@ -71,7 +81,10 @@ class Task:
 
 
 def transformers_peers(task: Task) -> dict[str, Peer]:
-    """Plain and assisted generation on torch; assisted by its own defaults, and with drafts as long as ours."""
+    """Open plain and assisted generation on torch.
+
+    Assisted generation runs with its own defaults, and with drafts as long as ours.
+    """
     device = torch_device(task.platform)
     import torch
     from transformers import AutoModelForCausalLM
@@ -120,7 +133,7 @@ def transformers_peers(task: Task) -> dict[str, Peer]:
 
 
 def llama_cpp_peers(task: Task) -> dict[str, Peer]:
-    """Plain decoding, prompt lookup, and drafts by the pair's draft through the hook that its Python package has."""
+    """Open plain decoding, prompt lookup, and drafting by the pair's draft (a Python hook)."""
     if task.platform != "cpu":
         raise Missing("compared on the CPU alone")
     llama_cpp = _installed("llama_cpp")
@@ -167,13 +180,14 @@ def llama_cpp_peers(task: Task) -> dict[str, Peer]:
         f"llama.cpp, drafts of {levels}": peer(opened(files["target"], draft_model=drafted)),
     }
     if task.gguf is not None:
-        note = f"as {task.gguf.name} has them: the same only where the checkpoint was converted from it"
-        peers[f"llama.cpp, {task.gguf.name}"] = peer(opened(task.gguf), note)
+        own = task.gguf.name
+        note = f"as {own} has them: the same only where the checkpoint was converted from it"
+        peers[f"llama.cpp, {own}"] = peer(opened(task.gguf), note)
     return peers
 
 
 def vllm_peers(task: Task) -> dict[str, Peer]:
-    """Plain decoding, on a GPU."""
+    """Open plain decoding on a GPU."""
     if task.platform != "gpu":
         raise Missing("compared on GPUs alone")
     vllm = _installed("vllm")
@@ -214,7 +228,7 @@ ENGINES: Mapping[str, Callable[[Task], dict[str, Peer]]] = {
 def open_peers(
     task: Task, engines: Mapping[str, Callable[[Task], dict[str, Peer]]] = ENGINES
 ) -> tuple[dict[str, Peer], dict[str, str]]:
-    """All that can be compared here, by name; and of the engines that cannot, why."""
+    """Open all that can be compared here, by name, and say why the other engines cannot."""
     found: dict[str, Peer] = {}
     missing: dict[str, str] = {}
     for name, opens in engines.items():

@@ -1,9 +1,9 @@
-"""Other engines in the same run: `python -m experiments.peers [--target DIR --draft DIR]`.
+"""Compare with other engines in one run: `python -m experiments.peers [--target DIR --draft DIR]`.
 
-transformers, llama.cpp (`pip install llama-cpp-python`) and vLLM, those that are installed, complete the same prompts
-with the same weights, greedily, prompt by prompt in turn with this package: a shared machine drifts. A time is that of
-a whole completion, its prompt included; every engine has as many threads as there are cores. Texts are compared token
-by token with our plain decoding's.
+transformers, llama.cpp (`pip install llama-cpp-python`) and vLLM, where installed, complete the
+same prompts with the same weights, greedily. They alternate with this package prompt by prompt,
+because a shared machine drifts. A time is that of a whole completion including its prompt, and
+every engine has a thread for each core. Texts are compared token by token with our plain decoding.
 """
 
 import argparse
@@ -26,10 +26,18 @@ from easyspec_jax.drawing import INK, SOFT, WHITE, dress_bars, png
 from easyspec_jax.progress import bar
 from experiments.lib.divergence import NextLogits, divergence, first_difference, next_logits
 from experiments.lib.machine import cores
-from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.lib.output import (
+    RESULTS,
+    align_right,
+    prepare,
+    publish,
+    run_experiment,
+    settings,
+    show,
+)
 from experiments.lib.pair import add_flags, names, open_pair, questions_of
-from experiments.lib.picture import pair_title
-from experiments.lib.tables import Rows
+from experiments.lib.picture import note, pair_title
+from experiments.lib.tables import Rows, column
 from experiments.ours.peer_engines import EXACT, Complete, Peer, Task, open_peers
 
 if TYPE_CHECKING:
@@ -40,10 +48,20 @@ PLAIN = "plain"
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one way of decoding: each prompt's seconds, repeat by repeat, and what it became the last time."""
+    """The figures of one way of decoding.
+
+    Attributes:
+        seconds: Of each prompt, repeat by repeat.
+        texts: The ids by prompt, as they came out the last time.
+    """
 
     seconds: list[list[float]] = field(default_factory=list)
     texts: dict[int, list[int]] = field(default_factory=dict)
+
+    def speeds(self) -> list[float]:
+        """Return tokens a second over all prompts, repeat by repeat."""
+        tokens = sum(map(len, self.texts.values()))
+        return [tokens / sum(seconds) for seconds in self.seconds]
 
 
 def alternate(
@@ -52,9 +70,9 @@ def alternate(
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Measured]:
-    """Every way completes every prompt `repeats` times, prompt by prompt in turn; who comes first changes.
+    """Let every way complete every prompt `repeats` times, alternating prompt by prompt.
 
-    Before, each completes the first prompt once, which is not timed.
+    A different way begins each time. Before, each completes the first prompt once, untimed.
     """
     measured = {name: Measured() for name in ways}
     order = list(ways)
@@ -78,25 +96,23 @@ def alternate(
 def rows_of(
     measured: Mapping[str, Measured], prompts: Sequence[Sequence[int]], behind: NextLogits
 ) -> list[dict[str, Any]]:
-    """A row for every way. Ratios are to the first way, repeat by repeat.
+    """Return a row for every way; ratios are to the first way, repeat by repeat.
 
-    identical: the share of the first way's tokens before texts part. divergences: where they do, and the gap between
-    the target's logits of the two tokens that came there, None where one text only ends sooner.
+    `identical` is the share of the first way's tokens before the texts part. `divergences` are the
+    places where they do, with the gap between the target's logits of the two tokens, or None where
+    one text only ends sooner.
     """
     plain = next(iter(measured.values()))
-    return [
-        {"name": name}
-        | _speeds(own, plain)
-        | _compared([own.texts[number] for number in range(len(prompts))], plain, prompts, behind)
-        for name, own in measured.items()
-    ]
+    rows = []
+    for name, own in measured.items():
+        texts = [own.texts[number] for number in range(len(prompts))]
+        figures = _speeds(own, plain) | _compared(texts, plain, prompts, behind)
+        rows.append({"name": name} | figures)
+    return rows
 
 
 def _speeds(own: Measured, plain: Measured) -> dict[str, Any]:
-    speed, other = (
-        [sum(map(len, one.texts.values())) / sum(seconds) for seconds in one.seconds]
-        for one in (own, plain)
-    )
+    speed, other = own.speeds(), plain.speeds()
     return {
         "tokens_per_second": speed,
         "over_plain": [a / b for a, b in zip(speed, other, strict=True)],
@@ -124,13 +140,17 @@ def _compared(
 def ours(
     engine: Engine, prompts: Mapping[tuple[int, ...], str], sampling: SamplingParams, chat: bool
 ) -> Complete:
-    """Decoding by this package, from the text again, compiled before it is timed."""
+    """Compile decoding by this package and return it, from prompt ids by way of the text."""
     engine.compile(list(prompts.values()), sampling, chat=chat)
     return lambda ids: next(engine.generate([prompts[tuple(ids)]], sampling, chat=chat)).token_ids
 
 
 def open_ours(args: argparse.Namespace) -> dict[str, Engine]:
-    """Plain decoding first. Raises EasySpecError as open_model does."""
+    """Open this package's ways, plain decoding first.
+
+    Raises:
+        EasySpecError: As open_model.
+    """
     levels = args.num_speculative_tokens
     chain = open_pair(args, SpeculativeConfig(method="sd", num_speculative_tokens=levels))
     fuzzy = SpeculativeConfig(num_speculative_tokens=levels, lp_size=args.lp_size)
@@ -142,7 +162,7 @@ def open_ours(args: argparse.Namespace) -> dict[str, Engine]:
 def measure(
     args: argparse.Namespace, directory: Path
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """All rows, those of absent engines included, and what they were measured on."""
+    """Return all rows, those of missing engines included, and the settings."""
     questions = questions_of(args)
     engines = open_ours(args)
     plain = engines[PLAIN]
@@ -192,7 +212,7 @@ def measure(
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """What measure() returned."""
+    """Print the rows."""
     table = Table(
         "",
         "tokens/s",
@@ -203,8 +223,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         box=None,
         pad_edge=False,
     )
-    for column in table.columns[1:-1]:
-        column.justify = "right"
+    align_right(table.columns[1:-1])
     for row in rows:
         if "missing" in row:
             table.add_row(row["name"], row["missing"])
@@ -222,11 +241,17 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 OURS, THEIRS = "#0072b2", "#e69f00"
-"""Of Okabe and Ito, and far apart in grey."""
+"""From the palette of Okabe and Ito, far apart in grey."""
 
 
 def draw(measured: dict[str, Any]) -> bytes:
-    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    """Draw a bar for each way as PNG: its speed over plain decoding, median and range.
+
+    The text behind a bar says how much of its texts is identical.
+
+    Raises:
+        EasySpecError: matplotlib is missing.
+    """
     return png(lambda: _figure(measured))
 
 
@@ -248,19 +273,13 @@ def _figure(measured: dict[str, Any]) -> "Figure":
         axes.barh(place, middle, height=0.62, color=THEIRS if _foreign(row["name"]) else OURS)
         axes.errorbar([middle], [place], xerr=spread, color=INK, capsize=3, linewidth=1)
         text = f"{middle:.2f} ×, {row['identical']:.0%} identical"
-        box = {
-            "facecolor": WHITE,
-            "edgecolor": "none",
-            "pad": 1,
-        }  # over the line that marks plain decoding
-        at = {"textcoords": "offset points", "xytext": (7, 0), "va": "center", "size": 9}
-        axes.annotate(text, (max(ratios), place), bbox=box, **at)
+        box = {"facecolor": WHITE, "edgecolor": "none", "pad": 1}  # over the line at 1
+        note(axes, text, max(ratios), place, gap=7, bbox=box)
     axes.axvline(1, color=SOFT, linestyle=(0, (4, 2)), linewidth=1)
-    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.set_yticks(range(len(rows)), column(rows, "name"))
     axes.invert_yaxis()
-    axes.set_xlim(
-        0, 1.35 * max(max(row["over_plain"]) for row in rows)
-    )  # leaves room for what stands behind the bars
+    fastest = max(max(row["over_plain"]) for row in rows)
+    axes.set_xlim(0, 1.35 * fastest)  # leaves room for the text behind the bars
     axes.set_xlabel(
         "tokens/s over those of our plain decoding" + "".join(f"\n{line}" for line in missing)
     )
@@ -278,7 +297,7 @@ def _foreign(name: str) -> bool:
 
 
 def tabulate(measured: Mapping[str, Any]) -> Rows:
-    """Of peers; speeds are medians over the repeats."""
+    """Tabulate the engines; speeds are medians over the repeats."""
     table = []
     for row in measured["results"]:
         if "missing" in row:
@@ -287,21 +306,23 @@ def tabulate(measured: Mapping[str, Any]) -> Rows:
         gaps = [
             place["logit_gap"] for place in row["divergences"] if place["logit_gap"] is not None
         ]
-        table.append({
-            "engine": row["name"],
-            "tokens/s": median(row["tokens_per_second"]),
-            "over plain": median(row["over_plain"]),
-            "identical": f"{row['identical']:.1%}",
-            "largest logit gap": max(gaps, default=None),
-            "weights": row["weights"],
-            "version": row["version"],
-        })  # fmt: skip
+        table.append(
+            {
+                "engine": row["name"],
+                "tokens/s": median(row["tokens_per_second"]),
+                "over plain": median(row["over_plain"]),
+                "identical": f"{row['identical']:.1%}",
+                "largest logit gap": max(gaps, default=None),
+                "weights": row["weights"],
+                "version": row["version"],
+            }
+        )
     names = list(dict.fromkeys(name for row in table for name in row if name != "weights"))
     return [{name: row.get(name) for name in [*names, "weights"]} for row in table]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures, prints, writes the JSON and draws it."""
+    """Measure, print, write the JSON and draw it."""
     if args.repeats < 1:
         raise EasySpecError(f"--repeats {args.repeats} must be at least 1")
     if args.gguf is not None and not args.gguf.is_file():
@@ -318,6 +339,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     default = SpeculativeConfig()
     parser = Parser(prog="python -m experiments.peers", description=__doc__)
     add_flags(parser)

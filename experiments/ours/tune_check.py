@@ -1,8 +1,8 @@
-"""Is the choice of tune the best there is? `python -m experiments.tune_check [--target DIR --draft DIR] --meshes 1 8`.
+"""Check the choice of tune against all candidates: `python -m experiments.tune_check --meshes 1 8`.
 
-On each mesh: tunes; then decodes with every candidate of a grid, each beside plain decoding; then lets the choice, the
-best of the grid and plain decoding alternate five times, which says by how much the choice falls short of the fastest.
-What is not on the grid (other numbers of levels) is not tried.
+On each mesh it tunes, then decodes with every candidate of a grid, each alternating with plain
+decoding. Then the choice, the best of the grid and plain decoding alternate five times, which shows
+how far the choice is from the fastest. Numbers of levels off the grid are not tried.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from easyspec_jax.tune.tuning import MAX_NEW_TOKENS, default_sample, open_pair, 
 from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
 from experiments.lib.pair import add_models, names
 from experiments.lib.picture import pair_title
-from experiments.lib.tables import Rows
+from experiments.lib.tables import Rows, labelled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,7 +40,7 @@ ALTERNATIONS = 5
 
 
 def speed(engine: Engine, sample: Sample, _: int) -> float:
-    """Tokens a second over all texts of the sample."""
+    """Return the tokens a second over all texts of the sample."""
     completions = list(engine.generate(sample.prompts, sample.sampling, chat=sample.chat))
     return sum((done.stats for done in completions[1:]), completions[0].stats).tokens_per_second
 
@@ -48,7 +48,14 @@ def speed(engine: Engine, sample: Sample, _: int) -> float:
 def sweep(
     engine: Engine, sample: Sample, grid: Sequence[Candidate], times: int
 ) -> dict[Candidate, float]:
-    """Every candidate's gain over plain decoding, which alternates with it. engine: see tune's open_pair."""
+    """Measure every candidate's gain over plain decoding, which alternates with it.
+
+    Args:
+        engine: As tune's open_pair returns it.
+        sample: The prompts.
+        grid: The candidates.
+        times: How often each runs.
+    """
     plain, gains = engine.baseline(), {}
     plain.compile(sample.prompts, sample.sampling, chat=sample.chat)
     with bar("Sweeping", len(grid)) as advance:
@@ -65,7 +72,11 @@ def sweep(
 
 
 def open_all(args: argparse.Namespace) -> dict[str, Engine]:
-    """By mesh, the largest first: JAX makes its virtual devices once. Raises EasySpecError as tune_over()."""
+    """Open the pair on every mesh, the largest first, because JAX makes its virtual devices once.
+
+    Raises:
+        EasySpecError: As tune().
+    """
     meshes = sorted(args.meshes, key=lambda mesh: parse_mesh(mesh).size, reverse=True)
     models, links = (args.target, args.draft), args.allow_links
     return {
@@ -74,7 +85,11 @@ def open_all(args: argparse.Namespace) -> dict[str, Engine]:
 
 
 def check(args: argparse.Namespace, mesh: str, engine: Engine) -> dict[str, Any]:
-    """What was found on one mesh: tokens a second, gains over plain decoding. Raises EasySpecError as tune_over()."""
+    """Return the findings on one mesh: tokens a second and gains over plain decoding.
+
+    Raises:
+        EasySpecError: As tune().
+    """
     assert engine.draft is not None
     layers = engine.draft.config.num_hidden_layers
     space = Space(
@@ -119,7 +134,7 @@ def check(args: argparse.Namespace, mesh: str, engine: Engine) -> dict[str, Any]
 
 
 def _name(candidate: Candidate) -> str:
-    """In a line of a table; one device has no split to tell of."""
+    """Name a candidate in a table; one device has no split to name."""
     if candidate.speculative.method == "vanilla":
         return "plain decoding"
     split = (
@@ -127,11 +142,12 @@ def _name(candidate: Candidate) -> str:
         if candidate.shape.size > 1
         else ""
     )
-    return f"{label(candidate.speculative)}, {candidate.speculative.num_speculative_tokens} levels{split}"
+    levels = candidate.speculative.num_speculative_tokens
+    return f"{label(candidate.speculative)}, {levels} levels{split}"
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """What was found, a row a mesh."""
+    """Print a row for each mesh."""
     table = Table(
         "mesh", "seconds", "choice", "over plain", "fastest of all", "over plain", "share", box=None
     )
@@ -152,11 +168,15 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 CHOICE, FASTEST = "#d55e00", "#0072b2"
-"""Of Okabe and Ito."""
+"""From the palette of Okabe and Ito."""
 
 
 def draw(measured: dict[str, Any]) -> bytes:
-    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    """Draw a panel for each mesh as PNG: every candidate of the sweep by its gain, and the choice.
+
+    Raises:
+        EasySpecError: matplotlib is missing.
+    """
     return png(lambda: _figure(measured))
 
 
@@ -197,15 +217,22 @@ def _sweep(axes: "Axes", row: dict[str, Any]) -> None:
 
 
 def tabulate(measured: Mapping[str, Any]) -> Rows:
-    """Of tune_check: a row a mesh."""
-    names = {"mesh": "mesh", "seconds": "seconds of tuning", "choice": "choice", "choice_over_plain": "over plain",
-             "candidates": "candidates swept", "fastest": "the fastest", "fastest_over_plain": "its gain over plain",
-             "share_of_fastest": "choice over the fastest"}  # fmt: skip
-    return [{label: row[name] for name, label in names.items()} for row in measured["results"]]
+    """Tabulate a row for each mesh."""
+    names = {
+        "mesh": "mesh",
+        "seconds": "seconds of tuning",
+        "choice": "choice",
+        "choice_over_plain": "over plain",
+        "candidates": "candidates swept",
+        "fastest": "the fastest",
+        "fastest_over_plain": "its gain over plain",
+        "share_of_fastest": "choice over the fastest",
+    }
+    return [labelled(row, names) for row in measured["results"]]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Tunes and sweeps on each mesh, prints, writes the JSON and draws it."""
+    """Tune and sweep on each mesh, print, write the JSON and draw it."""
     prepare(args.out)
     cache_compilations()
     engines = open_all(args)
@@ -215,6 +242,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     parser = Parser(prog="python -m experiments.tune_check", description=__doc__)
     add_models(parser)
     parser.add_argument("--meshes", nargs="+", default=["1", "8"], metavar="MESH")

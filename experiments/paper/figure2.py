@@ -1,7 +1,8 @@
-"""The paper's Figure 2 from a real profile: what every device does in a round, `python -m experiments.figure2`.
+"""Show what every device does in a round, as the paper's Figure 2: `python -m experiments.figure2`.
 
-Plain decoding, a drafted chain (or tree) and EasySpec each run rounds under jax.profiler, every round waited for, and
-the round of median duration is shown. Profiling costs time; the median round without it is measured too.
+Plain decoding, a drafted chain (or tree) and EasySpec each run rounds under jax.profiler. Every
+round is waited for, and the round of median duration is shown. Because profiling costs time, the
+median round without it is measured too.
 """
 
 import argparse
@@ -20,7 +21,15 @@ from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.decode.timing import Case, alternate, round_case
 from easyspec_jax.drawing import INK, dress_bars, png
 from easyspec_jax.parallel.mesh import parse_mesh
-from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.lib.output import (
+    RESULTS,
+    align_right,
+    prepare,
+    publish,
+    run_experiment,
+    settings,
+    show,
+)
 from experiments.lib.pair import add_flags, names, open_pair, questions_of
 from experiments.lib.picture import pair_title
 from experiments.lib.tables import Rows
@@ -32,23 +41,29 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BINS = 4000
-"""Of the longest round: a few for a pixel."""
+"""Bins in the longest round: a few for each pixel."""
 
 NOTES = {
     "any": [
-        "A lane is a device. Every round is waited for, so a round begins with its dispatch by the host; "
-        "a collective's time includes the wait for the devices that come late. Shares are of the round under the "
-        "profiler, which makes a round of many small operations longer.",
+        "A lane is a device. Every round is waited for, so a round begins with its dispatch by "
+        "the host; a collective's time includes the wait for the devices that come late. Shares "
+        "are of the round under the profiler, which makes a round of many small operations "
+        "longer.",
     ],
     "cpu": [
-        "Virtual devices share the cores of one CPU: an operation's time includes that in which its thread waits "
-        "for a core, and a collective's that in which other devices' do. Such shares tell nothing of accelerators.",
+        "Virtual devices share the cores of one CPU: an operation's time includes that in which "
+        "its thread waits for a core, and a collective's that in which other devices' do. Such "
+        "shares tell nothing of accelerators.",
     ],
 }
 
 
 def open_ways(args: argparse.Namespace) -> list[Way]:
-    """What is compared. Raises EasySpecError as open_model does."""
+    """Open the ways to compare.
+
+    Raises:
+        EasySpecError: As open_model.
+    """
     levels, width = args.num_speculative_tokens, args.tree_width if args.tree_width > 1 else None
     method = "sd" if width is None else "tree"
     exact = open_pair(
@@ -68,7 +83,7 @@ def open_ways(args: argparse.Namespace) -> list[Way]:
 
 
 def trace(case: Case, rounds: int) -> Timeline:
-    """Of so many rounds of a case that is warm."""
+    """Profile that many rounds of a case that is warm."""
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = (
         0  # an event for every call of Python's would slow the dispatch down
@@ -83,7 +98,11 @@ def trace(case: Case, rounds: int) -> Timeline:
 
 
 def row_of(way: Way, own: Timeline, bin_ns: float) -> dict[str, Any]:
-    """The median round of a trace. Raises EasySpecError if a device of the mesh is not in the trace."""
+    """Return the median round of a trace.
+
+    Raises:
+        EasySpecError: A device of the mesh is not in the trace.
+    """
     if len(own.devices) != way.engine.mesh.size:
         raise EasySpecError(
             f"{way.name}: the trace shows {len(own.devices)} of {way.engine.mesh.size} devices"
@@ -105,36 +124,33 @@ def row_of(way: Way, own: Timeline, bin_ns: float) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for every way."""
+    """Return a row for every way."""
     questions, sampling = questions_of(args), SamplingParams(max_new_tokens=args.max_new_tokens)
     ways = open_ways(args)
-    stats = {
-        name: [one.stats for one in made]
-        for name, made in complete(ways, questions, sampling).items()
-    }
-    cases, where = [], 2 * args.max_new_tokens
+    made = complete(ways, questions, sampling)
+    cases, length = [], 2 * args.max_new_tokens
     for way in ways:
         programs = way.engine.programs(sampling)
-        cases.append(
-            round_case(way.name, programs, context=where // 2, capacity=programs.capacity(where))
-        )
+        bounds = {"context": length // 2, "capacity": programs.capacity(length)}
+        cases.append(round_case(way.name, programs, **bounds))
     seconds = alternate(cases, args.repeats, 1)
     traces = [trace(case, args.rounds) for case in cases]
-    longest = max(end - begin for begin, end in (middle(own.rounds) for own in traces))
-    rows = [row_of(way, own, longest / BINS) for way, own in zip(ways, traces, strict=True)]
-    return [
-        row
-        | {
-            "round_seconds": float(np.median(seconds[row["way"]])),
-            "tokens_per_round": sum(one.decoded_tokens for one in own)
-            / sum(one.rounds for one in own),
+    rounds = [middle(own.rounds) for own in traces]
+    longest = max(end - begin for begin, end in rounds)
+    rows = []
+    for way, own in zip(ways, traces, strict=True):
+        stats = [completion.stats for completion in made[way.name]]
+        tokens = sum(one.decoded_tokens for one in stats) / sum(one.rounds for one in stats)
+        figures = {
+            "round_seconds": float(np.median(seconds[way.name])),
+            "tokens_per_round": tokens,
         }
-        for row, own in zip(rows, stats.values(), strict=True)
-    ]
+        rows.append(row_of(way, own, longest / BINS) | figures)
+    return rows
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """What measure() returned."""
+    """Print the rows."""
     table = Table(
         "",
         "ms a round",
@@ -145,8 +161,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         "tokens a round",
     )
     table.box, table.pad_edge = None, False
-    for column in table.columns[1:]:
-        column.justify = "right"
+    align_right(table.columns[1:])
     for row in rows:
         table.add_row(
             row["way"],
@@ -162,11 +177,15 @@ KINDS = {
     "x": ("in collectives, waiting included", "#e69f00"),
     "c": ("computing", "#0072b2"),
 }
-"""By the letter of a lane. Of Okabe and Ito, and far apart in grey."""
+"""By the letter of a lane; from the palette of Okabe and Ito, far apart in grey."""
 
 
 def draw(measured: dict[str, Any]) -> bytes:
-    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    """Draw a panel for each way and a lane for each device as PNG, on one scale of time.
+
+    Raises:
+        EasySpecError: matplotlib is missing.
+    """
     return png(lambda: _figure(measured))
 
 
@@ -204,22 +223,27 @@ def _panel(axes: "Axes", row: dict[str, Any]) -> None:
                 for first, count in runs(letters, shown)
             ]
             axes.broken_barh(bars, (place - 0.4, 0.8), facecolor=color, linewidth=0)
-    split = " × ".join(f"{size} {axis}" for axis, size in row["mesh"].items())
-    shares = f"computing {row['computing']:.0%}, in collectives {row['in_collectives']:.0%}, idle {row['idle']:.0%}"
+    kinds = {name: f"{row[name]:.0%}" for name in ("computing", "in_collectives", "idle")}
+    shares = ", ".join(f"{name.replace('_', ' ')} {share}" for name, share in kinds.items())
     tokens = f"{row['tokens_per_round']:.2f} tokens a round"
-    axes.set_title(f"{row['way']} (mesh {split}): {shares}; {tokens}", size=10.5, color=INK)
+    axes.set_title(f"{row['way']} (mesh {_split(row)}): {shares}; {tokens}", size=10.5, color=INK)
     dress_bars(axes)
     axes.set_yticks(range(len(row["lanes"])), list(row["lanes"]), size=8)
     axes.set_ylabel("device")
     axes.set_ylim(len(row["lanes"]) - 0.5, -0.5)
 
 
+def _split(row: Mapping[str, Any]) -> str:
+    """Write the mesh of a row."""
+    return " × ".join(f"{size} {axis}" for axis, size in row["mesh"].items())
+
+
 def tabulate(measured: Mapping[str, Any]) -> Rows:
-    """Of figure2: shares of the round under the profiler, means over devices."""
+    """Tabulate shares of the round under the profiler, as means over devices."""
     return [
         {
             "way": row["way"],
-            "mesh": " × ".join(f"{size} {axis}" for axis, size in row["mesh"].items()),
+            "mesh": _split(row),
             "ms a round": 1e3 * row["round_seconds"],
             "ms under the profiler": 1e3 * row["traced_round_seconds"],
             "computing": row["computing"],
@@ -232,7 +256,7 @@ def tabulate(measured: Mapping[str, Any]) -> Rows:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures, prints, writes the JSON and draws it."""
+    """Measure, print, write the JSON and draw it."""
     if args.rounds < 1:
         raise EasySpecError(f"--rounds {args.rounds} must be at least 1")
     cache_compilations()
@@ -245,6 +269,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     default = SpeculativeConfig()
     parser = Parser(prog="python -m experiments.figure2", description=__doc__)
     add_flags(parser)

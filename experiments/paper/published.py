@@ -1,4 +1,4 @@
-"""The figures of the paper (EasySpec, arXiv 2502.02493), to stand beside ours: 8×A100, batch 1, N = 4."""
+"""The paper's figures (EasySpec, arXiv 2502.02493) next to ours: 8×A100, batch 1, N = 4."""
 
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 from experiments.lib.tables import Rows
 
 PAIRS = (("Llama-3-70B", "Llama-3-8B"), ("Qwen2-72B", "Qwen2-7B"))
-"""Of Table 2, in the order of its cells."""
+"""The pairs of Table 2, in the order of its cells."""
 
 
 class Cell(NamedTuple):
-    """Seconds of drafting and verification for 100 tokens, speed-up over one device, acceptance rate."""
+    """Seconds for 100 tokens by phase, speed-up over one device, acceptance rate."""
 
     drafting: float
     verification: float
@@ -19,7 +19,11 @@ class Cell(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Table 2's, one cell a pair of PAIRS. tp: the speed-up of tensor parallelism alone."""
+    """A row of Table 2 with a cell for each of PAIRS.
+
+    Attributes:
+        tp: The speed-up of tensor parallelism alone.
+    """
 
     temperature: float
     set: str
@@ -126,7 +130,7 @@ SPEEDS = {
     "Qwen2-7B": {1: 37.16, 2: 36.46, 4: 37.12},
     "Qwen2-7B, vLLM": {1: 83.38, 2: 73.9, 4: 73.81},
 }
-"""Of Table 6: tokens/s on A100s by the number of devices."""
+"""Table 6: tokens/s on A100s by the number of devices."""
 
 TABLE_6: Rows = [
     {"model": name} | {f"{size}": line.get(size) for size in (1, 2, 4, 8)}
@@ -172,29 +176,30 @@ TABLE_8: Rows = [
 ]
 
 
+_CELLS = {
+    "+sd": lambda row: row.sd,
+    "+tree": lambda row: row.tree,
+    "EasySpec": lambda row: row.easyspec,
+}
+"""The cells of a row of Table 2, by the way of decoding."""
+
+
 def table_2(pair: int, temperature: float) -> Rows:
-    """The speed-ups and acceptance rates of one of PAIRS."""
-    return [
-        {
-            "set": row.set,
-            "TP": row.tp[pair],
-            **{
-                f"{name}, {what}": getattr(cells[pair], field)
-                for name, cells in (
-                    ("+sd", row.sd),
-                    ("+tree", row.tree),
-                    ("EasySpec", row.easyspec),
-                )
-                for what, field in (("speed-up", "speedup"), ("α", "acceptance_rate"))
-            },
-        }
-        for row in TABLE_2
-        if row.temperature == temperature
-    ]
+    """Return the speed-ups and acceptance rates of one of PAIRS."""
+    table = []
+    for row in TABLE_2:
+        if row.temperature == temperature:
+            shown = {"set": row.set, "TP": row.tp[pair]}
+            for name, cells in _CELLS.items():
+                cell = cells(row)[pair]
+                shown[f"{name}, speed-up"] = cell.speedup
+                shown[f"{name}, α"] = cell.acceptance_rate
+            table.append(shown)
+    return table
 
 
 class Published(NamedTuple):
-    """A way of decoding: seconds of drafting and verification for 100 tokens; None: the paper has none."""
+    """A way of decoding: seconds of drafting and verification for 100 tokens, where published."""
 
     acceptance_rate: float | None
     speedup: float
@@ -204,7 +209,11 @@ class Published(NamedTuple):
 
 
 class PublishedPair(NamedTuple):
-    """sets: whose figures those of `ways` are, or are the means of."""
+    """A pair's figures.
+
+    Attributes:
+        sets: The prompt sets that `ways` is about, or averages over.
+    """
 
     target: str
     draft: str
@@ -215,9 +224,11 @@ class PublishedPair(NamedTuple):
 
 
 def pairs() -> list[PublishedPair]:
-    """The pairs whose acceptance the paper gives: of Table 2 at both temperatures, of Table 5 layer-parallel, greedily.
+    """List the pairs whose acceptance the paper gives.
 
-    Where Table 2 or 5 has only a speed-up or only a speed, the other is by Table 2's time on one device.
+    Those are Table 2's at both temperatures and Table 5's layer-parallel ones at temperature 0.
+    Where a table has only a speed-up or only a speed, the other follows from Table 2's time on one
+    device.
     """
     return [
         _of_table_2(place, temperature) for temperature in (0, 0.8) for place in range(len(PAIRS))
@@ -227,12 +238,10 @@ def pairs() -> list[PublishedPair]:
 def _of_table_2(place: int, temperature: float) -> PublishedPair:
     rows = [row for row in TABLE_2 if row.temperature == temperature]
     speedup = fmean(row.tp[place] for row in rows)
-    ways = {
-        "TP": Published(
-            None, speedup, fmean(row.tp[place] * 100 / _alone(row, place) for row in rows)
-        )
-    }
-    ways |= {name: _mean([cells(row)[place] for row in rows]) for name, cells in _CELLS.items()}
+    speed = fmean(row.tp[place] * 100 / _alone(row, place) for row in rows)
+    ways = {"TP": Published(None, speedup, speed)}
+    for name, cells in _CELLS.items():
+        ways[name] = _mean([cells(row)[place] for row in rows])
     return PublishedPair(*PAIRS[place], temperature, 4, f"the mean of the {len(rows)} sets", ways)
 
 
@@ -247,15 +256,8 @@ def _of_table_5(row: dict[str, Any]) -> PublishedPair:
     return PublishedPair(target, f"{target.rpartition('-')[0]}-{draft}", 0, size, "MMLU", ways)
 
 
-_CELLS = {
-    "+sd": lambda row: row.sd,
-    "+tree": lambda row: row.tree,
-    "EasySpec": lambda row: row.easyspec,
-}
-
-
 def _alone(row: Row, place: int) -> float:
-    """Seconds for 100 tokens on one device."""
+    """Return the seconds for 100 tokens on one device."""
     cell = row.easyspec[place]
     return cell.speedup * (cell.drafting + cell.verification)
 

@@ -1,7 +1,7 @@
-"""Draws one round of layer-parallel decoding: `python -m experiments.draw_round`.
+"""Draw one round of layer-parallel decoding: `python -m experiments.round_picture`.
 
-Which device does what follows from the grouping and the mesh that the engine would use. Lengths are sequential steps,
-counted from them; nothing here is a measured time.
+The devices' work follows from the grouping and the mesh that the engine would use. Lengths are
+sequential steps, counted from these; none is a measured time.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from easyspec_jax import EasySpecError, SpeculativeConfig
-from easyspec_jax.cli.command import Parser
+from easyspec_jax.cli.command import Parser, run_command
 from easyspec_jax.draft.grouping import Group, format_group, paper_groups, position_of
 from easyspec_jax.parallel.mesh import MeshShape, parse_mesh
 
@@ -30,7 +30,10 @@ READABLE = {"layers": 14, "lp_size": 14, "devices": 8, "num_speculative_tokens":
 
 
 class Kind(Enum):
-    """What a block computes, by its colour: hues of Okabe and Ito, far enough apart in lightness to survive grey."""
+    """The work of a block, by its color.
+
+    The hues are from the palette of Okabe and Ito, far enough apart in lightness to survive grey.
+    """
 
     MLP = "#bfe0f3"
     ATTENTION = "#e69f00"
@@ -52,38 +55,40 @@ class Block:
 
 
 Step = tuple[Block, ...]
-"""Blocks that run at once; the next step has to wait for all of them."""
+"""Blocks that run at once; the next step waits for all of them."""
 
 Pass = Callable[[Sequence[Group], MeshShape], list[Step]]
 
 
 def exact_pass(groups: Sequence[Group], mesh: MeshShape) -> list[Step]:
-    """The layers in order; a group's devices take turns with the attentions."""
-    return [
-        step
-        for group in groups
-        for layer in group
-        for step in (attentions(range(layer, layer + 1), group, mesh), mlp(layer, mesh))
-    ]
+    """Run the layers in order; a group's devices take turns with the attentions."""
+    steps = []
+    for group in groups:
+        for layer in group:
+            steps += [attentions(range(layer, layer + 1), group, mesh), mlp(layer, mesh)]
+    return steps
 
 
 def fuzzy_pass(groups: Sequence[Group], mesh: MeshShape) -> list[Step]:
-    """A group's attentions at once, then its MLPs in order."""
-    return [
-        step
-        for group in groups
-        for step in (attentions(group, group, mesh), *(mlp(layer, mesh) for layer in group))
-    ]
+    """Run a group's attentions at once, then its MLPs in order."""
+    steps = []
+    for group in groups:
+        steps.append(attentions(group, group, mesh))
+        steps += [mlp(layer, mesh) for layer in group]
+    return steps
 
 
 def attentions(layers: range, group: Group, mesh: MeshShape) -> Step:
-    """The attentions of some of a group's layers, each on its own devices."""
+    """Place the attentions of some of a group's layers on their devices."""
     together = groupby(layers, key=lambda layer: owners(layer, group, mesh))
     return tuple(Block(Kind.ATTENTION, tuple(held), devices) for devices, held in together)
 
 
 def owners(layer: int, group: Group, mesh: MeshShape) -> range:
-    """The devices that hold a layer's attention, as draft/parallel.py places it: a single layer is split over all."""
+    """Return the devices that hold a layer's attention, as draft/layer_group.py places it.
+
+    A single layer is split over all.
+    """
     if len(group) == 1:
         return range(mesh.size)
     first = position_of(layer, group, mesh.layer) * mesh.tensor
@@ -91,13 +96,13 @@ def owners(layer: int, group: Group, mesh: MeshShape) -> range:
 
 
 def mlp(layer: int, mesh: MeshShape) -> Step:
-    """A layer's MLP, split over all devices."""
+    """Split a layer's MLP over all devices."""
     return (Block(Kind.MLP, (layer,), range(mesh.size)),)
 
 
 @dataclass(frozen=True)
 class Round:
-    """What the picture shows: a draft's groups on a mesh, and how many tokens it drafts."""
+    """The round to draw: a draft's groups on a mesh, and the number of tokens it drafts."""
 
     groups: tuple[Group, ...]
     mesh: MeshShape
@@ -114,9 +119,10 @@ class Round:
     @property
     def title(self) -> str:
         return (
-            f"One round of layer-parallel speculative decoding on {self.mesh.size} devices: the first of {self.levels} "
-            f"tokens is drafted by an exact pass of {len(self.exact)} sequential steps, each other by a fuzzy pass of "
-            f"{len(self.fuzzy)}; one pass of the target verifies them all."
+            f"One round of layer-parallel speculative decoding on {self.mesh.size} devices: the "
+            f"first of {self.levels} tokens is drafted by an exact pass of {len(self.exact)} "
+            f"sequential steps, each other by a fuzzy pass of {len(self.fuzzy)}; one pass of the "
+            "target verifies them all."
         )
 
 
@@ -127,7 +133,8 @@ INK, SOFT, IDLE, WHITE = "#1f1f1f", "#5a5a5a", "#f1f1f1", "#ffffff"
 
 NOTES = (
     "The number in a block is its layer; what spans all rows is split over all devices.",
-    "A step is an attention or an MLP that has to wait for the step before. Steps are counted, not timed.",
+    "A step is an attention or an MLP that has to wait for the step before. Steps are counted, "
+    "not timed.",
 )
 
 
@@ -159,7 +166,7 @@ class Track:
 
 @dataclass(frozen=True)
 class Page:
-    """What the picture is made of."""
+    """The elements of the picture."""
 
     axes: "Axes"
 
@@ -194,7 +201,7 @@ class Page:
         self.axes.plot(*zip(*points, strict=True), color=SOFT, linewidth=1, clip_on=False, **style)
 
     def bracket(self, left: float, right: float, y: float, text: str, title: str = "") -> None:
-        """Text over a span."""
+        """Write a text over a span."""
         self.line((left + 1, y), (left + 1, y - 5), (right - 1, y - 5), (right - 1, y))
         self.say((left + right) / 2, y - 15, text)
         self.say((left + right) / 2, y - 32, title, size=13, bold=True)
@@ -204,14 +211,14 @@ class Page:
         self.say(x, y, text, ink=INK if color == WHITE else WHITE)
 
     def lanes(self, track: Track, right: float) -> None:
-        """An empty row for every device."""
+        """Draw an empty row for every device."""
         for device in range(track.devices):
             y = track.top + device * track.row
             self.box(track.left, y, right - track.left, track.row, IDLE)
             self.say(track.left - 8, y + track.row / 2, f"device {device}", ha="right")
 
     def steps(self, track: Track, steps: Sequence[Step], labelled: bool = False) -> None:
-        """Each step's blocks on the rows of their devices."""
+        """Draw each step's blocks on the rows of their devices."""
         for start, step in enumerate(steps):
             for block in step:
                 y, height = (
@@ -225,7 +232,7 @@ class Page:
 
 
 def draw(picture: Round, out: Path) -> None:
-    """Writes the picture as SVG; the same picture gives the same bytes."""
+    """Write the picture as SVG; the same picture gives the same bytes."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -253,13 +260,13 @@ def draw(picture: Round, out: Path) -> None:
 
 
 def round_step(picture: Round) -> float:
-    """How wide a step is where the whole round fills the page."""
+    """Return the width of a step with which the whole round fills the page."""
     steps = len(picture.exact) + (picture.levels - 1) * len(picture.fuzzy)
     return (RIGHT - LEFT - VERIFY - ACCEPT - picture.levels * GAP) / steps
 
 
 def draw_legend(page: Page, y: float) -> None:
-    """What the colours mean."""
+    """Explain the colors."""
     for x, name, color in (
         (568, "attention", Kind.ATTENTION.value),
         (666, "MLP", Kind.MLP.value),
@@ -271,7 +278,7 @@ def draw_legend(page: Page, y: float) -> None:
 
 
 def draw_round(page: Page, track: Track, picture: Round) -> None:
-    """The whole round on one timeline, and the tokens that come of it."""
+    """Draw the whole round on one timeline, and the tokens that come of it."""
     page.say(
         12,
         20,
@@ -296,7 +303,7 @@ def draw_round(page: Page, track: Track, picture: Round) -> None:
 
 
 def draw_drafting(page: Page, track: Track, steps: Sequence[Step], token: int) -> Track:
-    """A pass and the token that it drafts; the timeline after it."""
+    """Draw a pass and the token that it drafts, and return the timeline after it."""
     page.steps(track, steps)
     end = track.x(len(steps))
     page.line((end, track.bottom), (end, track.bottom + 20))
@@ -305,7 +312,7 @@ def draw_drafting(page: Page, track: Track, steps: Sequence[Step], token: int) -
 
 
 def draw_verdict(page: Page, track: Track, accepted: int) -> None:
-    """The target's pass, and an example of what comes of it."""
+    """Draw the target's pass, and an example of its verdict."""
     accept = track.left + VERIFY
     page.box(track.left, track.top, VERIFY, track.height, Kind.TARGET.value)
     page.say(track.left + VERIFY / 2, track.middle, "target", ink=WHITE)
@@ -320,7 +327,7 @@ def draw_verdict(page: Page, track: Track, accepted: int) -> None:
 
 
 def draw_passes(page: Page, exact: Track, fuzzy: Track, picture: Round) -> None:
-    """One token drafted exactly and fuzzily, on one scale."""
+    """Draw one token drafted exactly and fuzzily, on one scale."""
     before, after = len(picture.exact), len(picture.fuzzy)
     page.say(
         12, exact.top - 70, "One drafted token, exactly and fuzzily", ha="left", size=15, bold=True
@@ -340,7 +347,7 @@ def draw_passes(page: Page, exact: Track, fuzzy: Track, picture: Round) -> None:
 
 
 def draw_pass(page: Page, track: Track, picture: Round, run: Pass, title: str) -> None:
-    """A pass with its layers' numbers, group by group."""
+    """Draw a pass with its layers' numbers, group by group."""
     page.say(LEFT, track.top - 42, title, ha="left", bold=True)
     page.lanes(track, track.x(len(run(picture.groups, picture.mesh))))
     for group in picture.groups:
@@ -353,7 +360,7 @@ def draw_pass(page: Page, track: Track, picture: Round, run: Pass, title: str) -
 
 
 def draw_saving(page: Page, exact: Track, fuzzy: Track, before: int, after: int) -> None:
-    """From the end of the exact pass back to that of the fuzzy one, where there is room to say so."""
+    """Mark the steps that a fuzzy pass saves, where there is room for the text."""
     start, end = exact.x(before), fuzzy.x(after)
     if start - end > 110:
         page.line((start, exact.bottom), (start, fuzzy.bottom), linestyle=":")
@@ -367,7 +374,8 @@ def draw_saving(page: Page, exact: Track, fuzzy: Track, before: int, after: int)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(description=__doc__)
+    """Run the command and return its exit code."""
+    parser = Parser(prog="python -m experiments.round_picture", description=__doc__)
     default = SpeculativeConfig()
     parser.add_argument("--layers", type=int, default=12, help="of the draft")
     parser.add_argument("--lp-size", type=int, default=default.lp_size, help="layers a group")
@@ -376,17 +384,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--num-speculative-tokens", type=int, default=default.num_speculative_tokens
     )
     parser.add_argument("--out", type=Path, default=DOCS / "round.svg")
-    try:
-        args = parser.parse_args(argv)
+
+    def run(args: argparse.Namespace) -> None:
         draw(plan(args), args.out)
-    except (EasySpecError, OSError) as error:
-        print(f"experiments.draw_round: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command("experiments.round_picture", parser, run, argv)
 
 
 def plan(args: argparse.Namespace) -> Round:
-    """The round that the engine would run. Raises EasySpecError for what does not fit on a page."""
+    """Return the round that the engine would run.
+
+    Raises:
+        EasySpecError: It does not fit on a page.
+    """
     for name, most in READABLE.items():
         if not 1 <= (value := getattr(args, name)) <= most:
             raise EasySpecError(f"--{name.replace('_', '-')} {value} must be from 1 to {most}")

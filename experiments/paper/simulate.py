@@ -1,10 +1,10 @@
-"""Machines that are not here: the paper's pairs on 8×A100, 8×H100 and TPU v5p, `python -m experiments.simulate`.
+"""Estimate the paper's pairs on machines that are not here: `python -m experiments.simulate`.
 
-A round's cost is counted in the trace of the real program and takes as long as the cost model of
-`python -m easyspec_jax.plan` says; how many tokens it yields is by the paper's acceptance rates. Beside every estimate
-stands what the paper measured on 8×A100, so that the first machine shows how far the model is from the paper's engine;
-the second has what such an engine's kernels and collectives take, fitted to the paper's plain decoding. Nothing here is
-measured.
+A round's cost is counted in the trace of the real program, and takes as long as the cost model of
+`python -m easyspec_jax.plan` says. Its tokens follow from the paper's acceptance rates. The paper's
+measurements on 8×A100 stand next to every estimate: the first machine shows how far the model is
+from the paper's engine, and the second has kernel and collective times fitted to the paper's plain
+decoding. Nothing here is measured.
 """
 
 import argparse
@@ -30,7 +30,8 @@ from easyspec_jax.plan.report import tokens_per_second
 from easyspec_jax.plan.steps import Costs, Pair, Way, costs, verification_cost
 from easyspec_jax.progress import bar
 from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
-from experiments.lib.tables import Rows
+from experiments.lib.picture import note
+from experiments.lib.tables import Rows, distinct, labelled, matching
 from experiments.paper import published as paper
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ SHAPES = {
     "Qwen2-7B": "Qwen2.5-7B",
     "Qwen2-1.5B": "Qwen2.5-1.5B",
 }
-"""The paper's models, and bundled configurations of the same layers, widths, heads and vocabulary."""
+"""The paper's models, and bundled configurations of the same shapes."""
 
 DTYPE = np.dtype("bfloat16")
 
@@ -53,7 +54,7 @@ METHODS: dict[str, Method] = {"+sd": "sd", "+tree": "tree", "EasySpec": "easyspe
 REFIT = "EasySpec, refit"
 
 THEIRS = "a100:8"
-"""The paper's machine, as of easyspec_jax.plan."""
+"""The paper's machine, as easyspec_jax.plan names it."""
 
 count = cache(costs)
 verification = cache(verification_cost)
@@ -61,17 +62,18 @@ verification = cache(verification_cost)
 
 @cache
 def absent(platform: Platform) -> partial[Any]:
-    """One object for each platform, for the caches' sake."""
+    """Return one object for each platform, so that the caches recognise it."""
     return partial(absent_mesh, platform=platform)
 
 
 def share_lost(
     measured: dict[str, Any], temperature: float, tree_width: int, lp_size: int
 ) -> float | None:
-    """Of what plain groups lose against an exact draft in a file of experiments.acceptance, what refit ones still lose.
+    """Return the share of plain groups' loss that refit groups still lose.
 
-    Where texts are sampled, by the coupled verifier, with which all drafts make the same ones. None: there is no refit,
-    or plain groups lose nothing.
+    The loss is against an exact draft, in a file of experiments.acceptance. Sampled texts count
+    with the coupled verifier, with which all drafts make the same ones. None if there is no refit,
+    or if plain groups lose nothing.
     """
     rows = [
         row
@@ -82,10 +84,8 @@ def share_lost(
     ]
     exact = [row["acceptance_rate"] for row in rows if row["lp_size"] == 1]
     groups = [row for row in rows if row["lp_size"] == lp_size and row["calibration"]]
-    refit, plain = (
-        [row["acceptance_rate"] for row in groups if row.get("refit", False) == fit]
-        for fit in (True, False)
-    )
+    refit = [row["acceptance_rate"] for row in groups if row.get("refit", False)]
+    plain = [row["acceptance_rate"] for row in groups if not row.get("refit", False)]
     if not (exact and refit and plain and exact[0] > plain[0]):
         return None
     return (exact[0] - refit[0]) / (exact[0] - plain[0])
@@ -94,7 +94,10 @@ def share_lost(
 def ways_of(
     pair: paper.PublishedPair, lost: float | None
 ) -> Iterator[tuple[str, float | None, Way]]:
-    """Name, acceptance rate and way, for both placements of a draft. lost: as share_lost() says."""
+    """Yield name, acceptance rate and way for both placements of a draft.
+
+    lost: as share_lost() returns it.
+    """
     sizes: tuple[DraftTensorParallelSize, ...] = get_args(DraftTensorParallelSize)
     for name, published in pair.ways.items():
         if published.acceptance_rate is None:
@@ -118,9 +121,9 @@ def ways_of(
 
 
 def fitted(args: argparse.Namespace, pair: paper.PublishedPair, topology: Topology) -> Topology:
-    """The machine with what a kernel and a collective would cost if plain decoding took as long as the paper's.
+    """Return the machine with the overheads that make plain decoding as slow as the paper's.
 
-    A kernel's by the time on one device, a collective's by that of TP.
+    A kernel's is fitted to the time on one device, a collective's to tensor parallelism.
     """
     plain, published = Way("vanilla"), pair.ways["TP"]
     mesh = absent(topology.machine.platform)
@@ -139,7 +142,7 @@ def fitted(args: argparse.Namespace, pair: paper.PublishedPair, topology: Topolo
 def rows_of(
     args: argparse.Namespace, pair: paper.PublishedPair, topology: Topology, lost: float | None
 ) -> list[dict[str, Any]]:
-    """Of a pair on a machine, a row for every way and placement of its draft."""
+    """Return a row for every way of a pair on a machine and every placement of its draft."""
     alone = count(_planned(args, pair, 1, 1), Way("vanilla"), absent(topology.machine.platform))
     own = 1 / alone.round.seconds(topology.machine)
     about = {"target": pair.target, "draft": pair.draft, "temperature": pair.temperature}
@@ -170,7 +173,11 @@ def rows_of(
 
 
 def estimate(args: argparse.Namespace, topologies: Sequence[Topology]) -> list[dict[str, Any]]:
-    """All rows, machine by machine. Raises EasySpecError for a bad file of acceptance."""
+    """Return all rows, machine by machine.
+
+    Raises:
+        EasySpecError: The file of acceptance is not one.
+    """
     measured, rows = read_json(args.acceptance), []
     with bar("Counting", len(topologies) * len(paper.pairs())) as advance:
         for topology in topologies:
@@ -201,7 +208,7 @@ def _planned(args: argparse.Namespace, pair: paper.PublishedPair, devices: int, 
 
 
 def _speeds(pair: Pair, counted: Costs, rate: float | None, machine: Machine) -> dict[str, Any]:
-    """Estimates. drafting is all of a round but its verification, as seconds for 100 tokens."""
+    """Estimate speeds; `drafting` is all of a round but its verification."""
     speed = tokens_per_second(counted, pair.num_speculative_tokens, rate or 0.0, machine)
     seconds = counted.round.seconds(machine)
     fields = {
@@ -222,7 +229,7 @@ def _speeds(pair: Pair, counted: Costs, rate: float | None, machine: Machine) ->
 
 
 def _beside(published: paper.Published | None) -> dict[str, Any]:
-    """What the paper measured on 8×A100."""
+    """Return what the paper measured on 8×A100."""
     names = ("tokens_per_second", "speedup", "drafting", "verification")
     return {
         f"paper_{name}": None if published is None else getattr(published, name) for name in names
@@ -232,69 +239,89 @@ def _beside(published: paper.Published | None) -> dict[str, Any]:
 def assumptions(
     args: argparse.Namespace, topologies: Sequence[Topology], rows: Sequence[dict[str, Any]]
 ) -> list[str]:
-    """All that an estimate takes for granted."""
+    """List all that an estimate takes for granted."""
     machines = {topology.machine.name: topology.machine for topology in topologies}
     shapes = ", ".join(f"{name} as {shape}" for name, shape in SHAPES.items())
     return [
-        "Estimates by a cost model; nothing was measured on these machines. seconds = max(bytes / bandwidth, flops / "
-        "peak) + wire bytes / link bandwidth + collectives × latency + kernels × launch; nothing overlaps, and "
-        "bandwidth and peak are reached. The host costs nothing: rounds are single compiled programs.",
+        "Estimates by a cost model; nothing was measured on these machines. seconds = max(bytes "
+        "/ bandwidth, flops / peak) + wire bytes / link bandwidth + collectives × latency + "
+        "kernels × launch; nothing overlaps, and bandwidth and peak are reached. The host costs "
+        "nothing: rounds are single compiled programs.",
         *(
             f"{name}: {own.bandwidth / 1e9:.0f} GB/s of memory, {own.flops / 1e12:.0f} TFLOP/s, "
-            f"{own.link_bandwidth / 1e9:.0f} GB/s of links ({own.source}); {own.latency * 1e6:.0f} µs a collective and "
-            f"{own.launch * 1e6:.0f} µs a kernel, which are estimates that no vendor states."
+            f"{own.link_bandwidth / 1e9:.0f} GB/s of links ({own.source}); "
+            f"{own.latency * 1e6:.0f} µs a collective and {own.launch * 1e6:.0f} µs a kernel, "
+            "which are estimates that no vendor states."
             for name, own in machines.items()
         ),
         *_fits(rows),
         "v5p:2x2x1 is what Google calls v5p-8: 8 TensorCores, 4 chips. v5p:2x2x2 has 8 chips.",
-        f"Models by the shapes of bundled configurations: {shapes}. Pairs of the paper whose acceptance it does not "
-        "give are left out.",
-        f"Batch 1, {DTYPE}, a prompt of {args.prompt_length} tokens and {args.max_new_tokens} new ones, caches "
-        "read whole; prefill is not counted. Rounds are counted as those of greedy decoding, also where they sample.",
-        f"A round drafts {args.num_speculative_tokens} levels, trees of {args.tree_width} nodes a level (the paper "
-        "does not state the width of its table), and yields 1 + α × levels tokens.",
-        "α is the paper's, measured with its own engine, its trees and its prompts; the same on every machine and for "
-        "every placement of the draft.",
-        "Speed-up is over plain decoding on one such device, as if the target fitted: layers spread over devices that "
-        "work one after another take that long.",
-        "The draft is on every device (draft TP 1, as in the paper) or split over all of them (draft TP all); groups "
-        "of N run on N devices either way.",
-        "The paper's tokens/s are 100 over its seconds for 100 tokens; those of TP, and speed-ups of Table 5, are by "
-        "Table 2's time on one device.",
+        f"Models by the shapes of bundled configurations: {shapes}. Pairs of the paper whose "
+        "acceptance it does not give are left out.",
+        f"Batch 1, {DTYPE}, a prompt of {args.prompt_length} tokens and {args.max_new_tokens} new "
+        "ones, caches read whole; prefill is not counted. Rounds are counted as those of greedy "
+        "decoding, also where they sample.",
+        f"A round drafts {args.num_speculative_tokens} levels, trees of {args.tree_width} nodes a "
+        "level (the paper does not state the width of its table), and yields 1 + α × levels "
+        "tokens.",
+        "α is the paper's, measured with its own engine, its trees and its prompts; the same on "
+        "every machine and for every placement of the draft.",
+        "Speed-up is over plain decoding on one such device, as if the target fitted: layers "
+        "spread over devices that work one after another take that long.",
+        "The draft is on every device (draft TP 1, as in the paper) or split over all of them "
+        "(draft TP all); groups of N run on N devices either way.",
+        "The paper's tokens/s are 100 over its seconds for 100 tokens; those of TP, and "
+        "speed-ups of Table 5, are by Table 2's time on one device.",
         _refit(args, rows),
     ]
 
 
 def _fits(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What fitted() found."""
+    """Describe the overheads that fitted() found."""
     own = [row for row in rows if row["machine"] == f"{THEIRS}, fitted" and row["way"] == "TP"]
     times = (
-        f"{row['launch'] * 1e6:.0f} and {row['latency'] * 1e6:.0f} µs for {row['target']} drafted by {row['draft']} "
-        f"at T = {row['temperature']:g}"
+        f"{row['launch'] * 1e6:.0f} and {row['latency'] * 1e6:.0f} µs for {row['target']} drafted "
+        f"by {row['draft']} at T = {row['temperature']:g}"
         for row in own
     )
     line = (
-        f"{THEIRS}, fitted: a kernel and a collective take what makes plain decoding, on one device and TP, as slow as "
-        f"the paper's: {', '.join(times)}. Its TP rows therefore agree; the others are predictions."
+        f"{THEIRS}, fitted: a kernel and a collective take what makes plain decoding, on one "
+        f"device and TP, as slow as the paper's: {', '.join(times)}. Its TP rows therefore agree; "
+        "the others are predictions."
     )
     return [line] if own else []
 
 
 def _refit(args: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> str:
-    """What a refit draft's acceptance comes from."""
+    """Say where a refit draft's acceptance comes from."""
     if not any(row["way"] == REFIT for row in rows):
-        return f"{args.acceptance.name} has no acceptance of refit drafts at this width, so that no row is for them."
+        return (
+            f"{args.acceptance.name} has no acceptance of refit drafts at this width, "
+            "so that no row is for them."
+        )
     return (
-        "Refit: α is the paper's of +tree less a share of what it loses from there to EasySpec: the share that refit "
-        "groups of another model still lost of what its plain ones lost against its exact draft, in "
-        f"{args.acceptance.name}."
+        "Refit: α is the paper's of +tree less a share of what it loses from there to EasySpec: "
+        "the share that refit groups of another model still lost of what its plain ones lost "
+        f"against its exact draft, in {args.acceptance.name}."
     )
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """What rows_of() returned."""
-    table = Table("machine", "target", "draft", "T", "", "draft TP", "α", "tokens/s", "speed-up", "the paper's",
-                  box=None, pad_edge=False)  # fmt: skip
+    """Print the rows."""
+    table = Table(
+        "machine",
+        "target",
+        "draft",
+        "T",
+        "",
+        "draft TP",
+        "α",
+        "tokens/s",
+        "speed-up",
+        "the paper's",
+        box=None,
+        pad_edge=False,
+    )
     for row in rows:
         rate, published = row["acceptance_rate"], row["paper_speedup"]
         table.add_row(
@@ -311,13 +338,20 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 COLORS = {None: "#bdbdbd", "1": "#0072b2", "all": "#e69f00"}
-"""By draft TP; of Okabe and Ito, and far apart in grey."""
+"""By draft TP; from the palette of Okabe and Ito, far apart in grey."""
 
 LABELS = {None: "no draft", "1": "draft on every device", "all": "draft split over all"}
 
 
 def draw(measured: dict[str, Any]) -> bytes:
-    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    """Draw a panel for each pair and machine as PNG: the predicted speed-up by way of decoding.
+
+    Marks show what the paper measured. Only temperature 0 is drawn: others differ in their
+    acceptance alone.
+
+    Raises:
+        EasySpecError: matplotlib is missing.
+    """
     return png(lambda: _figure(measured))
 
 
@@ -328,9 +362,9 @@ def _figure(measured: dict[str, Any]) -> "Figure":
 
     rows = [row for row in measured["results"] if row["fits"] and row["temperature"] == 0]
     pairs = list(dict.fromkeys((row["target"], row["draft"]) for row in rows))
-    machines = list(dict.fromkeys(row["machine"] for row in rows))
-    of = {pair: [row for row in rows if (row["target"], row["draft"]) == pair] for pair in pairs}
-    ways = {pair: list(dict.fromkeys(row["way"] for row in own)) for pair, own in of.items()}
+    machines = distinct(rows, "machine")
+    of = {(target, draft): matching(rows, target=target, draft=draft) for target, draft in pairs}
+    ways = {pair: distinct(own, "way") for pair, own in of.items()}
     heights = [0.8 + len(names) for names in ways.values()]
     figure = Figure(
         figsize=(2 + 3.2 * len(machines), 1.6 + 0.62 * sum(heights)), dpi=110, layout="constrained"
@@ -350,7 +384,7 @@ def _figure(measured: dict[str, Any]) -> "Figure":
     )
     for line, pair in zip(grid, pairs, strict=True):
         for axes, machine in zip(line, machines, strict=True):
-            _draw_panel(axes, [row for row in of[pair] if row["machine"] == machine], ways[pair])
+            _draw_panel(axes, matching(of[pair], machine=machine), ways[pair])
             axes.set_title(f"{machine}: {pair[0]}, {pair[1]}", size=9)
     for axes in grid[-1]:
         axes.set_xlabel("× one device")
@@ -368,11 +402,16 @@ def _draw_panel(axes: Any, rows: Sequence[dict[str, Any]], ways: Sequence[str]) 
         place = ways.index(row["way"]) + {None: 0, "1": -0.2, "all": 0.2}[size]
         axes.barh(place, row["speedup"], height=0.64 if size is None else 0.36, color=COLORS[size])
         end = max(row["speedup"], row["paper_speedup"] or 0)  # behind the paper's mark too
-        at = {"textcoords": "offset points", "xytext": (6, 0), "va": "center", "size": 8}
-        axes.annotate(f"{row['speedup']:.1f}", (end, place), **at)
+        note(axes, f"{row['speedup']:.1f}", end, place, gap=6, size=8)
         if row["paper_speedup"] is not None:
-            axes.plot(row["paper_speedup"], ways.index(row["way"]), marker="D", color=INK, markersize=6,
-                      markeredgecolor="white")  # fmt: skip
+            axes.plot(
+                row["paper_speedup"],
+                ways.index(row["way"]),
+                marker="D",
+                color=INK,
+                markersize=6,
+                markeredgecolor="white",
+            )
     axes.margins(x=0.16)
     axes.set_yticks(range(len(ways)), ways)
     axes.set_ylim(len(ways) - 0.5, -0.5)
@@ -380,28 +419,36 @@ def _draw_panel(axes: Any, rows: Sequence[dict[str, Any]], ways: Sequence[str]) 
 
 
 def tabulate(measured: Mapping[str, Any]) -> Rows:
-    """Of simulate: a row a pair, temperature, way and placement of the draft; tokens/s and speed-up by machine."""
+    """Tabulate tokens/s and speed-ups by machine.
+
+    There is a row for each pair, temperature, way and placement of the draft.
+    """
     rows = [row for row in measured["results"] if row["fits"]]
-    shared = {"target": "target", "draft": "draft", "temperature": "T", "way": "way", "lp_size": "N",
-              "draft_tensor_parallel_size": "draft TP", "acceptance_rate": "α"}  # fmt: skip
+    shared = {
+        "target": "target",
+        "draft": "draft",
+        "temperature": "T",
+        "way": "way",
+        "lp_size": "N",
+        "draft_tensor_parallel_size": "draft TP",
+        "acceptance_rate": "α",
+    }
     table: dict[tuple[Any, ...], dict[str, Any]] = {}
+    published: dict[tuple[Any, ...], str] = {}
     for row in rows:
-        named = {column: row[name] for name, column in shared.items()} | {
-            "T": f"{row['temperature']:g}"
-        }
-        shown = table.setdefault(tuple(row[name] for name in shared), named)
+        key = tuple(row[name] for name in shared)
+        shown = table.setdefault(key, labelled(row, shared) | {"T": f"{row['temperature']:g}"})
         shown[row["machine"]] = f"{row['tokens_per_second']:.1f} ({row['speedup']:.2f} ×)"
-    for key, shown in table.items():
-        row = next(row for row in rows if tuple(row[name] for name in shared) == key)
         if row["paper_speedup"] is not None:
-            shown["the paper, 8×A100"] = (
-                f"{row['paper_tokens_per_second']:.1f} ({row['paper_speedup']:.2f} ×)"
-            )
+            speed = f"{row['paper_tokens_per_second']:.1f} ({row['paper_speedup']:.2f} ×)"
+            published.setdefault(key, speed)
+    for key, speed in published.items():
+        table[key]["the paper, 8×A100"] = speed
     return list(table.values())
 
 
 def run(args: argparse.Namespace) -> None:
-    """Estimates, prints, writes the JSON and draws it."""
+    """Estimate, print, write the JSON and draw it."""
     prepare(args.out)
     SpeculativeConfig(
         method="tree",
@@ -418,18 +465,27 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     default = SpeculativeConfig()
     parser = Parser(prog="python -m experiments.simulate", description=__doc__)
-    parser.add_argument("--topologies", nargs="+", default=["a100:8", "h100:8", "v5p:2x2x1", "v5p:2x2x2"],
-                        help="as of easyspec_jax.plan")  # fmt: skip
+    parser.add_argument(
+        "--topologies",
+        nargs="+",
+        default=["a100:8", "h100:8", "v5p:2x2x1", "v5p:2x2x2"],
+        help="as of easyspec_jax.plan",
+    )
     parser.add_argument(
         "--num-speculative-tokens", type=int, default=default.num_speculative_tokens
     )
     parser.add_argument("--tree-width", type=int, default=4)
     parser.add_argument("--prompt-length", type=int, default=256)
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--acceptance", type=Path, default=RESULTS / "acceptance.json",
-                        help="of experiments.acceptance: what refit drafts lose")  # fmt: skip
+    parser.add_argument(
+        "--acceptance",
+        type=Path,
+        default=RESULTS / "acceptance.json",
+        help="of experiments.acceptance: what refit drafts lose",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "simulate.json")
     return run_experiment("experiments.simulate", parser, run, argv)
 

@@ -1,8 +1,8 @@
-"""Answers Spec-Bench's questions, or ours, as in the paper's Table 3: `python -m experiments.spec_bench`.
+"""Answer Spec-Bench's questions, or ours, as in Table 3: `python -m experiments.spec_bench`.
 
-Greedily. Every question is answered by speculation and, beside it, by plain decoding; the table has the gain of every
-category, and says where answers part and how near a tie it was. --answers ANSWERS.jsonl keeps them as Spec-Bench's own
-JSON lines, so that its scripts can be run on them.
+Every question is answered greedily by speculation and by plain decoding. The table has the gain in
+every category, and says where answers part and how near a tie that was. --answers FILE keeps them
+in Spec-Bench's own format for its scripts.
 """
 
 import argparse
@@ -26,11 +26,19 @@ from easyspec_jax.options import Method
 from easyspec_jax.progress import bar
 from easyspec_jax.tokenizer.conversation import Prompt
 from experiments.lib.divergence import Divergence, divergence, next_logits
-from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.lib.output import (
+    RESULTS,
+    align_right,
+    prepare,
+    publish,
+    run_experiment,
+    settings,
+    show,
+)
 from experiments.lib.pair import add_flags, names, open_pair, questions_of
-from experiments.lib.picture import pair_title
+from experiments.lib.picture import note, pair_title
 from experiments.lib.questions import Answer, Question
-from experiments.lib.tables import Rows
+from experiments.lib.tables import Rows, column
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +50,10 @@ Pair = tuple[Answer, Answer]
 
 
 def answer(engine: Engine, question: Question, sampling: SamplingParams) -> Answer:
-    """Turn by turn, each with all before it: as a conversation, or as one text without a chat template."""
+    """Answer turn by turn, each with all before it.
+
+    The turns are a conversation, or one text where there is no chat template.
+    """
     turns, seconds = [], []
     prompt: Prompt = [] if engine.tokenizer.chat_template else ""
     for said in question.turns:
@@ -66,7 +77,7 @@ def answer(engine: Engine, question: Question, sampling: SamplingParams) -> Answ
 def answer_all(
     engine: Engine, plain: Engine, questions: Sequence[Question], sampling: SamplingParams
 ) -> list[Pair]:
-    """Alternately, question by question; each is first answered once to compile what it takes."""
+    """Answer question by question with both, each once untimed to compile its programs."""
     pairs = []
     with bar("Answering", len(questions)) as advance:
         for question in questions:
@@ -78,7 +89,10 @@ def answer_all(
 
 
 def divergences(plain: Engine, pairs: Sequence[Pair]) -> list[Divergence | None]:
-    """Of each question's first turn that differs: later ones were asked something else."""
+    """Find where the first differing turn of each question parts.
+
+    Later turns were asked something else.
+    """
     found, behind = [], next_logits(plain)
     for ours, theirs in pairs:
         places = (
@@ -92,17 +106,20 @@ def divergences(plain: Engine, pairs: Sequence[Pair]) -> list[Divergence | None]
 def summary(
     category: str, pairs: Sequence[Pair], parted: Sequence[Divergence | None]
 ) -> dict[str, Any]:
-    """One row of the table. Speeds are means over questions of tokens by wall time, as in Spec-Bench."""
-    speeds = [np.array([_speed(pair[way]) for pair in pairs]) for way in range(2)]
+    """Return one row of the table.
+
+    Speeds are means over questions of tokens by wall time, as in Spec-Bench.
+    """
+    ours, plain = (np.array([_speed(answer) for answer in own]) for own in zip(*pairs, strict=True))
     stats = reduce(Stats.__add__, (turn.stats for ours, _ in pairs for turn in ours.turns))
     gaps = [place.logit_gap for place in parted if place is not None]
     return {
         "category": category,
         "questions": len(pairs),
-        "tokens_per_second": float(speeds[0].mean()),
-        "plain_tokens_per_second": float(speeds[1].mean()),
-        "speedup": float(speeds[0].mean() / speeds[1].mean()),
-        "speedup_deviation": float(np.std(speeds[0] / speeds[1])),
+        "tokens_per_second": float(ours.mean()),
+        "plain_tokens_per_second": float(plain.mean()),
+        "speedup": float(ours.mean() / plain.mean()),
+        "speedup_deviation": float(np.std(ours / plain)),
         "mean_acceptance_length": stats.mean_acceptance_length,
         "acceptance_rate": stats.acceptance_rate,
         "same": len(pairs) - len(gaps),
@@ -115,7 +132,7 @@ def _speed(answer: Answer) -> float:
 
 
 def summaries(pairs: Sequence[Pair], parted: Sequence[Divergence | None]) -> list[dict[str, Any]]:
-    """A row for each category, in order, and one for all of them."""
+    """Return a row for each category, in order, and one for all of them."""
     rows = []
     for category in dict.fromkeys(ours.question.category for ours, _ in pairs):
         own = [place for place, (ours, _) in enumerate(pairs) if ours.question.category == category]
@@ -126,12 +143,11 @@ def summaries(pairs: Sequence[Pair], parted: Sequence[Divergence | None]) -> lis
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """What summaries() returned."""
+    """Print the rows."""
     table = Table(
         "category", "tokens/s", "plain", "speed-up", "tokens a round", "same answers", box=None
     )
-    for column in table.columns[1:]:
-        column.justify = "right"
+    align_right(table.columns[1:])
     for row in rows:
         gap = row["largest_logit_gap"]
         same = f"{row['same']} of {row['questions']}" + ("" if gap is None else f", gap {gap:.2g}")
@@ -147,11 +163,15 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 SPEED, LENGTH = "#0072b2", "#e69f00"
-"""Of Okabe and Ito, and far apart in grey."""
+"""From the palette of Okabe and Ito, far apart in grey."""
 
 
 def draw(measured: dict[str, Any]) -> bytes:
-    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    """Draw speed and tokens a round by category as PNG.
+
+    Raises:
+        EasySpecError: matplotlib is missing.
+    """
     return png(lambda: _figure(measured))
 
 
@@ -168,7 +188,7 @@ def _figure(measured: dict[str, Any]) -> "Figure":
             "speed over plain decoding",
             "speedup",
             SPEED,
-            [row["speedup_deviation"] for row in rows],
+            column(rows, "speedup_deviation"),
         ),
         (length, "tokens a round", "mean_acceptance_length", LENGTH, None),
     )
@@ -184,15 +204,8 @@ def _figure(measured: dict[str, Any]) -> "Figure":
             capsize=3,
         )
         for place, value in enumerate(values):
-            text: dict[str, Any] = {
-                "textcoords": "offset points",
-                "xytext": (4, 0),
-                "va": "center",
-                "size": 9,
-            }
-            axes.annotate(
-                f"{value:.2f}", (value + (deviations[place] if deviations else 0), place), **text
-            )
+            end = value + (deviations[place] if deviations else 0)
+            note(axes, f"{value:.2f}", end, place)
         axes.set_xlabel(label)
         axes.margins(x=0.16)
         dress_bars(axes)
@@ -205,7 +218,7 @@ def _figure(measured: dict[str, Any]) -> "Figure":
 
 
 def tabulate(measured: Mapping[str, Any]) -> Rows:
-    """Of spec_bench."""
+    """Tabulate every category."""
     return [
         {
             "category": row["category"],
@@ -222,7 +235,7 @@ def tabulate(measured: Mapping[str, Any]) -> Rows:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Answers, prints the table, writes the JSON, draws it, and keeps the answers where that was asked for."""
+    """Answer, print the table, write the JSON, draw it, and keep the answers if asked to."""
     cache_compilations()
     questions = questions_of(args)
     prepare(args.out)
@@ -245,7 +258,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _answer_files(answers: Path | None) -> list[Path]:
-    """Of speculation and of plain decoding. Raises EasySpecError where they cannot be written."""
+    """Return the files for the answers of speculation and of plain decoding."""
     if answers is None:
         return []
     if answers.suffix != ".jsonl" or not answers.parent.is_dir():
@@ -267,6 +280,7 @@ def _chosen(args: argparse.Namespace) -> SpeculativeConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     default = SpeculativeConfig()
     parser = Parser(prog="python -m experiments.spec_bench", description=__doc__)
     add_flags(parser)
@@ -284,8 +298,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help='"auto", "none" or a directory (default: %(default)s)',
     )
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--answers", type=Path, metavar="FILE",
-                        help="keeps the answers as JSON lines; plain decoding's come into …-plain.jsonl")  # fmt: skip
+    parser.add_argument(
+        "--answers",
+        type=Path,
+        metavar="FILE",
+        help="keeps the answers as JSON lines; plain decoding's come into …-plain.jsonl",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "spec_bench.json")
     return run_experiment("experiments.spec_bench", parser, run, argv)
 

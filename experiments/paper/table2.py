@@ -1,8 +1,9 @@
-"""The paper's Table 2 on this machine: `python -m experiments.table2 [--target DIR --draft DIR] --mesh 8`.
+"""Measure the paper's Table 2 on this machine: `python -m experiments.table2 --mesh 8`.
 
-Every way of decoding completes the same prompts, prompt by prompt in turn, since machines drift. With --profile-phases
-the passes of a round are timed too, as programs of their own beside the whole round, which tells how a way's time
-divides into drafting and verification. Times count from the first token on.
+Every way of decoding completes the same prompts, alternating prompt by prompt because machines
+drift. With --profile-phases the passes of a round are also timed as programs of their own next to
+the whole round, which shows how a way's time divides into drafting and verification. Times count
+from the first token on.
 """
 
 import argparse
@@ -29,18 +30,26 @@ from easyspec_jax.parallel.mesh import parse_mesh
 from easyspec_jax.progress import bar
 from easyspec_jax.refit.__main__ import main as fit_refit
 from experiments.lib.machine import machine
-from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.lib.output import (
+    RESULTS,
+    align_right,
+    prepare,
+    publish,
+    run_experiment,
+    settings,
+    show,
+)
 from experiments.lib.pair import add_flags, names, open_pair, questions_of
-from experiments.lib.picture import pair_title
+from experiments.lib.picture import note, pair_title
 from experiments.lib.questions import Question
-from experiments.lib.tables import speeds
+from experiments.lib.tables import column, distinct, matching, speeds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ONE_DEVICE, TENSOR_PARALLEL = "one device", "TP"
 TOLERANCE = {"cpu": 0.2}
-"""How far phases may be off the round that they make up, elsewhere 0.1: the cores of a CPU are often shared."""
+"""How far phases may be off the round they make up, elsewhere 0.1: CPU cores are often shared."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,11 @@ class Way:
 
 
 def open_ways(args: argparse.Namespace) -> list[Way]:
-    """The paper's columns, the first of which all others are compared with. Raises EasySpecError as open_model does."""
+    """Open the paper's columns; all are compared with the first.
+
+    Raises:
+        EasySpecError: As open_model.
+    """
     levels, width = args.num_speculative_tokens, args.tree_width
     chain = open_pair(args, SpeculativeConfig(method="sd", num_speculative_tokens=levels))
     tree = SpeculativeConfig(method="tree", num_speculative_tokens=levels, tree_width=width)
@@ -81,7 +94,11 @@ def open_ways(args: argparse.Namespace) -> list[Way]:
 
 @contextmanager
 def refit_of(args: argparse.Namespace) -> Iterator[str | None]:
-    """The directory of the refit to draft with too, if any. Raises EasySpecError if it cannot be fitted."""
+    """Provide the directory of the refit to draft with too, if any.
+
+    Raises:
+        EasySpecError: It cannot be fitted.
+    """
     if args.fit_tokens is None:
         yield args.refit
         return
@@ -105,7 +122,7 @@ def refit_of(args: argparse.Namespace) -> Iterator[str | None]:
 def complete(
     ways: Sequence[Way], questions: Sequence[Question], sampling: SamplingParams
 ) -> dict[str, list[Completion]]:
-    """What every way makes of every question's first turn. Who comes first changes from question to question."""
+    """Let every way complete every question's first turn; a different way begins each time."""
     chat = bool(ways[0].engine.tokenizer.chat_template)
     prompts = [question.turns[0] for question in questions]
     made: dict[str, list[Completion]] = {way.name: [] for way in ways}
@@ -122,9 +139,16 @@ def complete(
 
 
 def phases(engine: Engine, sampling: SamplingParams, tokens: int, repeats: int) -> dict[str, float]:
-    """Drafting, verification and both together, as shares of a round timed beside them, for texts of so many tokens.
+    """Return drafting, verification and both together as shares of a round timed next to them.
 
-    Together they are not quite 1: they are programs of their own, and a round's bookkeeping is in neither.
+    Together they are not quite 1: they are programs of their own, and a round's bookkeeping is in
+    neither.
+
+    Args:
+        engine: With a draft.
+        sampling: How texts are sampled.
+        tokens: The length of texts.
+        repeats: Samples of each phase.
     """
     programs = engine.programs(sampling)
     config, (target, draft) = programs.config, engine.load()
@@ -156,9 +180,9 @@ def phases(engine: Engine, sampling: SamplingParams, tokens: int, repeats: int) 
 def rows_of(
     name: str, temperature: float, made: dict[str, list[Completion]]
 ) -> list[dict[str, Any]]:
-    """A row for every way: seconds for 100 tokens, the gain over the first way, and acceptance over all prompts.
+    """Return a row for every way: seconds for 100 tokens, the gain over the first way, acceptance.
 
-    A deviation is that over the prompts.
+    Deviations are over the prompts.
     """
     rows, plain = [], None
     for way, completions in made.items():
@@ -169,24 +193,28 @@ def rows_of(
         rounds = sum(own.rounds for own in stats)
         rates = [own.acceptance_rate for own in stats if own.drafted]
         drafted = sum(own.drafted for own in stats)
-        rows.append({
-            "set": name,
-            "temperature": temperature,
-            "way": way,
-            "prompts": len(stats),
-            "seconds_per_100_tokens": float(seconds.mean()),
-            "seconds_per_100_tokens_deviation": float(seconds.std()),
-            "speedup": float(gains.mean()),
-            "speedup_deviation": float(gains.std()),
-            "rounds_per_100_tokens": 100 * rounds / sum(own.decoded_tokens for own in stats),
-            "acceptance_rate": sum(own.accepted for own in stats) / drafted if drafted else None,
-            "acceptance_rate_deviation": float(np.std(rates)) if drafted else None,
-        })  # fmt: skip
+        rows.append(
+            {
+                "set": name,
+                "temperature": temperature,
+                "way": way,
+                "prompts": len(stats),
+                "seconds_per_100_tokens": float(seconds.mean()),
+                "seconds_per_100_tokens_deviation": float(seconds.std()),
+                "speedup": float(gains.mean()),
+                "speedup_deviation": float(gains.std()),
+                "rounds_per_100_tokens": 100 * rounds / sum(own.decoded_tokens for own in stats),
+                "acceptance_rate": sum(own.accepted for own in stats) / drafted
+                if drafted
+                else None,
+                "acceptance_rate_deviation": float(np.std(rates)) if drafted else None,
+            }
+        )
     return rows
 
 
 def with_phases(row: dict[str, Any], shares: dict[str, float]) -> dict[str, Any]:
-    """A row with the seconds of drafting and of verification for 100 tokens, by their shares of a round."""
+    """Add the seconds of drafting and verification for 100 tokens, by their shares of a round."""
     seconds = row["seconds_per_100_tokens"]
     return row | {
         "drafting": seconds * shares["drafting"],
@@ -196,7 +224,7 @@ def with_phases(row: dict[str, Any], shares: dict[str, float]) -> dict[str, Any]
 
 
 def measure(args: argparse.Namespace, questions: Sequence[Question]) -> list[dict[str, Any]]:
-    """All rows: temperature by temperature, set by set, way by way."""
+    """Return all rows: temperature by temperature, set by set, way by way."""
     ways, rows = open_ways(args), []
     drafted = [way for way in ways if way.engine.draft is not None] if args.profile_phases else []
     for temperature in args.temperatures:
@@ -218,18 +246,19 @@ def measure(args: argparse.Namespace, questions: Sequence[Question]) -> list[dic
 
 
 def apart(rows: Sequence[dict[str, Any]], platform: str) -> list[str]:
-    """A line for every row whose phases do not add up to its round."""
+    """Return a line for every row whose phases do not add up to its round."""
     most = TOLERANCE.get(platform, 0.1)
+    last = {(row["temperature"], row["way"]): row for row in rows}
     return [
-        f"{row['way']}, T = {row['temperature']:g}: phases take {row['phases_over_round']:.2f} of the round, which is "
-        f"off by more than {most:.0%}; measure again where nothing else runs"
-        for row in {(row["temperature"], row["way"]): row for row in rows}.values()
+        f"{row['way']}, T = {row['temperature']:g}: phases take {row['phases_over_round']:.2f} of "
+        f"the round, which is off by more than {most:.0%}; measure again where nothing else runs"
+        for row in last.values()
         if abs(row.get("phases_over_round", 1) - 1) > most
     ]
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """What measure() returned."""
+    """Print the rows."""
     names = (
         "T",
         "set",
@@ -242,8 +271,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         "phases/round",
     )
     table = Table(*names, box=None, pad_edge=False)
-    for column in table.columns[3:]:
-        column.justify = "right"
+    align_right(table.columns[3:])
     for row in rows:
         rate = row["acceptance_rate"]
         parts = [f"{row[name]:.2f}" if name in row else "" for name in ("drafting", "verification")]
@@ -261,11 +289,17 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 DRAFTING, VERIFICATION, WHOLE = "#0072b2", "#e69f00", "#bdbdbd"
-"""Of Okabe and Ito, and far apart in grey."""
+"""From the palette of Okabe and Ito, far apart in grey."""
 
 
 def draw(measured: dict[str, Any]) -> bytes:
-    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    """Draw a bar for each way and temperature as PNG: seconds for 100 tokens.
+
+    They are means over all sets, divided into drafting and verification where those were timed.
+
+    Raises:
+        EasySpecError: matplotlib is missing.
+    """
     return png(lambda: _figure(measured))
 
 
@@ -273,12 +307,12 @@ def _figure(measured: dict[str, Any]) -> "Figure":
     from matplotlib.figure import Figure
 
     rows = measured["results"]
-    temperatures = list(dict.fromkeys(row["temperature"] for row in rows))
+    temperatures = distinct(rows, "temperature")
     figure = Figure(figsize=(9, 1.4 + 2.4 * len(temperatures)), dpi=120, layout="constrained")
     figure.suptitle(f"{pair_title(measured)}, --mesh {measured['mesh']}", weight="bold", size=13)
     panels = figure.subplots(len(temperatures), 1, squeeze=False, sharex=True)[:, 0]
     for temperature, axes in zip(temperatures, panels, strict=True):
-        _draw_panel(axes, [row for row in rows if row["temperature"] == temperature])
+        _draw_panel(axes, matching(rows, temperature=temperature))
         axes.set_title(f"temperature {temperature:g}", size=11)
     panels[-1].set_xlabel("seconds for 100 tokens")
     handles = {
@@ -291,16 +325,12 @@ def _figure(measured: dict[str, Any]) -> "Figure":
 
 
 def _draw_panel(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    for place, way in enumerate(dict.fromkeys(row["way"] for row in rows)):
-        own = [row for row in rows if row["way"] == way]
-        whole, gain = (
-            float(np.mean([row[name] for row in own]))
-            for name in ("seconds_per_100_tokens", "speedup")
-        )
+    ways = distinct(rows, "way")
+    for place, way in enumerate(ways):
+        own = matching(rows, way=way)
+        whole, gain = _mean(own, "seconds_per_100_tokens"), _mean(own, "speedup")
         if "drafting" in own[0]:
-            drafting, verification = (
-                float(np.mean([row[name] for row in own])) for name in ("drafting", "verification")
-            )
+            drafting, verification = _mean(own, "drafting"), _mean(own, "verification")
             axes.barh(place, drafting, color=DRAFTING, height=0.62, label="drafting")
             axes.barh(
                 place,
@@ -315,18 +345,15 @@ def _draw_panel(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
         else:
             axes.barh(place, whole, color=WHOLE, height=0.62, label="not divided")
             end = whole
-        axes.annotate(
-            f"{gain:.2f} ×",
-            (end, place),
-            textcoords="offset points",
-            xytext=(6, 0),
-            va="center",
-            size=9,
-        )
-    axes.set_yticks(range(len(names := list(dict.fromkeys(row["way"] for row in rows)))), names)
+        note(axes, f"{gain:.2f} ×", end, place, gap=6)
+    axes.set_yticks(range(len(ways)), ways)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     dress_bars(axes)
+
+
+def _mean(rows: Sequence[dict[str, Any]], name: str) -> float:
+    return float(np.mean(column(rows, name)))
 
 
 tabulate = speeds
@@ -334,20 +361,21 @@ tabulate = speeds
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures, prints, writes the JSON and draws it."""
+    """Measure, print, write the JSON and draw it."""
     cache_compilations()
     questions = questions_of(args)
     prepare(args.out)
     rows = measure(args, questions)
     print_table(rows)
     notes = apart(rows, machine(args.platform)["platform"])
-    for note in notes:
-        print_note(note)
+    for line in notes:
+        print_note(line)
     fields = settings(args, "questions", "refit") | names(args) | {"notes": notes}
     publish(args.out, fields, rows, draw)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     default = SpeculativeConfig()
     parser = Parser(prog="python -m experiments.table2", description=__doc__)
     add_flags(parser)

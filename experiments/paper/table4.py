@@ -1,7 +1,7 @@
-"""The paper's Table 4, and what it leads to: `python -m experiments.table4 --draft DIR --chat [--refit DIR]`.
+"""Measure the paper's Table 4: `python -m experiments.table4 --draft DIR --chat [--refit DIR]`.
 
-Cosines of what a group approximates, and how much of the exact draft's distribution is left at each depth, for every
-number of layers that run at once; with --refit DIR also for the refits there.
+For every number of layers at once: cosines of what a group approximates, and how much is left of
+the exact draft's distribution at each depth; with --refit DIR also for the refits there.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from easyspec_jax.drawing import SOFT, WHITE, png
 from easyspec_jax.refit.fidelity import DEPTHS
 from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
 from experiments.lib.picture import draft_title
-from experiments.lib.tables import Rows
+from experiments.lib.tables import Rows, distinct, overlaps
 from experiments.ours.fidelity import add_flags, measure_all
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def speculations(args: argparse.Namespace) -> list[SpeculativeConfig]:
-    """Every way to draft that is asked for."""
+    """List every way to draft that is asked for."""
     refits = ["none"] if args.refit is None else ["none", args.refit]
     return [
         SpeculativeConfig(lp_size=size, refit=refit) for size in args.lp_sizes for refit in refits
@@ -35,7 +35,7 @@ def speculations(args: argparse.Namespace) -> list[SpeculativeConfig]:
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """What was measured."""
+    """Print the rows."""
     names = ["h", "q", "k", "v", "attn_out"]
     depths = [f"depth {depth + 1}" for depth in range(DEPTHS)]
     table = Table("N", "", *names, *depths, box=None, pad_edge=False)
@@ -48,11 +48,15 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 COLORS = ("#000000", "#0072b2", "#009e73", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = "osD^vPX"
-"""Both by group sizes; the colours are those of Okabe and Ito."""
+"""By group size, as are the colors; these are from the palette of Okabe and Ito."""
 
 
 def draw(measured: dict[str, Any]) -> bytes:
-    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    """Draw how much of the exact draft's distribution is left by depth, as PNG.
+
+    Raises:
+        EasySpecError: matplotlib is missing.
+    """
     return png(lambda: _figure(measured))
 
 
@@ -61,7 +65,7 @@ def _figure(measured: dict[str, Any]) -> "Figure":
     from matplotlib.lines import Line2D
 
     rows = measured["results"]
-    sizes = list(dict.fromkeys(row["lp_size"] for row in rows))
+    sizes = distinct(rows, "lp_size")
     looks = dict(zip(sizes, zip(cycle(COLORS), cycle(MARKERS), strict=False), strict=False))
     figure = Figure(figsize=(7, 4.8), dpi=120, layout="constrained")
     title = f"What fuzzy passes of {draft_title(measured)} keep\nof its distribution"
@@ -96,20 +100,18 @@ def _figure(measured: dict[str, Any]) -> "Figure":
 
 
 def tabulate(measured: Mapping[str, Any]) -> Rows:
-    """Of table4."""
-    return [
-        {"N": row["lp_size"], "refit": "yes" if row["refit"] else "no"}
-        | {
-            name.replace("attn_out", "attention output"): value
-            for name, value in row["cosine"].items()
-        }
-        | {f"overlap at depth {depth}": value for depth, value in enumerate(row["overlap"], 1)}
-        for row in measured["results"]
-    ]
+    """Tabulate every way to draft."""
+    table = []
+    for row in measured["results"]:
+        shown = {"N": row["lp_size"], "refit": "yes" if row["refit"] else "no"}
+        for name, value in row["cosine"].items():
+            shown[name.replace("attn_out", "attention output")] = value
+        table.append(shown | overlaps(row))
+    return table
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures, prints, writes the JSON and draws it."""
+    """Measure, print, write the JSON and draw it."""
     cache_compilations()
     prepare(args.out)
     rows = measure_all(args, speculations(args))
@@ -123,6 +125,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     parser = Parser(prog="python -m experiments.table4", description=__doc__)
     add_flags(parser)
     parser.add_argument("--lp-sizes", type=int, nargs="+", default=[2, 3, 4])

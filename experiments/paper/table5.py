@@ -1,8 +1,9 @@
-"""The paper's Table 5: groups of attentions against groups of whole layers, `python -m experiments.table5`.
+"""Compare groups of attentions with groups of layers, Table 5: `python -m experiments.table5`.
 
-Both run N layers at once. In a group of attentions the MLPs follow in order; in a group of whole layers they run at
-once too (--mlp-lp-size N), each fed the group's input and the attention outputs up to its own layer's. Every way
-completes the same prompts in turn, greedily; a draft step is timed as a program of its own, all ways in turn.
+Both run N layers at once. In a group of attentions the MLPs follow in order. In a group of whole
+layers they run at once too (--mlp-lp-size N), each fed the group's input and the attention outputs
+up to its own layer's. All ways complete the same prompts in turn, greedily; their draft steps are
+timed in turn as programs of their own.
 """
 
 import argparse
@@ -21,10 +22,18 @@ from easyspec_jax.draft.grouping import format_layout
 from easyspec_jax.draft.layer_group import run_fuzzy
 from easyspec_jax.drawing import dress_bars, png
 from easyspec_jax.parallel.mesh import parse_mesh
-from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.lib.output import (
+    RESULTS,
+    align_right,
+    prepare,
+    publish,
+    run_experiment,
+    settings,
+    show,
+)
 from experiments.lib.pair import add_flags, names, open_pair, questions_of
-from experiments.lib.picture import pair_title
-from experiments.lib.tables import speeds
+from experiments.lib.picture import note, pair_title
+from experiments.lib.tables import column, speeds
 from experiments.paper.table2 import Way, complete, rows_of
 
 if TYPE_CHECKING:
@@ -33,11 +42,15 @@ if TYPE_CHECKING:
 PLAIN, EXACT, ATTENTION, LAYERS = "plain decoding", "in order", "attention only", "whole layers"
 
 CALLS = 2
-"""Of each draft step in turn, every one of as many steps as a round makes."""
+"""Calls of each draft step in a row, every one of as many steps as a round makes."""
 
 
 def open_ways(args: argparse.Namespace) -> dict[Way, dict[str, Any]]:
-    """What is compared, plain decoding first, and what each runs at once. Raises EasySpecError as open_model does."""
+    """Open the ways to compare, plain decoding first, with what each runs at once.
+
+    Raises:
+        EasySpecError: As open_model.
+    """
     common = {"num_speculative_tokens": args.num_speculative_tokens}
     width = args.tree_width if args.tree_width > 1 else None
     method = "sd" if width is None else "tree"
@@ -57,7 +70,7 @@ def open_ways(args: argparse.Namespace) -> dict[Way, dict[str, Any]]:
 
 
 def step_case(way: Way, sampling: SamplingParams, tokens: int) -> Case:
-    """A way's draft step behind half a text of so many tokens."""
+    """Return a way's draft step behind half a text of that many tokens."""
     programs, draft = way.engine.programs(sampling), way.engine.load()[1]
     assert draft is not None
     return pass_case(
@@ -72,7 +85,7 @@ def step_case(way: Way, sampling: SamplingParams, tokens: int) -> Case:
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for every way."""
+    """Return a row for every way."""
     questions, sampling = questions_of(args), SamplingParams(max_new_tokens=args.max_new_tokens)
     ways = open_ways(args)
     rows = rows_of("all", 0.0, complete(list(ways), questions, sampling))
@@ -93,12 +106,11 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """What measure() returned."""
+    """Print the rows."""
     table = Table(
         "at once", "α", "ms a draft step", "tokens/s", "speed-up", box=None, pad_edge=False
     )
-    for column in table.columns[1:]:
-        column.justify = "right"
+    align_right(table.columns[1:])
     for row in rows:
         rate, step = row["acceptance_rate"], row["step_seconds"]
         table.add_row(
@@ -112,11 +124,15 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 COLORS = {"in order": "#000000", "attention only": "#0072b2", "whole layers": "#e69f00"}
-"""Of Okabe and Ito, and far apart in grey."""
+"""From the palette of Okabe and Ito, far apart in grey."""
 
 
 def draw(measured: dict[str, Any]) -> bytes:
-    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    """Draw acceptance, the time of a draft step and the speed-up by what runs at once, as PNG.
+
+    Raises:
+        EasySpecError: matplotlib is missing.
+    """
     return png(lambda: _figure(measured))
 
 
@@ -125,9 +141,9 @@ def _figure(measured: dict[str, Any]) -> "Figure":
 
     rows = [row for row in measured["results"] if row["acceptance_rate"] is not None]
     panels = {
-        "acceptance rate": [row["acceptance_rate"] for row in rows],
+        "acceptance rate": column(rows, "acceptance_rate"),
         "milliseconds a draft step": [1e3 * row["step_seconds"] for row in rows],
-        "speed over plain decoding": [row["speedup"] for row in rows],
+        "speed over plain decoding": column(rows, "speedup"),
     }
     figure = Figure(figsize=(11, 1.6 + 0.36 * len(rows)), dpi=120, layout="constrained")
     figure.suptitle(f"{pair_title(measured)}, --mesh {measured['mesh']}", weight="bold", size=13)
@@ -138,17 +154,11 @@ def _figure(measured: dict[str, Any]) -> "Figure":
             range(len(rows)), values, color=[COLORS[row["at_once"]] for row in rows], height=0.62
         )
         for place, value in enumerate(values):
-            text: dict[str, Any] = {
-                "textcoords": "offset points",
-                "xytext": (4, 0),
-                "va": "center",
-                "size": 9,
-            }
-            axes.annotate(f"{value:.2f}", (value, place), **text)
+            note(axes, f"{value:.2f}", value, place)
         axes.set_xlabel(name)
         axes.margins(x=0.16)
         dress_bars(axes)
-        axes.set_yticks(range(len(rows)), [row["way"] for row in rows])
+        axes.set_yticks(range(len(rows)), column(rows, "way"))
         axes.set_ylim(len(rows) - 0.5, -0.5)
     return figure
 
@@ -158,7 +168,7 @@ tabulate = speeds
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures, prints, writes the JSON and draws it."""
+    """Measure, print, write the JSON and draw it."""
     cache_compilations()
     prepare(args.out)
     rows = measure(args)
@@ -167,6 +177,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     default = SpeculativeConfig()
     parser = Parser(prog="python -m experiments.table5", description=__doc__)
     add_flags(parser)

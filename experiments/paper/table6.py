@@ -1,9 +1,10 @@
-"""The paper's Table 6, speed by the size of tensor parallelism: `python -m experiments.table6`.
+"""Measure speed by the size of tensor parallelism, Table 6: `python -m experiments.table6`.
 
-A step of plain decoding, which the paper's table has, and a draft's step in every way that it may be split over the
-same devices: one copy on each, tensor parallelism, layer-parallel groups. Where several accelerators are here, or with
---measure, steps of --target and --draft are timed, in turn; elsewhere they are estimates by the cost model of
-`python -m easyspec_jax.plan` for machines that it describes, from traces of the real programs.
+The paper's table has a step of plain decoding. This one adds a draft's step in every way to split
+it over the same devices: one copy on each, tensor parallelism, layer-parallel groups. Where there
+are several accelerators, or with --measure, steps of --target and --draft are timed in turn.
+Elsewhere they are estimates by the cost model of `python -m easyspec_jax.plan` from traces of the
+real programs.
 """
 
 import argparse
@@ -33,7 +34,15 @@ from easyspec_jax.plan.cost import Cost
 from easyspec_jax.plan.machines import MACHINES, Machine, parse_topology
 from easyspec_jax.plan.steps import Pair, Way, pass_cost, programs
 from easyspec_jax.progress import bar
-from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.lib.output import (
+    RESULTS,
+    align_right,
+    prepare,
+    publish,
+    run_experiment,
+    settings,
+    show,
+)
 from experiments.lib.pair import add_flags, names, open_pair
 from experiments.lib.tables import Rows
 from experiments.paper import published as paper
@@ -42,11 +51,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLAIN = "plain decoding"
-ESTIMATES = "Estimates of the cost model for machines that were not here; the paper's figures were measured."
+ESTIMATES = (
+    "Estimates of the cost model for machines that were not here; the paper's figures were "
+    "measured."
+)
 
 
 def draft_ways(lp_sizes: Iterable[int], devices: int) -> list[Way]:
-    """How a draft's step may use so many devices; on one there is nothing to split."""
+    """List how a draft's step may use that many devices; on one there is nothing to split."""
     sizes: tuple[DraftTensorParallelSize, ...] = (
         get_args(DraftTensorParallelSize) if devices > 1 else ("all",)
     )
@@ -58,19 +70,25 @@ def draft_ways(lp_sizes: Iterable[int], devices: int) -> list[Way]:
 
 
 def name_of(way: Way) -> str:
-    """Of a draft's step."""
+    """Name the way of a draft's step."""
     split = "TP" if way.draft_tensor_parallel_size == "all" else "a copy on each"
     return split if way.method == "sd" else f"N = {way.lp_size}, {split}"
 
 
 def row(model: str, way: str, devices: int, seconds: float, **fields: Any) -> dict[str, Any]:
-    """Of one kind of step. One token of text, or one drafted level, is a step."""
+    """Return the row of one kind of step: one token of text, or one drafted level."""
     times = {"step_seconds": seconds, "steps_per_second": 1 / seconds}
     return {"model": model, "way": way, "devices": devices} | times | fields
 
 
 def modelled(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows by the cost model: machine by machine, model by model. A step that does not fit the memory says so."""
+    """Return rows by the cost model, machine by machine and model by model.
+
+    A step that does not fit the memory says so.
+
+    Raises:
+        EasySpecError: A machine or model is unknown, or the context is too long.
+    """
     models = {
         name: config for text in args.models for name, config in [find_config(text, "models")]
     }
@@ -104,7 +122,7 @@ def modelled(args: argparse.Namespace) -> list[dict[str, Any]]:
 def estimate(
     args: argparse.Namespace, machine: str, devices: int, name: str, config: ModelConfig, way: Way
 ) -> dict[str, Any]:
-    """The row of a model's step on so many devices of a machine, in a way of decoding."""
+    """Return the row of a model's step on that many devices of a machine."""
     described = describe(machine, devices)
     dtype = np.dtype(resolve_dtype(args.dtype, described.platform, config.dtype))
     pair = Pair(config, config, dtype, str(devices), 1, 1, args.context, args.context + 1)
@@ -116,7 +134,11 @@ def estimate(
 
 
 def describe(name: str, devices: int) -> Machine:
-    """A machine as one of so many. Raises EasySpecError for an unknown one."""
+    """Return that many devices of a machine.
+
+    Raises:
+        EasySpecError: The machine is unknown.
+    """
     if name not in MACHINES:
         raise EasySpecError(f"--machines {name}: there are {', '.join(MACHINES)}")
     line = [1] * (MACHINES[name].dimensions - 1) + [devices]  # of a torus
@@ -124,7 +146,10 @@ def describe(name: str, devices: int) -> Machine:
 
 
 def step_cost(pair: Pair, way: Way, platform: Platform) -> tuple[Cost, int]:
-    """A step over one token of the target in plain decoding, else of the draft; and the bytes each device holds."""
+    """Return the cost of a step over one token, and the bytes that each device holds.
+
+    The step is of the target in plain decoding, else of the draft.
+    """
     run = programs(pair, way, partial(absent_mesh, platform=platform))
     state = abstract_state(run, 1, run.capacity(pair.max_length))
     if run.draft is None:
@@ -133,7 +158,7 @@ def step_cost(pair: Pair, way: Way, platform: Platform) -> tuple[Cost, int]:
 
 
 def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows by timing the pair of the flags, on meshes of as many devices as are asked for."""
+    """Time the pair of the flags on meshes of as many devices as are asked for."""
     rows: list[dict[str, Any]] = []
     called = names(args)
     for devices in args.devices:
@@ -149,7 +174,7 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def timed_cases(args: argparse.Namespace, devices: int) -> Iterable[Case]:
-    """A step of the target, and of the draft in every way."""
+    """Yield a step of the target, and one of the draft in every way."""
     for way in [Way("vanilla"), *draft_ways(args.lp_sizes, devices)]:
         speculative = SpeculativeConfig(
             method=way.method,
@@ -166,12 +191,11 @@ def timed_cases(args: argparse.Namespace, devices: int) -> Iterable[Case]:
 
 
 def print_table(rows: Sequence[dict[str, Any]], devices: Sequence[int]) -> None:
-    """One line a machine, model and way; steps a second by the number of devices."""
+    """Print a line for each machine, model and way: steps a second by the number of devices."""
     table = Table(
         "machine", "model", "", *(f"{count}" for count in devices), box=None, pad_edge=False
     )
-    for column in table.columns[3:]:
-        column.justify = "right"
+    align_right(table.columns[3:])
     kinds = dict.fromkeys((row.get("machine", "here"), row["model"], row["way"]) for row in rows)
     for kind in kinds:
         own = {
@@ -190,7 +214,7 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def several_accelerators() -> bool:
-    """Whether JAX sees more than one device that is no CPU."""
+    """Tell whether JAX sees several devices that are not CPUs."""
     return jax.default_backend() != "cpu" and jax.device_count() > 1
 
 
@@ -204,7 +228,7 @@ LINES: tuple[Any, ...] = (
     (0, (8, 2, 2, 2)),
     (0, (2, 3)),
 )
-"""By the way of decoding, told apart without colours too; the colours are those of Okabe and Ito."""
+"""By the way of decoding, distinct without the colors too; these are Okabe and Ito's."""
 
 HERE, PAPER = "here", "the paper, A100"
 
@@ -213,12 +237,19 @@ Series = dict[str, dict[int, float]]
 
 
 def draw(measured: dict[str, Any]) -> bytes:
-    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    """Draw steps a second by the number of devices as PNG, a panel for each machine and kind.
+
+    Plain decoding is above, drafting below; the last panel of plain decoding has the paper's
+    figures. Steps that do not fit the memory are left out.
+
+    Raises:
+        EasySpecError: matplotlib is missing.
+    """
     return png(lambda: _figure(measured))
 
 
 def panels(measured: Mapping[str, Any]) -> tuple[dict[str, Series], dict[str, Series]]:
-    """What is drawn: of plain decoding, then of drafting, by the title of a panel."""
+    """Return the series of plain decoding and of drafting, by the title of a panel."""
     plain: dict[str, Series] = {}
     drafts: dict[str, Series] = {}
     for row in measured["results"]:
@@ -231,11 +262,9 @@ def panels(measured: Mapping[str, Any]) -> tuple[dict[str, Series], dict[str, Se
             lines = drafts.setdefault(f"{machine}, {row['model']}", {}).setdefault(row["way"], {})
         lines[row["devices"]] = row["steps_per_second"]
     if "paper" in measured:
-        paper = {
-            name: {int(size): speed for size, speed in line.items()}
-            for name, line in measured["paper"].items()
-        }
-        plain[PAPER] = paper
+        for name, line in measured["paper"].items():
+            speeds = {int(size): speed for size, speed in line.items()}
+            plain.setdefault(PAPER, {})[name] = speeds
     return plain, drafts
 
 
@@ -299,7 +328,7 @@ def _draw_panel(axes: Any, series: Series, title: str, devices: Sequence[int]) -
 
 
 def tabulate(measured: Mapping[str, Any]) -> Rows:
-    """Of table6: steps a second by the number of devices, a row a machine, model and way."""
+    """Tabulate steps a second by the number of devices."""
     table: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row in measured["results"]:
         machine = row.get("machine", "here")
@@ -313,7 +342,7 @@ def tabulate(measured: Mapping[str, Any]) -> Rows:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures or estimates, prints, writes the JSON and draws it."""
+    """Measure or estimate, print, write the JSON and draw it."""
     for devices in args.devices:
         parse_mesh(str(devices))
     if min(args.repeats, args.calls, args.context) < 1:
@@ -330,17 +359,25 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     parser = Parser(prog="python -m experiments.table6", description=__doc__)
     add_flags(parser)
-    parser.add_argument("--measure", action=argparse.BooleanOptionalAction,
-                        help="time the pair on the devices that are here (default: if there are several)")  # fmt: skip
+    parser.add_argument(
+        "--measure",
+        action=argparse.BooleanOptionalAction,
+        help="time the pair on the devices that are here (default: if there are several)",
+    )
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--lp-sizes", type=int, nargs="+", default=[2, 4])
     parser.add_argument(
         "--machines", nargs="+", default=["a100", "h100", "v5p"], help="for estimates"
     )
-    parser.add_argument("--models", nargs="+", default=["Llama-3.3-70B", "Llama-3.1-8B", "Qwen2.5-7B"],
-                        help="for estimates of plain decoding: names as of easyspec_jax.plan")  # fmt: skip
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["Llama-3.3-70B", "Llama-3.1-8B", "Qwen2.5-7B"],
+        help="for estimates of plain decoding: names as of easyspec_jax.plan",
+    )
     parser.add_argument(
         "--drafts",
         nargs="+",

@@ -1,9 +1,9 @@
-"""The paper's Table 8: other pairs, `python -m experiments.table8 [--pairs TARGET DRAFT [TARGET DRAFT …]]`.
+"""Compare drafts of several sizes, the paper's Table 8: `python -m experiments.table8`.
 
-How much of a target's text drafts of several sizes guess, and what that is worth as an ordinary draft (sd), as one that
-grows trees (tree), and layer-parallel (easyspec). By default the bundled target is drafted for by the bundled draft, by
-itself, and by its own first layers, which nobody trained to end there. Greedy; all ways complete
-the same prompts in turn.
+How much of a target's text each draft guesses, and what that is worth as an ordinary draft (sd), as
+one that grows trees (tree), and layer-parallel (easyspec). By default the bundled target is drafted
+for by the bundled draft, by itself, and by its own first layers, which were not trained to end
+there. Greedy; all ways complete the same prompts in turn.
 """
 
 import argparse
@@ -24,8 +24,9 @@ from easyspec_jax.drawing import INK, WHITE, dress_bars, png
 from easyspec_jax.parallel.mesh import parse_mesh
 from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
 from experiments.lib.pair import DATA
+from experiments.lib.picture import note
 from experiments.lib.questions import Question, code_questions, read_questions
-from experiments.lib.tables import speeds
+from experiments.lib.tables import column, matching, speeds
 from experiments.paper.table2 import Way, complete, rows_of
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ Pair = tuple[Path, Path]
 
 
 def truncated(source: Path, layers: int, directory: Path) -> Path:
-    """The first layers of a Hugging Face directory, as another one."""
+    """Write the first layers of a Hugging Face directory as another one."""
     from safetensors.numpy import load_file, save_file
 
     directory.mkdir()
@@ -51,13 +52,21 @@ def truncated(source: Path, layers: int, directory: Path) -> Path:
 
 
 def _layer(name: str) -> int:
-    """The layer of a tensor "model.layers.3.…", -1 for what belongs to none."""
+    """Return the layer of a tensor "model.layers.3.…", -1 for others."""
     parts = name.split(".")
     return int(parts[2]) if parts[:2] == ["model", "layers"] else -1
 
 
 def pairs_of(args: argparse.Namespace, directory: Path) -> list[Pair]:
-    """Those of the flags, or the bundled ones; directory: where truncated drafts may lie. Raises EasySpecError."""
+    """Return the pairs of the flags, or the bundled ones.
+
+    Args:
+        args: The flags.
+        directory: Where truncated drafts go.
+
+    Raises:
+        EasySpecError: --pairs has an odd number of directories.
+    """
     if args.pairs is None:
         layers = open_checkpoint(demo.TARGET).config.num_hidden_layers
         short = [
@@ -75,15 +84,20 @@ def pairs_of(args: argparse.Namespace, directory: Path) -> list[Pair]:
 def measure(
     args: argparse.Namespace, pairs: Sequence[Pair], questions: Sequence[Question]
 ) -> list[dict[str, Any]]:
-    """Pair by pair, a row for every way."""
+    """Return a row for every way, pair by pair."""
     rows, sampling = [], SamplingParams(max_new_tokens=args.max_new_tokens)
     levels = {"num_speculative_tokens": args.num_speculative_tokens}
     for target, draft in pairs:
         layers = open_checkpoint(draft, allow_links=args.allow_links).config.num_hidden_layers
         chain = open_model(
-            target, draft, mesh=args.mesh, platform=args.platform, dtype=args.dtype,
-            speculative=SpeculativeConfig(method="sd", **levels), allow_links=args.allow_links,
-        )  # fmt: skip
+            target,
+            draft,
+            mesh=args.mesh,
+            platform=args.platform,
+            dtype=args.dtype,
+            speculative=SpeculativeConfig(method="sd", **levels),
+            allow_links=args.allow_links,
+        )
         tree = SpeculativeConfig(method="tree", tree_width=args.tree_width, **levels)
         size = min(args.lp_size, layers)
         fuzzy = SpeculativeConfig(tree_width=args.tree_width, lp_size=size, refit="none", **levels)
@@ -104,7 +118,7 @@ def measure(
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """What measure() returned."""
+    """Print the rows."""
     table = Table(
         "target", "draft", "layers", "", "α", "tokens/s", "speed-up", box=None, pad_edge=False
     )
@@ -123,11 +137,15 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 COLORS = {"sd": "#e2e2e2", "tree": "#e69f00", "easyspec": "#0072b2"}
-"""Of Okabe and Ito, and far apart in grey."""
+"""From the palette of Okabe and Ito, far apart in grey."""
 
 
 def draw(measured: dict[str, Any]) -> bytes:
-    """The picture as PNG. Raises EasySpecError without matplotlib."""
+    """Draw the speed-up over plain decoding as PNG, a bar for each pair and way.
+
+    Raises:
+        EasySpecError: matplotlib is missing.
+    """
     return png(lambda: _figure(measured))
 
 
@@ -143,21 +161,13 @@ def _figure(measured: dict[str, Any]) -> "Figure":
     axes = figure.subplots()
     height = 0.8 / len(COLORS)
     for index, (way, color) in enumerate(COLORS.items()):
-        own = [row for row in rows if row["way"] == way]
+        own = matching(rows, way=way)
         places = [pairs.index((row["target"], row["draft"])) + (index - 1) * height for row in own]
-        axes.barh(
-            places, [row["speedup"] for row in own], color=color, height=0.9 * height, label=way
-        )
+        axes.barh(places, column(own, "speedup"), color=color, height=0.9 * height, label=way)
         for place, row in zip(places, own, strict=True):
             text = f"{row['speedup']:.2f} ×, α {row['acceptance_rate']:.2f}"
-            style: dict[str, Any] = {
-                "textcoords": "offset points",
-                "xytext": (4, 0),
-                "va": "center",
-                "size": 9,
-            }
-            style["bbox"] = {"facecolor": WHITE, "edgecolor": "none", "pad": 1}
-            axes.annotate(text, (row["speedup"], place), **style)
+            box = {"facecolor": WHITE, "edgecolor": "none", "pad": 1}  # over the line at 1
+            note(axes, text, row["speedup"], place, bbox=box)
     axes.axvline(1, color=INK, linewidth=1)
     axes.set_yticks(
         range(len(pairs)), [f"{target},\ndrafted by {draft}" for target, draft in pairs]
@@ -175,7 +185,7 @@ tabulate = speeds
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures, prints, writes the JSON and draws it."""
+    """Measure, print, write the JSON and draw it."""
     cache_compilations()
     prepare(args.out)
     if args.questions is None and args.pairs is None:
@@ -189,6 +199,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     default = SpeculativeConfig()
     parser = Parser(prog="python -m experiments.table8", description=__doc__)
     parser.add_argument(

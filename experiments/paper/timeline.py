@@ -1,7 +1,8 @@
-"""What every device did and when, out of a trace of jax.profiler: computing, in collectives, or nothing.
+"""Read from a jax.profiler trace when each device computes, is in collectives, or is idle.
 
-An accelerator has a plane of its own in a trace. On a CPU the operations of all virtual devices are events of worker
-threads, each of which tells the device it ran for; a device's operations may be spread over several threads.
+An accelerator has a plane of its own in a trace. On a CPU the operations of all virtual devices are
+events of worker threads, each labelled with its device; a device's operations may be spread over
+several threads.
 """
 
 import re
@@ -18,24 +19,33 @@ from jaxtyping import Float
 from easyspec_jax import EasySpecError
 
 ROUND = "easyspec_round"
-"""The name under which the host notes when a round begins and ends."""
+"""The name under which the host marks a round."""
 
 CONTAINERS = ("while", "conditional", "call")
 """Operations that last as long as those inside them, which have events of their own."""
 
 COLLECTIVES = (
-    "psum", "pmax", "pmin", "ppermute", "all-reduce", "all-gather", "all-to-all", "reduce-scatter",
-    "collective-permute", "collective-broadcast", "nccl",
-)  # fmt: skip
-"""How names of collectives begin: JAX's and XLA's operations, and NCCL's kernels."""
+    "psum",
+    "pmax",
+    "pmin",
+    "ppermute",
+    "all-reduce",
+    "all-gather",
+    "all-to-all",
+    "reduce-scatter",
+    "collective-permute",
+    "collective-broadcast",
+    "nccl",
+)
+"""Beginnings of collectives' names: JAX's and XLA's operations, and NCCL's kernels."""
 
 Spans = Float[np.ndarray, "spans 2"]
-"""From when to when, in nanoseconds."""
+"""Begin and end, in nanoseconds."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One execution on a device; nanoseconds."""
+    """One execution on a device; times in nanoseconds."""
 
     name: str
     device: int
@@ -45,7 +55,13 @@ class Operation:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Of a trace. computing: operations but collectives, by device; collectives: with the wait for the others."""
+    """The spans of a trace.
+
+    Attributes:
+        rounds: From dispatch to the end of the wait.
+        computing: By device; all operations but collectives.
+        collectives: By device; the wait for other devices included.
+    """
 
     rounds: Spans
     computing: dict[int, Spans]
@@ -57,7 +73,11 @@ class Timeline:
 
 
 def read_timeline(directory: Path) -> Timeline:
-    """Of the only trace in a directory. Raises EasySpecError if there is not one, or if it lacks what is needed."""
+    """Read the only trace in a directory.
+
+    Raises:
+        EasySpecError: There is not exactly one, or it lacks rounds or operations.
+    """
     found = list(directory.rglob("*.xplane.pb"))
     if len(found) != 1:
         raise EasySpecError(f"{directory} holds {len(found)} traces, not one")
@@ -65,13 +85,20 @@ def read_timeline(directory: Path) -> Timeline:
 
 
 def timeline_of(profile: Any) -> Timeline:
-    """Of a ProfileData. Raises EasySpecError for a trace without rounds or without operations of devices."""
+    """Return the timeline of a ProfileData.
+
+    Raises:
+        EasySpecError: It has no rounds, or no operations of devices.
+    """
     planes = list(profile.planes)
     rounds = sorted(
         (event.start_ns, event.end_ns)
-        for plane in planes if plane.name == "/host:CPU"
-        for line in plane.lines for event in line.events if event.name == ROUND
-    )  # fmt: skip
+        for plane in planes
+        if plane.name == "/host:CPU"
+        for line in plane.lines
+        for event in line.events
+        if event.name == ROUND
+    )
     sorts: dict[bool, dict[int, list[tuple[float, float]]]] = {
         True: defaultdict(list),
         False: defaultdict(list),
@@ -85,17 +112,19 @@ def timeline_of(profile: Any) -> Timeline:
         raise EasySpecError(
             f"the trace shows {len(rounds)} rounds and operations of {len(sorts[False])} devices"
         )
-    computing, collectives = (
-        {device: spans(own) for device, own in sorts[sort].items()} for sort in (False, True)
-    )
+    computing = {device: spans(own) for device, own in sorts[False].items()}
+    collectives = {device: spans(own) for device, own in sorts[True].items()}
     return Timeline(spans(rounds), computing, collectives)
 
 
 def operations(plane: Any) -> Iterator[Operation]:
-    """Of one plane of a trace; an event `end: NAME`, by which XLA for CPUs marks the end of NAME, is none."""
+    """Yield the operations of one plane of a trace.
+
+    XLA for CPUs marks the end of NAME with an event `end: NAME`, which is skipped.
+    """
     lines, name = list(plane.lines), str(plane.name)
     if re.match(r"/device:\w+:\d+$", name):
-        # A TPU tells its operations, and what they are parts of, in lines of their own; a GPU tells its streams.
+        # A TPU has a line for operations and others for what they are parts of; a GPU has streams.
         chosen = [line for line in lines if line.name == "XLA Ops"]
         device = int(name.rpartition(":")[2])
         for line in chosen or [line for line in lines if line.name.startswith("Stream")]:
@@ -112,7 +141,12 @@ def operations(plane: Any) -> Iterator[Operation]:
 
 
 def kind(name: str) -> str:
-    """An operation's name without its number; of a whole instruction, %NAME = …, what it defines."""
+    """Return an operation's name without its number; of an instruction %NAME = …, that name.
+
+    Example:
+        >>> kind("%all-reduce.12 = f32[8] all-reduce(…)")
+        'all-reduce'
+    """
     return re.split(r"[.\s(]", name.removeprefix("%"), maxsplit=1)[0].lower().replace("_", "-")
 
 
@@ -126,7 +160,7 @@ def spans(pairs: Iterable[tuple[float, float]]) -> Spans:
 
 
 def union(own: Spans) -> Spans:
-    """The time that any of some spans covers, as spans that do not touch."""
+    """Merge spans into ones that do not touch."""
     own = own[np.argsort(own[:, 0], kind="stable")]
     reach = np.maximum.accumulate(own[:, 1])
     first = np.append(True, own[1:, 0] > reach[:-1])[: len(own)]
@@ -135,7 +169,7 @@ def union(own: Spans) -> Spans:
 
 
 def covered(own: Spans, edges: Float[np.ndarray, "edges"]) -> Float[np.ndarray, "bins"]:
-    """How much of every bin between two edges the spans cover, nanoseconds; what overlaps counts once."""
+    """Return how much of every bin the spans cover, in nanoseconds; overlaps count once."""
     apart = union(own)
     if not len(apart):
         return np.zeros(len(edges) - 1)
@@ -146,7 +180,7 @@ def covered(own: Spans, edges: Float[np.ndarray, "edges"]) -> Float[np.ndarray, 
 def by_bin(
     own: Timeline, device: int, edges: Float[np.ndarray, "edges"]
 ) -> Float[np.ndarray, "3 bins"]:
-    """Nanoseconds of every bin in which a device computes, is in collectives alone, and does neither."""
+    """Return the nanoseconds that a device computes, is in collectives and is idle, by bin."""
     nothing = np.empty((0, 2))
     computing, collectives = (
         own.computing.get(device, nothing),
@@ -158,7 +192,7 @@ def by_bin(
 
 
 def middle(rounds: Spans) -> tuple[float, float]:
-    """The round of median duration (of the two in the middle the longer), nanoseconds."""
+    """Return the round of median duration (of two the longer), in nanoseconds."""
     begin, end = sorted(rounds.tolist(), key=lambda own: own[1] - own[0])[len(rounds) // 2]
     return begin, end
 
@@ -168,12 +202,17 @@ LETTERS = "cx."
 
 
 def lane(parts: Float[np.ndarray, "3 bins"]) -> str:
-    """A letter a bin, for what fills most of it."""
+    """Return a letter for each bin, for what fills most of it."""
     return "".join(LETTERS[index] for index in np.argmax(parts, axis=0))
 
 
 def runs(lane: str, letters: str) -> list[tuple[int, int]]:
-    """Where any of these letters stand in a lane: the first bin and the number of bins, run by run."""
+    """Find runs of these letters in a lane: the first bin and the number of bins of each.
+
+    Example:
+        >>> runs("cc..xc", "cx")
+        [(0, 2), (4, 2)]
+    """
     return [
         (own.start(), own.end() - own.start())
         for own in re.finditer(f"[{re.escape(letters)}]+", lane)

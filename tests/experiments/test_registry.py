@@ -80,8 +80,14 @@ def test_processes_of_a_command_find_its_functions(tmp_path, monkeypatch):
         "        print(pool.map(double, [1, 2]))\n"
     )
     command = [sys.executable, "-m", "experiments.bench_round"]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path,
-                         env={"PYTHONPATH": str(tmp_path)})  # fmt: skip
+    ran = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path)},
+    )
     assert ran.stdout == "[2, 4]\n"
 
 

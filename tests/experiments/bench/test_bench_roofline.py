@@ -1,4 +1,4 @@
-"""The made-up models are what they are said to be, for both engines; and results are written as they were measured."""
+"""Made-up models do what they promise in both engines, and results are written as measured."""
 
 import json
 import weakref
@@ -30,9 +30,16 @@ from experiments.bench.roofline_timing import memory_cases
 from tests.support.models import forward
 
 LEVELS, VOCAB = 5, 384
-TARGET = models.SMOLLM2_135M | {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 96,
-                                "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-                                "vocab_size": VOCAB, "max_position_embeddings": 256}  # fmt: skip
+TARGET = models.SMOLLM2_135M | {
+    "num_hidden_layers": 1,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 256,
+}
 DRAFT = TARGET | {"num_hidden_layers": 4, "hidden_size": 48}
 QWEN = TARGET | {"model_type": "qwen2", "tie_word_embeddings": False}
 WALK = models.Walk.of(VOCAB, 0.7)
@@ -231,7 +238,7 @@ def test_memory_is_split_over_all_devices():
 
 @pytest.mark.parametrize("width", [1, 3])
 def test_synthetic_acceptance_is_near_what_was_asked(mesh, width):
-    """Each level's rate among the rounds that reach it; texts are valid and belong to their seed."""
+    """Rates hold among the rounds that reach a level; texts are valid and belong to their seed."""
     asked = 0.7
     source = models.random_source(TARGET, "float32")
     target, draft = models.load(source, mesh), models.load(source, mesh, paper_groups(1, 1))
@@ -312,7 +319,7 @@ def test_parts_are_measured_and_written(tiny, tmp_path, capsys):
 
 @pytest.mark.parametrize("together", [True, False])
 def test_texts_are_compared_and_written(tiny, monkeypatch, together):
-    """Weights that do not fit twice are not loaded twice: transformers' are gone before ours come."""
+    """Weights that do not fit twice are loaded once: transformers' go before ours come."""
     successor, alive = models.Walk.of(VOCAB, 0.8).target, []
 
     class Complete:
@@ -385,7 +392,7 @@ def test_what_fails_leaves_the_results_alone(tiny, tmp_path, monkeypatch):
     ],
 )
 def test_bad_arguments_are_one_line(arguments, complaint, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(roofline_texts, "host_memory", lambda: 2**34)
+    monkeypatch.setattr(roofline_parts, "host_memory", lambda: 2**34)
     monkeypatch.chdir(tmp_path)
     assert main(["--out", "results.json", *arguments]) == 2
     printed = capsys.readouterr()

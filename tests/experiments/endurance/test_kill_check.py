@@ -76,7 +76,7 @@ def test_a_small_job_survives_a_kill(tmp_path, capsys):
     out = tmp_path / "kill_check.json"
     command = ["--lines", "12", "--kills", "1", "--batch-size", "2", "--out", str(out)]
     codes = (main(command) for _ in range(3))
-    # Whoever kills may come too late, when the job is done: 2. What differs is 1, and never tried again.
+    # 2: the kill came too late, after the job was done. 1: the outputs differ; never tried again.
     assert next((code for code in codes if code != 2), 2) == 0, capsys.readouterr().err
     measured = json.loads(out.read_text())
     assert measured["equal"] and len(measured["results"]) == 2

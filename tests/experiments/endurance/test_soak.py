@@ -1,4 +1,4 @@
-"""The verdict finds planted leaks, retraces, slowdowns and mismatches; a tiny pair soaks for a few rounds."""
+"""The verdict finds planted leaks, retraces, slowdowns and mismatches; a tiny pair soaks."""
 
 import json
 
@@ -14,7 +14,7 @@ from tests.support.models import save_model
 
 
 def windows(**planted):
-    """Forty windows of a run that is flat but for a little noise, with other values where planted by number."""
+    """Return forty windows of a run that is flat but for noise; planted: other values by number."""
     flat = {
         "rounds": lambda i: 100 * (i + 1),
         "resident_bytes": lambda i: 10**9 + 10**5 * (i % 3),

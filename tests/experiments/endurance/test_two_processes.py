@@ -1,4 +1,4 @@
-"""A draft's step between two processes and in one, timed in turn; the same figures are the same picture."""
+"""A draft step between two processes and in one; the same figures are the same picture."""
 
 import json
 import os

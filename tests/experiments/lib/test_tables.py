@@ -1,5 +1,10 @@
 """Tables are what was measured, in words."""
 
+import doctest
+
+import pytest
+
+from experiments.lib import divergence, passages, tables
 from experiments.lib.tables import flat, markdown, speeds
 
 
@@ -36,3 +41,9 @@ def test_a_table_has_the_columns_of_all_rows():
     lines = markdown(rows).split("\n")
     assert lines[0] == "| a | b | c |"
     assert lines[2:] == ["| 0.123 | 12.35 |  |", "| 123 |  | x\\|y |", "|  |  |  |"]
+
+
+@pytest.mark.parametrize("module", [divergence, passages, tables])
+def test_examples_are_true(module):
+    found = doctest.testmod(module)
+    assert found.attempted > 0 and found.failed == 0

@@ -129,7 +129,7 @@ def test_bad_arguments_are_one_line(arguments, complaint, capsys):
     ("content", "complaint"), [("{}", "has no 'results'"), ("nothing", "cannot be read as JSON")]
 )
 def test_what_is_no_result_is_not_drawn(content, complaint, tmp_path, capsys):
-    path = tmp_path / "other.json"
+    path = tmp_path / "acceptance.json"
     path.write_text(content)
     assert draw.main([str(path)]) == 2
     error = capsys.readouterr().err

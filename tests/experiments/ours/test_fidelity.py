@@ -12,7 +12,7 @@ from tests.support.models import save_model
 
 @pytest.fixture(scope="module")
 def draft(tmp_path_factory):
-    """A draft of four layers, the middle ones of which may run at once, and transformers' model of it."""
+    """Save a draft of four layers whose middle ones may run at once, with transformers' model."""
     directory = tmp_path_factory.mktemp("fidelity")
     reference = save_model(directory / "draft", "smollm2", num_hidden_layers=4)
     (directory / "prompts.txt").write_text("a fox\n")
@@ -37,7 +37,7 @@ def test_cosines_are_those_of_transformers(draft, capsys):
 
 
 def expected_cosines(directory, reference) -> dict[str, float]:
-    """Layer 2 is the only one that is stale at depth 1: it sees what layer 1 sees, which is still exact."""
+    """Only layer 2 is stale at depth 1: it sees what layer 1 sees, which is still exact."""
     ids = transformers.AutoTokenizer.from_pretrained(directory / "draft")(
         "a fox", return_tensors="pt"
     ).input_ids

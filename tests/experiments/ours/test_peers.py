@@ -1,4 +1,4 @@
-"""Engines take turns, their texts are compared token by token, and who cannot be compared says why."""
+"""Engines take turns and their texts are compared; an engine that cannot run says why."""
 
 import json
 
@@ -17,7 +17,7 @@ QUESTIONS = [
 
 
 class Fake:
-    """Continues every prompt by one text, and takes so many seconds of a clock that it moves itself."""
+    """Continues every prompt by one text, advancing its own clock by that many seconds."""
 
     def __init__(self, name, text, seconds, log):
         self.name, self.text, self.seconds, self.log = name, text, seconds, log
@@ -61,8 +61,9 @@ def test_absent_engines_say_why():
         raise Missing("not installed")
 
     assert open_peers(None, {"here": lambda task: {"way": peer}, "there": absent}) == (  # pyright: ignore[reportArgumentType]
-        {"way": peer}, {"there": "not installed"},
-    )  # fmt: skip
+        {"way": peer},
+        {"there": "not installed"},
+    )
 
 
 def test_transformers_completes_the_same_texts(tmp_path):
@@ -70,11 +71,31 @@ def test_transformers_completes_the_same_texts(tmp_path):
     save_model(tmp_path / "model", "llama3")
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
     model, out = str(tmp_path / "model"), tmp_path / "peers.json"
-    assert main([
-        "--target", model, "--draft", model, "--questions", str(tmp_path / "questions.jsonl"), "--platform", "cpu",
-        "--lp-size", "3", "--num-speculative-tokens", "2", "--max-new-tokens", "8", "--repeats", "1",
-        "--out", str(out),
-    ]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "--target",
+                model,
+                "--draft",
+                model,
+                "--questions",
+                str(tmp_path / "questions.jsonl"),
+                "--platform",
+                "cpu",
+                "--lp-size",
+                "3",
+                "--num-speculative-tokens",
+                "2",
+                "--max-new-tokens",
+                "8",
+                "--repeats",
+                "1",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     rows = {row["name"]: row for row in json.loads(out.read_text())["results"]}
     for name in (PLAIN, "sd", "easyspec, N = 3", "transformers", "transformers, assisted"):
         assert rows[name]["identical"] == 1 and rows[name]["divergences"] == []

@@ -1,4 +1,4 @@
-"""The picture counts what the engine does: as many steps as the passes have, on the devices that hold the weights."""
+"""The picture has the engine's steps, on the devices that hold the weights."""
 
 from typing import Any
 from xml.etree import ElementTree
@@ -92,7 +92,7 @@ def test_bad_arguments_are_one_line(arguments, complaint, tmp_path, capsys):
     assert main([*arguments, "--out", str(tmp_path / "round.svg")]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("experiments.draw_round: error: ")
+    assert printed.err.startswith("experiments.round_picture: error: ")
     assert complaint in printed.err
     assert printed.err.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Estimates agree with the cost model and with each other; the paper's figures stand beside them."""
+"""Estimates agree with the cost model and each other, and have the paper's figures next to them."""
 
 import json
 
@@ -41,11 +41,28 @@ def estimated(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(simulate, "SHAPES", dict.fromkeys(SHAPES, str(directory / "model")))
         patch.setattr(paper, "pairs", lambda: pairs)
-        assert main([
-            "--topologies", "a100:8", "v5p:2x1x1", "--prompt-length", "8", "--max-new-tokens", "8",
-            "--num-speculative-tokens", "2", "--tree-width", "2", "--acceptance", str(directory / "acceptance.json"),
-            "--out", str(directory / "simulate.json"),
-        ]) == 0  # fmt: skip
+        assert (
+            main(
+                [
+                    "--topologies",
+                    "a100:8",
+                    "v5p:2x1x1",
+                    "--prompt-length",
+                    "8",
+                    "--max-new-tokens",
+                    "8",
+                    "--num-speculative-tokens",
+                    "2",
+                    "--tree-width",
+                    "2",
+                    "--acceptance",
+                    str(directory / "acceptance.json"),
+                    "--out",
+                    str(directory / "simulate.json"),
+                ]
+            )
+            == 0
+        )
     return directory
 
 

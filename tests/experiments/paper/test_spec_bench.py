@@ -1,4 +1,4 @@
-"""Questions come in and answers go out in Spec-Bench's form, and the summary is what the answers say."""
+"""Questions and answers have Spec-Bench's form, and the summary is what the answers say."""
 
 import json
 
@@ -28,11 +28,27 @@ def answered(tmp_path_factory):
     save_model(directory / "model", "smollm2")
     (directory / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
     model = str(directory / "model")
-    assert main([
-        "--target", model, "--draft", model, "--questions", str(directory / "questions.jsonl"), "--lp-size", "2",
-        "--max-new-tokens", "12", "--answers", str(directory / "answers.jsonl"),
-        "--out", str(directory / "spec_bench.json"),
-    ]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "--target",
+                model,
+                "--draft",
+                model,
+                "--questions",
+                str(directory / "questions.jsonl"),
+                "--lp-size",
+                "2",
+                "--max-new-tokens",
+                "12",
+                "--answers",
+                str(directory / "answers.jsonl"),
+                "--out",
+                str(directory / "spec_bench.json"),
+            ]
+        )
+        == 0
+    )
     return directory
 
 

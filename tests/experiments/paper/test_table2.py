@@ -24,12 +24,40 @@ def measured(tmp_path_factory):
     save_model(directory / "model", "smollm2")
     (directory / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
     model = str(directory / "model")
-    assert main([
-        "--target", model, "--draft", model, "--questions", str(directory / "questions.jsonl"), "--mesh", "2",
-        "--platform", "cpu", "--lp-size", "3", "--tree-width", "2", "--num-speculative-tokens", "2",
-        "--max-new-tokens", "10", "--temperatures", "0", "--profile-phases", "--repeats", "2",
-        "--fit-tokens", "1000", "--out", str(directory / "table2.json"),
-    ]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "--target",
+                model,
+                "--draft",
+                model,
+                "--questions",
+                str(directory / "questions.jsonl"),
+                "--mesh",
+                "2",
+                "--platform",
+                "cpu",
+                "--lp-size",
+                "3",
+                "--tree-width",
+                "2",
+                "--num-speculative-tokens",
+                "2",
+                "--max-new-tokens",
+                "10",
+                "--temperatures",
+                "0",
+                "--profile-phases",
+                "--repeats",
+                "2",
+                "--fit-tokens",
+                "1000",
+                "--out",
+                str(directory / "table2.json"),
+            ]
+        )
+        == 0
+    )
     return directory
 
 
@@ -47,7 +75,7 @@ def test_rows_agree_with_themselves(measured):
         if row["way"] in WAYS:
             passes = (row["drafting"] + row["verification"]) / row["seconds_per_100_tokens"]
             assert row["drafting"] > 0 < row["verification"]
-            # Medians over repeats of each phase and of both together: with two repeats they are means.
+            # With two repeats, the medians of the phases and of their sum are means.
             assert passes == pytest.approx(row["phases_over_round"])
             assert 0 < row["acceptance_rate"] <= 1
         else:

@@ -18,11 +18,35 @@ def measured(tmp_path_factory):
     questions = directory / "questions.jsonl"
     questions.write_text(json.dumps({"question_id": 1, "category": "qa", "turns": ["a fox"]}))
     model = str(directory / "model")
-    assert main([
-        "--target", model, "--draft", model, "--questions", str(questions), "--mesh", "2", "--platform", "cpu",
-        "--lp-sizes", "2", "--tree-width", "1", "--num-speculative-tokens", "2", "--max-new-tokens", "8",
-        "--repeats", "1", "--out", str(directory / "table5.json"),
-    ]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "--target",
+                model,
+                "--draft",
+                model,
+                "--questions",
+                str(questions),
+                "--mesh",
+                "2",
+                "--platform",
+                "cpu",
+                "--lp-sizes",
+                "2",
+                "--tree-width",
+                "1",
+                "--num-speculative-tokens",
+                "2",
+                "--max-new-tokens",
+                "8",
+                "--repeats",
+                "1",
+                "--out",
+                str(directory / "table5.json"),
+            ]
+        )
+        == 0
+    )
     return directory
 
 

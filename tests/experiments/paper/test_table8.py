@@ -1,4 +1,4 @@
-"""A row for every pair and way; a truncated draft has the first layers; the same figures are the same picture."""
+"""There is a row for every pair and way, and a truncated draft has the first layers."""
 
 import json
 
@@ -20,11 +20,30 @@ def measured(tmp_path_factory):
     questions = directory / "questions.jsonl"
     questions.write_text(json.dumps({"question_id": 1, "category": "qa", "turns": ["a fox"]}))
     model = str(directory / "model")
-    assert main([
-        "--pairs", model, model, "--questions", str(questions), "--platform", "cpu", "--lp-size", "2",
-        "--tree-width", "2", "--num-speculative-tokens", "2", "--max-new-tokens", "8",
-        "--out", str(directory / "table8.json"),
-    ]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "--pairs",
+                model,
+                model,
+                "--questions",
+                str(questions),
+                "--platform",
+                "cpu",
+                "--lp-size",
+                "2",
+                "--tree-width",
+                "2",
+                "--num-speculative-tokens",
+                "2",
+                "--max-new-tokens",
+                "8",
+                "--out",
+                str(directory / "table8.json"),
+            ]
+        )
+        == 0
+    )
     return directory
 
 

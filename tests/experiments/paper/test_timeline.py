@@ -1,5 +1,7 @@
 """Which spans of a trace count as what, by hand-made traces and by one of a real program."""
 
+import doctest
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +26,7 @@ from experiments.paper.timeline import (
 
 
 def plane(name, lines):
-    """Text of one; lines: by name, their events: what they are called, when they begin and end (ns), and stats."""
+    """Write a plane; lines: by name, their events as (name, begin, end in ns, stats)."""
     events = [
         (line, *event, {}) if len(event) == 3 else (line, *event)
         for line in lines
@@ -40,9 +42,8 @@ def plane(name, lines):
         parts.append(f'event_metadata {{ key: {number} value {{ id: {number} name: "{label}" }} }}')
     for line in lines:
         own = [(number, event) for number, event in enumerate(events, 1) if event[0] == line]
-        parts.append(
-            f'lines {{ name: "{line}" {" ".join(event_text(number, event, keys) for number, event in own)} }}'
-        )
+        texts = " ".join(event_text(number, event, keys) for number, event in own)
+        parts.append(f'lines {{ name: "{line}" {texts} }}')
     return f"planes {{ {' '.join(parts)} }}"
 
 
@@ -53,7 +54,8 @@ def event_text(number, event, keys):
         + (f'str_value: "{value}" }}' if isinstance(value, str) else f"int64_value: {value} }}")
         for key, value in stats.items()
     )
-    return f"events {{ metadata_id: {number} offset_ps: {1000 * begin} duration_ps: {1000 * (end - begin)} {told} }}"
+    when = f"offset_ps: {1000 * begin} duration_ps: {1000 * (end - begin)}"
+    return f"events {{ metadata_id: {number} {when} {told} }}"
 
 
 def parse(*planes):
@@ -65,9 +67,15 @@ def on(device, name):
 
 
 def test_kinds_of_operations():
-    assert [kind(name) for name in ("psum.12", "all_gather", "%while.3 = (s32[]) while(…)", "add_fusion.1")] == [
-        "psum", "all-gather", "while", "add-fusion",
-    ]  # fmt: skip
+    assert [
+        kind(name)
+        for name in ("psum.12", "all_gather", "%while.3 = (s32[]) while(…)", "add_fusion.1")
+    ] == [
+        "psum",
+        "all-gather",
+        "while",
+        "add-fusion",
+    ]
     names = (
         "psum.1",
         "all_gather.4",
@@ -177,3 +185,8 @@ def test_every_device_runs_the_same_operations_in_a_real_trace(tmp_path):
             }
             assert len(set(inside.values())) == 1
         assert inside == dict.fromkeys(range(4), 5)
+
+
+def test_examples_are_true():
+    found = doctest.testmod(timeline)
+    assert found.attempted > 0 and found.failed == 0
