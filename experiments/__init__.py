@@ -29,7 +29,7 @@ class _ShortName(SourceFileLoader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._spec  # the import system has just put the short name's there
+        module.__spec__ = self._spec  # it was just set to the short name's
 
 
 class _ShortNames(MetaPathFinder):

@@ -4,6 +4,7 @@ The script that measured it, by the command in the file or else by the file's na
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,9 +23,9 @@ def script_of(path: Path, measured: Mapping[str, Any]) -> Script:
     Raises:
         EasySpecError: There is none, or it draws no picture.
     """
-    module = [*str(measured.get("command", "")).split(), "", "", ""][2]  # of "python -m MODULE …"
+    command = re.match(r"python -m experiments\.(\w+)", str(measured.get("command")))
     found = known(path.stem)
-    script = named(module.rpartition(".")[2]) or (found[0] if found else None)
+    script = named(command[1]) if command else found[0] if found else None
     if script is None or not script.draws:
         raise EasySpecError(f"{path}: no script draws such results; see experiments/README.md")
     return script

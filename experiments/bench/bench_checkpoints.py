@@ -99,7 +99,7 @@ def write_random(directory: Path, fields: dict[str, Any], shards: int) -> int:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(demo.TARGET / name, directory / name)
     store = SafetensorsStore(directory, config, largest=-(-size // shards) + (size >> 6))
-    # A million numbers over and over, and a few more, so that rows differ.
+    # A million numbers to repeat, and a few more so that rows differ.
     block = (0.02 * np.random.default_rng(0).standard_normal(1_000_003, np.float32)).astype(
         config.dtype
     )
@@ -187,7 +187,7 @@ def forget(directory: Path) -> None:
 def alternately(
     rounds: int, source: Path, out: Path, *ways: Callable[[Path, Path], Run]
 ) -> list[list[Run]]:
-    """Run every way in turn, from a cold cache to a path that is free again afterwards."""
+    """Run all ways alternately, from a cold cache to a path that is free again afterwards."""
     runs: list[list[Run]] = [[] for _ in ways]
     for _ in range(rounds):
         for way, done in zip(ways, runs, strict=True):
@@ -278,11 +278,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mesh", nargs="+", default=["8"])
     parser.add_argument("--memory", default="2GiB", help="as for convert")
     parser.add_argument(
-        "--directory", type=Path, help="where there is room; by default a temporary directory"
+        "--directory", type=Path, help="where there is room (default: a temporary directory)"
     )
-    parser.add_argument(
-        "--out", type=Path, help="by default experiments/results/bench_checkpoints_SHAPE.json"
-    )
+    parser.add_argument("--out", type=Path, help="default: results/bench_checkpoints_SHAPE.json")
     return run_experiment("experiments.bench_checkpoints", parser, run, argv)
 
 

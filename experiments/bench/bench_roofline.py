@@ -60,17 +60,17 @@ def run(args: argparse.Namespace) -> None:
     parts = saved(out, args.shape)
     bench = opened(args)
     chosen = settings(args, "only", "shape", "command")
-    told = {
+    about = {
         "command": args.command,
         "machine": machine(bench),
         "dtype": bench.dtype.name,
         "settings": chosen,
     }
-    Console().print(", ".join(f"{name} {value}" for name, value in told["machine"].items()))
+    Console().print(", ".join(f"{name} {value}" for name, value in about["machine"].items()))
     for name in (name for name in PARTS if name in args.only):
         rows = PARTS[name](bench)
         print_table(f"{args.shape}, {name}", rows)
-        parts[name] = told | {"results": rows}
+        parts[name] = about | {"results": rows}
         save(out, json.dumps({"shape": args.shape, "parts": parts}, indent=1) + "\n")
 
 
@@ -170,7 +170,7 @@ def shown(column: str, value: float | None) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = Parser(prog="python -m experiments.bench_roofline", description=__doc__)
-    parser.add_argument("--shape", choices=tuple(SHAPES), default="cpu", help="target and draft")
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="cpu", help="of target and draft")
     parser.add_argument("--mesh", default="1")
     parser.add_argument(
         "--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS), help="some of the parts"
@@ -178,9 +178,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--repeats", type=int, default=7, help="samples of each case, and texts of each way"
     )
-    parser.add_argument("--calls", type=int, default=8, help="dispatched in a row for a sample")
+    parser.add_argument("--calls", type=int, default=8, help="calls in a row for a sample")
     parser.add_argument("--context", type=int, default=256, help="tokens of the text so far")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="of texts")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="of each text")
     parser.add_argument(
         "--synthetic-acceptance",
         type=float,
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="probabilities with which a drafted level passes if the one above it does",
     )
     parser.add_argument(
-        "--agreement", type=float, default=0.8, help="share of ids on which peers' drafts are right"
+        "--agreement", type=float, default=0.8, help="share of ids that drafts get right"
     )
     parser.add_argument(
         "--memory-mib",
@@ -199,11 +199,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="read to measure bandwidth; far above any cache",
     )
     parser.add_argument("--out", type=Path, help="default: results/bench_roofline_<shape>.json")
-    # Torch needs memory too, and a large target more than JAX's three quarters.
+    # Torch needs memory too, and a large target needs more than JAX's usual three quarters.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    if (
-        "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ
-    ):  # the older name, which excludes the newer
+    # The older name of the variable excludes the newer one.
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
     return run_experiment("experiments.bench_roofline", parser, run, argv)
 

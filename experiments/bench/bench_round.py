@@ -67,7 +67,7 @@ def passes(target: Decoder, draft: Decoder, state: State, config: RoundConfig) -
         depths = jnp.broadcast_to(depth, tokens.shape)
         at = Nodes(state.length + 1 + (depth - 1) * width, state.length, depths, ancestors)
         h, caches = draft(tokens, caches, at, run_fuzzy)
-        # Not known to be the same tokens, or XLA would take the embedding out of the loop.
+        # XLA must not see that these are the same tokens: it would hoist the embedding.
         return (caches, tokens + (h[..., 0] > 1e30).astype(jnp.int32)), draft.logits(h)
 
     start = (caches, jnp.broadcast_to(state.pending[:, :1], (batch, width)))
@@ -173,7 +173,7 @@ def report(args: argparse.Namespace) -> None:
         )
         prompt = engine.encode(demo.PROMPT)
         seconds = measure(engine.programs(sampling), prompt, sampling, args.repeats)
-        # Within each pair: a shared machine drifts.
+        # Ratios within each pair, because a shared machine drifts.
         shares = [
             1 - bare / whole
             for bare, whole in zip(seconds["passes"], seconds["round"], strict=True)

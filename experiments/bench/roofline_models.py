@@ -139,9 +139,8 @@ class Synthetic:
                 return np.zeros(chosen, self.dtype)
             if name == EMBEDDING:
                 return self._signs[rows].astype(self.dtype)
-            if (
-                name == HEAD
-            ):  # the row that agrees with an embedding in every sign is that of the token to come
+            if name == HEAD:
+                # The row with an embedding's signs is that of the token to come.
                 return self._signs[np.argsort(self.successor)[rows]].astype(self.dtype)
         block = self._block(re.sub(r"layers\.\d+", "layers", name), shape)
         return np.resize(np.roll(block, -rows.start * prod(shape[1:])), chosen)
@@ -263,9 +262,8 @@ def torch_model(fields: Fields, source: Synthetic, device: str) -> Any:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name in source.shapes():
-            words = source.read(name).view(
-                f"int{8 * source.dtype.itemsize}"
-            )  # torch knows no NumPy bfloat16
+            # By way of integers, because torch does not read NumPy's bfloat16.
+            words = source.read(name).view(f"int{8 * source.dtype.itemsize}")
             parameters.pop(name).copy_(torch.from_numpy(words).view(dtype))
     assert not parameters, f"{next(iter(parameters))} was not set"
     return model.eval()

@@ -123,7 +123,7 @@ class Bench:
         return models.load(source, mesh, paper_groups(source.config.num_hidden_layers, lp_size))
 
     def measure(self, cases: Sequence[Case]) -> Timings:
-        """Time all cases in turn, with reads of memory among them."""
+        """Time all cases alternately, with reads of memory among them."""
         memory = memory_cases(self.mesh(), self.dtype, self.args.memory_mib * 2**20)
         measured = alternate([*memory, *cases], self.args.repeats, self.args.calls)
         seconds = {name: np.asarray(samples) for name, samples in measured.items()}
@@ -325,7 +325,7 @@ def speed_row(name: str, measured: texts.Measured, others: dict[str, texts.Measu
 
 PARTS = {
     "bandwidth": bandwidth,
-    # First of those with weights, see there.
+    # First of the parts with weights: transformers needs memory that JAX would keep.
     "peers": peers,
     "target": target,
     "draft": draft,

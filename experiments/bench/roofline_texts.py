@@ -1,4 +1,4 @@
-"""Whole texts by this package and by transformers in turn; rounds at a prescribed acceptance."""
+"""Whole texts by this package and by transformers, alternating; prescribed acceptance."""
 
 import gc
 import time
@@ -130,13 +130,10 @@ def theirs(
         torch_model(fields, source, device) for fields, source in zip(pair, sources, strict=True)
     )
     settings = draft.generation_config
-    settings.num_assistant_tokens, settings.num_assistant_tokens_schedule = (
-        num_assistant_tokens,
-        "constant",
-    )
-    settings.assistant_confidence_threshold = (
-        0.0  # otherwise drafts end where the assistant is unsure
-    )
+    settings.num_assistant_tokens = num_assistant_tokens
+    settings.num_assistant_tokens_schedule = "constant"
+    # Above 0, drafts would end where the assistant is unsure.
+    settings.assistant_confidence_threshold = 0.0
     calls: list[None] = []
     target.register_forward_hook(lambda *_: calls.append(None))
 
@@ -165,9 +162,8 @@ def fit_together(device: str, size: int) -> bool:
         return True
     import torch
 
-    return (
-        2.5 * size < torch.cuda.get_device_properties(0).total_memory
-    )  # the half more for all that is no weight
+    # Each engine holds the weights once; half of them more is for everything else.
+    return 2.5 * size < torch.cuda.get_device_properties(0).total_memory
 
 
 def release(device: str) -> None:

@@ -205,7 +205,7 @@ def bits_per_byte(shape: Shape, params: Params, tokens: np.ndarray, size: int) -
 
 
 def write_texts(target: Path, tokens: np.ndarray, rows: int, batches: int) -> np.ndarray:
-    """Let the target continue pieces of the library, greedily and sampled in turn.
+    """Let the target continue pieces of the library, alternating greedy and sampled.
 
     Returns:
         The ids of all texts in one array, uint16 [tokens].
@@ -243,14 +243,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = Parser(prog="python -m experiments.train_demo", description=__doc__)
     parser.add_argument(
-        "--work", type=Path, required=True, help="corpus, training states and written texts"
+        "--work", type=Path, required=True, help="for the corpus, training states and written texts"
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="gets target/, draft/ and training.json"
+        "--out", type=Path, required=True, help="for target/, draft/ and training.json"
     )
     parser.add_argument("--target-steps", type=int, default=1400)
     parser.add_argument("--draft-steps", type=int, default=1500)
-    parser.add_argument("--written-batches", type=int, default=16, help="of 64 texts")
+    parser.add_argument("--written-batches", type=int, default=16, help="batches of 64 texts")
     try:
         run(parser.parse_args(argv))
     except (EasySpecError, OSError) as error:

@@ -2,7 +2,7 @@
 
 Two devices, each in a process with a core of its own, talk through Gloo, as hosts would. The same
 two devices in one process on the same cores are the comparison. The draft is replicated, split by
-tensor parallelism, or run in layer-parallel groups. Every sample times all ways in turn.
+tensor parallelism, or run in layer-parallel groups. Every sample times all ways.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def between_processes(words: Sequence[str]) -> dict[str, list[float]]:
 
 def be_one_of_two(args: argparse.Namespace) -> None:
     """Measure on a core of this process's own; process 0 prints the figures as JSON."""
-    os.sched_setaffinity(0, {args.core})  # before XLA counts them
+    os.sched_setaffinity(0, {args.core})  # before XLA counts the cores
     own = ("process_id", "core", "command", "words")
     command = {name: value for name, value in vars(args).items() if name not in own}
     with joined(PROGRAM, Peer(args.coordinator, DEVICES, args.process_id), command):
@@ -92,7 +92,7 @@ def be_one_of_two(args: argparse.Namespace) -> None:
 def rows_of(
     args: argparse.Namespace, processes: int, seconds: dict[str, list[float]]
 ) -> list[dict[str, Any]]:
-    """Return a row for every way; ratios are between samples taken in turn."""
+    """Return a row for every way; ratios are between alternating samples."""
     collectives = collectives_of(args)
     return [
         {
@@ -190,7 +190,7 @@ def run(args: argparse.Namespace) -> None:
     if min(args.repeats, args.calls, args.context) < 1:
         raise EasySpecError("--repeats, --calls and --context must be at least 1")
     prepare(args.out)
-    open_draft(args)  # so that one process complains, and not two
+    open_draft(args)  # fail here once rather than in both processes
     rows = rows_of(args, DEVICES, between_processes(args.words)) + rows_of(args, 1, measure(args))
     print_table(rows)
     left_out = (
@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument(
-        "--calls", type=int, default=8, help="of a step for one sample (default: %(default)s)"
+        "--calls", type=int, default=8, help="calls of a step for one sample (default: %(default)s)"
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "two_processes.json")
     for flag, kind in (("--coordinator", str), ("--process-id", int), ("--core", int)):

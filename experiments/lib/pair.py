@@ -6,7 +6,8 @@ from typing import Any
 
 from easyspec_jax import Engine, SpeculativeConfig, demo, open_model
 from easyspec_jax.checkpoint.directory import Checkpoint, open_checkpoint
-from easyspec_jax.cli.command import Parser, add_allow_links, read_prompts
+from easyspec_jax.cli.command import Parser, read_prompts
+from easyspec_jax.cli.flags import add_shared
 from experiments.lib.questions import Question, code_questions, read_questions
 
 DATA = Path(__file__).parents[1] / "data"
@@ -16,15 +17,13 @@ def add_models(parser: Parser) -> None:
     """Add the flags of a pair, and --allow-links for its checkpoints."""
     parser.add_argument("--target", help="default: the bundled pair")
     parser.add_argument("--draft")
-    add_allow_links(parser)
+    add_shared(parser, "--allow-links")
 
 
 def add_flags(parser: Parser) -> None:
     """Add the flags of models, devices and questions."""
     add_models(parser)
-    parser.add_argument("--mesh", default="1")
-    parser.add_argument("--platform")
-    parser.add_argument("--dtype", default="auto")
+    add_shared(parser, "--mesh", "--platform", "--dtype")
     parser.add_argument(
         "--questions",
         type=Path,

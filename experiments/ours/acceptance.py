@@ -125,7 +125,7 @@ def measure_grid(args: argparse.Namespace, prompts: Sequence[str]) -> list[Row]:
         return open_pair(args, layout)
 
     for layout in layouts:
-        opened(layout)  # which checks it and reads no weights
+        opened(layout)  # checks the layout without reading weights
     rows: dict[Variant, Row] = {}
     with bar("Measuring", len(grid)) as advance:
         for layout in layouts:
@@ -251,8 +251,8 @@ def _figure(measured: dict[str, Any]) -> "Figure":
     figure = Figure(figsize=(10, 1.2 + 3 * len(ways)), dpi=120, layout="constrained")
     figure.suptitle(title_of(measured), weight="bold", size=13)
     panels = figure.subplots(len(ways), len(PANELS), squeeze=False)
-    for (way, rows), beside in zip(ways.items(), panels, strict=True):
-        for (name, title), axes in zip(PANELS.items(), beside, strict=True):
+    for (way, rows), line in zip(ways.items(), panels, strict=True):
+        for (name, title), axes in zip(PANELS.items(), line, strict=True):
             axes.set_title(f"{title}: {way}")
             draw_panel(axes, lines, rows, name)
     for axes in panels[-1]:
@@ -367,10 +367,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--refit",
         metavar="DIR",
-        help="also drafts with the refits there, one for each lp-size above 1",
+        help="also draft with the refits there, one for each lp-size above 1",
     )
     parser.add_argument(
-        "--widths", type=int, nargs="+", default=[1, 4, 8, 12], help="of the drafted tree"
+        "--widths", type=int, nargs="+", default=[1, 4, 8, 12], help="widths of the drafted tree"
     )
     parser.add_argument(
         "--lp-sizes", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6], help="1 is the exact draft"

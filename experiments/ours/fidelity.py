@@ -21,11 +21,11 @@ from jaxtyping import Array, Bool, Float, Int
 from easyspec_jax import EasySpecError, Engine, SamplingParams, SpeculativeConfig, demo, open_model
 from easyspec_jax.cli.command import (
     Parser,
-    add_allow_links,
     cache_compilations,
     read_prompts,
     run_command,
 )
+from easyspec_jax.cli.flags import add_shared
 from easyspec_jax.draft.grouping import format_layout
 from easyspec_jax.draft.layer_group import LayerGroup, load_draft, run_fuzzy
 from easyspec_jax.draft.refit_file import choose_layout
@@ -213,7 +213,7 @@ def measure_all(
 def add_flags(parser: Parser) -> None:
     """Add the flags of the draft and of what it is measured on."""
     parser.add_argument("--draft", type=Path, default=demo.DRAFT, help="default: the bundled one")
-    add_allow_links(parser)
+    add_shared(parser, "--allow-links")
     parser.add_argument(
         "--prompts",
         type=Path,
@@ -233,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lp-strategy", metavar="S", help="explicit groups")
     parser.add_argument("--mlp-lp-size", type=int, default=default.mlp_lp_size, metavar="M")
     parser.add_argument(
-        "--refit", default="none", metavar="DIR", help='"auto": the one beside the draft, if any'
+        "--refit", default="none", metavar="DIR", help='"auto": the one next to the draft, if any'
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

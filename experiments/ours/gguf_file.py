@@ -19,7 +19,7 @@ def write_gguf(checkpoint: Checkpoint, path: Path) -> None:
     All tensors are in memory at once.
     """
     config = checkpoint.config
-    architecture = FAMILIES[config.model_type].gguf or "llama"  # as Mistral's files say
+    architecture = FAMILIES[config.model_type].gguf or "llama"  # Mistral's files say so too
     writer = GGUFWriter(path, architecture)
     for key, value in _metadata(config).items():
         kind = GGUFValueType.UINT32 if isinstance(value, int) else GGUFValueType.FLOAT32

@@ -113,7 +113,7 @@ def transformers_peers(task: Task) -> dict[str, Peer]:
         return made[0, len(prompt) :].tolist()
 
     def assisted(prompt: Sequence[int], **settings: Any) -> list[int]:
-        draft.generation_config.update(**(defaults | settings))  # generation itself changes them
+        draft.generation_config.update(**(defaults | settings))  # generate() changes them
         return complete(prompt, assistant_model=draft)
 
     fixed = {
@@ -148,7 +148,7 @@ def llama_cpp_peers(task: Task) -> dict[str, Peer]:
         float32: int = llama_cpp.GGML_TYPE_F32
         caches = {"type_k": float32, "type_v": float32}
         threads = {"n_threads": cores(), "n_threads_batch": cores()}
-        length = task.length + levels + 1  # what is drafted past the end
+        length = task.length + levels + 1  # room for drafts past the end
         return llama_cpp.Llama(
             str(path), n_ctx=length, verbose=False, **threads, **caches, **options
         )
@@ -162,7 +162,7 @@ def llama_cpp_peers(task: Task) -> dict[str, Peer]:
 
     def peer(model: Any, weights: str = EXACT) -> Peer:
         def complete(prompt: Sequence[int]) -> list[int]:
-            model.reset()  # or it would have the prompt's keys from the last time
+            model.reset()  # forget the prompt's keys from the last time
             second.reset()
             made: list[int] = []
             for token in model.generate(prompt, temp=0.0):

@@ -75,7 +75,7 @@ def open_all(args: argparse.Namespace) -> dict[str, Engine]:
     """Open the pair on every mesh, the largest first, because JAX makes its virtual devices once.
 
     Raises:
-        EasySpecError: As tune().
+        EasySpecError: As tune_over().
     """
     meshes = sorted(args.meshes, key=lambda mesh: parse_mesh(mesh).size, reverse=True)
     models, links = (args.target, args.draft), args.allow_links
@@ -88,7 +88,7 @@ def check(args: argparse.Namespace, mesh: str, engine: Engine) -> dict[str, Any]
     """Return the findings on one mesh: tokens a second and gains over plain decoding.
 
     Raises:
-        EasySpecError: As tune().
+        EasySpecError: As tune_over().
     """
     assert engine.draft is not None
     layers = engine.draft.config.num_hidden_layers
@@ -250,13 +250,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mlp-lp-sizes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tree-widths", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--levels", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
+    parser.add_argument("--times", type=int, default=3, help="runs of each candidate of the sweep")
     parser.add_argument(
-        "--times", type=int, default=3, help="that each candidate of the sweep runs"
+        "--best", type=int, default=3, help="candidates that run again, next to the choice"
     )
-    parser.add_argument(
-        "--best", type=int, default=3, help="of the sweep, beside which the choice is run again"
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="of each prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="of each text")
     parser.add_argument("--out", type=Path, default=RESULTS / "tune_check.json")
     return run_experiment("experiments.tune_check", parser, run, argv)
 

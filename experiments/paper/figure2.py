@@ -85,9 +85,8 @@ def open_ways(args: argparse.Namespace) -> list[Way]:
 def trace(case: Case, rounds: int) -> Timeline:
     """Profile that many rounds of a case that is warm."""
     options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = (
-        0  # an event for every call of Python's would slow the dispatch down
-    )
+    # Events for every Python call would slow the dispatch down.
+    options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory, profiler_options=options):
             for _ in range(rounds):
@@ -216,7 +215,7 @@ def _figure(measured: dict[str, Any]) -> "Figure":
 def _panel(axes: "Axes", row: dict[str, Any]) -> None:
     milliseconds = 1e3 * row["bin_seconds"]
     for place, letters in enumerate(row["lanes"].values()):
-        # Each over what may show through where it fills a pixel in part.
+        # Later kinds cover earlier ones where a bin fills only part of a pixel.
         for (_, color), shown in zip(KINDS.values(), (".xc", "xc", "c"), strict=True):
             bars = [
                 (first * milliseconds, count * milliseconds)
@@ -276,17 +275,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.set_defaults(mesh="8")
     parser.add_argument("--lp-size", type=int, default=default.lp_size)
     parser.add_argument(
-        "--refit", default="none", metavar="DIR", help='"auto": that beside the draft, if any'
+        "--refit", default="none", metavar="DIR", help='"auto": the one next to the draft, if any'
     )
     parser.add_argument(
         "--num-speculative-tokens", type=int, default=default.num_speculative_tokens
     )
     parser.add_argument("--tree-width", type=int, default=1)
     parser.add_argument(
-        "--max-new-tokens", type=int, default=64, help="rounds are timed behind texts as long"
+        "--max-new-tokens", type=int, default=64, help="of texts; rounds are timed at that length"
     )
-    parser.add_argument("--rounds", type=int, default=9, help="under the profiler")
-    parser.add_argument("--repeats", type=int, default=15, help="of a round without it")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds under the profiler")
+    parser.add_argument("--repeats", type=int, default=15, help="rounds without the profiler")
     parser.add_argument("--out", type=Path, default=RESULTS / "figure2.json")
     return run_experiment("experiments.figure2", parser, run, argv)
 

@@ -377,8 +377,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = Parser(prog="python -m experiments.round_picture", description=__doc__)
     default = SpeculativeConfig()
-    parser.add_argument("--layers", type=int, default=12, help="of the draft")
-    parser.add_argument("--lp-size", type=int, default=default.lp_size, help="layers a group")
+    parser.add_argument("--layers", type=int, default=12, help="layers of the draft")
+    parser.add_argument("--lp-size", type=int, default=default.lp_size, help="layers in a group")
     parser.add_argument("--devices", type=int, default=4)
     parser.add_argument(
         "--num-speculative-tokens", type=int, default=default.num_speculative_tokens

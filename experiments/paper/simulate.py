@@ -401,7 +401,7 @@ def _draw_panel(axes: Any, rows: Sequence[dict[str, Any]], ways: Sequence[str]) 
         size = row["draft_tensor_parallel_size"]
         place = ways.index(row["way"]) + {None: 0, "1": -0.2, "all": 0.2}[size]
         axes.barh(place, row["speedup"], height=0.64 if size is None else 0.36, color=COLORS[size])
-        end = max(row["speedup"], row["paper_speedup"] or 0)  # behind the paper's mark too
+        end = max(row["speedup"], row["paper_speedup"] or 0)  # the paper's mark included
         note(axes, f"{row['speedup']:.1f}", end, place, gap=6, size=8)
         if row["paper_speedup"] is not None:
             axes.plot(
@@ -454,7 +454,7 @@ def run(args: argparse.Namespace) -> None:
         method="tree",
         num_speculative_tokens=args.num_speculative_tokens,
         tree_width=args.tree_width,
-    )  # says what is wrong with them
+    )  # checks the values
     if min(args.prompt_length, args.max_new_tokens) < 1:
         raise EasySpecError("--prompt-length and --max-new-tokens must be at least 1")
     topologies = [parse_topology(name) for name in args.topologies]
@@ -472,7 +472,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--topologies",
         nargs="+",
         default=["a100:8", "h100:8", "v5p:2x2x1", "v5p:2x2x2"],
-        help="as of easyspec_jax.plan",
+        help="as in easyspec_jax.plan",
     )
     parser.add_argument(
         "--num-speculative-tokens", type=int, default=default.num_speculative_tokens
@@ -484,7 +484,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--acceptance",
         type=Path,
         default=RESULTS / "acceptance.json",
-        help="of experiments.acceptance: what refit drafts lose",
+        help="a file of experiments.acceptance, for what refit drafts lose",
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "simulate.json")
     return run_experiment("experiments.simulate", parser, run, argv)

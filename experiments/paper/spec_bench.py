@@ -302,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--answers",
         type=Path,
         metavar="FILE",
-        help="keeps the answers as JSON lines; plain decoding's come into …-plain.jsonl",
+        help="keep the answers as JSON lines; plain decoding's go to …-plain.jsonl",
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "spec_bench.json")
     return run_experiment("experiments.spec_bench", parser, run, argv)

@@ -165,7 +165,7 @@ def phases(engine: Engine, sampling: SamplingParams, tokens: int, repeats: int) 
             "step", of_draft, config.width, run_fuzzy, loops=max(1, config.levels - 1), **where
         ),
     ]
-    calls = 2  # of each in turn
+    calls = 2  # of each case before the next
     seconds = {name: np.asarray(times) for name, times in alternate(cases, repeats, calls).items()}
     drafting = seconds["first"] + (config.levels - 1) * seconds["step"]
     verification = seconds["verification"]
@@ -385,20 +385,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tree-width", type=int, default=4)
     parser.add_argument("--lp-size", type=int, default=default.lp_size)
     refits = parser.add_mutually_exclusive_group()
-    refits.add_argument("--refit", metavar="DIR", help="also drafts with the refit there")
+    refits.add_argument("--refit", metavar="DIR", help="also draft with the refit there")
     refits.add_argument(
         "--fit-tokens",
         type=int,
         metavar="T",
-        help="also drafts with a refit to so many tokens, made now",
+        help="also draft with a refit, fitted now to T tokens",
     )
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument(
-        "--profile-phases", action="store_true", help="time drafting and verification apart"
+        "--profile-phases", action="store_true", help="time drafting and verification separately"
     )
-    parser.add_argument("--repeats", type=int, default=15, help="of every phase")
+    parser.add_argument("--repeats", type=int, default=15, help="samples of every phase")
     parser.add_argument("--out", type=Path, default=RESULTS / "table2.json")
     return run_experiment("experiments.table2", parser, run, argv)
 

@@ -2,8 +2,8 @@
 
 Both run N layers at once. In a group of attentions the MLPs follow in order. In a group of whole
 layers they run at once too (--mlp-lp-size N), each fed the group's input and the attention outputs
-up to its own layer's. All ways complete the same prompts in turn, greedily; their draft steps are
-timed in turn as programs of their own.
+up to its own layer's. All ways complete the same prompts greedily, alternating; their draft steps
+are timed as programs of their own.
 """
 
 import argparse
@@ -183,14 +183,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_flags(parser)
     parser.add_argument("--lp-sizes", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument(
-        "--refit", default="none", metavar="DIR", help='"auto": those beside the draft, if any'
+        "--refit", default="none", metavar="DIR", help='"auto": those next to the draft, if any'
     )
     parser.add_argument(
         "--num-speculative-tokens", type=int, default=default.num_speculative_tokens
     )
     parser.add_argument("--tree-width", type=int, default=4)
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=15, help="of every draft step")
+    parser.add_argument("--repeats", type=int, default=15, help="samples of every draft step")
     parser.add_argument("--out", type=Path, default=RESULTS / "table5.json")
     return run_experiment("experiments.table5", parser, run, argv)
 

@@ -2,7 +2,7 @@
 
 The paper's table has a step of plain decoding. This one adds a draft's step in every way to split
 it over the same devices: one copy on each, tensor parallelism, layer-parallel groups. Where there
-are several accelerators, or with --measure, steps of --target and --draft are timed in turn.
+are several accelerators, or with --measure, steps of --target and --draft are timed, alternating.
 Elsewhere they are estimates by the cost model of `python -m easyspec_jax.plan` from traces of the
 real programs.
 """
@@ -141,7 +141,7 @@ def describe(name: str, devices: int) -> Machine:
     """
     if name not in MACHINES:
         raise EasySpecError(f"--machines {name}: there are {', '.join(MACHINES)}")
-    line = [1] * (MACHINES[name].dimensions - 1) + [devices]  # of a torus
+    line = [1] * (MACHINES[name].dimensions - 1) + [devices]  # a torus with one long side
     return parse_topology(f"{name}:{'x'.join(map(str, line))}").machine
 
 
@@ -365,32 +365,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--measure",
         action=argparse.BooleanOptionalAction,
-        help="time the pair on the devices that are here (default: if there are several)",
+        help="time the pair on this machine's devices (default: if there are several)",
     )
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--lp-sizes", type=int, nargs="+", default=[2, 4])
     parser.add_argument(
-        "--machines", nargs="+", default=["a100", "h100", "v5p"], help="for estimates"
+        "--machines", nargs="+", default=["a100", "h100", "v5p"], help="machines to estimate for"
     )
     parser.add_argument(
         "--models",
         nargs="+",
         default=["Llama-3.3-70B", "Llama-3.1-8B", "Qwen2.5-7B"],
-        help="for estimates of plain decoding: names as of easyspec_jax.plan",
+        help="for estimates of plain decoding: names as in easyspec_jax.plan",
     )
     parser.add_argument(
         "--drafts",
         nargs="+",
         default=["Llama-3.1-8B", "Llama-3.2-1B"],
-        help="likewise, of drafting",
+        help="for estimates of drafting: names as in easyspec_jax.plan",
     )
     parser.add_argument(
         "--context", type=int, default=256, help="tokens before the step (default: %(default)s)"
     )
-    parser.add_argument("--repeats", type=int, default=15, help="where it is measured")
     parser.add_argument(
-        "--calls", type=int, default=8, help="of a step for one sample, where it is measured"
+        "--repeats", type=int, default=15, help="samples of each step that is timed"
     )
+    parser.add_argument("--calls", type=int, default=8, help="calls of a step for one sample")
     parser.add_argument("--out", type=Path, default=RESULTS / "table6.json")
     return run_experiment("experiments.table6", parser, run, argv)
 

@@ -3,7 +3,7 @@
 How much of a target's text each draft guesses, and what that is worth as an ordinary draft (sd), as
 one that grows trees (tree), and layer-parallel (easyspec). By default the bundled target is drafted
 for by the bundled draft, by itself, and by its own first layers, which were not trained to end
-there. Greedy; all ways complete the same prompts in turn.
+there. Greedy; all ways complete the same prompts, alternating.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from rich.table import Table
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, demo, open_model
 from easyspec_jax.checkpoint.config import read_json
 from easyspec_jax.checkpoint.directory import open_checkpoint
-from easyspec_jax.cli.command import Parser, add_allow_links, cache_compilations, read_prompts
+from easyspec_jax.cli.command import Parser, cache_compilations, read_prompts
+from easyspec_jax.cli.flags import add_shared
 from easyspec_jax.drawing import INK, WHITE, dress_bars, png
 from easyspec_jax.parallel.mesh import parse_mesh
 from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
@@ -205,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--pairs", type=Path, nargs="+", metavar="DIR", help="a target and a draft for each pair"
     )
-    add_allow_links(parser)
+    add_shared(parser, "--allow-links")
     parser.add_argument("--mesh", default="1")
     parser.add_argument("--platform")
     parser.add_argument("--dtype", default="auto")

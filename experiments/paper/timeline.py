@@ -133,10 +133,10 @@ def operations(plane: Any) -> Iterator[Operation]:
             )
     elif name == "/host:CPU":
         for event in (event for line in lines for event in line.events):
-            told = dict(event.stats)
-            if "hlo_op" in told and "device_ordinal" in told:
+            stats = dict(event.stats)
+            if "hlo_op" in stats and "device_ordinal" in stats:
                 yield Operation(
-                    str(told["hlo_op"]), int(told["device_ordinal"]), event.start_ns, event.end_ns
+                    str(stats["hlo_op"]), int(stats["device_ordinal"]), event.start_ns, event.end_ns
                 )
 
 
