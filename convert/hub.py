@@ -28,9 +28,7 @@ def directory_of(source: str, revision: str | None = None) -> Path:
     directory = Path(source)
     if directory.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         if revision is not None:
-            raise EasySpecError(
-                f"a revision (--revision) needs a model on the hub; {source} is a local path"
-            )
+            raise EasySpecError(f"`revision` needs a model on the hub; {source} is a local path")
         return directory
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars

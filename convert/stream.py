@@ -209,7 +209,7 @@ class _Job:
                     if cost > self.budget:
                         raise EasySpecError(
                             f"{self.origin}: {piece.name} needs more memory; "
-                            f"give at least {_BASE + cost} bytes (--memory)"
+                            f"give `memory` of at least {_BASE + cost} bytes"
                         )
                     # Wait for earlier pieces until this one fits.
                     while used + cost > self.budget:
@@ -281,9 +281,7 @@ def cast(name: str, values: np.ndarray, dtype: str) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):  # overflow is reported below, with a name
         result = values.astype(dtype)
     if not is_finite(result):
-        raise EasySpecError(
-            f"{name} has values that overflow {dtype}; choose another dtype (--dtype)"
-        )
+        raise EasySpecError(f"{name} has values that overflow {dtype}; choose another `dtype`")
     return result
 
 
@@ -320,7 +318,7 @@ def _configuration(model: Model, dtype: str | None) -> tuple[dict[str, Any], Mod
     if dtype not in FLOAT_DTYPES:
         raise EasySpecError(
             f"{model.origin}: the embedding is stored as {dtype}, which cannot be written; "
-            "choose a dtype (--dtype)"
+            "choose a `dtype`"
         )
     config = model.config | {"dtype": dtype}
     config.pop("torch_dtype", None)  # the older spelling of the same field

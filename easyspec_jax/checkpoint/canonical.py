@@ -12,6 +12,7 @@ from typing import Literal
 import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16)
 import numpy as np
 
+from easyspec_jax.arithmetic import round_up
 from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.checkpoint.families import EMBEDDING, FAMILIES, HEAD, Tensor
 from easyspec_jax.checkpoint.rope import rope_frequencies
@@ -204,7 +205,7 @@ class CanonicalSource:
         rows = window[0] if window else slice(0, self.expected[name][0])
         # Undoing the permutation takes whole heads: with unit = 4, rows 5:7 are read as 4:8.
         first = rows.start // place.unit * place.unit
-        last = -(-rows.stop // place.unit) * place.unit
+        last = round_up(rows.stop, place.unit)
         whole = slice(place.start + first, place.start + last)
         values = self.stored.read(place.name, (whole, *window[1:]))
         if place.unit > 1:

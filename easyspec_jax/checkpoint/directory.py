@@ -125,7 +125,7 @@ def check_files(directory: Path, allow_links: bool = False) -> None:
         if leads_out and not allow_links:
             raise EasySpecError(
                 f"{path} is a link that points outside the checkpoint directory; "
-                "put the file itself there, or pass allow_links=True (--allow-links)"
+                "put the file itself there, or give `allow_links`"
             )
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise EasySpecError(

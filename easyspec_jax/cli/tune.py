@@ -14,11 +14,11 @@ from easyspec_jax.cli.command import (
     run_command,
 )
 from easyspec_jax.cli.flags import DEVICES, add_shared, devices_of
-from easyspec_jax.drawing import check_drawing
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.files import check_writable, write_whole
 from easyspec_jax.options import DraftTensorParallelSize
 from easyspec_jax.tune.draw import draw
+from easyspec_jax.tune.drawing import check_drawing
 
 PROGRAM = "easyspec_jax.tune"
 

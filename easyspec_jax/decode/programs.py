@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from easyspec_jax.arithmetic import round_up
 from easyspec_jax.decode.refill import Entrance, enter, extended
 from easyspec_jax.decode.round import (
     Report,
@@ -26,6 +27,7 @@ from easyspec_jax.decode.round import (
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.parallel.mesh import replicated
+from easyspec_jax.parallel.spmd import partition_specs, spmd
 from easyspec_jax.verify import RowSampling
 
 AHEAD = 256
@@ -76,7 +78,7 @@ class Programs:
         if self.max_length is None:
             return size
         most = self._needed(max(tokens, self.max_length))
-        return min(size, -(-most // PREFILL_CHUNK) * PREFILL_CHUNK)
+        return min(size, round_up(most, PREFILL_CHUNK))
 
     def _needed(self, tokens: int) -> int:
         """Count the entries that a round may write for a text of a length."""
@@ -270,11 +272,5 @@ class Programs:
             with jax.default_matmul_precision(precision):
                 return body(*jax.tree.unflatten(models, leaves), *args)
 
-        specs = [leaf.sharding.spec for leaf in self.leaves]  # pyright: ignore[reportAttributeAccessIssue]
-        return jax.shard_map(
-            on_device,
-            mesh=self.mesh,
-            in_specs=(specs, *in_specs),
-            out_specs=out_specs,
-            check_vma=False,
-        )
+        specs = partition_specs(self.leaves)
+        return spmd(on_device, self.mesh, (specs, *in_specs), out_specs)

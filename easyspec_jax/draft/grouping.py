@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
+from easyspec_jax.arithmetic import ceil_div
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SpeculativeConfig
 
@@ -70,7 +71,7 @@ def runs(layers: int, mlp_lp_size: int) -> int:
         >>> runs(7, mlp_lp_size=3)
         3
     """
-    return -(-layers // mlp_lp_size)
+    return ceil_div(layers, mlp_lp_size)
 
 
 def paper_groups(num_layers: int, lp_size: int) -> tuple[Group, ...]:
@@ -160,20 +161,20 @@ def _check_partition(groups: list[Group], strategy: str, num_layers: int) -> Non
     for group in groups:
         if group.stop > num_layers:
             raise EasySpecError(
-                f"--lp-strategy {strategy!r} names layer {group.stop - 1}; "
+                f"`lp_strategy` {strategy!r} names layer {group.stop - 1}; "
                 f"the draft has 0 to {num_layers - 1}"
             )
     named = list(itertools.chain.from_iterable(groups))
     for layer in named:
         if named.count(layer) > 1:
-            raise EasySpecError(f"--lp-strategy {strategy!r} names layer {layer} twice")
+            raise EasySpecError(f"`lp_strategy` {strategy!r} names layer {layer} twice")
     for layer in range(num_layers):
         if layer not in named:
             raise EasySpecError(
-                f"--lp-strategy {strategy!r} leaves out layer {layer} of 0 to {num_layers - 1}"
+                f"`lp_strategy` {strategy!r} leaves out layer {layer} of 0 to {num_layers - 1}"
             )
     if named != sorted(named):
-        raise EasySpecError(f"--lp-strategy {strategy!r} does not name the layers in order")
+        raise EasySpecError(f"`lp_strategy` {strategy!r} does not name the layers in order")
 
 
 def format_layout(layout: Layout) -> str:
@@ -204,12 +205,12 @@ def _parse_group(part: str, strategy: str) -> tuple[Group, int | None]:
     match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?(?:x([1-9]\d{0,17}))?", part)
     if match is None:
         raise EasySpecError(
-            f"--lp-strategy {strategy!r}: {part!r} is neither a layer nor a range "
+            f"`lp_strategy` {strategy!r}: {part!r} is neither a layer nor a range "
             'such as "4-7" or "4-7x2"'
         )
     first, last = int(match[1]), int(match[2] or match[1])
     if last < first:
-        raise EasySpecError(f"--lp-strategy {strategy!r}: the range {part!r} runs backwards")
+        raise EasySpecError(f"`lp_strategy` {strategy!r}: the range {part!r} runs backwards")
     return range(first, last + 1), int(match[3]) if match[3] else None
 
 
@@ -226,7 +227,7 @@ def slots_per_device(group: Group, layer_axis: int) -> int:
         >>> slots_per_device(range(1, 8), layer_axis=4)  # 2 + 2 + 2 + 1
         2
     """
-    return -(-len(group) // layer_axis)
+    return ceil_div(len(group), layer_axis)
 
 
 def position_of(layer: int, group: Group, layer_axis: int) -> int:

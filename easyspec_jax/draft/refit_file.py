@@ -108,7 +108,7 @@ def load(path: Path, draft: Checkpoint) -> tuple[Layout, Held]:
         EasySpecError: The file is damaged, was made from other weights, or does not hold the
             tensors that its groups need.
     """
-    again = "run easyspec_jax.refit again, or use --no-refit"
+    again = "run easyspec_jax.refit again, or use `refit` none"
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -223,5 +223,5 @@ def choose_layout(
     if speculative.refit == "auto":
         return layout, None
     raise EasySpecError(
-        f"--refit {speculative.refit} has no {path.name}; run easyspec_jax.refit for these groups"
+        f"`refit` {speculative.refit} has no {path.name}; run easyspec_jax.refit for these groups"
     )

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 
 def spmd(body: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -21,3 +21,12 @@ def spmd(body: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) ->
         out_specs: The same for the results.
     """
     return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def partition_specs(tree: Any) -> Any:
+    """Return the PartitionSpec of every array of a pytree, as spmd() takes them."""
+
+    def spec(array: Any) -> PartitionSpec:
+        return array.sharding.spec
+
+    return jax.tree.map(spec, tree)

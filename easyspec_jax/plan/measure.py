@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from easyspec_jax.parallel.mesh import ALL_AXES
+from easyspec_jax.parallel.spmd import spmd
 from easyspec_jax.plan.machines import Machine
 
 SIDE = {"cpu": 4096, "gpu": 16384, "tpu": 16384}
@@ -74,7 +75,7 @@ def _on_every_device(mesh: Mesh, dtype: np.dtype, *shape: int) -> jax.Array:
 
 def _mapped(mesh: Mesh, body: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
     specs = P(ALL_AXES)
-    return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False))
+    return jax.jit(spmd(body, mesh, specs, specs))
 
 
 def _all_reduce(x: jax.Array) -> jax.Array:

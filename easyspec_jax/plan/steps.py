@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from easyspec_jax.arithmetic import ceil_div
 from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.decode.programs import PREFILL_CHUNK, Programs
 from easyspec_jax.decode.round import RoundConfig, State
@@ -190,7 +191,7 @@ def costs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Costs:
         jax.ShapeDtypeStruct((1,), bool),
     )
     # Each chunk attends to the whole cache, so all chunks cost the same: 300 tokens are 3 chunks.
-    chunks = -(-pair.prompt_length // PREFILL_CHUNK)
+    chunks = ceil_div(pair.prompt_length, PREFILL_CHUNK)
     return Costs(
         way=way,
         mesh=MeshShape(run.mesh.shape["layer"], run.mesh.shape["tensor"]),

@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.model.loader import Loader
+from easyspec_jax.parallel.spmd import spmd
 
 
 def run(
@@ -71,6 +72,4 @@ def _program(
 
     # Parameters stay where the loader put them; every device has all of each array.
     in_specs = (list(leaf_specs), *(P(),) * count)
-    return jax.jit(
-        jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=specs, check_vma=False)
-    )
+    return jax.jit(spmd(body, mesh, in_specs, specs))

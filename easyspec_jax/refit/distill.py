@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from easyspec_jax.arithmetic import ceil_div
 from easyspec_jax.checkpoint.tensors import Held
 from easyspec_jax.draft.grouping import Layout
 from easyspec_jax.draft.layer_group import LayerGroup, Refit, load_draft, load_refit, run_fuzzy
@@ -33,6 +34,7 @@ from easyspec_jax.model.projection import Projection
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.parallel.collectives import all_reduce
 from easyspec_jax.parallel.mesh import Axes
+from easyspec_jax.parallel.spmd import partition_specs, spmd
 from easyspec_jax.progress import Bar, no_bar
 from easyspec_jax.refit.teacher import drafted_window, exact_window
 from easyspec_jax.sampling.vocabulary import LOWEST, normaliser
@@ -78,7 +80,7 @@ def distill(
     everywhere = NamedSharding(loader.mesh, P())
     trained: Trained = [jax.device_put(joined(tensors, site), everywhere) for site in sites]
     columns = _columns(loader, layout, sites, trained)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, RATE, -(-steps // 10), steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, RATE, ceil_div(steps, 10), steps)
     optimizer = optax.adam(schedule, b2=0.99)
     moments = jax.device_put(optimizer.init(trained), everywhere)
     program = _step(optimizer, draft, loader.mesh)
@@ -104,8 +106,7 @@ def _shuffled(count: int) -> Iterator[int]:
 
 def _step(optimizer: optax.GradientTransformation, draft: Decoder, mesh: Mesh) -> Any:
     """Compile one step: (projections, moments, draft, columns, texts) -> (projections, moments)."""
-    specs = jax.tree.map(lambda x: x.sharding.spec, draft)
-    loss = jax.shard_map(_loss, mesh=mesh, in_specs=(specs, P()), out_specs=P(), check_vma=False)
+    loss = spmd(_loss, mesh, (partition_specs(draft), P()), P())
 
     def step(
         trained: Trained, moments: Any, draft: Decoder, columns: list[Columns], ids: Array

@@ -13,6 +13,7 @@ from easyspec_jax.draft.layer_group import run_fuzzy
 from easyspec_jax.model.transformer import Caches, Decoder
 from easyspec_jax.parallel.collectives import all_reduce
 from easyspec_jax.parallel.mesh import Axes
+from easyspec_jax.parallel.spmd import partition_specs, spmd
 from easyspec_jax.refit.teacher import drafted_window, exact_window
 from easyspec_jax.sampling.vocabulary import argmax, normaliser
 
@@ -41,14 +42,12 @@ def fidelity(
         rejection sampling if the exact draft were the target; and the share of positions where
         both find the same id the likeliest.
     """
-    specs = jax.tree.map(lambda x: x.sharding.spec, draft)
 
     def body(draft: Decoder, ids: Int[Array, "1 tokens"]) -> tuple[Array, Array]:
         with jax.default_matmul_precision("highest"):
             return _compare(draft, ids, depths)
 
-    mapped = jax.shard_map(body, mesh=mesh, in_specs=(specs, P()), out_specs=P(), check_vma=False)
-    program: Any = jax.jit(mapped)
+    program: Any = jax.jit(spmd(body, mesh, (partition_specs(draft), P()), P()))
     overlaps, agrees = [], []
     for ids in texts:
         # A batch of one: a whole text's logits at all depths take enough memory by themselves.

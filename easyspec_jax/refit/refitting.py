@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from easyspec_jax.arithmetic import ceil_div
 from easyspec_jax.checkpoint.directory import Checkpoint
 from easyspec_jax.checkpoint.tensors import Held
 from easyspec_jax.decode.programs import Programs
@@ -134,7 +135,7 @@ def _fitted(
 
 def _texts(engine: Engine, config: RefitConfig, bar: Bar) -> Int[np.ndarray, "texts tokens"]:
     """Read or generate the texts, whichever the config asks for."""
-    count = -(-config.tokens // LENGTH)
+    count = ceil_div(config.tokens, LENGTH)
     if config.text is not None:
         return read_texts(Path(config.text), engine.tokenizer, count)
     sampling = config.sampling_params()

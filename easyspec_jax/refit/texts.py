@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from easyspec_jax.arithmetic import wrap_seed
 from easyspec_jax.decode.loop import decode
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.engine.completion import Generation
@@ -129,7 +130,7 @@ def _questions(
     """Prepare all prompts again and again, each time with the next seeds."""
     for turn in itertools.count() if sampling.temperature else range(1):
         for number, prompt in enumerate(prompts):
-            seed = (sampling.seed + turn * len(prompts) + number) % 2**32
+            seed = wrap_seed(sampling.seed + turn * len(prompts) + number)
             yield engine.row(prompt, replace(sampling, seed=seed), chat=chat)
 
 
@@ -164,7 +165,7 @@ def write_texts(
     with bar("Writing texts", count) as advance:
         for first in range(0, count, ROWS):
             rows = min(ROWS, count - first)
-            chosen = replace(sampling, seed=(sampling.seed + first) % 2**32)
+            chosen = replace(sampling, seed=wrap_seed(sampling.seed + first))
             written = [list(start) for _ in range(rows)]
             # Row i of a report holds num_tokens[i] new ids; what follows them is padding.
             for report in decode(programs, written, [LENGTH - len(start)] * rows, chosen):

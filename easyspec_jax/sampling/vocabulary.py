@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
+from easyspec_jax.arithmetic import round_up
 from easyspec_jax.parallel.collectives import all_reduce, shard_count, shard_index
 from easyspec_jax.parallel.mesh import Axes
 
@@ -197,8 +198,7 @@ def shard_ids(x: Float[Array, "rows vocab_shard"], axes: Axes) -> Int[Array, "ro
 
 def padded_rows(rows: int, axes: Axes) -> int:
     """Round a number of rows up to a multiple of the number of devices along axes."""
-    devices = shard_count(axes)
-    return -(-rows // devices) * devices
+    return round_up(rows, shard_count(axes))
 
 
 def whole_rows(

@@ -158,15 +158,13 @@ def from_template(tokenizer: Tokenizer, conversation: Conversation) -> str:
         EasySpecError: The tokenizer has no chat template, or it fails on this conversation.
     """
     if not tokenizer.chat_template:
-        raise EasySpecError(
-            "this checkpoint has no chat template; give plain text, without chat=True (--chat)"
-        )
+        raise EasySpecError("this checkpoint has no chat template; give plain text, without `chat`")
     try:
         text = _rendered(tokenizer, conversation, _RENDERING, add_generation_prompt=True)
     except Exception as error:  # a template is a program, and can raise anything
         raise EasySpecError(
             f"the checkpoint's chat template fails ({first_line(error)}); "
-            "give plain text, without chat=True (--chat)"
+            "give plain text, without `chat`"
         ) from None
     check_text(text)
     return text

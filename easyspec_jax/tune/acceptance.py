@@ -182,8 +182,10 @@ def mean_accepted(
         levels: Depth of a round's draft.
 
     Example:
-        >>> mean_accepted(np.array([[2, 0, 1, 0, 1]]), np.array([5]), levels=1)
-        0.5
+        Rounds of up to two levels begin at spots 0, 3 and 4, and accept 2, 0 and 1 tokens:
+
+        >>> mean_accepted(np.array([[2, 0, 1, 0, 1]]), np.array([5]), levels=2)
+        1.0
     """
     rounds = accepted = 0
     for own, count in zip(reached, known, strict=True):

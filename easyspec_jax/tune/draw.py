@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from easyspec_jax.drawing import INK, SOFT, png
+from easyspec_jax.tune.drawing import INK, SOFT, png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

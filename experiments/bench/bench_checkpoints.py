@@ -26,6 +26,7 @@ import numpy as np
 
 from convert.shards import SafetensorsStore
 from easyspec_jax import EasySpecError, demo
+from easyspec_jax.arithmetic import ceil_div
 from easyspec_jax.checkpoint.canonical import expected_shapes
 from easyspec_jax.checkpoint.config import model_config
 from easyspec_jax.cli.command import Parser
@@ -98,7 +99,7 @@ def write_random(directory: Path, fields: dict[str, Any], shards: int) -> int:
     (directory / "config.json").write_text(json.dumps(fields))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(demo.TARGET / name, directory / name)
-    store = SafetensorsStore(directory, config, largest=-(-size // shards) + (size >> 6))
+    store = SafetensorsStore(directory, config, largest=ceil_div(size, shards) + (size >> 6))
     # A million numbers to repeat, and a few more so that rows differ.
     block = (0.02 * np.random.default_rng(0).standard_normal(1_000_003, np.float32)).astype(
         config.dtype

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from easyspec_jax import EasySpecError, Engine, SpeculativeConfig, open_model
+from easyspec_jax.arithmetic import ceil_div
 from easyspec_jax.cli.command import Parser, cache_compilations
-from easyspec_jax.drawing import FAINT, INK, SOFT, png
 from easyspec_jax.options import check_whole
+from easyspec_jax.tune.drawing import FAINT, INK, SOFT, png
 from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings
 from experiments.lib.requests import RowSampling, blocks
 from experiments.lib.tables import Rows, column
@@ -165,7 +166,7 @@ def verdict(
 
 
 def _change(values: Sequence[float] | np.ndarray) -> float:
-    part = -(-len(values) // 10)
+    part = ceil_div(len(values), 10)
     first, last = (float(np.median(some)) for some in (values[:part], values[-part:]))
     return 100 * (last / first - 1)
 

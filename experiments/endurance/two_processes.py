@@ -21,11 +21,11 @@ from rich.table import Table
 from easyspec_jax import EasySpecError
 from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.decode.timing import alternate
-from easyspec_jax.drawing import dress_bars, png
 from easyspec_jax.options import resolve_dtype
 from easyspec_jax.parallel.hosts import joined
 from easyspec_jax.parallel.rendezvous import Peer
 from easyspec_jax.plan.steps import Pair
+from easyspec_jax.tune.drawing import dress_bars, png
 from experiments.lib.output import (
     RESULTS,
     align_right,

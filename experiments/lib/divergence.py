@@ -11,8 +11,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from easyspec_jax import Engine
+from easyspec_jax.arithmetic import round_up
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.parallel.mesh import ALL_AXES
+from easyspec_jax.parallel.spmd import partition_specs, spmd
 
 NextLogits = Callable[[Sequence[int]], np.ndarray]
 """Returns the target's logits after a text, float32 [vocabulary]."""
@@ -62,18 +64,11 @@ def divergence(
 def next_logits(engine: Engine) -> NextLogits:
     """Compile a pass of the engine's target over whole texts."""
     target = engine.load()[0]
-    specs = jax.tree.map(lambda x: x.sharding.spec, target)
-    mapped = jax.shard_map(
-        _logits,
-        mesh=engine.mesh,
-        in_specs=(specs, P(), P()),
-        out_specs=P(ALL_AXES),
-        check_vma=False,
-    )
-    program = jax.jit(mapped)
+    specs = partition_specs(target), P(), P()
+    program = jax.jit(spmd(_logits, engine.mesh, specs, P(ALL_AXES)))
 
     def behind(ids: Sequence[int]) -> np.ndarray:
-        padded = np.zeros((1, -(-len(ids) // CHUNK) * CHUNK), np.int32)
+        padded = np.zeros((1, round_up(len(ids), CHUNK)), np.int32)
         padded[0, : len(ids)] = ids
         return np.asarray(program(target, padded, np.int32(len(ids) - 1)), np.float32)
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from easyspec_jax import EasySpecError
 from easyspec_jax.cli.command import run_command
-from easyspec_jax.drawing import check_drawing
 from easyspec_jax.files import check_writable, write_whole
 from easyspec_jax.progress import progress_lines
+from easyspec_jax.tune.drawing import check_drawing
 from experiments.lib.machine import machine
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from rich.table import Table
 from easyspec_jax import Engine, SamplingParams, SpeculativeConfig
 from easyspec_jax.cli.command import Parser, cache_compilations, read_prompts
 from easyspec_jax.draft.grouping import format_layout
-from easyspec_jax.drawing import INK, SOFT, STYLE, WHITE, png
 from easyspec_jax.options import Verifier
 from easyspec_jax.progress import bar
+from easyspec_jax.tune.drawing import INK, SOFT, STYLE, WHITE, png
 from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
 from experiments.lib.pair import DATA, add_models, names, open_pair
 from experiments.lib.tables import Rows, distinct, matching

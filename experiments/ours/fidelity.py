@@ -32,6 +32,7 @@ from easyspec_jax.draft.refit_file import choose_layout
 from easyspec_jax.model.cache import KVCache
 from easyspec_jax.model.transformer import Decoder, Hidden
 from easyspec_jax.parallel.mesh import ALL_AXES
+from easyspec_jax.parallel.spmd import partition_specs, spmd
 from easyspec_jax.progress import bar
 from easyspec_jax.refit.fidelity import DEPTHS, fidelity
 from easyspec_jax.refit.teacher import drafted_window, exact_window
@@ -71,15 +72,12 @@ def cosines(draft: Decoder, mesh: Any, texts: Texts, counted: Counted) -> dict[s
 
     Empty if no layer is stale.
     """
-    specs = jax.tree.map(lambda x: x.sharding.spec, draft)
 
     def body(draft: Decoder, ids: Int[Array, "1 tokens"]) -> Cosines:
         with jax.default_matmul_precision("highest"):
             return _through_blocks(draft, ids)
 
-    program: Any = jax.jit(
-        jax.shard_map(body, mesh=mesh, in_specs=(specs, P()), out_specs=P(), check_vma=False)
-    )
+    program: Any = jax.jit(spmd(body, mesh, (partition_specs(draft), P()), P()))
     results = [program(draft, ids[None]) for ids in texts]
     names = [name for name, layers in results[0].items() if layers]
     means = {}

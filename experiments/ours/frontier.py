@@ -20,8 +20,8 @@ from easyspec_jax import EasySpecError, SpeculativeConfig, demo
 from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.draft.grouping import Layout, format_layout, layout_of, paper_groups
 from easyspec_jax.draft.refit_file import find
-from easyspec_jax.drawing import png
 from easyspec_jax.refit.fidelity import DEPTHS
+from easyspec_jax.tune.drawing import png
 from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
 from experiments.lib.pair import open_draft
 from experiments.lib.picture import draft_title

@@ -22,8 +22,8 @@ from rich.table import Table
 
 from easyspec_jax import EasySpecError, Engine, SamplingParams, SpeculativeConfig, demo
 from easyspec_jax.cli.command import Parser, cache_compilations
-from easyspec_jax.drawing import INK, SOFT, WHITE, dress_bars, png
 from easyspec_jax.progress import bar
+from easyspec_jax.tune.drawing import INK, SOFT, WHITE, dress_bars, png
 from experiments.lib.divergence import NextLogits, divergence, first_difference, next_logits
 from experiments.lib.machine import cores
 from experiments.lib.output import (

@@ -18,7 +18,6 @@ from rich.table import Table
 from easyspec_jax import Engine
 from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.draft.refit_file import refit_sizes
-from easyspec_jax.drawing import SOFT, png
 from easyspec_jax.engine.tuned_file import label
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
 from easyspec_jax.parallel.mesh import parse_mesh
@@ -26,6 +25,7 @@ from easyspec_jax.progress import bar
 from easyspec_jax.tune.bench import Sample
 from easyspec_jax.tune.candidates import Candidate, Space, candidates
 from easyspec_jax.tune.confirm import alternate, confirmed
+from easyspec_jax.tune.drawing import SOFT, png
 from easyspec_jax.tune.tuning import MAX_NEW_TOKENS, default_sample, open_pair, tune_over
 from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
 from experiments.lib.pair import add_models, names

@@ -19,8 +19,8 @@ from rich.table import Table
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig
 from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.decode.timing import Case, alternate, round_case
-from easyspec_jax.drawing import INK, dress_bars, png
 from easyspec_jax.parallel.mesh import parse_mesh
+from easyspec_jax.tune.drawing import INK, dress_bars, png
 from experiments.lib.output import (
     RESULTS,
     align_right,

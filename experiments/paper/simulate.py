@@ -21,7 +21,6 @@ from rich.table import Table
 from easyspec_jax import EasySpecError, SpeculativeConfig
 from easyspec_jax.checkpoint.config import read_json
 from easyspec_jax.cli.command import Parser
-from easyspec_jax.drawing import INK, dress_bars, png
 from easyspec_jax.engine.abstract import absent_mesh
 from easyspec_jax.options import DraftTensorParallelSize, Method, Platform
 from easyspec_jax.plan.configurations import find_config
@@ -29,6 +28,7 @@ from easyspec_jax.plan.machines import Machine, Topology, parse_topology
 from easyspec_jax.plan.report import tokens_per_second
 from easyspec_jax.plan.steps import Costs, Pair, Way, costs, verification_cost
 from easyspec_jax.progress import bar
+from easyspec_jax.tune.drawing import INK, dress_bars, png
 from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
 from experiments.lib.picture import note
 from experiments.lib.tables import Rows, distinct, labelled, matching

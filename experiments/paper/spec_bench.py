@@ -20,11 +20,11 @@ from rich.table import Table
 from easyspec_jax import EasySpecError, Engine, SamplingParams, SpeculativeConfig
 from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.decode.stats import Stats
-from easyspec_jax.drawing import INK, dress_bars, png
 from easyspec_jax.files import check_writable, write_whole
 from easyspec_jax.options import Method
 from easyspec_jax.progress import bar
 from easyspec_jax.tokenizer.conversation import Prompt
+from easyspec_jax.tune.drawing import INK, dress_bars, png
 from experiments.lib.divergence import Divergence, divergence, next_logits
 from experiments.lib.output import (
     RESULTS,

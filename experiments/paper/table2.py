@@ -23,12 +23,12 @@ from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.cli.console import print_note
 from easyspec_jax.decode.timing import alone, alternate, pass_case, round_case
 from easyspec_jax.draft.layer_group import run_fuzzy
-from easyspec_jax.drawing import INK, dress_bars, png
 from easyspec_jax.engine.completion import Completion
 from easyspec_jax.model.transformer import run_exact
 from easyspec_jax.parallel.mesh import parse_mesh
 from easyspec_jax.progress import bar
 from easyspec_jax.refit.__main__ import main as fit_refit
+from easyspec_jax.tune.drawing import INK, dress_bars, png
 from experiments.lib.machine import machine
 from experiments.lib.output import (
     RESULTS,

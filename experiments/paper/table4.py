@@ -15,8 +15,8 @@ from rich.table import Table
 
 from easyspec_jax import SpeculativeConfig, demo
 from easyspec_jax.cli.command import Parser, cache_compilations
-from easyspec_jax.drawing import SOFT, WHITE, png
 from easyspec_jax.refit.fidelity import DEPTHS
+from easyspec_jax.tune.drawing import SOFT, WHITE, png
 from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
 from experiments.lib.picture import draft_title
 from experiments.lib.tables import Rows, distinct, overlaps

@@ -20,8 +20,8 @@ from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.decode.timing import Case, alone, alternate, pass_case
 from easyspec_jax.draft.grouping import format_layout
 from easyspec_jax.draft.layer_group import run_fuzzy
-from easyspec_jax.drawing import dress_bars, png
 from easyspec_jax.parallel.mesh import parse_mesh
+from easyspec_jax.tune.drawing import dress_bars, png
 from experiments.lib.output import (
     RESULTS,
     align_right,

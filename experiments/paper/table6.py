@@ -24,7 +24,6 @@ from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.decode.timing import Case, alone, alternate, pass_case
 from easyspec_jax.draft.layer_group import run_fuzzy
-from easyspec_jax.drawing import INK, SOFT, png
 from easyspec_jax.engine.abstract import absent_mesh, abstract_state, bytes_per_device
 from easyspec_jax.model.transformer import run_exact
 from easyspec_jax.options import DraftTensorParallelSize, Platform, resolve_dtype
@@ -34,6 +33,7 @@ from easyspec_jax.plan.cost import Cost
 from easyspec_jax.plan.machines import MACHINES, Machine, parse_topology
 from easyspec_jax.plan.steps import Pair, Way, pass_cost, programs
 from easyspec_jax.progress import bar
+from easyspec_jax.tune.drawing import INK, SOFT, png
 from experiments.lib.output import (
     RESULTS,
     align_right,

@@ -21,8 +21,8 @@ from easyspec_jax.checkpoint.config import read_json
 from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.cli.command import Parser, cache_compilations, read_prompts
 from easyspec_jax.cli.flags import add_shared
-from easyspec_jax.drawing import INK, WHITE, dress_bars, png
 from easyspec_jax.parallel.mesh import parse_mesh
+from easyspec_jax.tune.drawing import INK, WHITE, dress_bars, png
 from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
 from experiments.lib.pair import DATA
 from experiments.lib.picture import note

@@ -19,9 +19,16 @@ from easyspec_jax.generate import main
 from tests.support.models import LAYERS, add_refit, byte_tokenizer, save_model
 
 STATS = {
-    "rounds", "drafted", "accepted", "acceptance_rate", "mean_acceptance_length", "accepted_per_position",
-    "prefill_seconds", "decode_seconds", "tokens_per_second",
-}  # fmt: skip
+    "rounds",
+    "drafted",
+    "accepted",
+    "acceptance_rate",
+    "mean_acceptance_length",
+    "accepted_per_position",
+    "prefill_seconds",
+    "decode_seconds",
+    "tokens_per_second",
+}
 SAMPLED = ["--method", "easyspec", "--temperature", "0.8", "--top-k", "50"]
 
 
@@ -424,7 +431,7 @@ def test_files_on_another_disk(model, arguments, capsys, tmp_path):
 
 
 def test_a_text_ends_where_the_template_ends_a_turn(model, arguments, capsys, tmp_path):
-    """The configuration's stop ids are those of a base model; the token that ends turns is none of them."""
+    """The stop ids are those of a base model, and the token that ends turns is not among them."""
     assert main([*arguments, "--json", "--prompt", "Hello"]) == 0
     (plain,) = map(json.loads, capsys.readouterr().out.splitlines())
     tokenizer = byte_tokenizer()
@@ -498,7 +505,7 @@ def test_progress_and_text_share_a_terminal(arguments, terminal):
     ids=["plain", "sampled", "refit"],
 )
 def test_a_batch_changes_no_text(model, arguments, capsys, tmp_path, flags):
-    """Five prompts of different lengths, one of which ends early, alone and in batches of 3, the last one short."""
+    """Prompts of different lengths, one ending early, alone and in batches of 3, the last short."""
     prompts = ["a", "b" * 150, "Hello", "wörld", "x y z"]
     refit = [add_refit(model[0], 3, tmp_path)] if flags[-1] == "--refit" else []
     flags = [*flags, *refit, *(flag for prompt in prompts for flag in ("--prompt", prompt))]

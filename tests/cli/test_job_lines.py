@@ -1,4 +1,4 @@
-"""Lines of a job: what they may say, in our words and in OpenAI's, and what is wrong with the others."""
+"""Lines of a job: fields of ours and of OpenAI's, and what is wrong with other lines."""
 
 import json
 from typing import Any
@@ -21,14 +21,19 @@ def item(**fields: Any) -> Item:
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("[]", "no JSON object"), ("[" * 100000, "no JSON"), ('{"id": 1}', "either"),
-        ('{"id": true, "prompt": "a"}', "id must"), ('{"id": 1, "prompt": 5}', "must be a string"),
-        ('{"id": 1, "promt": "a"}', "'promt' is unknown"), ('{"id": 1, "messages": []}', "list of objects"),
-        ('{"id": 1, "prompt": "a", "top_k": 1.5}', "wrong type"), ('{"id": 1, "prompt": "a", "seed": -1}', "seed"),
+        ("[]", "no JSON object"),
+        ("[" * 100000, "no JSON"),
+        ('{"id": 1}', "either"),
+        ('{"id": true, "prompt": "a"}', "id must"),
+        ('{"id": 1, "prompt": 5}', "must be a string"),
+        ('{"id": 1, "promt": "a"}', "'promt' is unknown"),
+        ('{"id": 1, "messages": []}', "list of objects"),
+        ('{"id": 1, "prompt": "a", "top_k": 1.5}', "wrong type"),
+        ('{"id": 1, "prompt": "a", "seed": -1}', "seed"),
         ('{"id": 1, "prompt": "a", "temperature": 1' + "0" * 400 + "}", "ordinary size"),
         ('{"id": 1, "prompt": "a", "stop": [1]}', "stop must"),
     ],
-)  # fmt: skip
+)
 def test_bad_lines(line, message):
     (item,) = read_items(line.encode(), PLAIN)
     assert item.error is not None
@@ -39,16 +44,27 @@ def test_seeds_follow_line_numbers():
     content = (
         b'{"id": 1, "prompt": "a"}\n\n{"id": 2, "prompt": "b"}\n{"id": 3, "prompt": "c", "seed": 9}'
     )
-    assert [item.sampling and item.sampling.seed for item in read_items(content, SamplingParams(seed=2**32 - 1))] == [
-        2**32 - 1, 1, 9
-    ]  # fmt: skip
+    assert [
+        item.sampling and item.sampling.seed
+        for item in read_items(content, SamplingParams(seed=2**32 - 1))
+    ] == [2**32 - 1, 1, 9]
 
 
 def test_fields_of_openais_batches_are_understood():
     body = {
-        "model": "any", "messages": [USER], "max_tokens": 7, "temperature": 0.5, "stop": None, "metadata": {"a": 1},
-        "n": 1, "presence_penalty": 0, "logit_bias": {}, "stream": False, "user": "u", "tools": [{"type": "function"}],
-    }  # fmt: skip
+        "model": "any",
+        "messages": [USER],
+        "max_tokens": 7,
+        "temperature": 0.5,
+        "stop": None,
+        "metadata": {"a": 1},
+        "n": 1,
+        "presence_penalty": 0,
+        "logit_bias": {},
+        "stream": False,
+        "user": "u",
+        "tools": [{"type": "function"}],
+    }
     line = {"custom_id": "request-1", "method": "POST", "url": "/v1/chat/completions", "body": body}
     (read,) = read_items(json.dumps(line).encode(), PLAIN)
     assert read.error is None
@@ -57,11 +73,27 @@ def test_fields_of_openais_batches_are_understood():
     assert not read.unused
 
 
-@pytest.mark.parametrize("fields", [
-    {"prompt": "a", "stop": None, "temperature": None, "seed": None, "messages": None},
-    {"prompt": "a", "max_tokens": 10, "max_new_tokens": 10, "metadata": {"x": [1]}, "user": None},
-    {"prompt": "a", "n": 1, "frequency_penalty": 0.0, "logprobs": False, "tool_choice": "auto", "top_logprobs": None},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "a", "stop": None, "temperature": None, "seed": None, "messages": None},
+        {
+            "prompt": "a",
+            "max_tokens": 10,
+            "max_new_tokens": 10,
+            "metadata": {"x": [1]},
+            "user": None,
+        },
+        {
+            "prompt": "a",
+            "n": 1,
+            "frequency_penalty": 0.0,
+            "logprobs": False,
+            "tool_choice": "auto",
+            "top_logprobs": None,
+        },
+    ],
+)
 def test_what_is_null_or_asks_for_nothing_changes_nothing(fields):
     assert item(**fields) == Item(1, "a", "a", PLAIN)
 

@@ -47,7 +47,7 @@ def engine(models):
 
 
 def check_refilled_rows(models, method: Method = "easyspec", refit="none"):
-    """More texts than rows, of all lengths, each with its own sampling; one prompt is longer than a chunk."""
+    """More texts than rows, each with its own length and sampling; one prompt exceeds a chunk."""
     engine = engine_of(models[0], models[0], method, refit)
     wanted = [
         ("x" * size, SamplingParams(temperature=0.5 + size / 100, seed=size, max_new_tokens=limit))
@@ -247,7 +247,8 @@ def test_flags_that_do_not_go_together_are_one_line(flags, complaint, capsys):
 
 
 HOSTILE: list[str] = [
-    '{"id": ID, "messages": [{"role": "user", "content": "hi", "weight": {"a": [1, null]}}], "tools": "f"}',
+    '{"id": ID, "messages": [{"role": "user", "content": "hi", "weight": {"a": [1, null]}}], '
+    '"tools": "f"}',
     '{"id": ID, "messages": [{"role": "assistant", "content": null}]}',
     '{"id": ID, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
     '{"id": ID, "messages": [[["user"]]]}',
@@ -280,11 +281,12 @@ HOSTILE: list[str] = [
 
 
 def test_no_line_ends_a_job(models, tmp_path, capsys):
-    """200 lines, every fourth hostile: a record for each, under its own id, and exit 1; on a second run the same."""
+    """200 lines, every fourth hostile: a record for each under its id, and exit 1, twice."""
     directory = tmp_path / "model"
     shutil.copytree(models[0], directory)
     (directory / "chat_template.jinja").write_text(
-        "{% for m in messages %}{% if m.role == 'fail' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}"
+        "{% for m in messages %}{% if m.role == 'fail' %}{{ raise_exception('no') }}{% endif %}"
+        "{{ m.content }}"
         "{% if m.deep %}{{ m.deep | tojson }}{% endif %}{% endfor %}"
     )
     lines = []

@@ -61,8 +61,10 @@ def test_json_is_what_the_tables_show(printed):
 
 def test_the_best_of_every_column_is_marked(printed):
     speeds = [line for line in rows(printed) if any(cell.startswith("*") for cell in line[1:])]
-    marked = [[float(cell[1:]) for cell in column if cell.startswith("*")]
-              for column in zip(*(line[1:] for line in speeds), strict=True)]  # fmt: skip
+    marked = [
+        [float(cell[1:]) for cell in column if cell.startswith("*")]
+        for column in zip(*(line[1:] for line in speeds), strict=True)
+    ]
     best = [max(way["tokens_per_second"][str(rate)] for way in printed["ways"]) for rate in RATES]
     assert [column[0] for column in marked] == [float(f"{speed:.1f}") for speed in best]
 

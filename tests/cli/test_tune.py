@@ -58,8 +58,26 @@ def printed(model, tmp_path_factory):
     """What one run printed, and the picture it drew."""
     plot = tmp_path_factory.mktemp("plot") / "plot.png"
     with redirect_stdout(io.StringIO()) as output:
-        assert main(["--target", str(model), "--draft", str(model), "--mesh", "2", "--json", "--seconds", "1000",
-                     "--no-store", "--plot", str(plot), *FEW]) == 0  # fmt: skip
+        assert (
+            main(
+                [
+                    "--target",
+                    str(model),
+                    "--draft",
+                    str(model),
+                    "--mesh",
+                    "2",
+                    "--json",
+                    "--seconds",
+                    "1000",
+                    "--no-store",
+                    "--plot",
+                    str(plot),
+                    *FEW,
+                ]
+            )
+            == 0
+        )
     assert not (model / FILE).exists()
     return json.loads(output.getvalue()), plot.read_bytes()
 
@@ -68,7 +86,7 @@ def test_one_object_has_everything(printed):
     found, plot = printed
     assert (found["mesh"], found["platform"], found["dtype"]) == ("2", "cpu", "float32")
     assert found["drafts_not_reached"] == 0
-    # Placements of the ordinary draft, of the fuzzy one, and of that with pairs of MLPs where devices share them.
+    # Placements of the ordinary draft, of the fuzzy one, and of that with pairs of MLPs.
     assert len(found["candidates"]) == 2 + 2 * 2 + 2
     for candidate in found["candidates"]:
         rounds = candidate["speculative"]["num_speculative_tokens"]

@@ -95,6 +95,6 @@ def test_a_strategy_that_is_no_partition_is_refused_by_name(strategy, complaint)
     with pytest.raises(EasySpecError) as refusal:
         parse_layout(strategy, 4)
     message = str(refusal.value)
-    assert message.startswith(f"--lp-strategy {strategy!r}")
+    assert message.startswith(f"`lp_strategy` {strategy!r}")
     assert complaint in message
     assert "\n" not in message

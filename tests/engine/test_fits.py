@@ -36,15 +36,24 @@ def large(**options) -> Workload:
     target, draft = bundled()["Llama-3.3-70B"], bundled()["Llama-3.2-1B"]
     layout = Layout.uniform(paper_groups(draft.num_hidden_layers, 4))
     job = Workload(
-        target, draft, layout, False, ALL_AXES, absent_mesh(MeshShape(4, 2), "tpu"),
-        "bfloat16", RoundConfig.of(SpeculativeConfig(), SamplingParams(), ()), 4000, 100, 1,
-    )  # fmt: skip
+        target,
+        draft,
+        layout,
+        False,
+        ALL_AXES,
+        absent_mesh(MeshShape(4, 2), "tpu"),
+        "bfloat16",
+        RoundConfig.of(SpeculativeConfig(), SamplingParams(), ()),
+        4000,
+        100,
+        1,
+    )
     return replace(job, **options)
 
 
 @pytest.mark.parametrize("refit", ["none", "auto"])
 def test_the_demo_pair_takes_what_was_predicted(refit):
-    """Weights and caches to the byte; what XLA needs beside them for a pass, from 0.75 to 1 of it."""
+    """Weights and caches to the byte; XLA's temporaries of a pass are 0.75 to 1 of the estimate."""
     engine = open_model(mesh="4", platform="cpu", speculative=SpeculativeConfig(refit=refit))
     sampling = SamplingParams()
     need = needed(engine.workload(TOKENS, PROMPT, ROWS, sampling))

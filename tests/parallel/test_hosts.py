@@ -115,7 +115,7 @@ def test_a_killed_process_ends_the_others_with_one_line(model, victim):
 
 
 def test_what_jax_says_while_the_watch_is_waited_for_is_not_heard(monkeypatch, capfd):
-    # A collective can fail before the watch sees that its process has died; JAX then has time to complain.
+    # A collective can fail before the watch sees that a process has died. JAX complains meanwhile.
     waited, stopped = [], []
     monkeypatch.setattr(hosts, "_joined", None)
     monkeypatch.setattr(hosts, "report", lambda peer, digest: ({}, "localhost:1"))

@@ -33,8 +33,9 @@ def test_every_axis_is_crossed_with_every_other():
 def test_one_device_has_one_placement():
     found = candidates("1", 12, Space([1, 4], [1], 1))
     assert [(c.speculative.method, c.speculative.draft_tensor_parallel_size) for c in found] == [
-        ("sd", "all"), ("easyspec", "all"),
-    ]  # fmt: skip
+        ("sd", "all"),
+        ("easyspec", "all"),
+    ]
     replicated = candidates("1", 12, Space([4], [1], 1, ["1"]))
     assert [c.speculative.draft_tensor_parallel_size for c in replicated] == ["1"]
 

@@ -1,4 +1,4 @@
-"""Times add, sizes in between are interpolated, and what was not measured is as good as it can be."""
+"""Times add up, sizes are interpolated, and what was not measured is as good as it can be."""
 
 from dataclasses import replace
 

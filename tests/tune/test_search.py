@@ -16,7 +16,7 @@ LEVELS, WIDTHS = 6, (1, 4)
 
 @dataclass
 class Planted:
-    """Figures by formula: larger groups are faster and see less far, a layer axis helps, replication does not.
+    """Figures by formula: larger groups are faster but see less far, and a layer axis helps.
 
     likely: probability that a level of an ordinary draft passes if the one above it did.
     """

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from easyspec_jax.drawing import check_drawing
 from easyspec_jax.errors import EasySpecError
+from easyspec_jax.tune.drawing import check_drawing
 
 
 def test_without_matplotlib_its_extra_is_named(monkeypatch):
