@@ -31,9 +31,11 @@ def run_examples(name: str) -> tuple[int, str]:
     """Run a module's examples; return their number and doctest's report of failures."""
     module = importlib.import_module(name)
     runner, report = doctest.DocTestRunner(verbose=False, optionflags=FLAGS), []
+    attempted = 0
     for test in doctest.DocTestFinder(exclude_empty=True).find(module):
+        attempted += len(test.examples)
         runner.run(test, out=report.append)
-    return runner.summarize(verbose=False).attempted, "".join(report)
+    return attempted, "".join(report)
 
 
 def test_some_modules_have_examples():

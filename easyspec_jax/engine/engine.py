@@ -7,10 +7,10 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import jax
+import numpy as np
 
 from easyspec_jax.arithmetic import wrap_seed
-from easyspec_jax.decode.batch import Batch
-from easyspec_jax.decode.loop import decode, warm_up
+from easyspec_jax.decode.loop import Batch, decode, warm_up
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.round import Fault, RoundConfig
 from easyspec_jax.decode.stats import Stats
@@ -269,7 +269,7 @@ class Engine(Models):
             capacity = max(
                 programs.capacities(len(row.prompt_ids), row.limit)[0] for _, row in first
             )
-            with closing(Batch(programs, batch_size, capacity)) as batch:
+            with closing(Batch.empty(programs, batch_size, capacity)) as batch:
                 waiting = itertools.chain(first, alike)  # noqa: B031 (used up before the next group)
                 yield from self._refilled(batch, waiting, batch_size)
 
@@ -287,13 +287,15 @@ class Engine(Models):
                     batch.enter(place, row.prompt_ids, row.limit, row.sampling)
             if not held:
                 return
-            for place, report, within in batch.step():
-                number, row = held[place]
-                row.take(report, within)
-                if row.finished:
-                    del held[place]
-                    batch.leave(place)
-                    yield number, self._completion(row)
+            for read in batch.step():
+                for index in np.flatnonzero(read.current):
+                    place = int(read.rows[index])
+                    number, row = held[place]
+                    row.take(read.report, int(index))
+                    if row.finished:
+                        del held[place]
+                        batch.leave(place)
+                        yield number, self._completion(row)
 
     def _completion(self, row: Generation) -> Completion:
         directories = {Fault.TARGET: f"the target {self.target.directory}"}

@@ -55,7 +55,7 @@ def open_model(
         >>> engine = open_model(platform="cpu")
         >>> from easyspec_jax import SamplingParams
         >>> next(engine.generate(["def add(a, b):"], SamplingParams(max_new_tokens=8))).text
-        '\\n    return a + b'
+        '\\n    \"\"\"Return a string of the'
     """
     if speculative == "tuned":
         return _open_tuned(

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from easyspec_jax import SamplingParams, SpeculativeConfig, demo
 from easyspec_jax.cli.command import Parser
-from easyspec_jax.decode.loop import prefill_all
+from easyspec_jax.decode.prefilling import prefill_all
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.round import RoundConfig, State
 from easyspec_jax.draft.layer_group import run_fuzzy

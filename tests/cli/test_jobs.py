@@ -13,7 +13,7 @@ import torch
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, open_model
 from easyspec_jax.cli.jobs import check_results, open_results, read_job, run_job
 from easyspec_jax.decode import refill
-from easyspec_jax.decode.batch import Batch
+from easyspec_jax.decode.loop import Batch
 from easyspec_jax.decode.programs import PREFILL_CHUNK, Programs
 from easyspec_jax.generate import main
 from easyspec_jax.options import Method

@@ -12,7 +12,8 @@ import torch
 from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.decode import growth
 from easyspec_jax.decode import programs as compiled
-from easyspec_jax.decode.loop import decode, first_tokens, prefill_all
+from easyspec_jax.decode.loop import decode
+from easyspec_jax.decode.prefilling import first_tokens, prefill_all
 from easyspec_jax.decode.programs import PREFILL_CHUNK, Programs
 from easyspec_jax.decode.round import RoundConfig
 from easyspec_jax.draft.grouping import Layout, paper_groups
