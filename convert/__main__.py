@@ -20,7 +20,7 @@ from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import FLOAT_DTYPES
 
 if TYPE_CHECKING:
-    from convert.stream import Model, Result
+    pass
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,8 +33,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, started: float) -> None:
-    model = _open(args)
-    result = _convert(model, args)
+    if args.revision is not None and args.hf is None:
+        raise EasySpecError("--revision is for --hf ID only; leave it out")
+
+    # Heavy libraries wait until the arguments are known to be good.
+    from convert.converting import ConvertConfig, convert_opened
+    from convert.gguf import open_gguf
+    from convert.hub import directory_of
+    from convert.huggingface import open_huggingface
+
+    config = ConvertConfig(
+        format="orbax" if args.to_hf is None else "huggingface",
+        dtype=args.dtype,
+        memory=args.memory,
+        verify=args.verify,
+        revision=args.revision,
+        allow_links=args.allow_links,
+    )
+    if args.gguf is not None:
+        model = open_gguf(args.gguf)
+    else:
+        directory = args.to_hf or directory_of(args.hf, args.revision)
+        model = open_huggingface(directory, args.allow_links)
+    result = convert_opened(model, args.out, config)
     seconds = time.monotonic() - started
     notes = (
         f", {result.reused / 1e6:,.1f} MB of it from an interrupted run" if result.reused else ""
@@ -44,38 +65,6 @@ def _run(args: argparse.Namespace, started: float) -> None:
     print(
         f"{args.out}: {result.parameters / 1e6:,.1f} M parameters, {result.dtype}, "
         f"{result.size / 1e6:,.1f} MB, {seconds:.1f} s{notes}"
-    )
-
-
-def _open(arguments: argparse.Namespace) -> "Model":
-    if arguments.revision is not None and arguments.hf is None:
-        raise EasySpecError("--revision is for --hf ID only; leave it out")
-    if arguments.gguf is not None:
-        from convert.gguf import open_gguf
-
-        return open_gguf(arguments.gguf)
-    from convert.hub import directory_of
-    from convert.huggingface import open_huggingface
-
-    directory = arguments.to_hf or directory_of(arguments.hf, arguments.revision)
-    return open_huggingface(directory, arguments.allow_links)
-
-
-def _convert(model: "Model", arguments: argparse.Namespace) -> "Result":
-    from convert.orbax import ORBAX
-    from convert.shards import HUGGING_FACE
-    from convert.stream import convert, verify
-
-    if arguments.verify and arguments.dtype is None and arguments.out.is_dir():
-        return verify(model, arguments.out, arguments.memory)
-    format = ORBAX if arguments.to_hf is None else HUGGING_FACE
-    return convert(
-        model,
-        arguments.out,
-        arguments.dtype,
-        format,
-        memory=arguments.memory,
-        verify=arguments.verify,
     )
 
 

@@ -1,0 +1,68 @@
+"""Conversion in one call: open a model of any kind, then write it or verify what was written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from convert.gguf import open_gguf
+from convert.hub import directory_of
+from convert.huggingface import open_huggingface
+from convert.orbax import ORBAX
+from convert.shards import HUGGING_FACE
+from convert.stream import DEFAULT_MEMORY, Model, Result, verify
+from convert.stream import convert as convert_model
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """How to convert a model.
+
+    Attributes:
+        format: What to write: an Orbax checkpoint, or a Hugging Face directory.
+        dtype: Type of all tensors; by default the model's.
+        memory: Bytes that the process may take.
+        verify: Read everything again and compare it with the source. If the output exists already
+            and no dtype is given, do only that.
+        revision: Commit, branch or tag of a model on the hub.
+        allow_links: Follow links that lead out of a checkpoint's directory.
+    """
+
+    format: Literal["orbax", "huggingface"] = "orbax"
+    dtype: str | None = None
+    memory: int = DEFAULT_MEMORY
+    verify: bool = False
+    revision: str | None = None
+    allow_links: bool = False
+
+
+def convert(source: str | Path, out: str | Path, config: ConvertConfig | None = None) -> Result:
+    """Convert a model into a new directory.
+
+    An error leaves nothing behind. After an interruption, the same call resumes where it stopped.
+
+    Args:
+        source: A checkpoint directory, a GGUF file (or one part of it), or a model's id on the hub.
+        out: The directory to create.
+        config: How to convert; by default into an Orbax checkpoint.
+
+    Raises:
+        EasySpecError: The model is not supported, incomplete or not finite, a value does not fit
+            the dtype, the memory is too small, or `out` exists or cannot be written.
+    """
+    config = config or ConvertConfig()
+    if Path(source).suffix == ".gguf" and not Path(source).is_dir():
+        model = open_gguf(Path(source))
+    else:
+        directory = directory_of(str(source), config.revision)
+        model = open_huggingface(directory, config.allow_links)
+    return convert_opened(model, Path(out), config)
+
+
+def convert_opened(model: Model, out: Path, config: ConvertConfig) -> Result:
+    """Convert a model that is open already; otherwise as convert()."""
+    if config.verify and config.dtype is None and out.is_dir():
+        return verify(model, out, config.memory)
+    format = ORBAX if config.format == "orbax" else HUGGING_FACE
+    return convert_model(
+        model, out, config.dtype, format, memory=config.memory, verify=config.verify
+    )
