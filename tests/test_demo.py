@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import pytest
 
 from easyspec_jax import demo
 from easyspec_jax.checkpoint.directory import open_checkpoint
@@ -38,6 +39,7 @@ def test_the_model_card_has_the_figures_of_the_training():
         assert f"{figures[name]['steps']:,}" in card
 
 
+@pytest.mark.slow
 def test_nothing_but_the_command(capsys):
     """The README's first command gives the text of plain decoding, and accepts most drafts."""
     assert main(["--mesh", "8", "--compare", "--json"]) == 0

@@ -307,6 +307,7 @@ def test_an_output_that_cannot_be_written_is_one_line(model):
     assert run.stderr.count("\n") == 1, run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("sampling", [[], ["--temperature", "0.8"]], ids=["greedy", "sampled"])
 def test_narrow_types_with_a_replicated_draft(arguments, capsys, dtype, sampling):
@@ -342,6 +343,7 @@ def test_five_lines_of_python(model):
         engine.generate(["a"], batch_size=0)
 
 
+@pytest.mark.slow
 def test_a_stop_string_ends_the_text_the_same_way_for_every_method(
     model, arguments, capsys, tmp_path
 ):
@@ -499,6 +501,7 @@ def test_progress_and_text_share_a_terminal(arguments, terminal):
     assert terminal.readouterr().err == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [["--method", "vanilla"], SAMPLED, [*SAMPLED, "--refit"]],

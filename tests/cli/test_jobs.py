@@ -64,15 +64,18 @@ def check_refilled_rows(models, method: Method = "easyspec", refit="none"):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["vanilla", "sd", "tree", "easyspec"])
 def test_refilled_rows_are_what_they_are_alone(models, method):
     check_refilled_rows(models, method)
 
 
+@pytest.mark.slow
 def test_refilled_rows_are_what_they_are_alone_with_a_refit(models, tmp_path):
     check_refilled_rows(models, refit=add_refit(models[0], 3, tmp_path, noise=0.1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["target", "draft"])
 def test_a_poisoned_model_ends_its_row_and_is_named(models, engine, which):
     sick = engine_of(models[which == "target"], models[which == "draft"])
@@ -118,6 +121,7 @@ def test_a_report_of_the_text_before_would_be_found(models, monkeypatch):
         check_refilled_rows(models)
 
 
+@pytest.mark.slow
 def test_a_row_entered_with_the_noise_of_another_would_be_found(models, monkeypatch):
     right = Programs.enter
     monkeypatch.setattr(
@@ -159,6 +163,7 @@ def records(content: bytes) -> list:
     return sorted(found, key=lambda record: record["line"])
 
 
+@pytest.mark.slow
 def test_a_job_goes_on_from_wherever_it_was_cut(engine, job):
     prompts, out = job
     assert run_job(engine, read_job(prompts, PLAIN), out, batch_size=2) == (8, 4)

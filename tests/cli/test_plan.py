@@ -37,6 +37,7 @@ def rows(printed: dict) -> list[list[str]]:
     return [re.split(r"\s{2,}", line.strip()) for line in stream.getvalue().splitlines()]
 
 
+@pytest.mark.slow
 def test_json_is_what_the_tables_show(printed):
     assert printed["estimates"] is True
     assert (printed["topology"], printed["devices"], printed["dtype"]) == (
@@ -88,6 +89,7 @@ def test_without_a_compiler_the_counting_still_answers(arguments, capsys, monkey
     assert "estimated tokens/s" in output
 
 
+@pytest.mark.slow
 def test_a_compiled_cpu_round_stands_beside_its_trace(arguments, capsys):
     assert main(["--topology", "cpu:4", "--json", *arguments]) == 0
     printed = json.loads(capsys.readouterr().out)

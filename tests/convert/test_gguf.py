@@ -30,6 +30,7 @@ def smollm2(smollm2_gguf) -> Model:
     return open_gguf(smollm2_gguf)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_smollm2_has_the_tensors_transformers_reads(smollm2_gguf, smollm2):
     with torch.device("meta"):
@@ -42,6 +43,7 @@ def test_smollm2_has_the_tensors_transformers_reads(smollm2_gguf, smollm2):
         np.testing.assert_array_equal(smollm2.source.read(name), values.numpy(), err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_smollm2_has_the_tokenizer_transformers_builds(smollm2_gguf, smollm2, tmp_path):
     smollm2.write_companions(tmp_path)

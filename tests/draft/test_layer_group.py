@@ -135,6 +135,7 @@ def test_biases_and_head_norms_go_with_their_layers(tmp_path, family, run):
     np.testing.assert_allclose(logits[..., :300], expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branch", [True, False], ids=["branch", "mask"])
 @pytest.mark.parametrize("groups", GROUPS, ids=["groups of 3 and 4", "group of 7"])
 @pytest.mark.parametrize("mesh", MESHES, ids=str)

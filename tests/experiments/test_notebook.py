@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 import experiments
@@ -10,6 +11,7 @@ import experiments
 NOTEBOOK = Path(experiments.__file__).parent / "easyspec_colab.ipynb"
 
 
+@pytest.mark.slow
 def test_every_cell_runs(monkeypatch, recwarn):
     recwarn.clear()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

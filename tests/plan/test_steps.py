@@ -42,6 +42,7 @@ def counted() -> dict[str, Costs]:
     return {way.label: costs(pair(), way, absent) for way in ways([2, 4, 7], 1)}
 
 
+@pytest.mark.slow
 def test_ways_compare_both_placements_of_everything(counted):
     assert list(counted) == [
         "vanilla",

@@ -69,6 +69,7 @@ def in_compiled(text: str) -> Counter[str]:
     return count(entry[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh, lp_size, axes, config",
     [
@@ -88,6 +89,7 @@ def test_the_trace_counts_what_the_compiled_program_does(mesh, lp_size, axes, co
     assert bool(counted) == (mesh.size > 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MeshShape(4, 2), MeshShape(2, 4), MeshShape(1, 8)], ids=str)
 @pytest.mark.parametrize("lp_size", [1, 2, 4, 7])
 def test_a_fuzzy_step_costs_groups_plus_layers(mesh, lp_size):

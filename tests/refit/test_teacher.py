@@ -45,6 +45,7 @@ def _drafted(draft, ids, last: int, depth: int):
     return states[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MeshShape(1, 1), MeshShape(4, 2)], ids=str)
 def test_every_position_is_as_if_drafted(draft, mesh):
     from_ = loader(draft[0], mesh)

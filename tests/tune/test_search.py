@@ -70,6 +70,7 @@ def exhaustive(found, bench) -> tuple[Figures, int]:
     return known, len(bench.calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mlp_lp_sizes", [[1], [1, 2]])
 @pytest.mark.parametrize("likely, loss", [(0.9, 0.03), (0.6, 0.02), (0.5, 0.1), (0.95, 0.0)])
 def test_the_best_is_found_with_fewer_measurements(likely, loss, mlp_lp_sizes):

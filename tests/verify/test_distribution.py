@@ -160,6 +160,7 @@ def distance(counts: np.ndarray, probabilities: np.ndarray) -> float:
     return float(np.abs(counts / counts.sum() - probabilities).sum()) / 2
 
 
+@pytest.mark.slow
 def test_the_mesh_changes_nothing():
     """The draft is split in one case and replicated in the other."""
     request = make_request(np.arange(1000), 0.7)
@@ -177,6 +178,7 @@ def test_the_mesh_changes_nothing():
         np.testing.assert_array_equal(other, one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verifier", [Rejection(), Coupled()], ids=repr)
 def test_a_text_depends_on_its_own_request_alone(verifier):
     """Its place in the batch and its neighbours' requests do not matter."""

@@ -42,6 +42,7 @@ def weights(directory, name):
     return load_file(directory / name / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(tiny, monkeypatch):
     def command(*flags):
         return train_demo.main([*STAGES, *flags])
