@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         print(
-            f"easyspec: error: there is no command {name!r}; choose from {', '.join(COMMANDS)}",
+            f"easyspec: error: unknown command {name!r}; choose from {', '.join(COMMANDS)}",
             file=sys.stderr,
         )
         return 2

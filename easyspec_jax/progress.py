@@ -77,7 +77,7 @@ def bar(description: str, total: int | None = None, *, in_bytes: bool = False) -
 
 @contextmanager
 def progress_lines(seconds: float = 10.0) -> Iterator[None]:
-    """Let bars in this block print lines on stderr if there is no terminal, for logs of long runs.
+    """Let bars in this block print lines on stderr without a terminal, for logs of long runs.
 
     Args:
         seconds: The least time between two lines of a bar, and before its first.

@@ -34,7 +34,7 @@ def test_the_version_is_printed(capsys):
 def test_an_unknown_command_is_one_line(capsys):
     assert main(["chat"]) == 2
     assert capsys.readouterr().err.startswith(
-        "easyspec: error: there is no command 'chat'; choose from generate, "
+        "easyspec: error: unknown command 'chat'; choose from generate, "
     )
 
 

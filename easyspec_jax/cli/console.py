@@ -1,4 +1,4 @@
-"""What a command says about a text, on stderr: the summary line, the comparison, the devices."""
+"""Output about a text, on stderr: the summary line, the comparison, the devices."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -74,6 +74,7 @@ def print_comparison(
     console.print(table)
     ratio = speedup(*(stats for _, stats in ways))
     colour = "green" if ratio > 1 else "yellow"
+    # In float32 all are the same; in narrower types a near tie may fall either way.
     same = sum(a.token_ids == b.token_ids for a, b in zip(completions, plain, strict=True))
     if len(plain) > 1:
         tokens = f"same tokens for {same} of {len(plain)} prompts"
@@ -103,6 +104,7 @@ def print_devices(engine: "Engine", sampling: SamplingParams, prepared: "Prepara
     for column in table.columns[2:]:
         column.justify = "right"
     for place, device in enumerate(engine.mesh.devices.flat):
+        # Devices of a 4 × 2 mesh: number 5 is at position 5 // 2 = 2 of the layer axis.
         layers = _layers_at(place // engine.mesh.shape[TENSOR], engine)
         sizes = [f"{column[device] / 2**20:.1f} MiB" for column in columns]
         table.add_row(f"{device.platform}:{device.id}", " ".join(map(str, layers)) or "–", *sizes)
@@ -139,6 +141,7 @@ def _bytes_per_device(tree: Any) -> Counter[Any]:
     """Return the bytes held on each device, including devices of other processes."""
     held = Counter[Any]()
     for leaf in jax.tree.leaves(tree):
+        # Shards of one array have one size, and every device of its mesh holds one.
         held.update(dict.fromkeys(leaf.sharding.device_set, bytes_of_shard(leaf)))
     return held
 

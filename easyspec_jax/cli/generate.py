@@ -59,6 +59,7 @@ def _run(args: argparse.Namespace, given: set[str]) -> int:
         prompts = [with_system(prompt, args.system) for prompt in prompts]
     if not args.distributed:
         return _speak(args, speculative, sampling, prompts)
+    # All processes must decode the same, so they compare their flags and prompts.
     peer = _peer(args, prompts)
     command = [{name: value for name, value in vars(args).items() if name != "process_id"}, prompts]
     with hosts.joined(PROGRAM, peer, command):
@@ -176,6 +177,7 @@ def _complete(
     if args.verbose:
         console.print_devices(engine, sampling, prepared)
     stream = None if args.json or args.no_stream or args.batch_size > 1 else _show
+    # The example's text continues its prompt in mid-function, so show the prompt first.
     if stream and prompts == [demo.PROMPT]:
         console.print_example(demo.PROMPT)
     texts = engine.generate(rows, sampling, batch_size=args.batch_size, on_text=stream)
@@ -196,6 +198,7 @@ def _complete(
                 plain.append(next(plain_texts))
         if args.json:
             print(json.dumps(_as_dict(completions[-1], plain[-1] if plain else None)), flush=True)
+    # Texts come first, then what went wrong: a fault of one prompt costs no other its text.
     for completion in completions:
         if completion.error is not None:
             raise EasySpecError(completion.error)

@@ -40,6 +40,7 @@ def sampling_of(args: argparse.Namespace) -> SamplingParams:
 
 def _unescaped(text: str) -> str:
     r"""Replace \n, \t, \r and \\ by a new line, a tab, a carriage return and a backslash."""
+    # Shells pass a backslash and an n as two characters.
     meant = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
     return re.sub(r"\\([ntr\\])", lambda found: meant[found[1]], text)
 
@@ -66,6 +67,7 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
     if args.prompt is not None:
         return args.prompt
     if args.prompt_file is None:
+        # --chat without a prompt is a conversation, unless output that is not one is asked for.
         if args.chat and not (args.json or args.compare or args.no_stream):
             return []
         if args.target is None:
@@ -86,6 +88,7 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
     Raises:
         EasySpecError: Two of them conflict, or one needs another.
     """
+    # Tuning chooses these flags itself, so that giving one as well is a contradiction.
     contrary = [flag for flag in TUNED if flag in given]
     if args.lp_strategy == AUTO and contrary:
         raise EasySpecError(
@@ -98,9 +101,11 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
     printing = [flag for flag in ("--compare", "--json", "--no-stream") if flag in given]
     if args.prompts is not None and printing:
         raise EasySpecError(f"a job prints no texts: leave out {printing[0]} or --prompts")
+    # Alone these flags would be ignored, and every process would decode by itself.
     needy = [flag for flag in ("--coordinator", "--num-processes", "--process-id") if flag in given]
     if needy and not args.distributed:
         raise EasySpecError(f"{needy[0]} needs --distributed")
+    # Each process would time differently and choose for itself.
     if args.distributed and args.lp_strategy == AUTO:
         raise EasySpecError(
             "--lp-strategy auto measures, and --distributed processes would differ: give the flags"

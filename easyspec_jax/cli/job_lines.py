@@ -96,6 +96,7 @@ def read_items(content: bytes, default: SamplingParams, system: str | None = Non
             continue
         item = _item(line, text, replace(default, seed=wrap_seed(default.seed + line - 1)), system)
         if item.error is None:
+            # The first line with an id keeps it; later ones are errors.
             first = seen.setdefault(item.id, line)
             if first != line:
                 item = Item(line, item.id, error=f"id {item.id!r} is that of line {first} too")
@@ -119,6 +120,7 @@ def _item(line: int, text: bytes, default: SamplingParams, system: str | None) -
 
 def _object(line: int, text: bytes) -> dict[str, Any]:
     try:
+        # Some editors begin a file with a byte order mark, which is not JSON.
         fields = json.loads(text.decode("utf-8-sig" if line == 1 else "utf-8"))
     except (ValueError, RecursionError) as error:
         raise EasySpecError(f"no JSON: {str(error)[:80]}") from None
@@ -158,6 +160,7 @@ def _parsed(line: int, fields: dict[str, Any], default: SamplingParams, system: 
 
 def _flat(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the fields under our names, without nulls, and the names of those that are ignored."""
+    # A null means that the field is not given, as in OpenAI's API.
     given = {name: value for name, value in fields.items() if value is not None}
     body = given.pop("body", {})
     if not isinstance(body, dict):
@@ -168,6 +171,7 @@ def _flat(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
             continue
         _check_field(name, value)
         ours = _OTHER_NAMES.get(name, name)
+        # max_tokens and max_new_tokens may both be there, if they agree.
         if flat.setdefault(ours, value) != value and ours not in _DESCRIPTIVE:
             raise EasySpecError(
                 f"{ours} is given twice, as {str(flat[ours])[:40]!r} and {str(value)[:40]!r}"
@@ -188,6 +192,7 @@ def _check_field(name: str, value: Any) -> None:
 def _sampling(fields: Mapping[str, Any], default: SamplingParams) -> SamplingParams:
     own = {name: fields[name] for name in SAMPLING if name in fields}
     for name, value in own.items():
+        # bool is a subclass of int, so true would pass as the number 1.
         if isinstance(value, bool) or not isinstance(value, SAMPLING[name]):
             raise EasySpecError(f"{name} {str(value)[:40]!r} is of the wrong type")
     if "stop" in own:
@@ -202,6 +207,7 @@ def _sampling(fields: Mapping[str, Any], default: SamplingParams) -> SamplingPar
 
 def _float(value: float) -> float:
     try:
+        # JSON has whole numbers of any size, and float() raises for some.
         number = float(value)
     except OverflowError:
         number = math.inf

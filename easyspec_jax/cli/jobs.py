@@ -84,6 +84,7 @@ class Results:
     def append(self, record: Mapping[str, Any]) -> None:
         """Write a record. Within SYNC_SECONDS it survives a power failure, too."""
         line = memoryview(json.dumps(record).encode() + b"\n")
+        # The system may write part of a line only, for example on a disk that is almost full.
         while line:
             line = line[os.write(self._handle, line) :]
         self.done.add(record["line"])
@@ -104,10 +105,12 @@ def open_results(out: Path, described: Mapping[str, Any]) -> Iterator[Results]:
     Raises:
         EasySpecError: Another process is writing it, or it is not the output of this job.
     """
+    # O_APPEND: whoever else writes to the file, records never overwrite each other.
     handle = os.open(out, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         _lock(handle, out)
         _check_same_job(out, described)
+        # Before any record, so that an output never lacks its description.
         write_whole(_description(out), _serialised(described))
         done, errors, end = _whole_records(out.read_bytes())
         os.ftruncate(handle, end)
@@ -138,6 +141,7 @@ def check_results(out: Path, described: Mapping[str, Any]) -> None:
 def _lock(handle: int, out: Path) -> None:
     """Lock an open output until it is closed. Raises EasySpecError if it is locked already."""
     try:
+        # The system drops this lock when the process ends, even if it is killed.
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise EasySpecError(
@@ -235,6 +239,7 @@ def run_job(
             # drained to change programs. RoundConfig has no order, but equal ones have equal
             # reprs, and a stable sort keeps the order of lines that are alike.
             left.sort(key=lambda item: repr(item.sampling and engine.config(item.sampling)))
+            # complete_each() counts rows as it takes them; taken[n] is the line of row n.
             taken: list[Item] = []
 
             def rows() -> Iterator["Generation"]:

@@ -63,6 +63,7 @@ class Shapes:
         return self.held
 
     def read(self, name: str, window: Slices = ()) -> np.ndarray:
+        # A view with strides of 0 has the right shape and takes one byte.
         return np.broadcast_to(np.zeros((), np.bool_), self.held[name])[window]
 
 
@@ -76,6 +77,7 @@ class ShapeLoader(Loader):
 
     @cached_property
     def _first(self) -> tuple[Attention, MLP]:
+        # Shapes of one layer are enough: making 80 layers' would take seconds.
         return super().attention(0), super().mlp(0)
 
     def attention(self, index: int) -> Attention:
@@ -136,6 +138,7 @@ def abstract_state(programs: Programs, rows: int, capacity: int) -> State:
         capacity: Cache entries per row, in tokens.
     """
     everywhere = NamedSharding(programs.mesh, P())
+    # In the order of the fields: seed, round, temperature, top_k, top_p.
     types = (np.uint32, np.int32, np.float32, np.int32, np.float32)
     fields: list[Any] = [
         jax.ShapeDtypeStruct((rows,), dtype, sharding=everywhere) for dtype in types
@@ -143,6 +146,7 @@ def abstract_state(programs: Programs, rows: int, capacity: int) -> State:
     request = RowSampling(*fields)
     limits = jax.ShapeDtypeStruct((rows,), np.int32, sharding=everywhere)
     body = partial(init_state, capacity=capacity, size=programs.config.pending_size)
+    # Traced, not run: the caches themselves are never allocated.
     state = jax.eval_shape(
         programs.mapped(body, (P(), P()), programs.state_spec), programs.leaves, request, limits
     )

@@ -132,6 +132,7 @@ class Generation:
 
     def _push(self, report: Report, row: int) -> tuple[str, int]:
         """Return the text that a report adds, and how many tokens of the report it keeps."""
+        # The text drops tokens past a stop string, so it may keep fewer than it is given.
         before = len(self.text.ids)
         tokens = report.tokens[row, : report.num_tokens[row]]
         piece = self.text.push([int(token) for token in tokens])
@@ -147,6 +148,7 @@ class Generation:
             directories: What to call each model if its logits were not finite.
         """
         reason, error = "length", None
+        # A text that ended before its model failed is complete; see _push().
         if self.fault:
             reason = "error"
             error = f"{directories[self.fault]} gave logits that are not finite; check its weights"

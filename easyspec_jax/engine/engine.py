@@ -140,12 +140,15 @@ class Engine(Models):
         jax.block_until_ready(jax.tree.leaves(self.load(bar)))
         loaded = time.perf_counter()
         programs = self.programs(sampling)
+        # Batches whose caches go through the same sizes need the same programs.
         growths = {self._growth(programs, batch, sampling) for batch in batches}
         wanted = [(programs.config, capacities, batch_size) for capacities in sorted(growths)]
         missing = [program for program in wanted if program not in self._compiled]
         if missing:
             with bar("Compiling", len(missing)) as advance:
                 for _, capacities, size in missing:
+                    # Rows that are finished from the start compile everything without decoding
+                    # anything.
                     warm_up(programs, capacities, size)
                     advance(1)
             self._compiled.update(missing)
@@ -199,6 +202,7 @@ class Engine(Models):
         return itertools.chain.from_iterable(
             self._complete(
                 batch,
+                # Prompt i draws from seed + i whatever the batch size, so batching changes no text.
                 replace(sampling, seed=wrap_seed(sampling.seed + number * batch_size)),
                 batch_size,
                 on_text or _ignore,
@@ -216,6 +220,8 @@ class Engine(Models):
         """Complete one batch. Rows that it lacks prompts for are finished from the start."""
         programs = self.programs(sampling)
         rows = [self._row(prompt, sampling) for prompt in prompts]
+        # Programs are compiled for a fixed number of rows. Those without a prompt get one token and
+        # a limit of 0, so that they are done from the start.
         missing = batch_size - len(rows)
         encoded = [row.prompt_ids for row in rows] + [[0]] * missing
         limits = [row.limit for row in rows] + [0] * missing
@@ -227,8 +233,11 @@ class Engine(Models):
                 for index, row in enumerate(rows):
                     if not row.finished:
                         on_text(row.take(report, index))
+                # A stop string ends a text on the host, where the devices do not see it. Once all
+                # texts have ended, whatever the devices still add is dropped.
                 if all(row.finished for row in rows):
                     break
+        # Text is held back while it could be the beginning of a stop string.
         on_text(rows[0].text.rest())
         for row in rows:
             yield self._completion(row)
@@ -255,6 +264,7 @@ class Engine(Models):
         """
         if batch_size < 1:
             raise EasySpecError(f"`batch_size` {batch_size} must be at least 1")
+        # groupby() takes rows one by one, so that an endless iterator of rows works too.
         for config, alike in itertools.groupby(
             enumerate(rows), lambda item: self.config(item[1].sampling)
         ):
@@ -266,6 +276,7 @@ class Engine(Models):
                 self.check_memory(tokens, prompt, batch_size, sampling)
             programs = self.programs(sampling)
             assert programs.config == config
+            # Caches start at the size that the first texts need, and grow with later ones.
             capacity = max(
                 programs.capacities(len(row.prompt_ids), row.limit)[0] for _, row in first
             )
@@ -279,6 +290,7 @@ class Engine(Models):
         held: dict[int, tuple[int, Generation]] = {}
         while True:
             for place in range(batch_size):
+                # Every free place gets a text before the next round, while there are any.
                 item = None if place in held else next(waiting, None)
                 if item is not None:
                     held[place] = item

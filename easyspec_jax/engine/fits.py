@@ -94,9 +94,11 @@ def needed(job: Workload) -> Need:
     models, weights, entry = _of_models(replace(job, tokens=0, prompt=0, rows=0, max_length=None))
     programs = Programs(job.mesh, *models, job.round, job.max_length)
     # The smaller caches are still there while the larger ones are filled from them.
+    # capacities() lists the sizes that a cache goes through, such as 256, 512, 1024.
     sizes = programs.capacities(job.prompt, job.tokens - job.prompt)[-2:]
     caches = job.rows * sum(sizes) * entry
     working = max(_working(model, programs, job) for model in models if model is not None)
+    # All virtual devices of a CPU allocate from one memory.
     shared = job.mesh.size if _platform(job.mesh) == "cpu" else 1
     return Need(weights, shared * caches, shared * working)
 
@@ -197,6 +199,7 @@ def _options_that_help(job: Workload, free: int) -> Iterator[str]:
         return needed(changed).total <= free
 
     if _platform(job.mesh) != "cpu":
+        # Twice to 32 times the devices, as far as a mesh may go.
         devices = 2 * job.mesh.size
         while devices <= min(32 * job.mesh.size, MAX_VIRTUAL_DEVICES):
             if fits(replace(job, mesh=_mesh_of(devices, job))):
@@ -206,6 +209,7 @@ def _options_that_help(job: Workload, free: int) -> Iterator[str]:
     unread = not (job.target_held or job.draft_held)
     if job.dtype == "float32" and unread and fits(replace(job, dtype="bfloat16")):
         yield "`dtype` bfloat16"
+    # A shorter max_length caps the caches, and a smaller batch has fewer of them.
     tokens = _largest(
         lambda tokens: fits(replace(job, tokens=tokens, max_length=tokens)), job.tokens
     )

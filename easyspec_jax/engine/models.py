@@ -97,6 +97,8 @@ class Models:
             axes=axes,
             dtype=np.dtype(self.dtype),
             vocab_rows=padded_vocab_size(self.mesh, *configs),
+            # A draft may have more embedding rows than the target has ids; those get no
+            # probability.
             num_ids=min(self.target.config.vocab_size, checkpoint.config.vocab_size),
         )
 
@@ -118,10 +120,11 @@ class Models:
             bar: Shows the target being read, if it has not been yet.
 
         Raises:
-            EasySpecError: The draft cannot have these groups, or there is no draft.
+            EasySpecError: The draft cannot have these groups, or is missing.
         """
         mesh = self.mesh
         if shape is not None:
+            # The order of the devices stays, so that every shard of the target stays where it is.
             devices = mesh.devices.reshape(shape.layer, shape.tensor)
             mesh = Mesh(devices, ALL_AXES, axis_types=mesh.axis_types)
         draft, layout, refit = None, Layout.uniform(()), None
@@ -133,6 +136,7 @@ class Models:
             self, draft=draft, layout=layout, refit=refit, mesh=mesh, speculative=speculative
         )
         other._target = jax.tree.map(partial(_seen_from, mesh), target)
+        # The draft can be shared only if the same layers lie together on the same devices.
         if mesh == self.mesh and speculative.weights_key == self.speculative.weights_key:
             other._draft = self._draft
         return other
@@ -166,6 +170,8 @@ class Models:
     def programs(self, sampling: SamplingParams) -> Programs:
         """Return the compiled steps for a way of sampling, whose numbers are their arguments."""
         config = self.config(sampling)
+        # Temperature, top_k and so on are arguments of the programs. Only what changes the
+        # computation itself (greedy or not, truncated or not) is in the RoundConfig.
         if config not in self._programs:
             target, draft = self.load()
             self._programs[config] = Programs(self.mesh, target, draft, config, self.max_length)

@@ -69,6 +69,7 @@ def open_model(
         )
     speculative = speculative or SpeculativeConfig()
     parse_mesh(mesh)  # before the checkpoints, which take longer
+    # The bundled pair must run anywhere, so it may use virtual devices; see open_mesh().
     bundled = target is None
     if target is None:
         if draft is not None:
@@ -83,6 +84,7 @@ def open_model(
         second = checked_draft(speculative, given)
         check_same_ids(tokenizer, load_tokenizer(second.directory))
         layout, refit = choose_layout(speculative, second)
+    # As much as possible is checked before open_mesh(), which starts JAX.
     length = _checked_length(max_length, opened, second)
     devices = open_mesh(parse_mesh(mesh, group_size=layout.lp_size), platform, or_cpu=bundled)
     return Engine(
@@ -105,11 +107,13 @@ def _open_tuned(
     ordinary = SpeculativeConfig(method="sd")
     pair = open_model(target, draft, mesh=mesh, speculative=ordinary, **options)
     assert pair.draft is not None
+    # Choices are stored per device kind and type, which only an opened pair knows.
     choice = find(key_of(pair, mesh), pair.draft.directory)
     if choice is None:
         raise EasySpecError(
             "this pair has not been tuned on this mesh and machine; run easyspec_jax.tune first"
         )
+    # Opening again costs little, because no weight has been read.
     return open_model(target, draft, mesh=choice.mesh, speculative=choice.speculative, **options)
 
 

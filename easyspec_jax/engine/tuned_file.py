@@ -115,6 +115,7 @@ def identity(checkpoint: Checkpoint) -> str:
     Reading all of a large model would take minutes, and training changes these tensors too.
     """
     digest = hashlib.sha256(repr(checkpoint.config).encode())
+    # Norms and one projection of the last layer take a few MB, and every training step moves them.
     last = f"model.layers.{checkpoint.config.num_hidden_layers - 1}"
     for name in (FINAL_NORM, f"{last}.input_layernorm.weight", f"{last}.self_attn.k_proj.weight"):
         digest.update(np.ascontiguousarray(checkpoint.source.read(name)).tobytes())
@@ -135,6 +136,7 @@ def find(key: Key, draft: Path) -> Choice | None:
     """Return the choice stored under a key, or None if there is none that can be read."""
     for path in places(key, draft):
         for entry in _entries(path):
+            # An entry of a newer version may have options that are unknown here; it is passed over.
             if entry.get("key") == asdict(key) and (choice := _choice(entry)) is not None:
                 return choice
     return None
@@ -146,12 +148,14 @@ def keep(key: Key, choice: Choice, draft: Path) -> Path:
     Raises:
         EasySpecError: None of the places can be written.
     """
-    reason = "there is no cache directory"
+    reason = "no cache directory was found"
     for path in places(key, draft):
+        # Choices under other keys stay.
         others = [entry for entry in _entries(path) if entry.get("key") != asdict(key)]
         entries = [*others, {"key": asdict(key), **asdict(choice)}]
         text = json.dumps({"choices": entries}, indent=1) + "\n"
         try:
+            # write_whole() replaces the file in one step, so that two processes cannot mix entries.
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, text.encode())
         except OSError as error:

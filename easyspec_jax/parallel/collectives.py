@@ -44,6 +44,7 @@ def from_first_device(tree: T, axes: Axes) -> T:
     # but the first. A sum of one number and zeros is exact, for NaN and -0.0 as well.
     words = jnp.concatenate([_words(leaf).reshape(-1) for leaf in leaves])
     words = all_reduce(jnp.where(shard_index(axes) == 0, words, jnp.zeros_like(words)), axes)
+    # Back from one row of words to the arrays, by their sizes.
     parts = jnp.split(words, np.cumsum([leaf.size for leaf in leaves])[:-1])
     arrays = []
     for part, leaf in zip(parts, leaves, strict=True):

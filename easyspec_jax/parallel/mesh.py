@@ -1,4 +1,4 @@
-"""The device mesh: axes ("layer", "tensor"), with virtual CPU devices if there is no accelerator.
+"""The device mesh: axes ("layer", "tensor"), on virtual CPU devices where accelerators are missing.
 
 Layers of one fuzzy group are spread over "layer", so that they run at once; heads and columns
 within a layer are split over "tensor". Dense parts, which no group has, are split over both.
@@ -68,6 +68,7 @@ def parse_mesh(text: str, group_size: int = 1) -> MeshShape:
     """
     if re.fullmatch(r"[1-9]\d{0,5}", text):
         devices = int(text)
+        # 8 devices and groups of 5: divisors up to 5 are 1, 2 and 4, so layer = 4 and tensor = 2.
         layer = max(n for n in range(1, min(group_size, devices) + 1) if devices % n == 0)
         return MeshShape(layer, devices // layer)
     axes = dict(re.findall(r"(?<![^,])(\w+)=([1-9]\d{0,5})(?:,|\Z)", text))
@@ -99,6 +100,8 @@ def open_mesh(shape: MeshShape, platform: Platform | None = None, or_cpu: bool =
             f"`mesh` asks for {shape.size} devices, which {processes} processes cannot share "
             "equally"
         )
+    # Before JAX starts nobody knows whether there is an accelerator, and afterwards it is too
+    # late to ask for virtual devices.
     if shape.size <= MAX_VIRTUAL_DEVICES:
         _request_cpu_devices(shape.size // processes)
     devices = _devices(platform)

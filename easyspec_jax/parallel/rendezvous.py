@@ -118,6 +118,7 @@ def gather(peer: Peer, digest: str) -> tuple[Links, str]:
     deadline = time.monotonic() + START
     links: Links = {}
     try:
+        # Resolves names and both kinds of addresses; the first result says which kind to use.
         addresses = socket.getaddrinfo(peer.host, peer.port, type=socket.SOCK_STREAM)
         family, _, _, _, own = addresses[0]
         server = socket.create_server((own[0], peer.port), family=family)
@@ -128,6 +129,7 @@ def gather(peer: Peer, digest: str) -> tuple[Links, str]:
     with server:
         while len(links) < peer.num_processes - 1:
             _accept(server, peer, digest, links, deadline)
+    # Port 0 asks the system for a free one, which JAX's coordinator then takes.
     with socket.create_server((own[0], 0), family=family) as free:
         port = free.getsockname()[1]
     address = f"{peer.coordinator.rpartition(':')[0]}:{port}"
@@ -143,6 +145,7 @@ def _accept(server: socket.socket, peer: Peer, digest: str, links: Links, deadli
     try:
         link, _ = server.accept()
         link.settimeout(HELLO)
+        # Anyone can connect to an open port; what does not speak JSON like us is ignored below.
         hello = json.loads(_line(link))
         number = hello["process"]
         complaint = _complaint(hello, peer, digest, links)
@@ -219,6 +222,7 @@ def _connected(peer: Peer) -> socket.socket:
                     f"`coordinator` {peer.coordinator} cannot be reached within {START:.0f} s "
                     f"({first_line(error)}); start process 0 there"
                 ) from None
+            # Refused: process 0 has not started yet.
             time.sleep(0.2)
 
 

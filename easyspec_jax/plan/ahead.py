@@ -84,7 +84,7 @@ def topology_mesh(topology: Topology, shape: MeshShape) -> Mesh:
         shape: Devices along each axis.
 
     Raises:
-        EasySpecError: There is no such topology.
+        EasySpecError: The topology is unknown.
         CannotCompile: A compiler is missing or does not start.
     """
     machine = topology.machine
@@ -116,7 +116,9 @@ def _absent_devices(
     except Exception as error:  # JAX passes the compiler's own errors on as various types
         reason = first_line(error)[:200]
         if "INVALID_ARGUMENT" in str(error):
-            raise EasySpecError(f"`topology` {name}: there is no such slice ({reason})") from None
+            raise EasySpecError(
+                f"`topology` {name}: such a slice does not exist ({reason})"
+            ) from None
         raise CannotCompile(f"the compiler for {platform} does not start: {reason}") from None
 
 

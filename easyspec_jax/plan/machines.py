@@ -120,7 +120,7 @@ def parse_topology(text: str) -> Topology:
             devices: "v5e:2x4", "v5p:2x2x2", "h100:8", "cpu:4". Case does not matter.
 
     Raises:
-        EasySpecError: There is no such machine, or the sides do not suit it.
+        EasySpecError: The machine is unknown, or the sides do not suit it.
 
     Example:
         >>> topology = parse_topology("v5p:2x2x4")

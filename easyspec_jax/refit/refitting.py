@@ -112,7 +112,9 @@ def refit(pair: Engine, config: RefitConfig, *, bar: Bar = no_bar) -> Refitted:
 def _resumed(path: Path, draft: Checkpoint) -> tuple[Layout, Tensors]:
     """Read the refit to go on from; its file has the draft's dtype, but training needs float32."""
     if not path.is_file():
-        raise EasySpecError(f"there is no {path} to go on from; leave out `resume`")
+        raise EasySpecError(
+            f"{path} does not exist, so there is nothing to resume; leave out `resume`"
+        )
     layout, held = load(path, draft)
     return layout, {name: tensor.astype(np.float32) for name, tensor in held.tensors.items()}
 

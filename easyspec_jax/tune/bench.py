@@ -77,11 +77,13 @@ class DeviceBench:
         self.widths = widths
         self._held: tuple[Draft, Engine] | None = None
         self.baseline = engine.baseline()
+        # All passes are timed with the caches of the longest text, which all others fit into.
         self.longest = max(sample.prompts, key=self.text_length)
         self.baseline.compile(sample.prompts, sample.sampling, chat=sample.chat)
         programs = self.baseline.programs(sample.sampling)
         widest = SpeculativeConfig(num_speculative_tokens=levels, tree_width=max(widths))
         config = RoundConfig.of(widest, sample.sampling, ())
+        # Attention is timed at half the longest text, about where it is on average.
         text = self.text_length(self.longest)
         self._lengths = {
             "context": text // 2,
@@ -113,7 +115,9 @@ class DeviceBench:
             done = next(
                 self.baseline.generate([prompt], self.sample.sampling, chat=self.sample.chat)
             )
+            # Timed next to every text, so that overhead is the difference of neighbours in time.
             steps.append(self._plain.sample(self._calls))
+            # Shorter texts hold no position from which the deepest draft can be judged.
             if len(done.token_ids) > self.levels:
                 texts.append((len(done.prompt_ids), [*done.prompt_ids, *done.token_ids]))
                 overheads.append(done.stats.decode_seconds / done.stats.rounds - steps[-1])
@@ -165,6 +169,7 @@ class DeviceBench:
             make = partial(pass_case, "draft", alone(engine.mesh, model))
             return self._seconds(make(*args, **options, **self._lengths))  # pyright: ignore[reportArgumentType]
         except jax.errors.JaxRuntimeError as error:
+            # A draft that does not fit is not an error here: it loses against all others.
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return float("inf")
@@ -181,6 +186,7 @@ class DeviceBench:
         while len(ratios) < REPEATS and (
             len(ratios) < 3 or time.perf_counter() - begun < CASE_SECONDS
         ):
+            # Neighbours in time share the machine's mood, so their ratio is steadier than either.
             ratios.append(case.sample(calls) / self._plain.sample(self._calls))
         return float(np.median(ratios)) * self.plain
 

@@ -87,14 +87,17 @@ def predict(figures: Figures, candidate: Candidate) -> Prediction:
     width, levels = speculative.width, speculative.num_speculative_tokens
     pending, calibrates = pending_size(speculative), is_calibrated(speculative)
     step = figures.step.get(draft, {})
+    # An ordinary draft's first pass is one more step, timed already.
     first = figures.first.get(draft, {}) if calibrates else step
     nodes = 1 + levels * width
     missing: dict[Phase, bool] = {
+        # A narrower tree than the widest timed is interpolated; a wider one is not known.
         "step": width > max(step, default=0),
         "verification": nodes > max(figures.verification),
         "acceptance": width not in figures.acceptance.get(draft.drafting, {}),
         "first": calibrates and not first,
     }
+    # A pass over several tokens takes at least as long as over one, and as the fastest of its kind.
     at_best = max(_interpolated(step, 1), _fastest_first(figures, draft, pending))
     return Prediction(
         candidate=candidate,
@@ -153,6 +156,7 @@ def _fastest_first(figures: Figures, draft: Draft, pending: int) -> float:
 
 
 def _accepted(figures: Figures, drafting: SpeculativeConfig, width: int, levels: int) -> float:
+    # Measured at every depth at once, so there is nothing to interpolate.
     known = figures.acceptance.get(drafting, {})
     if width in known:
         return known[width][levels - 1]

@@ -26,6 +26,7 @@ def as_dict(tuned: Tuned) -> dict[str, Any]:
     engine, figures = tuned.engine, tuned.figures
     assert engine.draft is not None
     device = engine.mesh.devices.flat[0]
+    # A draft whose acceptance was not measured cannot be on the frontier; 0 keeps its place.
     points = [(row.prediction.step, row.deepest_acceptance or 0.0) for row in tuned.rows]
     on_frontier = frontier(points, [row.deepest_acceptance is not None for row in tuned.rows])
     return {
@@ -86,6 +87,7 @@ def print_tuned(found: dict[str, Any], console: Console) -> None:
         table.add_row(*_cells(candidate, fastest))
     plain = _speed(found["plain_tokens_per_second"], fastest)
     step = f"{found['plain_step'] * 1e3:.3g}"
+    # Plain decoding has no draft, so only its step and speeds are shown.
     table.add_row("plain decoding", "", "", "", "", step, "", _plain_speed(found), plain)
     console.print(table)
     more = len(candidates) - SHOWN

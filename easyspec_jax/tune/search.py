@@ -79,11 +79,13 @@ def search(
     open_ = [candidate for candidate in candidates if candidate.draft in figures.step]
     settled: list[Prediction] = []
     while open_ and len(settled) < finalists:
+        # Out of time, what is known counts more than what might be.
         late = clock() > SEARCHING
         predictions = (predict(figures, candidate) for candidate in open_)
         best = max(predictions, key=_known_first if late else _score)
         if best.score < HOPELESS * plain_tokens_per_second(figures):
             break
+        # The best is only a guess while a figure is missing: measure it and look again.
         if best.missing and not late:
             measure(best, figures, bench, candidates)
             advance(1)

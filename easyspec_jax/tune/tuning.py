@@ -45,7 +45,7 @@ MAX_NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """What to try and how long to measure.
+    """Candidates to try and time to measure them.
 
     Attributes:
         mesh: "8" tries all splits of eight devices, "layer=4,tensor=2" only that one. By default
@@ -190,6 +190,7 @@ def tune(pair: Engine, config: TuneConfig | None = None, *, bar: Bar = no_bar) -
     if pair.draft is None:
         raise EasySpecError("there is nothing to choose without `draft` DIR")
     ordinary = SpeculativeConfig(method="sd")
+    # Measuring starts from an ordinary draft; variants of one engine share the target's weights.
     engine = pair if pair.speculative == ordinary else pair.variant(ordinary, bar=bar)
     space = Space.of(pair.draft.config.num_hidden_layers, refit_sizes(pair.draft.directory))
     space = replace(
@@ -241,6 +242,7 @@ def tune_over(
     """
     assert engine.draft is not None
     found = candidates(mesh, engine.draft.config.num_hidden_layers, space)
+    # Refuses a bad prompt now, before minutes of measuring.
     engine.prepare(sample.prompts, chat=sample.chat)
     # Reads the target's weights, which should not count as measuring.
     engine.variant(SpeculativeConfig(method="vanilla"), bar=bar)
@@ -259,6 +261,7 @@ def tune_over(
         }
         figures = Figures(bench.plain, bench.overhead, verification)
         best = search(found, figures, bench, finalists, clock, advance)
+    # Finalists load their own drafts; the one measured last would take memory.
     bench.release()
     with bar("Confirming") as advance:
         speeds = confirm(bench, [prediction.candidate for prediction in best], clock, advance)
@@ -293,8 +296,10 @@ def confirm(
     engines: dict[Candidate | None, Engine] = {None: bench.baseline}
     with_draft: dict[Draft, Engine] = {}
     for candidate in best:
+        # All programs are compiled before any is timed. The best finalist always is.
         if len(engines) > 1 and clock() > COMPILED:
             break
+        # Candidates with the same draft share its weights.
         alike = with_draft.get(candidate.draft, bench.engine)
         engines[candidate] = alike.variant(candidate.speculative, candidate.shape)
         with_draft.setdefault(candidate.draft, engines[candidate])
@@ -311,6 +316,7 @@ def confirm(
         return next(engine.generate([prompt], sampling, chat=chat)).stats.tokens_per_second
 
     def go_on(number: int) -> bool:
+        # Another turn is begun only if one of average length fits into the time left.
         return clock() + (clock() - begun) / number <= 1
 
     ways = {name: partial(complete, own) for name, own in engines.items()}
@@ -320,6 +326,7 @@ def confirm(
 def fits(prompt: Prompt, bench: DeviceBench, engine: Engine) -> bool:
     """Return whether a prompt needs the programs of the longest one, which are compiled already."""
     programs = engine.programs(bench.sample.sampling)
+    # Caches of another size would need other programs, and compiling would count as decoding.
     sizes = {programs.capacity(bench.text_length(own)) for own in (prompt, bench.longest)}
     return len(sizes) == 1
 
@@ -351,6 +358,7 @@ def rows(
     """
     predictions: dict[tuple[Draft, int], Prediction] = {}
     for candidate in found:
+        # Drafts without a timed step were not reached; nothing can be said about them.
         if candidate.draft in figures.step:
             new = predict(figures, candidate)
             key = (candidate.draft, candidate.speculative.width)
@@ -392,6 +400,7 @@ def auto(engine: Engine, mesh: str, bundled: bool, bar: Bar, note: Callable[[str
     """
     assert engine.draft is not None
     directory = engine.draft.directory
+    # A choice holds for one pair, mesh, type and kind of device.
     choice = tuned_file.find(tuned_file.key_of(engine, mesh), directory)
     if choice is None:
         note(

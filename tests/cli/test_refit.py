@@ -101,7 +101,7 @@ def test_prompts_through_the_command(directory):
         (["--tokens", "3"], "--tokens 3 must be at least"),
         (["--distill", "-1"], "--distill -1 must be at least 0"),
         (["--resume"], "give --distill STEPS"),
-        (["--resume", "--distill", "2"], "to go on from; leave out --resume"),
+        (["--resume", "--distill", "2"], "so there is nothing to resume; leave out --resume"),
         (["--text", "missing.txt"], "--text missing.txt cannot be read"),
         (["--prompt-file", "missing.txt"], "--prompt-file missing.txt cannot be read"),
         (["--text", "a.txt", "--prompt-file", "b.txt"], "not allowed with argument --text"),

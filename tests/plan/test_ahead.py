@@ -85,7 +85,7 @@ def test_a_slice_that_does_not_exist(configs):
     pytest.importorskip("libtpu")
     done = plan_in_a_process_of_its_own(configs, "v5e:3x5")
     assert done.returncode == 2
-    assert "--topology v5e:3x5: there is no such slice" in done.stderr
+    assert "--topology v5e:3x5: such a slice does not exist" in done.stderr
 
 
 def test_gpus_that_are_not_here(configs):
