@@ -1,6 +1,6 @@
 """EasySpec on JAX: layer-parallel speculative decoding with exactly the target's distribution.
 
-Example:
+Examples:
     The bundled pair completes a Python function on eight devices (virtual ones on a CPU)::
 
         from easyspec_jax import SamplingParams, open_model

@@ -4,7 +4,7 @@
 def ceil_div(dividend: int, divisor: int) -> int:
     """Divide and round up.
 
-    Example:
+    Examples:
         >>> ceil_div(7, 4)
         2
     """
@@ -14,7 +14,7 @@ def ceil_div(dividend: int, divisor: int) -> int:
 def round_up(size: int, multiple: int) -> int:
     """Return the smallest multiple of `multiple` that is at least `size`.
 
-    Example:
+    Examples:
         >>> round_up(130, 128)
         256
     """

@@ -7,7 +7,7 @@ class EasySpecError(ValueError):
     The message is one line that says what is wrong and what to do about it. Commands print it on
     stderr and exit with code 2.
 
-    Example:
+    Examples:
         >>> from easyspec_jax import SamplingParams
         >>> try:
         ...     SamplingParams(top_p=1.5)
@@ -22,7 +22,7 @@ def first_line(error: BaseException) -> str:
 
     Messages of other libraries run over many lines; ours have one, and quote one.
 
-    Example:
+    Examples:
         >>> first_line(OSError("disk full\\nand a long explanation"))
         'disk full'
         >>> first_line(KeyboardInterrupt())

@@ -41,7 +41,7 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: The write fails; the old file, if any, is untouched.
 
-    Example:
+    Examples:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as directory:
         ...     path = Path(directory, "note.txt")

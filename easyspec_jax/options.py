@@ -44,7 +44,7 @@ class SpeculativeConfig:
     Raises:
         EasySpecError: A value is out of range, or two of them conflict.
 
-    Example:
+    Examples:
         >>> SpeculativeConfig(method="tree").width
         4
     """
@@ -127,7 +127,7 @@ class SamplingParams:
     Raises:
         EasySpecError: A value is out of range.
 
-    Example:
+    Examples:
         >>> SamplingParams(temperature=0.8, top_p=0.95, seed=1).max_new_tokens
         128
     """
@@ -170,7 +170,7 @@ def resolve_dtype(requested: DType, platform: str, stored: str) -> str:
     Raises:
         EasySpecError: The type is not one of FLOAT_DTYPES.
 
-    Example:
+    Examples:
         >>> resolve_dtype("auto", "gpu", "bfloat16")
         'bfloat16'
     """

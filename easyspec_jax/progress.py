@@ -27,7 +27,7 @@ def no_bar(
 ) -> Iterator[Advance]:
     """Show nothing; takes the same arguments as `bar`.
 
-    Example:
+    Examples:
         >>> with no_bar("Reading", 3) as advance:
         ...     advance(1)
     """

@@ -60,7 +60,7 @@ def tensors(config: ModelConfig) -> Iterator[tuple[str, int, Tensor]]:
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the name and shape of every canonical tensor of a model.
 
-    Example:
+    Examples:
         >>> from easyspec_jax import demo
         >>> from easyspec_jax.checkpoint.config import read_model_config
         >>> shapes = expected_shapes(read_model_config(demo.TARGET))
@@ -226,7 +226,7 @@ def unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:
     Returns:
         The same shape.
 
-    Example:
+    Examples:
         >>> unpermute(np.array(["a0", "b0", "a1", "b1", "a2", "b2"]), head_dim=6).tolist()
         ['a0', 'a1', 'a2', 'b0', 'b1', 'b2']
     """

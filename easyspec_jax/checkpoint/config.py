@@ -82,7 +82,7 @@ def read_model_config(directory: Path | str) -> ModelConfig:
     Raises:
         EasySpecError: A file cannot be read, or describes a model that is not supported.
 
-    Example:
+    Examples:
         >>> from easyspec_jax import demo
         >>> read_model_config(demo.TARGET).hidden_size
         384

@@ -68,7 +68,7 @@ def open_checkpoint(directory: Path | str, *, allow_links: bool = False) -> Chec
         EasySpecError: The directory is of neither kind, is damaged, has links that point outside
             or lacks tensors that its configuration asks for (or has others).
 
-    Example:
+    Examples:
         >>> from easyspec_jax import demo
         >>> checkpoint = open_checkpoint(demo.TARGET)
         >>> checkpoint.config.num_hidden_layers

@@ -54,7 +54,7 @@ class Family:
     def has(self, name: str) -> bool:
         """Whether each layer has this tensor.
 
-        Example:
+        Examples:
             >>> FAMILIES["qwen3"].has("self_attn.q_norm.weight")
             True
         """

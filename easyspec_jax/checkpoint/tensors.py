@@ -61,7 +61,7 @@ def read_into(out: np.ndarray, source: TensorSource, name: str, window: Slices =
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
     """Split the rows of a tensor into slices of at most 4 MiB in float32 (at least one row each).
 
-    Example:
+    Examples:
         >>> list(row_blocks((2500, 1024)))
         [slice(0, 1024, None), slice(1024, 2048, None), slice(2048, 2500, None)]
     """
@@ -97,7 +97,7 @@ def read_bytes(file: int, out: np.ndarray, offset: int) -> None:
 class Overlay:
     """Two sources as one: a tensor comes from `above` if it is there, otherwise from `below`.
 
-    Example:
+    Examples:
         >>> both = Overlay(Held({"a": np.zeros(2), "b": np.zeros(2)}), Held({"b": np.ones(2)}))
         >>> both.read("b")
         array([1., 1.])
@@ -117,7 +117,7 @@ class Overlay:
 class Held:
     """A TensorSource whose tensors are in host memory.
 
-    Example:
+    Examples:
         >>> source = Held({"a": np.arange(6).reshape(3, 2)})
         >>> source.read("a", (slice(1, 3),))
         array([[2, 3],

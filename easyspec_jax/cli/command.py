@@ -74,7 +74,7 @@ def _abandon_stdout() -> None:
 def with_flags(message: str) -> str:
     """Name flags where a message of the library names fields.
 
-    Example:
+    Examples:
         >>> with_flags("`top_p` 1.5 must be a probability")
         '--top-p 1.5 must be a probability'
     """

@@ -128,7 +128,7 @@ def draft_tree(
 def first_node(depth: Array, width: int) -> Array:
     """Return the number of a depth's first node; the root is node 0.
 
-    Example:
+    Examples:
         >>> first_node(jnp.arange(4), width=3).tolist()
         [0, 1, 4, 7]
     """
@@ -158,7 +158,7 @@ def best_branches(
     Returns:
         The next level, best first.
 
-    Example:
+    Examples:
         Below the root, number 0, two of three branches become nodes 1 and 2:
 
         >>> zero = jnp.zeros((1, 1), jnp.int32)

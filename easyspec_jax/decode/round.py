@@ -46,7 +46,7 @@ class RoundConfig:
         width: Nodes per level; 1 for a chain.
         nodes: How many nodes are verified, the root not counted; None for all.
 
-    Example:
+    Examples:
         >>> config = RoundConfig.of(SpeculativeConfig(), SamplingParams(temperature=0.8), (2,))
         >>> config.levels, config.calibration, config.verifier
         (5, True, Rejection(truncates=False))

@@ -21,7 +21,7 @@ class Stats:
         decoded_tokens: Tokens that rounds added. The first token of a text comes from prefill and
             belongs to no round.
 
-    Example:
+    Examples:
         Two rounds of three levels. The first accepts all and adds four tokens, the second none:
 
         >>> stats = Stats(accepted_per_position=(0, 0, 0), decode_seconds=0.5)

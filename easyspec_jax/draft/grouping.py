@@ -27,7 +27,7 @@ class Layout:
         groups: Every layer once, in order.
         mlp_lp_sizes: For each group, how many of its MLPs run at once.
 
-    Example:
+    Examples:
         >>> layout = parse_layout("0,1-3,4-7x2,8", num_layers=9)
         >>> layout.lp_size, layout.sequential_mlps, layout.collectives
         (4, 7, 11)
@@ -67,7 +67,7 @@ class Layout:
 def runs(layers: int, mlp_lp_size: int) -> int:
     """Count the steps in which the MLPs of `layers` layers run, `mlp_lp_size` at a time.
 
-    Example:
+    Examples:
         >>> runs(7, mlp_lp_size=3)
         3
     """
@@ -86,7 +86,7 @@ def paper_groups(num_layers: int, lp_size: int) -> tuple[Group, ...]:
     Returns:
         The groups, in order.
 
-    Example:
+    Examples:
         >>> format_layout(Layout.uniform(paper_groups(16, 4)))
         '0,1-3,4-7,8-11,12-14,15'
     """
@@ -110,7 +110,7 @@ def layout_of(speculative: SpeculativeConfig, num_layers: int) -> Layout:
     Raises:
         EasySpecError: The draft cannot have the groups of lp_strategy.
 
-    Example:
+    Examples:
         >>> format_layout(layout_of(SpeculativeConfig(lp_size=3), num_layers=8))
         '0,1-2,3-5,6,7'
         >>> format_layout(layout_of(SpeculativeConfig(method="sd"), num_layers=4))
@@ -138,7 +138,7 @@ def parse_layout(strategy: str, num_layers: int, mlp_lp_size: int = 1) -> Layout
     Raises:
         EasySpecError: The groups are malformed or do not name each layer once, in order.
 
-    Example:
+    Examples:
         >>> layout = parse_layout("0,1-3,4-7x2", num_layers=8)
         >>> layout.groups
         (range(0, 1), range(1, 4), range(4, 8))
@@ -180,7 +180,7 @@ def _check_partition(groups: list[Group], strategy: str, num_layers: int) -> Non
 def format_layout(layout: Layout) -> str:
     """Format a layout as parse_layout() reads it.
 
-    Example:
+    Examples:
         >>> format_layout(Layout((range(0, 1), range(1, 4)), (1, 2)))
         '0,1-3x2'
     """
@@ -192,7 +192,7 @@ def format_layout(layout: Layout) -> str:
 def format_group(group: Group) -> str:
     """Format a group by its first and last layer, or its only one.
 
-    Example:
+    Examples:
         >>> format_group(range(4, 8)), format_group(range(8, 9))
         ('4-7', '8')
     """
@@ -223,7 +223,7 @@ def slots_per_device(group: Group, layer_axis: int) -> int:
         group: The group.
         layer_axis: Length of the mesh's layer axis.
 
-    Example:
+    Examples:
         >>> slots_per_device(range(1, 8), layer_axis=4)  # 2 + 2 + 2 + 1
         2
     """
@@ -233,7 +233,7 @@ def slots_per_device(group: Group, layer_axis: int) -> int:
 def position_of(layer: int, group: Group, layer_axis: int) -> int:
     """Return the position on the layer axis that holds the attention of one of a group's layers.
 
-    Example:
+    Examples:
         >>> [position_of(layer, range(1, 8), layer_axis=4) for layer in range(1, 8)]
         [0, 0, 1, 1, 2, 2, 3]
     """

@@ -37,7 +37,7 @@ def path_of(directory: Path, speculative: SpeculativeConfig, layout: Layout) -> 
         speculative: Configuration to draft with.
         layout: Its groups.
 
-    Example:
+    Examples:
         >>> layout = parse_layout("0,1-3,4-7x2", num_layers=8)
         >>> path_of(Path("refit"), SpeculativeConfig(lp_size=4), layout).name
         'lp4.safetensors'

@@ -40,7 +40,7 @@ class Site:
 def qkv_site(layer: int) -> Site:
     """Name the query, key and value projections of a layer.
 
-    Example:
+    Examples:
         >>> qkv_site(3).norm, qkv_site(3).parts[0]
         ('model.layers.3.input_layernorm', 'model.layers.3.self_attn.q_proj')
     """
@@ -55,7 +55,7 @@ def qkv_site(layer: int) -> Site:
 def gate_up_site(layer: int) -> Site:
     """Name the gate and up projections of a layer's MLP.
 
-    Example:
+    Examples:
         >>> gate_up_site(3).parts
         ('model.layers.3.mlp.gate_proj', 'model.layers.3.mlp.up_proj')
     """
@@ -78,7 +78,7 @@ def stale_sites(layout: Layout) -> Iterator[Site]:
     Yields:
         Each group's sites: first attentions, then MLPs.
 
-    Example:
+    Examples:
         >>> layout = Layout((range(0, 1), range(1, 4)), (1, 2))
         >>> for site in stale_sites(layout):
         ...     print(site.parts[0])
@@ -176,7 +176,7 @@ def named(loader: Loader, site: Site, projection: Float[np.ndarray, "inputs out"
 def joined(tensors: Tensors, site: Site) -> Float[np.ndarray, "inputs out"]:
     """Join a site's canonical tensors into one projection; the inverse of named().
 
-    Example:
+    Examples:
         >>> site = Site("norm", ("q",))
         >>> tensors = {"q.weight": np.array([[1.0, 2.0]]), "q.bias": np.array([3.0])}
         >>> joined(tensors, site).tolist()

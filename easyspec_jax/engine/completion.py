@@ -21,7 +21,7 @@ def batched(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
     Raises:
         EasySpecError: The size is less than 1.
 
-    Example:
+    Examples:
         >>> batched("abcde", 2)
         ['ab', 'cd', 'e']
     """

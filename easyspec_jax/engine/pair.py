@@ -51,7 +51,7 @@ def open_model(
     Raises:
         EasySpecError: Anything that would not work, in one line.
 
-    Example:
+    Examples:
         >>> engine = open_model(platform="cpu")
         >>> from easyspec_jax import SamplingParams
         >>> next(engine.generate(["def add(a, b):"], SamplingParams(max_new_tokens=8))).text

@@ -69,7 +69,7 @@ class Choice:
 def label(speculative: SpeculativeConfig) -> str:
     """Describe a way of drafting in a few words.
 
-    Example:
+    Examples:
         >>> label(SpeculativeConfig(lp_size=4, tree_width=8, refit="none"))
         'N = 4, TP all, width 8'
     """

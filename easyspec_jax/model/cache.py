@@ -60,7 +60,7 @@ def write(
     Returns:
         The new cache.
 
-    Example:
+    Examples:
         >>> empty = jnp.zeros((2, 4, 1))  # two rows, one head, four entries, head_dim 1
         >>> new = jnp.array([1.0, 2.0]).reshape(2, 1, 1, 1)  # one token per row
         >>> cache = write(KVCache(empty, empty), new, new, start=jnp.array([0, 3]))
@@ -100,7 +100,7 @@ def move(
     Returns:
         The new cache.
 
-    Example:
+    Examples:
         A text of 2 tokens, and a tree of 5 nodes behind it, of which nodes 0, 1 and 4 are accepted:
 
         >>> entries = jnp.array([10.0, 11.0, 0.0, 1.0, 2.0, 3.0, 4.0])[None, :, None]
@@ -152,7 +152,7 @@ def put_row(cache: KVCache, own: KVCache, row: Int[Array, ""], batch: int) -> KV
 def extend(cache: KVCache, capacity: int) -> KVCache:
     """Grow a cache to a larger capacity, with zeros behind its entries.
 
-    Example:
+    Examples:
         >>> extend(KVCache(jnp.zeros((2, 4, 8)), jnp.zeros((2, 4, 8))), capacity=16).k.shape
         (2, 16, 8)
     """

@@ -18,7 +18,7 @@ def rms_norm(
     Returns:
         The result in x's dtype; the root mean square is computed in float32.
 
-    Example:
+    Examples:
         >>> rms_norm(jnp.array([3.0, -4.0, 0.0, 0.0]), jnp.ones(4), eps=0.0).tolist()
         [1.2000000476837158, -1.600000023841858, 0.0, 0.0]
     """

@@ -58,7 +58,7 @@ class ArrayPlan:
         spec: Mesh axes that each dimension is split over.
         copies: What is copied into all shards.
 
-    Example:
+    Examples:
         >>> from easyspec_jax.model.sharding import even_entries
         >>> columns = even_entries(size=3, width=2, shards=2)
         >>> print(matrix({"layers.{}.down": columns}, 4, ("tensor",), dimension=1).for_layer(7))

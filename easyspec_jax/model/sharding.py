@@ -49,7 +49,7 @@ def head_layout(num_heads: int, num_kv_heads: int, shards: int) -> HeadLayout:
     Returns:
         The layout, which is the plain split wherever heads divide and copies do not pay.
 
-    Example:
+    Examples:
         Nine query and three key-value heads on eight shards. Two copies of each key-value head
         occupy six shards, with at most two queries each:
 
@@ -110,7 +110,7 @@ def padded_vocab_size(mesh: Mesh, *configs: ModelConfig) -> int:
 def even_entries(size: int, width: int, shards: int) -> Entries:
     """Deal out `size` entries, `width` to each shard until none are left.
 
-    Example:
+    Examples:
         >>> even_entries(size=5, width=3, shards=2).tolist()
         [[0, 1, 2], [3, 4, -1]]
     """
@@ -121,7 +121,7 @@ def even_entries(size: int, width: int, shards: int) -> Entries:
 def head_entries(heads: Int[np.ndarray, "shards heads"], head_dim: int) -> Entries:
     """Return the entries of heads: head h has those from h * head_dim on, and -1 has padding.
 
-    Example:
+    Examples:
         >>> head_entries(np.array([[1, 2], [0, -1]]), head_dim=2).tolist()
         [[2, 3, 4, 5], [0, 1, -1, -1]]
     """

@@ -62,7 +62,7 @@ def parse_mesh(text: str, group_size: int = 1) -> MeshShape:
     Raises:
         EasySpecError: The text is neither.
 
-    Example:
+    Examples:
         >>> parse_mesh("8", group_size=5)
         MeshShape(layer=4, tensor=2)
     """

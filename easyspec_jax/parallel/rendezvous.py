@@ -40,7 +40,7 @@ class Peer:
     Raises:
         EasySpecError: The address or a number is impossible.
 
-    Example:
+    Examples:
         >>> Peer("[::1]:8476", num_processes=2, process_id=0).host
         '::1'
     """

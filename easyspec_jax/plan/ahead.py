@@ -174,7 +174,7 @@ def _optimal_seconds(compiled: Any) -> float | None:
 def _memory_line(message: str) -> str:
     """Return the sentence with the sizes from a page of XLA's.
 
-    Example:
+    Examples:
         >>> _memory_line("Ran out of memory. Used 27.49G of 15.75G hbm. Exceeded …")
         'Used 27.49G of 15.75G hbm'
     """

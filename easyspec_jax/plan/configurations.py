@@ -43,7 +43,7 @@ def find_config(text: str | Path, field: str) -> tuple[str, ModelConfig]:
     Raises:
         EasySpecError: There is nothing of this name, or it is not a configuration.
 
-    Example:
+    Examples:
         >>> name, config = find_config("meta-llama/Llama-3.2-1B-Instruct", "draft")
         >>> name, config.num_hidden_layers
         ('Llama-3.2-1B', 16)
@@ -82,7 +82,7 @@ def check_pair(target: ModelConfig, draft: ModelConfig) -> None:
 def parameter_count(config: ModelConfig) -> int:
     """Count the parameters of a checkpoint, a tied head once.
 
-    Example:
+    Examples:
         >>> round(parameter_count(bundled()["Llama-3.1-8B"]) / 1e9, 2)
         8.03
     """

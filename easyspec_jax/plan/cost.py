@@ -53,7 +53,7 @@ class Cost:
         bytes: The least that it must read and write in memory.
         flops: Of matrix products; a multiplication and an addition count as two.
 
-    Example:
+    Examples:
         >>> Cost(kernels=2, bytes=100) + Cost(kernels=1, flops=7) * 3
         Cost(kernels=5, collectives=0, wire_bytes=0.0, bytes=100, flops=21)
     """
@@ -79,7 +79,7 @@ class Cost:
     def seconds(self, machine: Machine) -> float:
         """Estimate the time by the model of this module.
 
-        Example:
+        Examples:
             A step that reads 16.4 GB from 819 GB/s takes 20 ms, and 300 kernels of 1 µs add 0.3 ms.
             Its 1 TFLOP at 197 TFLOP/s takes 5 ms, which the reading hides.
 
@@ -113,7 +113,7 @@ def cost(function: Callable[..., Any], *args: Any, mesh_shape: Mapping[str, int]
     Raises:
         ValueError: A loop does more than element-wise work and its number of iterations is unknown.
 
-    Example:
+    Examples:
         [2, 16] times [16, 8] in float32 is 2 x 2 x 16 x 8 flops and 4 x (32 + 128 + 16) bytes.
 
         >>> import jax.numpy as jnp
@@ -137,7 +137,7 @@ def cost(function: Callable[..., Any], *args: Any, mesh_shape: Mapping[str, int]
 def _kernels(work: Sequence[Work]) -> int:
     """Count kernels: one for each operation with its own, one for each stretch of the others.
 
-    Example:
+    Examples:
         A product, a bias and an activation, another product: the two in the middle are fused.
 
         >>> _kernels([(704, 512), None, None, (704, 512)])

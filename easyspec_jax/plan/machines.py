@@ -122,7 +122,7 @@ def parse_topology(text: str) -> Topology:
     Raises:
         EasySpecError: The machine is unknown, or the sides do not suit it.
 
-    Example:
+    Examples:
         >>> topology = parse_topology("v5p:2x2x4")
         >>> topology.devices, topology.machine.platform
         (16, 'tpu')

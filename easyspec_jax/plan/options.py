@@ -41,7 +41,7 @@ class PlanConfig:
         EasySpecError: The topology is unknown or a number is out of range. `plan` checks whatever
             depends on the models.
 
-    Example:
+    Examples:
         >>> config = PlanConfig("v5p:2x2x2", max_length=4096, compile=False)
         >>> config.lp_size, config.tree_width
         (4, 1)

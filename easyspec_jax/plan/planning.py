@@ -73,7 +73,7 @@ def plan(target: str | Path, draft: str | Path, config: PlanConfig, *, bar: Bar 
         EasySpecError: A model is unknown, the two cannot share token ids, `config` does not suit
             them, or devices that are to be measured or compiled for do not exist.
 
-    Example:
+    Examples:
         Which way is the fastest on eight TPU v5p at an acceptance rate of 0.8?
 
             from easyspec_jax.plan import PlanConfig, plan

@@ -69,7 +69,7 @@ class Way:
     def label(self) -> str:
         """The way in a few words, for people to read.
 
-        Example:
+        Examples:
             >>> Way("easyspec", lp_size=4, mlp_lp_size=2).label
             'easyspec N=4 M=2, draft TP all'
         """
@@ -99,7 +99,7 @@ def ways(
     Returns:
         Plain decoding, then an ordinary draft and layer-parallel ones, each replicated and split.
 
-    Example:
+    Examples:
         >>> for way in ways([4], tree_width=1):
         ...     print(way.label)
         vanilla

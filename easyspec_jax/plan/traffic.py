@@ -39,7 +39,7 @@ class Collective:
     def wire_bytes(self) -> float:
         """Bytes that each device sends, in a ring.
 
-        Example:
+        Examples:
             >>> Collective("all-reduce", bytes=800, devices=8).wire_bytes
             1400.0
             >>> Collective("all-gather", bytes=800, devices=8).wire_bytes

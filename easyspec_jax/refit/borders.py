@@ -73,7 +73,7 @@ def best_layout(overlaps: Overlaps, num_layers: int, lp_size: int, mlp_lp_size: 
         lp_size: Layers of the largest candidate.
         mlp_lp_size: MLPs that run at a time, on average.
 
-    Example:
+    Examples:
         The paper's rule makes five groups of six layers, 0 | 1 | 2-3 | 4 | 5, so one pair must run
         together:
 
@@ -125,7 +125,7 @@ def sizes_to_try(lp_size: int, mlp_lp_size: int) -> tuple[int, ...]:
 
     One, the average asked for and a whole group are enough for a mixture to reach that average.
 
-    Example:
+    Examples:
         >>> sizes_to_try(lp_size=4, mlp_lp_size=2)
         (1, 2, 4)
         >>> sizes_to_try(lp_size=4, mlp_lp_size=1)

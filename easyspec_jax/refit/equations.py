@@ -11,7 +11,7 @@ class NormalEquations:
         inputs: Length of a row x.
         outputs: Length of a row y.
 
-    Example:
+    Examples:
         Two pairs lie on the line y = 3 x. A small ridge finds the slope. A ridge whose penalty
         weighs as much as the data (2.5 · 2 pairs = Σ x² = 5) stops halfway from the prior.
 

@@ -94,7 +94,7 @@ def overlap(
         fuzzy: Logits of q, likewise.
         axes: Mesh axes that the vocabulary is split over.
 
-    Example:
+    Examples:
         >>> p, q = jnp.log(jnp.array([[0.5, 0.3, 0.2]])), jnp.log(jnp.array([[0.2, 0.3, 0.5]]))
         >>> f"{overlap(p, q, axes=())[0]:.3f}"  # 0.2 + 0.3 + 0.2
         '0.700'

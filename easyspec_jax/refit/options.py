@@ -41,7 +41,7 @@ class RefitConfig:
         EasySpecError: A value is out of range, or two options contradict each other. `refit` checks
             whatever depends on the draft.
 
-    Example:
+    Examples:
         >>> RefitConfig(ridge=0)
         Traceback (most recent call last):
         ...
@@ -100,7 +100,7 @@ class RefitConfig:
         Raises:
             EasySpecError: The draft cannot have these groups, or all of them are single layers.
 
-        Example:
+        Examples:
             >>> RefitConfig(lp_size=3).layout(num_layers=8).groups
             (range(0, 1), range(1, 3), range(3, 6), range(6, 7), range(7, 8))
         """

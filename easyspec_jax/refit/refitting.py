@@ -76,7 +76,7 @@ def refit(pair: Engine, config: RefitConfig, *, bar: Bar = no_bar) -> Refitted:
             there is nothing to resume, or memory will not suffice.
         OSError: The file cannot be written.
 
-    Example:
+    Examples:
         >>> pair = open_model("TARGET", "DRAFT", mesh="8")  # doctest: +SKIP
         >>> fitted = refit(pair, RefitConfig(lp_size=4))  # doctest: +SKIP
         >>> fitted.overlaps["refit"][0] > fitted.overlaps["as it was"][0]  # doctest: +SKIP

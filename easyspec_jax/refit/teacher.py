@@ -55,7 +55,7 @@ def sampled_positions(every: int, depths: int, tokens: int) -> Int[np.ndarray, "
         depths: Tokens of a draft.
         tokens: Tokens of the text, past which no draft goes.
 
-    Example:
+    Examples:
         >>> sampled_positions(every=3, depths=2, tokens=6).tolist()
         [0, 1, 3, 4]
     """

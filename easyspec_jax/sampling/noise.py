@@ -50,7 +50,7 @@ def noise_keys(
     Returns:
         Keys [batch, tokens].
 
-    Example:
+    Examples:
         >>> seeds, rounds = jnp.array([7, 8], jnp.uint32), jnp.array([0, 0])
         >>> keys = noise_keys(seeds, jnp.array([[4, 5], [4, 5]]), rounds, Purpose.DRAFT)
         >>> keys.shape
@@ -77,7 +77,7 @@ def numbered(keys: Keys, count: int) -> Keys:
 
     The i-th depends on its parent and on i alone, so asking for fewer gives the first of the same.
 
-    Example:
+    Examples:
         >>> parent = jax.random.key(0)
         >>> bool((numbered(parent, 5)[:3] == numbered(parent, 3)).all())
         True
@@ -101,7 +101,7 @@ def gumbel(keys: Keys, ids: Int[Array, "*rows ids"]) -> Float[Array, "*rows ids"
     Returns:
         float32 noise in the shape of ids.
 
-    Example:
+    Examples:
         >>> key = jax.random.key(0)
         >>> vocabulary = gumbel(key, jnp.arange(100))
         >>> few = gumbel(key, jnp.array([42, 7]))
@@ -124,7 +124,7 @@ def gumbel(keys: Keys, ids: Int[Array, "*rows ids"]) -> Float[Array, "*rows ids"
 def uniform(keys: Keys) -> Float[Array, "*rows"]:
     """Draw one float32 number in [0, 1) per key.
 
-    Example:
+    Examples:
         >>> numbers = uniform(numbered(jax.random.key(0), 4))
         >>> numbers.shape, bool(((numbers >= 0) & (numbers < 1)).all())
         ((4,), True)

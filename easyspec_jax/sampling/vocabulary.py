@@ -35,7 +35,7 @@ def argmax(scores: Float[Array, "rows vocab_shard"], axes: Axes) -> Int[Array, "
     Returns:
         int32 ids of the whole vocabulary, on every device.
 
-    Example:
+    Examples:
         >>> argmax(jnp.array([[0.1, 0.7, 0.7], [3.0, 2.0, 1.0]]), axes=()).tolist()
         [1, 0]
     """
@@ -52,7 +52,7 @@ def choice(scores: Float[Array, "rows vocab_shard"], axes: Axes) -> Int[Array, "
     Returns:
         int32 ids; NO_CHOICE for a row that holds a NaN or +inf, or nothing but -inf.
 
-    Example:
+    Examples:
         >>> choice(jnp.array([[0.1, 0.7], [-jnp.inf, -jnp.inf], [jnp.nan, 1.0]]), ()).tolist()
         [1, -1, -1]
     """
@@ -110,7 +110,7 @@ def top(
     Returns:
         float32 scores and int32 ids of the whole vocabulary, on every device.
 
-    Example:
+    Examples:
         >>> best, ids = top(jnp.array([[0.5, 2.0, 1.0, 2.0]]), k=3, axes=())
         >>> best.tolist(), ids.tolist()
         ([[2.0, 2.0, 1.0]], [[1, 3, 2]])
@@ -142,7 +142,7 @@ def take(
     Returns:
         The entries, on every device.
 
-    Example:
+    Examples:
         >>> take(jnp.array([[0.0, 0.1, 0.2, 0.3]]), jnp.array([[3, 1, 1]]), axes=()).round(1)
         Array([[0.3, 0.1, 0.1]], dtype=float32)
     """
@@ -168,7 +168,7 @@ def normaliser(
     Returns:
         The greatest entry of each whole row, and the row's sum of exp(x - greatest).
 
-    Example:
+    Examples:
         >>> x = jnp.log(jnp.array([[0.1, 0.4, 0.2]]))
         >>> greatest, total = normaliser(x, axes=())
         >>> bool(jnp.allclose(jnp.exp(x - greatest) / total, jax.nn.softmax(x)))
@@ -188,7 +188,7 @@ def normaliser(
 def shard_ids(x: Float[Array, "rows vocab_shard"], axes: Axes) -> Int[Array, "rows vocab_shard"]:
     """Number each of a shard's entries by its id in the whole vocabulary.
 
-    Example:
+    Examples:
         >>> shard_ids(jnp.zeros((2, 3)), axes=()).tolist()
         [[0, 1, 2], [0, 1, 2]]
     """

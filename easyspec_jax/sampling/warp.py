@@ -23,7 +23,7 @@ def warp(
     Returns:
         Warped logits, -inf where dropped. A NaN stays a NaN.
 
-    Example:
+    Examples:
         >>> warp(jnp.array([[2.0, 4.0, 1.0]]), jnp.array([2.0]), jnp.array([1.0])).tolist()
         [[1.0, 2.0, -inf]]
     """
@@ -48,7 +48,7 @@ def cutoff(
     Returns:
         Each row's cutoff, for warp().
 
-    Example:
+    Examples:
         >>> scaled = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
         >>> least = cutoff(scaled, top_k=jnp.array([0]), top_p=jnp.array([0.6]))
         >>> (scaled >= least[:, None]).tolist()

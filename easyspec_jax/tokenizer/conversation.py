@@ -30,7 +30,7 @@ class Conversation:
         messages: The turns so far.
         tools: JSON schemas, as in OpenAI's API, of functions that the template offers to the model.
 
-    Example:
+    Examples:
         >>> Conversation([{"role": "user", "content": "Hi!"}]).tools
         ()
     """
@@ -55,7 +55,7 @@ def conversation_of(prompt: Any) -> Conversation:
     Raises:
         EasySpecError: There are no messages, or one has no role or a content that is not text.
 
-    Example:
+    Examples:
         >>> parts = [{"type": "text", "text": "What is"}, {"type": "text", "text": "JAX?"}]
         >>> conversation_of([{"role": "user", "content": parts, "name": None}]).messages
         [{'role': 'user', 'content': 'What is\\nJAX?'}]
@@ -75,7 +75,7 @@ def conversation_of(prompt: Any) -> Conversation:
 def with_system(prompt: Prompt, system: str) -> Conversation:
     """Put a system message in front of a prompt, unless it is a conversation that has one.
 
-    Example:
+    Examples:
         >>> with_system("Hi!", "Be brief.").messages[0]
         {'role': 'system', 'content': 'Be brief.'}
     """

@@ -62,7 +62,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
             contradictory; or the installed transformers gives other ids or text than
             `tokenizer.json` itself.
 
-    Example:
+    Examples:
         >>> from easyspec_jax import demo
         >>> len(load_tokenizer(demo.TARGET))
         2048
@@ -315,7 +315,7 @@ def encode(tokenizer: Tokenizer, prompt: Prompt, chat: bool = False) -> list[int
         EasySpecError: The prompt is empty, not valid Unicode or not a conversation, or the
             tokenizer has no chat template.
 
-    Example:
+    Examples:
         >>> from easyspec_jax import demo
         >>> encode(load_tokenizer(demo.TARGET), "def f(x):")
         [314, 285, 8, 88, 298]

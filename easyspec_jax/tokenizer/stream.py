@@ -29,7 +29,7 @@ _PIECEWISE = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace"}
 def decode_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """Decode ids to text, without special tokens and without tidying up spaces.
 
-    Example:
+    Examples:
         >>> from easyspec_jax import demo
         >>> from easyspec_jax.tokenizer import encode, load_tokenizer
         >>> tokenizer = load_tokenizer(demo.TARGET)
@@ -115,7 +115,7 @@ class TextStream:
         ids: The ids taken so far. Those after the one that completed a stop string are dropped.
         stopped: Whether a stop string was completed.
 
-    Example:
+    Examples:
         >>> from easyspec_jax import demo
         >>> from easyspec_jax.tokenizer import encode, load_tokenizer
         >>> tokenizer = load_tokenizer(demo.TARGET)

@@ -181,7 +181,7 @@ def mean_accepted(
         known: How many spots of each text have `levels` tokens after them; rounds begin there.
         levels: Depth of a round's draft.
 
-    Example:
+    Examples:
         Rounds of up to two levels begin at spots 0, 3 and 4, and accept 2, 0 and 1 tokens:
 
         >>> mean_accepted(np.array([[2, 0, 1, 0, 1]]), np.array([5]), levels=2)

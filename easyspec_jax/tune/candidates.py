@@ -117,7 +117,7 @@ def splits(mesh: str, group_size: int) -> list[MeshShape]:
 
     A layer axis longer than a group would leave devices idle.
 
-    Example:
+    Examples:
         >>> [shape.name for shape in splits("8", group_size=4)]
         ['layer=4,tensor=2', 'layer=2,tensor=4', 'layer=1,tensor=8']
     """

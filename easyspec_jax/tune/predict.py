@@ -187,7 +187,7 @@ def frontier(points: Sequence[tuple[float, float]], measured: Sequence[bool]) ->
         points: Times, of which less is better, and acceptances, of which more is.
         measured: Points that count.
 
-    Example:
+    Examples:
         >>> frontier([(1, 0.5), (2, 0.9), (3, 0.7)], [True, True, True])
         [True, True, False]
     """

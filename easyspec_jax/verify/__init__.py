@@ -31,7 +31,7 @@ def choose(name: str, sampling: SamplingParams) -> Verifier:
     Returns:
         The verifier.
 
-    Example:
+    Examples:
         >>> choose("rejection", SamplingParams(temperature=0.8, top_p=0.9))
         Rejection(truncates=True)
         >>> choose("rejection", SamplingParams(temperature=0))

@@ -152,7 +152,7 @@ def conditioned(
     Returns:
         Scores of the children, -inf where there can be none.
 
-    Example:
+    Examples:
         >>> perturbed = jnp.array([[[-0.3, -1.2, -jnp.inf]]])
         >>> scores = conditioned(perturbed, score=jnp.array([[-0.5]]), log_prob=jnp.array([[-1.0]]))
         >>> [f"{x:.2f}" for x in scores[0, 0]]
@@ -203,7 +203,7 @@ def accept_children(
         Whether each node is accepted, given that its parent is; and, for nodes whose children are
         all rejected, what is left of p at the candidates, not normalised.
 
-    Example:
+    Examples:
         One child of the root, candidate 0, with q = 0.6 and p = 0.2: accepted if u < 1/3.
 
         >>> tree = Tree(

@@ -35,7 +35,7 @@ class Tree:
         q: The draft's probabilities of these candidates; all 0 for nodes of the last level.
         width: Most nodes of any level; 0 for a bare root.
 
-    Example:
+    Examples:
         Two levels of width 2 below the token 10. Both nodes of level 2 follow node 1:
 
             10 ─┬─ 11 ─┬─ 13        nodes  0 ─┬─ 1 ─┬─ 3
@@ -95,7 +95,7 @@ class Tree:
 def bare_root(tokens: Int[Array, " batch"]) -> Tree:
     """Make trees that have nothing but a root, as plain decoding verifies them.
 
-    Example:
+    Examples:
         >>> tree = bare_root(jnp.array([5, 7]))
         >>> tree.tokens.tolist(), tree.width
         ([[5], [7]], 0)
