@@ -12,22 +12,17 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from easyspec_jax.cli.command import Parser, run_command
 from easyspec_jax.cli.flags import add_shared
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import FLOAT_DTYPES
 
-if TYPE_CHECKING:
-    pass
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code, as run_command does."""
     started = time.monotonic()
     _share_free_memory()
-    _leave_accelerators_alone()
     again = "interrupted; the same command goes on from here"
     return run_command("convert", _parser(), lambda args: _run(args, started), argv, again)
 
@@ -139,11 +134,11 @@ def _share_free_memory() -> None:
         ctypes.CDLL(None).mallopt(arena_max, 1)
 
 
-def _leave_accelerators_alone() -> None:
-    """Let JAX, which Orbax starts when it commits a checkpoint, take the CPU only."""
-    if "jax" not in sys.modules:  # otherwise the program that calls us has chosen
-        os.environ["JAX_PLATFORMS"] = "cpu"
+def leave_accelerators_alone() -> None:
+    """Restrict this process to the CPU. Orbax starts JAX when it commits a checkpoint."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 if __name__ == "__main__":
+    leave_accelerators_alone()
     sys.exit(main())

@@ -39,6 +39,8 @@ def convert(source: str | Path, out: str | Path, config: ConvertConfig | None = 
     """Convert a model into a new directory.
 
     An error leaves nothing behind. After an interruption, the same call resumes where it stopped.
+    Orbax starts JAX to commit a checkpoint. To keep it off accelerators, set JAX_PLATFORMS=cpu
+    before JAX is imported, as the command does.
 
     Args:
         source: A checkpoint directory, a GGUF file (or one part of it), or a model's id on the hub.

@@ -23,7 +23,7 @@ class OrbaxStore:
     """An OCDBT store of zarr arrays that becomes the Orbax checkpoint `weights/`.
 
     Orbax writes whole tensors, so the pieces are written here; `finish` hands them over. Chunks are
-    small: to read a shard of any mesh takes few bytes more than the shard has. They are not
+    small: reading a shard of any mesh reads few bytes beyond it. They are not
     compressed, since weights hardly shrink and a reader would wait for it. Each chunk carries a
     CRC-32C that every reader checks.
 

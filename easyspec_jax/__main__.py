@@ -41,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    return import_module(COMMANDS[name][0]).main(rest)
+    module = import_module(COMMANDS[name][0])
+    if name == "convert" and argv is None:  # the whole process is this command
+        module.leave_accelerators_alone()
+    return module.main(rest)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Every value is checked when an option object is made. Messages name fields in ba
 commands replace by their flags: `top_p` becomes --top-p.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, SupportsIndex, get_args
 
@@ -38,8 +39,9 @@ class SpeculativeConfig:
         calibration: Rebuild the draft's exact KV cache after every round.
         draft_tensor_parallel_size: Replicate ("1") the parts of the draft that are not
             layer-parallel, or split them over all devices ("all").
-        verifier: None stands for rejection sampling of chains and coupled sampling of trees, which
-            accept more on average.
+        verifier: "rejection", "coupled", or a verifier of your own (see easyspec_jax.verify), which
+            is used at every temperature. None stands for rejection sampling of chains and coupled
+            sampling of trees, which accept more on average.
 
     Raises:
         EasySpecError: A value is out of range, or two of them conflict.
@@ -59,11 +61,12 @@ class SpeculativeConfig:
     refit: str = "auto"
     calibration: bool = True
     draft_tensor_parallel_size: DraftTensorParallelSize = "all"
-    verifier: Verifier | None = None
+    verifier: Verifier | Hashable | None = None
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, get_args(Method))
-        check_choice("verifier", self.chosen_verifier, get_args(Verifier))
+        if isinstance(self.verifier, str):
+            check_choice("verifier", self.verifier, get_args(Verifier))
         sizes = get_args(DraftTensorParallelSize)
         check_choice("draft_tensor_parallel_size", self.draft_tensor_parallel_size, sizes)
         check_whole("num_speculative_tokens", self.num_speculative_tokens, 1, 16)
@@ -105,8 +108,8 @@ class SpeculativeConfig:
         return 4 if self.method == "tree" else 1
 
     @property
-    def chosen_verifier(self) -> Verifier:
-        """The verifier at temperatures above 0; at 0 all verifiers are the greedy one."""
+    def chosen_verifier(self) -> Verifier | Hashable:
+        """The verifier; at temperature 0 the greedy one takes the place of a named one."""
         if self.verifier is not None:
             return self.verifier
         return "rejection" if self.width == 1 else "coupled"

@@ -20,7 +20,7 @@ def main(prompts: str, out: str, target: str | None = None, draft: str | None = 
     speculative = SpeculativeConfig(num_speculative_tokens=3, tree_width=4)
     engine = open_model(target, draft, speculative=speculative)
 
-    # What a line does not say is taken from here. A bad line is kept, and gets an error record.
+    # Defaults for fields that a line leaves out. A bad line is kept, and gets an error record.
     job = read_job(prompts, SamplingParams(max_new_tokens=16))
 
     # Two texts are decoded together. When one is finished, the next line takes its place. Run this

@@ -9,15 +9,15 @@ acceptance (Medusa, arXiv 2401.10774).
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from easyspec_jax import Engine, SamplingParams, open_model
+from easyspec_jax import SamplingParams, SpeculativeConfig, open_model
 from easyspec_jax.parallel.mesh import ALL_AXES
 from easyspec_jax.sampling.vocabulary import choice, normaliser, take
-from easyspec_jax.verify import Greedy, RowSampling, Verdict, Verifier
+from easyspec_jax.verify import Greedy, RowSampling, Verdict
 from easyspec_jax.verify.tree import Tree, deepest
 
 PROMPT = "def read_lines(path):\n"
@@ -63,16 +63,10 @@ class Lenient(Greedy):
         return Verdict(leaf, jnp.take_along_axis(favourite, leaf[:, None], axis=1)[:, 0])
 
 
-def use(engine: Engine, verifier: Verifier) -> None:
-    """Decode with a verifier that has no name in `SpeculativeConfig`."""
-    named = engine.config
-    engine.config = lambda sampling: replace(named(sampling), verifier=verifier)
-
-
 def main(target: str | None = None, draft: str | None = None) -> None:
     for margin in (0.0, 2.0):
-        engine = open_model(target, draft)
-        use(engine, Lenient(margin))
+        speculative = SpeculativeConfig(verifier=Lenient(margin))
+        engine = open_model(target, draft, speculative=speculative)
         for completion in engine.generate([PROMPT], SamplingParams(max_new_tokens=24)):
             length = completion.stats.mean_acceptance_length
             print(f"margin {margin}: {length:.2f} tokens per pass of the target")

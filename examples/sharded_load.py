@@ -3,8 +3,9 @@
     python examples/sharded_load.py                                        # the bundled pair
     python examples/sharded_load.py layer=4,tensor=2 ./target ./draft
 
-Every device's shard is read straight from the file, by byte ranges: no tensor is ever whole in host
-memory. Where there are no accelerators, the bundled pair runs on virtual devices of the CPU.
+Every device's shard is read straight from the file, by byte ranges: a tensor is whole in host
+memory only if one device needs all of it. Where there are no accelerators, the bundled pair runs on
+virtual devices of the CPU.
 """
 
 import sys

@@ -69,6 +69,10 @@ def test_automatic_dtype_is_the_checkpoints_but_wide_on_a_cpu():
         resolve_dtype("auto", "gpu", "int8")
 
 
+def test_a_verifier_of_ones_own_is_taken_as_it_is():
+    assert SpeculativeConfig(verifier=("any", "hashable")).chosen_verifier == ("any", "hashable")
+
+
 def test_one_string_is_no_list_of_stops():
     with pytest.raises(EasySpecError, match="put one into a tuple"):
         SamplingParams(stop="one")  # pyright: ignore[reportArgumentType]

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from easyspec_jax.arithmetic import wrap_seed
+from easyspec_jax.cli.command import with_flags
 from easyspec_jax.cli.console import print_note, print_summary
 from easyspec_jax.engine.engine import Engine
 from easyspec_jax.errors import EasySpecError
@@ -89,7 +90,7 @@ def _answer(
     except KeyboardInterrupt:
         print(flush=True)
     except EasySpecError as error:
-        print_note(f"{error}, or /clear")
+        print_note(f"{with_flags(str(error), ['--max-length'])}, or /clear")
         return messages[:-1]
     # Sentencepiece decodes an answer with a leading blank, but a template writes its own.
     answer = "".join(pieces).removeprefix(" ")

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -52,15 +52,19 @@ def run_command(
         _abandon_stdout()
         return OK
     except EasySpecError as error:
-        message = with_flags(str(error))
+        message = with_flags(str(error), flags_of(parser))
     except OSError as error:
-        _abandon_stdout()
+        # stdout itself may be what failed: then what is left in its buffer has nowhere to go.
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _abandon_stdout()
         message = str(error)
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        advice = "use more devices, a smaller --dtype, or lower --max-new-tokens"
-        message = f"the devices' memory does not suffice; {advice}"
+        advice = "use more devices, a smaller `dtype`, or lower `max_new_tokens`"
+        message = with_flags(f"the devices' memory does not suffice; {advice}", flags_of(parser))
     print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
     return BAD_INPUT
 
@@ -71,14 +75,28 @@ def _abandon_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def with_flags(message: str) -> str:
+def with_flags(message: str, flags: Collection[str]) -> str:
     """Name flags where a message of the library names fields.
 
+    Args:
+        message: A message with fields in backticks.
+        flags: Flags of the command. Whatever else is in backticks stays.
+
     Examples:
-        >>> with_flags("`top_p` 1.5 must be a probability")
-        '--top-p 1.5 must be a probability'
+        >>> with_flags("`top_p` 1.5 must be a probability; see `README`", ["--top-p"])
+        '--top-p 1.5 must be a probability; see `README`'
     """
-    return re.sub(r"`([a-z_]+)`", lambda field: "--" + field[1].replace("_", "-"), message)
+
+    def flag(field: re.Match[str]) -> str:
+        name = "--" + field[1].replace("_", "-")
+        return name if name in flags else field[0]
+
+    return re.sub(r"`([a-z_]+)`", flag, message)
+
+
+def flags_of(parser: argparse.ArgumentParser) -> frozenset[str]:
+    """Return all flags of a parser."""
+    return frozenset(parser._option_string_actions)
 
 
 def flags_in(argv: Sequence[str] | None) -> set[str]:

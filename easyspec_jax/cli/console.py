@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from easyspec_jax.cli.command import with_flags
 from easyspec_jax.decode.stats import Stats
 from easyspec_jax.draft.grouping import format_layout, position_of
 from easyspec_jax.engine.abstract import abstract_state, bytes_of_shard
@@ -24,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def total(completions: Sequence["Completion"], batch_size: int = 1) -> Stats:
-    """Return the figures of at least one completion together. Those of a batch ran at once."""
+    """Add up the figures of one or more completions. Those of a batch ran at the same time."""
     stats = [completion.stats for completion in completions]
     return reduce(
-        Stats.__add__, (reduce(Stats.beside, batch) for batch in batched(stats, batch_size))
+        Stats.__add__, (reduce(Stats.in_parallel, batch) for batch in batched(stats, batch_size))
     )
 
 
@@ -119,8 +118,8 @@ def print_devices(engine: "Engine", sampling: SamplingParams, prepared: "Prepara
 
 
 def print_note(text: str) -> None:
-    """Print a line that is neither text nor an error. Fields are named as flags."""
-    _console().print(f"[dim]—[/] {escape(with_flags(text))}")
+    """Print a line that is neither text nor an error."""
+    _console().print(f"[dim]—[/] {escape(text)}")
 
 
 def print_example(prompt: str) -> None:

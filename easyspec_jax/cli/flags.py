@@ -71,7 +71,7 @@ DEVICES = ("--mesh", "--platform", "--dtype", "--allow-links")
 def add_shared(
     parser: argparse.ArgumentParser | argparse._ArgumentGroup, *flags: str, **changes: Any
 ) -> None:
-    """Add shared flags to a parser or to a group of one.
+    """Add shared flags to a parser or to an argument group.
 
     Args:
         parser: The parser.

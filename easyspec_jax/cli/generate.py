@@ -4,13 +4,14 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from easyspec_jax import demo
-from easyspec_jax.cli.command import cache_compilations, flags_in, run_command
+from easyspec_jax.cli.command import cache_compilations, flags_in, flags_of, run_command, with_flags
 from easyspec_jax.cli.flags import devices_of
 from easyspec_jax.cli.generate_flags import (
     AUTO,
@@ -46,10 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
     parser = generate_parser(PROGRAM, str(__doc__))
-    return run_command(PROGRAM, parser, lambda args: _run(args, flags_in(argv)), argv)
+    wording = partial(with_flags, flags=flags_of(parser))
+    return run_command(PROGRAM, parser, lambda args: _run(args, flags_in(argv), wording), argv)
 
 
-def _run(args: argparse.Namespace, given: set[str]) -> int:
+def _run(args: argparse.Namespace, given: set[str], wording: Callable[[str], str]) -> int:
     check_flags(args, given)
     sampling, speculative = sampling_of(args), speculative_of(args)
     if args.prompts is not None:
@@ -62,7 +64,7 @@ def _run(args: argparse.Namespace, given: set[str]) -> int:
     # All processes must decode the same, so they compare their flags and prompts.
     peer = _peer(args, prompts)
     command = [{name: value for name, value in vars(args).items() if name != "process_id"}, prompts]
-    with hosts.joined(PROGRAM, peer, command):
+    with hosts.joined(PROGRAM, peer, command, wording):
         return _speak(args, speculative, sampling, prompts)
 
 

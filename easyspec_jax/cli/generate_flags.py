@@ -63,7 +63,11 @@ def speculative_of(args: argparse.Namespace) -> SpeculativeConfig:
 
 
 def prompts_of(args: argparse.Namespace) -> list[str]:
-    """Return the prompts to complete; none if a conversation is wanted instead."""
+    """Return the prompts to complete; none for a conversation.
+
+    Raises:
+        EasySpecError: No prompt is given, or its file cannot be read.
+    """
     if args.prompt is not None:
         return args.prompt
     if args.prompt_file is None:
@@ -108,7 +112,8 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
     # Each process would time differently and choose for itself.
     if args.distributed and args.lp_strategy == AUTO:
         raise EasySpecError(
-            "--lp-strategy auto measures, and --distributed processes would differ: give the flags"
+            "--lp-strategy auto measures, and --distributed processes would choose differently: "
+            "give the drafting flags"
         )
     if args.distributed and args.prompts is not None:
         raise EasySpecError(
@@ -197,7 +202,7 @@ def _add_speculation(parser: Parser) -> None:
         "--tree-nodes",
         type=int,
         metavar="M",
-        help="how many of them, the best, the target verifies (default: all)",
+        help="drafted nodes that the target verifies, the likeliest (default: all)",
     )
     strategy = (
         'explicit groups, such as "0,1-3,4-7x2,8", where x2 runs two MLPs at a time; or "auto": '

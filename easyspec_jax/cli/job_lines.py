@@ -184,8 +184,10 @@ def _check_field(name: str, value: Any) -> None:
     """Raise EasySpecError for a field that is misspelt or not supported."""
     if name in _WITHOUT_EFFECT and not any(value == plain for plain in _WITHOUT_EFFECT[name]):
         raise EasySpecError(f"{name} {str(value)[:40]!r} is not supported")
+    if name in _KNOWN:
+        return
     meant = difflib.get_close_matches(name[:40], sorted(_USED), 1, cutoff=0.8)
-    if name not in _KNOWN and meant:
+    if meant:
         raise EasySpecError(f"field {name[:40]!r} is unknown; did you mean {meant[0]!r}?")
 
 

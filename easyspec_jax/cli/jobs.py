@@ -1,7 +1,8 @@
 """Batch jobs: a file of prompts becomes a file of completions, even if the process is killed.
 
-Every record is one line, appended whole and followed by fsync within a second. On the next run the
-lines that have a record already are left out, and a half-written last line is cut off.
+Every record is one line, appended whole. A record that is written more than a second after the
+last fsync is followed by one, and so is the end. On the next run the lines that have a record are
+left out, and a half-written last line is cut off.
 """
 
 import errno
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from easyspec_jax.engine.engine import Engine
 
 SYNC_SECONDS = 1.0
-"""Seconds of work that may be lost, and done again, if the machine loses power."""
+"""Seconds after which the next record is followed by fsync."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Results:
         self._synced = time.monotonic()
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write a record. Within SYNC_SECONDS it survives a power failure, too."""
+        """Write a record. It survives the process at once, and power failures after an fsync."""
         line = memoryview(json.dumps(record).encode() + b"\n")
         # The system may write part of a line only, for example on a disk that is almost full.
         while line:
@@ -105,7 +106,7 @@ def open_results(out: Path, described: Mapping[str, Any]) -> Iterator[Results]:
     Raises:
         EasySpecError: Another process is writing it, or it is not the output of this job.
     """
-    # O_APPEND: whoever else writes to the file, records never overwrite each other.
+    # O_APPEND: records never overwrite each other, even if another process writes.
     handle = os.open(out, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         _lock(handle, out)
@@ -218,7 +219,7 @@ def run_job(
         out: The file of records.
         chat: Put prompts that are text as a user's message.
         batch_size: Lines decoded together.
-        settings: What else the texts depend on.
+        settings: Other settings that change the texts.
         bar: Shows the progress.
         note: Called with each line's error, and with the names of fields that are not used.
 

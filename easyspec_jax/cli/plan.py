@@ -74,7 +74,7 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
 
 def _add_decoding(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--mesh", help='"layer=4,tensor=2" (default: as --mesh with the number of devices)'
+        "--mesh", help='"layer=4,tensor=2" (default: all devices, split for the groups)'
     )
     add_shared(group, "--num-speculative-tokens")
     add_shared(
@@ -93,11 +93,14 @@ def _add_decoding(group: argparse._ArgumentGroup) -> None:
     add_shared(
         group,
         "--draft-tensor-parallel-size",
-        help="likewise; the tables show both (default: %(default)s)",
+        help="draft parallelism of the round that is compiled; the tables show both "
+        "(default: %(default)s)",
     )
     add_shared(group, "--mlp-lp-size")
     group.add_argument(
-        "--refit", action="store_true", help="count a refit's projections beside the draft's own"
+        "--refit",
+        action="store_true",
+        help="count a refit's projections in addition to the draft's own",
     )
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -78,7 +79,7 @@ def _add_texts(texts: argparse._ArgumentGroup) -> None:
         "--prompt-file",
         type=Path,
         metavar="FILE",
-        help="one prompt a line, for the draft to answer; best those that will be asked",
+        help="one prompt a line, for the draft to answer; ideally like those you will ask",
     )
     texts.add_argument(
         "--chat", action="store_true", help="wrap each prompt in the draft's chat template"
@@ -133,8 +134,6 @@ def _run(args: argparse.Namespace) -> None:
         mlp_lp_size=args.mlp_lp_size,
         borders=args.borders,
         text=args.text,
-        prompts=None if args.prompt_file is None else read_prompts(args.prompt_file),
-        chat=args.chat,
         tokens=args.tokens,
         temperature=args.temperature,
         seed=args.seed,
@@ -143,6 +142,9 @@ def _run(args: argparse.Namespace) -> None:
         resume=args.resume,
         out=args.out,
     )
+    # After the values, which are checked already: standard input may take its time.
+    if args.prompt_file is not None:
+        config = replace(config, prompts=read_prompts(args.prompt_file), chat=args.chat)
 
     # Imports JAX, which a mistyped flag need not wait for.
     from easyspec_jax.refit import refit

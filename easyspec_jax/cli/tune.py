@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -19,6 +20,7 @@ from easyspec_jax.files import check_writable, write_whole
 from easyspec_jax.options import DraftTensorParallelSize
 from easyspec_jax.tune.draw import draw
 from easyspec_jax.tune.drawing import check_drawing
+from easyspec_jax.tune.options import TuneConfig
 
 PROGRAM = "easyspec_jax.tune"
 
@@ -46,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         nargs="+",
         metavar="N",
-        help="layers that run at once, 1 for an ordinary draft (default: 1 2 3 4 7)",
+        help="layers that run at once, 1 for an ordinary draft (default: those of 1 2 3 4 7 that "
+        "fit, and sizes with a refit)",
     )
     space.add_argument(
         "--mlp-lp-sizes",
@@ -85,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         help="one prompt a line, to measure on (default: a few of our own)",
     )
     sample.add_argument(
-        "--chat", action="store_true", help="wrap each of them in the checkpoint's chat template"
+        "--chat", action="store_true", help="wrap each prompt of --prompt-file in the chat template"
     )
     sample.add_argument(
         "--max-new-tokens",
@@ -120,10 +123,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
-    prompts = None if args.prompt_file is None else read_prompts(args.prompt_file)
-    if args.chat and prompts is None:
+    config = TuneConfig(
+        mesh=args.mesh,
+        max_new_tokens=args.max_new_tokens,
+        lp_sizes=args.lp_sizes,
+        mlp_lp_sizes=args.mlp_lp_sizes,
+        tree_widths=args.tree_widths,
+        max_levels=args.max_levels,
+        draft_tensor_parallel_sizes=args.draft_tensor_parallel_sizes,
+        confirm=args.confirm,
+        seconds=args.seconds,
+    )
+    # After the values, which are checked already: standard input may take its time.
+    if args.prompt_file is not None:
+        config = replace(config, prompts=read_prompts(args.prompt_file), chat=args.chat)
+    elif args.chat:
         raise EasySpecError(
-            "--chat needs --prompt-file FILE; our own prompts are put as the checkpoint wants them"
+            "--chat needs --prompt-file FILE; the built-in prompts use the chat template if there "
+            "is one"
         )
     if args.plot is not None:
         check_drawing()
@@ -135,21 +152,8 @@ def _run(args: argparse.Namespace) -> None:
     from easyspec_jax.cli.console import print_note
     from easyspec_jax.progress import bar, no_bar
     from easyspec_jax.tune.report import as_dict, print_tuned
-    from easyspec_jax.tune.tuning import TuneConfig, open_pair, store, tune
+    from easyspec_jax.tune.tuning import open_pair, store, tune
 
-    config = TuneConfig(
-        mesh=args.mesh,
-        prompts=prompts,
-        chat=args.chat,
-        max_new_tokens=args.max_new_tokens,
-        lp_sizes=args.lp_sizes,
-        mlp_lp_sizes=args.mlp_lp_sizes,
-        tree_widths=args.tree_widths,
-        max_levels=args.max_levels,
-        draft_tensor_parallel_sizes=args.draft_tensor_parallel_sizes,
-        confirm=args.confirm,
-        seconds=args.seconds,
-    )
     cache_compilations()
     pair = open_pair(args.target, args.draft, max_length=args.max_length, **devices_of(args))
     tuned = tune(pair, config, bar=no_bar if args.json else bar)

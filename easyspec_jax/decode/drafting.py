@@ -26,7 +26,7 @@ class Level(NamedTuple):
         rank: Which of its parent's candidates each node is.
         score: Worth of verifying each node; -inf where there is none.
         log_prob: Log-probability of each node's path; see Branches.
-        ancestors: Which nodes of the whole tree are each node or above it.
+        ancestors: For each node, a mask over the whole tree: the node and its ancestors.
     """
 
     tokens: Int[Array, "batch width"]

@@ -225,7 +225,7 @@ def prefill(
     Args:
         target: The target.
         draft: The draft, or None.
-        state: Rows, of whose prompts earlier chunks are in the caches.
+        state: Rows whose earlier prompt chunks are already in the caches.
         tokens: Each row's next prompt tokens, padded to the chunk.
         count: How many of them there are; 0 for a row whose prompt has ended before.
         last: Whether the row's prompt ends with this chunk.

@@ -77,7 +77,7 @@ class Stats:
             decoded_tokens=self.decoded_tokens + tokens,
         )
 
-    def beside(self, other: Self) -> Self:
+    def in_parallel(self, other: Self) -> Self:
         """Add the figures of requests that ran at the same time: the longer times count."""
         return replace(
             self + other,

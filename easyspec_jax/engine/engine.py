@@ -39,7 +39,7 @@ class Preparation:
     compile_seconds: float
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Engine(Models):
     """Models that complete prompts; see `open_model`, which makes one."""
 
@@ -66,8 +66,11 @@ class Engine(Models):
             raise EasySpecError("give a list of prompts; put one conversation into a list")
         rows = []
         for prompt in prompts:
-            encoded = isinstance(prompt, EncodedPrompt)
-            rows.append(prompt if encoded else EncodedPrompt(prompt, self.encode(prompt, chat)))
+            if isinstance(prompt, EncodedPrompt):
+                self._check(prompt.ids)  # it may come from an engine with more room
+                rows.append(prompt)
+            else:
+                rows.append(EncodedPrompt(prompt, self.encode(prompt, chat)))
         return rows
 
     def encode(self, prompt: Prompt, chat: bool = False) -> list[int]:
@@ -78,6 +81,11 @@ class Engine(Models):
                 has no embedding for.
         """
         ids = encode(self.tokenizer, prompt, chat)
+        self._check(ids)
+        return ids
+
+    def _check(self, ids: Sequence[int]) -> None:
+        """Raise EasySpecError for ids that encode() would not return."""
         if len(ids) >= self.max_length:
             raise EasySpecError(
                 f"the prompt has {len(ids)} tokens, which leaves no room within `max_length` "
@@ -87,7 +95,6 @@ class Engine(Models):
             raise EasySpecError(
                 f"the tokenizer gives id {max(ids)}, for which the target has no embedding"
             )
-        return ids
 
     def row(
         self, prompt: Prompt | EncodedPrompt, sampling: SamplingParams, *, chat: bool = False
@@ -191,7 +198,8 @@ class Engine(Models):
             An iterator of one Completion per prompt.
 
         Raises:
-            EasySpecError: A prompt is bad, or memory does not suffice; nothing is generated.
+            EasySpecError: A prompt is bad, batch_size is less than 1, or on_text is given with a
+                larger batch; nothing is generated. Memory is not checked, see compile().
         """
         if on_text is not None and batch_size > 1:
             raise EasySpecError(

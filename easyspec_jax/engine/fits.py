@@ -1,6 +1,6 @@
 """Check that a pair fits its devices before a weight is read or a program compiled.
 
-Counted are the engine's own modules and state, with shapes in place of arrays (see abstract.py), so
+It counts the engine's own modules and state, with shapes in place of arrays (see abstract.py), so
 that the count cannot drift away from what is allocated.
 """
 
@@ -126,8 +126,9 @@ def _of_models(job: Workload) -> tuple[tuple[Decoder, Decoder | None], int, int]
 def _working(model: Decoder, programs: Programs, job: Workload) -> int:
     """Estimate the bytes of one pass on one device.
 
-    Per token: scores, mask and softmax of every head over the cache, in float32; three arrays of an
-    MLP's inner size; and six of the hidden size. On top come the logits of all nodes of a draft.
+    Per token, in float32: scores and softmax of every head, and one mask, over the cache; three
+    arrays of an MLP's inner size; and six of the hidden size. On top come the logits of all nodes
+    of a draft.
     """
     config = model.config
     shards = axes_size(job.mesh, model.axes)
@@ -172,7 +173,7 @@ def check_memory(job: Workload, free: int | None) -> None:
 
     Args:
         job: The workload.
-        free: Bytes available, or None if nobody knows.
+        free: Bytes available, or None if unknown.
     """
     need = needed(job)
     if free is None or need.total <= free:

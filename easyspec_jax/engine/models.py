@@ -27,7 +27,7 @@ from easyspec_jax.progress import Bar, no_bar
 from easyspec_jax.tokenizer.conversation import Tokenizer
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Models:
     """A checked target and its draft on a mesh: their weights, programs and memory.
 
@@ -168,7 +168,7 @@ class Models:
         return RoundConfig.of(self.speculative, sampling, self.target.config.stop_ids)
 
     def programs(self, sampling: SamplingParams) -> Programs:
-        """Return the compiled steps for a way of sampling, whose numbers are their arguments."""
+        """Return the compiled steps for a kind of sampling."""
         config = self.config(sampling)
         # Temperature, top_k and so on are arguments of the programs. Only what changes the
         # computation itself (greedy or not, truncated or not) is in the RoundConfig.
@@ -200,7 +200,7 @@ class Models:
         check_memory(workload, self.free_memory() if free is None else free)
 
     def workload(self, tokens: int, prompt: int, rows: int, sampling: SamplingParams) -> Workload:
-        """Return the models and texts that check_memory() asks about; arguments as there."""
+        """Return the models and texts that check_memory() asks about; the arguments are its own."""
         return Workload(
             target=self.target.config,
             draft=self.draft and self.draft.config,

@@ -67,6 +67,10 @@ def open_model(
             dtype=dtype,
             allow_links=allow_links,
         )
+    if isinstance(speculative, str):
+        raise EasySpecError(
+            f"speculative must be a SpeculativeConfig or 'tuned', not {speculative!r}"
+        )
     speculative = speculative or SpeculativeConfig()
     parse_mesh(mesh)  # before the checkpoints, which take longer
     # The bundled pair must run anywhere, so it may use virtual devices; see open_mesh().

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any
 
@@ -116,7 +116,9 @@ def meet() -> None:
 
 
 @contextmanager
-def joined(program: str, peer: Peer, command: Any) -> Iterator[None]:
+def joined(
+    program: str, peer: Peer, command: Any, wording: Callable[[str], str] = str
+) -> Iterator[None]:
     """Make this process one of several while the block runs.
 
     Must be entered before JAX looks for devices. All processes but the first print nothing, so that
@@ -127,6 +129,7 @@ def joined(program: str, peer: Peer, command: Any) -> Iterator[None]:
         program: Begins the line of an error.
         peer: Which process this is.
         command: What all processes must agree on, as JSON can hold it.
+        wording: Rewords an error for the other processes' terminals.
 
     Raises:
         EasySpecError: The others do not come in time, or run another command.
@@ -158,11 +161,11 @@ def joined(program: str, peer: Peer, command: Any) -> Iterator[None]:
             yield
         except BaseException as error:
             if _may_be_a_peers_fault(error):
-                # The watch is about to say whose, and ends this process. Until then stay muted:
+                # The watch is about to name the process and end this one. Until then stay muted:
                 # JAX complains meanwhile.
                 time.sleep(SILENCE + BEAT)
             reason = first_line(error) if isinstance(error, Exception) else "it was interrupted"
-            watch.stop(reason, _exit_code(error))
+            watch.stop(wording(reason), _exit_code(error))
             raise
         watch.meet("done")
         jax.distributed.shutdown()

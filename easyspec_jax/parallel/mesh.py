@@ -1,7 +1,8 @@
 """The device mesh: axes ("layer", "tensor"), on virtual CPU devices where accelerators are missing.
 
-Layers of one fuzzy group are spread over "layer", so that they run at once; heads and columns
-within a layer are split over "tensor". Dense parts, which no group has, are split over both.
+Layers of one fuzzy group are spread over "layer", so that they run at once; the heads of their
+attentions are split over "tensor". Everything else (single layers, all MLPs, embedding and head) is
+split over both axes, or replicated.
 """
 
 import math
@@ -122,7 +123,7 @@ def open_mesh(shape: MeshShape, platform: Platform | None = None, or_cpu: bool =
 
 
 def spread(devices: Sequence[Any], shape: MeshShape, processes: int) -> np.ndarray:
-    """Arrange devices so that each process has equally many and layer groups stay inside one.
+    """Arrange devices, equally many of each process, with layer groups inside one if possible.
 
     Args:
         devices: All devices of the platform.

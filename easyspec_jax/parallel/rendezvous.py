@@ -97,7 +97,7 @@ def find_peer(coordinator: str | None, num_processes: int | None, process_id: in
         ) from None
     address, processes, own, devices = found
     if address is None or processes is None or own is None:
-        raise EasySpecError(f"`distributed`: no cluster that JAX knows is found here; {advice}")
+        raise EasySpecError(f"`distributed`: JAX detects no cluster here; {advice}")
     return Peer(address, processes, own, None if devices is None else list(devices))
 
 
@@ -203,7 +203,8 @@ def report(peer: Peer, digest: str) -> tuple[Links, str]:
     except (OSError, ValueError, KeyError, TypeError):
         link.close()
         raise EasySpecError(
-            f"`coordinator` {peer.coordinator} gives no answer that process 0 would give"
+            f"`coordinator` {peer.coordinator} did not answer like process 0; is another "
+            "program using that port?"
         ) from None
     link.close()
     raise EasySpecError(f"`distributed`: {answer['refused']}")

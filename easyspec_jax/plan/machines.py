@@ -135,7 +135,7 @@ def parse_topology(text: str) -> Topology:
     machine = MACHINES[name]
     if not re.fullmatch(r"[1-9]\d{0,2}(x[1-9]\d{0,2})*", shape):
         raise EasySpecError(
-            f"`topology` {text!r} does not say how many devices; such as {_example(machine)}"
+            f"`topology` {text!r} does not say how many devices; for example {_example(machine)}"
         )
     # "2x4" is [2, 4], two sides of a torus; "8" is [8], a plain number of devices.
     sides = [int(side) for side in shape.split("x")]

@@ -26,7 +26,7 @@ class RefitConfig:
         borders: "measured" chooses the groups that cost least, with no more collectives and no more
             MLPs in a row than the paper's rule has. "paper" keeps the rule.
         text: A file to cut texts from.
-        prompts: Prompts whose answers by the draft are the texts, best those that will be asked.
+        prompts: Prompts whose answers by the draft are the texts, ideally like those you will ask.
         chat: Wrap each prompt in the chat template.
         tokens: Tokens of all texts together; a file may hold fewer.
         temperature: Temperature at which the draft writes or answers.
@@ -79,7 +79,7 @@ class RefitConfig:
         if self.chat and self.prompts is None:
             raise EasySpecError("`chat` needs `prompts`; texts are taken as they are")
         if self.resume and not self.distill:
-            raise EasySpecError("`resume` goes on with a distillation: give `distill` STEPS")
+            raise EasySpecError("`resume` only continues a distillation: give `distill` STEPS")
         # Stated so that NaN fails too.
         if not 0 < self.ridge < float("inf"):
             raise EasySpecError(f"`ridge` {self.ridge} must be a number above 0")

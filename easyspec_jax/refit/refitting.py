@@ -73,8 +73,8 @@ def refit(pair: Engine, config: RefitConfig, *, bar: Bar = no_bar) -> Refitted:
 
     Raises:
         EasySpecError: The draft cannot have these groups, texts or prompts are unfit or too few,
-            there is nothing to resume, or memory will not suffice.
-        OSError: The file cannot be written.
+            there is nothing to resume, or memory will not suffice to answer prompts.
+        OSError: `out` is not a writable directory.
 
     Examples:
         >>> pair = open_model("TARGET", "DRAFT", mesh="8")  # doctest: +SKIP

@@ -1,18 +1,20 @@
 """Find the fastest way of decoding for a pair of models on the machine at hand, by measuring.
 
-    from easyspec_jax import open_model
-    from easyspec_jax.tune import TuneConfig, tune
+from easyspec_jax import open_model
+from easyspec_jax.tune import TuneConfig, tune
 
-    pair = open_model("TARGET", "DRAFT", mesh="8")
-    tune(pair, TuneConfig(seconds=60)).store()
-    engine = open_model("TARGET", "DRAFT", mesh="8", speculative="tuned")
+pair = open_model("TARGET", "DRAFT", mesh="8")
+tune(pair, TuneConfig(seconds=60)).store()
+engine = open_model("TARGET", "DRAFT", mesh="8", speculative="tuned")
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from easyspec_jax.tune.options import TuneConfig
+
 if TYPE_CHECKING:
-    from easyspec_jax.tune.tuning import TuneConfig, Tuned, tune
+    from easyspec_jax.tune.tuning import Tuned, tune
 
 __all__ = ["TuneConfig", "Tuned", "tune"]
 

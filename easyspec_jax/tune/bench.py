@@ -21,12 +21,12 @@ from easyspec_jax.tune.candidates import Draft
 from easyspec_jax.tune.search import Clock
 
 REPEATS = 5
-"""Samples of a pass, alternating with plain steps; three if they take longer than CASE_SECONDS."""
+"""Samples of a pass, alternating with plain steps; after CASE_SECONDS, three are enough."""
 
 CASE_SECONDS = 1.5
 
 WRITING = 0.15
-"""Share of the time after which no more texts are begun to measure acceptance on; one always is."""
+"""Share of the time after which no more texts are begun, of those to measure acceptance on."""
 
 SAMPLE_SECONDS = 0.03
 """Least length of a sample, about, so that clocks and dispatch do not matter."""

@@ -10,6 +10,7 @@ from easyspec_jax.draft.grouping import paper_groups
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import DraftTensorParallelSize, SpeculativeConfig, check_whole
 from easyspec_jax.parallel.mesh import MeshShape, parse_mesh
+from easyspec_jax.tune.options import TuneConfig
 
 LP_SIZES = (1, 2, 3, 4, 7)
 
@@ -63,10 +64,12 @@ class Space:
     """
 
     lp_sizes: Sequence[int]
-    tree_widths: Sequence[int] = (1, 4, 8)
-    max_levels: int = 8
-    draft_tensor_parallel_sizes: Sequence[DraftTensorParallelSize] = ("all", "1")
-    mlp_lp_sizes: Sequence[int] = (1, 2)
+    tree_widths: Sequence[int] = TuneConfig.tree_widths
+    max_levels: int = TuneConfig.max_levels
+    draft_tensor_parallel_sizes: Sequence[DraftTensorParallelSize] = (
+        TuneConfig.draft_tensor_parallel_sizes
+    )
+    mlp_lp_sizes: Sequence[int] = TuneConfig.mlp_lp_sizes
     refits: Set[tuple[int, int]] = frozenset()
 
     @classmethod

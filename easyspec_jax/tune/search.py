@@ -48,7 +48,7 @@ SEARCHING = 0.6
 """Share of the time after which the search ends; the rest is for confirming."""
 
 HOPELESS = 0.85
-"""Share of plain decoding's speed; a candidate that is slower even at best is not run."""
+"""Share of plain decoding's speed. A candidate whose best possible speed is below it is not run."""
 
 
 def search(
@@ -122,7 +122,7 @@ def time_steps(
         splits[draft] = shapes.index(draft.shape)
 
     def distance(one: Draft, other: Draft) -> int:
-        """Count differences; another split of the mesh counts twice because it matters least."""
+        """Count differences; another split of the mesh counts twice: it matters least."""
         tp = one.layout.draft_tensor_parallel_size != other.layout.draft_tensor_parallel_size
         return 2 * (splits[one] != splits[other]) + (one.drafting != other.drafting) + tp
 

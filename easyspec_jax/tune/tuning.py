@@ -14,81 +14,27 @@ from easyspec_jax.engine.pair import open_model
 from easyspec_jax.engine.tuned_file import Choice, describe
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import (
-    DraftTensorParallelSize,
     DType,
     Platform,
     SamplingParams,
     SpeculativeConfig,
-    check_whole,
 )
-from easyspec_jax.parallel.mesh import LAYER, TENSOR, MeshShape
+from easyspec_jax.parallel.mesh import LAYER, TENSOR, MeshShape, parse_mesh
 from easyspec_jax.progress import Advance, Bar, no_bar
 from easyspec_jax.tokenizer.conversation import Prompt
 from easyspec_jax.tune import prompts
 from easyspec_jax.tune.bench import DeviceBench, Sample
 from easyspec_jax.tune.candidates import Candidate, Draft, Space, candidates
 from easyspec_jax.tune.confirm import alternate, confirmed
+from easyspec_jax.tune.options import MAX_NEW_TOKENS, SECONDS, TuneConfig
 from easyspec_jax.tune.predict import Figures, Prediction, predict
 from easyspec_jax.tune.search import Clock, search, verification_sizes
-
-SECONDS = 150.0
-"""Default time for measuring. Loading the target, and finishing the last text, come on top."""
 
 COMPILED = 0.85
 """Share of the time after which no more finalists are compiled; the first always is."""
 
 TURNS = 25
 """Texts that each finalist writes if there is time: with small models single ones are noisy."""
-
-MAX_NEW_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class TuneConfig:
-    """Candidates to try and time to measure them.
-
-    Attributes:
-        mesh: "8" tries all splits of eight devices, "layer=4,tensor=2" only that one. By default
-            the splits of all devices of the pair.
-        prompts: Prompts to measure on; by default a few of our own.
-        chat: Put prompts that are text as a user's message.
-        max_new_tokens: Length of each text.
-        lp_sizes: Layers that run at once, 1 for an ordinary draft; by default 1, 2, 3, 4 and 7, and
-            those that the draft has refits for.
-        mlp_lp_sizes: MLPs of a group that run at once, where devices share them.
-        tree_widths: Tokens drafted at each depth, 1 for a chain.
-        max_levels: Depth of the deepest draft of a round.
-        draft_tensor_parallel_sizes: See SpeculativeConfig.
-        confirm: How many of the best predictions to run.
-        seconds: Time for measuring; what is not reached is left out.
-
-    Raises:
-        EasySpecError: A value is out of range.
-    """
-
-    mesh: str | None = None
-    prompts: Sequence[Prompt] | None = None
-    chat: bool = False
-    max_new_tokens: int = MAX_NEW_TOKENS
-    lp_sizes: Sequence[int] | None = None
-    mlp_lp_sizes: Sequence[int] = Space.mlp_lp_sizes
-    tree_widths: Sequence[int] = Space.tree_widths
-    max_levels: int = Space.max_levels
-    draft_tensor_parallel_sizes: Sequence[DraftTensorParallelSize] = (
-        Space.draft_tensor_parallel_sizes
-    )
-    confirm: int = 3
-    seconds: float = SECONDS
-
-    def __post_init__(self) -> None:
-        check_whole("confirm", self.confirm, 1)
-        check_whole("max_new_tokens", self.max_new_tokens, 1)
-        if not 0 < self.seconds < float("inf"):
-            raise EasySpecError(f"`seconds` {self.seconds} must be a number above 0")
-        if self.chat and self.prompts is None:
-            raise EasySpecError(
-                "`chat` needs prompts of yours; our own are put as the checkpoint wants them"
-            )
 
 
 @dataclass(frozen=True)
@@ -189,6 +135,9 @@ def tune(pair: Engine, config: TuneConfig | None = None, *, bar: Bar = no_bar) -
     config = config or TuneConfig()
     if pair.draft is None:
         raise EasySpecError("there is nothing to choose without `draft` DIR")
+    mesh = config.mesh or str(pair.mesh.size)
+    if parse_mesh(mesh).size != pair.mesh.size:
+        raise EasySpecError(f"`mesh` {mesh} is not a split of the pair's {pair.mesh.size} devices")
     ordinary = SpeculativeConfig(method="sd")
     # Measuring starts from an ordinary draft; variants of one engine share the target's weights.
     engine = pair if pair.speculative == ordinary else pair.variant(ordinary, bar=bar)
@@ -207,7 +156,7 @@ def tune(pair: Engine, config: TuneConfig | None = None, *, bar: Bar = no_bar) -
     sample = replace(sample, sampling=SamplingParams(max_new_tokens=config.max_new_tokens))
     return tune_over(
         engine,
-        config.mesh or str(engine.mesh.size),
+        mesh,
         sample,
         space,
         finalists=config.confirm,

@@ -1,7 +1,10 @@
 """Verifiers: how a draft proposes tokens and how the target's distribution decides about them.
 
-A new verifier is one module with the methods of `Verifier` and one line in `choose`.
+A new verifier is one class with the methods of `Verifier`, passed as `SpeculativeConfig.verifier`.
+To give it a name on the command line, add it to `choose` and to the type `Verifier` of options.py.
 """
+
+from typing import Any
 
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.verify.coupled import Coupled
@@ -21,11 +24,11 @@ __all__ = [
 ]
 
 
-def choose(name: str, sampling: SamplingParams) -> Verifier:
-    """Choose a verifier by name, specialised to a request's sampling.
+def choose(verifier: Any, sampling: SamplingParams) -> Verifier:
+    """Return a verifier by name, specialised to a request's sampling, or one as it is.
 
     Args:
-        name: "rejection" or "coupled".
+        verifier: "rejection" or "coupled"; anything else is a verifier already.
         sampling: Temperature, top-k and top-p. At temperature 0 both names mean Greedy().
 
     Returns:
@@ -37,7 +40,9 @@ def choose(name: str, sampling: SamplingParams) -> Verifier:
         >>> choose("rejection", SamplingParams(temperature=0))
         Greedy()
     """
+    if not isinstance(verifier, str):
+        return verifier
     if sampling.temperature == 0:
         return Greedy()
     truncates = sampling.top_k > 0 or sampling.top_p < 1
-    return {"rejection": Rejection, "coupled": Coupled}[name](truncates)
+    return {"rejection": Rejection, "coupled": Coupled}[verifier](truncates)

@@ -37,7 +37,7 @@ from easyspec_jax.verify.verifier import CANDIDATES, Branches, RowSampling, Verd
 ROUNDING = 1e-6
 """Probability left of p below which float32 cannot tell a residual from rounding errors."""
 NEGLIGIBLE = 60.0
-"""Nats under the draft's likeliest id from which ids are never drafted.
+"""Ids this many nats or more below the draft's likeliest one are never drafted.
 
 Exactness does not depend on it: whatever q is, the residual makes up for it.
 """

@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, open_model
 from easyspec_jax.checkpoint.safetensors import SAFETENSORS, write_safetensors
-from easyspec_jax.cli.command import Parser
+from easyspec_jax.cli.command import Parser, flags_of, with_flags
 from easyspec_jax.decode.loop import decode
 from experiments.demo import demo_corpus
 from experiments.demo.demo_model import Params, Shape, checkpoint, init, logits
@@ -254,7 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(parser.parse_args(argv))
     except (EasySpecError, OSError) as error:
-        print(f"experiments.train_demo: error: {error}", file=sys.stderr)
+        message = with_flags(str(error), flags_of(parser))
+        print(f"experiments.train_demo: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(

@@ -82,6 +82,6 @@ def test_as_dict_has_every_figure_by_its_name_and_is_json(stats):
 
 def test_what_ran_at_once_takes_as_long_as_the_longer_one():
     quick = replace(THREE_ROUNDS, prefill_seconds=0.7, decode_seconds=1.0)
-    both = THREE_ROUNDS.beside(quick)
+    both = THREE_ROUNDS.in_parallel(quick)
     assert both == replace(THREE_ROUNDS + quick, prefill_seconds=0.7, decode_seconds=2.0)
     assert both.tokens_per_second == 14 / 2.0

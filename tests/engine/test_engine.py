@@ -67,6 +67,13 @@ def test_a_prompt_is_tokenised_once(engine, monkeypatch):
     assert [row.prompt for row in rows] == ["one", "two"]
 
 
+def test_rows_of_an_engine_with_more_room_are_refused(directory, engine):
+    rows = engine.prepare(["a prompt of some length"])
+    small = open_model(directory, speculative=PLAIN, max_length=5)
+    with pytest.raises(EasySpecError, match="no room within `max_length` 5"):
+        small.generate(rows)
+
+
 def test_a_batch_has_rows(engine):
     with pytest.raises(EasySpecError, match="`batch_size` 0 must be at least 1"):
         next(engine.complete_each([engine.row("one", SamplingParams())], 0))

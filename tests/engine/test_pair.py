@@ -26,6 +26,11 @@ def test_a_pair_opens_as_it_was_tuned(directory):
     assert dict(engine.mesh.shape) == {"layer": 1, "tensor": 2}
 
 
+def test_a_name_is_not_a_way_to_speculate(directory):
+    with pytest.raises(EasySpecError, match="must be a SpeculativeConfig or 'tuned', not 'auto'"):
+        open_model(directory, directory, speculative="auto")  # pyright: ignore[reportArgumentType]
+
+
 def test_a_pair_that_was_not_tuned_is_refused(directory):
     with pytest.raises(EasySpecError, match="has not been tuned on this mesh"):
         open_model(directory, directory, speculative="tuned")

@@ -25,7 +25,7 @@ def test_topologies(text, machine, devices):
     "text, message",
     [
         ("v7:2x4", "`topology` 'v7:2x4': no machine 'v7'; there are v5e, v5p"),
-        ("v5e", "how many devices; such as v5e:2x4"),
+        ("v5e", "how many devices; for example v5e:2x4"),
         ("v5e:", "how many devices"),
         ("v5e:2x0", "how many devices"),
         ("v5e:8", "the 2 sides of the torus of v5e, such as v5e:2x4"),

@@ -26,7 +26,7 @@ from easyspec_jax.refit import RefitConfig
         ({"prompts": []}, "`prompts` is empty"),
         ({"prompts": ["one"], "text": "file"}, "`text` and `prompts` exclude each other"),
         ({"chat": True}, "`chat` needs `prompts`"),
-        ({"resume": True}, "`resume` goes on with a distillation: give `distill` STEPS"),
+        ({"resume": True}, "`resume` only continues a distillation: give `distill` STEPS"),
     ],
     ids=str,
 )

@@ -171,12 +171,18 @@ def test_tune_takes_a_config_and_any_pair_and_stores(engine, faked, tmp_path, mo
         ({"confirm": 0}, "`confirm` 0 must be at least 1"),
         ({"max_new_tokens": 0}, "`max_new_tokens` 0 must be at least 1"),
         ({"seconds": 0.0}, "`seconds` 0.0 must be a number above 0"),
-        ({"chat": True}, "`chat` needs prompts of yours"),
+        ({"chat": True}, "`chat` needs `prompts`"),
+        ({"prompts": []}, "`prompts` is empty"),
     ],
 )
 def test_configs_that_cannot_be(fields, complaint):
     with pytest.raises(EasySpecError, match=complaint):
         TuneConfig(**fields)
+
+
+def test_a_mesh_is_a_split_of_the_pairs_devices(engine):
+    with pytest.raises(EasySpecError, match="`mesh` 4 is not a split of the pair's 2 devices"):
+        tune(engine, TuneConfig(mesh="4"))
 
 
 def test_a_model_alone_has_nothing_to_choose(engine):
