@@ -428,7 +428,7 @@ def test_files_on_another_disk(model, arguments, capsys, tmp_path):
         "--prompt",
         "a",
     ]
-    assert "(--allow-links)" in refusal(capsys, *flags)
+    assert "--allow-links" in refusal(capsys, *flags)
     assert main([*flags, "--allow-links"]) == 0
 
 

@@ -150,7 +150,7 @@ def test_a_path_that_is_a_file(source, fails):
 
 
 def test_too_little_memory(source, fails):
-    assert "needs more memory; give at least" in fails(source, "--memory", "256MiB")
+    assert "needs more memory; give --memory of at least" in fails(source, "--memory", "256MiB")
 
 
 def test_two_converters_on_one_output(source, fails, tmp_path):

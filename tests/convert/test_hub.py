@@ -63,5 +63,5 @@ def test_directories_stay_here(tmp_path, monkeypatch):
     Path("some/model").mkdir(parents=True)
     for source in ("some/model", str(tmp_path), "/absent", "absent", "a/b/c"):
         assert directory_of(source) == Path(source)
-    with pytest.raises(EasySpecError, match=r"--revision\) needs a model on the hub"):
+    with pytest.raises(EasySpecError, match=r"`revision` needs a model on the hub"):
         directory_of("some/model", REVISION)

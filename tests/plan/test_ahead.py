@@ -98,7 +98,7 @@ def test_gpus_that_are_not_here(configs):
 
 
 def test_too_few_virtual_devices():
-    with pytest.raises(EasySpecError, match="--mesh asks for 300 devices"):
+    with pytest.raises(EasySpecError, match="`mesh` asks for 300 devices"):
         topology_mesh(Topology("cpu:300", MACHINES["cpu"], 300), MeshShape(1, 300))
 
 

@@ -214,7 +214,7 @@ def test_prompts_of_100_000_characters(tokenizer, seed, chat):
     text = "".join(chance.choice(alphabet) for _ in range(100_000))
     assert encode(tokenizer, text, chat)
     assert encode(load_tokenizer(demo.TARGET), text)
-    with pytest.raises(EasySpecError, match="leaves no room within --max-length"):
+    with pytest.raises(EasySpecError, match="leaves no room within `max_length`"):
         open_model(platform="cpu").encode(text)
 
 

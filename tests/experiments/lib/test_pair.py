@@ -33,9 +33,9 @@ def test_links_are_followed_only_where_that_is_asked_for(tmp_path):
         for path in (demo.TARGET.parent / name).iterdir():
             (tmp_path / name / path.name).symlink_to(path)
     words = ["--target", str(tmp_path / "target"), "--draft", str(tmp_path / "draft")]
-    with pytest.raises(EasySpecError, match="--allow-links"):
+    with pytest.raises(EasySpecError, match="`allow_links`"):
         open_pair(flags(*words), SpeculativeConfig())
-    with pytest.raises(EasySpecError, match="--allow-links"):
+    with pytest.raises(EasySpecError, match="`allow_links`"):
         open_draft(flags(*words))
     linked = flags(*words, "--allow-links")
     assert open_pair(linked, SpeculativeConfig()).target.directory == tmp_path / "target"
