@@ -8,7 +8,7 @@ from typing import Any
 
 from easyspec_jax.draft.grouping import paper_groups
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.options import DraftTensorParallelSize, SpeculativeConfig, check_whole
+from easyspec_jax.options import MAX_WIDTH, DraftTensorParallelSize, SpeculativeConfig, check_whole
 from easyspec_jax.parallel.mesh import MeshShape, parse_mesh
 from easyspec_jax.tune.options import TuneConfig
 
@@ -83,7 +83,7 @@ class Space:
         """Raise EasySpecError for a value that a draft of this many layers cannot have."""
         check_whole("max_levels", self.max_levels, 1, 16)
         for width in self.tree_widths:
-            SpeculativeConfig(tree_width=width)
+            check_whole("tree_widths", width, 1, MAX_WIDTH)
         for size in self.lp_sizes:
             check_whole("lp_sizes", size, 1, num_layers, ", the draft's layers")
         for size in self.mlp_lp_sizes:

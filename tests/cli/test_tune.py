@@ -127,7 +127,7 @@ def test_the_table_shows_the_object(printed):
     "options, message",
     [
         (["--lp-sizes", "7"], "--lp-sizes 7 must be from 1 to 4, the draft's layers"),
-        (["--tree-widths", "0"], "--tree-width 0 must be from 1 to 64"),
+        (["--tree-widths", "0"], "--tree-widths 0 must be from 1 to 64"),
         (["--max-levels", "17"], "--max-levels 17 must be from 1 to 16"),
         (["--draft-tensor-parallel-sizes", "2"], "invalid choice: '2'"),
         (["--mesh", "many"], "--mesh 'many' is neither"),

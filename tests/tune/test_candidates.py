@@ -95,7 +95,7 @@ def test_small_drafts_have_smaller_groups_by_default():
     [
         (Space([7]), "`lp_sizes` 7 must be from 1 to 6, the draft's layers"),
         (Space([0]), "`lp_sizes` 0 must be from 1 to 6"),
-        (Space([2], [65]), "`tree_width` 65 must be from 1 to 64"),
+        (Space([2], [65]), "`tree_widths` 65 must be from 1 to 64"),
         (Space([2], [1], 17), "`max_levels` 17 must be from 1 to 16"),
         (Space([]), "nothing to choose from"),
     ],
