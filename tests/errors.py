@@ -89,8 +89,9 @@ def row(site: Site, test: str) -> str:
 
 
 def _cell(text: str) -> str:
-    fence = "``" if "`" in text else "`"
-    return f"{fence}{' '.join(text.split())}{fence}".replace("|", "\\|")
+    # A code span that holds backticks needs a longer fence, and blanks between the two.
+    fence, gap = ("``", " ") if "`" in text else ("`", "")
+    return f"{fence}{gap}{' '.join(text.split())}{gap}{fence}".replace("|", "\\|")
 
 
 def documented() -> dict[str, str]:
