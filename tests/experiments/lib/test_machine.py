@@ -17,6 +17,7 @@ def test_a_machine_is_described():
 
 
 def test_torch_is_named_where_it_is_missing(monkeypatch):
+    pytest.importorskip("torch")
     assert torch_device("cpu") == "cpu"
     with pytest.raises(EasySpecError, match="cannot use the tpu"):
         torch_device("tpu")
