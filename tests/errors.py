@@ -23,9 +23,9 @@ KINDS = ("EasySpecError", "ArgumentTypeError")
 HEAD = """# Errors
 
 Every message says what is wrong and, after a semicolon or in brackets, what to do. A command prints
-it as one line on stderr and exits with 2. `{…}` stands for a value, and a field in backticks that is
-a flag of the command is printed as that flag: `top_p` as `--top-p`. Messages that are not listed come
-from the parser (an unknown flag, or a value that it does not take), from the system, and, when
+it as one line on stderr and exits with 2. `{…}` stands for a value. A field in backticks that is a
+flag of the command is printed as that flag: `top_p` as `--top-p`. Messages that are not listed
+come from the parser (an unknown flag, or a value that it does not take), from the system, and, when
 memory runs out after all, `the devices' memory does not suffice`. `python -m tests.errors` writes
 the table: it runs the tests and notes the one that reaches each message.
 
