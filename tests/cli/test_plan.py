@@ -118,7 +118,7 @@ def test_a_compiled_cpu_round_stands_beside_its_trace(arguments, capsys):
         (["--max-length", "5000"], "--max-length 5000 must be from 2 to the 1024 positions"),
         (["--max-length", "1"], "must be from 2"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
-        (["--topology", "h100:2", "--measure"], "--platform gpu: JAX finds no such device here"),
+        (["--topology", "h100:2", "--measure"], "`platform` gpu: JAX finds no such device here"),
     ],
 )
 def test_refusals(options, message, arguments, configs, capsys):
