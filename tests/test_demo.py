@@ -68,6 +68,7 @@ def test_on_one_accelerator_the_pair_falls_back_to_virtual_devices_and_says_so(c
     assert "use --mesh 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_in_an_empty_directory(tmp_path):
     command = [
         sys.executable,

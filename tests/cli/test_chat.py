@@ -139,6 +139,7 @@ def test_a_model_that_is_not_made_for_it_is_refused_before_it_is_loaded(
     assert "no chat template" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_as_a_command(directory, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", StringIO("one\n"))
     flags = [

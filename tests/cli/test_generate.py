@@ -124,6 +124,7 @@ def test_prompt_file(arguments, capsys, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_seed_makes_sampling_repeatable(arguments, capsys):
     def text(seed: str) -> str:
         assert (
@@ -259,6 +260,7 @@ def test_how_it_ends_when_it_cannot_go_on(arguments, capsys, monkeypatch, fault,
     assert all(line in err for line in lines)
 
 
+@pytest.mark.slow
 def test_as_a_program(model):
     """With the virtual devices that the command makes itself, in a process of its own."""
     command = [
@@ -288,6 +290,7 @@ def test_as_a_program(model):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.slow
 def test_an_output_that_cannot_be_written_is_one_line(model):
     command = [
         sys.executable,
@@ -453,6 +456,7 @@ def test_a_text_ends_where_the_template_ends_a_turn(model, arguments, capsys, tm
     assert printed["text"] == byte_tokenizer().decode(printed["token_ids"][:-1])
 
 
+@pytest.mark.slow
 def test_compare_decodes_the_same_prompts_plainly(arguments, capsys):
     prompts = ["--prompt", "Hello", "--prompt", "wörld"]
     assert main([*arguments, "--compare", "--json", *prompts]) == 0
@@ -529,6 +533,7 @@ def test_a_batch_changes_no_text(model, arguments, capsys, tmp_path, flags):
             assert one["stats"][key] == together["stats"][key]
 
 
+@pytest.mark.slow
 def test_a_batch_is_printed_in_order_and_timed_once(arguments, capsys):
     flags = ["--prompt", "Hello", "--prompt", "b"]
     assert main([*arguments, *flags, "--no-stream"]) == 0

@@ -99,6 +99,7 @@ def test_a_poisoned_model_ends_its_row_and_is_named(models, engine, which):
             assert found[number].token_ids == alone.token_ids
 
 
+@pytest.mark.slow
 def test_a_row_entered_with_its_old_caches_would_be_found(models, engine, monkeypatch):
     monkeypatch.setattr(
         refill, "jnp", SimpleNamespace(**vars(jnp) | {"where": lambda first, fresh, old: old})

@@ -60,6 +60,7 @@ def test_json_is_what_the_tables_show(printed):
         assert any(cells[1] == f"{way['memory']['target'] / 2**30:.2f} GiB" for cells in mine)
 
 
+@pytest.mark.slow
 def test_the_best_of_every_column_is_marked(printed):
     speeds = [line for line in rows(printed) if any(cell.startswith("*") for cell in line[1:])]
     marked = [
@@ -80,6 +81,7 @@ def test_speeds_follow_from_rounds(printed):
         assert way["time_to_first_token"] == way["steps"]["prefill"]["seconds"]
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_counting_still_answers(arguments, capsys, monkeypatch):
     monkeypatch.setattr(ahead, "find_spec", lambda name: None)
     assert main(["--topology", "v5e:2x4", "--lp-size", "2", *arguments]) == 0

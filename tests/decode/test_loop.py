@@ -125,6 +125,7 @@ def test_greedy_text_by_trees_is_plain_decoding(
 
 
 @pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.slow
 def test_greedy_text_with_a_replicated_draft(pair, plain, refit):
     assert (
         texts(programs(pair, replace(GREEDY, width=3), MeshShape(2, 2), axes=(), refit=refit))[0]

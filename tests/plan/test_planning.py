@@ -18,6 +18,7 @@ from easyspec_jax.progress import Advance
 SHORT: dict[str, Any] = {"max_length": 400, "compile": False}
 
 
+@pytest.mark.slow
 def test_a_plan_compares_the_size_that_was_asked_for(configs, monkeypatch):
     monkeypatch.setattr(planning, "LP_SIZES", (2,))
     shown: list[tuple[str, int | None, int]] = []
@@ -51,6 +52,7 @@ def test_a_plan_compares_the_size_that_was_asked_for(configs, monkeypatch):
     assert as_dict(found)["compiled"]["reason"] == "--no-compile"
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compiled_is_counted_all_the_same(configs, monkeypatch):
     def refuse(*_: Any) -> None:
         raise CannotCompile("no compiler here")

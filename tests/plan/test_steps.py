@@ -59,6 +59,7 @@ def test_ways_compare_both_placements_of_everything(counted):
     assert methods == ["vanilla", "tree", "tree", "easyspec", "easyspec"]
 
 
+@pytest.mark.slow
 def test_collectives_by_formula(counted):
     assert counted["vanilla"].step.collectives == 2 * TARGET_LAYERS + 1
     assert verification_cost(pair(), absent).collectives == 2 * TARGET_LAYERS + 1
@@ -136,6 +137,7 @@ def test_meshes_are_split_as_for_generate(counted):
     assert counted["easyspec N=7, draft TP all"].mesh == MeshShape(4, 2)
 
 
+@pytest.mark.slow
 def test_absent_devices_count_as_present_ones():
     """They do so on a CPU, too, where the exact pass branches."""
     way = Way("easyspec", 4)
@@ -144,6 +146,7 @@ def test_absent_devices_count_as_present_ones():
     assert isinstance(there.round, Cost)
 
 
+@pytest.mark.slow
 def test_trees_widen_steps_and_verification():
     chain, tree = (costs(pair(width), Way("easyspec", 4), absent) for width in (1, 3))
     assert tree.step.flops > 2.5 * chain.step.flops

@@ -28,6 +28,7 @@ def pair(draft, tmp_path_factory):
     return open_model(target, draft[0].directory, mesh=MESH)
 
 
+@pytest.mark.slow
 def test_a_pair_refits_its_draft_as_if_it_were_alone(pair, draft, tmp_path, capsys):
     prompts, out = ["a fox", "a much shorter fox"], tmp_path / "alone"
     config = RefitConfig(lp_size=3, borders="paper", prompts=prompts, tokens=1000, out=out)

@@ -11,6 +11,7 @@ from easyspec_jax.tokenizer import load_tokenizer
 from tests.support.models import byte_tokenizer
 
 
+@pytest.mark.slow
 def test_answers_to_prompts(draft):
     """Prompts and answers follow each other as plain decoding gives them, until they suffice."""
     prompts = ["a fox", "a much shorter fox"]

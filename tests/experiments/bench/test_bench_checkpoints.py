@@ -22,6 +22,7 @@ def test_random_checkpoints_open(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_children_count(tmp_path):
     takes = "import time; held = bytearray(b'1') * 100_000_000; time.sleep(4)"
     alone = bench.measured([sys.executable, "-c", takes])
@@ -50,6 +51,7 @@ def test_ways_take_turns_and_leave_room(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_all_figures_of_a_shape(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "SHAPES", {"7b": FIELDS})
     monkeypatch.setattr(bench, "open_", lambda directory, mesh: bench.Run(1.0, 500_000))

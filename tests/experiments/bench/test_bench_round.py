@@ -7,6 +7,7 @@ import pytest
 from experiments.bench.bench_round import main, tabulate
 
 
+@pytest.mark.slow
 def test_a_row_for_every_way_of_sampling(tmp_path, capsys):
     out = tmp_path / "bench_round.json"
     flags = ["--repeats", "2", "--tree-width", "2", "--lp-size", "2", "--verifiers", "coupled"]
