@@ -101,8 +101,8 @@ def open_mesh(shape: MeshShape, platform: Platform | None = None, or_cpu: bool =
             f"`mesh` asks for {shape.size} devices, which {processes} processes cannot share "
             "equally"
         )
-    # Before JAX starts nobody knows whether there is an accelerator, and afterwards it is too
-    # late to ask for virtual devices.
+    # Virtual devices must be requested before JAX starts, which is before we can find out
+    # whether there is an accelerator.
     if shape.size <= MAX_VIRTUAL_DEVICES:
         _request_cpu_devices(shape.size // processes)
     devices = _devices(platform)

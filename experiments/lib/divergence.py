@@ -1,4 +1,4 @@
-"""Where two texts part, and how near a tie it was, which tells rounding from an error."""
+"""Find where two texts diverge, and how close a tie it was, to tell rounding from an error."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

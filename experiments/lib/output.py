@@ -33,7 +33,7 @@ def run_experiment(
     run: Callable[[argparse.Namespace], None],
     argv: Sequence[str] | None,
 ) -> int:
-    """Run a command as run_command does, with lines of progress where there is no terminal.
+    """Run a command as run_command does, and print lines of progress without a terminal.
 
     The results record what was typed, as `args.command`.
     """
