@@ -108,9 +108,9 @@ def test_the_same_results_are_the_same_picture(measured, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--widths", "1", "65"], "--tree-width 65 must be from 1 to 64"),
-        (["--lp-sizes", "0"], "--lp-size 0 must be at least 1"),
-        (["--temperatures", "-1"], "--temperature -1.0 must be 0 (greedy)"),
+        (["--widths", "1", "65"], "`tree_width` 65 must be from 1 to 64"),
+        (["--lp-sizes", "0"], "`lp_size` 0 must be at least 1"),
+        (["--temperatures", "-1"], "`temperature` -1.0 must be 0 (greedy)"),
         (["--verifiers", "typical"], "invalid choice: 'typical'"),
         (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (["--out", "absent/acceptance.json"], "--out absent/acceptance.json must be a .json file"),

@@ -123,7 +123,7 @@ def test_the_same_results_are_the_same_picture(measured, tmp_path):
             "--fit-tokens: not allowed with argument --refit",
         ),
         (["--out", "absent/table2.json"], "--out absent/table2.json must be a .json file"),
-        (["--temperatures", "-1"], "--temperature -1.0 must be 0 (greedy)"),
+        (["--temperatures", "-1"], "`temperature` -1.0 must be 0 (greedy)"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, complaint, capsys):
