@@ -45,7 +45,7 @@ class StoredSource(TensorSource, Protocol):
 def read_into(out: np.ndarray, source: TensorSource, name: str, window: Slices = ()) -> None:
     """Fill an array with a slice of a tensor, block by block.
 
-    Needs a few MiB of memory besides `out`, which may be strided (a transposed view, for example).
+    Needs a few MiB of memory besides `out`, which may be strided, as some columns of an array are.
 
     Args:
         out: The array to fill; values are converted to its dtype.

@@ -136,14 +136,14 @@ def target(loader: Loader, site: Site) -> Projection:
         site: The site.
 
     Returns:
-        A Projection with zero columns added until they divide among the devices.
+        A Projection with zero rows added until they divide among the devices.
     """
     weights = [loader.source.read(f"{part}.weight") for part in site.parts]
-    weight = np.concatenate(weights).T  # [hidden, out]
-    padding = -weight.shape[1] % loader.mesh.size
+    weight = np.concatenate(weights)  # [out, hidden]
+    padding = -weight.shape[0] % loader.mesh.size
     return Projection(
         norm=loader.place(loader.source.read(f"{site.norm}.weight"), P(None)),
-        weight=loader.place(np.pad(weight, [(0, 0), (0, padding)]), P(None, ALL_AXES)),
+        weight=loader.place(np.pad(weight, [(0, padding), (0, 0)]), P(ALL_AXES, None)),
         bias=loader.place(np.pad(_bias(loader, site), (0, padding)), P(ALL_AXES)),
         eps=loader.config.rms_norm_eps,
     )

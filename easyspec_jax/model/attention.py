@@ -18,7 +18,7 @@ from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.checkpoint.rope import rope_frequencies
 from easyspec_jax.model.cache import KVCache, write
 from easyspec_jax.model.norm import rms_norm
-from easyspec_jax.model.projection import Projection
+from easyspec_jax.model.projection import Projection, product
 
 
 @partial(
@@ -139,7 +139,7 @@ class Attention(nnx.Module):
 
     Attributes:
         qkv: Projection whose outputs are [queries | keys | values] of this share.
-        out: Output matrix, [kv_heads * group * head_dim, hidden].
+        out: Output matrix, [hidden, kv_heads * group * head_dim].
         query_norm: Weight of the norm of each query, in families that have one, else None.
         key_norm: Likewise of each key.
         kv_heads: Key heads of this share; it has as many value heads.
@@ -149,7 +149,7 @@ class Attention(nnx.Module):
     def __init__(
         self,
         qkv: Projection,
-        out: Float[Array, "*slots queries_dim hidden"],
+        out: Float[Array, "*slots hidden queries_dim"],
         head_norms: tuple[Float[Array, "*slots head_dim"], Float[Array, "*slots head_dim"]] | None,
         *,
         kv_heads: int,
@@ -191,7 +191,7 @@ class Attention(nnx.Module):
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """Make this share's part of an empty cache, in the weights' dtype."""
         weight = self.qkv.weight
-        head_dim = weight.shape[-1] // (self.kv_heads * (self.group + 2))
+        head_dim = weight.shape[-2] // (self.kv_heads * (self.group + 2))
         empty = jnp.zeros((batch * self.kv_heads, capacity, head_dim), weight.dtype)
         return KVCache(empty, empty)
 
@@ -236,4 +236,4 @@ class Attention(nnx.Module):
         # Back to one row per token, heads side by side: [batch, tokens, queries * head_dim].
         mixed = mixed.reshape(batch, self.kv_heads * self.group, tokens, head_dim)
         mixed = mixed.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
-        return mixed @ self.out[...]
+        return product(self.out[...], mixed)

@@ -101,7 +101,6 @@ class Loader:
 
     def mlp(self, index: int) -> MLP:
         """Load one layer's feed-forward part, its columns padded to whole shards."""
-        # [hidden, inner], as it is stored: the product of one token is faster that way on a CPU.
         tensors = {f"{_LAYER}mlp.down_proj.weight": self._inner_entries()}
         down = matrix(tensors, self.config.hidden_size, self.axes, dimension=1)
         return MLP(self.gate_up(index), self.load(down.for_layer(index)))
@@ -149,10 +148,8 @@ class Loader:
         """Make the memory of a shard and fill it."""
         shard = _aligned_zeros(shape, self.dtype)
         for copy in copies:
-            # A view of the shard: what is read into its transpose lands in the shard.
-            place = shard[copy.target]
-            place = place.T if copy.transposed else place
-            read_into(place, self.source, copy.tensor, copy.source)
+            # A view of the shard: what is read into it lands in the shard.
+            read_into(shard[copy.target], self.source, copy.tensor, copy.source)
         return shard
 
     def _vocabulary(self, tensor: str) -> Array:
@@ -164,9 +161,8 @@ class Loader:
     def _attention(self, axes: Axes, layers: Sequence[int], slots: int | None = None) -> Attention:
         """Load one layer's attention or, with slots, a stack of several."""
         layout, head_dim = self._head_layout(axes), self.config.head_dim
-        # Stored as [hidden, queries], kept as [queries, hidden].
-        rows = {f"{_LAYER}self_attn.o_proj.weight": head_entries(layout.query_index, head_dim)}
-        out = matrix(rows, self.config.hidden_size, axes, dimension=0, transposed=True)
+        columns = {f"{_LAYER}self_attn.o_proj.weight": head_entries(layout.query_index, head_dim)}
+        out = matrix(columns, self.config.hidden_size, axes, dimension=1)
         norms = None
         if self.config.qk_norm:
             norms = (
@@ -200,9 +196,9 @@ class Loader:
         layers: Sequence[int],
         slots: int | None = None,
     ) -> Projection:
-        """Load a pre-norm and the matrix whose columns are rows of these tensors."""
+        """Load a pre-norm and the matrix that has rows of these tensors."""
         hidden = self.config.hidden_size
-        weight = matrix(tensors, hidden, axes, dimension=1, transposed=True)
+        weight = matrix(tensors, hidden, axes, dimension=0)
         # Where a layer has no bias, its part of a stack stays zero.
         bias = self._of_layers(bias_of(weight), layers, slots).only(self.source.shapes())
         return Projection(

@@ -33,19 +33,15 @@ class Copy:
         source: Slices of the tensor.
         shard: Number of the shard.
         target: The place in the shard.
-        transposed: Whether the place is filled with the transpose of the window.
     """
 
     tensor: str
     source: Slices
     shard: int
     target: Index
-    transposed: bool = False
 
     def __str__(self) -> str:
-        turned = ".T" if self.transposed else ""
-        source, target = _text(self.source), _text(self.target)
-        return f"{self.tensor}{source}{turned} -> {target} of shard {self.shard}"
+        return f"{self.tensor}{_text(self.source)} -> {_text(self.target)} of shard {self.shard}"
 
 
 @dataclass(frozen=True)
@@ -147,7 +143,6 @@ def matrix(
     axes: Axes,
     *,
     dimension: int,
-    transposed: bool = False,
 ) -> ArrayPlan:
     """Plan a matrix whose shards have entries of several tensors, one tensor after another.
 
@@ -156,7 +151,6 @@ def matrix(
         across: Length of such a row or column.
         axes: Mesh axes that the matrix is split over.
         dimension: Dimension of the matrix along which the entries lie: 0 for rows, 1 for columns.
-        transposed: Whether rows of the matrix are columns of the tensors, and columns rows.
     """
     # {q: [[0, 1], [2, -1]], k: [[0], [1]]} is two shards of width 3: [q0, q1, k0] and [q2, 0, k1].
     copies: list[Copy] = []
@@ -166,10 +160,9 @@ def matrix(
         for shard in range(shards):
             for position, entry, count in _runs(entries[shard]):
                 at, everything = width + position, slice(0, across)
-                # Transposing swaps the dimension: columns of the matrix are rows of the tensor.
-                source = _ordered(slice(entry, entry + count), everything, dimension ^ transposed)
+                source = _ordered(slice(entry, entry + count), everything, dimension)
                 target = _ordered(slice(at, at + count), everything, dimension)
-                copies.append(Copy(tensor, source, shard, target, transposed))
+                copies.append(Copy(tensor, source, shard, target))
         width += entries.shape[1]
     return ArrayPlan(
         shard_shape=_ordered(width, across, dimension),
@@ -180,13 +173,13 @@ def matrix(
 
 
 def bias_of(weight: ArrayPlan) -> ArrayPlan:
-    """Plan the bias [out] of a weight [in, out] whose tensors are stored as [out, in]."""
-    # w[8:12, 0:72].T -> [0:72, 4:8] gives b[8:12] -> [4:8].
+    """Plan the bias [out] of a weight [out, in]."""
+    # w[8:12, 0:72] -> [4:8, 0:72] gives b[8:12] -> [4:8].
     copies = []
     for copy in weight.copies:
         tensor = copy.tensor.removesuffix("weight") + "bias"
-        copies.append(Copy(tensor, copy.source[:1], copy.shard, copy.target[1:]))
-    return ArrayPlan(weight.shard_shape[1:], weight.grid[1:], P(weight.spec[1]), tuple(copies))
+        copies.append(Copy(tensor, copy.source[:1], copy.shard, copy.target[:1]))
+    return ArrayPlan(weight.shard_shape[:1], weight.grid[:1], P(weight.spec[0]), tuple(copies))
 
 
 def _runs(entries: Int[np.ndarray, " entries"]) -> Iterator[tuple[int, int, int]]:

@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.model.attention import Attention, Nodes, Window, chain_window, tree_window
 from easyspec_jax.model.cache import KVCache
 from easyspec_jax.model.norm import rms_norm
-from easyspec_jax.model.projection import Projection
+from easyspec_jax.model.projection import Projection, product
 from easyspec_jax.parallel.collectives import all_reduce, shard_index
 from easyspec_jax.parallel.mesh import Axes
 
@@ -47,7 +46,7 @@ class MLP(nnx.Module):
         """
         # A shard's columns are [its gate | its up], so that one product computes both.
         gate, up = jnp.split((gate_up or self.gate_up)(h), 2, axis=-1)
-        return _product(self.down[...], jax.nn.silu(gate) * up)
+        return product(self.down[...], jax.nn.silu(gate) * up)
 
 
 class Layer(nnx.Module):
@@ -188,7 +187,7 @@ class Decoder(nnx.Module):
         """
         # Rows of zeros, which pad the vocabulary, would give logits of 0: hence -inf below.
         rows = (self.embedding if self.head is None else self.head)[...]
-        logits = _product(rows, h, jnp.float32)
+        logits = product(rows, h, jnp.float32)
         ids = shard_index(self.axes) * rows.shape[0] + jnp.arange(rows.shape[0], dtype=jnp.int32)
         return jnp.where((ids < self.num_ids)[None, None, :], logits, np.float32(-np.inf))
 
@@ -204,17 +203,3 @@ class Decoder(nnx.Module):
     def cache_specs(self) -> Caches:
         """Return the PartitionSpec of every cache array."""
         return tuple(block.cache_spec() for block in self.blocks)
-
-
-def _product(
-    matrix: Float[Array, "out inner"],
-    x: Float[Array, "batch tokens inner"],
-    dtype: DTypeLike | None = None,
-) -> Float[Array, "batch tokens out"]:
-    """Multiply each token's x by a matrix, with results in dtype (by default x's).
-
-    The matrix is the left operand: XLA's CPU backend reads it faster that way, and accelerators do
-    not mind.
-    """
-    # [out, inner] times [batch, tokens, inner] -> [out, batch, tokens] -> [batch, tokens, out]
-    return jnp.moveaxis(jnp.einsum("oi,bti->obt", matrix, x, preferred_element_type=dtype), 0, 2)

@@ -198,11 +198,11 @@ def _refilled(refit: Refit, stale: int, placed: Iterator[Float[Array, "inputs pl
     """Fill a group's refit with the next projections: `stale` attentions, then MLPs."""
     # Slot 0 is the first attention, which is fed what it expects; slots past the last are padding.
     slots = slice(1, 1 + stale)
-    qkv = jnp.stack(list(itertools.islice(placed, stale)))
+    qkv = jnp.stack(list(itertools.islice(placed, stale)))  # [stale, inputs, placed]
     return Refit(
         Projection(
             refit.qkv.norm[...],
-            refit.qkv.weight[...].at[slots].set(qkv[:, :-1]),
+            refit.qkv.weight[...].at[slots].set(qkv[:, :-1].mT),
             _bias(refit.qkv).at[slots].set(qkv[:, -1]),
             eps=refit.qkv.eps,
         ),
@@ -211,8 +211,8 @@ def _refilled(refit: Refit, stale: int, placed: Iterator[Float[Array, "inputs pl
 
 
 def _of_rows(own: Projection, rows: Float[Array, "inputs placed"]) -> Projection:
-    """Replace a projection's weight by all rows but the last, and its bias by the last."""
-    return Projection(own.norm[...], rows[:-1], rows[-1], eps=own.eps)
+    """Replace a projection's weight by all rows but the last, transposed; its bias by the last."""
+    return Projection(own.norm[...], rows[:-1].T, rows[-1], eps=own.eps)
 
 
 def _bias(projection: Projection) -> Array:

@@ -30,23 +30,23 @@ PRINTED = """\
 model.layers.3.input_layernorm.weight[0:12] -> [0, 0:12] of shard 0
 model.layers.4.input_layernorm.weight[0:12] -> [1, 0:12] of shard 0
 model.layers.5.input_layernorm.weight[0:12] -> [0, 0:12] of shard 1
-[4, 12, 20] as a [2, 1, 1] grid of [2, 12, 20] shards
-model.layers.3.self_attn.q_proj.weight[0:12, 0:12].T -> [0, 0:12, 0:12] of shard 0
-model.layers.3.self_attn.k_proj.weight[0:4, 0:12].T -> [0, 0:12, 12:16] of shard 0
-model.layers.3.self_attn.v_proj.weight[0:4, 0:12].T -> [0, 0:12, 16:20] of shard 0
-model.layers.4.self_attn.q_proj.weight[0:12, 0:12].T -> [1, 0:12, 0:12] of shard 0
-model.layers.4.self_attn.k_proj.weight[0:4, 0:12].T -> [1, 0:12, 12:16] of shard 0
-model.layers.4.self_attn.v_proj.weight[0:4, 0:12].T -> [1, 0:12, 16:20] of shard 0
-model.layers.5.self_attn.q_proj.weight[0:12, 0:12].T -> [0, 0:12, 0:12] of shard 1
-model.layers.5.self_attn.k_proj.weight[0:4, 0:12].T -> [0, 0:12, 12:16] of shard 1
-model.layers.5.self_attn.v_proj.weight[0:4, 0:12].T -> [0, 0:12, 16:20] of shard 1
+[4, 20, 12] as a [2, 1, 1] grid of [2, 20, 12] shards
+model.layers.3.self_attn.q_proj.weight[0:12, 0:12] -> [0, 0:12, 0:12] of shard 0
+model.layers.3.self_attn.k_proj.weight[0:4, 0:12] -> [0, 12:16, 0:12] of shard 0
+model.layers.3.self_attn.v_proj.weight[0:4, 0:12] -> [0, 16:20, 0:12] of shard 0
+model.layers.4.self_attn.q_proj.weight[0:12, 0:12] -> [1, 0:12, 0:12] of shard 0
+model.layers.4.self_attn.k_proj.weight[0:4, 0:12] -> [1, 12:16, 0:12] of shard 0
+model.layers.4.self_attn.v_proj.weight[0:4, 0:12] -> [1, 16:20, 0:12] of shard 0
+model.layers.5.self_attn.q_proj.weight[0:12, 0:12] -> [0, 0:12, 0:12] of shard 1
+model.layers.5.self_attn.k_proj.weight[0:4, 0:12] -> [0, 12:16, 0:12] of shard 1
+model.layers.5.self_attn.v_proj.weight[0:4, 0:12] -> [0, 16:20, 0:12] of shard 1
 [12] as a [1] grid of [12] shards
 model.layers.0.post_attention_layernorm.weight[0:12] -> [0:12] of shard 0
-[12, 12] as a [1, 2] grid of [12, 6] shards
-model.layers.0.mlp.gate_proj.weight[0:3, 0:12].T -> [0:12, 0:3] of shard 0
-model.layers.0.mlp.up_proj.weight[0:3, 0:12].T -> [0:12, 3:6] of shard 0
-model.layers.0.mlp.gate_proj.weight[3:5, 0:12].T -> [0:12, 0:2] of shard 1
-model.layers.0.mlp.up_proj.weight[3:5, 0:12].T -> [0:12, 3:5] of shard 1
+[12, 12] as a [2, 1] grid of [6, 12] shards
+model.layers.0.mlp.gate_proj.weight[0:3, 0:12] -> [0:3, 0:12] of shard 0
+model.layers.0.mlp.up_proj.weight[0:3, 0:12] -> [3:6, 0:12] of shard 0
+model.layers.0.mlp.gate_proj.weight[3:5, 0:12] -> [0:2, 0:12] of shard 1
+model.layers.0.mlp.up_proj.weight[3:5, 0:12] -> [3:5, 0:12] of shard 1
 [12, 6] as a [1, 2] grid of [12, 3] shards
 model.layers.0.mlp.down_proj.weight[0:12, 0:3] -> [0:12, 0:3] of shard 0
 model.layers.0.mlp.down_proj.weight[0:12, 3:5] -> [0:12, 0:2] of shard 1
@@ -86,9 +86,7 @@ def times_copied(
             for copy in copies:
                 read = counts.setdefault(copy.tensor, np.zeros(shapes[copy.tensor], int))
                 source, target = read[copy.source], filled[copy.target]
-                assert (
-                    source.size and source.shape == (target.T if copy.transposed else target).shape
-                )
+                assert source.size and source.shape == target.shape
                 source += 1
                 target += 1
             assert filled.max(initial=0) <= 1
@@ -114,8 +112,7 @@ def carried_out(plan: ArrayPlan, tensors: Mapping[str, np.ndarray]) -> list[np.n
     for copies in plan.by_shard():
         shard = np.zeros(plan.shard_shape)
         for copy in copies:
-            values = tensors[copy.tensor][copy.source]
-            shard[copy.target] = values.T if copy.transposed else values
+            shard[copy.target] = tensors[copy.tensor][copy.source]
         shards.append(shard)
     return shards
 
@@ -191,32 +188,26 @@ def test_heads_are_put_where_attention_finds_them(group, kv_heads, shards, head_
         "q": head_entries(layout.query_index, head_dim),
         "k": head_entries(layout.kv_index, head_dim),
     }
-    plan = matrix(entries, 3, (TENSOR,), dimension=1, transposed=True)
+    plan = matrix(entries, 3, (TENSOR,), dimension=0)
     for shard, values in enumerate(carried_out(plan, {"q": q, "k": k})):
-        columns = []
+        rows = []
         for tensor, heads in ((q, layout.query_index[shard]), (k, layout.kv_index[shard])):
             for head in heads:
                 stored = tensor[head * head_dim : (head + 1) * head_dim]
-                columns.append(np.zeros((head_dim, 3)) if head < 0 else stored)
-        np.testing.assert_array_equal(values, np.concatenate(columns).T)
+                rows.append(np.zeros((head_dim, 3)) if head < 0 else stored)
+        np.testing.assert_array_equal(values, np.concatenate(rows))
 
 
-@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 3), st.booleans(), st.booleans())
-def test_rows_and_columns_are_dealt_out_evenly(size, shards, surplus, columns, transposed):
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 3), st.booleans())
+def test_rows_and_columns_are_dealt_out_evenly(size, shards, surplus, columns):
     width = -(-size // shards) + surplus
     stored = np.random.default_rng(0).normal(size=(size, 4))
     whole = np.pad(stored, [(0, shards * width - size), (0, 0)])
     if columns:
         stored, whole = stored.T, whole.T
-    plan = matrix(
-        {"w": even_entries(size, width, shards)},
-        4,
-        ALL_AXES,
-        dimension=int(columns),
-        transposed=transposed,
-    )
+    plan = matrix({"w": even_entries(size, width, shards)}, 4, ALL_AXES, dimension=int(columns))
     assert plan.shape == whole.shape
-    parts = carried_out(plan, {"w": stored.T if transposed else stored})
+    parts = carried_out(plan, {"w": stored})
     np.testing.assert_array_equal(np.concatenate(parts, axis=int(columns)), whole)
 
 
