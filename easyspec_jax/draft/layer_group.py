@@ -33,7 +33,7 @@ from jaxtyping import Array, Float
 from easyspec_jax.checkpoint.tensors import Overlay, TensorSource
 from easyspec_jax.draft.grouping import Group, Layout, slots_per_device
 from easyspec_jax.model.attention import Attention, Window
-from easyspec_jax.model.cache import KVCache
+from easyspec_jax.model.cache import KVCache, write
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.projection import Projection
 from easyspec_jax.model.transformer import MLP, Block, Decoder, Hidden, run_exact
@@ -113,9 +113,7 @@ class LayerGroup(nnx.Module):
     ) -> tuple[Hidden, KVCache, list[Hidden]]:
         """Run fuzzy(), and also return the input of each MLP."""
         qkv = self.attention.qkv if self.refit is None else self.refit.qkv
-        # All of this device's attentions read the same h: parts is [slots, batch, tokens, hidden].
-        attend = jax.vmap(lambda attention, slot, own: attention(h, slot, window, qkv=own))
-        parts, cache = attend(self.attention, cache, qkv)
+        parts, cache = self._attend_at_once(qkv, h, cache, window)
         # Each device has addends of its own layers' outputs. Split MLPs need an all-reduce each,
         # in which the next layer's attention output rides along. For three layers, one at a time:
         #   all-reduce 1:  a1              x1 = h0 + a1 is fed to MLP 1
@@ -172,6 +170,17 @@ class LayerGroup(nnx.Module):
             fed.append((h, between))
             h = between + all_reduce(mlp(between), self.axes)
         return h, cache, fed
+
+    def _attend_at_once(
+        self, qkv: Projection, h: Hidden, cache: KVCache, window: Window
+    ) -> tuple[Float[Array, "slots batch tokens hidden"], KVCache]:
+        """Run all of this device's attentions on the same h; returns each one's output."""
+        rotated = jax.vmap(lambda attention, own: attention.rotated(h, window, own))
+        q, k, v = rotated(self.attention, qkv)  # each [slots, batch, heads, tokens, head_dim]
+        # One write for all slots. Under vmap it would be a scatter, which XLA bounds-checks.
+        cache = write(cache, k, v, window.start)
+        attend = jax.vmap(lambda attention, q, own: attention.attend(q, own, window))
+        return attend(self.attention, q, cache), cache
 
     def _through_mlps(self, first: int, inputs: Sequence[Hidden]) -> Hidden:
         """Sum this share's outputs of consecutive MLPs in the fuzzy pass, each on its own input."""

@@ -183,10 +183,26 @@ class Attention(nnx.Module):
         Returns:
             This share's addend of the attention output, and the new cache.
         """
-        q, k, v = self.heads((qkv or self.qkv)(h))
-        cache = write(cache, rotate(k, window), v, window.start, slot, mask)
+        q, k, v = self.rotated(h, window, qkv)
+        cache = write(cache, k, v, window.start, slot, mask)
         own = cache if slot is None else KVCache(cache.k[slot], cache.v[slot])
-        return self._attend(rotate(q, window), own, window.mask), cache
+        return self.attend(q, own, window), cache
+
+    def rotated(
+        self, h: Float[Array, "batch tokens hidden"], window: Window, qkv: Projection | None = None
+    ) -> tuple[Array, Array, Array]:
+        """Compute the tokens' queries, keys and values, the first two rotated.
+
+        Args:
+            h: Hidden states.
+            window: Positions of the tokens.
+            qkv: A projection to use instead of the layer's own.
+
+        Returns:
+            Shapes are those of heads().
+        """
+        q, k, v = self.heads((qkv or self.qkv)(h))
+        return rotate(q, window), rotate(k, window), v
 
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """Make this share's part of an empty cache, in the weights' dtype."""
@@ -215,10 +231,22 @@ class Attention(nnx.Module):
             k = rms_norm(k, self.key_norm[...], self.qkv.eps)
         return q, k, v
 
-    def _attend(
-        self, q: Array, cache: KVCache, mask: Bool[Array, "batch tokens capacity"]
-    ) -> Array:
-        """Mix values by softmax of masked scores, and project: [batch, tokens, hidden]."""
+    def attend(
+        self,
+        q: Float[Array, "batch heads tokens head_dim"],
+        cache: KVCache,
+        window: Window,
+    ) -> Float[Array, "batch tokens hidden"]:
+        """Mix values by softmax of masked scores, and project.
+
+        Args:
+            q: Rotated queries.
+            cache: This layer's cache, in which the tokens' own entries are written.
+            window: Positions of the tokens.
+
+        Returns:
+            This share's addend of the attention output.
+        """
         batch, _, tokens, head_dim = q.shape
         # A key head's queries are extra rows of one product, so its keys are read once:
         # from [batch, kv_heads * group, tokens, head_dim]
@@ -229,7 +257,7 @@ class Attention(nnx.Module):
         scores = scores.reshape(batch, self.kv_heads, self.group, tokens, -1) * np.float32(
             head_dim**-0.5
         )
-        scores = jnp.where(mask[:, None, None], scores, np.float32(-np.inf))
+        scores = jnp.where(window.mask[:, None, None], scores, np.float32(-np.inf))
         weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
         weights = weights.reshape(batch * self.kv_heads, self.group * tokens, -1)
         mixed = jnp.einsum("kqs,ksd->kqd", weights, cache.v)

@@ -40,8 +40,8 @@ class KVCache(NamedTuple):
 
 def write(
     cache: KVCache,
-    k: Float[Array, "batch kv_heads tokens head_dim"],
-    v: Float[Array, "batch kv_heads tokens head_dim"],
+    k: Float[Array, "*slots batch kv_heads tokens head_dim"],
+    v: Float[Array, "*slots batch kv_heads tokens head_dim"],
     start: Int[Array, " batch"],
     slot: int | None = None,
     mask: Bool[Array, ""] | None = None,
@@ -50,11 +50,11 @@ def write(
 
     Args:
         cache: The cache.
-        k: New keys.
-        v: New values.
+        k: New keys; of every layer if the cache is a stack and no slot is given.
+        v: New values, likewise.
         start: First entry to replace in each row. start + tokens must not exceed the capacity: XLA
             would shift the write back, onto committed entries.
-        slot: The layer to replace them in, if the cache is a stack of several.
+        slot: The only layer of a stack to replace them in.
         mask: A scalar; where false, the cache stays as it is.
 
     Returns:
@@ -68,20 +68,22 @@ def write(
         [[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 2.0]]
     """
     zero = jnp.zeros((), start.dtype)
-    layer = () if slot is None else (zero + slot,)
 
     def put(
         row: Float[Array, "*slots kv_heads capacity head_dim"],
-        new: Float[Array, "kv_heads tokens head_dim"],
+        new: Float[Array, "*slots kv_heads tokens head_dim"],
         at: Int[Array, ""],
     ) -> Array:
-        corner = (*layer, zero, at, zero)  # (slot, head, entry, channel)
-        new = new.reshape((1,) * len(layer) + new.shape)
+        first = (zero + (slot or 0),) * (row.ndim - 3)
+        corner = (*first, zero, at, zero)  # (slot, head, entry, channel)
+        new = new.reshape((1,) * (row.ndim - new.ndim) + new.shape)
         if mask is not None:
             # Select among the few entries to write, not between two whole caches.
             new = jnp.where(mask, new, jax.lax.dynamic_slice(row, corner, new.shape))
         return jax.lax.dynamic_update_slice(row, new, corner)
 
+    # Rows come first: [*slots, batch, kv_heads, ...] -> [batch, *slots, kv_heads, ...].
+    k, v = jnp.moveaxis(k, -4, 0), jnp.moveaxis(v, -4, 0)
     return KVCache(_by_row(put, cache.k, k, start), _by_row(put, cache.v, v, start))
 
 
