@@ -116,6 +116,10 @@ def top(
         ([[2.0, 2.0, 1.0]], [[1, 3, 2]])
     """
     scores = jnp.where(jnp.isnan(scores), jnp.inf, scores)
+    if k == 1:
+        # A reduction: on a GPU, top_k is a custom call, between two copies.
+        greatest, ids = _greatest(scores, axes)
+        return greatest[:, None], ids[:, None]
     best, local = jax.lax.top_k(scores, min(k, scores.shape[-1]))
     if shard_count(axes) == 1:
         return best, local
