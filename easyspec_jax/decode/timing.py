@@ -137,9 +137,27 @@ def pass_case(
         loops: Passes that one call makes in a loop on the device.
     """
     spec = programs.target.cache_specs(), P()
-    # The position is an argument, as in a round: XLA would simplify with a constant.
-    at = replicated(np.full(1, context, np.int32), programs.mesh)
 
+    def start(model: Decoder, _: None) -> tuple[Caches, Array]:
+        return model.init_caches(1, capacity), jnp.zeros((1, tokens), jnp.int32)
+
+    state = jax.jit(programs.mapped(start, (), spec))(programs.leaves)
+    at = replicated(np.full(1, context, np.int32), programs.mesh)
+    step = pass_program(programs, tokens, run, scored=scored, loops=loops)
+    return Case(name, lambda state: step(programs.leaves, state, at), state, bytes, loops)
+
+
+def pass_program(
+    programs: Programs, tokens: int, run: Run, *, scored: int | None = None, loops: int = 1
+) -> Any:
+    """Return the jitted program of pass_case(), whose arguments these are.
+
+    Its own arguments are the leaves of `programs`; the caches and the ids int32 [1, tokens], both
+    donated; and the text's length, int32 [1]. Its results are the next caches and ids.
+    """
+    spec = programs.target.cache_specs(), P()
+
+    # The position is an argument, as in a round: XLA would simplify with a constant.
     def once(
         model: Decoder, at: Array, carry: tuple[Caches, Int[Array, "1 tokens"]]
     ) -> tuple[Caches, Array]:
@@ -160,12 +178,7 @@ def pass_case(
             return once(model, at, carry)
         return jax.lax.fori_loop(0, loops, lambda _, carry: once(model, at, carry), carry)
 
-    def start(model: Decoder, _: None) -> tuple[Caches, Array]:
-        return model.init_caches(1, capacity), jnp.zeros((1, tokens), jnp.int32)
-
-    state = jax.jit(programs.mapped(start, (), spec))(programs.leaves)
-    step = jax.jit(programs.mapped(body, (spec, P()), spec), donate_argnums=1)
-    return Case(name, lambda state: step(programs.leaves, state, at), state, bytes, loops)
+    return jax.jit(programs.mapped(body, (spec, P()), spec), donate_argnums=1)
 
 
 def round_case(

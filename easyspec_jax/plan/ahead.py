@@ -139,12 +139,9 @@ def compile_round(programs: Programs, max_length: int) -> Compiled | TooLarge:
     traced = jitted.trace(programs.leaves, state)
     lowered = traced.lower()
     lowered_at = time.perf_counter()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return TooLarge(_memory_line(str(error)))
+    compiled = compile_lowered(lowered)
+    if isinstance(compiled, TooLarge):
+        return compiled
     done = time.perf_counter()
     memory = compiled.memory_analysis()
     # A loop is counted once, because its body stands once in XLA's text, too.
@@ -161,6 +158,20 @@ def compile_round(programs: Programs, max_length: int) -> Compiled | TooLarge:
         compile_seconds=done - lowered_at,
         optimal_seconds=_optimal_seconds(compiled),
     )
+
+
+def compile_lowered(lowered: Any) -> Any:
+    """Compile a `jax.stages.Lowered`.
+
+    Returns:
+        The `jax.stages.Compiled`; or a TooLarge if the program does not fit the devices.
+    """
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return TooLarge(_memory_line(str(error)))
 
 
 def _optimal_seconds(compiled: Any) -> float | None:
