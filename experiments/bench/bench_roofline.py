@@ -8,7 +8,6 @@ are compared alternate within one part of a run, transformers' among them. Parts
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -26,9 +25,19 @@ from easyspec_jax.options import resolve_dtype
 from experiments.bench.roofline_models import SHAPES
 from experiments.bench.roofline_parts import PARTS, Bench, Row
 from experiments.lib.machine import machine as here
-from experiments.lib.machine import torch_device
+from experiments.lib.machine import torch_device, use_whole_device
 from experiments.lib.output import RESULTS, check_destination, run_experiment, save, settings
 from experiments.lib.tables import Rows, labelled
+
+MILLISECONDS = {
+    "seconds": "ms",
+    "floor_seconds": "floor, ms",
+    "traced_seconds": "profiled, ms",
+    "gaps_seconds": "gaps, ms",
+    "median_gap_seconds": "median gap, ms",
+    "first_seconds": "to the first kernel, ms",
+}
+"""Fields that a printed table shows in milliseconds, and their columns."""
 
 
 def tabulate(measured: Mapping[str, Any]) -> Rows:
@@ -42,13 +51,20 @@ def tabulate(measured: Mapping[str, Any]) -> Rows:
         "acceptance_rate": "α",
         "over_plain": "over plain",
     }
+    further = {
+        "kernels": "kernels",
+        "busy_share": "busy",
+        "over_default": "over default options",
+        "failed": "failed",
+    }
     table = []
     for part, of_part in measured["parts"].items():
         for row in of_part["results"]:
             shown = {"part": part, "what": row["name"]}
             for name, label in milliseconds.items():
                 shown[label] = 1e3 * row[name] if name in row else None
-            table.append(shown | labelled(row, figures))
+            present = {name: label for name, label in further.items() if name in row}
+            table.append(shown | labelled(row, figures) | labelled(row, present))
     return table
 
 
@@ -68,10 +84,12 @@ def run(args: argparse.Namespace) -> None:
     }
     Console().print(", ".join(f"{name} {value}" for name, value in about["machine"].items()))
     for name in (name for name in PARTS if name in args.only):
-        rows = PARTS[name](bench)
+        rows: list[Row] = []
+        for row in PARTS[name](bench):
+            rows.append(row)
+            parts[name] = about | {"results": rows}
+            save(out, json.dumps({"shape": args.shape, "parts": parts}, indent=1) + "\n")
         print_table(f"{args.shape}, {name}", rows)
-        parts[name] = about | {"results": rows}
-        save(out, json.dumps({"shape": args.shape, "parts": parts}, indent=1) + "\n")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -145,14 +163,12 @@ def machine(bench: Bench) -> dict[str, Any]:
 
 def print_table(title: str, rows: Sequence[Row]) -> None:
     """Print one line for each row with its medians; times are in milliseconds."""
-    hidden = {"name", "bytes", "repeats", "alternating"}
+    hidden = {"name", "bytes", "repeats", "alternating", "longest"}
     columns = list(dict.fromkeys(key for row in rows for key in row if key not in hidden))
     table = Table(title=title)
     table.add_column(no_wrap=True)
     for column in columns:
-        table.add_column(
-            {"seconds": "ms", "floor_seconds": "floor, ms"}.get(column, column.replace("_", " "))
-        )
+        table.add_column(MILLISECONDS.get(column, column.replace("_", " ")))
     for row in rows:
         table.add_row(row["name"], *(shown(column, row.get(column)) for column in columns))
     Console().print(table)
@@ -162,8 +178,8 @@ def shown(column: str, value: float | None) -> str:
     """Write a cell."""
     if value is None:
         return ""
-    if column in ("seconds", "floor_seconds"):
-        return f"{1e3 * value:.2f}"
+    if column in MILLISECONDS:
+        return f"{1e3 * value:.{4 if 'gap' in column else 2}f}"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
@@ -199,11 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="read to measure bandwidth; far above any cache",
     )
     parser.add_argument("--out", type=Path, help="default: results/bench_roofline_<shape>.json")
-    # Torch needs memory too, and a large target needs more than JAX's usual three quarters.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    # The older name of the variable excludes the newer one.
-    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
-        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
+    use_whole_device()
     return run_experiment("experiments.bench_roofline", parser, run, argv)
 
 

@@ -64,13 +64,25 @@ SMALL = SMOLLM2_135M | {
     "num_key_value_heads": 2,
 }
 
+TINY = SMOLLM2_135M | {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 384,
+    "max_position_embeddings": 1024,
+}
+
 SHAPES: dict[str, tuple[Fields, Fields]] = {
+    "tiny": (TINY, TINY | {"num_hidden_layers": 5, "hidden_size": 48}),
     "cpu": (SMOLLM2_135M, SMALL),
     "h200-8b-1b": (_bundled("Llama-3.1-8B"), _bundled("Llama-3.2-1B")),
     # Assisted generation wants as many ids in the draft as in the target: 152,064, not 151,936.
     "h200-32b-1.5b": (_bundled("Qwen2.5-32B"), _bundled("Qwen2.5-1.5B", vocab_size=152064)),
 }
-"""Target and draft, which share their token ids."""
+"""Target and draft, which share their token ids. "tiny" is for rehearsals: it measures nothing."""
 
 
 @dataclass(frozen=True)
@@ -209,14 +221,16 @@ def copied(module: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding, may_alias=False), module)
 
 
-def load(source: Synthetic, mesh: Mesh, groups: Sequence[Group] | None = None) -> Decoder:
+def load(
+    source: Synthetic, mesh: Mesh, groups: Sequence[Group] | None = None, mlp_lp_size: int = 1
+) -> Decoder:
     """Load a target or, with groups, a draft, split over all devices."""
     config = source.config
     rows = padded_vocab_size(mesh, config)
     loader = AlikeLoader(source, config, mesh, ALL_AXES, source.dtype, rows, config.vocab_size)
     if groups is None:
         return loader.decoder([loader.layer(index) for index in range(config.num_hidden_layers)])
-    return load_draft(loader, Layout.uniform(tuple(groups)))
+    return load_draft(loader, Layout.uniform(tuple(groups), mlp_lp_size))
 
 
 def random_source(fields: Fields, dtype: str) -> Synthetic:

@@ -1,11 +1,13 @@
 """The parts of bench_roofline. Each returns rows of medians, ratios and raw repeats."""
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -15,19 +17,24 @@ from easyspec_jax.decode.round import RoundConfig
 from easyspec_jax.decode.timing import Case, alone, alternate, pass_case, round_case
 from easyspec_jax.draft.grouping import paper_groups
 from easyspec_jax.draft.layer_group import run_fuzzy
-from easyspec_jax.errors import EasySpecError
+from easyspec_jax.errors import EasySpecError, first_line
 from easyspec_jax.model.transformer import Decoder, run_exact
 from easyspec_jax.parallel.mesh import open_mesh, parse_mesh
 from easyspec_jax.verify import Greedy, Verifier
 from experiments.bench import roofline_models as models
 from experiments.bench import roofline_texts as texts
+from experiments.bench.roofline_options import candidates, compiled_round
+from experiments.bench.roofline_profile import kernels
 from experiments.bench.roofline_timing import memory_cases
 from experiments.lib.machine import host_memory, torch_device
+from experiments.paper.timeline import recorded
 
 VERIFIED = (1, 2, 4, 6, 8, 16, 21, 32, 64)
 LP_SIZES = (1, 2, 4, 7)
 WIDTHS = (1, 4, 8)
 LEVELS, LP_SIZE = 5, 4
+PROFILED = 5
+"""Rounds in a profile, of which the one of median duration counts."""
 
 Row = dict[str, Any]
 
@@ -117,10 +124,11 @@ class Bench:
         """Load the target with random weights."""
         return models.load(models.random_source(self.pair[0], self.dtype.name), mesh)
 
-    def draft(self, mesh: Mesh, lp_size: int = LP_SIZE) -> Decoder:
+    def draft(self, mesh: Mesh, lp_size: int = LP_SIZE, mlp_lp_size: int = 1) -> Decoder:
         """Load the draft with random weights, in groups of that many layers."""
         source = models.random_source(self.pair[1], self.dtype.name)
-        return models.load(source, mesh, paper_groups(source.config.num_hidden_layers, lp_size))
+        groups = paper_groups(source.config.num_hidden_layers, lp_size)
+        return models.load(source, mesh, groups, mlp_lp_size)
 
     def measure(self, cases: Sequence[Case]) -> Timings:
         """Time all cases alternately, with reads of memory among them."""
@@ -168,17 +176,19 @@ def target(bench: Bench) -> list[Row]:
 def draft(bench: Bench) -> list[Row]:
     """Time exact and fuzzy steps of one token in a loop on the device, for groups of N layers.
 
+    The MLPs of a group run one by one, and in a further fuzzy step two at a time.
     `gap_over_exact` is a step's time above its floor, as a multiple of an ordinary draft's.
     """
     size, cases = bench.bytes[1], []
+    step = partial(pass_case, tokens=1, bytes=size, loops=LEVELS - 1, **bench.lengths)
     for n in LP_SIZES:
         mesh = bench.mesh(n)
         programs = alone(mesh, bench.draft(mesh, n))
-        runs = {"exact": run_exact, "fuzzy": run_fuzzy} if n > 1 else {"exact": run_exact}
-        step = partial(
-            pass_case, programs=programs, tokens=1, bytes=size, loops=LEVELS - 1, **bench.lengths
-        )
-        cases += [step(f"{kind}, N = {n}", run=run) for kind, run in runs.items()]
+        cases.append(step(f"exact, N = {n}", programs, run=run_exact))
+        if n > 1:
+            pairs = alone(mesh, bench.draft(mesh, n, mlp_lp_size=2))
+            cases.append(step(f"fuzzy, N = {n}", programs, run=run_fuzzy))
+            cases.append(step(f"fuzzy, N = {n}, MLP pairs", pairs, run=run_fuzzy))
     timings = bench.measure(cases)
     floor = size / timings.rate
     gap = timings.seconds["exact, N = 1"] - floor
@@ -232,6 +242,49 @@ def rounds(bench: Bench) -> list[Row]:
     return rows
 
 
+def profile(bench: Bench) -> list[Row]:
+    """Count the kernels of a plain step and of whole rounds, and measure the gaps between them."""
+    mesh = bench.mesh()
+    target = bench.target(mesh)
+    ways = {"plain step": alone(mesh, target)}
+    for n in (1, LP_SIZE):
+        ways[f"round, N = {n}"] = speculative(mesh, target, bench.draft(mesh, n), Greedy())
+    rows = []
+    for name, programs in ways.items():
+        case = round_case(name, programs, **bench.lengths)
+        case.sample(1)  # compiles
+        rows.append({"name": name} | kernels(recorded(case, PROFILED)))
+    return rows
+
+
+def options(bench: Bench) -> Iterator[Row]:
+    """Time the same round compiled with several sets of XLA's options, each against the default.
+
+    `over_default` is the time with the options as a multiple of the time without. Options that this
+    XLA does not take are reported as failed.
+    """
+    mesh = bench.mesh()
+    programs = speculative(mesh, bench.target(mesh), bench.draft(mesh), Greedy())
+    default = round_case("default", programs, **bench.lengths)
+    for name, chosen in candidates(bench.platform).items():
+        row: Row = {"name": name, "options": chosen}
+        begun = time.perf_counter()
+        try:
+            step = compiled_round(programs, default.state, chosen)
+            row["compile_seconds"] = time.perf_counter() - begun
+            case = replace(round_case(name, programs, **bench.lengths), step=step)
+            seconds = alternate([default, case], bench.args.repeats, bench.args.calls)
+        except jax.errors.JaxRuntimeError as error:
+            yield row | {"failed": first_line(error)}
+            continue
+        own, usual = (np.asarray(seconds[each]) for each in (name, default.name))
+        yield row | {
+            "seconds": float(np.median(own)),
+            "over_default": float(np.median(own / usual)),
+            "repeats": own.tolist(),
+        }
+
+
 def synthetic(bench: Bench) -> list[Row]:
     """Time whole texts at prescribed acceptance rates: chains, N = 4, random weights."""
     mesh = bench.mesh()
@@ -276,12 +329,19 @@ def peers(bench: Bench) -> list[Row]:
         }
         return {name: texts.ours(own) for name, own in programs.items()}
 
-    def theirs() -> dict[str, texts.Complete]:
-        return texts.theirs(bench.pair, (of_target, of_draft), device, LEVELS)
-
     context, count = bench.args.context, bench.args.max_new_tokens
     starts = [number * (context + count) for number in range(bench.args.repeats + 1)]
     prompts = [walk.text(start, context) for start in starts]
+    failed: list[Row] = []
+
+    def theirs() -> dict[str, texts.Complete]:
+        ways = texts.theirs(bench.pair, (of_target, of_draft), device, LEVELS)
+        for name in texts.STATIC:
+            if reason := texts.failure(ways[name], prompts[0], count):
+                failed.append({"name": name, "failed": reason})
+                del ways[name]
+        return ways
+
     planned = [walk.text(start + context, count) for start in starts[1:]]
     together = texts.fit_together(device, sum(bench.bytes))
     measured: dict[str, texts.Measured] = {}
@@ -295,7 +355,7 @@ def peers(bench: Bench) -> list[Row]:
     for name, of_way in measured.items():
         same = sum(text.tokens == plan for text, plan in zip(of_way.texts, planned, strict=True))
         rows.append(speed_row(name, of_way, others) | {"as_planned": same, "alternating": together})
-    return rows
+    return [*rows, *failed]
 
 
 def speculative(mesh: Mesh, target: Decoder, draft: Decoder, verifier: Verifier) -> Programs:
@@ -314,21 +374,24 @@ def speed_row(name: str, measured: texts.Measured, others: dict[str, texts.Measu
         f"over_{key}": float(np.median(np.asarray(other.seconds) / seconds))
         for key, other in others.items()
     }
-    row["tokens_per_pass"] = sum(len(text.tokens) for text in made) / sum(
-        text.passes for text in made
-    )
+    passes = [text.passes for text in made if text.passes is not None]
+    if len(passes) == len(made):
+        row["tokens_per_pass"] = sum(len(text.tokens) for text in made) / sum(passes)
     drafted = sum(text.drafted or 0 for text in made)
     if drafted:
         row["acceptance_rate"] = sum(text.accepted or 0 for text in made) / drafted
     return row | {"repeats": measured.seconds}
 
 
-PARTS = {
+PARTS: dict[str, Callable[[Bench], Iterable[Row]]] = {
     "bandwidth": bandwidth,
     # First of the parts with weights: transformers needs memory that JAX would keep.
     "peers": peers,
     "target": target,
     "draft": draft,
     "round": rounds,
+    "profile": profile,
+    "options": options,
     "synthetic": synthetic,
 }
+"""A part that yields rows one by one has each of them saved as soon as it is measured."""

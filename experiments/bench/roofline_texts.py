@@ -5,7 +5,8 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from easyspec_jax.decode.loop import decode
 from easyspec_jax.decode.programs import Programs
+from easyspec_jax.errors import first_line
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.parallel.mesh import ALL_AXES
 from easyspec_jax.progress import bar
@@ -58,19 +60,22 @@ class Text:
     """Generated ids and how they came about.
 
     Attributes:
-        passes: Passes of the target, the first included.
+        passes: Passes of the target, the first included; None if they were not counted.
         drafted: Levels drafted, if known.
         accepted: Levels accepted, if known.
     """
 
     tokens: list[int]
-    passes: int
+    passes: int | None
     drafted: int | None = None
     accepted: int | None = None
 
 
 Complete = Callable[[Sequence[int], int], Text]
 """Completes a prompt by a number of tokens."""
+
+STATIC = ("transformers, static cache", "transformers, assisted, static cache")
+"""Ways of theirs() that may not work."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,11 @@ def theirs(
     device: str,
     num_assistant_tokens: int,
 ) -> dict[str, Complete]:
-    """Generate with transformers, plainly and assisted, always drafting as many tokens as ours."""
+    """Generate with transformers, plainly and assisted, always drafting as many tokens as ours.
+
+    Both also with caches of a fixed size (STATIC), for which transformers compiles its passes on a
+    GPU. Not every version can do that, so try those with failure() first.
+    """
     import torch
 
     if device == "cpu":
@@ -134,11 +143,8 @@ def theirs(
     settings.num_assistant_tokens_schedule = "constant"
     # Above 0, drafts would end where the assistant is unsure.
     settings.assistant_confidence_threshold = 0.0
-    calls: list[None] = []
-    target.register_forward_hook(lambda *_: calls.append(None))
 
     def completed(prompt: Sequence[int], count: int, **options: Any) -> Text:
-        calls.clear()
         ids = torch.tensor([list(prompt)], device=device)
         made = target.generate(
             ids,
@@ -148,12 +154,36 @@ def theirs(
             pad_token_id=0,
             **options,
         )
-        return Text(made[0, len(prompt) :].tolist(), len(calls))
+        # Without an assistant, every pass makes one token.
+        return Text(made[0, len(prompt) :].tolist(), count)
 
     def assisted(prompt: Sequence[int], count: int) -> Text:
-        return completed(prompt, count, assistant_model=draft)
+        calls: list[None] = []
+        hook = target.register_forward_hook(lambda *_: calls.append(None))
+        text = completed(prompt, count, assistant_model=draft)
+        hook.remove()
+        return replace(text, passes=len(calls))
 
-    return {"transformers": completed, "transformers, assisted": assisted}
+    def assisted_static(prompt: Sequence[int], count: int) -> Text:
+        # No hook counts the passes: torch could not compile the target with one.
+        text = completed(prompt, count, assistant_model=draft, cache_implementation="static")
+        return replace(text, passes=None)
+
+    static = partial(completed, cache_implementation="static")
+    return {
+        "transformers": completed,
+        "transformers, assisted": assisted,
+        **dict(zip(STATIC, (static, assisted_static), strict=True)),
+    }
+
+
+def failure(complete: Complete, prompt: Sequence[int], count: int) -> str | None:
+    """Return why a way of completing a prompt fails, in one line, or None if it works."""
+    try:
+        complete(prompt, count)
+    except Exception as error:  # torch's compilers raise errors of any kind
+        return f"{type(error).__name__}: {first_line(error)}"[:200]
+    return None
 
 
 def fit_together(device: str, size: int) -> bool:

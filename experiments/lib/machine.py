@@ -20,6 +20,15 @@ def machine(platform: str | None = None) -> dict[str, Any]:
     }
 
 
+def use_whole_device() -> None:
+    """Let JAX take nearly all of an accelerator's memory, bit by bit; call it before JAX starts."""
+    # Torch needs memory too, and a large target needs more than JAX's usual three quarters.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # The older name of the variable excludes the newer one.
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
+
+
 def cores() -> int:
     """Count the CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

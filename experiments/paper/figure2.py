@@ -7,7 +7,6 @@ median round without it is measured too.
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from rich.table import Table
 
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig
 from easyspec_jax.cli.command import Parser, cache_compilations
-from easyspec_jax.decode.timing import Case, alternate, round_case
+from easyspec_jax.decode.timing import alternate, round_case
 from easyspec_jax.parallel.mesh import parse_mesh
 from easyspec_jax.tune.drawing import INK, dress_bars, png
 from experiments.lib.output import (
@@ -34,7 +33,15 @@ from experiments.lib.pair import add_flags, names, open_pair, questions_of
 from experiments.lib.picture import pair_title
 from experiments.lib.tables import Rows
 from experiments.paper.table2 import ONE_DEVICE, TENSOR_PARALLEL, Way, complete
-from experiments.paper.timeline import ROUND, Timeline, by_bin, lane, middle, read_timeline, runs
+from experiments.paper.timeline import (
+    Timeline,
+    by_bin,
+    lane,
+    middle,
+    recorded,
+    runs,
+    timeline_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,20 +89,6 @@ def open_ways(args: argparse.Namespace) -> list[Way]:
     ]
 
 
-def trace(case: Case, rounds: int) -> Timeline:
-    """Profile that many rounds of a case that is warm."""
-    options = jax.profiler.ProfileOptions()
-    # Events for every Python call would slow the dispatch down.
-    options.python_tracer_level = 0
-    with tempfile.TemporaryDirectory() as directory:
-        with jax.profiler.trace(directory, profiler_options=options):
-            for _ in range(rounds):
-                with jax.profiler.TraceAnnotation(ROUND):
-                    case.state = case.step(case.state)
-                    jax.block_until_ready(case.state)
-        return read_timeline(Path(directory))
-
-
 def row_of(way: Way, own: Timeline, bin_ns: float) -> dict[str, Any]:
     """Return the median round of a trace.
 
@@ -133,7 +126,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         bounds = {"context": length // 2, "capacity": programs.capacity(length)}
         cases.append(round_case(way.name, programs, **bounds))
     seconds = alternate(cases, args.repeats, 1)
-    traces = [trace(case, args.rounds) for case in cases]
+    traces = [timeline_of(recorded(case, args.rounds)) for case in cases]
     rounds = [middle(own.rounds) for own in traces]
     longest = max(end - begin for begin, end in rounds)
     rows = []

@@ -6,17 +6,20 @@ several threads.
 """
 
 import re
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.profiler import ProfileData
 from jaxtyping import Float
 
 from easyspec_jax import EasySpecError
+from easyspec_jax.decode.timing import Case
 
 ROUND = "easyspec_round"
 """The name under which the host marks a round."""
@@ -72,16 +75,30 @@ class Timeline:
         return sorted({*self.computing, *self.collectives})
 
 
-def read_timeline(directory: Path) -> Timeline:
-    """Read the only trace in a directory.
+def recorded(case: Case, rounds: int) -> Any:
+    """Return a ProfileData of that many rounds of a case that is warm; each is waited for."""
+    options = jax.profiler.ProfileOptions()
+    # Events for every Python call would slow the dispatch down.
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory, profiler_options=options):
+            for _ in range(rounds):
+                with jax.profiler.TraceAnnotation(ROUND):
+                    case.state = case.step(case.state)
+                    jax.block_until_ready(case.state)
+        return read_profile(Path(directory))
+
+
+def read_profile(directory: Path) -> Any:
+    """Return the only trace in a directory, as a ProfileData.
 
     Raises:
-        EasySpecError: There is not exactly one, or it lacks rounds or operations.
+        EasySpecError: There is not exactly one.
     """
     found = list(directory.rglob("*.xplane.pb"))
     if len(found) != 1:
         raise EasySpecError(f"{directory} holds {len(found)} traces, not one")
-    return timeline_of(ProfileData.from_file(str(found[0])))
+    return ProfileData.from_file(str(found[0]))
 
 
 def timeline_of(profile: Any) -> Timeline:
@@ -90,31 +107,40 @@ def timeline_of(profile: Any) -> Timeline:
     Raises:
         EasySpecError: It has no rounds, or no operations of devices.
     """
-    planes = list(profile.planes)
-    rounds = sorted(
-        (event.start_ns, event.end_ns)
-        for plane in planes
-        if plane.name == "/host:CPU"
-        for line in plane.lines
-        for event in line.events
-        if event.name == ROUND
-    )
+    rounds = rounds_of(profile)
     sorts: dict[bool, dict[int, list[tuple[float, float]]]] = {
         True: defaultdict(list),
         False: defaultdict(list),
     }
-    for operation in (own for plane in planes for own in operations(plane)):
-        if kind(operation.name) not in CONTAINERS:
-            sorts[is_collective(operation.name)][operation.device].append(
-                (operation.begin, operation.end)
-            )
-    if not rounds or not sorts[False]:
+    for operation in all_operations(profile):
+        sorts[is_collective(operation.name)][operation.device].append(
+            (operation.begin, operation.end)
+        )
+    if not len(rounds) or not sorts[False]:
         raise EasySpecError(
             f"the trace shows {len(rounds)} rounds and operations of {len(sorts[False])} devices"
         )
     computing = {device: spans(own) for device, own in sorts[False].items()}
     collectives = {device: spans(own) for device, own in sorts[True].items()}
-    return Timeline(spans(rounds), computing, collectives)
+    return Timeline(rounds, computing, collectives)
+
+
+def rounds_of(profile: Any) -> Spans:
+    """Return when the rounds of a ProfileData began and ended."""
+    return spans(
+        (event.start_ns, event.end_ns)
+        for plane in profile.planes
+        if plane.name == "/host:CPU"
+        for line in plane.lines
+        for event in line.events
+        if event.name == ROUND
+    )
+
+
+def all_operations(profile: Any) -> Iterator[Operation]:
+    """Yield the operations of all planes of a ProfileData, except CONTAINERS."""
+    for plane in profile.planes:
+        yield from (own for own in operations(plane) if kind(own.name) not in CONTAINERS)
 
 
 def operations(plane: Any) -> Iterator[Operation]:

@@ -23,7 +23,7 @@ from easyspec_jax.options import SamplingParams
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape, open_mesh
 from easyspec_jax.verify import Greedy
 from experiments.bench import roofline_models as models
-from experiments.bench import roofline_parts, roofline_texts
+from experiments.bench import roofline_options, roofline_parts, roofline_texts
 from experiments.bench.bench_roofline import main
 from experiments.bench.roofline_texts import SyntheticAcceptance
 from experiments.bench.roofline_timing import memory_cases
@@ -113,13 +113,19 @@ def test_our_engine_accepts_what_the_walk_says(mesh, pair, programs):
 
 def test_transformers_accepts_what_the_walk_says(sources):
     ways = roofline_texts.theirs((TARGET, DRAFT), sources, "cpu", LEVELS)
-    plain, assisted = (complete(WALK.text(0, CONTEXT), COUNT) for complete in ways.values())
+    prompt = WALK.text(0, CONTEXT)
+    plain = ways["transformers"](prompt, COUNT)
+    assisted = ways["transformers, assisted"](prompt, COUNT)
     assert plain.tokens == assisted.tokens == WALK.text(CONTEXT, COUNT)
     at, remaining, passes = CONTEXT - 1, COUNT, 0
     while remaining:
         made = agreeing(at, min(LEVELS, remaining - 1)) + 1
         at, remaining, passes = at + made, remaining - made, passes + 1
     assert (plain.passes, assisted.passes) == (COUNT, passes)
+    # A cache of a fixed size changes no text.
+    static, both = (ways[name](prompt, COUNT) for name in roofline_texts.STATIC)
+    assert static == plain
+    assert both.tokens == plain.tokens
 
 
 def test_the_walk_survives_bfloat16(mesh):
@@ -301,7 +307,7 @@ def test_parts_are_measured_and_written(tiny, tmp_path, capsys):
     assert names == {
         "bandwidth": ["copy", "read, sum", "read, product"],
         "target": ["plain step", "1 tokens", "3 tokens"],
-        "draft": ["exact, N = 1", "exact, N = 2", "fuzzy, N = 2"],
+        "draft": ["exact, N = 1", "exact, N = 2", "fuzzy, N = 2", "fuzzy, N = 2, MLP pairs"],
         "round": ["calibration", "fuzzy, width 1", "verification, 6 tokens", "round, width 1"],
     }
     for held in results["parts"].values():
@@ -332,7 +338,11 @@ def test_texts_are_compared_and_written(tiny, monkeypatch, together):
     def theirs(*_):
         complete = Complete()
         alive.append(weakref.ref(complete))
-        return {"transformers": complete, "transformers, assisted": complete}
+        names = "transformers", "transformers, assisted", *roofline_texts.STATIC
+        return dict.fromkeys(names, complete) | {roofline_texts.STATIC[1]: broken}
+
+    def broken(prompt, count):
+        raise ValueError("static caches\ncannot be assisted")
 
     def ours(_):
         assert [reference() for reference in alive] == ([] if together else [None])
@@ -343,11 +353,11 @@ def test_texts_are_compared_and_written(tiny, monkeypatch, together):
     monkeypatch.setattr(roofline_texts, "ours", ours)
     code, results = tiny("--only", "peers")
     assert code == 0
-    rows = results["parts"]["peers"]["results"]
-    first, second = (["plain", "easyspec"], ["transformers", "transformers, assisted"])[
-        :: 1 if together else -1
-    ]
+    *rows, failed = results["parts"]["peers"]["results"]
+    theirs_names = ["transformers", "transformers, assisted", roofline_texts.STATIC[0]]
+    first, second = (["plain", "easyspec"], theirs_names)[:: 1 if together else -1]
     assert [row["name"] for row in rows] == first + second
+    assert failed == {"name": roofline_texts.STATIC[1], "failed": "ValueError: static caches"}
     for row in rows:
         assert (row["as_planned"], row["alternating"]) == (1, together)
         assert (row["tokens_per_pass"], row["acceptance_rate"]) == (2, 0.5)
@@ -358,6 +368,33 @@ def test_texts_are_compared_and_written(tiny, monkeypatch, together):
     assert code == 0
     names = [row["name"] for row in results["parts"]["synthetic"]["results"]]
     assert names == ["plain", "acceptance 0.5", "acceptance 1"]
+
+
+def test_kernels_are_counted_and_options_compared(tiny, monkeypatch):
+    sets = {"wide": {"xla_cpu_prefer_vector_width": 512}, "misspelt": {"xla_cpu_prefer_width": 1}}
+    monkeypatch.setitem(roofline_options.CANDIDATES, "cpu", sets)
+    code, results = tiny("--only", "profile", "options")
+    assert code == 0
+    profiled = results["parts"]["profile"]["results"]
+    assert [row["name"] for row in profiled] == ["plain step", "round, N = 1", "round, N = 4"]
+    # A round runs the target once and the draft several times.
+    assert 0 < profiled[0]["kernels"] < profiled[1]["kernels"]
+    assert all(0 < row["busy_share"] <= 1 for row in profiled)
+    wide, misspelt = results["parts"]["options"]["results"]
+    assert wide["over_default"] > 0 and wide["options"] == sets["wide"]
+    assert "No such compile option" in misspelt["failed"]
+    assert "seconds" not in misspelt
+
+
+def test_rows_are_saved_one_by_one(tiny, monkeypatch):
+    def part(bench):
+        yield {"name": "first"}
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(roofline_parts.PARTS, "options", part)
+    code, results = tiny("--only", "options")
+    assert code == 130
+    assert results["parts"]["options"]["results"] == [{"name": "first"}]
 
 
 def test_what_fails_leaves_the_results_alone(tiny, tmp_path, monkeypatch):

@@ -148,7 +148,7 @@ def test_a_trace_without_rounds_or_operations_is_refused(tmp_path):
     with pytest.raises(EasySpecError, match="1 rounds and operations of 0 devices"):
         parse(plane("/host:CPU", {"a": [(ROUND, 0, 1), ("end: dot.1", 0, 1)]}))
     with pytest.raises(EasySpecError, match="holds 0 traces"):
-        timeline.read_timeline(tmp_path)
+        timeline.read_profile(tmp_path)
 
 
 def test_lanes():
@@ -175,7 +175,7 @@ def test_every_device_runs_the_same_operations_in_a_real_trace(tmp_path):
         for _ in range(3):
             with jax.profiler.TraceAnnotation(ROUND):
                 program(x).block_until_ready()
-    own = timeline.read_timeline(tmp_path)
+    own = timeline.timeline_of(timeline.read_profile(tmp_path))
     assert len(own.rounds) == 3
     assert own.devices == [0, 1, 2, 3]
     for begin, end in own.rounds:
