@@ -277,6 +277,18 @@ SCRIPTS = (
         by_shape="Passes and rounds against the machine's bandwidth",
     ),
     Script("train_demo", "demo", "trains the bundled pair on a CPU"),
+    Script(
+        "gpu_hour",
+        "gpu",
+        "everything worth measuring on one GPU within half an hour, step by step; `--rehearse` "
+        "runs the same steps on a CPU",
+    ),
+    Script("gpu_environment", "gpu", "the accelerator, its clocks and the versions of packages"),
+    Script(
+        "gpu_correctness",
+        "gpu",
+        "tokens and logits of a device against those that a CPU made of the same weights",
+    ),
 )
 """A new experiment is one entry here. Its `main` takes --out if it has results with `quick`."""
 

@@ -30,7 +30,7 @@ Draw = Callable[[dict[str, Any]], bytes]
 def run_experiment(
     program: str,
     parser: argparse.ArgumentParser,
-    run: Callable[[argparse.Namespace], None],
+    run: Callable[[argparse.Namespace], int | None],
     argv: Sequence[str] | None,
 ) -> int:
     """Run a command as run_command does, and print lines of progress without a terminal.
@@ -40,9 +40,9 @@ def run_experiment(
     words = list(sys.argv[1:] if argv is None else argv)
     parser.set_defaults(command=command_line(program, words))
 
-    def logged(args: argparse.Namespace) -> None:
+    def logged(args: argparse.Namespace) -> int | None:
         with progress_lines():
-            run(args)
+            return run(args)
 
     return run_command(program, parser, logged, argv)
 
