@@ -9,7 +9,7 @@ that was. The exit code is 1 if a check fails.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ LARGEST_GAP = 1e-3
 LARGEST_DIFFERENCE = 1e-3
 """Between two devices' logits of a tiny model in float32."""
 
+VERIFIERS = ("greedy", "coupled", "rejection")
+
 Row = dict[str, Any]
 Texts = dict[str, dict[str, list[list[int]]]]
 """Generated ids of each prompt, by way and verifier."""
@@ -61,7 +63,7 @@ def sampling(verifier: str, tokens: int) -> SamplingParams:
 
 def verifiers(way: SpeculativeConfig) -> tuple[str, ...]:
     """Name the verifiers that a way can have. Plain decoding verifies nothing, so one is enough."""
-    return ("greedy", "coupled") if way.method == "vanilla" else ("greedy", "coupled", "rejection")
+    return VERIFIERS[:2] if way.method == "vanilla" else VERIFIERS
 
 
 class Pair:
@@ -85,16 +87,19 @@ class Pair:
         return [list(completion.token_ids) for completion in completions]
 
 
-def all_texts(pair: Pair, ways: Sequence[str], tokens: int) -> Texts:
-    """Complete all prompts in every way with every verifier."""
-    found: Texts = {}
-    with bar("Generating", sum(len(verifiers(WAYS[name])) for name in ways)) as advance:
-        for name in ways:
-            found[name] = {}
-            for verifier in verifiers(WAYS[name]):
-                found[name][verifier] = pair.texts(WAYS[name], verifier, tokens)
-                advance(1)
-    return found
+def all_texts(
+    pair: Pair, ways: Sequence[str], tokens: int
+) -> Iterator[tuple[str, str, list[list[int]]]]:
+    """Complete all prompts in every way with every verifier, and yield their names and the ids.
+
+    Greedy texts come first: they tell most.
+    """
+    combined = [(name, verifier) for verifier in VERIFIERS for name in ways]
+    combined = [both for both in combined if both[1] in verifiers(WAYS[both[0]])]
+    with bar("Generating", len(combined)) as advance:
+        for name, verifier in combined:
+            yield name, verifier, pair.texts(WAYS[name], verifier, tokens)
+            advance(1)
 
 
 def compared(
@@ -110,47 +115,42 @@ def compared(
     return {"texts": len(made), "equal": len(made) - len(differences), "differences": differences}
 
 
-def check_texts(pair: Pair, expected: Texts, ways: Sequence[str], tokens: int) -> list[Row]:
+def check_texts(pair: Pair, expected: Texts, ways: Sequence[str], tokens: int) -> Iterator[Row]:
     """Check every way and verifier against a CPU's texts, of which the first tokens are made.
 
     A greedy text may leave the CPU's where two logits nearly tie. A sampled one may not: the noise
     makes ties unlikely, and a gap of logits says nothing about it.
     """
-    rows = []
-    for way, by_verifier in all_texts(pair, ways, tokens).items():
-        for verifier, texts in by_verifier.items():
-            first = [text[:tokens] for text in expected[way][verifier]]
-            row = compared(pair, texts, first)
-            tied = all(found["logit_gap"] < LARGEST_GAP for found in row["differences"])
-            passed = not row["differences"] or (verifier == "greedy" and tied)
-            rows.append({"check": f"{way}, {verifier}", "passed": passed} | row)
-    return rows
+    for way, verifier, texts in all_texts(pair, ways, tokens):
+        first = [text[:tokens] for text in expected[way][verifier]]
+        row = compared(pair, texts, first)
+        tied = all(found["logit_gap"] < LARGEST_GAP for found in row["differences"])
+        passed = not row["differences"] or (verifier == "greedy" and tied)
+        yield {"check": f"{way}, {verifier}", "passed": passed} | row
 
 
-def check_families(mesh: Mesh, expected: dict[str, Any]) -> list[Row]:
+def check_families(mesh: Mesh, expected: dict[str, Any]) -> Iterator[Row]:
     """Check the logits of tiny models against a CPU's."""
-    rows = []
     for family, stored in expected.items():
         for kind, found in tiny_families.logits(family, mesh).items():
             # A group that runs in order computes what its layers do.
             reference = np.asarray(stored["fuzzy" if kind == "fuzzy" else "exact"], np.float32)
             difference = float(np.max(np.abs(found - reference)))
             passed = difference <= LARGEST_DIFFERENCE
-            rows.append(
-                {"check": f"{family}, {kind}", "passed": passed, "largest_difference": difference}
-            )
-    return rows
+            yield {
+                "check": f"{family}, {kind}",
+                "passed": passed,
+                "largest_difference": difference,
+            }
 
 
-def report_narrow(pair: Pair, ways: Sequence[str], tokens: int) -> list[Row]:
+def report_narrow(pair: Pair, ways: Sequence[str], tokens: int) -> Iterator[Row]:
     """Report where greedy texts in bfloat16 leave plain decoding's. Nothing can fail."""
     plain = pair.texts(WAYS["vanilla"], "greedy", tokens)
-    rows = []
     for name in ways:
         if name != "vanilla":
             row = compared(pair, pair.texts(WAYS[name], "greedy", tokens), plain)
-            rows.append({"check": f"{name}, greedy, {pair.dtype}", "passed": True} | row)
-    return rows
+            yield {"check": f"{name}, greedy, {pair.dtype}", "passed": True} | row
 
 
 def stored(tokens: int) -> dict[str, Any]:
@@ -164,10 +164,13 @@ def stored(tokens: int) -> dict[str, Any]:
             kind: [[float(f"{value:.6g}") for value in token] for token in of_kind.tolist()]
             for kind, of_kind in found.items()
         }
+    texts: Texts = {name: {} for name in WAYS}
+    for name, verifier, made in all_texts(pair, tuple(WAYS), tokens):
+        texts[name][verifier] = made
     return {
         "machine": machine(),
         "tokens": tokens,
-        "texts": all_texts(pair, tuple(WAYS), tokens),
+        "texts": texts,
         "families": families,
     }
 
@@ -204,15 +207,21 @@ def run(args: argparse.Namespace) -> int:
         save(args.out, _lines(stored(args.max_new_tokens)))
         return 0
     expected = read_json(EXPECTED)
-    tokens = min(args.max_new_tokens, expected["tokens"])
-    pair = Pair("float32", prompts())
-    rows = check_families(pair.engine.mesh, expected["families"])
-    rows += check_texts(pair, expected["texts"], args.ways, tokens)
-    rows += report_narrow(Pair("bfloat16", prompts()), args.ways, tokens)
-    print_table(rows)
     about = {"command": args.command, "machine": machine(), "expected": expected["machine"]}
-    save(args.out, as_json(about | {"results": rows}))
+    rows: list[Row] = []
+    for row in checks(args.ways, min(args.max_new_tokens, expected["tokens"]), expected):
+        rows.append(row)
+        save(args.out, as_json(about | {"results": rows}))
+    print_table(rows)
     return 0 if all(row["passed"] for row in rows) else 1
+
+
+def checks(ways: Sequence[str], tokens: int, expected: dict[str, Any]) -> Iterator[Row]:
+    """Make all checks, one after the other."""
+    pair = Pair("float32", prompts())
+    yield from check_families(pair.engine.mesh, expected["families"])
+    yield from check_texts(pair, expected["texts"], ways, tokens)
+    yield from report_narrow(Pair("bfloat16", prompts()), ways, tokens)
 
 
 def _lines(expected: dict[str, Any]) -> str:

@@ -59,8 +59,10 @@ def test_only_greedy_texts_may_part_at_a_tie(gap, verifier, passed, monkeypatch)
     monkeypatch.setattr(
         gpu_correctness, "compared", lambda *_: {"texts": 1, "differences": [difference]}
     )
-    texts = {"vanilla": {verifiers[verifier]: [[1, 2, 3]]}}
-    monkeypatch.setattr(gpu_correctness, "all_texts", lambda *_: texts)
+    name = verifiers[verifier]
+    texts = {"vanilla": {name: [[1, 2, 3]]}}
+    made = [("vanilla", name, [[1, 2]])]
+    monkeypatch.setattr(gpu_correctness, "all_texts", lambda *_: made)
     pair: Any = None  # it is not asked for anything
     (row,) = gpu_correctness.check_texts(pair, texts, ["vanilla"], 2)
     assert row["passed"] == passed
