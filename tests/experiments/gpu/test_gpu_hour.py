@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -208,6 +209,16 @@ def test_bad_arguments_are_one_line(flags, complaint, tmp_path, monkeypatch, cap
     printed = capsys.readouterr().err
     assert complaint in printed
     assert printed.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_compilation_takes_no_step(tmp_path, monkeypatch):
+    asked = []
+    fake = SimpleNamespace(dry_compile=lambda machine, out: asked.append((machine, out)) or 3)
+    monkeypatch.setitem(sys.modules, "experiments.gpu.dry_compile", fake)
+    assert main(["--dry-compile", "h100"]) == 3
+    assert main(["--dry-compile", "h200", "--out", str(tmp_path)]) == 3
+    assert asked == [("h100", None), ("h200", tmp_path)]
     assert not list(tmp_path.iterdir())
 
 
