@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -277,9 +276,12 @@ def chosen(only: Sequence[str] | None, skip: Sequence[str]) -> list[Step]:
 def run(args: argparse.Namespace) -> int:
     """Take the steps that were asked for; return 1 if one failed or took too long."""
     if args.dry_compile is not None:
-        # Not at the top: it compiles for machines that need not be there.
-        module = import_module("experiments.gpu.dry_compile")
-        return module.dry_compile(args.dry_compile, args.out)
+        # Imported here, because JAX may not start in a process that runs steps.
+        from experiments.gpu.dry_compile import dry_compile
+
+        if args.out is not None:
+            args.out.mkdir(parents=True, exist_ok=True)
+        return dry_compile(args.dry_compile, args.out)
     if args.out is None:
         raise EasySpecError("--out DIR is needed, for the results")
     if not args.minutes > 0:

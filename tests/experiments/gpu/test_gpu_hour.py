@@ -217,9 +217,10 @@ def test_a_dry_compilation_takes_no_step(tmp_path, monkeypatch):
     fake = SimpleNamespace(dry_compile=lambda machine, out: asked.append((machine, out)) or 3)
     monkeypatch.setitem(sys.modules, "experiments.gpu.dry_compile", fake)
     assert main(["--dry-compile", "h100"]) == 3
-    assert main(["--dry-compile", "h200", "--out", str(tmp_path)]) == 3
-    assert asked == [("h100", None), ("h200", tmp_path)]
-    assert not list(tmp_path.iterdir())
+    out = tmp_path / "out"
+    assert main(["--dry-compile", "h200", "--out", str(out)]) == 3
+    assert asked == [("h100", None), ("h200", out)]
+    assert not list(out.iterdir())
 
 
 def test_a_headline_of_an_unexpected_file_is_empty(tmp_path):
