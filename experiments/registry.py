@@ -283,6 +283,18 @@ SCRIPTS = (
         "everything worth measuring on one GPU within half an hour, step by step; `--rehearse` "
         "runs the same steps on a CPU",
     ),
+    Script(
+        "dry_compile",
+        "gpu",
+        "compiles the programs of gpu_hour for a GPU that is absent, and counts kernels and copies",
+        (Result("dry_compile_h100", "8B and 1B in bfloat16, compiled for an absent H100"),),
+    ),
+    Script(
+        "roofline_terms",
+        "gpu",
+        "what each pass of a round costs on machines that are absent, term by term",
+        (Result("roofline_terms", "A round's terms on absent machines (estimates)", ""),),
+    ),
     Script("gpu_environment", "gpu", "the accelerator, its clocks and the versions of packages"),
     Script(
         "gpu_correctness",

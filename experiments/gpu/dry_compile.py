@@ -1,13 +1,14 @@
-"""Compile what gpu_hour runs for a GPU that need not be there, and read what XLA made of it.
+"""Compile what gpu_hour runs for an absent GPU: `python -m experiments.dry_compile h100`.
 
 JAX's CUDA plugin compiles without a GPU. Without one, XLA does not try out which kernel of a
 product is fastest, so a GPU's own program can differ in its products; fusions, copies and memory
 are the same.
 """
 
-import json
+import argparse
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,10 +18,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from rich.console import Console
 from rich.table import Table
 
 from easyspec_jax.checkpoint.config import ModelConfig, model_config
+from easyspec_jax.cli.command import Parser
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.round import RoundConfig, State
 from easyspec_jax.decode.timing import alone, pass_program
@@ -28,7 +29,6 @@ from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.layer_group import run_fuzzy
 from easyspec_jax.engine.abstract import abstract_pair, abstract_state
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.files import write_whole
 from easyspec_jax.model.transformer import Decoder, run_exact
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
 from easyspec_jax.plan.ahead import CannotCompile, TooLarge, compile_lowered, topology_mesh
@@ -37,6 +37,15 @@ from easyspec_jax.plan.machines import parse_topology
 from easyspec_jax.progress import bar
 from easyspec_jax.verify import Greedy
 from experiments.bench.roofline_models import SHAPES
+from experiments.lib.output import (
+    align_right,
+    as_json,
+    check_destination,
+    run_experiment,
+    save,
+    show,
+)
+from experiments.lib.tables import Rows
 
 CAPACITY, LONG = 4096, 32768
 LEVELS = 5
@@ -226,12 +235,31 @@ def _described(kernels: Sequence[Kernel]) -> tuple[str, ...]:
     return tuple(f"{k.times} x {k.name} {k.shape}" for k in kernels)
 
 
+def tabulate(measured: Mapping[str, Any]) -> Rows:
+    """Tabulate the programs, a row for each."""
+    table = []
+    for row in measured["results"]:
+        table.append(
+            {
+                "program": row["name"],
+                "kernels": row["kernels"],
+                "of them a step": row["step_kernels"] or None,
+                "GiB in all": row["peak"] / 2**30,
+                "temporary MiB": row["temporaries"] / 2**20,
+                "copies of weights": len(row["weight_copies"]),
+                "copies of caches": len(row["cache_copies"]),
+                "waits for the host": len(row["host_waits"]),
+            }
+        )
+    return table
+
+
 def dry_compile(machine: str, out: Path | None) -> int:
     """Compile every program for one device of a machine, print a table and write the readings.
 
     Args:
         machine: A GPU of plan.machines, such as "h100".
-        out: A directory for `dry_compile_MACHINE.json`; None prints only.
+        out: The file to write; None prints only.
 
     Returns:
         The exit code: 1 if a program is at fault, else 0.
@@ -241,14 +269,16 @@ def dry_compile(machine: str, out: Path | None) -> int:
     """
     # Here there may be no GPU, or another one.
     jax.config.update("jax_platforms", "cpu")
+    if out is not None:
+        check_destination(out)
     topology = parse_topology(f"{machine}:1")
     memory = topology.machine.memory
     if topology.machine.platform != "gpu" or memory is None:
-        raise EasySpecError(f"`dry_compile` {machine} must be a GPU, such as h100")
+        raise EasySpecError(f"{machine} must be a GPU, such as h100")
     try:
         mesh = topology_mesh(topology, MeshShape(1, 1))
     except CannotCompile as missing:
-        raise EasySpecError(f"`dry_compile` {machine}: {missing}") from None
+        raise EasySpecError(f"{machine}: {missing}") from None
     target, draft = map(model_config, SHAPES["h200-8b-1b"])
     pair = AbsentPair((target, draft), mesh, np.dtype("bfloat16"))
     chosen, readings = list(tasks(pair)), []
@@ -256,32 +286,50 @@ def dry_compile(machine: str, out: Path | None) -> int:
         for task in chosen:
             readings.append(read(task, memory))
             advance(1)
-    Console().print(_table(machine, readings))
-    for reading in readings:
-        for what in (reading.refusal, *reading.weight_copies, *reading.host_waits):
-            if what:
-                Console().print(f"{reading.name}: {what}", markup=False, highlight=False)
+    measured = {
+        "command": f"python -m experiments.dry_compile {machine}",
+        "compiled_for": machine,
+        "jax": jax.__version__,
+        "dtype": pair.dtype.name,
+        "capacity": CAPACITY,
+        "results": [asdict(reading) for reading in readings],
+    }
+    _print(measured, readings)
     if out is not None:
-        about = {"machine": machine, "jax": jax.__version__, "dtype": pair.dtype.name}
-        programs = [asdict(reading) for reading in readings]
-        text = json.dumps(about | {"programs": programs}, indent=1) + "\n"
-        write_whole(out / f"dry_compile_{machine}.json", text.encode())
+        save(out, as_json(measured))
     return int(any(reading.at_fault for reading in readings))
 
 
-def _table(machine: str, readings: Sequence[Reading]) -> Table:
-    table = Table(title=f"Llama-3.1-8B and Llama-3.2-1B in bfloat16, compiled for an {machine}")
-    table.add_column(no_wrap=True)
-    for column in ("kernels", "a step", "GiB", "temporary MiB", "weight copies", "cache copies"):
-        table.add_column(column, justify="right")
+def _print(measured: Mapping[str, Any], readings: Sequence[Reading]) -> None:
+    """Print the table, and every fault in a line of its own."""
+    rows = tabulate(measured)
+    title = f"Llama-3.1-8B and Llama-3.2-1B in bfloat16, compiled for {measured['compiled_for']}"
+    table = Table(*rows[0], title=title)
+    align_right(table.columns[1:])
+    for row in rows:
+        cells = [
+            f"{cell:.2f}" if isinstance(cell, float) else str(cell or "") for cell in row.values()
+        ]
+        table.add_row(*cells)
+    show(table)
     for reading in readings:
-        table.add_row(
-            reading.name,
-            str(reading.kernels),
-            str(reading.step_kernels or ""),
-            f"{reading.peak / 2**30:.2f}",
-            f"{reading.temporaries / 2**20:.1f}",
-            str(len(reading.weight_copies)),
-            str(len(reading.cache_copies)),
-        )
-    return table
+        for what in (reading.refusal, *reading.weight_copies, *reading.host_waits):
+            if what:
+                print(f"{reading.name}: {what}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile for the machine that was asked for."""
+    return dry_compile(args.machine, args.out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    parser = Parser(prog="python -m experiments.dry_compile", description=__doc__)
+    parser.add_argument("machine", help='a GPU that `easyspec plan` knows, such as "h100"')
+    parser.add_argument("--out", type=Path, help="a .json file (default: print only)")
+    return run_experiment("experiments.dry_compile", parser, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -279,9 +279,11 @@ def run(args: argparse.Namespace) -> int:
         # Imported here, because JAX may not start in a process that runs steps.
         from experiments.gpu.dry_compile import dry_compile
 
+        out = None
         if args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)
-        return dry_compile(args.dry_compile, args.out)
+            out = args.out / f"dry_compile_{args.dry_compile}.json"
+        return dry_compile(args.dry_compile, out)
     if args.out is None:
         raise EasySpecError("--out DIR is needed, for the results")
     if not args.minutes > 0:

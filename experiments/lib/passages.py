@@ -8,7 +8,7 @@ from typing import Any
 from easyspec_jax.checkpoint.config import read_json
 from experiments.lib.sections import sections
 from experiments.lib.tables import Rows, distinct, markdown, matching
-from experiments.registry import SCRIPTS
+from experiments.registry import SCRIPTS, known
 
 WAYS = {
     "easyspec, N = 4": "easyspec, N = 4",
@@ -189,6 +189,18 @@ def checkpoints(results: Path) -> str:
     return markdown(rows)
 
 
+def tabulated(name: str) -> Callable[[Path], str]:
+    """Return a passage that is a file of results as its own script tabulates it."""
+
+    def passage(results: Path) -> str:
+        about = known(name)
+        assert about is not None, f"the registry lists {name}"
+        measured = read_json(results / f"{name}.json")
+        return markdown(about[0].function("tabulate")(measured))
+
+    return passage
+
+
 def tune_share(results: Path) -> str:
     """Return the least speed of tune's choice over that of the fastest candidate."""
     rows = [*read(results, "tune_check"), *read(results, "tune_check_smollm2")]
@@ -235,6 +247,8 @@ PASSAGES: dict[str, Callable[[Path], str]] = {
     "acceptance_demo_refit": acceptance_demo_refit,
     "trees": trees,
     "checkpoints": checkpoints,
+    "roofline_terms": tabulated("roofline_terms"),
+    "dry_compile": tabulated("dry_compile_h100"),
     "tune_share": tune_share,
     "peers_smollm2": peers_smollm2,
     "peers_smollm2_transformers": peers_smollm2_transformers,

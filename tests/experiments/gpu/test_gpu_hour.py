@@ -219,7 +219,7 @@ def test_a_dry_compilation_takes_no_step(tmp_path, monkeypatch):
     assert main(["--dry-compile", "h100"]) == 3
     out = tmp_path / "out"
     assert main(["--dry-compile", "h200", "--out", str(out)]) == 3
-    assert asked == [("h100", None), ("h200", out)]
+    assert asked == [("h100", None), ("h200", out / "dry_compile_h200.json")]
     assert not list(out.iterdir())
 
 
