@@ -27,6 +27,7 @@ from easyspec_jax.decode.round import (
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.parallel.mesh import replicated
+from easyspec_jax.parallel.platforms import PlatformSettings, settings_of
 from easyspec_jax.parallel.spmd import partition_specs, spmd
 from easyspec_jax.verify import RowSampling
 
@@ -53,6 +54,8 @@ class Programs:
         draft: The draft, or None for plain decoding.
         config: The round's configuration.
         max_length: Length that no text exceeds, or None.
+        settings: Whose compiler options the steps are compiled with; None for the settings of the
+            mesh's platform.
     """
 
     mesh: Mesh
@@ -60,6 +63,7 @@ class Programs:
     draft: Decoder | None
     config: RoundConfig
     max_length: int | None = None
+    settings: PlatformSettings | None = None
 
     def capacity(self, tokens: int) -> int:
         """Return the size of caches for texts of a length.
@@ -207,21 +211,21 @@ class Programs:
             body = partial(init_state, capacity=capacity, size=self.config.pending_size)
             return self.mapped(body, (P(), P()), self.state_spec)(leaves, request, limit)
 
-        return jax.jit(program, static_argnums=3, out_shardings=self._shardings[0])
+        return self._jit(program, static_argnums=3, out_shardings=self._shardings[0])
 
     @cached_property
     def _prefill(self) -> Callable[..., tuple[State, Report]]:
         body = self.mapped(
             partial(prefill, config=self.config), (self.state_spec, P(), P(), P()), self._results
         )
-        return jax.jit(body, donate_argnums=1, out_shardings=self._shardings)
+        return self._jit(body, donate_argnums=1, out_shardings=self._shardings)
 
     @cached_property
     def _enter(self) -> Callable[..., tuple[State, Report]]:
         body = self.mapped(
             partial(enter, config=self.config), (self.state_spec, P(), P()), self._results
         )
-        return jax.jit(body, donate_argnums=1, out_shardings=self._shardings)
+        return self._jit(body, donate_argnums=1, out_shardings=self._shardings)
 
     @cached_property
     def _extend(self) -> Callable[..., State]:
@@ -230,14 +234,19 @@ class Programs:
             return self.mapped(body, (self.state_spec,), self.state_spec)(leaves, state)
 
         # Not donated: buffers of the old size could not hold the new caches.
-        return jax.jit(program, static_argnums=2, out_shardings=self._shardings[0])
+        return self._jit(program, static_argnums=2, out_shardings=self._shardings[0])
 
     @cached_property
     def _round(self) -> Callable[..., tuple[State, Report]]:
         body = self.mapped(
             partial(speculative_round, config=self.config), (self.state_spec,), self._results
         )
-        return jax.jit(body, donate_argnums=1, out_shardings=self._shardings)
+        return self._jit(body, donate_argnums=1, out_shardings=self._shardings)
+
+    def _jit(self, body: Callable[..., Any], **options: Any) -> Any:
+        """Jit a step with the compiler options of the platform."""
+        settings = self.settings or settings_of(self.mesh.devices.flat[0].platform)
+        return jax.jit(body, compiler_options=dict(settings.compiler_options) or None, **options)
 
     @property
     def _results(self) -> Any:

@@ -72,6 +72,8 @@ class LayerGroup(nnx.Module):
             share cores. False: they compute it and mask it out; on a GPU, a branch would wait for
             the host.
         mlp_lp_size: How many MLPs the fuzzy pass runs at once.
+        fused: Whether the fuzzy pass runs its attentions by fused kernels, where their shapes are
+            supported.
     """
 
     def __init__(
@@ -84,9 +86,11 @@ class LayerGroup(nnx.Module):
         axes: Axes,
         branch: bool,
         mlp_lp_size: int = 1,
+        fused: bool = False,
     ) -> None:
         self.attention, self.mlps, self.refit = attention, nnx.List(mlps), nnx.data(refit)
         self.slots, self.axes, self.branch, self.mlp_lp_size = slots, axes, branch, mlp_lp_size
+        self.fused = fused
 
     def fuzzy(self, h: Hidden, cache: KVCache, window: Window) -> tuple[Hidden, KVCache]:
         """Run all attentions at once on the group's input, then the MLPs (the paper's Algorithm 2).
@@ -112,8 +116,7 @@ class LayerGroup(nnx.Module):
         self, h: Hidden, cache: KVCache, window: Window
     ) -> tuple[Hidden, KVCache, list[Hidden]]:
         """Run fuzzy(), and also return the input of each MLP."""
-        qkv = self.attention.qkv if self.refit is None else self.refit.qkv
-        parts, cache = self._attend_at_once(qkv, h, cache, window)
+        parts, cache = self._attend_at_once(h, cache, window)
         # Each device has addends of its own layers' outputs. Split MLPs need an all-reduce each,
         # in which the next layer's attention output rides along. For three layers, one at a time:
         #   all-reduce 1:  a1              x1 = h0 + a1 is fed to MLP 1
@@ -172,9 +175,12 @@ class LayerGroup(nnx.Module):
         return h, cache, fed
 
     def _attend_at_once(
-        self, qkv: Projection, h: Hidden, cache: KVCache, window: Window
+        self, h: Hidden, cache: KVCache, window: Window
     ) -> tuple[Float[Array, "slots batch tokens hidden"], KVCache]:
         """Run all of this device's attentions on the same h; returns each one's output."""
+        qkv = self.attention.qkv if self.refit is None else self.refit.qkv
+        if self.fused and self.attention.can_fuse():
+            return self.attention.fused(h, cache, window, qkv)
         rotated = jax.vmap(lambda attention, own: attention.rotated(h, window, own))
         q, k, v = rotated(self.attention, qkv)  # each [slots, batch, heads, tokens, head_dim]
         # One write for all slots. Under vmap it would be a scatter, which XLA bounds-checks.
@@ -273,8 +279,9 @@ def load_block(
         None if refit is None else load_refit(loader, group, refit),
         slots=slots,
         axes=loader.axes,
-        branch=loader.mesh.devices.flat[0].platform == "cpu",
+        branch=loader.platform == "cpu",
         mlp_lp_size=mlp_lp_size,
+        fused=loader.kernels.fused_attention,
     )
 
 

@@ -12,17 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from easyspec_jax.kernels.tiles import (
-    is_power_of_two,
     power_of_two,
     row_tile,
     span,
     times,
     times_transposed,
+    triton,
 )
 
 MAX_SPLITS = 32
@@ -41,30 +39,13 @@ LOWEST = np.float32(-1e30)
 """Score of an entry that is masked; finite, because -inf - -inf is no number."""
 
 
-def supports(head_dim: int, dtype: DTypeLike) -> bool:
-    """Return whether attend() takes these shapes.
-
-    Args:
-        head_dim: Size of a head.
-        dtype: Dtype of queries and caches.
-
-    Examples:
-        >>> supports(128, np.float32), supports(80, np.float32)
-        (True, False)
-    """
-    return (
-        is_power_of_two(head_dim)
-        and 16 <= head_dim <= 256
-        and jnp.dtype(dtype) in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
-    )
-
-
 def attend(
     q: Float[Array, "slots batch_heads group_tokens head_dim"],
-    k: Float[Array, "slots batch_heads capacity head_dim"],
-    v: Float[Array, "slots batch_heads capacity head_dim"],
+    k: Float[Array, "more_slots batch_heads capacity head_dim"],
+    v: Float[Array, "more_slots batch_heads capacity head_dim"],
     mask: Bool[Array, "batch tokens capacity"],
     *,
+    slot: int = 0,
     splits: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "slots batch tokens queries_dim"]:
@@ -78,6 +59,7 @@ def attend(
         k: Keys.
         v: Values.
         mask: `mask[b, t, s]` says that token t of row b may read entry s, in every slot.
+        slot: Slot of k and v that belongs to the first of q, so that none has to be cut out.
         splits: Stretches of keys, a power of two; by default as many as fill a GPU.
         interpret: Run in Pallas' interpreter, on any platform.
 
@@ -102,7 +84,7 @@ def attend(
         interpret=interpret,
     )
     attended = call(
-        partial(_attend, rows=rows, entries=entries),
+        partial(_attend, first=slot, rows=rows, entries=entries),
         name="attend",
         out_shape=mixed if splits == 1 else partial_results,
         grid=(splits, *grid),
@@ -140,7 +122,7 @@ def _end(mask: Bool[Array, "batch tokens capacity"]) -> Int[Array, " batch"]:
 
 
 def _attend(
-    q: Any, k: Any, v: Any, mask: Any, end: Any, *out: Any, rows: int, entries: int
+    q: Any, k: Any, v: Any, mask: Any, end: Any, *out: Any, first: int, rows: int, entries: int
 ) -> None:
     """Attend with some queries of one key head to one stretch of its keys."""
     split, head, slot = (pl.program_id(axis) for axis in range(3))
@@ -157,7 +139,8 @@ def _attend(
     def step(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         best, total, mixed = carry
         entry = span(index, entries)
-        place, inside = (slot, head, entry[:, None], channel[None, :]), (entry < last)[:, None]
+        inside = (entry < last)[:, None]
+        place = first + slot, head, entry[:, None], channel[None, :]
         key = triton.load(k.at[place], mask=inside, other=0)
         readable = triton.load(
             mask.at[batch, token[:, None], entry[None, :]],

@@ -11,12 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from easyspec_jax.kernels.tiles import is_power_of_two, power_of_two, row_tile, span
-from easyspec_jax.kernels.tiles import times_transposed as times_t
+from easyspec_jax.kernels.tiles import (
+    power_of_two,
+    row_tile,
+    span,
+    supports_heads,
+    times_transposed,
+    triton,
+)
 
 MAX_ROWS = 64
 """Tokens of all rows of a batch that a program takes at most; others read the weight again."""
@@ -58,13 +63,7 @@ def supports(hidden: int, head_dim: int, dtype: DTypeLike) -> bool:
         >>> supports(2048, 64, np.float32), supports(2048, 96, np.float32)
         (True, False)
     """
-    # Half a head is the width of a product's tile, which has at least 16 columns.
-    return (
-        hidden % 64 == 0
-        and is_power_of_two(head_dim)
-        and 32 <= head_dim <= 256
-        and jnp.dtype(dtype) in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
-    )
+    return hidden % 32 == 0 and supports_heads(head_dim, dtype)
 
 
 def project_and_write(
@@ -119,8 +118,6 @@ def project_and_write(
     )
     # Rows of the batch and tokens are one axis: [batch, tokens, n] -> [batch * tokens, n].
     h, cos, sin = (x.reshape(batch * tokens, x.shape[-1]) for x in (h, *rotation))
-    # The start of the last row that fits, as dynamic_update_slice has it.
-    start = jnp.clip(start, 0, k.shape[2] - tokens).astype(jnp.int32)
     q, k, v = call(k, v, h, weights, start, cos, sin)
     return q, (k, v)
 
@@ -167,7 +164,9 @@ def _kernel(
     at = batch * kv_heads + jax.lax.div(head, group), jax.lax.rem(head, group) * tokens + token
     _store(q, slot, *at, channels, turned, real & is_query)
     own = batch * kv_heads + jax.lax.rem(head, kv_heads)
-    entry = triton.load(start.at[batch], mask=real, other=0) + token
+    first = triton.load(start.at[batch], mask=real, other=0)
+    # A start past the last one that fits is moved back, as by dynamic_update_slice.
+    entry = jnp.clip(first, 0, k.shape[2] - tokens) + token
     _store(k, slot, own, entry, channels, turned, real & is_key & ~is_query)
     _store(v, slot, own, entry, channels, halves, real & ~is_key)
 
@@ -207,7 +206,7 @@ def _product(
         x = (x.astype(jnp.float32) * scale).astype(h.dtype) * weights.norm[slot, column][None, :]
         outputs = (first + span(part, half) for part in range(2))
         tiles = (weights.matrix[slot, output[:, None], column[None, :]] for output in outputs)
-        return [total + times_t(x, tile) for total, tile in zip(sums, tiles, strict=True)]
+        return [total + times_transposed(x, tile) for total, tile in zip(sums, tiles, strict=True)]
 
     zeros = jnp.zeros((row.shape[0], half), jnp.float32)
     sums = jax.lax.fori_loop(0, hidden // size, step, [zeros, zeros])

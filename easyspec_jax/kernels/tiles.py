@@ -1,16 +1,32 @@
 """Operations on the tiles of a kernel. Triton wants sizes that are powers of two."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
+
+try:
+    from jax.experimental.pallas import triton
+except ImportError:  # JAX 0.11 has deprecated this backend and will remove it
+    triton: Any = None
 
 SMALLEST_DOT = 16
 """Rows and columns that a tensor core multiplies at least; fewer are padded."""
 
 
-def is_power_of_two(n: int) -> bool:
-    """Return whether n is 1, 2, 4, …"""
-    return n > 0 and n & (n - 1) == 0
+def supports_heads(head_dim: int, dtype: DTypeLike) -> bool:
+    """Return whether kernels of this JAX take heads of a size and dtype.
+
+    Examples:
+        >>> supports_heads(128, jnp.float32), supports_heads(80, jnp.float32)
+        (True, False)
+    """
+    # Half a head, which rotation needs as a tile of its own, must be at least SMALLEST_DOT.
+    is_power_of_two = head_dim & (head_dim - 1) == 0
+    known = jnp.dtype(dtype) in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+    return triton is not None and is_power_of_two and 32 <= head_dim <= 256 and known
 
 
 def power_of_two(n: int) -> int:

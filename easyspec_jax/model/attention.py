@@ -16,6 +16,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.checkpoint.rope import rope_frequencies
+from easyspec_jax.kernels import attention as split_attention
+from easyspec_jax.kernels import projection as fused_projection
+from easyspec_jax.kernels.tiles import supports_heads
 from easyspec_jax.model.cache import KVCache, write
 from easyspec_jax.model.norm import rms_norm
 from easyspec_jax.model.projection import Projection, product
@@ -144,6 +147,8 @@ class Attention(nnx.Module):
         key_norm: Likewise of each key.
         kv_heads: Key heads of this share; it has as many value heads.
         group: Query heads for each key head.
+        split_keys_from: Cache entries from which a kernel splits the keys; None for never.
+        interpret: Run kernels in Pallas' interpreter, as a CPU must.
     """
 
     def __init__(
@@ -154,12 +159,15 @@ class Attention(nnx.Module):
         *,
         kv_heads: int,
         group: int,
+        split_keys_from: int | None = None,
+        interpret: bool = False,
     ) -> None:
         self.qkv, self.out = qkv, nnx.Param(out)
         self.query_norm, self.key_norm = (
             (None, None) if head_norms is None else map(nnx.Param, head_norms)
         )
         self.kv_heads, self.group = kv_heads, group
+        self.split_keys_from, self.interpret = split_keys_from, interpret
 
     def __call__(
         self,
@@ -185,8 +193,44 @@ class Attention(nnx.Module):
         """
         q, k, v = self.rotated(h, window, qkv)
         cache = write(cache, k, v, window.start, slot, mask)
-        own = cache if slot is None else KVCache(cache.k[slot], cache.v[slot])
-        return self.attend(q, own, window), cache
+        return self.attend(q, cache, window, slot), cache
+
+    def fused(
+        self,
+        h: Float[Array, "batch tokens hidden"],
+        cache: KVCache,
+        window: Window,
+        qkv: Projection | None = None,
+    ) -> tuple[Float[Array, "slots batch tokens hidden"], KVCache]:
+        """Run a stack of attentions, which all read h, by kernels that take them all at once.
+
+        Arguments and results are those of __call__() under `vmap`; see can_fuse().
+        """
+        own = qkv or self.qkv
+        weights = fused_projection.Weights(
+            norm=own.norm[...],
+            matrix=own.weight[...],
+            bias=None if own.bias is None else own.bias[...],
+            query_norm=None if self.query_norm is None else self.query_norm[...],
+            key_norm=None if self.key_norm is None else self.key_norm[...],
+        )
+        q, written = fused_projection.project_and_write(
+            h,
+            weights,
+            cache,
+            window.start,
+            (window.cos, window.sin),
+            kv_heads=self.kv_heads,
+            eps=own.eps,
+            interpret=self.interpret,
+        )
+        mixed = split_attention.attend(q, *written, window.mask, interpret=self.interpret)
+        return jax.vmap(product)(self.out[...], mixed), KVCache(*written)
+
+    def can_fuse(self) -> bool:
+        """Return whether fused() takes these shapes."""
+        weight = self.qkv.weight
+        return fused_projection.supports(weight.shape[-1], self._head_dim, weight.dtype)
 
     def rotated(
         self, h: Float[Array, "batch tokens hidden"], window: Window, qkv: Projection | None = None
@@ -204,11 +248,14 @@ class Attention(nnx.Module):
         q, k, v = self.heads((qkv or self.qkv)(h))
         return rotate(q, window), rotate(k, window), v
 
+    @property
+    def _head_dim(self) -> int:
+        return self.qkv.weight.shape[-2] // (self.kv_heads * (self.group + 2))
+
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """Make this share's part of an empty cache, in the weights' dtype."""
-        weight = self.qkv.weight
-        head_dim = weight.shape[-2] // (self.kv_heads * (self.group + 2))
-        empty = jnp.zeros((batch * self.kv_heads, capacity, head_dim), weight.dtype)
+        shape = batch * self.kv_heads, capacity, self._head_dim
+        empty = jnp.zeros(shape, self.qkv.weight.dtype)
         return KVCache(empty, empty)
 
     def heads(self, x: Float[Array, "batch tokens heads_dim"]) -> tuple[Array, Array, Array]:
@@ -236,6 +283,7 @@ class Attention(nnx.Module):
         q: Float[Array, "batch heads tokens head_dim"],
         cache: KVCache,
         window: Window,
+        slot: int | None = None,
     ) -> Float[Array, "batch tokens hidden"]:
         """Mix values by softmax of masked scores, and project.
 
@@ -243,6 +291,7 @@ class Attention(nnx.Module):
             q: Rotated queries.
             cache: This layer's cache, in which the tokens' own entries are written.
             window: Positions of the tokens.
+            slot: This layer's place, if the cache is a stack of several.
 
         Returns:
             This share's addend of the attention output.
@@ -252,6 +301,14 @@ class Attention(nnx.Module):
         # from [batch, kv_heads * group, tokens, head_dim]
         # to   [batch * kv_heads, group * tokens, head_dim].
         q = q.reshape(batch * self.kv_heads, self.group * tokens, head_dim)
+        if self._splits_keys(cache):
+            stack = cache if slot is not None else KVCache(cache.k[None], cache.v[None])
+            mixed = split_attention.attend(
+                q[None], *stack, window.mask, slot=slot or 0, interpret=self.interpret
+            )
+            return product(self.out[...], mixed[0])
+        if slot is not None:
+            cache = KVCache(cache.k[slot], cache.v[slot])
         scores = jnp.einsum("kqd,ksd->kqs", q, cache.k, preferred_element_type=jnp.float32)
         # The mask is per token, so unfold: [batch, kv_heads, group, tokens, capacity].
         scores = scores.reshape(batch, self.kv_heads, self.group, tokens, -1) * np.float32(
@@ -265,3 +322,11 @@ class Attention(nnx.Module):
         mixed = mixed.reshape(batch, self.kv_heads * self.group, tokens, head_dim)
         mixed = mixed.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
         return product(self.out[...], mixed)
+
+    def _splits_keys(self, cache: KVCache) -> bool:
+        """Return whether a kernel mixes the values of this cache."""
+        return (
+            self.split_keys_from is not None
+            and cache.capacity >= self.split_keys_from
+            and supports_heads(self._head_dim, cache.k.dtype)
+        )

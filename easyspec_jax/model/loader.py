@@ -33,6 +33,7 @@ from easyspec_jax.model.sharding import (
 )
 from easyspec_jax.model.transformer import MLP, Block, Decoder, Layer
 from easyspec_jax.parallel.mesh import LAYER, TENSOR, Axes, axes_size
+from easyspec_jax.parallel.platforms import PlatformSettings, settings_of
 
 _LAYER = "model.layers.{}."
 _READERS = 8
@@ -52,6 +53,7 @@ class Loader:
         dtype: Type of every array.
         vocab_rows: Rows of the embedding and the head after padding.
         num_ids: Number of token ids; higher ids never get probability.
+        settings: Which kernels the modules use; None for those of the mesh's platform.
     """
 
     source: TensorSource
@@ -61,6 +63,17 @@ class Loader:
     dtype: np.dtype
     vocab_rows: int
     num_ids: int
+    settings: PlatformSettings | None = None
+
+    @property
+    def platform(self) -> str:
+        """Platform of the devices, as JAX names it."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
+    def kernels(self) -> PlatformSettings:
+        """Settings that say which kernels the modules use."""
+        return self.settings or settings_of(self.platform)
 
     def decoder(self, blocks: Sequence[Block]) -> Decoder:
         """Load the embedding, final norm and head, and put them around blocks."""
@@ -175,6 +188,8 @@ class Loader:
             norms,
             kv_heads=layout.kv_heads,
             group=layout.group,
+            split_keys_from=self.kernels.split_keys_from,
+            interpret=self.platform == "cpu",
         )
 
     def _qkv(self, axes: Axes, layers: Sequence[int], slots: int | None) -> Projection:

@@ -34,6 +34,7 @@ from easyspec_jax.model.projection import Projection
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.parallel.collectives import all_reduce
 from easyspec_jax.parallel.mesh import Axes
+from easyspec_jax.parallel.platforms import PlatformSettings
 from easyspec_jax.parallel.spmd import partition_specs, spmd
 from easyspec_jax.progress import Bar, no_bar
 from easyspec_jax.refit.teacher import drafted_window, exact_window
@@ -76,7 +77,8 @@ def distill(
         The refit's tensors after the last step. Norms do not move.
     """
     sites = list(stale_sites(layout))
-    draft = load_draft(loader, layout, Held(tensors))
+    # Kernels have no gradients.
+    draft = load_draft(replace(loader, settings=PlatformSettings()), layout, Held(tensors))
     everywhere = NamedSharding(loader.mesh, P())
     trained: Trained = [jax.device_put(joined(tensors, site), everywhere) for site in sites]
     columns = _columns(loader, layout, sites, trained)

@@ -82,7 +82,7 @@ class Case:
         return Window(*map(jnp.asarray, (start, mask, cos, sin)))
 
     def attention(self) -> Attention:
-        """Return the plain path's attentions, stacked. Each returns its mixtures as they are."""
+        """Return the plain path's attentions, stacked. Their output matrices are the identity."""
         norm, matrix, bias, query_norm, key_norm = self.weights()
         queries = self.kv_heads * self.group * self.head_dim
         identity = jnp.broadcast_to(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jaxtyping import Array
 
-from easyspec_jax.kernels.attention import attend, supports
+from easyspec_jax.kernels.attention import attend
 from easyspec_jax.model.attention import Attention
 from easyspec_jax.model.cache import KVCache
 from tests.kernels.cases import Case
@@ -40,7 +40,7 @@ def plain(case: Case) -> np.ndarray:
 
     def call(attention: Attention, q: Array, cache: KVCache) -> Array:
         q = q.reshape(len(case.starts), -1, case.tokens, case.head_dim)
-        return attention._attend(q, cache, window.mask)
+        return attention.attend(q, cache, window)
 
     mixed = jax.jit(jax.vmap(call))(case.attention(), queries(case), case.cache())
     return np.asarray(mixed.astype(jnp.float32))
@@ -68,10 +68,3 @@ def test_what_no_token_reads_is_not_read():
     k, v = (jnp.where(after[None, :, :, None], np.nan, x) for x in (k, v))
     mixed = attend(queries(case), k, v, case.window().mask, interpret=True)
     np.testing.assert_array_equal(np.asarray(mixed), kernel(case))
-
-
-def test_shapes_that_it_leaves_to_the_plain_path():
-    assert supports(64, jnp.float32)
-    assert not supports(80, jnp.float32)  # not a power of two
-    assert not supports(512, jnp.float32)
-    assert not supports(64, jnp.float16)

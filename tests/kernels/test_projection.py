@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import Array
 
+from easyspec_jax.kernels import tiles
 from easyspec_jax.kernels.projection import project_and_write, supports
 from easyspec_jax.model.attention import Attention, rotate
 from easyspec_jax.model.cache import KVCache, write
@@ -77,8 +78,11 @@ def test_other_entries_keep_every_bit(starts):
             assert np.flatnonzero(changed).tolist() == list(range(first, first + 4))
 
 
-def test_shapes_that_it_leaves_to_the_plain_path():
+def test_what_it_leaves_to_the_plain_path(monkeypatch):
     assert supports(576, 64, jnp.bfloat16)
     assert not supports(576, 96, jnp.bfloat16)  # not a power of two
-    assert not supports(600, 64, jnp.bfloat16)  # not whole tiles of 64
+    assert not supports(576, 16, jnp.bfloat16)  # half a head is no tile
+    assert not supports(600, 64, jnp.bfloat16)  # not whole tiles of 32
     assert not supports(576, 64, jnp.float16)
+    monkeypatch.setattr(tiles, "triton", None)  # a JAX without it
+    assert not supports(576, 64, jnp.bfloat16)

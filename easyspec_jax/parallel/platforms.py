@@ -1,0 +1,46 @@
+"""Choices that depend on the platform and that only measuring there can make."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class PlatformSettings:
+    """Compiler options and kernels of a platform.
+
+    Attributes:
+        compiler_options: Options of XLA for the steps of decoding.
+        fused_attention: Run the attentions of a group in fuzzy passes by fused kernels, where
+            these support the shapes.
+        split_keys_from: Cache entries from which an attention splits its keys among programs; None
+            for never.
+    """
+
+    compiler_options: Mapping[str, bool | int | str] = field(default_factory=dict, hash=False)
+    fused_attention: bool = False
+    split_keys_from: int | None = None
+
+
+SETTINGS: dict[str, PlatformSettings] = {
+    "cpu": PlatformSettings(),
+    "gpu": PlatformSettings(),
+    "tpu": PlatformSettings(),
+}
+"""Settings of each platform.
+
+Nothing is on yet: kernels agree with the plain path in Pallas' interpreter and compile for an H100,
+but their speed was not measured on a GPU.
+"""
+
+
+def settings_of(platform: str) -> PlatformSettings:
+    """Return the settings of a platform, with everything off for one that is not in the table.
+
+    Args:
+        platform: As JAX names that of a device: "cpu", "gpu", "tpu".
+
+    Examples:
+        >>> settings_of("gpu").fused_attention
+        False
+    """
+    return SETTINGS.get(platform, PlatformSettings())

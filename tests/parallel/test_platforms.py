@@ -1,0 +1,51 @@
+"""The table decides which kernels a model uses and how its steps are compiled."""
+
+from dataclasses import replace
+
+import pytest
+
+from easyspec_jax.checkpoint.directory import open_checkpoint
+from easyspec_jax.decode.programs import Programs
+from easyspec_jax.decode.round import RoundConfig
+from easyspec_jax.demo import DRAFT
+from easyspec_jax.draft.layer_group import LayerGroup, load_block
+from easyspec_jax.options import SamplingParams
+from easyspec_jax.parallel.mesh import MeshShape
+from easyspec_jax.parallel.platforms import SETTINGS, PlatformSettings, settings_of
+from easyspec_jax.verify import Greedy
+from tests.support.models import load_target, loader
+
+SOME = PlatformSettings({"xla_cpu_enable_fast_math": False}, True, 4096)
+
+
+def test_nothing_is_on_before_it_is_measured():
+    assert {*SETTINGS.values(), settings_of("unknown")} == {PlatformSettings()}
+
+
+@pytest.mark.parametrize("from_table", [True, False])
+def test_modules_get_the_kernels_of_their_platform(monkeypatch, from_table):
+    from_ = loader(open_checkpoint(DRAFT), MeshShape(1, 1))
+    if from_table:
+        monkeypatch.setitem(SETTINGS, "cpu", SOME)
+    else:
+        from_ = replace(from_, settings=SOME)
+    group = load_block(from_, range(1, 4))
+    assert isinstance(group, LayerGroup)
+    assert group.fused
+    assert group.attention.interpret
+    assert from_.attention(0).split_keys_from == group.attention.split_keys_from == 4096
+
+
+@pytest.mark.parametrize("from_table", [True, False])
+def test_steps_get_the_compiler_options_of_their_platform(monkeypatch, from_table):
+    """XLA refuses an option that it does not know, so it must have got it."""
+    unknown = PlatformSettings({"no_such_option": True})
+    from_ = loader(open_checkpoint(DRAFT), MeshShape(1, 1))
+    config = RoundConfig(0, calibration=False, verifier=Greedy(), stop_ids=())
+    programs = Programs(from_.mesh, load_target(from_), None, config)
+    if from_table:
+        monkeypatch.setitem(SETTINGS, "cpu", unknown)
+    else:
+        programs = replace(programs, settings=unknown)
+    with pytest.raises(Exception, match="no_such_option"):
+        programs.start(SamplingParams(), [1], 128)
