@@ -1,9 +1,10 @@
-"""One kernel from hidden states to rotated queries, and to keys and values in their caches.
+"""Products of a group: into its attentions, up to the caches, and out of them.
 
-It does this for all layers of a group at once, which read the same hidden states.
+One kernel each, for all layers of the group at once, which read the same hidden states.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -122,6 +123,51 @@ def project_and_write(
     return q, (k, v)
 
 
+def project_out(
+    x: Float[Array, "slots batch tokens inner"],
+    matrix: Float[Array, "slots hidden inner"],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "slots batch tokens hidden"]:
+    """Multiply each slot's tokens by its matrix.
+
+    Where there are several tokens, XLA may split the sums of such a product, add them up in a
+    second kernel and transpose the result in a third.
+
+    Args:
+        x: Mixed values of attentions, as attend() returns them.
+        matrix: Output matrices.
+        interpret: Run in Pallas' interpreter, on any platform.
+    """
+    (slots, batch, tokens, inner), hidden = x.shape, matrix.shape[1]
+    rows, outputs = row_tile(batch * tokens, MAX_ROWS), math.gcd(hidden, 64)
+    projected = pl.pallas_call(
+        partial(_out_kernel, rows=rows, outputs=outputs),
+        name="project_out",
+        out_shape=jax.ShapeDtypeStruct((slots, batch * tokens, hidden), x.dtype),
+        grid=(hidden // outputs, slots, pl.cdiv(batch * tokens, rows)),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+    )(x.reshape(slots, batch * tokens, inner), matrix)
+    return projected.reshape(slots, batch, tokens, hidden)
+
+
+def _out_kernel(x: Any, matrix: Any, out: Any, *, rows: int, outputs: int) -> None:
+    """Compute some outputs of one slot for some rows."""
+    output = span(pl.program_id(0), outputs)
+    slot, row = pl.program_id(1), span(pl.program_id(2), rows)
+    real = (row < x.shape[1])[:, None]
+
+    def load(column: Array) -> Array:
+        return triton.load(x.at[slot, row[:, None], column[None, :]], mask=real, other=0)
+
+    def tile(column: Array) -> Array:
+        return matrix[slot, output[:, None], column[None, :]]
+
+    (product,) = _products(x.shape[2], load, [tile], (rows, outputs), x.dtype)
+    triton.store(out.at[slot, row[:, None], output[None, :]], product, mask=real)
+
+
 def _kernel(
     _k: Any,
     _v: Any,
@@ -197,20 +243,46 @@ def _product(
 ) -> list[Float[Array, "rows half"]]:
     """Multiply normed rows by both halves of the head whose outputs begin at `first`."""
     hidden = h.shape[1]
+
+    def normed(column: Array) -> Array:
+        x = triton.load(h.at[row[:, None], column[None, :]], mask=real[:, None], other=0)
+        return (x.astype(jnp.float32) * scale).astype(h.dtype) * weights.norm[slot, column][None, :]
+
+    def tile(part: int, column: Array) -> Array:
+        return weights.matrix[slot, first + span(part, half)[:, None], column[None, :]]
+
+    matrices = [partial(tile, 0), partial(tile, 1)]
+    return _products(hidden, normed, matrices, (row.shape[0], half), h.dtype)
+
+
+def _products(
+    width: int,
+    rows: Callable[[Array], Array],
+    matrices: Sequence[Callable[[Array], Array]],
+    shape: tuple[int, int],
+    dtype: DTypeLike,
+) -> list[Array]:
+    """Multiply rows by each matrix' transpose, some columns at a time.
+
+    Args:
+        width: Columns of rows and matrices.
+        rows: Loads columns of the rows: [columns] -> [rows, columns].
+        matrices: Each loads columns of a matrix: [columns] -> [outputs, columns].
+        shape: (rows, outputs).
+        dtype: Of all factors and of the products; sums are in float32.
+    """
     # bfloat16 and head_dim 64: 2048 in 16 steps of 128 columns; 576 in 9 steps of 64.
-    size = math.gcd(hidden, min(128, STAGE_BYTES // (2 * half * h.dtype.itemsize)))
+    column_bytes = len(matrices) * shape[1] * jnp.dtype(dtype).itemsize
+    size = math.gcd(width, min(128, STAGE_BYTES // column_bytes))
 
     def step(index: Array, sums: list[Array]) -> list[Array]:
         column = span(index, size)
-        x = triton.load(h.at[row[:, None], column[None, :]], mask=real[:, None], other=0)
-        x = (x.astype(jnp.float32) * scale).astype(h.dtype) * weights.norm[slot, column][None, :]
-        outputs = (first + span(part, half) for part in range(2))
-        tiles = (weights.matrix[slot, output[:, None], column[None, :]] for output in outputs)
-        return [total + times_transposed(x, tile) for total, tile in zip(sums, tiles, strict=True)]
+        x, tiles = rows(column), [matrix(column) for matrix in matrices]
+        return [total + times_transposed(x, y) for total, y in zip(sums, tiles, strict=True)]
 
-    zeros = jnp.zeros((row.shape[0], half), jnp.float32)
-    sums = jax.lax.fori_loop(0, hidden // size, step, [zeros, zeros])
-    return [total.astype(h.dtype) for total in sums]
+    zeros = [jnp.zeros(shape, jnp.float32) for _ in matrices]
+    sums = jax.lax.fori_loop(0, width // size, step, zeros)
+    return [total.astype(dtype) for total in sums]
 
 
 def _head_norm(

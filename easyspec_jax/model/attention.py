@@ -225,7 +225,8 @@ class Attention(nnx.Module):
             interpret=self.interpret,
         )
         mixed = split_attention.attend(q, *written, window.mask, interpret=self.interpret)
-        return jax.vmap(product)(self.out[...], mixed), KVCache(*written)
+        out = fused_projection.project_out(mixed, self.out[...], interpret=self.interpret)
+        return out, KVCache(*written)
 
     def can_fuse(self) -> bool:
         """Return whether fused() takes these shapes."""

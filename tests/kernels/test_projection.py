@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from jaxtyping import Array
 
 from easyspec_jax.kernels import tiles
-from easyspec_jax.kernels.projection import project_and_write, supports
+from easyspec_jax.kernels.projection import project_and_write, project_out, supports
 from easyspec_jax.model.attention import Attention, rotate
 from easyspec_jax.model.cache import KVCache, write
+from easyspec_jax.model.projection import product
 from tests.kernels.cases import EPS, Case
 
 CASES = [
@@ -62,6 +63,19 @@ def test_it_agrees_with_the_plain_path(case, dtype):
     assert [x.dtype for x in jax.tree.leaves(got)] == [jnp.dtype(dtype)] * 3
     wide = [[x.astype(jnp.float32) for x in jax.tree.leaves(tree)] for tree in (got, expected)]
     jax.tree.map(case.assert_close, *wide)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "slots, batch, tokens, hidden, inner", [(2, 1, 1, 64, 96), (1, 2, 40, 96, 64)]
+)
+def test_the_product_by_output_matrices(slots, batch, tokens, hidden, inner, dtype):
+    case = Case(dtype=dtype)
+    x = case.normal(0, slots, batch, tokens, inner)
+    matrix = case.normal(1, slots, hidden, inner, scale=inner**-0.5)
+    got, expected = project_out(x, matrix, interpret=True), jax.vmap(product)(matrix, x)
+    assert got.dtype == expected.dtype
+    case.assert_close(got.astype(jnp.float32), expected.astype(jnp.float32))
 
 
 @settings(max_examples=10, deadline=None)
