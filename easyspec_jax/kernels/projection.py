@@ -164,7 +164,7 @@ def _out_kernel(x: Any, matrix: Any, out: Any, *, rows: int, outputs: int) -> No
     def tile(column: Array) -> Array:
         return matrix[slot, output[:, None], column[None, :]]
 
-    (product,) = _products(x.shape[2], load, [tile], (rows, outputs), x.dtype)
+    (product,) = products(x.shape[2], load, [tile], (rows, outputs), x.dtype)
     triton.store(out.at[slot, row[:, None], output[None, :]], product, mask=real)
 
 
@@ -191,7 +191,7 @@ def _kernel(
     half, group = head_dim // 2, q.shape[2] // tokens
     row = span(pl.program_id(2), rows)
     real = row < total  # others are padding
-    scale = _scale(h, row, real, eps)
+    scale = reciprocal_rms(h, row, real, eps)
     # Rotation pairs channel i with i + half, so the halves of a head are separate tiles.
     halves = _product(h, weights, row, real, scale, slot, head * head_dim, half)
     channels = span(0, half), span(1, half)
@@ -217,7 +217,7 @@ def _kernel(
     _store(v, slot, own, entry, channels, halves, real & ~is_key)
 
 
-def _scale(h: Any, row: Array, real: Array, eps: float) -> Float[Array, "rows 1"]:
+def reciprocal_rms(h: Any, row: Array, real: Array, eps: float) -> Float[Array, "rows 1"]:
     """Return the reciprocal root mean square of each row."""
     hidden, rows = h.shape[1], row.shape[0]
     size = min(power_of_two(hidden), max(NORM_TILE // rows, 64))
@@ -252,10 +252,10 @@ def _product(
         return weights.matrix[slot, first + span(part, half)[:, None], column[None, :]]
 
     matrices = [partial(tile, 0), partial(tile, 1)]
-    return _products(hidden, normed, matrices, (row.shape[0], half), h.dtype)
+    return products(hidden, normed, matrices, (row.shape[0], half), h.dtype)
 
 
-def _products(
+def products(
     width: int,
     rows: Callable[[Array], Array],
     matrices: Sequence[Callable[[Array], Array]],

@@ -116,7 +116,12 @@ class Loader:
         """Load one layer's feed-forward part, its columns padded to whole shards."""
         tensors = {f"{_LAYER}mlp.down_proj.weight": self._inner_entries()}
         down = matrix(tensors, self.config.hidden_size, self.axes, dimension=1)
-        return MLP(self.gate_up(index), self.load(down.for_layer(index)))
+        return MLP(
+            self.gate_up(index),
+            self.load(down.for_layer(index)),
+            fused=self.kernels.fused_mlp,
+            interpret=self.platform == "cpu",
+        )
 
     def gate_up(self, index: int) -> Projection:
         """Load only the projection of mlp()."""

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from easyspec_jax.checkpoint.config import ModelConfig
+from easyspec_jax.kernels import gate_up as kernel
 from easyspec_jax.model.attention import Attention, Nodes, Window, chain_window, tree_window
 from easyspec_jax.model.cache import KVCache
 from easyspec_jax.model.norm import rms_norm
@@ -32,10 +33,20 @@ class MLP(nnx.Module):
     Attributes:
         gate_up: Projection whose outputs are [gate | up] of this share.
         down: Output matrix, [hidden, inner].
+        fused: Whether a kernel computes what is multiplied by `down`, where it supports the shapes.
+        interpret: Run the kernel in Pallas' interpreter, as a CPU must.
     """
 
-    def __init__(self, gate_up: Projection, down: Float[Array, "hidden inner"]) -> None:
+    def __init__(
+        self,
+        gate_up: Projection,
+        down: Float[Array, "hidden inner"],
+        *,
+        fused: bool = False,
+        interpret: bool = False,
+    ) -> None:
         self.gate_up, self.down = gate_up, nnx.Param(down)
+        self.fused, self.interpret = fused, interpret
 
     def __call__(self, h: Hidden, gate_up: Projection | None = None) -> Hidden:
         """Compute this share's addend of the output.
@@ -44,9 +55,16 @@ class MLP(nnx.Module):
             h: Hidden states.
             gate_up: A projection to use instead of the layer's own.
         """
-        # A shard's columns are [its gate | its up], so that one product computes both.
-        gate, up = jnp.split((gate_up or self.gate_up)(h), 2, axis=-1)
-        return product(self.down[...], jax.nn.silu(gate) * up)
+        own, (hidden, inner) = gate_up or self.gate_up, self.down.shape
+        if self.fused and kernel.supports(hidden, inner, self.down.dtype):
+            bias = None if own.bias is None else own.bias[...]
+            arrays = h, own.norm[...], own.weight[...], bias
+            x = kernel.gate_up(*arrays, eps=own.eps, interpret=self.interpret)
+        else:
+            # A shard's rows are [its gate | its up], so that one product computes both.
+            gate, up = jnp.split(own(h), 2, axis=-1)
+            x = jax.nn.silu(gate) * up
+        return product(self.down[...], x)
 
 
 class Layer(nnx.Module):

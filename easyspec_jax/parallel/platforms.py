@@ -12,12 +12,14 @@ class PlatformSettings:
         compiler_options: Options of XLA for the steps of decoding.
         fused_attention: Run the attentions of a group in fuzzy passes by fused kernels, where
             these support the shapes.
+        fused_mlp: Compute the first half of each feed-forward part by one kernel, likewise.
         split_keys_from: Cache entries from which an attention splits its keys among programs; None
             for never.
     """
 
     compiler_options: Mapping[str, bool | int | str] = field(default_factory=dict, hash=False)
     fused_attention: bool = False
+    fused_mlp: bool = False
     split_keys_from: int | None = None
 
 

@@ -94,6 +94,17 @@ def test_a_group_in_a_fuzzy_pass(tokens, capacity):
     assert memory.temp_size_in_bytes < 2 * 8 * 4 * len(LAYERS) * tokens * LLAMA.hidden_size
 
 
+def test_whole_layers():
+    """Each layer's feed-forward part needs one kernel before its down projection."""
+    run = LayerGroup.fuzzy
+    fused = compiled(run, PlatformSettings(fused_attention=True, fused_mlp=True), 1, 512)
+    kernels = launched(fused.as_text())
+    assert kernels.count("custom-call") == 4 + len(LAYERS)
+    assert "copy" not in kernels
+    without = compiled(run, PlatformSettings(fused_attention=True), 1, 512)
+    assert len(kernels) <= len(launched(without.as_text())) - 2 * len(LAYERS)
+
+
 @pytest.mark.parametrize("run", [LayerGroup.__call__, LayerGroup._attend_at_once])
 def test_split_keys(run):
     """In an exact pass the kernel takes one slot out of the stack, without a copy of it."""

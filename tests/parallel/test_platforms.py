@@ -15,7 +15,7 @@ from easyspec_jax.parallel.platforms import SETTINGS, PlatformSettings, settings
 from easyspec_jax.verify import Greedy
 from tests.support.models import load_target, loader
 
-SOME = PlatformSettings({"xla_cpu_enable_fast_math": False}, True, 4096)
+SOME = PlatformSettings(fused_attention=True, fused_mlp=True, split_keys_from=4096)
 
 
 def test_nothing_is_on_before_it_is_measured():
@@ -32,6 +32,7 @@ def test_modules_get_the_kernels_of_their_platform(monkeypatch, from_table):
     group = load_block(from_, range(1, 4))
     assert isinstance(group, LayerGroup)
     assert group.fused
+    assert all(mlp.fused and mlp.interpret for mlp in group.mlps)
     assert group.attention.interpret
     assert from_.attention(0).split_keys_from == group.attention.split_keys_from == 4096
 

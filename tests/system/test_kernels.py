@@ -21,7 +21,7 @@ from tests.support.models import load_target, loader
 pytestmark = pytest.mark.slow
 
 PROMPTS = [np.random.default_rng(0).integers(4, 2000, size).tolist() for size in (30, 9)]
-FUSED = PlatformSettings(fused_attention=True)
+FUSED = PlatformSettings(fused_attention=True, fused_mlp=True)
 SPLIT = PlatformSettings(split_keys_from=128)
 
 
