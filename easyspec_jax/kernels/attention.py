@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
 from easyspec_jax.kernels.tiles import (
+    estimate,
     power_of_two,
     row_tile,
     span,
@@ -78,6 +79,7 @@ def attend(
         jax.ShapeDtypeStruct((slots, heads, splits, queries, head_dim), jnp.float32),
         jax.ShapeDtypeStruct((slots, heads, splits, queries), jnp.float32),
     )
+    own = jax.ShapeDtypeStruct((slots, *k.shape[1:]), k.dtype)
     call = partial(
         pl.pallas_call,
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
@@ -88,6 +90,8 @@ def attend(
         name="attend",
         out_shape=mixed if splits == 1 else partial_results,
         grid=(splits, *grid),
+        # Two products, and both caches of these slots up to their capacity.
+        cost_estimate=estimate(4 * q.size * capacity, q, *2 * [own], mixed),
     )(q, k, v, mask, _end(mask))
     if splits == 1:
         return attended
@@ -96,6 +100,7 @@ def attend(
         partial(_combine, rows=rows),
         name="combine",
         out_shape=mixed,
+        cost_estimate=estimate(2 * partial_results[0].size, *partial_results, mixed),
         grid=(heads, slots, pl.cdiv(queries, rows)),
     )(*attended)
 

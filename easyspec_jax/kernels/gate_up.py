@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from easyspec_jax.kernels.projection import MAX_ROWS, products, reciprocal_rms
-from easyspec_jax.kernels.tiles import row_tile, span, triton
+from easyspec_jax.kernels.tiles import estimate, row_tile, span, triton
 
 
 def supports(hidden: int, inner: int, dtype: DTypeLike) -> bool:
@@ -51,10 +51,12 @@ def gate_up(
     """
     (batch, tokens, hidden), inner = h.shape, matrix.shape[0] // 2
     rows, outputs = row_tile(batch * tokens, MAX_ROWS), math.gcd(inner, 64)
+    out = jax.ShapeDtypeStruct((batch * tokens, inner), h.dtype)
     result = pl.pallas_call(
         partial(_kernel, rows=rows, outputs=outputs, eps=eps),
         name="gate_up",
-        out_shape=jax.ShapeDtypeStruct((batch * tokens, inner), h.dtype),
+        out_shape=out,
+        cost_estimate=estimate(2 * batch * tokens * matrix.size, h, matrix, out),
         grid=(inner // outputs, pl.cdiv(batch * tokens, rows)),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,

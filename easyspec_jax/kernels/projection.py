@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from easyspec_jax.kernels.tiles import (
+    estimate,
     power_of_two,
     row_tile,
     span,
@@ -114,6 +115,10 @@ def project_and_write(
         out_shape=(queries, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache)),
         grid=(heads, slots, pl.cdiv(batch * tokens, rows)),
         input_output_aliases={0: 1, 1: 2},
+        # The caches hardly count: a few entries of them are written.
+        cost_estimate=estimate(
+            2 * batch * tokens * weights.matrix.size, h, weights.matrix, queries
+        ),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
     )
@@ -141,10 +146,12 @@ def project_out(
     """
     (slots, batch, tokens, inner), hidden = x.shape, matrix.shape[1]
     rows, outputs = row_tile(batch * tokens, MAX_ROWS), math.gcd(hidden, 64)
+    out = jax.ShapeDtypeStruct((slots, batch * tokens, hidden), x.dtype)
     projected = pl.pallas_call(
         partial(_out_kernel, rows=rows, outputs=outputs),
         name="project_out",
-        out_shape=jax.ShapeDtypeStruct((slots, batch * tokens, hidden), x.dtype),
+        out_shape=out,
+        cost_estimate=estimate(2 * x.size * hidden, x, matrix, out),
         grid=(hidden // outputs, slots, pl.cdiv(batch * tokens, rows)),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,

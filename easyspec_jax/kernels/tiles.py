@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -27,6 +28,17 @@ def supports_heads(head_dim: int, dtype: DTypeLike) -> bool:
     is_power_of_two = head_dim & (head_dim - 1) == 0
     known = jnp.dtype(dtype) in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
     return triton is not None and is_power_of_two and 32 <= head_dim <= 256 and known
+
+
+def estimate(flops: int, *arrays: Any) -> pl.CostEstimate:
+    """Return the cost of a kernel, which easyspec_jax.plan counts.
+
+    Args:
+        flops: Operations of its products.
+        arrays: What it reads or writes whole: arrays, or anything with a size and a dtype.
+    """
+    moved = sum(x.size * x.dtype.itemsize for x in arrays)
+    return pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved)
 
 
 def power_of_two(n: int) -> int:

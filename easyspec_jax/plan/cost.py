@@ -169,6 +169,10 @@ def _work(jaxpr: Jaxpr, sizes: Mapping[str, int]) -> Iterator[Work]:
             continue
         if name == "dot_general":
             yield total_bytes(*equation.invars, *equation.outvars), _product_flops(equation)
+        elif name == "pallas_call":
+            # The trace inside is that of one of many programs; our kernels say what all of them do.
+            estimate = equation.params["cost_estimate"]
+            yield estimate.bytes_accessed, estimate.flops
         elif name in KINDS:
             # Over axes of one device nothing is sent, and no kernel runs.
             if next(in_jaxpr(jaxpr.replace(eqns=[equation]), sizes), None):

@@ -9,10 +9,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from easyspec_jax.engine.abstract import absent_mesh
+from easyspec_jax.model.attention import Attention
+from easyspec_jax.model.cache import KVCache
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
 from easyspec_jax.plan.cost import Cost, cost
 from easyspec_jax.plan.machines import Machine
 from easyspec_jax.plan.traffic import Collective
+from tests.kernels.cases import Case
 
 MESH = absent_mesh(MeshShape(4, 2), "tpu")
 X = jax.ShapeDtypeStruct((2, 16), np.float32)
@@ -35,6 +38,23 @@ def test_a_product_between_element_wise_work_and_an_all_reduce():
         bytes=PRODUCT + reduced,
         flops=2 * 2 * 16 * 8,
     )
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_fused_kernels_do_the_work_of_the_plain_path(tokens):
+    case = Case(slots=4, hidden=128, tokens=tokens, capacity=512)
+    attention, h, cache, window = case.attention(), case.h(), case.cache(), case.window()
+
+    def plain(attention: Attention, cache: KVCache) -> Any:
+        return jax.vmap(lambda one, own: one(h, own, window))(attention, cache)
+
+    def fused(attention: Attention, cache: KVCache) -> Any:
+        return attention.fused(h, cache, window)
+
+    expected, found = (cost(run, attention, cache, mesh_shape={}) for run in (plain, fused))
+    assert found.kernels < expected.kernels
+    assert found.flops == pytest.approx(expected.flops, rel=0.05)
+    assert found.bytes == pytest.approx(expected.bytes, rel=0.1)
 
 
 def test_what_is_written_is_the_update_not_the_cache():
