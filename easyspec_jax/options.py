@@ -17,6 +17,9 @@ Platform = Literal["cpu", "gpu", "tpu"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 FLOAT_DTYPES = get_args(DType)[1:]
 
+MAX_LEVELS = 16
+"""Largest num_speculative_tokens."""
+
 MAX_WIDTH = 64
 """Largest tree_width."""
 
@@ -69,7 +72,7 @@ class SpeculativeConfig:
             check_choice("verifier", self.verifier, get_args(Verifier))
         sizes = get_args(DraftTensorParallelSize)
         check_choice("draft_tensor_parallel_size", self.draft_tensor_parallel_size, sizes)
-        check_whole("num_speculative_tokens", self.num_speculative_tokens, 1, 16)
+        check_whole("num_speculative_tokens", self.num_speculative_tokens, 1, MAX_LEVELS)
         check_whole("tree_width", self.width, 1, MAX_WIDTH)
         if self.method in ("vanilla", "sd") and (self.width > 1 or self.tree_nodes is not None):
             raise EasySpecError(

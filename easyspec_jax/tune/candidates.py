@@ -8,7 +8,13 @@ from typing import Any
 
 from easyspec_jax.draft.grouping import paper_groups
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.options import MAX_WIDTH, DraftTensorParallelSize, SpeculativeConfig, check_whole
+from easyspec_jax.options import (
+    MAX_LEVELS,
+    MAX_WIDTH,
+    DraftTensorParallelSize,
+    SpeculativeConfig,
+    check_whole,
+)
 from easyspec_jax.parallel.mesh import MeshShape, parse_mesh
 from easyspec_jax.tune.options import TuneConfig
 
@@ -81,7 +87,7 @@ class Space:
 
     def check(self, num_layers: int) -> None:
         """Raise EasySpecError for a value that a draft of this many layers cannot have."""
-        check_whole("max_levels", self.max_levels, 1, 16)
+        check_whole("max_levels", self.max_levels, 1, MAX_LEVELS)
         for width in self.tree_widths:
             check_whole("tree_widths", width, 1, MAX_WIDTH)
         for size in self.lp_sizes:

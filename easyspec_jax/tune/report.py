@@ -19,9 +19,10 @@ def as_dict(tuned: Tuned) -> dict[str, Any]:
     """Return results as `--json` prints them, with times in seconds and the best candidate first.
 
     Of each candidate, acceptance_rate is the share of drafted positions accepted at its number of
-    levels, and deepest_acceptance_rate that at the most levels. `frontier` says that no other draft
-    has both a shorter step and a higher deepest rate. `missing` names what was not measured because
-    even the best possible value would not have made the candidate win.
+    levels, and deepest_acceptance_rate that at the most levels. `accepted_by_levels` has the mean
+    accepted tokens of rounds of 1, 2, … levels, or None if not measured. `frontier` says that no
+    other draft has both a shorter step and a higher deepest rate. `missing` names what was not
+    measured because even the best possible value would not have made the candidate win.
     """
     engine, figures = tuned.engine, tuned.figures
     assert engine.draft is not None
@@ -60,6 +61,7 @@ def _row(row: Row, on_frontier: bool) -> dict[str, Any]:
         "verification": prediction.verification,
         "acceptance_rate": prediction.accepted / speculative.num_speculative_tokens,
         "deepest_acceptance_rate": row.deepest_acceptance,
+        "accepted_by_levels": row.accepted,
         "missing": list(prediction.missing),
         "frontier": on_frontier,
         "predicted_tokens_per_second": prediction.tokens_per_second,

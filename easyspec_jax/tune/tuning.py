@@ -43,14 +43,18 @@ class Row:
 
     Attributes:
         prediction: Speed as predicted from the parts.
-        deepest_acceptance: Share of drafted positions accepted at the most levels; None if it was
-            not measured.
+        accepted: Mean accepted tokens of rounds of 1, 2, … levels; None if that was not measured.
         confirmed: Speed in tokens a second when it ran; None if it did not.
     """
 
     prediction: Prediction
-    deepest_acceptance: float | None
+    accepted: tuple[float, ...] | None
     confirmed: float | None
+
+    @property
+    def deepest_acceptance(self) -> float | None:
+        """Share of drafted positions accepted at the most levels; None if not measured."""
+        return None if self.accepted is None else self.accepted[-1] / len(self.accepted)
 
 
 @dataclass(frozen=True)
@@ -316,8 +320,8 @@ def rows(
                 predictions[key] = new
     made = []
     for (draft, width), prediction in predictions.items():
-        deepest = _deepest_acceptance(figures, draft, width)
-        made.append(Row(prediction, deepest, speeds.get(prediction.candidate)))
+        accepted = figures.acceptance.get(draft.drafting, {}).get(width)
+        made.append(Row(prediction, accepted, speeds.get(prediction.candidate)))
     return sorted(made, key=lambda row: _rank(row.prediction, speeds), reverse=True)
 
 
@@ -330,11 +334,6 @@ def _rank(
         not prediction.missing,
         prediction.tokens_per_second,
     )
-
-
-def _deepest_acceptance(figures: Figures, draft: Draft, width: int) -> float | None:
-    accepted = figures.acceptance.get(draft.drafting, {}).get(width)
-    return None if accepted is None else accepted[-1] / len(accepted)
 
 
 def auto(engine: Engine, mesh: str, bundled: bool, bar: Bar, note: Callable[[str], None]) -> Choice:
