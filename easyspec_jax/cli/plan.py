@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 
 from easyspec_jax.cli.command import Parser, run_command
 from easyspec_jax.cli.flags import add_shared
@@ -43,6 +44,13 @@ def _parser() -> argparse.ArgumentParser:
         "--measure",
         action="store_true",
         help="measure the machine's figures on the devices that are here",
+    )
+    parser.add_argument(
+        "--acceptance",
+        type=Path,
+        metavar="FILE",
+        help="also find the best levels, width, groups and placement, by acceptance that "
+        "experiments.acceptance or tune --json measured",
     )
     parser.add_argument(
         "--no-compile",

@@ -76,6 +76,16 @@ class Cost:
     def __mul__(self, times: int) -> Self:
         return type(self)(*(times * value for value in astuple(self)))
 
+    def towards(self, other: Self, share: float) -> Self:
+        """Return the cost that lies a share of the way to another one, in whole numbers.
+
+        Examples:
+            >>> Cost(kernels=10, bytes=100).towards(Cost(kernels=30, bytes=500), 0.25)
+            Cost(kernels=15, collectives=0, wire_bytes=0, bytes=200, flops=0)
+        """
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return type(self)(*(round(here + (there - here) * share) for here, there in pairs))
+
     def seconds(self, machine: Machine) -> float:
         """Estimate the time by the model of this module.
 

@@ -38,6 +38,10 @@ class Machine:
     source: str
     origin: Origin = "table"
 
+    def fits(self, size: int) -> bool | None:
+        """Return whether bytes fit its memory, or None for a CPU, whose memory it does not know."""
+        return None if self.memory is None else size <= self.memory
+
 
 # Latency and launch are estimates in the whole table: no vendor states them, and --measure replaces
 # them. A TPU's collective crosses a few hops of about a microsecond. A GPU's is NCCL's all-reduce

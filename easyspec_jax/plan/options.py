@@ -1,6 +1,7 @@
 """Options of a plan, checked when they are made. Importing this module does not import JAX."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from easyspec_jax.options import DraftTensorParallelSize, DType, SpeculativeConfig
 from easyspec_jax.plan.machines import parse_topology
@@ -35,6 +36,9 @@ class PlanConfig:
         refit: Count the projections of a refit in addition to the draft's own.
         measure: Measure the figures of the machine on this host's devices instead of taking them
             from the table.
+        acceptance: Acceptance of the pair's drafts by depth, measured by `experiments.acceptance`
+            or by `tune --json`. With it, the plan also looks for the best number of levels, tree
+            width, groups and placement among all that the file has.
         compile: Compile the round, which takes up to minutes, to learn its memory for temporaries.
 
     Raises:
@@ -60,6 +64,7 @@ class PlanConfig:
     )
     refit: bool = False
     measure: bool = False
+    acceptance: Path | None = None
     compile: bool = True
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from easyspec_jax.engine.abstract import absent_mesh
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import resolve_dtype
 from easyspec_jax.parallel.mesh import open_mesh, parse_mesh
+from easyspec_jax.plan.acceptance import read_acceptance
 from easyspec_jax.plan.ahead import (
     CannotCompile,
     Compiled,
@@ -19,6 +20,7 @@ from easyspec_jax.plan.ahead import (
     compile_round,
     topology_mesh,
 )
+from easyspec_jax.plan.best import Best, find_best
 from easyspec_jax.plan.configurations import check_pair, find_config
 from easyspec_jax.plan.cost import Cost
 from easyspec_jax.plan.machines import Topology, parse_topology
@@ -40,6 +42,7 @@ class Plan:
         compiled_way: The way whose round is compiled.
         compiled: That round's figures, or XLA's refusal, or one line that says why this
             installation cannot compile it, or None if it was not asked to.
+        best: Choices by measured acceptance, or None without any.
     """
 
     target_name: str
@@ -50,6 +53,7 @@ class Plan:
     costs: Sequence[Costs]
     compiled_way: Way
     compiled: Compiled | TooLarge | str | None
+    best: Best | None
 
 
 def plan(target: str | Path, draft: str | Path, config: PlanConfig, *, bar: Bar = no_bar) -> Plan:
@@ -71,7 +75,8 @@ def plan(target: str | Path, draft: str | Path, config: PlanConfig, *, bar: Bar 
 
     Raises:
         EasySpecError: A model is unknown, the two cannot share token ids, `config` does not suit
-            them, or devices that are to be measured or compiled for do not exist.
+            them, its file of acceptance is not one, or devices that are to be measured or compiled
+            for do not exist.
 
     Examples:
         Which way is the fastest on eight TPU v5p at an acceptance rate of 0.8?
@@ -88,6 +93,10 @@ def plan(target: str | Path, draft: str | Path, config: PlanConfig, *, bar: Bar 
     draft_name, draft_config = find_config(draft, "draft")
     check_pair(target_config, draft_config)
     pair = _pair(config, topology, target_config, draft_config)
+    # Before anything that takes time.
+    acceptance = None
+    if config.acceptance is not None:
+        acceptance = read_acceptance(config.acceptance, draft_config.num_hidden_layers)
     if config.measure:
         # Only the figures change. The programs are traced for absent devices all the same.
         topology = _measured(topology, pair)
@@ -109,7 +118,10 @@ def plan(target: str | Path, draft: str | Path, config: PlanConfig, *, bar: Bar 
             counted.append(costs(pair, candidate, make_mesh))
             advance(1)
     verification = verification_cost(pair, make_mesh)
-    return Plan(target_name, draft_name, pair, topology, verification, counted, way, compiled)
+    best = None
+    if acceptance is not None:
+        best = find_best(pair, acceptance, make_mesh, topology.machine, bar)
+    return Plan(target_name, draft_name, pair, topology, verification, counted, way, compiled, best)
 
 
 def _pair(config: PlanConfig, topology: Topology, target: ModelConfig, draft: ModelConfig) -> Pair:

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from easyspec_jax.plan.ahead import Compiled, TooLarge
+from easyspec_jax.plan.best import Best, Choice
 from easyspec_jax.plan.configurations import parameter_count
 from easyspec_jax.plan.cost import Cost
 from easyspec_jax.plan.machines import Machine
@@ -16,6 +17,9 @@ from easyspec_jax.plan.steps import Costs
 
 RATES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Acceptance rates (accepted over drafted levels) that speeds are projected for."""
+
+SHOWN = 8
+"""Rows of the table of choices; the object has all."""
 
 
 def tokens_per_second(costs: Costs, levels: int, rate: float, machine: Machine) -> float:
@@ -36,7 +40,9 @@ def tokens_per_second(costs: Costs, levels: int, rate: float, machine: Machine) 
 def as_dict(plan: Plan) -> dict[str, Any]:
     """Convert a plan to JSON's types, as `--json` prints it.
 
-    Bytes are per device; seconds and speeds are estimates.
+    Bytes are per device; seconds and speeds are estimates. With measured acceptance, `best` has the
+    best number of levels of each way and tree width that the file has, the fastest first, and
+    `at_levels` the fastest at `num_speculative_tokens` levels.
     """
     pair, machine = plan.pair, plan.topology.machine
     return {
@@ -54,6 +60,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "verification": _cost(plan.verification, machine),
         "ways": [_way(costs, plan) for costs in plan.costs],
         "compiled": {"way": plan.compiled_way.label} | _compiled(plan.compiled, machine),
+        "best": None if plan.best is None else _best(plan.best, plan),
     }
 
 
@@ -77,7 +84,7 @@ def _way(costs: Costs, plan: Plan) -> dict[str, Any]:
             "draft": costs.draft_bytes,
             "caches": costs.cache_bytes,
             "total": costs.memory,
-            "fits": _fits(costs.memory, machine),
+            "fits": machine.fits(costs.memory),
         },
         "steps": {
             "step": _cost(costs.step, machine),
@@ -97,13 +104,44 @@ def _compiled(compiled: Compiled | TooLarge | str | None, machine: Machine) -> d
         return {"fits": None, "reason": compiled}
     if isinstance(compiled, TooLarge):
         return {"fits": False, "reason": compiled.reason}
-    fits = _fits(compiled.memory, machine)
+    fits = machine.fits(compiled.memory)
     return {"fits": fits, "memory": compiled.memory} | asdict(compiled)
 
 
-def _fits(size: int, machine: Machine) -> bool | None:
-    """Return whether bytes fit a device, or None for a CPU, whose memory nothing here states."""
-    return None if machine.memory is None else size <= machine.memory
+def _best(best: Best, plan: Plan) -> dict[str, Any]:
+    measured, levels = best.measured, plan.pair.num_speculative_tokens
+    ways = []
+    for depths, choice in zip(best.by_depth, best.choices, strict=True):
+        speeds = [one.tokens_per_second for one in depths]
+        of_way = {"at_levels": speeds[levels - 1], "tokens_per_second_by_levels": speeds}
+        ways.append(_choice(choice) | of_way)
+    return {
+        "file": measured.file,
+        "target": measured.target,
+        "draft": measured.draft,
+        "drafts": [kind.label for kind in measured.kinds],
+        "tree_widths": measured.tree_widths,
+        "left_out": [kind.label for kind in measured.left_out],
+        "plain_tokens_per_second": 1 / plan.costs[0].round.seconds(plan.topology.machine),
+        "ways": ways,
+        "at_levels": _choice(best.at_levels),
+        "gain": best.choices[0].tokens_per_second / best.at_levels.tokens_per_second,
+    }
+
+
+def _choice(choice: Choice) -> dict[str, Any]:
+    return {
+        "label": choice.way.label,
+        **asdict(choice.way),
+        "tree_width": choice.tree_width,
+        "num_speculative_tokens": choice.levels,
+        "extrapolated": choice.extrapolated,
+        "tokens_per_round": choice.tokens,
+        "round_seconds": choice.seconds,
+        "tokens_per_second": choice.tokens_per_second,
+        "memory": choice.memory,
+        "fits": choice.fits,
+    }
 
 
 def print_plan(plan: dict[str, Any], console: Console) -> None:
@@ -119,6 +157,9 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     for table in (_steps_table(plan), _memory_table(plan), _speed_table(plan)):
         console.print()
         console.print(table)
+    if plan["best"] is not None:
+        console.print()
+        _print_best(plan["best"], plan["num_speculative_tokens"], console)
     console.print()
     _print_compiled(plan["compiled"], console)
 
@@ -206,6 +247,71 @@ def _speed_table(plan: dict[str, Any]) -> Table:
             cells.append(f"[bold green]*{speed:.1f}[/]" if best else f"{speed:.1f}")
         table.add_row(escape(way["label"]), *cells)
     return table
+
+
+def _print_best(best: dict[str, Any], levels: int, console: Console) -> None:
+    """Print the best choices by measured acceptance, and what another number of levels gains."""
+    target, draft, file = (escape(best[name]) for name in ("target", "draft", "file"))
+    console.print(
+        f"Acceptance of {draft} as measured with {target} ({file}): "
+        f"{', '.join(best['drafts'])}; width {', '.join(map(str, best['tree_widths']))}. "
+        "Nothing else is considered, and whole trees are verified."
+    )
+    if target == draft:
+        console.print("A model that drafts for itself: its exact draft is accepted nearly always.")
+    if best["left_out"]:
+        console.print(f"Left out, as the draft has fewer layers: {', '.join(best['left_out'])}")
+    table = _table(
+        "best by estimate",
+        "width",
+        "levels",
+        "tokens a round",
+        "round",
+        "tokens/s",
+        f"at {levels} levels",
+    )
+    for choice in best["ways"][:SHOWN]:
+        table.add_row(*_choice_cells(choice), f"{choice['at_levels']:.1f}")
+    table.add_row("plain decoding", "", "", "1", "", f"{best['plain_tokens_per_second']:.1f}", "")
+    console.print(table)
+    more = len(best["ways"]) - SHOWN
+    notes = ["* more levels than were measured: acceptance is extrapolated"]
+    if more > 0:
+        notes.append(f"{more} more in --json")
+    console.print(f"[dim]{'; '.join(notes)}[/]")
+    _print_gain(best, console)
+
+
+def _choice_cells(choice: dict[str, Any]) -> list[str]:
+    unfit = "" if choice["fits"] is not False else " [red]does not fit[/]"
+    extrapolated = "*" if choice["extrapolated"] else ""
+    return [
+        escape(choice["label"]) + unfit,
+        str(choice["tree_width"]),
+        f"{extrapolated}{choice['num_speculative_tokens']}",
+        f"{choice['tokens_per_round']:.2f}",
+        _milliseconds(choice["round_seconds"]),
+        f"{choice['tokens_per_second']:.1f}",
+    ]
+
+
+def _print_gain(best: dict[str, Any], console: Console) -> None:
+    choice, other, plain = best["ways"][0], best["at_levels"], best["plain_tokens_per_second"]
+    if choice["tokens_per_second"] <= plain:
+        console.print("Best: [bold]plain decoding[/]; by estimate no draft is faster")
+        return
+    console.print(
+        f"Best: [bold]{_named(choice)}[/], by estimate {choice['tokens_per_second']:.1f} tokens/s: "
+        f"{best['gain']:.2f} × the best of {other['num_speculative_tokens']} levels "
+        f"({_named(other)}, {other['tokens_per_second']:.1f}) and "
+        f"{choice['tokens_per_second'] / plain:.2f} × plain decoding"
+    )
+
+
+def _named(choice: dict[str, Any]) -> str:
+    levels = choice["num_speculative_tokens"]
+    depth = "1 level" if levels == 1 else f"{levels} levels"
+    return f"{escape(choice['label'])}, width {choice['tree_width']}, {depth}"
 
 
 def _print_compiled(compiled: dict[str, Any], console: Console) -> None:

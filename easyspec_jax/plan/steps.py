@@ -1,8 +1,9 @@
 """Cost of the steps of every way of decoding, from traces of the engine's own programs."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import jax
@@ -204,6 +205,54 @@ def costs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Costs:
         prefill=measure(run._prefill, run.leaves, state, *chunk) * chunks,
         round=measure(run._round, run.leaves, state),
     )
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round of some number of levels.
+
+    Attributes:
+        cost: All of it.
+        memory: Bytes of weights and caches per device.
+    """
+
+    cost: Cost
+    memory: int
+
+
+def rounds(pair: Pair, way: Way, make_mesh: MakeMesh, deepest: int) -> list[Round]:
+    """Count rounds of 1, 2, … `deepest` levels; the pair's own number of levels plays no part.
+
+    As long as caches keep their size, a round's cost is a straight line over its levels, except for
+    a little of the choosing: each level adds one pass of the draft, and `tree_width` tokens to the
+    target's. So only the ends of a line are traced.
+    """
+    first = programs(replace(pair, num_speculative_tokens=1), way, make_mesh)
+
+    def run(levels: int) -> Programs:
+        # Another depth drafts with the same models, so they are made once.
+        return replace(first, config=replace(first.config, levels=levels))
+
+    def capacity(levels: int) -> int:
+        return run(levels).capacity(pair.max_length)
+
+    counted = []
+    for _, same in groupby(range(1, deepest + 1), capacity):
+        depths = list(same)
+        shallow, deep = depths[0], depths[-1]
+        ends = {levels: _round(run(levels), pair) for levels in {shallow, deep}}
+        for levels in depths:
+            share = (levels - shallow) / max(deep - shallow, 1)
+            # A few pending tokens are all that memory differs by.
+            between = ends[shallow].cost.towards(ends[deep].cost, share)
+            counted.append(Round(between, ends[deep].memory))
+    return counted
+
+
+def _round(run: Programs, pair: Pair) -> Round:
+    state = abstract_state(run, 1, run.capacity(pair.max_length))
+    counted = cost(run._round, run.leaves, state, mesh_shape=run.mesh.shape)
+    return Round(counted, bytes_per_device((run.target, run.draft, state.target, state.draft)))
 
 
 def verification_cost(pair: Pair, make_mesh: MakeMesh) -> Cost:

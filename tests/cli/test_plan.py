@@ -102,6 +102,116 @@ def test_a_compiled_cpu_round_stands_beside_its_trace(arguments, capsys):
     assert compiled["fits"] is None  # the table has no memory of a CPU
 
 
+@pytest.fixture(scope="module")
+def acceptance(tmp_path_factory):
+    """Acceptance of an ordinary draft, and of groups that the draft has and that it has not."""
+    shared = {"temperature": 0.0, "calibration": True, "refit": False, "groups": "0,1"}
+    shared |= {"tree_width": 1, "rounds": 100}
+    rows = [
+        shared | {"lp_size": 1, "accepted_per_position": [90, 81]},
+        shared | {"lp_size": 2, "accepted_per_position": [80, 64, 50, 39, 30, 23]},
+        shared | {"lp_size": 7, "accepted_per_position": [10, 1]},
+    ]
+    path = tmp_path_factory.mktemp("acceptance") / "measured.json"
+    path.write_text(json.dumps({"target": "T[b]", "draft": "T[b]", "results": rows}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def with_best(configs, acceptance):
+    models = ["--target-config", str(configs["target"]), "--draft-config", str(configs["draft"])]
+    options = ["--topology", "v5p:2x2x2", "--no-compile", "--json", "--max-length", "400"]
+    options += ["--acceptance", str(acceptance), "--num-speculative-tokens", "4"]
+    with mock.patch.dict(os.environ), redirect_stdout(io.StringIO()) as output:
+        assert main([*options, *models]) == 0
+    return json.loads(output.getvalue())
+
+
+@pytest.mark.slow
+def test_the_best_is_found_by_measured_acceptance(with_best, printed):
+    assert printed["best"] is None
+    assert set(with_best) == set(printed)
+    best = with_best["best"]
+    assert (best["file"], best["target"], best["draft"]) == ("measured.json", "T[b]", "T[b]")
+    assert (best["drafts"], best["left_out"]) == (["exact", "N=2"], ["N=7"])
+    assert best["tree_widths"] == [1]
+    assert len(best["ways"]) == 4
+    speeds = [way["tokens_per_second"] for way in best["ways"]]
+    assert speeds == sorted(speeds, reverse=True)
+    assert best["gain"] == pytest.approx(speeds[0] / best["at_levels"]["tokens_per_second"])
+    assert best["at_levels"]["num_speculative_tokens"] == 4
+    assert best["at_levels"]["tokens_per_second"] == max(way["at_levels"] for way in best["ways"])
+    for way in best["ways"]:
+        by_levels, levels = way["tokens_per_second_by_levels"], way["num_speculative_tokens"]
+        assert len(by_levels) == 16
+        assert by_levels[levels - 1] == way["tokens_per_second"] == max(by_levels)
+        assert by_levels[3] == way["at_levels"]
+        assert way["extrapolated"] == (levels > {"sd": 2, "easyspec": 6}[way["method"]])
+        speed = way["tokens_per_round"] / way["round_seconds"]
+        assert way["tokens_per_second"] == pytest.approx(speed)
+
+
+@pytest.mark.slow
+def test_the_best_at_the_plans_levels_agrees_with_its_other_tables(with_best):
+    plain = with_best["ways"][0]["steps"]["round"]["seconds"]
+    assert with_best["best"]["plain_tokens_per_second"] == pytest.approx(1 / plain)
+    traced = {way["label"]: way["steps"]["round"]["seconds"] for way in with_best["ways"]}
+    for way in with_best["best"]["ways"]:
+        if way["method"] == "easyspec":
+            # As measured for four levels; the round is interpolated.
+            expected = (1 + 0.8 + 0.64 + 0.5 + 0.39) / traced[way["label"]]
+            assert way["at_levels"] == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.slow
+def test_the_table_of_the_best_says_what_is_an_estimate(with_best):
+    best = with_best["best"] | {"plain_tokens_per_second": 1.0}
+    printed = rows(with_best | {"best": best})
+    lines = [line for line in printed if len(line) > 5 and line[1] == "1"]
+    assert [line[0] for line in lines] == [way["label"] for way in best["ways"]]
+    for line, way in zip(lines, best["ways"], strict=True):
+        star = "*" if way["extrapolated"] else ""
+        assert line[2] == f"{star}{way['num_speculative_tokens']}"
+        assert line[-2:] == [f"{way['tokens_per_second']:.1f}", f"{way['at_levels']:.1f}"]
+    text = " ".join(cell for line in printed for cell in line)
+    assert "best by estimate" in text
+    assert "acceptance is extrapolated" in text
+    speed = best["ways"][0]["tokens_per_second"]
+    assert f"by estimate {speed:.1f} tokens/s: {best['gain']:.2f} × the best of 4 levels" in text
+    assert f"and {speed:.2f} × plain decoding" in text
+    assert "Acceptance of T[b] as measured with T[b] (measured.json): exact, N=2; width 1." in text
+    assert "A model that drafts for itself: its exact draft is accepted nearly always." in text
+    assert "Left out, as the draft has fewer layers: N=7" in text
+
+
+@pytest.mark.slow
+def test_no_draft_may_be_worth_it(with_best):
+    """Two layers decode faster than any draft of six."""
+    best = with_best["best"]
+    assert best["ways"][0]["tokens_per_second"] < best["plain_tokens_per_second"]
+    text = [line[0] for line in rows(with_best)]
+    assert "Best: plain decoding; by estimate no draft is faster" in text
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "does not exist"),
+        ("[]", "must hold a JSON object"),
+        ('{"results": []}', "is neither the JSON of experiments.acceptance nor"),
+    ],
+)
+def test_files_that_are_no_acceptance(content, message, arguments, tmp_path, capsys):
+    path = tmp_path / "acceptance.json"
+    if content is not None:
+        path.write_text(content)
+    assert main(["--topology", "v5e:2x4", *arguments, "--acceptance", str(path)]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert re.match(rf"easyspec_jax\.plan: error: (--acceptance )?\S+ {message}", output.err)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

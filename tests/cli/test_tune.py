@@ -14,6 +14,7 @@ from easyspec_jax.cli import generate
 from easyspec_jax.engine import tuned_file
 from easyspec_jax.engine.tuned_file import FILE, Choice
 from easyspec_jax.options import SpeculativeConfig
+from easyspec_jax.plan.acceptance import read_acceptance
 from easyspec_jax.tune import tuning
 from easyspec_jax.tune.__main__ import main
 from easyspec_jax.tune.predict import Figures
@@ -99,12 +100,28 @@ def test_one_object_has_everything(printed):
         tokens = 1 + candidate["acceptance_rate"] * rounds
         assert candidate["predicted_tokens_per_second"] == pytest.approx(tokens / seconds)
         assert not candidate["frontier"] or candidate["deepest_acceptance_rate"] is not None
+        accepted = candidate["accepted_by_levels"]
+        assert (accepted is None) == (candidate["deepest_acceptance_rate"] is None)
+        if accepted is not None:
+            assert candidate["deepest_acceptance_rate"] == pytest.approx(accepted[-1] / 2)
+            assert accepted[rounds - 1] == pytest.approx(candidate["acceptance_rate"] * rounds)
     speeds = [
         found["plain_tokens_per_second"],
         *(c["confirmed_tokens_per_second"] or 0 for c in found["candidates"]),
     ]
     assert found["choice"]["tokens_per_second"] == max(speeds)
     assert plot.startswith(b"\x89PNG")
+
+
+def test_plan_reads_what_was_printed(printed, tmp_path):
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps(printed[0]))
+    found = read_acceptance(path, num_layers=4)
+    measured = [c for c in printed[0]["candidates"] if c["accepted_by_levels"] is not None]
+    assert {curve.accepted for curve in found.curves.values()} == {
+        tuple(candidate["accepted_by_levels"]) for candidate in measured
+    }
+    assert found.tree_widths == [1]
 
 
 def test_the_table_shows_the_object(printed):

@@ -10,7 +10,7 @@ from easyspec_jax.checkpoint.config import model_config
 from easyspec_jax.engine.abstract import absent_mesh
 from easyspec_jax.parallel.mesh import MeshShape, open_mesh
 from easyspec_jax.plan.cost import Cost
-from easyspec_jax.plan.steps import Costs, Pair, Way, costs, verification_cost, ways
+from easyspec_jax.plan.steps import Costs, Pair, Way, costs, rounds, verification_cost, ways
 from tests.support.models import family_config
 
 TARGET_LAYERS, DRAFT_LAYERS, LEVELS = 3, 8, 4
@@ -152,3 +152,38 @@ def test_trees_widen_steps_and_verification():
     assert tree.step.flops > 2.5 * chain.step.flops
     assert tree.step.collectives == chain.step.collectives
     assert verification_cost(pair(3), absent).flops > 2 * verification_cost(pair(), absent).flops
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("way", [Way("easyspec", 4), Way("easyspec", 2, "1"), Way("tree")])
+def test_rounds_of_every_depth_lie_on_a_line(way, width):
+    """What is interpolated is what a trace of that depth counts."""
+    if width == 1 and way.method == "tree":
+        way = Way("sd")
+    lines = rounds(pair(width), way, absent, deepest=9)
+    for levels in (1, LEVELS, 9):
+        traced = costs(replace(pair(width), num_speculative_tokens=levels), way, absent)
+        found = lines[levels - 1]
+        assert found.cost.kernels == traced.round.kernels
+        assert found.cost.collectives == traced.round.collectives
+        assert found.cost.flops == traced.round.flops
+        assert found.cost.bytes == pytest.approx(traced.round.bytes, rel=2e-3)
+        # Choosing among a level's candidates, 1 % of what so small a model sends, is no line.
+        assert found.cost.wire_bytes == pytest.approx(traced.round.wire_bytes, rel=0.02)
+        assert found.memory == traced.memory
+
+
+@pytest.mark.slow
+def test_a_line_ends_where_caches_grow():
+    """Texts of 508 tokens and rounds of up to 3 levels need 512 entries, deeper ones 1024."""
+    tight = replace(pair(), max_length=508)
+    lines = rounds(tight, Way("sd"), absent, deepest=6)
+    capacities = []
+    for levels, found in enumerate(lines, start=1):
+        traced = costs(replace(tight, num_speculative_tokens=levels), Way("sd"), absent)
+        assert found.memory == traced.memory
+        assert found.cost.kernels == traced.round.kernels
+        assert found.cost.bytes == pytest.approx(traced.round.bytes, rel=2e-3)
+        capacities.append(traced.capacity)
+    assert capacities == [512, 512, 512, 1024, 1024, 1024]
