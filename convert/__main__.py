@@ -4,15 +4,13 @@ Heavy libraries are imported only once the arguments are known to be good.
 """
 
 import argparse
-import ctypes
-import os
 import re
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
+from convert.process import leave_accelerators_alone, share_free_memory
 from easyspec_jax.cli.command import Parser, run_command
 from easyspec_jax.cli.flags import add_shared
 from easyspec_jax.errors import EasySpecError
@@ -22,7 +20,7 @@ from easyspec_jax.options import FLOAT_DTYPES
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code, as run_command does."""
     started = time.monotonic()
-    _share_free_memory()
+    share_free_memory()
     again = "interrupted; the same command goes on from here"
     return run_command("convert", _parser(), lambda args: _run(args, started), argv, again)
 
@@ -123,20 +121,6 @@ def _bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a size such as 700MB or 2GiB")
     number, prefix, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix or " "))
-
-
-def _share_free_memory() -> None:
-    """Let all threads allocate from one arena, so that --memory holds."""
-    # glibc gives each thread an arena of its own, and memory freed into one is not reused by the
-    # threads of another: eight workers would keep eight times what one needs.
-    arena_max = -8  # M_ARENA_MAX of <malloc.h>
-    with suppress(AttributeError, OSError):  # other C libraries have no mallopt
-        ctypes.CDLL(None).mallopt(arena_max, 1)
-
-
-def leave_accelerators_alone() -> None:
-    """Restrict this process to the CPU. Orbax starts JAX when it commits a checkpoint."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 if __name__ == "__main__":

