@@ -82,7 +82,7 @@ def _answer(
     try:
         rows = engine.prepare([messages])
         engine.compile(rows, turn, bar=bar)
-        completion = next(engine.generate(rows, turn, on_text=show))
+        completion = next(engine.generate(rows, turn, on_text=show, bar=bar))
         print(flush=True)
         if completion.error is not None:
             raise EasySpecError(completion.error)

@@ -182,7 +182,10 @@ def _complete(
     # The example's text continues its prompt in mid-function, so show the prompt first.
     if stream and prompts == [demo.PROMPT]:
         console.print_example(demo.PROMPT)
-    texts = engine.generate(rows, sampling, batch_size=args.batch_size, on_text=stream)
+    # Without streaming there is a bar already, and next to text there must be none: a prompt is
+    # read before its text begins.
+    reading = bar if stream else no_bar
+    texts = engine.generate(rows, sampling, batch_size=args.batch_size, on_text=stream, bar=reading)
     plain_texts = None
     if baseline is not None:
         plain_texts = baseline.generate(rows, sampling, batch_size=args.batch_size)

@@ -10,7 +10,7 @@ A Batch is this loop. decode() fills all its rows at once and runs it until all 
 that gives free rows new texts (refill) steps it itself.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from typing import NamedTuple, Self
@@ -24,6 +24,7 @@ from easyspec_jax.decode.prefilling import first_tokens, prefill_all
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.round import Report, State
 from easyspec_jax.options import SamplingParams
+from easyspec_jax.progress import Bar, no_bar
 
 FREE = -1
 """Text number of a row without a text."""
@@ -94,6 +95,7 @@ class Batch:
         prompts: Sequence[Sequence[int]],
         limits: Sequence[int],
         sampling: SamplingParams,
+        bar: Bar = no_bar,
     ) -> Self:
         """Start with a text in every row, all prefilled at once; arguments as for decode()."""
         growth = CacheGrowth(programs, len(prompts))
@@ -101,11 +103,11 @@ class Batch:
             growth.enter(row, len(prompt), limit)
         growth.capacity = growth.needed()
         batch = cls(programs, programs.start(sampling, limits, growth.capacity), growth)
-        batch._prefill(prompts)
+        batch._prefill(prompts, bar)
         return batch
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        self._state, chunks = prefill_all(self._programs, self._state, prompts)
+    def _prefill(self, prompts: Sequence[Sequence[int]], bar: Bar) -> None:
+        self._state, chunks = prefill_all(self._programs, self._state, prompts, bar)
         self._texts = len(prompts)
         self._text = np.arange(self._texts)
         rows = np.arange(self._texts)
@@ -164,6 +166,7 @@ def decode(
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
     sampling: SamplingParams,
+    bar: Bar = no_bar,
 ) -> Generator[Report]:
     """Generate text after several prompts, one per row of a batch.
 
@@ -172,11 +175,12 @@ def decode(
         prompts: Token ids of each prompt, none empty.
         limits: How many tokens to generate after each prompt, at most.
         sampling: Temperature, top-k and top-p. Row i has seed `(sampling.seed + i) % 2**32`.
+        bar: Shows the progress of reading long prompts.
 
     Yields:
         A Report of NumPy arrays for the prefill, and one for each round, until every row is done.
     """
-    with closing(Batch.filled(programs, prompts, limits, sampling)) as batch:
+    with closing(Batch.filled(programs, prompts, limits, sampling, bar)) as batch:
         done = False
         while not done:
             # No row is ever left or refilled here, so each step reads one report of all rows.
@@ -196,16 +200,23 @@ def settle(state: State) -> None:
         jax.block_until_ready(state.length)
 
 
-def warm_up(programs: Programs, capacities: Sequence[int], rows: int = 1) -> None:
+def warm_up(
+    programs: Programs, capacities: Sequence[int], sizes: Iterable[int], rows: int = 1
+) -> None:
     """Compile what decode() will use, by running it on rows that are finished from the start.
+
+    What is compiled already costs only its run.
 
     Args:
         programs: Compiled steps.
         capacities: Sizes that the caches will have, in order; see Programs.capacities.
+        sizes: Sizes of the prompts' chunks; see Programs.chunks.
         rows: Rows of the batch.
     """
     state = programs.start(SamplingParams(), [0] * rows, capacities[0])
-    state, _ = prefill_all(programs, state, [[0]] * rows)
+    for size in sizes:
+        tokens, count = np.zeros((rows, size), np.int32), np.zeros(rows, np.int32)
+        state, _ = programs.prefill(state, tokens, count, np.zeros(rows, bool))
     state, _ = programs.round(state)
     for capacity in capacities[1:]:
         state, _ = programs.round(programs.extend(state, capacity))

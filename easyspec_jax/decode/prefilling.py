@@ -6,15 +6,19 @@ from functools import partial
 import jax
 import numpy as np
 
-from easyspec_jax.decode.programs import PREFILL_CHUNK, Programs
+from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.round import Report, State
+from easyspec_jax.progress import Bar, no_bar
+
+FEW = 4
+"""Chunks that are prefilled without a progress bar."""
 
 Chunk = tuple[np.ndarray, Report]
 """For a chunk of all prompts: whose prompts end with it, bool [batch], and its prefill's report."""
 
 
 def prefill_all(
-    programs: Programs, state: State, prompts: Sequence[Sequence[int]]
+    programs: Programs, state: State, prompts: Sequence[Sequence[int]], bar: Bar = no_bar
 ) -> tuple[State, list[Chunk]]:
     """Run prefill over all prompts, chunk by chunk.
 
@@ -22,22 +26,33 @@ def prefill_all(
         programs: Compiled steps.
         state: Rows that hold no text yet.
         prompts: Token ids of each prompt, none empty.
+        bar: Shows the progress of long prompts.
 
     Returns:
         The state after all prompts, and the chunks that first_tokens() needs.
     """
-    # Prompts of 150 and 20 tokens take two chunks of 128, with counts [128, 20] and [22, 0], and
-    # last [False, True] and [True, False].
+    # Prompts of 150 and 20 tokens may take chunks of 128 and 32, with counts [128, 20] and [22, 0],
+    # and last [False, True] and [True, False].
     lengths = np.asarray([len(prompt) for prompt in prompts])
-    chunks = []
-    for start in range(0, int(lengths.max()), PREFILL_CHUNK):
-        count = np.clip(lengths - start, 0, PREFILL_CHUNK).astype(np.int32)
-        tokens = np.zeros((len(prompts), PREFILL_CHUNK), np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : count[row]] = prompt[start : start + PREFILL_CHUNK]
-        last = (count > 0) & (lengths <= start + PREFILL_CHUNK)
-        state, report = programs.prefill(state, tokens, count, last)
-        chunks.append((last, report))
+    sizes = programs.chunks(int(lengths.max()), state.target[0].capacity, len(prompts))
+    chunks: list[Chunk] = []
+    start = 0
+    shown = bar if len(sizes) > FEW else no_bar
+    with shown("Reading the prompt", sum(sizes)) as advance:
+        for size in sizes:
+            count = np.clip(lengths - start, 0, size).astype(np.int32)
+            tokens = np.zeros((len(prompts), size), np.int32)
+            for row, prompt in enumerate(prompts):
+                tokens[row, : count[row]] = prompt[start : start + size]
+            last = (count > 0) & (lengths <= start + size)
+            state, report = programs.prefill(state, tokens, count, last)
+            if shown is not no_bar and chunks:
+                # Calls return at once. A bar waits for the chunk before, so that the devices always
+                # have one to work on.
+                jax.block_until_ready(chunks[-1][1])
+                advance(size)
+            chunks.append((last, report))
+            start += size
     return state, chunks
 
 

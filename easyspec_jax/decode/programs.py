@@ -1,4 +1,4 @@
-"""Compiled steps of one pair of models, each compiled once per cache size.
+"""Compiled steps of one pair of models, each compiled once per cache size (and chunk size).
 
 The steps themselves are pure functions in `round.py` and `refill.py`. Here they are wrapped in
 `shard_map` and `jit`, and their arguments are put on the mesh.
@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from easyspec_jax.arithmetic import round_up
+from easyspec_jax.decode.chunks import PASS_OVERHEAD, PREFILL_SIZES, chunks
 from easyspec_jax.decode.refill import Entrance, enter, extended
 from easyspec_jax.decode.round import (
     Report,
@@ -34,11 +35,8 @@ from easyspec_jax.verify import RowSampling
 AHEAD = 256
 """Tokens after a prompt that a text gets cache entries for at first, whatever its limit."""
 
-PREFILL_CHUNK = 128
-"""Prompt tokens per prefill step.
-
-Capacities of caches are multiples of it, so that a last chunk fits with its padding.
-"""
+CAPACITY_UNIT = 128
+"""Capacities of caches are multiples of it, and at least that."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +76,11 @@ class Programs:
             Cache entries per row.
         """
         # The next power of two: 300 -> 512, 512 -> 512.
-        size = 1 << (max(self._needed(tokens), PREFILL_CHUNK) - 1).bit_length()
+        size = 1 << (max(self._needed(tokens), CAPACITY_UNIT) - 1).bit_length()
         if self.max_length is None:
             return size
         most = self._needed(max(tokens, self.max_length))
-        return min(size, round_up(most, PREFILL_CHUNK))
+        return min(size, round_up(most, CAPACITY_UNIT))
 
     def _needed(self, tokens: int) -> int:
         """Count the entries that a round may write for a text of a length."""
@@ -101,6 +99,22 @@ class Programs:
         while sizes[-1] < self.capacity(prompt + limit):
             sizes.append(self.capacity(sizes[-1]))
         return tuple(sizes)
+
+    def chunks(self, prompt: int, capacity: int, rows: int = 1) -> tuple[int, ...]:
+        """List the sizes of the chunks in which rows are prefilled together.
+
+        Args:
+            prompt: Tokens of the longest prompt.
+            capacity: Cache entries per row.
+            rows: Rows of the batch.
+        """
+        platform = self.mesh.devices.flat[0].platform
+        smallest, *others = PREFILL_SIZES[platform]
+        # Several rows fill a pass as well as a long chunk does, and take as much working memory.
+        most = max(CAPACITY_UNIT, PREFILL_SIZES[platform][-1] // rows)
+        sizes = [smallest, *(size for size in others if size <= most)]
+        # The rows share what a pass costs whatever its tokens.
+        return chunks(prompt, sizes, PASS_OVERHEAD[platform] / rows, capacity)
 
     def start(self, sampling: SamplingParams, limits: Sequence[int], capacity: int) -> State:
         """Make the state of rows that hold no text yet.
@@ -122,7 +136,7 @@ class Programs:
 
         Args:
             state: The state; donated.
-            tokens: int32 [batch, PREFILL_CHUNK], padded with any ids.
+            tokens: int32 [batch, chunk], padded with any ids.
             count: Tokens of each row's chunk, int32 [batch].
             last: Whether a row's prompt ends with it, bool [batch].
         """
@@ -144,20 +158,21 @@ class Programs:
         Returns:
             The new state; and a report of this one row, with the text's first token.
         """
-        report = None
-        for start in range(0, len(prompt), PREFILL_CHUNK):
-            part = prompt[start : start + PREFILL_CHUNK]
-            tokens = np.zeros((1, PREFILL_CHUNK), np.int32)
+        report, start = None, 0
+        for size in self.chunks(len(prompt), state.target[0].capacity):
+            part = prompt[start : start + size]
+            tokens = np.zeros((1, size), np.int32)
             tokens[0, : len(part)] = part
             text = Entrance(
                 tokens=self._replicated(tokens),
                 start=self._replicated(np.full(1, start, np.int32)),
                 count=self._replicated(np.full(1, len(part), np.int32)),
-                last=self._replicated(np.full(1, start + PREFILL_CHUNK >= len(prompt))),
+                last=self._replicated(np.full(1, start + size >= len(prompt))),
                 limit=self._replicated(np.full(1, limit, np.int32)),
                 request=self._request(sampling, 1),
             )
             state, report = self._enter(self.leaves, state, self._replicated(np.int32(row)), text)
+            start += size
         assert report is not None, "an empty prompt"
         return state, report
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from easyspec_jax.decode.drafting import draft_tree
 from easyspec_jax.draft.layer_group import run_fuzzy
@@ -211,6 +211,37 @@ def init_state(
     )
 
 
+def append_chunk(
+    target: Decoder,
+    draft: Decoder | None,
+    state: State,
+    tokens: Int[Array, "batch chunk"],
+    count: Int[Array, " batch"],
+) -> tuple[State, Float[Array, "batch hidden"]]:
+    """Append a chunk of each row's prompt to both caches, exactly.
+
+    Args:
+        target: The target.
+        draft: The draft, or None.
+        state: Rows whose earlier prompt chunks are already in the caches.
+        tokens: Each row's next prompt tokens, padded to the chunk.
+        count: How many of them there are; 0 for a row whose prompt has ended before.
+
+    Returns:
+        The new state, and the target's hidden state after the last of the tokens.
+    """
+    h, target_caches = target(tokens, state.target, state.length)
+    draft_caches = () if draft is None else draft(tokens, state.draft, state.draft_length)[1]
+    appended = replace(
+        state,
+        target=target_caches,
+        draft=draft_caches,
+        length=state.length + count,
+        draft_length=state.draft_length + count,
+    )
+    return appended, _take(h, _end(count))
+
+
 def prefill(
     target: Decoder,
     draft: Decoder | None,
@@ -220,14 +251,14 @@ def prefill(
     last: Bool[Array, " batch"],
     config: RoundConfig,
 ) -> tuple[State, Report]:
-    """Append a chunk of each row's prompt to both caches, exactly; sample first tokens.
+    """Append a chunk of each row's prompt, and sample the first token of rows that it ends.
 
     Args:
         target: The target.
         draft: The draft, or None.
-        state: Rows whose earlier prompt chunks are already in the caches.
-        tokens: Each row's next prompt tokens, padded to the chunk.
-        count: How many of them there are; 0 for a row whose prompt has ended before.
+        state: As for append_chunk().
+        tokens: As for append_chunk().
+        count: As for append_chunk().
         last: Whether the row's prompt ends with this chunk.
         config: The round's configuration.
 
@@ -235,23 +266,24 @@ def prefill(
         The new state; and a report with the first token of rows whose prompt ends here. That token
         belongs to no round. Other rows report no token.
     """
-    h, target_caches = target(tokens, state.target, state.length)
-    draft_caches = () if draft is None else draft(tokens, state.draft, state.draft_length)[1]
-    end = jnp.maximum(count - 1, 0)
-    logits = target.logits(_take(h, end)[:, None])  # after the prompt's last token: [batch, 1, ids]
-    tree = bare_root(_take(tokens, end))
-    verdict = config.verifier.verify(logits, tree, state.length + count, state.request)
+    appended, h = append_chunk(target, draft, state, tokens, count)
+    tree = bare_root(_take(tokens, _end(count)))
+
+    def choose() -> Verdict:
+        logits = target.logits(h[:, None])  # after the prompt's last token: [batch, 1, ids]
+        return config.verifier.verify(logits, tree, appended.length, state.request)
+
+    # Most chunks of a long prompt end no row's, and need not be multiplied by the whole vocabulary.
+    # All devices have the same `last` and so take the same branch, in which they may communicate.
+    nothing = jnp.zeros_like(state.length)
+    verdict = jax.lax.cond(jnp.any(last), choose, lambda: Verdict(nothing, nothing))
     live = last & (state.remaining > 0)
     report, remaining, _ = _accept(
         verdict, tree, state.remaining, live, jnp.ones_like(live), config, 0
     )
     first = jnp.broadcast_to(report.tokens[:, :1], state.pending.shape)
     appended = replace(
-        state,
-        target=target_caches,
-        draft=draft_caches,
-        length=state.length + count,
-        draft_length=state.draft_length + count,
+        appended,
         pending=jnp.where(last[:, None], first, state.pending),
         pending_count=jnp.where(last, 1, state.pending_count),
         remaining=remaining,
@@ -421,6 +453,11 @@ def _commit(
         pending_count=jnp.where(live, report.num_tokens - kept, state.pending_count),
         request=request,
     )
+
+
+def _end(count: Int[Array, " batch"]) -> Int[Array, " batch"]:
+    """Return the index of a chunk's last token; 0, which means nothing, where there is none."""
+    return jnp.maximum(count - 1, 0)
 
 
 def _take(x: Array, index: Int[Array, " batch"]) -> Array:

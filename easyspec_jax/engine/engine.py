@@ -43,8 +43,8 @@ class Preparation:
 class Engine(Models):
     """Models that complete prompts; see `open_model`, which makes one."""
 
-    # Round, cache sizes and batch size of everything that XLA has compiled already.
-    _compiled: set[tuple[RoundConfig, tuple[int, ...], int]] = field(
+    # Round, cache sizes, chunk size and batch size of everything that XLA has compiled already.
+    _compiled: set[tuple[RoundConfig, tuple[int, ...], int, int]] = field(
         default_factory=set, init=False, repr=False
     )
 
@@ -147,20 +147,41 @@ class Engine(Models):
         jax.block_until_ready(jax.tree.leaves(self.load(bar)))
         loaded = time.perf_counter()
         programs = self.programs(sampling)
-        # Batches whose caches go through the same sizes need the same programs.
-        growths = {self._growth(programs, batch, sampling) for batch in batches}
-        wanted = [(programs.config, capacities, batch_size) for capacities in sorted(growths)]
-        missing = [program for program in wanted if program not in self._compiled]
-        if missing:
-            with bar("Compiling", len(missing)) as advance:
-                for _, capacities, size in missing:
-                    # Rows that are finished from the start compile everything without decoding
-                    # anything.
-                    warm_up(programs, capacities, size)
-                    advance(1)
-            self._compiled.update(missing)
-        sizes = sorted(set().union(*growths))
-        return Preparation(sizes, loaded - begun, time.perf_counter() - loaded)
+        # Batches whose caches go through the same sizes need the same programs, but for the chunks
+        # of their prompts.
+        wanted: dict[tuple[int, ...], set[int]] = {}
+        for batch in batches:
+            growth = self._growth(programs, batch, sampling)
+            longest = max(map(len, batch))
+            wanted.setdefault(growth, set()).update(programs.chunks(longest, growth[0], batch_size))
+        self._warm_up(programs, wanted, batch_size, bar)
+        capacities = sorted(set().union(*wanted))
+        return Preparation(capacities, loaded - begun, time.perf_counter() - loaded)
+
+    def _warm_up(
+        self,
+        programs: Programs,
+        wanted: Mapping[tuple[int, ...], set[int]],
+        batch_size: int,
+        bar: Bar,
+    ) -> None:
+        """Compile programs for cache sizes and for chunk sizes at the first of these."""
+        missing: dict[tuple[int, ...], list[int]] = {}
+        for capacities, chunks in sorted(wanted.items()):
+            for chunk in sorted(chunks):
+                key = programs.config, capacities, chunk, batch_size
+                if key not in self._compiled:
+                    missing.setdefault(capacities, []).append(chunk)
+        if not missing:
+            return
+        with bar("Compiling", len(missing)) as advance:
+            for capacities, chunks in missing.items():
+                # Rows that are finished from the start compile everything without decoding
+                # anything.
+                warm_up(programs, capacities, chunks, batch_size)
+                for chunk in chunks:
+                    self._compiled.add((programs.config, capacities, chunk, batch_size))
+                advance(1)
 
     def _growth(
         self, programs: Programs, batch: Sequence[Sequence[int]], sampling: SamplingParams
@@ -183,6 +204,7 @@ class Engine(Models):
         chat: bool = False,
         batch_size: int = 1,
         on_text: Callable[[str], None] | None = None,
+        bar: Bar = no_bar,
     ) -> Iterator[Completion]:
         """Complete prompts, in order, each as soon as its batch is done.
 
@@ -193,6 +215,7 @@ class Engine(Models):
             chat: Put texts as a user's message.
             batch_size: Prompts decoded together, which changes no text in float32.
             on_text: Called with each piece of text as it is made, one prompt at a time.
+            bar: Shows the progress of reading long prompts.
 
         Returns:
             An iterator of one Completion per prompt.
@@ -214,6 +237,7 @@ class Engine(Models):
                 replace(sampling, seed=wrap_seed(sampling.seed + number * batch_size)),
                 batch_size,
                 on_text or _ignore,
+                bar,
             )
             for number, batch in enumerate(batches)
         )
@@ -224,6 +248,7 @@ class Engine(Models):
         sampling: SamplingParams,
         batch_size: int,
         on_text: Callable[[str], None],
+        bar: Bar,
     ) -> Iterator[Completion]:
         """Complete one batch. Rows that it lacks prompts for are finished from the start."""
         programs = self.programs(sampling)
@@ -236,7 +261,7 @@ class Engine(Models):
         begun = time.perf_counter()
         for row in rows:
             row.begun = begun
-        with closing(decode(programs, encoded, limits, sampling)) as reports:
+        with closing(decode(programs, encoded, limits, sampling, bar)) as reports:
             for report in reports:
                 for index, row in enumerate(rows):
                     if not row.finished:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from easyspec_jax.arithmetic import ceil_div
 from easyspec_jax.checkpoint.config import ModelConfig
-from easyspec_jax.decode.programs import PREFILL_CHUNK, Programs
+from easyspec_jax.decode.programs import CAPACITY_UNIT, Programs
 from easyspec_jax.decode.round import RoundConfig
 from easyspec_jax.draft.grouping import Layout
 from easyspec_jax.engine.abstract import (
@@ -115,8 +115,8 @@ def _of_models(job: Workload) -> tuple[tuple[Decoder, Decoder | None], int, int]
     )
     target, draft = models
     missing = (None if job.target_held else target, None if job.draft_held else draft)
-    state = abstract_state(Programs(job.mesh, *models, job.round), 1, PREFILL_CHUNK)
-    entry = bytes_per_device((state.target, state.draft)) // PREFILL_CHUNK
+    state = abstract_state(Programs(job.mesh, *models, job.round), 1, CAPACITY_UNIT)
+    entry = bytes_per_device((state.target, state.draft)) // CAPACITY_UNIT
     if _platform(job.mesh) != "cpu":
         return models, bytes_per_device(missing), entry
     # All virtual devices of a CPU share one array of a replicated weight.
@@ -140,7 +140,9 @@ def _working(model: Decoder, programs: Programs, job: Workload) -> int:
     inner = ceil_div(config.intermediate_size, shards)
     vocabulary = model.embedding.shape[0] // shards
     for_each_token = 4 * ((2 * heads + 1) * capacity + 3 * inner + 6 * config.hidden_size)
-    return job.rows * (max(PREFILL_CHUNK, nodes) * for_each_token + 3 * 4 * nodes * vocabulary)
+    # A shorter `max_length` that is only tried may be less than the prompt.
+    chunk = max(programs.chunks(min(job.prompt, job.tokens), capacity, job.rows))
+    return job.rows * (max(chunk, nodes) * for_each_token + 3 * 4 * nodes * vocabulary)
 
 
 def free_memory(mesh: Mesh) -> int | None:

@@ -1,5 +1,6 @@
 """Cost of the steps of every way of decoding, from traces of the engine's own programs."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,10 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from easyspec_jax.arithmetic import ceil_div
 from easyspec_jax.checkpoint.config import ModelConfig
-from easyspec_jax.decode.programs import PREFILL_CHUNK, Programs
-from easyspec_jax.decode.round import RoundConfig, State
+from easyspec_jax.decode.programs import Programs
+from easyspec_jax.decode.round import RoundConfig, State, append_chunk
 from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.layer_group import run_fuzzy
 from easyspec_jax.engine.abstract import abstract_pair, abstract_state, bytes_per_device
@@ -185,14 +185,6 @@ def costs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Costs:
         # Pending: all tokens that the round before accepted, and its last one. Only what follows
         # the last token is drafted, so only that token gets logits.
         calibration = one_pass("draft", run.config.pending_size, scored=1)
-    # One row's chunk of the prompt: its ids, how many of them count, and whether it is the last.
-    chunk = (
-        jax.ShapeDtypeStruct((1, PREFILL_CHUNK), np.int32),
-        jax.ShapeDtypeStruct((1,), np.int32),
-        jax.ShapeDtypeStruct((1,), bool),
-    )
-    # Each chunk attends to the whole cache, so all chunks cost the same: 300 tokens are 3 chunks.
-    chunks = ceil_div(pair.prompt_length, PREFILL_CHUNK)
     return Costs(
         way=way,
         mesh=MeshShape(run.mesh.shape["layer"], run.mesh.shape["tensor"]),
@@ -202,7 +194,7 @@ def costs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Costs:
         cache_bytes=bytes_per_device((state.target, state.draft)),
         step=step,
         calibration=calibration,
-        prefill=measure(run._prefill, run.leaves, state, *chunk) * chunks,
+        prefill=prefill_cost(run, state, pair.prompt_length),
         round=measure(run._round, run.leaves, state),
     )
 
@@ -253,6 +245,33 @@ def _round(run: Programs, pair: Pair) -> Round:
     state = abstract_state(run, 1, run.capacity(pair.max_length))
     counted = cost(run._round, run.leaves, state, mesh_shape=run.mesh.shape)
     return Round(counted, bytes_per_device((run.target, run.draft, state.target, state.draft)))
+
+
+def prefill_cost(run: Programs, state: State, prompt: int) -> Cost:
+    """Count all passes over a prompt; only the last one's hidden state gets logits.
+
+    Args:
+        run: The programs, which have the models and the mesh.
+        state: A state of one row.
+        prompt: Tokens of the prompt.
+    """
+    measure = partial(cost, mesh_shape=run.mesh.shape)
+
+    def body(*args: Any) -> State:
+        return append_chunk(*args)[0]
+
+    append = run.mapped(body, (run.state_spec, P(), P()), run.state_spec)
+    # One row's chunk: its ids, how many of them count, and whether the prompt ends with it.
+    count, last = jax.ShapeDtypeStruct((1,), np.int32), jax.ShapeDtypeStruct((1,), bool)
+    *others, end = (
+        jax.ShapeDtypeStruct((1, size), np.int32)
+        for size in run.chunks(prompt, state.target[0].capacity)
+    )
+    total = measure(run._prefill, run.leaves, state, end, count, last)
+    # Each chunk attends to the whole cache, so chunks of one size cost the same.
+    for chunk, times in Counter(others).items():
+        total += measure(append, run.leaves, state, chunk, count) * times
+    return total
 
 
 def verification_cost(pair: Pair, make_mesh: MakeMesh) -> Cost:

@@ -90,8 +90,8 @@ def in_jaxpr(jaxpr: Jaxpr, sizes: Mapping[str, int], once: bool = False) -> Iter
             times = 1 if once else equation.params["length"]
             yield from times * list(in_jaxpr(equation.params["jaxpr"].jaxpr, sizes, once))
         else:
-            # A call, a while loop or all branches of a condition. Branches never communicate,
-            # because devices may take different ones, so nothing is counted twice.
+            # A call, a while loop or all branches of a condition. At most one branch communicates:
+            # that of prefill which all devices take together. So nothing is counted twice.
             for part in inner(equation):
                 for collective in in_jaxpr(part, sizes, once):
                     if name == "while":

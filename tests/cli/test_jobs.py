@@ -14,7 +14,7 @@ from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, open_
 from easyspec_jax.cli.jobs import check_results, open_results, read_job, run_job
 from easyspec_jax.decode import refill
 from easyspec_jax.decode.loop import Batch
-from easyspec_jax.decode.programs import PREFILL_CHUNK, Programs
+from easyspec_jax.decode.programs import Programs
 from easyspec_jax.generate import main
 from easyspec_jax.options import Method
 from tests.support.models import add_refit, save_model
@@ -81,7 +81,7 @@ def test_a_poisoned_model_ends_its_row_and_is_named(models, engine, which):
     sick = engine_of(models[which == "target"], models[which == "draft"])
     prompts = [
         "first",
-        "x" * (PREFILL_CHUNK + 9) + POISON,
+        "x" * 137 + POISON,
         "third",
         "fourth",
     ]  # nobody's prefill reaches as far

@@ -14,7 +14,7 @@ from easyspec_jax.decode import growth
 from easyspec_jax.decode import programs as compiled
 from easyspec_jax.decode.loop import decode
 from easyspec_jax.decode.prefilling import first_tokens, prefill_all
-from easyspec_jax.decode.programs import PREFILL_CHUNK, Programs
+from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.round import RoundConfig
 from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.layer_group import load_draft
@@ -24,7 +24,7 @@ from easyspec_jax.verify import Coupled, Greedy, Rejection
 from tests.support.models import LAYERS, load_target, loader, save_model, some_refit
 
 RNG = np.random.default_rng(0)
-PROMPTS = [RNG.integers(4, 300, size).tolist() for size in (PREFILL_CHUNK + 20, 3, 60)]
+PROMPTS = [RNG.integers(4, 300, size).tolist() for size in (148, 3, 60)]  # of two chunks, and less
 LIMITS = [60, 90, 75]
 GREEDY = RoundConfig(levels=4, calibration=True, verifier=Greedy(), stop_ids=())
 PLAIN = replace(GREEDY, levels=0)
@@ -207,7 +207,7 @@ def test_after_many_rounds_caches_equal_a_fresh_prefill(
     )
     run = programs(pair, config, mesh, lp_size=lp_size, refit=refit)
     sampling, limits = SamplingParams(temperature=0.8), [60, 9, 150]
-    state = run.start(sampling, limits, capacity := run.capacity(PREFILL_CHUNK + 150))
+    state = run.start(sampling, limits, capacity := run.capacity(128 + 150))
     state, chunks = prefill_all(run, state, PROMPTS)
     report = first_tokens(chunks)
     rows = [list(prompt) for prompt in PROMPTS]
@@ -298,8 +298,9 @@ def check_one_program(pair, config):
         assert all(leaf.is_deleted() for leaf in before)
         accepted |= set(np.asarray(report.accepted).tolist())
     assert len(accepted) > 2
-    for program in (run._start, run._prefill, run._round):  # one prompt is longer than a chunk
-        assert program._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
+    # A batch whose longest prompt has 148 tokens is prefilled in chunks of 128 and 32.
+    for program, size in ((run._start, 1), (run._prefill, 2), (run._round, 1)):
+        assert program._cache_size() == size  # pyright: ignore[reportFunctionMemberAccess]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from easyspec_jax.options import SamplingParams, SpeculativeConfig
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
 from easyspec_jax.plan.configurations import bundled
 
-PROMPT, TOKENS, ROWS = 10, 512, 2
+PROMPT, TOKENS, ROWS = 120, 512, 2
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +67,10 @@ def test_the_demo_pair_takes_what_was_predicted(refit):
     assert need.caches == sum(
         shard.data.nbytes for array in caches for shard in array.addressable_shards
     )
+    (size,) = programs.chunks(PROMPT, growing[-1], ROWS)
     chunk = [
         jax.ShapeDtypeStruct(*of)
-        for of in (((ROWS, 128), np.int32), ((ROWS,), np.int32), ((ROWS,), bool))
+        for of in (((ROWS, size), np.int32), ((ROWS,), np.int32), ((ROWS,), bool))
     ]
     state = abstract_state(programs, ROWS, growing[-1])
     compiled: Any = programs._prefill

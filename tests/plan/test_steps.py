@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from easyspec_jax.checkpoint.config import model_config
+from easyspec_jax.decode.chunks import PREFILL_SIZES
 from easyspec_jax.engine.abstract import absent_mesh
 from easyspec_jax.parallel.mesh import MeshShape, open_mesh
 from easyspec_jax.plan.cost import Cost
@@ -115,9 +116,17 @@ def test_a_round_is_its_steps_and_a_little_choosing(counted):
         assert 0 <= found.round.bytes - steps.bytes < 0.1 * steps.bytes, found.way
 
 
-def test_prefill_goes_chunk_by_chunk(counted):
-    one = costs(replace(pair(), prompt_length=100), Way("vanilla"), absent)
-    assert counted["vanilla"].prefill == one.prefill * 3  # 300 tokens in chunks of 128
+def test_prefill_goes_chunk_by_chunk(counted, monkeypatch):
+    def prefill(tokens: int) -> Cost:
+        return costs(replace(pair(), prompt_length=tokens), Way("vanilla"), absent).prefill
+
+    assert counted["vanilla"].prefill == prefill(400)  # one chunk of 512
+    monkeypatch.setitem(PREFILL_SIZES, "tpu", (128,))
+    one, two, three = prefill(100), prefill(200), prefill(300)
+    assert (three.bytes + one.bytes, three.flops + one.flops) == (2 * two.bytes, 2 * two.flops)
+    # Only the last chunk has logits: one product of the head, and collectives to choose an id.
+    assert one.bytes < two.bytes < 2 * one.bytes
+    assert two.collectives < 2 * one.collectives
 
 
 def test_a_replicated_draft_is_held_whole(counted):
