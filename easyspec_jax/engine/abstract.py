@@ -30,6 +30,7 @@ from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import MLP, Decoder
 from easyspec_jax.options import Platform
 from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape
+from easyspec_jax.parallel.platforms import PlatformSettings
 from easyspec_jax.verify import RowSampling
 
 
@@ -97,6 +98,7 @@ def abstract_pair(
     refit: bool,
     draft_axes: Axes,
     dtype: np.dtype,
+    settings: PlatformSettings | None = None,
 ) -> tuple[Decoder, Decoder | None]:
     """Return target and draft as the engine would load them.
 
@@ -108,6 +110,7 @@ def abstract_pair(
         refit: Whether the draft has refitted projections as well as its own.
         draft_axes: Mesh axes that the dense parts of the draft are split over.
         dtype: Type of the weights.
+        settings: Which kernels the modules use; None for those of the mesh's platform.
 
     Returns:
         The modules, with a jax.ShapeDtypeStruct for every array.
@@ -116,9 +119,10 @@ def abstract_pair(
     def loader(config: ModelConfig, axes: Axes) -> ShapeLoader:
         configs = [c for c in (target, draft) if c is not None]
         rows = padded_vocab_size(mesh, *configs)
+        shapes: Any = Shapes(expected_shapes(config))
         return ShapeLoader(
-            Shapes(expected_shapes(config)), config, mesh, axes, dtype, rows, config.vocab_size
-        )  # pyright: ignore[reportArgumentType]
+            shapes, config, mesh, axes, dtype, rows, config.vocab_size, settings=settings
+        )
 
     of_target = loader(target, ALL_AXES)
     layers = [of_target.layer(index) for index in range(target.num_hidden_layers)]

@@ -29,6 +29,7 @@ from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import MLP, Decoder
 from easyspec_jax.parallel.mesh import ALL_AXES
+from easyspec_jax.parallel.platforms import PlatformSettings
 from easyspec_jax.plan.configurations import BUNDLED
 
 Fields = dict[str, Any]
@@ -222,12 +223,18 @@ def copied(module: Any) -> Any:
 
 
 def load(
-    source: Synthetic, mesh: Mesh, groups: Sequence[Group] | None = None, mlp_lp_size: int = 1
+    source: Synthetic,
+    mesh: Mesh,
+    groups: Sequence[Group] | None = None,
+    mlp_lp_size: int = 1,
+    settings: PlatformSettings | None = None,
 ) -> Decoder:
     """Load a target or, with groups, a draft, split over all devices."""
     config = source.config
     rows = padded_vocab_size(mesh, config)
-    loader = AlikeLoader(source, config, mesh, ALL_AXES, source.dtype, rows, config.vocab_size)
+    loader = AlikeLoader(
+        source, config, mesh, ALL_AXES, source.dtype, rows, config.vocab_size, settings=settings
+    )
     if groups is None:
         return loader.decoder([loader.layer(index) for index in range(config.num_hidden_layers)])
     return load_draft(loader, Layout.uniform(tuple(groups), mlp_lp_size))

@@ -20,6 +20,7 @@ from easyspec_jax.draft.layer_group import run_fuzzy
 from easyspec_jax.errors import EasySpecError, first_line
 from easyspec_jax.model.transformer import Decoder, run_exact
 from easyspec_jax.parallel.mesh import open_mesh, parse_mesh
+from easyspec_jax.parallel.platforms import PlatformSettings
 from easyspec_jax.verify import Greedy, Verifier
 from experiments.bench import roofline_models as models
 from experiments.bench import roofline_texts as texts
@@ -33,6 +34,9 @@ VERIFIED = (1, 2, 4, 6, 8, 16, 21, 32, 64)
 LP_SIZES = (1, 2, 4, 7)
 WIDTHS = (1, 4, 8)
 LEVELS, LP_SIZE = 5, 4
+
+FUSED = PlatformSettings(fused_attention=True, fused_mlp=True, split_keys_from=4096)
+"""All kernels of ours."""
 PROFILED = 5
 """Rounds in a profile, of which the one of median duration counts."""
 
@@ -124,11 +128,17 @@ class Bench:
         """Load the target with random weights."""
         return models.load(models.random_source(self.pair[0], self.dtype.name), mesh)
 
-    def draft(self, mesh: Mesh, lp_size: int = LP_SIZE, mlp_lp_size: int = 1) -> Decoder:
+    def draft(
+        self,
+        mesh: Mesh,
+        lp_size: int = LP_SIZE,
+        mlp_lp_size: int = 1,
+        settings: PlatformSettings | None = None,
+    ) -> Decoder:
         """Load the draft with random weights, in groups of that many layers."""
         source = models.random_source(self.pair[1], self.dtype.name)
         groups = paper_groups(source.config.num_hidden_layers, lp_size)
-        return models.load(source, mesh, groups, mlp_lp_size)
+        return models.load(source, mesh, groups, mlp_lp_size, settings)
 
     def measure(self, cases: Sequence[Case]) -> Timings:
         """Time all cases alternately, with reads of memory among them."""
@@ -176,7 +186,9 @@ def target(bench: Bench) -> list[Row]:
 def draft(bench: Bench) -> list[Row]:
     """Time exact and fuzzy steps of one token in a loop on the device, for groups of N layers.
 
-    The MLPs of a group run one by one, and in a further fuzzy step two at a time.
+    The MLPs of a group run one by one, and in a further fuzzy step two at a time. Fused kernels
+    are compared with the plain path on GPUs, and on other platforms only at the tiny shape,
+    because an interpreter runs them there.
     `gap_over_exact` is a step's time above its floor, as a multiple of an ordinary draft's.
     """
     size, cases = bench.bytes[1], []
@@ -189,6 +201,10 @@ def draft(bench: Bench) -> list[Row]:
             pairs = alone(mesh, bench.draft(mesh, n, mlp_lp_size=2))
             cases.append(step(f"fuzzy, N = {n}", programs, run=run_fuzzy))
             cases.append(step(f"fuzzy, N = {n}, MLP pairs", pairs, run=run_fuzzy))
+        if n in (1, LP_SIZE) and (bench.platform == "gpu" or bench.args.shape == "tiny"):
+            fused = alone(mesh, bench.draft(mesh, n, settings=FUSED))
+            kind, run = ("exact", run_exact) if n == 1 else ("fuzzy", run_fuzzy)
+            cases.append(step(f"{kind}, N = {n}, fused kernels", fused, run=run))
     timings = bench.measure(cases)
     floor = size / timings.rate
     gap = timings.seconds["exact, N = 1"] - floor

@@ -31,12 +31,14 @@ from easyspec_jax.engine.abstract import abstract_pair, abstract_state
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.model.transformer import Decoder, run_exact
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
+from easyspec_jax.parallel.platforms import PlatformSettings
 from easyspec_jax.plan.ahead import CannotCompile, TooLarge, compile_lowered, topology_mesh
 from easyspec_jax.plan.compiled_text import CompiledText, Kernel
 from easyspec_jax.plan.machines import parse_topology
 from easyspec_jax.progress import bar
 from easyspec_jax.verify import Greedy
 from experiments.bench.roofline_models import SHAPES
+from experiments.bench.roofline_parts import FUSED, LEVELS
 from experiments.lib.output import (
     align_right,
     as_json,
@@ -48,7 +50,6 @@ from experiments.lib.output import (
 from experiments.lib.tables import Rows
 
 CAPACITY, LONG = 4096, 32768
-LEVELS = 5
 
 Lower = Callable[[], jax.stages.Lowered]
 Sides = tuple[int, ...]
@@ -113,12 +114,15 @@ class AbsentPair:
     mesh: Mesh
     dtype: np.dtype
 
-    def models(self, lp_size: int, mlp_lp_size: int = 1) -> tuple[Decoder, Decoder]:
+    def models(
+        self, lp_size: int, mlp_lp_size: int = 1, settings: PlatformSettings | None = None
+    ) -> tuple[Decoder, Decoder]:
         """Return target and draft, whose layers are grouped by the paper's rule."""
         target, draft = self.configs
         groups = paper_groups(draft.num_hidden_layers, lp_size)
         layout = Layout.uniform(groups, min(mlp_lp_size, lp_size))
-        pair = abstract_pair(target, draft, self.mesh, layout, False, ALL_AXES, self.dtype)
+        axes, dtype = ALL_AXES, self.dtype
+        pair = abstract_pair(target, draft, self.mesh, layout, False, axes, dtype, settings)
         assert pair[1] is not None
         return pair[0], pair[1]
 
@@ -128,11 +132,11 @@ class AbsentPair:
         return self.models(1)[0]
 
     def pass_task(
-        self, name: str, model: Decoder, tokens: int, run: Any, *, loops: int = 1, **sizes: int
+        self, name: str, model: Decoder, tokens: int, run: Any, *, loops: int = 1
     ) -> Task:
         """Return the task of a pass; see timing.pass_case()."""
         programs = alone(self.mesh, model)
-        state = self.state(programs, **sizes)
+        state = abstract_state(programs, 1, CAPACITY)
 
         def lower() -> jax.stages.Lowered:
             step = pass_program(programs, tokens, run, loops=loops)
@@ -145,24 +149,28 @@ class AbsentPair:
 
         return Task(name, lower, *self.sizes(programs, state))
 
-    def round_task(self, name: str, lp_size: int | None, width: int = 1, **sizes: int) -> Task:
+    def round_task(
+        self,
+        name: str,
+        lp_size: int | None,
+        width: int = 1,
+        *,
+        capacity: int = CAPACITY,
+        settings: PlatformSettings | None = None,
+    ) -> Task:
         """Return the task of a round; without lp_size, of plain decoding."""
         if lp_size is None:
             programs = alone(self.mesh, self.target)
         else:
             config = RoundConfig(LEVELS, True, Greedy(), (), width=width)
-            programs = Programs(self.mesh, *self.models(lp_size), config)
-        state = self.state(programs, **sizes)
+            programs = Programs(self.mesh, *self.models(lp_size, settings=settings), config)
+        state = abstract_state(programs, 1, capacity)
 
         def lower() -> jax.stages.Lowered:
             jitted: Any = programs._round  # declared as a mere callable
             return jitted.trace(programs.leaves, state).lower()
 
         return Task(name, lower, *self.sizes(programs, state))
-
-    def state(self, programs: Programs, capacity: int = CAPACITY) -> State:
-        """Return the state of one row."""
-        return abstract_state(programs, 1, capacity)
 
     def sizes(self, programs: Programs, state: State) -> tuple[frozenset[Sides], frozenset[Sides]]:
         """Return the sides of all matrices, and of all layers' keys."""
@@ -192,6 +200,12 @@ def tasks(pair: AbsentPair) -> Iterator[Task]:
     for width in (1, 4, 8):
         yield pair.round_task(f"round, N = 4, width {width}", 4, width)
     yield pair.round_task(f"round, N = 4, {LONG} tokens", 4, capacity=LONG)
+    fused = pair.models(4, settings=FUSED)[1]
+    yield pair.pass_task("fused kernels: fuzzy draft step, N = 4", fused, 1, run_fuzzy, loops=loops)
+    yield exact("fused kernels: calibration, N = 4", fused, LEVELS + 1)
+    yield pair.round_task("fused kernels: round, N = 4, width 1", 4, settings=FUSED)
+    name = f"fused kernels: round, N = 4, {LONG} tokens"
+    yield pair.round_task(name, 4, capacity=LONG, settings=FUSED)
 
 
 def read(task: Task, memory: int) -> Reading:
