@@ -24,8 +24,8 @@ PASS_OVERHEAD: dict[Platform, int] = {"cpu": 20, "gpu": 256, "tpu": 256}
 """Time that a pass takes whatever its tokens, which is that of reading the weights, in tokens.
 
 On a CPU both were measured: XLA multiplies tiles of 32 tokens there, so that 40 take as long as 64.
-An accelerator reads a weight of two bytes while it multiplies some 250
-tokens by it: operations per second / bytes per second (plan/machines.py).
+An accelerator reads a weight of two bytes in the time in which it multiplies some 250 tokens by it:
+operations per second / bytes per second (plan/machines.py).
 """
 
 
