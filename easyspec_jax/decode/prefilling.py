@@ -50,7 +50,7 @@ def prefill_all(
                 # Calls return at once. A bar waits for the chunk before, so that the devices always
                 # have one to work on.
                 jax.block_until_ready(chunks[-1][1])
-                advance(size)
+                advance(sizes[len(chunks) - 1])
             chunks.append((last, report))
             start += size
     return state, chunks

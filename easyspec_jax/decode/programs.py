@@ -109,12 +109,13 @@ class Programs:
             rows: Rows of the batch.
         """
         platform = self.mesh.devices.flat[0].platform
-        smallest, *others = PREFILL_SIZES[platform]
+        listed = PREFILL_SIZES.get(platform, PREFILL_SIZES["gpu"])
         # Several rows fill a pass as well as a long chunk does, and take as much working memory.
-        most = max(CAPACITY_UNIT, PREFILL_SIZES[platform][-1] // rows)
-        sizes = [smallest, *(size for size in others if size <= most)]
+        most = max(CAPACITY_UNIT, listed[-1] // rows)
+        sizes = [listed[0], *(size for size in listed[1:] if size <= most)]
         # The rows share what a pass costs whatever its tokens.
-        return chunks(prompt, sizes, PASS_OVERHEAD[platform] / rows, capacity)
+        overhead = PASS_OVERHEAD.get(platform, PASS_OVERHEAD["gpu"])
+        return chunks(prompt, sizes, overhead / rows, capacity)
 
     def start(self, sampling: SamplingParams, limits: Sequence[int], capacity: int) -> State:
         """Make the state of rows that hold no text yet.

@@ -216,8 +216,8 @@ def rounds(pair: Pair, way: Way, make_mesh: MakeMesh, deepest: int) -> list[Roun
     """Count rounds of 1, 2, … `deepest` levels; the pair's own number of levels plays no part.
 
     As long as caches keep their size, a round's cost is a straight line over its levels, except for
-    a little of the choosing: each level adds one pass of the draft, and `tree_width` tokens to the
-    target's. So only the ends of a line are traced.
+    a little of the choosing: each level adds one pass of the draft, `tree_width` tokens to the
+    target's pass and one to the calibration's. So only the ends of a line are traced.
     """
     first = programs(replace(pair, num_speculative_tokens=1), way, make_mesh)
 

@@ -1,8 +1,8 @@
 """Compile what gpu_hour runs for an absent GPU: `python -m experiments.dry_compile h100`.
 
 JAX's CUDA plugin compiles without a GPU. Without one, XLA does not try out which kernel of a
-product is fastest, so a GPU's own program can differ in its products; fusions, copies and memory
-are the same.
+product is fastest, so on a GPU the products, what is fused with them and their working memory can
+differ.
 """
 
 import argparse
