@@ -333,7 +333,7 @@ def test_no_line_ends_a_job(models, tmp_path, capsys):
 
 def test_a_line_that_would_not_fit_costs_only_itself(engine, tmp_path, monkeypatch):
     """Whatever is free later: other programs come and go."""
-    answers = iter([40 << 20, *[1000] * 99])
+    answers = iter([16 << 20, *[1000] * 99])
     monkeypatch.setattr(engine, "free_memory", lambda: next(answers))
     lines = [
         {"id": n, "prompt": "a", "max_new_tokens": limit} for n, limit in enumerate((4, 1000, 4))

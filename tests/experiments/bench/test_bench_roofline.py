@@ -307,7 +307,13 @@ def test_parts_are_measured_and_written(tiny, tmp_path, capsys):
     assert names == {
         "bandwidth": ["copy", "read, sum", "read, product"],
         "target": ["plain step", "1 tokens", "3 tokens"],
-        "draft": ["exact, N = 1", "exact, N = 2", "fuzzy, N = 2", "fuzzy, N = 2, MLP pairs"],
+        "draft": [
+            "exact, N = 1",
+            "exact, N = 1, fused kernels",
+            "exact, N = 2",
+            "fuzzy, N = 2",
+            "fuzzy, N = 2, MLP pairs",
+        ],
         "round": ["calibration", "fuzzy, width 1", "verification, 6 tokens", "round, width 1"],
     }
     for held in results["parts"].values():
