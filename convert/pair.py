@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    # Said first, so that whoever does not agree can stop here.
+    # Printed first, so that users who do not accept the licence can stop here.
     for role, model in known_pair(args.name).models.items():
         print(f"{role}: {model.name}, {model.licence}, {model.source}", flush=True)
     fetch_pair(args.name, args.out, keep_gguf=args.keep_gguf, bar=bar)

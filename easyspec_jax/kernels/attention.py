@@ -37,7 +37,7 @@ COMBINED = 8192
 """Numbers of partial results that a program sums."""
 
 LOWEST = np.float32(-1e30)
-"""Score of an entry that is masked; finite, because -inf - -inf is no number."""
+"""Score of an entry that is masked; finite, because -inf minus -inf is NaN."""
 
 
 def attend(

@@ -102,7 +102,7 @@ class Acceptance:
 
 @dataclass(frozen=True)
 class DraftKind:
-    """What a draft computes, wherever its weights lie; 1 layer per group is the exact draft."""
+    """A draft's computation, whatever its placement; 1 layer per group is the exact draft."""
 
     lp_size: int = 1
     mlp_lp_size: int = 1

@@ -1,4 +1,4 @@
-"""What XLA made of a program, read from its compiled text: kernels, copies, waits for the host.
+"""Read a compiled program's text: its kernels, its copies, and where it waits for the host.
 
 A compiled program is a schedule. Each instruction of its entry computation, and of the bodies of
 its loops, is one launch, except for those that only name a part of memory:

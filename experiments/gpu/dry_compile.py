@@ -74,7 +74,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Reading:
-    """What XLA made of a program.
+    """Figures of a compiled program.
 
     Attributes:
         name: What it computes.
@@ -279,7 +279,7 @@ def dry_compile(machine: str, out: Path | None) -> int:
         The exit code: 1 if a program is at fault, else 0.
 
     Raises:
-        EasySpecError: The machine is no GPU, or JAX has no CUDA plugin.
+        EasySpecError: The machine is not a GPU, or JAX has no CUDA plugin.
     """
     # Here there may be no GPU, or another one.
     jax.config.update("jax_platforms", "cpu")

@@ -43,7 +43,7 @@ WAYS = {
 SAMPLED = SamplingParams(temperature=0.8, seed=7)
 
 LARGEST_GAP = 1e-3
-"""Of the logits of two tokens between which float32 may choose differently."""
+"""Largest gap between two logits at which float32 may choose either token."""
 
 LARGEST_DIFFERENCE = 1e-3
 """Between two devices' logits of a tiny model in float32."""
