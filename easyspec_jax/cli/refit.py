@@ -39,6 +39,12 @@ def _parser() -> argparse.ArgumentParser:
         "--draft", type=Path, default=demo.DRAFT, metavar="DIR", help="default: the bundled one"
     )
     parser.add_argument(
+        "--target",
+        type=Path,
+        metavar="DIR",
+        help="the target, to answer the prompts of --prompt-file in the draft's stead",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
@@ -79,7 +85,8 @@ def _add_texts(texts: argparse._ArgumentGroup) -> None:
         "--prompt-file",
         type=Path,
         metavar="FILE",
-        help="one prompt a line, for the draft to answer; ideally like those you will ask",
+        help="one prompt a line, for the draft or --target to answer; ideally like those you will "
+        "ask",
     )
     texts.add_argument(
         "--chat", action="store_true", help="wrap each prompt in the draft's chat template"
@@ -96,7 +103,7 @@ def _add_texts(texts: argparse._ArgumentGroup) -> None:
         type=float,
         default=RefitConfig.temperature,
         metavar="T",
-        help="at which the draft writes or answers (default: %(default)s)",
+        help="at which texts are written or prompts answered (default: %(default)s)",
     )
     texts.add_argument("--seed", type=int, default=RefitConfig.seed)
 
@@ -128,6 +135,8 @@ def _run(args: argparse.Namespace) -> None:
     # RefitConfig takes prompts, so only the command can name the flag of their file.
     if args.chat and args.prompt_file is None:
         raise EasySpecError("--chat needs --prompt-file FILE; texts are taken as they are")
+    if args.target is not None and args.prompt_file is None:
+        raise EasySpecError("--target needs --prompt-file FILE with the prompts to answer")
     config = RefitConfig(
         lp_size=args.lp_size,
         lp_strategy=args.lp_strategy,
@@ -144,17 +153,19 @@ def _run(args: argparse.Namespace) -> None:
     )
     # After the values, which are checked already: standard input may take its time.
     if args.prompt_file is not None:
-        config = replace(config, prompts=read_prompts(args.prompt_file), chat=args.chat)
+        prompts = read_prompts(args.prompt_file)
+        answered_by = "draft" if args.target is None else "target"
+        config = replace(config, prompts=prompts, answered_by=answered_by, chat=args.chat)
 
     # Imports JAX, which a mistyped flag need not wait for.
     from easyspec_jax.refit import refit
 
     cache_compilations()
-    _print(refit(_open_draft(args, config), config, bar=bar))
+    _print(refit(_open(args, config), config, bar=bar))
 
 
-def _open_draft(args: argparse.Namespace, config: RefitConfig) -> "Engine":
-    """Open the draft as a model of its own, on the mesh on which it will draft."""
+def _open(args: argparse.Namespace, config: RefitConfig) -> "Engine":
+    """Open the draft on the mesh on which it will draft, with its target if that is given."""
     from easyspec_jax.checkpoint.directory import open_checkpoint
     from easyspec_jax.engine.pair import open_model
     from easyspec_jax.parallel.mesh import parse_mesh
@@ -165,6 +176,9 @@ def _open_draft(args: argparse.Namespace, config: RefitConfig) -> "Engine":
     shape = parse_mesh(args.mesh, group_size=layout.lp_size)
     devices = devices_of(args)
     devices["mesh"] = f"layer={shape.layer},tensor={shape.tensor}"
+    if args.target is not None:
+        speculative = replace(config.speculative_config(), refit="none")
+        return open_model(args.target, args.draft, speculative=speculative, **devices)
     return open_model(args.draft, speculative=SpeculativeConfig(method="vanilla"), **devices)
 
 

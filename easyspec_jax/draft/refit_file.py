@@ -53,10 +53,10 @@ def path_of(directory: Path, speculative: SpeculativeConfig, layout: Layout) -> 
     return directory / f"{name}.safetensors"
 
 
-def refit_sizes(draft: Path) -> frozenset[tuple[int, int]]:
-    """List (lp_size, mlp_lp_size) of the refits in a draft's directory that are named by size."""
+def refit_sizes(directory: Path) -> frozenset[tuple[int, int]]:
+    """List (lp_size, mlp_lp_size) of the refits in a directory that are named by size."""
     sizes = set()
-    for path in (draft / DIRECTORY).glob("*"):
+    for path in directory.glob("*"):
         name = re.fullmatch(r"lp(\d+)(?:_mlp(\d+))?\.safetensors", path.name)
         if name:
             sizes.add((int(name[1]), int(name[2] or 1)))

@@ -163,6 +163,19 @@ class Models:
             max_length=config.max_position_embeddings,
         )
 
+    def target_alone(self) -> Self:
+        """Return the target as a model of its own on the same mesh.
+
+        It shares the target's weights if they have been read. Otherwise it reads them itself, and
+        they are freed with it.
+        """
+        speculative = SpeculativeConfig(method="vanilla")
+        alone = replace(
+            self, draft=None, layout=Layout.uniform(()), refit=None, speculative=speculative
+        )
+        alone._target = self._target
+        return alone
+
     def config(self, sampling: SamplingParams) -> RoundConfig:
         """Return the static options of the programs for a way of sampling."""
         return RoundConfig.of(self.speculative, sampling, self.target.config.stop_ids)

@@ -32,10 +32,10 @@ from easyspec_jax.refit.fidelity import DEPTHS, overlap
 from easyspec_jax.refit.fit import TEXTS_A_BATCH, embed, fit_attentions, fit_mlps
 from easyspec_jax.refit.teacher import exact_window, sampled_positions, sampled_window
 
-FITTED = 40
+FITTED = 24
 """Most texts that candidates are fitted on."""
 
-COMPARED = 32
+COMPARED = 16
 """Most texts that candidates are compared on; none of them is fitted on."""
 
 EVERY = 16
@@ -132,6 +132,21 @@ def sizes_to_try(lp_size: int, mlp_lp_size: int) -> tuple[int, ...]:
         (1,)
     """
     return tuple(sorted({1, min(mlp_lp_size, lp_size), lp_size})) if mlp_lp_size > 1 else (1,)
+
+
+def candidates(num_layers: int, lp_size: int, mlp_lp_sizes: Sequence[int]) -> set[Candidate]:
+    """List what `measure_groups` measures.
+
+    Examples:
+        >>> sorted((*group, mlps) for group, mlps in candidates(3, 2, (1, 2)))
+        [(0, 1, 1), (0, 1, 2), (1, 2, 1), (1, 2, 2)]
+    """
+    found: set[Candidate] = set()
+    for size in range(2, lp_size + 1):
+        for start in range(num_layers - size + 1):
+            group = range(start, start + size)
+            found |= {(group, min(size, mlps)) for mlps in mlp_lp_sizes}
+    return found
 
 
 def measure_groups(

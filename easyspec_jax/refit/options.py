@@ -10,6 +10,7 @@ from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SamplingParams, SpeculativeConfig, check_choice, check_whole
 
 Borders = Literal["measured", "paper"]
+AnsweredBy = Literal["draft", "target"]
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class RefitConfig:
         borders: "measured" chooses the groups that cost least, with no more collectives and no more
             MLPs in a row than the paper's rule has. "paper" keeps the rule.
         text: A file to cut texts from.
-        prompts: Prompts whose answers by the draft are the texts, ideally like those you will ask.
+        prompts: Prompts whose answers are the texts, ideally like those you will ask.
+        answered_by: Model of the pair that answers the prompts. A draft continues what the target
+            has written, so the target's answers are what it will see.
         chat: Wrap each prompt in the chat template.
         tokens: Tokens of all texts together; a file may hold fewer.
-        temperature: Temperature at which the draft writes or answers.
-        seed: Seed of what it writes or answers.
+        temperature: Temperature at which the texts are written or the prompts answered.
+        seed: Seed of these texts.
         ridge: Weight of the penalty for moving away from the plain projections.
         distill: Steps of gradient descent after the fit, towards the exact draft's distribution.
         resume: Begin with the refit in `out` instead of a fit, and distil that.
@@ -54,6 +57,7 @@ class RefitConfig:
     borders: Borders = "measured"
     text: str | Path | None = None
     prompts: Sequence[str] | None = None
+    answered_by: AnsweredBy = "draft"
     chat: bool = False
     tokens: int = 30_000
     temperature: float = 0.8
@@ -70,6 +74,7 @@ class RefitConfig:
         check_whole("tokens", self.tokens, 1000)
         check_whole("distill", self.distill, 0)
         check_choice("borders", self.borders, get_args(Borders))
+        check_choice("answered_by", self.answered_by, get_args(AnsweredBy))
         if isinstance(self.prompts, str):
             raise EasySpecError("`prompts` takes several prompts: put one into a list")
         if self.prompts is not None and not self.prompts:
@@ -78,6 +83,8 @@ class RefitConfig:
             raise EasySpecError("`text` and `prompts` exclude each other; give one")
         if self.chat and self.prompts is None:
             raise EasySpecError("`chat` needs `prompts`; texts are taken as they are")
+        if self.answered_by == "target" and self.prompts is None:
+            raise EasySpecError("`answered_by` target needs `prompts` for the target to answer")
         if self.resume and not self.distill:
             raise EasySpecError("`resume` only continues a distillation: give `distill` STEPS")
         # Stated so that NaN fails too.

@@ -22,11 +22,18 @@ from easyspec_jax.files import check_writable
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.parallel.mesh import ALL_AXES
 from easyspec_jax.progress import Bar, no_bar
-from easyspec_jax.refit.borders import best_layout, measure_groups, sizes_to_try
+from easyspec_jax.refit.borders import (
+    Overlaps,
+    best_layout,
+    candidates,
+    measure_groups,
+    sizes_to_try,
+)
 from easyspec_jax.refit.distill import distill
 from easyspec_jax.refit.fidelity import fidelity
 from easyspec_jax.refit.fit import fit
 from easyspec_jax.refit.options import RefitConfig
+from easyspec_jax.refit.overlaps_file import NAME, overlaps_key, read_overlaps, write_overlaps
 from easyspec_jax.refit.texts import LENGTH, answer_prompts, read_texts, write_texts
 
 HELD_OUT = 0.1
@@ -64,7 +71,8 @@ def refit(pair: Engine, config: RefitConfig, *, bar: Bar = no_bar) -> Refitted:
 
     Args:
         pair: An engine with a draft, which is fitted as a model of its own on the engine's mesh; or
-            the draft opened by itself, with `SpeculativeConfig(method="vanilla")`.
+            the draft opened by itself, with `SpeculativeConfig(method="vanilla")`, unless the
+            target is to answer the prompts.
         config: The groups, the texts and the method.
         bar: Shows progress.
 
@@ -73,7 +81,8 @@ def refit(pair: Engine, config: RefitConfig, *, bar: Bar = no_bar) -> Refitted:
 
     Raises:
         EasySpecError: The draft cannot have these groups, texts or prompts are unfit or too few,
-            there is nothing to resume, or memory will not suffice to answer prompts.
+            there is nothing to resume, there is no target to answer prompts, or memory will not
+            suffice to answer them.
         OSError: `out` is not a writable directory.
 
     Examples:
@@ -82,6 +91,8 @@ def refit(pair: Engine, config: RefitConfig, *, bar: Bar = no_bar) -> Refitted:
         >>> fitted.overlaps["refit"][0] > fitted.overlaps["as it was"][0]  # doctest: +SKIP
         True
     """
+    if config.answered_by == "target" and pair.draft is None:
+        raise EasySpecError("`answered_by` target needs a pair: open the target with its draft")
     engine = pair.draft_alone()
     draft = engine.target
     before = config.layout(draft.config.num_hidden_layers)
@@ -93,12 +104,17 @@ def refit(pair: Engine, config: RefitConfig, *, bar: Bar = no_bar) -> Refitted:
     if config.resume:
         resumed = _resumed(find(directory, config.speculative_config(), before), draft)
 
-    texts = _texts(engine, config, bar)
+    texts = _texts(pair, engine, config, bar)
     # Neither the fit nor the choice of borders sees the texts that drafts are compared on.
     held_out = max(1, round(HELD_OUT * len(texts)))
     compared_on, fitted_on = texts[:held_out], texts[held_out:]
     loader = engine.loader(draft, ALL_AXES)
-    after, tensors = resumed or _fitted(loader, before, config, fitted_on, bar)
+    if resumed is None:
+        key = overlaps_key(draft.fingerprint, loader.dtype.name, fitted_on, config.ridge)
+        borders = directory / NAME, key
+        after, tensors = _fitted(loader, before, config, fitted_on, borders, bar)
+    else:
+        after, tensors = resumed
     drafts: Drafts = {"as it was": (before, None), "refit": (after, Held(tensors))}
     if config.distill:
         tensors = distill(loader, after, tensors, fitted_on, config.distill, bar)
@@ -124,29 +140,53 @@ def _fitted(
     layout: Layout,
     config: RefitConfig,
     texts: Int[np.ndarray, "texts tokens"],
+    borders: tuple[Path, str],
     bar: Bar,
 ) -> tuple[Layout, Tensors]:
     """Fit a layout, whose borders are measured first unless the config fixes them."""
     if config.borders == "measured" and config.lp_strategy is None:
         lp_size, mlp_lp_size = layout.lp_size, config.mlp_lp_size
-        tried = sizes_to_try(lp_size, mlp_lp_size)
-        overlaps = measure_groups(loader, lp_size, tried, texts, config.ridge, bar)
+        overlaps = _measured(loader, lp_size, mlp_lp_size, config.ridge, texts, borders, bar)
         layout = best_layout(overlaps, loader.config.num_hidden_layers, lp_size, mlp_lp_size)
     return layout, fit(loader, layout, texts, config.ridge, bar)
 
 
-def _texts(engine: Engine, config: RefitConfig, bar: Bar) -> Int[np.ndarray, "texts tokens"]:
+def _measured(
+    loader: Loader,
+    lp_size: int,
+    mlp_lp_size: int,
+    ridge: float,
+    texts: Int[np.ndarray, "texts tokens"],
+    borders: tuple[Path, str],
+    bar: Bar,
+) -> Overlaps:
+    """Return the overlaps of all candidate groups; measure them unless the file has them all."""
+    tried = sizes_to_try(lp_size, mlp_lp_size)
+    wanted = candidates(loader.config.num_hidden_layers, lp_size, tried)
+    known = dict(read_overlaps(*borders))
+    if not wanted <= known.keys():
+        known |= measure_groups(loader, lp_size, tried, texts, ridge, bar)
+        write_overlaps(*borders, known)
+    return {candidate: known[candidate] for candidate in wanted}
+
+
+def _texts(
+    pair: Engine, draft: Engine, config: RefitConfig, bar: Bar
+) -> Int[np.ndarray, "texts tokens"]:
     """Read or generate the texts, whichever the config asks for."""
     count = ceil_div(config.tokens, LENGTH)
     if config.text is not None:
-        return read_texts(Path(config.text), engine.tokenizer, count)
+        return read_texts(Path(config.text), draft.tokenizer, count)
     sampling = config.sampling_params()
     if config.prompts is not None:
-        return answer_prompts(engine, config.prompts, count, sampling, config.chat, bar)
+        answering = pair.target_alone() if config.answered_by == "target" else draft
+        vocabulary = draft.target.config.vocab_size
+        prompts, chat = config.prompts, config.chat
+        return answer_prompts(answering, prompts, count, sampling, chat, vocabulary, bar)
     # Without stop ids every text reaches its full length.
-    round_config = RoundConfig.of(engine.speculative, sampling, stop_ids=())
-    programs = Programs(engine.mesh, engine.load(bar)[0], None, round_config)
-    return write_texts(programs, engine.tokenizer, count, sampling, bar)
+    round_config = RoundConfig.of(draft.speculative, sampling, stop_ids=())
+    programs = Programs(draft.mesh, draft.load(bar)[0], None, round_config)
+    return write_texts(programs, draft.tokenizer, count, sampling, bar)
 
 
 def _compared(

@@ -1,4 +1,4 @@
-"""Texts to fit on: from a file, the draft's answers to prompts, or written by the draft alone."""
+"""Texts to fit on: from a file, answers to prompts, or written by the draft alone."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -63,6 +63,7 @@ def answer_prompts(
     count: int,
     sampling: SamplingParams,
     chat: bool,
+    vocabulary: int,
     bar: Bar = no_bar,
 ) -> Int[np.ndarray, "texts tokens"]:
     """Join prompts and the engine's answers to them, and cut that into texts.
@@ -70,11 +71,12 @@ def answer_prompts(
     Above temperature 0 all prompts are answered again, with other noise, until that is enough.
 
     Args:
-        engine: The draft, opened by itself.
+        engine: The draft or its target, opened by itself.
         prompts: At least one.
         count: Most texts to return.
         sampling: Temperature and seed.
         chat: Wrap each prompt in the chat template.
+        vocabulary: Number of ids that the draft knows; a target's further ones are left out.
         bar: Shows progress.
 
     Returns:
@@ -93,7 +95,7 @@ def answer_prompts(
     with bar("Answering", count) as advance:
         for answer in _answers(engine, prompts, sampling, chat, rows):
             before = len(ids) // LENGTH
-            ids += answer
+            ids += [token for token in answer if token < vocabulary]
             advance(min(count, len(ids) // LENGTH) - before)
             if len(ids) >= count * LENGTH:
                 break

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from easyspec_jax import demo
-from easyspec_jax.draft.refit_file import refit_sizes
+from easyspec_jax.draft.refit_file import DIRECTORY, refit_sizes
 from easyspec_jax.engine import tuned_file
 from easyspec_jax.engine.engine import Engine
 from easyspec_jax.engine.pair import open_model
@@ -145,7 +145,9 @@ def tune(pair: Engine, config: TuneConfig | None = None, *, bar: Bar = no_bar) -
     ordinary = SpeculativeConfig(method="sd")
     # Measuring starts from an ordinary draft; variants of one engine share the target's weights.
     engine = pair if pair.speculative == ordinary else pair.variant(ordinary, bar=bar)
-    space = Space.of(pair.draft.config.num_hidden_layers, refit_sizes(pair.draft.directory))
+    space = Space.of(
+        pair.draft.config.num_hidden_layers, refit_sizes(pair.draft.directory / DIRECTORY)
+    )
     space = replace(
         space,
         lp_sizes=space.lp_sizes if config.lp_sizes is None else config.lp_sizes,
@@ -355,7 +357,7 @@ def auto(engine: Engine, mesh: str, bundled: bool, bar: Bar, note: Callable[[str
             "no choice is stored for this pair, mesh and machine: measuring for about "
             f"{SECONDS / 60:g} minutes"
         )
-        space = Space.of(engine.draft.config.num_hidden_layers, refit_sizes(directory))
+        space = Space.of(engine.draft.config.num_hidden_layers, refit_sizes(directory / DIRECTORY))
         tuned = tune_over(engine, mesh, default_sample(engine, bundled), space, bar=bar)
         store(tuned, note)
         choice = tuned.choice

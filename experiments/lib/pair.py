@@ -1,9 +1,11 @@
 """The flags that say which models an experiment is about and what they are asked."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
+from convert.pairs import RECORD
 from easyspec_jax import Engine, SpeculativeConfig, demo, open_model
 from easyspec_jax.checkpoint.directory import Checkpoint, open_checkpoint
 from easyspec_jax.cli.command import Parser, read_prompts
@@ -73,6 +75,15 @@ def questions_of(args: argparse.Namespace) -> list[Question]:
 def names(args: argparse.Namespace) -> dict[str, Any]:
     """Name the models, and say whether they are the bundled pair."""
     called = {}
-    for name in ("target", "draft"):
-        called[name] = Path(getattr(args, name) or getattr(demo, name.upper())).name
+    for role in ("target", "draft"):
+        called[role] = _name(Path(getattr(args, role) or getattr(demo, role.upper())))
     return called | {"bundled": args.target is None}
+
+
+def _name(directory: Path) -> str:
+    """Return a model's name: from the pair.json that `easyspec pair` writes, or the directory's."""
+    record = directory.parent / RECORD
+    if not record.is_file():
+        return directory.name
+    roles = json.loads(record.read_text(encoding="utf-8"))
+    return roles.get(directory.name, {}).get("name", directory.name)

@@ -6,7 +6,7 @@ temperatures and verifiers. Prints tables, writes JSON and draws it. None of the
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, groupby
 from pathlib import Path
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rich.table import Table
 
-from easyspec_jax import Engine, SamplingParams, SpeculativeConfig
+from easyspec_jax import Completion, EasySpecError, Engine, SamplingParams, SpeculativeConfig
 from easyspec_jax.cli.command import Parser, cache_compilations, read_prompts
 from easyspec_jax.draft.grouping import format_layout
+from easyspec_jax.draft.refit_file import refit_sizes
 from easyspec_jax.options import Verifier
 from easyspec_jax.progress import bar
 from easyspec_jax.tune.drawing import INK, SOFT, STYLE, WHITE, png
@@ -88,19 +89,25 @@ def variants(
     verifiers: Sequence[Verifier],
     widths: Sequence[int],
     lp_sizes: Sequence[int],
-    refit: bool = False,
+    refit_sizes: Collection[int] = (),
 ) -> list[Variant]:
     """List the grid, every variant once; at temperature 0 all verifiers are the same comparison."""
-    fuzzy = (PLAIN, UNCALIBRATED, REFIT) if refit else (PLAIN, UNCALIBRATED)
     grid = (
         Variant(temperature, verifier if temperature else GREEDY, width, lp_size, *draft)
         for temperature in temperatures
         for verifier in verifiers
         for width in widths
         for lp_size in lp_sizes
-        for draft in (fuzzy if lp_size > 1 else (PLAIN,))
+        for draft in _drafts(lp_size, refit_sizes)
     )
     return list(dict.fromkeys(grid))
+
+
+def _drafts(lp_size: int, refit_sizes: Collection[int]) -> tuple[tuple[bool, bool], ...]:
+    """Return the kinds of draft with this many layers at once: calibrated or not, refit or not."""
+    if lp_size == 1:
+        return (PLAIN,)
+    return (PLAIN, UNCALIBRATED, REFIT) if lp_size in refit_sizes else (PLAIN, UNCALIBRATED)
 
 
 def measure_grid(args: argparse.Namespace, prompts: Sequence[str]) -> list[Row]:
@@ -109,9 +116,8 @@ def measure_grid(args: argparse.Namespace, prompts: Sequence[str]) -> list[Row]:
     Raises:
         EasySpecError: A variant is impossible, which is known before any is measured.
     """
-    grid = variants(
-        args.temperatures, args.verifiers, args.widths, args.lp_sizes, args.refit is not None
-    )
+    refits = sizes_with_refit(args)
+    grid = variants(args.temperatures, args.verifiers, args.widths, args.lp_sizes, refits)
     configs = {
         variant: variant.speculative(args.num_speculative_tokens, args.refit) for variant in grid
     }
@@ -128,24 +134,56 @@ def measure_grid(args: argparse.Namespace, prompts: Sequence[str]) -> list[Row]:
         opened(layout)  # checks the layout without reading weights
     rows: dict[Variant, Row] = {}
     with bar("Measuring", len(grid)) as advance:
+        plain = {
+            t: complete(opened(configs[grid[0]].weights_key).baseline(), sampling[t], prompts, args)
+            for t in sampling
+        }
         for layout in layouts:
             alike = [variant for variant in grid if configs[variant].weights_key == layout]
             engine = opened(layout)
             for variant in alike:
                 engine.speculative = configs[variant]  # the weights depend on the layout alone
-                measured = measure(engine, sampling[variant.temperature], prompts, args)
-                rows[variant] = {"draft": variant.draft} | asdict(variant) | measured
+                temperature = variant.temperature
+                made = complete(engine, sampling[temperature], prompts, args)
+                measured = {"draft": variant.draft} | asdict(variant) | figures_of(engine, made)
+                # By rejection every draft makes another text of the same distribution.
+                if variant.verifier != "rejection":
+                    measured["equals_plain"] = texts_of(made) == texts_of(plain[temperature])
+                rows[variant] = measured
                 advance(1)
     return [rows[variant] for variant in grid]
 
 
-def measure(
+def sizes_with_refit(args: argparse.Namespace) -> set[int]:
+    """Return the sizes of groups that --refit has a refit for.
+
+    Raises:
+        EasySpecError: It has none for any of --lp-sizes.
+    """
+    if args.refit is None:
+        return set()
+    found = {lp_size for lp_size, mlp_lp_size in refit_sizes(Path(args.refit)) if mlp_lp_size == 1}
+    if not found & set(args.lp_sizes):
+        raise EasySpecError(
+            f"--refit {args.refit} has no refit for any of --lp-sizes; fit one there"
+        )
+    return found
+
+
+def complete(
     engine: Engine, sampling: SamplingParams, prompts: Sequence[str], args: argparse.Namespace
-) -> dict[str, Any]:
-    """Measure acceptance over all prompts."""
-    completions = list(
-        engine.generate(prompts, sampling, chat=args.chat, batch_size=args.batch_size)
-    )
+) -> list[Completion]:
+    """Complete all prompts."""
+    return list(engine.generate(prompts, sampling, chat=args.chat, batch_size=args.batch_size))
+
+
+def texts_of(completions: Sequence[Completion]) -> list[list[int]]:
+    """Return the token ids of every completion."""
+    return [completion.token_ids for completion in completions]
+
+
+def figures_of(engine: Engine, completions: Sequence[Completion]) -> dict[str, Any]:
+    """Return acceptance over all completions."""
     stats = sum((completion.stats for completion in completions[1:]), completions[0].stats)
     return {
         "groups": format_layout(engine.layout),
@@ -367,7 +405,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--refit",
         metavar="DIR",
-        help="also draft with the refits there, one for each lp-size above 1",
+        help="also draft with the refits there, at those of --lp-sizes that have one",
     )
     parser.add_argument(
         "--widths", type=int, nargs="+", default=[1, 4, 8, 12], help="widths of the drafted tree"

@@ -106,6 +106,7 @@ def test_prompts_through_the_command(directory):
         (["--prompt-file", "missing.txt"], "--prompt-file missing.txt cannot be read"),
         (["--text", "a.txt", "--prompt-file", "b.txt"], "not allowed with argument --text"),
         (["--chat"], "--chat needs --prompt-file FILE"),
+        (["--target", "absent"], "--target needs --prompt-file FILE"),
         (["--mesh", "0"], "--mesh '0'"),
         (["--temperature", "-1"], "--temperature -1.0"),
         (["--out", "/proc/nowhere"], "/proc/nowhere"),

@@ -25,6 +25,8 @@ from easyspec_jax.refit import RefitConfig
         ({"prompts": "one"}, "`prompts` takes several prompts"),
         ({"prompts": []}, "`prompts` is empty"),
         ({"prompts": ["one"], "text": "file"}, "`text` and `prompts` exclude each other"),
+        ({"answered_by": "me"}, "answered.by.* 'me' is not one of draft, target"),
+        ({"answered_by": "target"}, "`answered_by` target needs `prompts`"),
         ({"chat": True}, "`chat` needs `prompts`"),
         ({"resume": True}, "`resume` only continues a distillation: give `distill` STEPS"),
     ],
@@ -43,7 +45,8 @@ def test_single_layers_are_refused_once_their_number_is_known():
 
 
 def test_the_command_has_the_same_defaults():
-    flags = vars(_parser().parse_args([])) | {"prompts": None}
+    # The command reads prompts from a file, and --target says who answers them.
+    flags = vars(_parser().parse_args([])) | {"prompts": None, "answered_by": "draft"}
     for field in fields(RefitConfig):
         assert flags[field.name] == field.default, field.name
 

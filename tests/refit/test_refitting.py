@@ -11,8 +11,10 @@ from easyspec_jax import EasySpecError, SpeculativeConfig, open_model
 from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.draft.grouping import format_layout
 from easyspec_jax.draft.refit_file import load
-from easyspec_jax.refit import RefitConfig, refit
+from easyspec_jax.refit import RefitConfig, refit, refitting
+from easyspec_jax.refit.borders import measure_groups
 from easyspec_jax.refit.fidelity import DEPTHS
+from easyspec_jax.refit.texts import LENGTH
 from tests.support.models import save_model
 
 MESH = "layer=2,tensor=1"
@@ -50,6 +52,53 @@ def test_a_pair_refits_its_draft_as_if_it_were_alone(pair, draft, tmp_path, caps
         np.testing.assert_array_equal(two[name], tensor, err_msg=name)
     shown = capsys.readouterr()
     assert not shown.out and not shown.err
+
+
+@pytest.mark.slow
+def test_a_target_answers_the_prompts(pair, draft, tmp_path, monkeypatch):
+    prompts = ["a fox", "a much shorter fox"]
+    config = RefitConfig(
+        lp_size=2, borders="paper", prompts=prompts, answered_by="target", tokens=1000, out=tmp_path
+    )
+    fitted_on = []
+    monkeypatch.setattr(
+        refitting, "fit", lambda _loader, _layout, texts, *_: fitted_on.append(texts) or {}
+    )
+    monkeypatch.setattr(refitting, "save", lambda *_: None)
+    monkeypatch.setattr(refitting, "_compared", lambda *_: {})
+    (tmp_path / "lp2.safetensors").touch()
+    refit(pair, config)
+    # A tenth of the texts, at least one, is held out, and they come first.
+    sampling = replace(config.sampling_params(), max_new_tokens=LENGTH)
+    first = pair.target_alone().generate(prompts, sampling, batch_size=2)
+    ids = [token for done in first for token in done.prompt_ids + done.token_ids]
+    told = [token for token in ids if token < pair.draft.config.vocab_size]
+    (texts,) = fitted_on
+    assert texts.ravel()[: len(told) - LENGTH].tolist() == told[LENGTH:]
+    with pytest.raises(EasySpecError, match="`answered_by` target needs a pair"):
+        refit(open_model(draft[0].directory, speculative=VANILLA), config)
+
+
+@pytest.mark.slow
+def test_a_smaller_size_takes_the_overlaps_that_are_there(pair, tmp_path, monkeypatch):
+    measured = []
+
+    def measure(*args):
+        measured.append(args[1])
+        return measure_groups(*args)
+
+    monkeypatch.setattr(refitting, "measure_groups", measure)
+    text = tmp_path / "text"
+    text.write_text("a quick brown fox jumps over the lazy dog " * 60)
+    config = RefitConfig(text=text, tokens=1000, out=tmp_path / "one")
+    for lp_size in (2, 3, 2):
+        refit(pair, replace(config, lp_size=lp_size))
+    assert measured == [2, 3]
+    # The same groups as if they had been measured for this size alone.
+    alone = refit(pair, replace(config, lp_size=2, out=tmp_path / "two"))
+    assert alone.after == load(tmp_path / "one" / "lp2.safetensors", pair.draft)[0]
+    refit(pair, replace(config, lp_size=2, ridge=0.1))
+    assert measured == [2, 3, 2, 2]
 
 
 def test_a_draft_that_is_alone_stays_itself(draft):

@@ -22,11 +22,23 @@ def test_answers_to_prompts(draft):
         for turn in range(10)
     ]
     expected = [id for turn in turns for done in turn for id in done.prompt_ids + done.token_ids]
-    texts = answer_prompts(engine, prompts, 4, sampling, chat=False)
+    texts = answer_prompts(engine, prompts, 4, sampling, chat=False, vocabulary=300)
     assert texts.shape == (4, LENGTH)
     assert texts.ravel().tolist() == expected[: texts.size]
     with pytest.raises(EasySpecError, match="give more prompts, or a `temperature` above 0"):
-        answer_prompts(engine, ["a fox"], 4, SamplingParams(), chat=False)
+        answer_prompts(engine, ["a fox"], 4, SamplingParams(), chat=False, vocabulary=300)
+
+
+@pytest.mark.slow
+def test_ids_that_the_draft_does_not_know_are_left_out(draft):
+    """A target may have more ids than its draft."""
+    engine = open_model(draft[0].directory, speculative=SpeculativeConfig(method="vanilla"))
+    sampling = SamplingParams(0.8, seed=3)
+    texts = answer_prompts(engine, ["a fox"], 4, sampling, chat=False, vocabulary=300)
+    fewer = answer_prompts(engine, ["a fox"], 4, sampling, chat=False, vocabulary=200)
+    assert texts.max() >= 200
+    known = [token for token in texts.ravel().tolist() if token < 200]
+    assert fewer.ravel()[: len(known)].tolist() == known
 
 
 def test_a_file_becomes_texts_of_one_length(tmp_path):

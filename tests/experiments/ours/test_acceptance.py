@@ -26,9 +26,9 @@ def test_every_variant_of_the_grid_comes_once():
     ]
     assert variants((0.0, 0.8, 0.8), PAIR * 2, (1, 4, 1), (1, 2, 3, 2)) == grid
     refit = [
-        variant for variant in variants((0.0,), PAIR, (1,), (1, 2, 3), refit=True) if variant.refit
+        variant for variant in variants((0.0,), PAIR, (1,), (1, 2, 3), {3, 4}) if variant.refit
     ]
-    assert [(variant.lp_size, variant.calibration) for variant in refit] == [(2, True), (3, True)]
+    assert [(variant.lp_size, variant.calibration) for variant in refit] == [(3, True)]
 
 
 @pytest.fixture(scope="module")
@@ -83,20 +83,17 @@ def test_rows_agree_with_themselves(measured):
         assert 0 < row["accepted"] <= row["drafted"] <= 2 * row["rounds"]
         assert row["acceptance_rate"] == row["accepted"] / row["drafted"]
         assert row["mean_acceptance_length"] == 1 + row["accepted"] / row["rounds"]
+        assert row["equals_plain"]
     assert not list(measured.glob("*.partial"))
 
 
-def test_a_refit_that_is_missing_is_noticed_before_anything_is_measured(
-    measured, monkeypatch, capsys
-):
-    monkeypatch.setattr(acceptance, "measure", lambda *_: pytest.fail("measured"))
+def test_missing_refits_are_noticed_before_anything_is_measured(measured, monkeypatch, capsys):
+    monkeypatch.setattr(acceptance, "complete", lambda *_: pytest.fail("measured"))
     pair = ["--target", str(measured / "model"), "--draft", str(measured / "model")]
     out = ["--out", str(measured / "other.json")]
-    assert main([*pair, *out, "--lp-sizes", "1", "2", "3", "--refit", str(measured / "refit")]) == 2
-    assert (
-        "has no lp3.safetensors" in capsys.readouterr().err
-        and not (measured / "other.json").exists()
-    )
+    assert main([*pair, *out, "--lp-sizes", "1", "3", "--refit", str(measured / "refit")]) == 2
+    assert "has no refit for any of --lp-sizes" in capsys.readouterr().err
+    assert not (measured / "other.json").exists()
 
 
 def test_the_same_results_are_the_same_picture(measured, tmp_path):
