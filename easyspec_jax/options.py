@@ -16,6 +16,8 @@ DraftTensorParallelSize = Literal["1", "all"]
 Platform = Literal["cpu", "gpu", "tpu"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 FLOAT_DTYPES = get_args(DType)[1:]
+Weights = Literal["bfloat16", "int8", "int4"]
+"""Types that matrices can be kept in, apart from the one that is computed in."""
 
 MAX_LEVELS = 16
 """Largest num_speculative_tokens."""

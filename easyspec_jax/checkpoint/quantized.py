@@ -1,0 +1,242 @@
+"""Quantized matrices: small integers, and a scale for each group of a row's columns.
+
+    weight[o, i] ≈ values[o, i] · scale[o, i // group]
+
+A matrix N.weight of int8 or int4 has its scales in N.weight_scale, float32 [out, in / group]. One
+scale a row, [out, 1], is quantization by channel; it can wait until after the product. Whatever
+else is in a checkpoint stays as it is: norms and biases are too small to matter.
+
+`Quantized` makes such tensors out of any others while they are read, so a checkpoint is quantized
+the same way when it is opened and when it is converted.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import ml_dtypes  # noqa: F401  (teaches NumPy int4)
+import numpy as np
+from jaxtyping import Float, Int
+
+from easyspec_jax.checkpoint.tensors import Slices, StoredSource, TensorSource, row_blocks
+from easyspec_jax.options import Weights
+
+SCALE = "_scale"
+"""What the name of a matrix's scales has in addition to the matrix's own."""
+
+INTEGERS = {"int8": 127, "int4": 7}
+"""Types of quantized values, and the largest value of each. The range is symmetric."""
+
+INT4_GROUPS = (128, 64, 32)
+"""Columns that share a scale in int4: the first of these that divides a row, or else all of it."""
+
+CLIPPING = np.linspace(0.7, 1.0, 16, dtype=np.float32)
+"""Candidates for an int4 scale, as shares of the one that reaches the group's largest value."""
+
+_KEPT = 16
+"""Matrices whose scales are kept: as many as are read at the same time, and a few more."""
+
+_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def scale_name(matrix: str) -> str:
+    """Return the name of a matrix's scales.
+
+    Examples:
+        >>> scale_name("lm_head.weight")
+        'lm_head.weight_scale'
+    """
+    return matrix + SCALE
+
+
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Return whether a tensor is one that tokens are multiplied by, or an embedding."""
+    return len(shape) == 2 and name.endswith(".weight")
+
+
+def quantize(
+    weight: Float[np.ndarray, "out inner"], dtype: str, group: int
+) -> tuple[Int[np.ndarray, "out inner"], Float[np.ndarray, "out groups"]]:
+    """Round a matrix to integers.
+
+    An int8 group's scale reaches its largest value. An int4 group has so few steps that its largest
+    value may cost the others more than it gains: of several scales, the one with the least squared
+    error is taken.
+
+    Args:
+        weight: The matrix.
+        dtype: "int8" or "int4".
+        group: Columns that share a scale; divides `inner`.
+
+    Returns:
+        Values and float32 scales.
+
+    Examples:
+        >>> values, scale = quantize(np.array([[0.5, -1.0, 0.25, 0.0]]), "int8", group=4)
+        >>> values.tolist()
+        [[64, -127, 32, 0]]
+        >>> dequantize(values, scale).round(2).tolist()
+        [[0.5, -1.0, 0.25, 0.0]]
+    """
+    most = np.float32(INTEGERS[dtype])
+    out, inner = weight.shape
+    # [out, inner] -> [out, groups, group]
+    grouped = weight.astype(np.float32).reshape(out, inner // group, group)
+    reach = np.abs(grouped).max(axis=2, keepdims=True) / most
+    # A group of zeros has no reach, and any scale would do.
+    scale = np.where(reach > 0, reach, np.float32(1))
+    if dtype == "int4":
+        scale = _least_error(grouped, scale, most)
+    values = _rounded(grouped, scale, most)
+    return values.astype(dtype).reshape(out, inner), scale[:, :, 0]
+
+
+def _rounded(grouped: np.ndarray, scale: np.ndarray, most: np.float32) -> np.ndarray:
+    return np.clip(np.rint(grouped / scale), -most, most)
+
+
+def _least_error(grouped: np.ndarray, reach: np.ndarray, most: np.float32) -> np.ndarray:
+    """Choose each group's scale by the squared error that it leaves."""
+    best = np.full(reach.shape, np.inf, np.float32)
+    chosen = reach
+    for share in CLIPPING:
+        scale = reach * share
+        error = np.square(_rounded(grouped, scale, most) * scale - grouped)
+        total = error.sum(axis=2, keepdims=True)
+        chosen, best = np.where(total < best, scale, chosen), np.minimum(total, best)
+    return chosen
+
+
+def dequantize(
+    values: Int[np.ndarray, "out inner"], scale: Float[np.ndarray, "out groups"]
+) -> Float[np.ndarray, "out inner"]:
+    """Multiply values by their scales, in float32."""
+    (out, inner), groups = values.shape, scale.shape[1]
+    grouped = values.astype(np.float32).reshape(out, groups, inner // groups)
+    return (grouped * scale[:, :, None]).reshape(out, inner)
+
+
+def read_matrix(source: TensorSource, name: str) -> np.ndarray:
+    """Read a whole matrix as floats, whether it is quantized or not.
+
+    Args:
+        source: Its checkpoint.
+        name: The matrix.
+    """
+    stored = source.read(name)
+    if stored.dtype.name not in INTEGERS:
+        return stored
+    return dequantize(stored, source.read(scale_name(name)))
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A source whose matrices are quantized as they are read; it has their scales too.
+
+    A matrix's scales are computed by reading it once, when the first part of it is asked for, and
+    kept for a while. Matrices that are quantized already stay as they are stored.
+
+    Attributes:
+        below: Where the tensors come from.
+        weights: Type of the values. With "int4" the embedding and the head get "int8": they are a
+            small part of a large model, and the head's errors are those of the logits.
+    """
+
+    below: StoredSource
+    weights: Weights
+    _scales: OrderedDict[str, np.ndarray] = field(
+        default_factory=OrderedDict, repr=False, compare=False
+    )
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        shapes = dict(self.below.shapes())
+        for name, shape in self.below.shapes().items():
+            if self._is_new(name):
+                shapes[scale_name(name)] = (shape[0], shape[1] // self._group(name))
+        return shapes
+
+    def dtypes(self) -> Mapping[str, str]:
+        dtypes = dict(self.below.dtypes())
+        for name in self.below.shapes():
+            if self._is_new(name):
+                dtypes[name] = self._dtype(name)
+                dtypes[scale_name(name)] = "float32"
+        return dtypes
+
+    def read(self, name: str, window: Slices = ()) -> np.ndarray:
+        matrix = name.removesuffix(SCALE)
+        if name != matrix and self._is_new(matrix):
+            return self._scale_of(matrix)[window]
+        if not self._is_new(name):
+            return self.below.read(name, window)
+        shape, group = self.below.shapes()[name], self._group(name)
+        # A window may leave out the columns, or everything.
+        whole = slice(0, shape[0]), slice(0, shape[1])
+        rows, columns = (*window, *whole[len(window) :])
+        weight = self.below.read(name, (rows, columns)).astype(np.float32)
+        # Columns 100 to 300 in groups of 128 belong to groups 0, 1 and 2.
+        of_columns = np.arange(columns.start, columns.stop) // group
+        scale = self._scale_of(name)[rows][:, of_columns]
+        dtype = self._dtype(name)
+        most = np.float32(INTEGERS[dtype])
+        return _rounded(weight, scale, most).astype(dtype)
+
+    def _is_new(self, name: str) -> bool:
+        """Return whether this source quantizes a tensor."""
+        shape = self.below.shapes().get(name)
+        if shape is None or not is_matrix(name, shape):
+            return False
+        return self.below.dtypes()[name] not in INTEGERS
+
+    def _dtype(self, name: str) -> str:
+        return "int8" if name in _VOCABULARY else self.weights
+
+    def _group(self, name: str) -> int:
+        """Return how many columns of a matrix share a scale."""
+        inner = self.below.shapes()[name][1]
+        if self._dtype(name) == "int8":
+            return inner
+        return next((group for group in INT4_GROUPS if inner % group == 0), inner)
+
+    def _scale_of(self, name: str) -> Float[np.ndarray, "out groups"]:
+        with self._lock:
+            if name not in self._scales:
+                self._scales[name] = self._measured(name)
+            self._scales.move_to_end(name)
+            while len(self._scales) > _KEPT:
+                self._scales.popitem(last=False)
+            return self._scales[name]
+
+    def _measured(self, name: str) -> Float[np.ndarray, "out groups"]:
+        """Read a matrix block by block for its scales."""
+        shape, group = self.below.shapes()[name], self._group(name)
+        scale = np.empty((shape[0], shape[1] // group), np.float32)
+        for rows in row_blocks(shape):
+            block = self.below.read(name, (rows,))
+            scale[rows] = quantize(block, self._dtype(name), group)[1]
+        return scale
+
+
+def rounding_errors(
+    source: StoredSource, quantized: TensorSource, advance: Callable[[int], None]
+) -> dict[str, float]:
+    """Measure what quantization loses: the root of the squared errors over that of the squares.
+
+    Args:
+        source: The tensors as they were.
+        quantized: The same, quantized.
+        advance: Called with 1 after every matrix.
+
+    Returns:
+        The relative error of every matrix that was not quantized before, by name.
+    """
+    errors = {}
+    for name, shape in source.shapes().items():
+        if is_matrix(name, shape) and source.dtypes()[name] not in INTEGERS:
+            exact = source.read(name).astype(np.float32)
+            lost = read_matrix(quantized, name) - exact
+            errors[name] = float(np.linalg.norm(lost) / max(np.linalg.norm(exact), 1e-30))
+            advance(1)
+    return errors
