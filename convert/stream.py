@@ -25,7 +25,7 @@ from convert.workplace import Workplace, workplace
 from easyspec_jax.checkpoint.canonical import expected_shapes
 from easyspec_jax.checkpoint.config import ModelConfig, model_config
 from easyspec_jax.checkpoint.directory import open_checkpoint
-from easyspec_jax.checkpoint.tensors import StoredSource
+from easyspec_jax.checkpoint.tensors import TensorSource
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import FLOAT_DTYPES
 from easyspec_jax.progress import bar
@@ -55,7 +55,7 @@ class Model:
 
     origin: str
     config: dict[str, Any]
-    source: StoredSource
+    source: TensorSource
     dtype: str
     files: tuple[Path, ...]
     has_tokenizer: bool
@@ -163,7 +163,7 @@ class _Job:
     """A walk over all tensors, a few pieces at a time; `budget` limits their bytes in memory."""
 
     origin: str
-    source: StoredSource
+    source: TensorSource
     shapes: Shapes
     dtype: str
     budget: int
@@ -246,7 +246,7 @@ def _transfer(job: _Job, store: Store, place: Workplace, piece: Piece) -> bool:
     return False
 
 
-def _compare(job: _Job, out: Path, written: StoredSource) -> None:
+def _compare(job: _Job, out: Path, written: TensorSource) -> None:
     """Raise EasySpecError unless the written tensors equal the source's, bit for bit."""
 
     def same(piece: Piece) -> bool:

@@ -16,7 +16,7 @@ from easyspec_jax.arithmetic import round_up
 from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.checkpoint.families import EMBEDDING, FAMILIES, HEAD, Tensor
 from easyspec_jax.checkpoint.rope import rope_frequencies
-from easyspec_jax.checkpoint.tensors import Slices, StoredSource, TensorSource, row_blocks
+from easyspec_jax.checkpoint.tensors import Slices, TensorSource, row_blocks
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import FLOAT_DTYPES
 
@@ -114,8 +114,8 @@ def stored_shapes(config: ModelConfig, scheme: Scheme) -> dict[str, tuple[int, .
 
 
 def canonical(
-    config: ModelConfig, source: StoredSource, scheme: Scheme, origin: str
-) -> tuple[ModelConfig, StoredSource]:
+    config: ModelConfig, source: TensorSource, scheme: Scheme, origin: str
+) -> tuple[ModelConfig, TensorSource]:
     """Present the tensors of a source under their canonical names.
 
     No stored tensor is ignored silently. If the configuration ties the head to the embedding but a
@@ -159,7 +159,7 @@ def _same_values(source: TensorSource, first: str, second: str) -> bool:
     return True
 
 
-def _check_frequencies(config: ModelConfig, source: StoredSource, origin: str) -> None:
+def _check_frequencies(config: ModelConfig, source: TensorSource, origin: str) -> None:
     """Raise EasySpecError if stored RoPE frequencies differ, by more than rounding, from ours."""
     expected = rope_frequencies(config)
     for name in filter(_is_frequencies, source.shapes()):
@@ -189,7 +189,7 @@ class CanonicalSource:
         expected: The shape of each canonical tensor.
     """
 
-    stored: StoredSource
+    stored: TensorSource
     places: Mapping[str, StoredAs]
     expected: Mapping[str, tuple[int, ...]]
 
@@ -236,7 +236,7 @@ def unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def check_tensors(
-    config: ModelConfig, source: StoredSource, origin: str, scheme: Scheme = "canonical"
+    config: ModelConfig, source: TensorSource, origin: str, scheme: Scheme = "canonical"
 ) -> None:
     """Check that a source stores exactly the tensors of a configuration.
 

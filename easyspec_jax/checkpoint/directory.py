@@ -14,7 +14,7 @@ from easyspec_jax.checkpoint.canonical import canonical, expected_shapes, stored
 from easyspec_jax.checkpoint.config import ModelConfig, read_model_config
 from easyspec_jax.checkpoint.orbax import WEIGHTS, OrbaxSource
 from easyspec_jax.checkpoint.safetensors import SafetensorsSource
-from easyspec_jax.checkpoint.tensors import StoredSource
+from easyspec_jax.checkpoint.tensors import TensorSource
 from easyspec_jax.errors import EasySpecError
 
 
@@ -30,7 +30,7 @@ class Checkpoint:
 
     directory: Path
     config: ModelConfig
-    source: StoredSource
+    source: TensorSource
 
     @cached_property
     def fingerprint(self) -> str:

@@ -19,7 +19,7 @@ import ml_dtypes  # noqa: F401  (teaches NumPy int4)
 import numpy as np
 from jaxtyping import Float, Int
 
-from easyspec_jax.checkpoint.tensors import Slices, StoredSource, TensorSource, row_blocks
+from easyspec_jax.checkpoint.tensors import Slices, TensorSource, row_blocks
 from easyspec_jax.options import Weights
 
 SCALE = "_scale"
@@ -76,7 +76,7 @@ def quantize(
         >>> values, scale = quantize(np.array([[0.5, -1.0, 0.25, 0.0]]), "int8", group=4)
         >>> values.tolist()
         [[64, -127, 32, 0]]
-        >>> dequantize(values, scale).round(2).tolist()
+        >>> (values * scale).round(2).tolist()
         [[0.5, -1.0, 0.25, 0.0]]
     """
     most = np.float32(INTEGERS[dtype])
@@ -108,28 +108,6 @@ def _least_error(grouped: np.ndarray, reach: np.ndarray, most: np.float32) -> np
     return chosen
 
 
-def dequantize(
-    values: Int[np.ndarray, "out inner"], scale: Float[np.ndarray, "out groups"]
-) -> Float[np.ndarray, "out inner"]:
-    """Multiply values by their scales, in float32."""
-    (out, inner), groups = values.shape, scale.shape[1]
-    grouped = values.astype(np.float32).reshape(out, groups, inner // groups)
-    return (grouped * scale[:, :, None]).reshape(out, inner)
-
-
-def read_matrix(source: TensorSource, name: str) -> np.ndarray:
-    """Read a whole matrix as floats, whether it is quantized or not.
-
-    Args:
-        source: Its checkpoint.
-        name: The matrix.
-    """
-    stored = source.read(name)
-    if stored.dtype.name not in INTEGERS:
-        return stored
-    return dequantize(stored, source.read(scale_name(name)))
-
-
 @dataclass(frozen=True)
 class Quantized:
     """A source whose matrices are quantized as they are read; it has their scales too.
@@ -143,7 +121,7 @@ class Quantized:
             small part of a large model, and the head's errors are those of the logits.
     """
 
-    below: StoredSource
+    below: TensorSource
     weights: Weights
     _scales: OrderedDict[str, np.ndarray] = field(
         default_factory=OrderedDict, repr=False, compare=False
@@ -219,8 +197,35 @@ class Quantized:
         return scale
 
 
+@dataclass(frozen=True)
+class Dequantized:
+    """A source whose quantized matrices are read as float32; their scales are still there."""
+
+    below: TensorSource
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self.below.shapes()
+
+    def dtypes(self) -> Mapping[str, str]:
+        return {
+            name: "float32" if dtype in INTEGERS else dtype
+            for name, dtype in self.below.dtypes().items()
+        }
+
+    def read(self, name: str, window: Slices = ()) -> np.ndarray:
+        stored = self.below.read(name, window)
+        if stored.dtype.name not in INTEGERS:
+            return stored
+        shape = self.below.shapes()[name]
+        scale = self.below.read(scale_name(name), window[:1])
+        group = shape[1] // scale.shape[1]
+        columns = window[1] if len(window) > 1 else slice(0, shape[1])
+        # Columns 100 to 300 in groups of 128 belong to groups 0, 1 and 2.
+        return stored.astype(np.float32) * scale[:, np.arange(columns.start, columns.stop) // group]
+
+
 def rounding_errors(
-    source: StoredSource, quantized: TensorSource, advance: Callable[[int], None]
+    source: TensorSource, quantized: TensorSource, advance: Callable[[int], None]
 ) -> dict[str, float]:
     """Measure what quantization loses: the root of the squared errors over that of the squares.
 
@@ -236,7 +241,7 @@ def rounding_errors(
     for name, shape in source.shapes().items():
         if is_matrix(name, shape) and source.dtypes()[name] not in INTEGERS:
             exact = source.read(name).astype(np.float32)
-            lost = read_matrix(quantized, name) - exact
+            lost = Dequantized(quantized).read(name) - exact
             errors[name] = float(np.linalg.norm(lost) / max(np.linalg.norm(exact), 1e-30))
             advance(1)
     return errors

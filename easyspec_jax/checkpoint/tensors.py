@@ -29,16 +29,12 @@ class TensorSource(Protocol):
         """Return the shape of every tensor without reading any."""
         ...
 
-    def read(self, name: str, window: Slices = ()) -> np.ndarray:
-        """Read a slice of one tensor (by default all of it) in its stored dtype."""
-        ...
-
-
-class StoredSource(TensorSource, Protocol):
-    """A TensorSource that knows how its tensors are stored."""
-
     def dtypes(self) -> Mapping[str, str]:
         """Return each tensor's dtype: NumPy's name, or the file's own name if unsupported."""
+        ...
+
+    def read(self, name: str, window: Slices = ()) -> np.ndarray:
+        """Read a slice of one tensor (by default all of it) in its stored dtype."""
         ...
 
 
@@ -109,6 +105,9 @@ class Overlay:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {**self.below.shapes(), **self.above.shapes()}
 
+    def dtypes(self) -> Mapping[str, str]:
+        return {**self.below.dtypes(), **self.above.dtypes()}
+
     def read(self, name: str, window: Slices = ()) -> np.ndarray:
         return (self.above if name in self.above.shapes() else self.below).read(name, window)
 
@@ -128,6 +127,9 @@ class Held:
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    def dtypes(self) -> Mapping[str, str]:
+        return {name: tensor.dtype.name for name, tensor in self.tensors.items()}
 
     def read(self, name: str, window: Slices = ()) -> np.ndarray:
         return self.tensors[name][window]

@@ -290,7 +290,7 @@ class Programs:
         """
         models = jax.tree.structure((self.target, self.draft))
         # By default a GPU rounds the factors of float32 products to TF32, and a TPU to bfloat16.
-        precision = "highest" if self.target.embedding.dtype == np.float32 else "default"
+        precision = "highest" if self.target.norm.dtype == np.float32 else "default"
 
         # Inside `shard_map` leaves are this device's parts; put together again they are modules.
         def on_device(leaves: list[jax.Array], *args: Any) -> Any:

@@ -13,8 +13,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from easyspec_jax.checkpoint.config import ModelConfig
+from easyspec_jax.checkpoint.quantized import Dequantized
 from easyspec_jax.draft.grouping import Layout
 from easyspec_jax.model.loader import Loader
+from easyspec_jax.model.matrix import Matrix
 from easyspec_jax.model.norm import rms_norm
 from easyspec_jax.model.projection import Projection
 from easyspec_jax.model.transformer import Hidden
@@ -108,9 +110,10 @@ def prior(loader: Loader, site: Site) -> np.ndarray:
         float64 [hidden + 1, out], for inputs that are normed without a weight.
     """
     norm = loader.source.read(f"{site.norm}.weight").astype(np.float64)
-    weights = []
+    weights, source = [], Dequantized(loader.source)
     for part in site.parts:
-        weight = loader.source.read(f"{part}.weight").astype(np.float64)  # [out of part, hidden]
+        # [out of part, hidden]
+        weight = source.read(f"{part}.weight").astype(np.float64)
         # (x * norm) @ weight.T = x @ (weight.T * norm), with the norm's weight along the rows.
         weights.append(weight.T * norm[:, None])
     return np.concatenate([np.concatenate(weights, axis=1), _bias(loader, site)[None]])
@@ -138,12 +141,13 @@ def target(loader: Loader, site: Site) -> Projection:
     Returns:
         A Projection with zero rows added until they divide among the devices.
     """
-    weights = [loader.source.read(f"{part}.weight") for part in site.parts]
+    source = Dequantized(loader.source)
+    weights = [source.read(f"{part}.weight") for part in site.parts]
     weight = np.concatenate(weights)  # [out, hidden]
     padding = -weight.shape[0] % loader.mesh.size
     return Projection(
         norm=loader.place(loader.source.read(f"{site.norm}.weight"), P(None)),
-        weight=loader.place(np.pad(weight, [(0, padding), (0, 0)]), P(ALL_AXES, None)),
+        weight=Matrix(loader.place(np.pad(weight, [(0, padding), (0, 0)]), P(ALL_AXES, None))),
         bias=loader.place(np.pad(_bias(loader, site), (0, padding)), P(ALL_AXES)),
         eps=loader.config.rms_norm_eps,
     )

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from easyspec_jax.checkpoint.canonical import expected_shapes
 from easyspec_jax.checkpoint.config import ModelConfig
-from easyspec_jax.checkpoint.tensors import Slices
+from easyspec_jax.checkpoint.tensors import Slices, TensorSource
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.round import State, init_state
 from easyspec_jax.draft.grouping import Layout
@@ -63,6 +63,10 @@ class Shapes:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self.held
 
+    def dtypes(self) -> Mapping[str, str]:
+        # Of no consequence: a loader converts floats of any type to its own.
+        return dict.fromkeys(self.held, "float32")
+
     def read(self, name: str, window: Slices = ()) -> np.ndarray:
         # A view with strides of 0 has the right shape and takes one byte.
         return np.broadcast_to(np.zeros((), np.bool_), self.held[name])[window]
@@ -71,10 +75,13 @@ class Shapes:
 class ShapeLoader(Loader):
     """A Loader that places nothing. All layers have the same shapes, so one stands for all."""
 
-    def load(self, plan: ArrayPlan) -> jax.Array:
+    def load(
+        self, plan: ArrayPlan, dtype: np.dtype | None = None, source: TensorSource | None = None
+    ) -> jax.Array:
         """Return the array's shape, type and sharding."""
         sharding = NamedSharding(self.mesh, plan.spec)
-        return jax.ShapeDtypeStruct(plan.shape, self.dtype, sharding=sharding)  # pyright: ignore[reportReturnType]
+        dtype = dtype or self.dtype
+        return jax.ShapeDtypeStruct(plan.shape, dtype, sharding=sharding)  # pyright: ignore[reportReturnType]
 
     @cached_property
     def _first(self) -> tuple[Attention, MLP]:

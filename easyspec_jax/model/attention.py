@@ -20,8 +20,9 @@ from easyspec_jax.kernels import attention as split_attention
 from easyspec_jax.kernels import projection as fused_projection
 from easyspec_jax.kernels.tiles import supports_heads
 from easyspec_jax.model.cache import KVCache, write
+from easyspec_jax.model.matrix import Matrix
 from easyspec_jax.model.norm import rms_norm
-from easyspec_jax.model.projection import Projection, product
+from easyspec_jax.model.projection import Projection
 
 
 @partial(
@@ -154,7 +155,7 @@ class Attention(nnx.Module):
     def __init__(
         self,
         qkv: Projection,
-        out: Float[Array, "*slots hidden queries_dim"],
+        out: Matrix,
         head_norms: tuple[Float[Array, "*slots head_dim"], Float[Array, "*slots head_dim"]] | None,
         *,
         kv_heads: int,
@@ -162,7 +163,7 @@ class Attention(nnx.Module):
         split_keys_from: int | None = None,
         interpret: bool = False,
     ) -> None:
-        self.qkv, self.out = qkv, nnx.Param(out)
+        self.qkv, self.out = qkv, out
         self.query_norm, self.key_norm = (
             (None, None) if head_norms is None else map(nnx.Param, head_norms)
         )
@@ -209,7 +210,7 @@ class Attention(nnx.Module):
         own = qkv or self.qkv
         weights = fused_projection.Weights(
             norm=own.norm[...],
-            matrix=own.weight[...],
+            matrix=own.weight.values[...],
             bias=None if own.bias is None else own.bias[...],
             query_norm=None if self.query_norm is None else self.query_norm[...],
             key_norm=None if self.key_norm is None else self.key_norm[...],
@@ -225,13 +226,15 @@ class Attention(nnx.Module):
             interpret=self.interpret,
         )
         mixed = split_attention.attend(q, *written, window.mask, interpret=self.interpret)
-        out = fused_projection.project_out(mixed, self.out[...], interpret=self.interpret)
+        out = fused_projection.project_out(mixed, self.out.values[...], interpret=self.interpret)
         return out, KVCache(*written)
 
     def can_fuse(self) -> bool:
         """Return whether fused() takes these shapes."""
-        weight = self.qkv.weight
-        return fused_projection.supports(weight.shape[-1], self._head_dim, weight.dtype)
+        weight, dtype = self.qkv.weight, self.qkv.norm.dtype
+        if not weight.dtype == self.out.dtype == dtype:
+            return False
+        return fused_projection.supports(weight.shape[-1], self._head_dim, dtype)
 
     def rotated(
         self, h: Float[Array, "batch tokens hidden"], window: Window, qkv: Projection | None = None
@@ -254,9 +257,9 @@ class Attention(nnx.Module):
         return self.qkv.weight.shape[-2] // (self.kv_heads * (self.group + 2))
 
     def init_cache(self, batch: int, capacity: int) -> KVCache:
-        """Make this share's part of an empty cache, in the weights' dtype."""
+        """Make this share's part of an empty cache, in the norm's dtype."""
         shape = batch * self.kv_heads, capacity, self._head_dim
-        empty = jnp.zeros(shape, self.qkv.weight.dtype)
+        empty = jnp.zeros(shape, self.qkv.norm.dtype)
         return KVCache(empty, empty)
 
     def heads(self, x: Float[Array, "batch tokens heads_dim"]) -> tuple[Array, Array, Array]:
@@ -307,7 +310,7 @@ class Attention(nnx.Module):
             mixed = split_attention.attend(
                 q[None], *stack, window.mask, slot=slot or 0, interpret=self.interpret
             )
-            return product(self.out[...], mixed[0])
+            return self.out(mixed[0])
         if slot is not None:
             cache = KVCache(cache.k[slot], cache.v[slot])
         scores = jnp.einsum("kqd,ksd->kqs", q, cache.k, preferred_element_type=jnp.float32)
@@ -322,7 +325,7 @@ class Attention(nnx.Module):
         # Back to one row per token, heads side by side: [batch, tokens, queries * head_dim].
         mixed = mixed.reshape(batch, self.kv_heads * self.group, tokens, head_dim)
         mixed = mixed.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
-        return product(self.out[...], mixed)
+        return self.out(mixed)
 
     def _splits_keys(self, cache: KVCache) -> bool:
         """Return whether a kernel mixes the values of this cache."""

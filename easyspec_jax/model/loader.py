@@ -8,10 +8,12 @@ in host memory, unless one device needs all of it.
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -20,10 +22,12 @@ from jaxtyping import Array
 from easyspec_jax.arithmetic import ceil_div
 from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.checkpoint.families import EMBEDDING, FINAL_NORM, HEAD
+from easyspec_jax.checkpoint.quantized import INTEGERS, Dequantized, Quantized, scale_name
 from easyspec_jax.checkpoint.tensors import TensorSource, read_into
 from easyspec_jax.model.attention import Attention
+from easyspec_jax.model.matrix import Matrix
 from easyspec_jax.model.projection import Projection
-from easyspec_jax.model.shard_plan import ArrayPlan, Copy, bias_of, matrix, vector
+from easyspec_jax.model.shard_plan import ArrayPlan, Copy, bias_of, matrix, scales_of, vector
 from easyspec_jax.model.sharding import (
     Entries,
     HeadLayout,
@@ -32,6 +36,7 @@ from easyspec_jax.model.sharding import (
     head_layout,
 )
 from easyspec_jax.model.transformer import MLP, Block, Decoder, Layer
+from easyspec_jax.options import Weights
 from easyspec_jax.parallel.mesh import LAYER, TENSOR, Axes, axes_size
 from easyspec_jax.parallel.platforms import PlatformSettings, settings_of
 
@@ -50,10 +55,12 @@ class Loader:
         config: The model.
         mesh: Devices.
         axes: Mesh axes that the dense parts are split over: all but stacked attentions.
-        dtype: Type of every array.
+        dtype: Type of every array but quantized matrices and their scales.
         vocab_rows: Rows of the embedding and the head after padding.
         num_ids: Number of token ids; higher ids never get probability.
         settings: Which kernels the modules use; None for those of the mesh's platform.
+        weights: Type of the matrices; None for that of the checkpoint if it is quantized, else
+            `dtype`.
     """
 
     source: TensorSource
@@ -64,6 +71,16 @@ class Loader:
     vocab_rows: int
     num_ids: int
     settings: PlatformSettings | None = None
+    weights: Weights | None = None
+
+    @cached_property
+    def _kept(self) -> TensorSource:
+        """The tensors in the types that they are kept in on the devices."""
+        if self.weights is None:
+            return self.source
+        if self.weights in INTEGERS:
+            return Quantized(self.source, self.weights)
+        return Dequantized(self.source)
 
     @property
     def platform(self) -> str:
@@ -118,7 +135,7 @@ class Loader:
         down = matrix(tensors, self.config.hidden_size, self.axes, dimension=1)
         return MLP(
             self.gate_up(index),
-            self.load(down.for_layer(index)),
+            self.matrix(down.for_layer(index)),
             fused=self.kernels.fused_mlp,
             interpret=self.platform == "cpu",
         )
@@ -144,8 +161,17 @@ class Loader:
 
         return jax.make_array_from_callback(array.shape, NamedSharding(self.mesh, spec), shard)
 
-    def load(self, plan: ArrayPlan) -> Array:
-        """Carry out a plan. Each process makes the shards of its own devices, each of them once."""
+    def load(
+        self, plan: ArrayPlan, dtype: np.dtype | None = None, source: TensorSource | None = None
+    ) -> Array:
+        """Carry out a plan. Each process makes the shards of its own devices, each of them once.
+
+        Args:
+            plan: What goes where.
+            dtype: Type of the array; by default the loader's.
+            source: Where the tensors come from; by default the checkpoint, quantized or not.
+        """
+        source, dtype = source or self._kept, dtype or self.dtype
         sharding = NamedSharding(self.mesh, plan.spec)
         own = set()
         for bounds in sharding.addressable_devices_indices_map(plan.shape).values():
@@ -153,7 +179,7 @@ class Loader:
         copies = plan.by_shard()
 
         def fill(shard: int) -> tuple[int, np.ndarray]:
-            return shard, self._filled(plan.shard_shape, copies[shard])
+            return shard, _filled(plan.shard_shape, copies[shard], source, dtype)
 
         with ThreadPoolExecutor(_READERS) as pool:
             shards = dict(pool.map(fill, own))
@@ -162,19 +188,33 @@ class Loader:
             plan.shape, sharding, lambda bounds: shards[plan.shard_at(bounds or ())]
         )
 
-    def _filled(self, shape: tuple[int, ...], copies: Sequence[Copy]) -> np.ndarray:
-        """Make the memory of a shard and fill it."""
-        shard = _aligned_zeros(shape, self.dtype)
-        for copy in copies:
-            # A view of the shard: what is read into it lands in the shard.
-            read_into(shard[copy.target], self.source, copy.tensor, copy.source)
-        return shard
+    def matrix(self, plan: ArrayPlan) -> Matrix:
+        """Carry out the plan of a matrix, and of its scales if it is quantized.
 
-    def _vocabulary(self, tensor: str) -> Array:
+        Where only some of the tensors it is made of are quantized, all become floats.
+        """
+        dtypes, tensors = self._kept.dtypes(), {copy.tensor for copy in plan.copies}
+        integers = {dtypes[tensor] for tensor in tensors} & INTEGERS.keys()
+        if not all(dtypes[tensor] in INTEGERS for tensor in tensors):
+            source = Dequantized(self._kept) if integers else self._kept
+            dtype = jnp.dtype(jnp.bfloat16) if self.weights == "bfloat16" else self.dtype
+            return Matrix(self.load(plan, dtype, source))
+        # Values of four bits are values of eight bits too.
+        values = self.load(plan, jnp.dtype("int8" if "int8" in integers else "int4"))
+        groups = {tensor: self._group_of(tensor) for tensor in tensors}
+        return Matrix(values, self.load(scales_of(plan, groups), np.dtype(np.float32)))
+
+    def _group_of(self, tensor: str) -> int | None:
+        """Return how many columns of a quantized tensor share a scale; None if all of a row do."""
+        shapes = self._kept.shapes()
+        groups = shapes[scale_name(tensor)][1]
+        return None if groups == 1 else shapes[tensor][1] // groups
+
+    def _vocabulary(self, tensor: str) -> Matrix:
         shards = axes_size(self.mesh, self.axes)
         # 300 ids in 1024 rows on 8 shards: the first three have 128, 128 and 44 of them.
         rows = even_entries(self.config.vocab_size, self.vocab_rows // shards, shards)
-        return self.load(matrix({tensor: rows}, self.config.hidden_size, self.axes, dimension=0))
+        return self.matrix(matrix({tensor: rows}, self.config.hidden_size, self.axes, dimension=0))
 
     def _attention(self, axes: Axes, layers: Sequence[int], slots: int | None = None) -> Attention:
         """Load one layer's attention or, with slots, a stack of several."""
@@ -189,7 +229,7 @@ class Loader:
             )
         return Attention(
             self._qkv(axes, layers, slots),
-            self._load(out, layers, slots),
+            self.matrix(self._of_layers(out, layers, slots)),
             norms,
             kv_heads=layout.kv_heads,
             group=layout.group,
@@ -223,7 +263,7 @@ class Loader:
         bias = self._of_layers(bias_of(weight), layers, slots).only(self.source.shapes())
         return Projection(
             norm=self._load(vector(f"{_LAYER}{norm}.weight", hidden), layers, slots),
-            weight=self._load(weight, layers, slots),
+            weight=self.matrix(self._of_layers(weight, layers, slots)),
             bias=self.load(bias) if bias.copies else None,
             eps=self.config.rms_norm_eps,
         )
@@ -245,6 +285,17 @@ class Loader:
     def _head_layout(self, axes: Axes) -> HeadLayout:
         shards = axes_size(self.mesh, axes)
         return head_layout(self.config.num_attention_heads, self.config.num_key_value_heads, shards)
+
+
+def _filled(
+    shape: tuple[int, ...], copies: Sequence[Copy], source: TensorSource, dtype: np.dtype
+) -> np.ndarray:
+    """Make the memory of a shard and fill it."""
+    shard = _aligned_zeros(shape, dtype)
+    for copy in copies:
+        # A view of the shard: what is read into it lands in the shard.
+        read_into(shard[copy.target], source, copy.tensor, copy.source)
+    return shard
 
 
 def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -7,13 +7,14 @@ carries it out. In a tensor's name, {} stands for a layer's number: all layers h
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import prod
+from math import gcd, prod
 from typing import TypeVar
 
 import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
+from easyspec_jax.arithmetic import ceil_div
 from easyspec_jax.checkpoint.tensors import Slices
 from easyspec_jax.model.sharding import Entries
 from easyspec_jax.parallel.mesh import LAYER, Axes
@@ -180,6 +181,71 @@ def bias_of(weight: ArrayPlan) -> ArrayPlan:
         tensor = copy.tensor.removesuffix("weight") + "bias"
         copies.append(Copy(tensor, copy.source[:1], copy.shard, copy.target[:1]))
     return ArrayPlan(weight.shard_shape[:1], weight.grid[:1], P(weight.spec[0]), tuple(copies))
+
+
+def scales_of(weight: ArrayPlan, groups: Mapping[str, int | None]) -> ArrayPlan:
+    """Plan the scales [out, groups] of a quantized weight [out, in].
+
+    Each column of the scales is for as many consecutive columns of a shard as can share one: those
+    of a stored group or, where the shards' borders cut groups, of a smaller part. So a stored scale
+    may come several times.
+
+    Args:
+        weight: The weight.
+        groups: Columns that share a scale in each stored tensor; None if all of a row do.
+
+    Examples:
+        Two shards of three columns, which are stored in groups of two:
+
+        >>> from easyspec_jax.model.sharding import even_entries
+        >>> columns = even_entries(size=6, width=3, shards=2)
+        >>> plan = matrix({"down.weight": columns}, 4, ("tensor",), dimension=1)
+        >>> print(scales_of(plan, {"down.weight": 2}))
+        [4, 6] as a [1, 2] grid of [4, 3] shards
+        down.weight_scale[0:4, 0:1] -> [0:4, 0:1] of shard 0
+        down.weight_scale[0:4, 0:1] -> [0:4, 1:2] of shard 0
+        down.weight_scale[0:4, 1:2] -> [0:4, 2:3] of shard 0
+        down.weight_scale[0:4, 1:2] -> [0:4, 0:1] of shard 1
+        down.weight_scale[0:4, 2:3] -> [0:4, 1:2] of shard 1
+        down.weight_scale[0:4, 2:3] -> [0:4, 2:3] of shard 1
+
+        One scale a row serves a whole shard:
+
+        >>> print(scales_of(plan, {"down.weight": None}))
+        [4, 2] as a [1, 2] grid of [4, 1] shards
+        down.weight_scale[0:4, 0:1] -> [0:4, 0:1] of shard 0
+        down.weight_scale[0:4, 0:1] -> [0:4, 0:1] of shard 1
+    """
+    *outer, width = weight.shard_shape
+    size = _shared(weight, groups)
+    copies: dict[Copy, None] = {}
+    for copy in weight.copies:
+        group = groups[copy.tensor]
+        tensor, (rows, columns) = copy.tensor + "_scale", copy.source
+        *place, into = copy.target
+        assert isinstance(into, slice), "columns are always a slice"
+        # A shard's columns 64 to 192, in parts of 64, are its scales 1 and 2.
+        for part in range(into.start // size, ceil_div(into.stop, size)):
+            column = columns.start + part * size - into.start
+            number = 0 if group is None else column // group
+            source, target = slice(number, number + 1), slice(part, part + 1)
+            copies[Copy(tensor, (rows, source), copy.shard, (*place, target))] = None
+    return replace(weight, shard_shape=(*outer, width // size), copies=tuple(copies))
+
+
+def _shared(weight: ArrayPlan, groups: Mapping[str, int | None]) -> int:
+    """Return how many consecutive columns of every shard share a scale, whatever the shard."""
+    width = weight.shard_shape[-1]
+    if all(groups[copy.tensor] is None for copy in weight.copies):
+        return width
+    size = width
+    for copy in weight.copies:
+        into = copy.target[-1]
+        assert isinstance(into, slice), "columns are always a slice"
+        # Parts must not reach over the border of a group, of the copy or of the shard.
+        borders = copy.source[1].start, into.start, into.stop - into.start
+        size = gcd(size, groups[copy.tensor] or 0, *borders)
+    return size
 
 
 def _runs(entries: Int[np.ndarray, " entries"]) -> Iterator[tuple[int, int, int]]:

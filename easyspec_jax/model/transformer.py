@@ -17,8 +17,9 @@ from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.kernels import gate_up as kernel
 from easyspec_jax.model.attention import Attention, Nodes, Window, chain_window, tree_window
 from easyspec_jax.model.cache import KVCache
+from easyspec_jax.model.matrix import Matrix
 from easyspec_jax.model.norm import rms_norm
-from easyspec_jax.model.projection import Projection, product
+from easyspec_jax.model.projection import Projection
 from easyspec_jax.parallel.collectives import all_reduce, shard_index
 from easyspec_jax.parallel.mesh import Axes
 
@@ -40,12 +41,12 @@ class MLP(nnx.Module):
     def __init__(
         self,
         gate_up: Projection,
-        down: Float[Array, "hidden inner"],
+        down: Matrix,
         *,
         fused: bool = False,
         interpret: bool = False,
     ) -> None:
-        self.gate_up, self.down = gate_up, nnx.Param(down)
+        self.gate_up, self.down = gate_up, down
         self.fused, self.interpret = fused, interpret
 
     def __call__(self, h: Hidden, gate_up: Projection | None = None) -> Hidden:
@@ -56,15 +57,16 @@ class MLP(nnx.Module):
             gate_up: A projection to use instead of the layer's own.
         """
         own, (hidden, inner) = gate_up or self.gate_up, self.down.shape
-        if self.fused and kernel.supports(hidden, inner, self.down.dtype):
+        dtype = own.norm.dtype
+        if self.fused and own.weight.dtype == dtype and kernel.supports(hidden, inner, dtype):
             bias = None if own.bias is None else own.bias[...]
-            arrays = h, own.norm[...], own.weight[...], bias
+            arrays = h, own.norm[...], own.weight.values[...], bias
             x = kernel.gate_up(*arrays, eps=own.eps, interpret=self.interpret)
         else:
             # A shard's rows are [its gate | its up], so that one product computes both.
             gate, up = jnp.split(own(h), 2, axis=-1)
             x = jax.nn.silu(gate) * up
-        return product(self.down[...], x)
+        return self.down(x)
 
 
 class Layer(nnx.Module):
@@ -135,17 +137,16 @@ class Decoder(nnx.Module):
 
     def __init__(
         self,
-        embedding: Float[Array, "vocab hidden"],
+        embedding: Matrix,
         blocks: Sequence[Block],
         norm: Float[Array, " hidden"],
-        head: Float[Array, "vocab hidden"] | None,
+        head: Matrix | None,
         *,
         config: ModelConfig,
         axes: Axes,
         num_ids: int,
     ) -> None:
-        self.embedding, self.norm = nnx.Param(embedding), nnx.Param(norm)
-        self.head = None if head is None else nnx.Param(head)
+        self.embedding, self.norm, self.head = embedding, nnx.Param(norm), head
         self.blocks = nnx.List(blocks)
         self.config, self.axes, self.num_ids = config, axes, num_ids
 
@@ -189,12 +190,13 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Int[Array, "batch tokens"]) -> Hidden:
         """Look up embeddings; one all-reduce where the embedding is split."""
-        rows = self.embedding[...]
-        local = tokens - shard_index(self.axes) * rows.shape[0]
-        is_local = (local >= 0) & (local < rows.shape[0])
-        found = rows[jnp.clip(local, 0, rows.shape[0] - 1)]  # [batch, tokens, hidden]
+        rows = self.embedding.shape[0]
+        local = tokens - shard_index(self.axes) * rows
+        is_local = (local >= 0) & (local < rows)
+        # [batch, tokens, hidden]
+        found = self.embedding.rows(jnp.clip(local, 0, rows - 1), self.norm.dtype)
         # One device has each token's row and the others add zero.
-        found = jnp.where(is_local[:, :, None], found, np.zeros((), rows.dtype))
+        found = jnp.where(is_local[:, :, None], found, np.zeros((), found.dtype))
         return all_reduce(found, self.axes)
 
     def logits(self, h: Hidden) -> Float[Array, "batch tokens vocab_shard"]:
@@ -204,9 +206,9 @@ class Decoder(nnx.Module):
             h: Final hidden states.
         """
         # Rows of zeros, which pad the vocabulary, would give logits of 0: hence -inf below.
-        rows = (self.embedding if self.head is None else self.head)[...]
-        logits = product(rows, h, jnp.float32)
-        ids = shard_index(self.axes) * rows.shape[0] + jnp.arange(rows.shape[0], dtype=jnp.int32)
+        head = self.embedding if self.head is None else self.head
+        logits, rows = head(h, jnp.float32), head.shape[0]
+        ids = shard_index(self.axes) * rows + jnp.arange(rows, dtype=jnp.int32)
         return jnp.where((ids < self.num_ids)[None, None, :], logits, np.float32(-np.inf))
 
     def init_caches(self, batch: int, capacity: int) -> Caches:

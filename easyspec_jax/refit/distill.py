@@ -30,6 +30,7 @@ from easyspec_jax.draft.grouping import Layout
 from easyspec_jax.draft.layer_group import LayerGroup, Refit, load_draft, load_refit, run_fuzzy
 from easyspec_jax.draft.sites import Site, Tensors, joined, named, stale_sites
 from easyspec_jax.model.loader import Loader
+from easyspec_jax.model.matrix import Matrix
 from easyspec_jax.model.projection import Projection
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.parallel.collectives import all_reduce
@@ -182,7 +183,7 @@ def _with(draft: Decoder, columns: Sequence[Columns], trained: Trained) -> Decod
     """Put projections into the draft's refit, each column where the mesh has it."""
     # A module can only be changed in the trace that made it, hence a copy.
     draft = jax.tree.map(lambda leaf: leaf, draft)
-    dtype = draft.embedding[...].dtype
+    dtype = draft.norm.dtype
     placed = []
     for projection, numbers in zip(trained, columns, strict=True):
         # A column of zeros in front is what 0 stands for. With columns a b c and numbers 1 3 | 2 0:
@@ -204,7 +205,7 @@ def _refilled(refit: Refit, stale: int, placed: Iterator[Float[Array, "inputs pl
     return Refit(
         Projection(
             refit.qkv.norm[...],
-            refit.qkv.weight[...].at[slots].set(qkv[:, :-1].mT),
+            Matrix(refit.qkv.weight.values[...].at[slots].set(qkv[:, :-1].mT)),
             _bias(refit.qkv).at[slots].set(qkv[:, -1]),
             eps=refit.qkv.eps,
         ),
@@ -214,7 +215,7 @@ def _refilled(refit: Refit, stale: int, placed: Iterator[Float[Array, "inputs pl
 
 def _of_rows(own: Projection, rows: Float[Array, "inputs placed"]) -> Projection:
     """Replace a projection's weight by all rows but the last, transposed; its bias by the last."""
-    return Projection(own.norm[...], rows[:-1].T, rows[-1], eps=own.eps)
+    return Projection(own.norm[...], Matrix(rows[:-1].T), rows[-1], eps=own.eps)
 
 
 def _bias(projection: Projection) -> Array:

@@ -138,6 +138,9 @@ class Synthetic:
     dtype: np.dtype
     successor: np.ndarray | None = None
 
+    def dtypes(self) -> Mapping[str, str]:
+        return dict.fromkeys(self._shapes, self.dtype.name)
+
     def read(self, name: str, window: Slices = ()) -> np.ndarray:
         shape = self._shapes[name]
         rows = window[0] if window else slice(0, shape[0])

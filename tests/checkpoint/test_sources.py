@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from convert.orbax import OrbaxStore
 from easyspec_jax.checkpoint.orbax import OrbaxSource
 from easyspec_jax.checkpoint.safetensors import SAFETENSORS, SafetensorsSource
-from easyspec_jax.checkpoint.tensors import StoredSource
+from easyspec_jax.checkpoint.tensors import TensorSource
 from easyspec_jax.errors import EasySpecError
 
 SHAPE = (6, 5)
@@ -21,7 +21,7 @@ RANGES = [slice(*bounds) for bounds in itertools.combinations_with_replacement(r
 
 
 @pytest.fixture(params=["safetensors", "orbax"])
-def opened(request, tmp_path) -> tuple[StoredSource, np.ndarray]:
+def opened(request, tmp_path) -> tuple[TensorSource, np.ndarray]:
     values = np.random.default_rng(0).normal(size=SHAPE).astype(ml_dtypes.bfloat16)
     if request.param == "safetensors":
         save_file({"pad": np.zeros(3, np.int8), "w": values}, tmp_path / SAFETENSORS)

@@ -9,6 +9,7 @@ from jaxtyping import Array
 from easyspec_jax.kernels.projection import Weights
 from easyspec_jax.model.attention import Attention, Window
 from easyspec_jax.model.cache import KVCache
+from easyspec_jax.model.matrix import Matrix
 from easyspec_jax.model.projection import Projection
 
 EPS = 1e-5
@@ -89,8 +90,8 @@ class Case:
             jnp.eye(queries, dtype=self.dtype), (self.slots, queries, queries)
         )
         return Attention(
-            Projection(norm, matrix, bias, eps=EPS),
-            identity,
+            Projection(norm, Matrix(matrix), bias, eps=EPS),
+            Matrix(identity),
             None if query_norm is None or key_norm is None else (query_norm, key_norm),
             kv_heads=self.kv_heads,
             group=self.group,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from easyspec_jax.kernels import gate_up as kernel
+from easyspec_jax.model.matrix import Matrix
 from easyspec_jax.model.projection import Projection
 from easyspec_jax.model.transformer import MLP
 from tests.kernels.cases import EPS, Case
@@ -20,15 +21,15 @@ def test_it_agrees_with_the_plain_path(batch, tokens, hidden, inner, bias, dtype
     case = Case(dtype=dtype)
     projection = Projection(
         1 + case.normal(0, hidden, scale=0.1),
-        case.normal(1, 2 * inner, hidden, scale=hidden**-0.5),
+        Matrix(case.normal(1, 2 * inner, hidden, scale=hidden**-0.5)),
         case.normal(2, 2 * inner) if bias else None,
         eps=EPS,
     )
     down, h = jnp.eye(inner, dtype=dtype), case.normal(3, batch, tokens, hidden)
     own_bias = None if projection.bias is None else projection.bias[...]
-    arrays = h, projection.norm[...], projection.weight[...], own_bias
+    arrays = h, projection.norm[...], projection.weight.values[...], own_bias
     got = kernel.gate_up(*arrays, eps=EPS, interpret=True)
-    expected = jax.jit(MLP(projection, down))(h)
+    expected = jax.jit(MLP(projection, Matrix(down)))(h)
     assert got.dtype == expected.dtype
     case.assert_close(got.astype(jnp.float32), expected.astype(jnp.float32))
 

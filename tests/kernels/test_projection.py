@@ -14,7 +14,7 @@ from easyspec_jax.kernels import tiles
 from easyspec_jax.kernels.projection import project_and_write, project_out, supports
 from easyspec_jax.model.attention import Attention, rotate
 from easyspec_jax.model.cache import KVCache, write
-from easyspec_jax.model.projection import product
+from easyspec_jax.model.matrix import Matrix
 from tests.kernels.cases import EPS, Case
 
 CASES = [
@@ -73,7 +73,10 @@ def test_the_product_by_output_matrices(slots, batch, tokens, hidden, inner, dty
     case = Case(dtype=dtype)
     x = case.normal(0, slots, batch, tokens, inner)
     matrix = case.normal(1, slots, hidden, inner, scale=inner**-0.5)
-    got, expected = project_out(x, matrix, interpret=True), jax.vmap(product)(matrix, x)
+    got, expected = (
+        project_out(x, matrix, interpret=True),
+        jax.vmap(lambda m, x: m(x))(Matrix(matrix), x),
+    )
     assert got.dtype == expected.dtype
     case.assert_close(got.astype(jnp.float32), expected.astype(jnp.float32))
 

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from easyspec_jax.checkpoint.canonical import expected_shapes
 from easyspec_jax.checkpoint.config import ModelConfig, model_config
+from easyspec_jax.checkpoint.tensors import TensorSource
 from easyspec_jax.engine.abstract import Shapes, absent_mesh
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.shard_plan import ArrayPlan, Copy, matrix
@@ -59,7 +60,9 @@ class Recorder(Loader):
 
     plans: list[ArrayPlan] = field(default_factory=list)
 
-    def load(self, plan: ArrayPlan) -> Any:
+    def load(
+        self, plan: ArrayPlan, dtype: np.dtype | None = None, source: TensorSource | None = None
+    ) -> Any:
         self.plans.append(plan)
         return jax.ShapeDtypeStruct(plan.shape, self.dtype)
 
