@@ -192,6 +192,13 @@ def resolve_dtype(requested: DType, platform: str, stored: str) -> str:
     return stored
 
 
+def check_weights(weights: Weights | None, draft_weights: Weights | None) -> None:
+    """Raise EasySpecError unless each is None or one of Weights."""
+    for field, value in (("weights", weights), ("draft_weights", draft_weights)):
+        if value is not None:
+            check_choice(field, value, get_args(Weights))
+
+
 def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise EasySpecError unless a field's value is one of some choices."""
     if value not in choices:

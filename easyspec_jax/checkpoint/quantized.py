@@ -11,9 +11,10 @@ the same way when it is opened and when it is converted.
 """
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import ml_dtypes  # noqa: F401  (teaches NumPy int4)
 import numpy as np
@@ -92,20 +93,20 @@ def quantize(
     return values.astype(dtype).reshape(out, inner), scale[:, :, 0]
 
 
-def _rounded(grouped: np.ndarray, scale: np.ndarray, most: np.float32) -> np.ndarray:
+def _rounded(grouped: np.ndarray, scale: np.ndarray | np.float32, most: np.float32) -> np.ndarray:
     return np.clip(np.rint(grouped / scale), -most, most)
 
 
 def _least_error(grouped: np.ndarray, reach: np.ndarray, most: np.float32) -> np.ndarray:
     """Choose each group's scale by the squared error that it leaves."""
-    best = np.full(reach.shape, np.inf, np.float32)
-    chosen = reach
+    # In units of the widest scale, so that no square overflows.
+    relative = grouped / reach
+    best, chosen = np.full(reach.shape, np.inf, np.float32), np.ones_like(reach)
     for share in CLIPPING:
-        scale = reach * share
-        error = np.square(_rounded(grouped, scale, most) * scale - grouped)
+        error = np.square(_rounded(relative, share, most) * share - relative)
         total = error.sum(axis=2, keepdims=True)
-        chosen, best = np.where(total < best, scale, chosen), np.minimum(total, best)
-    return chosen
+        chosen, best = np.where(total < best, share, chosen), np.minimum(total, best)
+    return reach * chosen
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,12 @@ class Quantized:
             block = self.below.read(name, (rows,))
             scale[rows] = quantize(block, self._dtype(name), group)[1]
         return scale
+
+
+def stored_weights(source: TensorSource) -> Weights | None:
+    """Return the type that most of a source's quantized matrices have; None if it has none."""
+    types = Counter(dtype for dtype in source.dtypes().values() if dtype in INTEGERS)
+    return cast("Weights", types.most_common(1)[0][0]) if types else None
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,8 @@ def print_devices(engine: "Engine", sampling: SamplingParams, prepared: "Prepara
     console = _console()
     refit = "" if engine.refit is None else " · refit"
     groups = format_layout(engine.layout) or "none"
-    console.print(f"mesh {_mesh(engine)} · {engine.dtype} · groups {groups}{refit}")
+    kept = f" ({engine.kept_weights})" if engine.kept_weights else ""
+    console.print(f"mesh {_mesh(engine)} · {engine.dtype}{kept} · groups {groups}{refit}")
     console.print(
         f"loaded in {prepared.load_seconds:.2f} s · compiled in {prepared.compile_seconds:.2f} s"
     )

@@ -1,9 +1,16 @@
 """Flags that several commands share, each declared once."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any, get_args
 
-from easyspec_jax.options import DraftTensorParallelSize, DType, Platform, SpeculativeConfig
+from easyspec_jax.options import (
+    DraftTensorParallelSize,
+    DType,
+    Platform,
+    SpeculativeConfig,
+    Weights,
+)
 
 _DEFAULT = SpeculativeConfig()
 
@@ -17,6 +24,15 @@ SHARED: dict[str, dict[str, Any]] = {
         "default": "auto",
         "choices": get_args(DType),
         "help": "default: float32 on a CPU, else the checkpoint's",
+    },
+    "--weights": {
+        "choices": get_args(Weights),
+        "help": "type to keep the target's matrices in, rounded if need be (default: the "
+        "checkpoint's if it is quantized, else --dtype)",
+    },
+    "--draft-weights": {
+        "choices": get_args(Weights),
+        "help": "likewise for the draft, which changes the speed but not the text",
     },
     "--max-length": {
         "type": int,
@@ -68,6 +84,10 @@ DEVICES = ("--mesh", "--platform", "--dtype", "--allow-links")
 """Flags that say where and in what type a checkpoint is opened."""
 
 
+WEIGHTS = ("--weights", "--draft-weights")
+"""Flags that say in what type the matrices of a pair are kept."""
+
+
 def add_shared(
     parser: argparse.ArgumentParser | argparse._ArgumentGroup, *flags: str, **changes: Any
 ) -> None:
@@ -84,5 +104,14 @@ def add_shared(
 
 def devices_of(args: argparse.Namespace) -> dict[str, Any]:
     """Return the values of the DEVICES flags as keyword arguments of `open_model`."""
-    names = [flag.removeprefix("--").replace("-", "_") for flag in DEVICES]
+    return _values(args, DEVICES)
+
+
+def pair_options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the values of the DEVICES and WEIGHTS flags as keyword arguments of `open_model`."""
+    return _values(args, DEVICES + WEIGHTS)
+
+
+def _values(args: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]:
+    names = [flag.removeprefix("--").replace("-", "_") for flag in flags]
     return {name: getattr(args, name) for name in names}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from easyspec_jax import demo
 from easyspec_jax.cli.command import cache_compilations, flags_in, flags_of, run_command, with_flags
-from easyspec_jax.cli.flags import devices_of
+from easyspec_jax.cli.flags import pair_options_of
 from easyspec_jax.cli.generate_flags import (
     AUTO,
     check_flags,
@@ -115,8 +115,9 @@ def _run_job(
     # numbers round differently a text may be that of either run.
     free = {"prompts", "out", "batch_size", "verbose", "mesh", "platform", "allow_links"}
     settings = {name: value for name, value in vars(args).items() if name not in free}
-    if args.system is None:
-        del settings["system"]  # as a job that was begun without this flag has it
+    for later in ("system", "weights", "draft_weights"):
+        if settings[later] is None:
+            del settings[later]  # as a job has it that was begun before there was this flag
     job, out = read_job(args.prompts, sampling, args.system), Path(args.out)
     check_results(out, describe_job(job, settings, args.chat))
     engine = _open(args, speculative, bar)
@@ -147,13 +148,13 @@ def _open_pair(args: argparse.Namespace, speculative: SpeculativeConfig, bar: "B
             args.draft,
             speculative=speculative,
             max_length=args.max_length,
-            **devices_of(args),
+            **pair_options_of(args),
         )
     from easyspec_jax.cli.console import print_note
     from easyspec_jax.parallel.mesh import parse_mesh
     from easyspec_jax.tune.tuning import auto, open_pair
 
-    pair = open_pair(args.target, args.draft, max_length=args.max_length, **devices_of(args))
+    pair = open_pair(args.target, args.draft, max_length=args.max_length, **pair_options_of(args))
     choice = auto(pair, args.mesh, args.target is None, bar, print_note)
     return pair.variant(
         replace(choice.speculative, verifier=args.verifier), parse_mesh(choice.mesh), bar

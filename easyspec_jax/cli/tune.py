@@ -14,7 +14,7 @@ from easyspec_jax.cli.command import (
     read_prompts,
     run_command,
 )
-from easyspec_jax.cli.flags import DEVICES, add_shared, devices_of
+from easyspec_jax.cli.flags import DEVICES, WEIGHTS, add_shared, pair_options_of
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.files import check_writable, write_whole
 from easyspec_jax.options import DraftTensorParallelSize
@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     tries = '"8" tries its splits, "layer=4,tensor=2" only that (default: %(default)s)'
     add_shared(models, "--mesh", help=tries)
-    add_shared(models, *DEVICES[1:], "--max-length")
+    add_shared(models, *DEVICES[1:], *WEIGHTS, "--max-length")
     space = parser.add_argument_group("candidates")
     space.add_argument(
         "--lp-sizes",
@@ -155,7 +155,7 @@ def _run(args: argparse.Namespace) -> None:
     from easyspec_jax.tune.tuning import open_pair, store, tune
 
     cache_compilations()
-    pair = open_pair(args.target, args.draft, max_length=args.max_length, **devices_of(args))
+    pair = open_pair(args.target, args.draft, max_length=args.max_length, **pair_options_of(args))
     tuned = tune(pair, config, bar=no_bar if args.json else bar)
     found = as_dict(tuned)
     if args.plot is not None:

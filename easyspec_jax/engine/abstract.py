@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from easyspec_jax.arithmetic import ceil_div
 from easyspec_jax.checkpoint.canonical import expected_shapes
 from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.checkpoint.tensors import Slices, TensorSource
@@ -28,7 +29,7 @@ from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.shard_plan import ArrayPlan
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import MLP, Decoder
-from easyspec_jax.options import Platform
+from easyspec_jax.options import Platform, Weights
 from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape
 from easyspec_jax.parallel.platforms import PlatformSettings
 from easyspec_jax.verify import RowSampling
@@ -106,6 +107,7 @@ def abstract_pair(
     draft_axes: Axes,
     dtype: np.dtype,
     settings: PlatformSettings | None = None,
+    weights: tuple[Weights | None, Weights | None] = (None, None),
 ) -> tuple[Decoder, Decoder | None]:
     """Return target and draft as the engine would load them.
 
@@ -116,27 +118,34 @@ def abstract_pair(
         layout: Which layers of the draft run at once.
         refit: Whether the draft has refitted projections as well as its own.
         draft_axes: Mesh axes that the dense parts of the draft are split over.
-        dtype: Type of the weights.
+        dtype: Type to compute in.
         settings: Which kernels the modules use; None for those of the mesh's platform.
+        weights: Types of the target's and the draft's matrices; None for `dtype`.
 
     Returns:
         The modules, with a jax.ShapeDtypeStruct for every array.
     """
 
-    def loader(config: ModelConfig, axes: Axes) -> ShapeLoader:
+    def loader(config: ModelConfig, axes: Axes, kept: Weights | None) -> ShapeLoader:
         configs = [c for c in (target, draft) if c is not None]
-        rows = padded_vocab_size(mesh, *configs)
-        shapes: Any = Shapes(expected_shapes(config))
         return ShapeLoader(
-            shapes, config, mesh, axes, dtype, rows, config.vocab_size, settings=settings
+            Shapes(expected_shapes(config)),
+            config,
+            mesh,
+            axes,
+            dtype,
+            vocab_rows=padded_vocab_size(mesh, *configs),
+            num_ids=config.vocab_size,
+            settings=settings,
+            weights=kept,
         )
 
-    of_target = loader(target, ALL_AXES)
+    of_target = loader(target, ALL_AXES, weights[0])
     layers = [of_target.layer(index) for index in range(target.num_hidden_layers)]
     of_draft = None
     if draft is not None:
         fitted = Shapes(refit_shapes(layout, expected_shapes(draft))) if refit else None
-        of_draft = load_draft(loader(draft, draft_axes), layout, fitted)
+        of_draft = load_draft(loader(draft, draft_axes, weights[1]), layout, fitted)
     return of_target.decoder(layers), of_draft
 
 
@@ -177,4 +186,19 @@ def bytes_per_device(tree: Any) -> int:
 
 def bytes_of_shard(array: Any) -> int:
     """Return the bytes of one shard of an array, or of a jax.ShapeDtypeStruct with a sharding."""
-    return prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+    platform = next(iter(array.sharding.device_set)).platform
+    return bytes_of(prod(array.sharding.shard_shape(array.shape)), array.dtype, platform)
+
+
+def bytes_of(size: int, dtype: np.dtype, platform: str) -> int:
+    """Return the bytes that a number of elements take on a device.
+
+    Accelerators pack two int4 elements into a byte; a CPU gives each a byte of its own.
+
+    Examples:
+        >>> bytes_of(6, np.dtype("int4"), "gpu"), bytes_of(6, np.dtype("int4"), "cpu")
+        (3, 6)
+    """
+    if dtype.name == "int4" and platform != "cpu":
+        return ceil_div(size, 2)
+    return size * dtype.itemsize

@@ -28,6 +28,7 @@ from easyspec_jax.engine.abstract import (
 )
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.model.transformer import Decoder
+from easyspec_jax.options import Weights
 from easyspec_jax.parallel.mesh import MAX_VIRTUAL_DEVICES, TENSOR, Axes, axes_size, parse_mesh
 
 GIB = 2**30
@@ -44,7 +45,7 @@ class Workload:
         refit: Whether the draft has refitted projections as well as its own.
         draft_axes: Mesh axes that the dense parts of the draft are split over.
         mesh: The devices.
-        dtype: Type of weights and caches.
+        dtype: Type to compute in, and that of the caches.
         round: Static options of the programs.
         tokens: Length of the longest text, its prompt included.
         prompt: Length of its prompt.
@@ -52,6 +53,8 @@ class Workload:
         target_held: Whether the target's weights are on the devices already.
         draft_held: Whether the draft's are.
         max_length: The most tokens that any text will have.
+        target_weights: Type of the target's matrices; None for `dtype`.
+        draft_weights: Likewise of the draft's.
     """
 
     target: ModelConfig
@@ -68,6 +71,8 @@ class Workload:
     target_held: bool = False
     draft_held: bool = False
     max_length: int | None = None
+    target_weights: Weights | None = None
+    draft_weights: Weights | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,14 @@ def _of_models(job: Workload) -> tuple[tuple[Decoder, Decoder | None], int, int]
         The models, the bytes of weights to be read, and the bytes of one cache entry of one row.
     """
     models = abstract_pair(
-        job.target, job.draft, job.mesh, job.layout, job.refit, job.draft_axes, np.dtype(job.dtype)
+        job.target,
+        job.draft,
+        job.mesh,
+        job.layout,
+        job.refit,
+        job.draft_axes,
+        np.dtype(job.dtype),
+        weights=(job.target_weights, job.draft_weights),
     )
     target, draft = models
     missing = (None if job.target_held else target, None if job.draft_held else draft)
@@ -210,6 +222,14 @@ def _options_that_help(job: Workload, free: int) -> Iterator[str]:
                 break
             devices *= 2
     unread = not (job.target_held or job.draft_held)
+    kept = (job.target_weights, job.draft_weights)
+    for weights in ("int8", "int4"):
+        # On a CPU they would be slow and, as int4, no smaller.
+        if unread and _platform(job.mesh) != "cpu" and kept == (None, None):
+            smaller = replace(job, target_weights=weights, draft_weights=weights)
+            if fits(smaller):
+                yield f"`weights` {weights} and `draft_weights` {weights}"
+                break
     if job.dtype == "float32" and unread and fits(replace(job, dtype="bfloat16")):
         yield "`dtype` bfloat16"
     # A shorter max_length caps the caches, and a smaller batch has fewer of them.

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from easyspec_jax.checkpoint.directory import Checkpoint
+from easyspec_jax.checkpoint.quantized import stored_weights
 from easyspec_jax.checkpoint.tensors import TensorSource
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.round import RoundConfig
@@ -20,7 +21,7 @@ from easyspec_jax.errors import EasySpecError
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import Decoder
-from easyspec_jax.options import SamplingParams, SpeculativeConfig
+from easyspec_jax.options import SamplingParams, SpeculativeConfig, Weights
 from easyspec_jax.parallel import hosts
 from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape, connect
 from easyspec_jax.progress import Bar, no_bar
@@ -41,6 +42,9 @@ class Models:
         speculative: How rounds draft and verify.
         max_length: The most tokens of a text, its prompt included.
         dtype: Type to compute in.
+        weights: Type of the target's matrices; None for that of the checkpoint if it is quantized,
+            else `dtype`.
+        draft_weights: Likewise of the draft's.
     """
 
     target: Checkpoint
@@ -52,6 +56,8 @@ class Models:
     speculative: SpeculativeConfig
     max_length: int
     dtype: str
+    weights: Weights | None = None
+    draft_weights: Weights | None = None
     _target: Decoder | None = field(default=None, init=False, repr=False)
     _draft: Decoder | None = field(default=None, init=False, repr=False)
     _programs: dict[RoundConfig, Programs] = field(default_factory=dict, init=False, repr=False)
@@ -100,6 +106,7 @@ class Models:
             # A draft may have more embedding rows than the target has ids; those get no
             # probability.
             num_ids=min(self.target.config.vocab_size, checkpoint.config.vocab_size),
+            weights=self.draft_weights if checkpoint is self.draft else self.weights,
         )
 
     def baseline(self) -> Self:
@@ -161,6 +168,7 @@ class Models:
             refit=None,
             speculative=SpeculativeConfig(method="vanilla"),
             max_length=config.max_position_embeddings,
+            weights=self.draft_weights,
         )
 
     def target_alone(self) -> Self:
@@ -212,8 +220,24 @@ class Models:
         workload = self.workload(tokens, prompt, rows, sampling)
         check_memory(workload, self.free_memory() if free is None else free)
 
+    @property
+    def kept_weights(self) -> str:
+        """Types of the target's and the draft's matrices where they differ from `dtype`.
+
+        For example "target int8, draft int4", or "" for neither.
+        """
+        named = zip(("target", "draft"), self._kept_weights(), strict=True)
+        return ", ".join(f"{role} {weights}" for role, weights in named if weights)
+
+    def _kept_weights(self) -> tuple[Weights | None, Weights | None]:
+        of_target = self.weights or stored_weights(self.target.source)
+        if self.draft is None:
+            return of_target, None
+        return of_target, self.draft_weights or stored_weights(self.draft.source)
+
     def workload(self, tokens: int, prompt: int, rows: int, sampling: SamplingParams) -> Workload:
         """Return the models and texts that check_memory() asks about; the arguments are its own."""
+        target_weights, draft_weights = self._kept_weights()
         return Workload(
             target=self.target.config,
             draft=self.draft and self.draft.config,
@@ -229,6 +253,8 @@ class Models:
             target_held=self._target is not None,
             draft_held=self._draft is not None,
             max_length=self.max_length,
+            target_weights=target_weights,
+            draft_weights=draft_weights,
         )
 
 

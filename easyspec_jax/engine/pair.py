@@ -13,7 +13,14 @@ from easyspec_jax.engine.engine import Engine
 from easyspec_jax.engine.models import checked_draft
 from easyspec_jax.engine.tuned_file import find, key_of
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.options import DType, Platform, SpeculativeConfig, resolve_dtype
+from easyspec_jax.options import (
+    DType,
+    Platform,
+    SpeculativeConfig,
+    Weights,
+    check_weights,
+    resolve_dtype,
+)
 from easyspec_jax.parallel.mesh import open_mesh, parse_mesh
 from easyspec_jax.tokenizer import check_same_ids, load_tokenizer
 from easyspec_jax.tokenizer.conversation import end_of_turn_ids
@@ -28,6 +35,8 @@ def open_model(
     speculative: SpeculativeConfig | Literal["tuned"] | None = None,
     max_length: int | None = None,
     dtype: DType = "auto",
+    weights: Weights | None = None,
+    draft_weights: Weights | None = None,
     allow_links: bool = False,
 ) -> Engine:
     """Open and check a target and its draft.
@@ -46,6 +55,10 @@ def open_model(
         max_length: The most tokens of a text, its prompt included; by default as many as both
             models were made for.
         dtype: Type to compute in. "auto" is float32 on a CPU, otherwise the checkpoint's.
+        weights: Type to keep the target's matrices in, the embedding and the head included: rounded
+            to "int8" or "int4", or "bfloat16". None keeps the checkpoint's own if it is quantized,
+            and otherwise `dtype`. The text is that of the rounded model.
+        draft_weights: Likewise for the draft, which changes how fast a text comes but not the text.
         allow_links: Follow links that lead out of a checkpoint's directory.
 
     Raises:
@@ -65,12 +78,15 @@ def open_model(
             platform=platform,
             max_length=max_length,
             dtype=dtype,
+            weights=weights,
+            draft_weights=draft_weights,
             allow_links=allow_links,
         )
     if isinstance(speculative, str):
         raise EasySpecError(
             f"speculative must be a SpeculativeConfig or 'tuned', not {speculative!r}"
         )
+    check_weights(weights, draft_weights)
     speculative = speculative or SpeculativeConfig()
     parse_mesh(mesh)  # before the checkpoints, which take longer
     # The bundled pair must run anywhere, so it may use virtual devices; see open_mesh().
@@ -101,6 +117,8 @@ def open_model(
         speculative=speculative,
         max_length=length,
         dtype=resolve_dtype(dtype, devices.devices.flat[0].platform, opened.config.dtype),
+        weights=weights,
+        draft_weights=draft_weights,
     )
 
 

@@ -38,6 +38,7 @@ class Key:
         mesh: The mesh as the user asked for it, such as "8".
         dtype: Type computed in.
         refits: Digest of the refits in the draft's directory.
+        weights: Types of the target's and the draft's matrices where they differ from `dtype`.
     """
 
     target: str
@@ -47,6 +48,7 @@ class Key:
     mesh: str
     dtype: str
     refits: str = ""
+    weights: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def key_of(models: Models, mesh: str) -> Key:
         mesh=mesh,
         dtype=models.dtype,
         refits=refit_digest(models.draft.directory),
+        weights=models.kept_weights,
     )
 
 

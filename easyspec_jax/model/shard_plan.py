@@ -218,7 +218,7 @@ def scales_of(weight: ArrayPlan, groups: Mapping[str, int | None]) -> ArrayPlan:
     """
     *outer, width = weight.shard_shape
     size = _shared(weight, groups)
-    copies: dict[Copy, None] = {}
+    copies: list[Copy] = []
     for copy in weight.copies:
         group = groups[copy.tensor]
         tensor, (rows, columns) = copy.tensor + "_scale", copy.source
@@ -229,7 +229,10 @@ def scales_of(weight: ArrayPlan, groups: Mapping[str, int | None]) -> ArrayPlan:
             column = columns.start + part * size - into.start
             number = 0 if group is None else column // group
             source, target = slice(number, number + 1), slice(part, part + 1)
-            copies[Copy(tensor, (rows, source), copy.shard, (*place, target))] = None
+            found = Copy(tensor, (rows, source), copy.shard, (*place, target))
+            # One scale a row would come again with every run of columns.
+            if found not in copies[-1:]:
+                copies.append(found)
     return replace(weight, shard_shape=(*outer, width // size), copies=tuple(copies))
 
 

@@ -153,6 +153,7 @@ def _pair(config: PlanConfig, topology: Topology, target: ModelConfig, draft: Mo
         # At least one position is left for a generated token.
         prompt_length=min(PROMPT_LENGTH, config.max_length - 1),
         max_length=config.max_length,
+        weights=(config.weights, config.draft_weights),
     )
 
 

@@ -53,6 +53,8 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "target": {"name": plan.target_name, "parameters": parameter_count(pair.target)},
         "draft": {"name": plan.draft_name, "parameters": parameter_count(pair.draft)},
         "dtype": str(pair.dtype),
+        "weights": pair.weights[0],
+        "draft_weights": pair.weights[1],
         "prompt_length": pair.prompt_length,
         "max_length": pair.max_length,
         "num_speculative_tokens": pair.num_speculative_tokens,
@@ -144,13 +146,20 @@ def _choice(choice: Choice) -> dict[str, Any]:
     }
 
 
+def _types(plan: dict[str, Any]) -> str:
+    """Name the type to compute in, and those of matrices that are kept in another one."""
+    kept = {"target": plan["weights"], "draft": plan["draft_weights"]}
+    named = [f"{role} {weights}" for role, weights in kept.items() if weights]
+    return plan["dtype"] + (f" ({', '.join(named)})" if named else "")
+
+
 def print_plan(plan: dict[str, Any], console: Console) -> None:
     """Print the result of `as_dict` as tables."""
     # Names come from files, and rich would take their brackets for markup.
     target, draft = (f"[bold]{escape(plan[model]['name'])}[/]" for model in ("target", "draft"))
     console.print(
         f"{target} with draft {draft} on {plan['topology']} ({plan['devices']} devices), "
-        f"{plan['dtype']}, caches of {plan['ways'][0]['capacity']} tokens, "
+        f"{_types(plan)}, caches of {plan['ways'][0]['capacity']} tokens, "
         f"{plan['num_speculative_tokens']} levels of {plan['tree_width']}"
     )
     console.print(f"[dim]Times and speeds are estimates, by {_parameters(plan['machine'])}[/]")

@@ -20,7 +20,13 @@ from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.layer_group import run_fuzzy
 from easyspec_jax.engine.abstract import abstract_pair, abstract_state, bytes_per_device
 from easyspec_jax.model.transformer import Decoder, run_exact
-from easyspec_jax.options import DraftTensorParallelSize, Method, SamplingParams, SpeculativeConfig
+from easyspec_jax.options import (
+    DraftTensorParallelSize,
+    Method,
+    SamplingParams,
+    SpeculativeConfig,
+    Weights,
+)
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape, parse_mesh
 from easyspec_jax.plan.cost import Cost, cost
 
@@ -33,12 +39,13 @@ class Pair:
     """Models, mesh and lengths to plan for.
 
     Attributes:
-        dtype: Type of weights and caches.
+        dtype: Type to compute in, and that of the caches.
         mesh: "8" or "layer=4,tensor=2", as `parse_mesh` takes it.
         num_speculative_tokens: Levels drafted per round.
         tree_width: Nodes per level; 1 is a chain.
         prompt_length: Tokens of the prompt.
         max_length: Most tokens of a text, its prompt included.
+        weights: Types of the target's and the draft's matrices; None for `dtype`.
     """
 
     target: ModelConfig
@@ -49,6 +56,7 @@ class Pair:
     tree_width: int
     prompt_length: int
     max_length: int
+    weights: tuple[Weights | None, Weights | None] = (None, None)
 
 
 @dataclass(frozen=True)
@@ -166,7 +174,9 @@ def programs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Programs:
         tree_width=pair.tree_width if drafted else None,  # "vanilla" refuses trees
     )
     config = RoundConfig.of(speculative, SamplingParams(), pair.target.stop_ids)
-    models = abstract_pair(pair.target, draft, mesh, layout, way.refit, axes, pair.dtype)
+    models = abstract_pair(
+        pair.target, draft, mesh, layout, way.refit, axes, pair.dtype, weights=pair.weights
+    )
     return Programs(mesh, *models, config)
 
 

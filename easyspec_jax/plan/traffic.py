@@ -12,6 +12,8 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
+from easyspec_jax.arithmetic import ceil_div
+
 KINDS = {
     "psum": "all-reduce",
     "psum_invariant": "all-reduce",
@@ -124,4 +126,10 @@ def inner(equation: JaxprEqn) -> Iterator[Jaxpr]:
 
 def total_bytes(*values: Any) -> int:
     """Add up the sizes of a trace's values; inside `shard_map` each is one device's part."""
-    return sum(value.aval.size * value.aval.dtype.itemsize for value in values)
+    return sum(map(value_bytes, values))
+
+
+def value_bytes(value: Any) -> int:
+    """Return the size of a trace's value; two int4 elements share a byte."""
+    size, dtype = value.aval.size, value.aval.dtype
+    return ceil_div(size, 2) if dtype.name == "int4" else size * dtype.itemsize

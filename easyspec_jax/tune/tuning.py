@@ -18,6 +18,7 @@ from easyspec_jax.options import (
     Platform,
     SamplingParams,
     SpeculativeConfig,
+    Weights,
 )
 from easyspec_jax.parallel.mesh import LAYER, TENSOR, MeshShape, parse_mesh
 from easyspec_jax.progress import Advance, Bar, no_bar
@@ -100,6 +101,8 @@ def open_pair(
     max_length: int | None,
     dtype: DType,
     *,
+    weights: Weights | None = None,
+    draft_weights: Weights | None = None,
     allow_links: bool = False,
 ) -> Engine:
     """Open a pair with an ordinary draft; arguments and errors as for open_model."""
@@ -113,6 +116,8 @@ def open_pair(
         speculative=SpeculativeConfig(method="sd"),
         max_length=max_length,
         dtype=dtype,
+        weights=weights,
+        draft_weights=draft_weights,
         allow_links=allow_links,
     )
 

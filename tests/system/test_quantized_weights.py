@@ -1,0 +1,85 @@
+"""Rounded matrices change the model, never what speculation makes of it."""
+
+import pytest
+
+from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, open_model
+from tests.support.models import save_model
+
+PROMPTS = ["a quick brown fox", "the"]
+WAYS = {
+    "sd": SpeculativeConfig(method="sd", num_speculative_tokens=3, verifier="coupled"),
+    "tree": SpeculativeConfig(method="tree", num_speculative_tokens=3, tree_width=2),
+    "easyspec": SpeculativeConfig(lp_size=2, tree_width=2, num_speculative_tokens=3),
+    "replicated": SpeculativeConfig(
+        lp_size=3, draft_tensor_parallel_size="1", verifier="coupled", num_speculative_tokens=3
+    ),
+}
+GREEDY, SAMPLED = SamplingParams(max_new_tokens=24), SamplingParams(0.9, seed=5, max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """A target with biases, whose heads do not divide among eight devices, and its draft."""
+    target, draft = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("draft")
+    save_model(target, "qwen2", seed=1)
+    save_model(draft, "qwen2", seed=1, num_hidden_layers=4)
+    return target, draft
+
+
+def _texts(directories, sampling, **options):
+    engine = open_model(*directories, **options)
+    return [done.token_ids for done in engine.generate(PROMPTS, sampling, batch_size=2)]
+
+
+@pytest.fixture(scope="module")
+def plain(directories):
+    """Texts of plain decoding on one device, by the target's type and temperature."""
+    target, _ = directories
+    texts = {}
+    for weights in (None, "bfloat16", "int8", "int4"):
+        for sampling in (GREEDY, SAMPLED):
+            vanilla = SpeculativeConfig(method="vanilla", verifier="coupled")
+            key = weights, sampling.temperature
+            texts[key] = _texts((target,), sampling, speculative=vanilla, weights=weights)
+    return texts
+
+
+def test_rounding_changes_the_model(plain):
+    """Otherwise the tests below would prove nothing."""
+    assert plain["int8", 0.9] != plain[None, 0.9]
+    assert plain["int4", 0.0] != plain[None, 0.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["1", "layer=2,tensor=1", "layer=2,tensor=4"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("weights, draft_weights", [("int8", "int4"), ("int4", None)])
+def test_a_rounded_target_drafted_for_says_what_it_says_alone(
+    directories, plain, mesh, way, weights, draft_weights
+):
+    for sampling in (GREEDY, SAMPLED):
+        texts = _texts(
+            directories,
+            sampling,
+            mesh=mesh,
+            speculative=WAYS[way],
+            weights=weights,
+            draft_weights=draft_weights,
+        )
+        assert texts == plain[weights, sampling.temperature]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("draft_weights", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("mesh", ["1", "layer=4,tensor=2"])
+def test_a_rounded_draft_leaves_the_text_alone(directories, plain, draft_weights, mesh):
+    for sampling in (GREEDY, SAMPLED):
+        options = {"mesh": mesh, "speculative": WAYS["easyspec"], "draft_weights": draft_weights}
+        assert _texts(directories, sampling, **options) == plain[None, sampling.temperature]
+
+
+def test_an_unknown_type_is_one_line(directories):
+    with pytest.raises(EasySpecError, match="`weights` 'int3' is not one of bfloat16, int8, int4"):
+        open_model(*directories, weights="int3")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(EasySpecError, match="`draft_weights` 'int3' is not one of"):
+        open_model(*directories, draft_weights="int3")  # pyright: ignore[reportArgumentType]
