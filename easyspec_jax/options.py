@@ -16,6 +16,9 @@ DraftTensorParallelSize = Literal["1", "all"]
 Platform = Literal["cpu", "gpu", "tpu"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 FLOAT_DTYPES = get_args(DType)[1:]
+KVDType = Literal["auto", "int8"]
+"""Types that key-value caches can be kept in; "auto" is the one that is computed in."""
+
 Weights = Literal["bfloat16", "int8", "int4"]
 """Types that matrices can be kept in, apart from the one that is computed in."""
 

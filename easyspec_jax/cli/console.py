@@ -111,7 +111,8 @@ def print_devices(engine: "Engine", sampling: SamplingParams, prepared: "Prepara
     refit = "" if engine.refit is None else " · refit"
     groups = format_layout(engine.layout) or "none"
     kept = f" ({engine.kept_weights})" if engine.kept_weights else ""
-    console.print(f"mesh {_mesh(engine)} · {engine.dtype}{kept} · groups {groups}{refit}")
+    caches = "" if engine.kv_dtype == "auto" else f", caches {engine.kv_dtype}"
+    console.print(f"mesh {_mesh(engine)} · {engine.dtype}{kept}{caches} · groups {groups}{refit}")
     console.print(
         f"loaded in {prepared.load_seconds:.2f} s · compiled in {prepared.compile_seconds:.2f} s"
     )

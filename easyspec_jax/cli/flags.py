@@ -7,6 +7,7 @@ from typing import Any, get_args
 from easyspec_jax.options import (
     DraftTensorParallelSize,
     DType,
+    KVDType,
     Platform,
     SpeculativeConfig,
     Weights,
@@ -33,6 +34,12 @@ SHARED: dict[str, dict[str, Any]] = {
     "--draft-weights": {
         "choices": get_args(Weights),
         "help": "likewise for the draft, which changes the speed but not the text",
+    },
+    "--kv-dtype": {
+        "default": "auto",
+        "choices": get_args(KVDType),
+        "help": "type that caches are kept in; int8 takes about half the memory of 16 bits "
+        "(default: the one that is computed in)",
     },
     "--max-length": {
         "type": int,
@@ -84,8 +91,8 @@ DEVICES = ("--mesh", "--platform", "--dtype", "--allow-links")
 """Flags that say where and in what type a checkpoint is opened."""
 
 
-WEIGHTS = ("--weights", "--draft-weights")
-"""Flags that say in what type the matrices of a pair are kept."""
+TYPES = ("--weights", "--draft-weights", "--kv-dtype")
+"""Flags that say in what types a pair's matrices and caches are kept."""
 
 
 def add_shared(
@@ -108,8 +115,8 @@ def devices_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def pair_options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the values of the DEVICES and WEIGHTS flags as keyword arguments of `open_model`."""
-    return _values(args, DEVICES + WEIGHTS)
+    """Return the values of the DEVICES and TYPES flags as keyword arguments of `open_model`."""
+    return _values(args, DEVICES + TYPES)
 
 
 def _values(args: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]:

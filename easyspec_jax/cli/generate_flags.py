@@ -6,7 +6,7 @@ from typing import get_args
 
 from easyspec_jax import demo
 from easyspec_jax.cli.command import Parser, read_prompts
-from easyspec_jax.cli.flags import DEVICES, WEIGHTS, add_shared
+from easyspec_jax.cli.flags import DEVICES, TYPES, add_shared
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import Method, SamplingParams, SpeculativeConfig, Verifier
 
@@ -131,7 +131,7 @@ def _add_models(parser: Parser) -> None:
         "small bundled pair that completes Python)",
     )
     models.add_argument("--draft", metavar="DIR", help="a smaller model of the same family")
-    add_shared(models, *DEVICES, *WEIGHTS, "--max-length")
+    add_shared(models, *DEVICES, *TYPES, "--max-length")
 
 
 def _add_hosts(parser: Parser) -> None:

@@ -74,6 +74,7 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
     add_shared(group, "--dtype", help="default: float32 on a CPU, else the target's")
     add_shared(group, "--weights", help="type to keep the target's matrices in (default: --dtype)")
     add_shared(group, "--draft-weights", help="likewise for the draft (default: --dtype)")
+    add_shared(group, "--kv-dtype")
     add_shared(
         group,
         "--max-length",

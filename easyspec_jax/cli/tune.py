@@ -14,7 +14,7 @@ from easyspec_jax.cli.command import (
     read_prompts,
     run_command,
 )
-from easyspec_jax.cli.flags import DEVICES, WEIGHTS, add_shared, pair_options_of
+from easyspec_jax.cli.flags import DEVICES, TYPES, add_shared, pair_options_of
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.files import check_writable, write_whole
 from easyspec_jax.options import DraftTensorParallelSize
@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     tries = '"8" tries its splits, "layer=4,tensor=2" only that (default: %(default)s)'
     add_shared(models, "--mesh", help=tries)
-    add_shared(models, *DEVICES[1:], *WEIGHTS, "--max-length")
+    add_shared(models, *DEVICES[1:], *TYPES, "--max-length")
     space = parser.add_argument_group("candidates")
     space.add_argument(
         "--lp-sizes",

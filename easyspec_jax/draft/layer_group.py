@@ -203,8 +203,7 @@ class LayerGroup(nnx.Module):
 
     def cache_spec(self) -> KVCache:
         """Return how the cache is split: slots over the layer axis, heads over the tensor axis."""
-        spec = P(LAYER, TENSOR, None, None)
-        return KVCache(spec, spec)  # pyright: ignore[reportArgumentType]
+        return self.attention.cache_spec(P(LAYER, TENSOR, None, None))
 
     def _addend(self, parts: Float[Array, "slots batch tokens hidden"], layer: int) -> Hidden:
         """Return this device's addend of a layer's attention output, zero unless it owns the layer.

@@ -29,7 +29,7 @@ from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.shard_plan import ArrayPlan
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import MLP, Decoder
-from easyspec_jax.options import Platform, Weights
+from easyspec_jax.options import KVDType, Platform, Weights
 from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape
 from easyspec_jax.parallel.platforms import PlatformSettings
 from easyspec_jax.verify import RowSampling
@@ -108,6 +108,7 @@ def abstract_pair(
     dtype: np.dtype,
     settings: PlatformSettings | None = None,
     weights: tuple[Weights | None, Weights | None] = (None, None),
+    kv_dtype: KVDType = "auto",
 ) -> tuple[Decoder, Decoder | None]:
     """Return target and draft as the engine would load them.
 
@@ -121,6 +122,7 @@ def abstract_pair(
         dtype: Type to compute in.
         settings: Which kernels the modules use; None for those of the mesh's platform.
         weights: Types of the target's and the draft's matrices; None for `dtype`.
+        kv_dtype: Type of the caches; "auto" is `dtype`.
 
     Returns:
         The modules, with a jax.ShapeDtypeStruct for every array.
@@ -138,6 +140,7 @@ def abstract_pair(
             num_ids=config.vocab_size,
             settings=settings,
             weights=kept,
+            kv_dtype=kv_dtype,
         )
 
     of_target = loader(target, ALL_AXES, weights[0])

@@ -28,7 +28,7 @@ from easyspec_jax.engine.abstract import (
 )
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.model.transformer import Decoder
-from easyspec_jax.options import Weights
+from easyspec_jax.options import KVDType, Weights
 from easyspec_jax.parallel.mesh import MAX_VIRTUAL_DEVICES, TENSOR, Axes, axes_size, parse_mesh
 
 GIB = 2**30
@@ -45,7 +45,7 @@ class Workload:
         refit: Whether the draft has refitted projections as well as its own.
         draft_axes: Mesh axes that the dense parts of the draft are split over.
         mesh: The devices.
-        dtype: Type to compute in, and that of the caches.
+        dtype: Type to compute in, and that of caches unless `kv_dtype` says otherwise.
         round: Static options of the programs.
         tokens: Length of the longest text, its prompt included.
         prompt: Length of its prompt.
@@ -55,6 +55,7 @@ class Workload:
         max_length: The most tokens that any text will have.
         target_weights: Type of the target's matrices; None for `dtype`.
         draft_weights: Likewise of the draft's.
+        kv_dtype: Type of caches; "auto" is `dtype`.
     """
 
     target: ModelConfig
@@ -73,6 +74,7 @@ class Workload:
     max_length: int | None = None
     target_weights: Weights | None = None
     draft_weights: Weights | None = None
+    kv_dtype: KVDType = "auto"
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ def _of_models(job: Workload) -> tuple[tuple[Decoder, Decoder | None], int, int]
         job.draft_axes,
         np.dtype(job.dtype),
         weights=(job.target_weights, job.draft_weights),
+        kv_dtype=job.kv_dtype,
     )
     target, draft = models
     missing = (None if job.target_held else target, None if job.draft_held else draft)

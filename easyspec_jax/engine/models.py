@@ -21,7 +21,7 @@ from easyspec_jax.errors import EasySpecError
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import Decoder
-from easyspec_jax.options import SamplingParams, SpeculativeConfig, Weights
+from easyspec_jax.options import KVDType, SamplingParams, SpeculativeConfig, Weights
 from easyspec_jax.parallel import hosts
 from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape, connect
 from easyspec_jax.progress import Bar, no_bar
@@ -45,6 +45,7 @@ class Models:
         weights: Type of the target's matrices; None for that of the checkpoint if it is quantized,
             else `dtype`.
         draft_weights: Likewise of the draft's.
+        kv_dtype: Type of the caches; "auto" is `dtype`.
     """
 
     target: Checkpoint
@@ -58,6 +59,7 @@ class Models:
     dtype: str
     weights: Weights | None = None
     draft_weights: Weights | None = None
+    kv_dtype: KVDType = "auto"
     _target: Decoder | None = field(default=None, init=False, repr=False)
     _draft: Decoder | None = field(default=None, init=False, repr=False)
     _programs: dict[RoundConfig, Programs] = field(default_factory=dict, init=False, repr=False)
@@ -107,6 +109,7 @@ class Models:
             # probability.
             num_ids=min(self.target.config.vocab_size, checkpoint.config.vocab_size),
             weights=self.draft_weights if checkpoint is self.draft else self.weights,
+            kv_dtype=self.kv_dtype,
         )
 
     def baseline(self) -> Self:
@@ -255,6 +258,7 @@ class Models:
             max_length=self.max_length,
             target_weights=target_weights,
             draft_weights=draft_weights,
+            kv_dtype=self.kv_dtype,
         )
 
 

@@ -6,6 +6,7 @@ It holds choices for several targets, meshes and machines.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class Key:
         dtype: Type computed in.
         refits: Digest of the refits in the draft's directory.
         weights: Types of the target's and the draft's matrices where they differ from `dtype`.
+        kv_dtype: Type of the caches; "auto" is `dtype`.
     """
 
     target: str
@@ -49,6 +51,7 @@ class Key:
     dtype: str
     refits: str = ""
     weights: str = ""
+    kv_dtype: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ def key_of(models: Models, mesh: str) -> Key:
         dtype=models.dtype,
         refits=refit_digest(models.draft.directory),
         weights=models.kept_weights,
+        kv_dtype=models.kv_dtype,
     )
 
 
@@ -140,7 +144,7 @@ def find(key: Key, draft: Path) -> Choice | None:
     for path in places(key, draft):
         for entry in _entries(path):
             # An entry of a newer version may have options that are unknown here; it is passed over.
-            if entry.get("key") == asdict(key) and (choice := _choice(entry)) is not None:
+            if _is_under(key, entry) and (choice := _choice(entry)) is not None:
                 return choice
     return None
 
@@ -154,7 +158,7 @@ def keep(key: Key, choice: Choice, draft: Path) -> Path:
     reason = "no cache directory was found"
     for path in places(key, draft):
         # Choices under other keys stay.
-        others = [entry for entry in _entries(path) if entry.get("key") != asdict(key)]
+        others = [entry for entry in _entries(path) if not _is_under(key, entry)]
         entries = [*others, {"key": asdict(key), **asdict(choice)}]
         text = json.dumps({"choices": entries}, indent=1) + "\n"
         try:
@@ -175,6 +179,12 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     except EasySpecError:
         return []
     return [entry for entry in held if isinstance(entry, dict)] if isinstance(held, list) else []
+
+
+def _is_under(key: Key, entry: Mapping[str, Any]) -> bool:
+    """Return whether an entry is stored under a key; older keys lack the type of the caches."""
+    stored = entry.get("key")
+    return isinstance(stored, dict) and {"kv_dtype": "auto", **stored} == asdict(key)
 
 
 def _choice(entry: dict[str, Any]) -> Choice | None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from easyspec_jax.checkpoint.config import ModelConfig
@@ -19,10 +20,11 @@ from easyspec_jax.checkpoint.rope import rope_frequencies
 from easyspec_jax.kernels import attention as split_attention
 from easyspec_jax.kernels import projection as fused_projection
 from easyspec_jax.kernels.tiles import supports_heads
-from easyspec_jax.model.cache import KVCache, write
+from easyspec_jax.model.cache import KVCache, empty, write
 from easyspec_jax.model.matrix import Matrix
 from easyspec_jax.model.norm import rms_norm
 from easyspec_jax.model.projection import Projection
+from easyspec_jax.options import KVDType
 
 
 @partial(
@@ -148,6 +150,7 @@ class Attention(nnx.Module):
         key_norm: Likewise of each key.
         kv_heads: Key heads of this share; it has as many value heads.
         group: Query heads for each key head.
+        kv_dtype: Type of the caches; "auto" is that of the hidden states.
         split_keys_from: Cache entries from which a kernel splits the keys; None for never.
         interpret: Run kernels in Pallas' interpreter, as a CPU must.
     """
@@ -160,6 +163,7 @@ class Attention(nnx.Module):
         *,
         kv_heads: int,
         group: int,
+        kv_dtype: KVDType = "auto",
         split_keys_from: int | None = None,
         interpret: bool = False,
     ) -> None:
@@ -167,7 +171,7 @@ class Attention(nnx.Module):
         self.query_norm, self.key_norm = (
             (None, None) if head_norms is None else map(nnx.Param, head_norms)
         )
-        self.kv_heads, self.group = kv_heads, group
+        self.kv_heads, self.group, self.kv_dtype = kv_heads, group, kv_dtype
         self.split_keys_from, self.interpret = split_keys_from, interpret
 
     def __call__(
@@ -218,7 +222,7 @@ class Attention(nnx.Module):
         q, written = fused_projection.project_and_write(
             h,
             weights,
-            cache,
+            (cache.k, cache.v),
             window.start,
             (window.cos, window.sin),
             kv_heads=self.kv_heads,
@@ -230,9 +234,9 @@ class Attention(nnx.Module):
         return out, KVCache(*written)
 
     def can_fuse(self) -> bool:
-        """Return whether fused() takes these shapes."""
+        """Return whether fused() takes these shapes and types."""
         weight, dtype = self.qkv.weight, self.qkv.norm.dtype
-        if not weight.dtype == self.out.dtype == dtype:
+        if self.kv_dtype != "auto" or not weight.dtype == self.out.dtype == dtype:
             return False
         return fused_projection.supports(weight.shape[-1], self._head_dim, dtype)
 
@@ -257,10 +261,14 @@ class Attention(nnx.Module):
         return self.qkv.weight.shape[-2] // (self.kv_heads * (self.group + 2))
 
     def init_cache(self, batch: int, capacity: int) -> KVCache:
-        """Make this share's part of an empty cache, in the norm's dtype."""
-        shape = batch * self.kv_heads, capacity, self._head_dim
-        empty = jnp.zeros(shape, self.qkv.norm.dtype)
-        return KVCache(empty, empty)
+        """Make this share's part of an empty cache."""
+        dtype = self.qkv.norm.dtype if self.kv_dtype == "auto" else self.kv_dtype
+        return empty(batch * self.kv_heads, capacity, self._head_dim, dtype)
+
+    def cache_spec(self, spec: P) -> KVCache:
+        """Return the PartitionSpec of each field of a cache: this one, as scales have all axes."""
+        scale = None if self.kv_dtype == "auto" else spec
+        return KVCache(spec, spec, scale, scale)  # pyright: ignore[reportArgumentType]
 
     def heads(self, x: Float[Array, "batch tokens heads_dim"]) -> tuple[Array, Array, Array]:
         """Split the projection's outputs into heads, and norm queries and keys where families do.
@@ -306,22 +314,29 @@ class Attention(nnx.Module):
         # to   [batch * kv_heads, group * tokens, head_dim].
         q = q.reshape(batch * self.kv_heads, self.group * tokens, head_dim)
         if self._splits_keys(cache):
-            stack = cache if slot is not None else KVCache(cache.k[None], cache.v[None])
+            k, v = (cache.k, cache.v) if slot is not None else (cache.k[None], cache.v[None])
             mixed = split_attention.attend(
-                q[None], *stack, window.mask, slot=slot or 0, interpret=self.interpret
+                q[None], k, v, window.mask, slot=slot or 0, interpret=self.interpret
             )
             return self.out(mixed[0])
         if slot is not None:
-            cache = KVCache(cache.k[slot], cache.v[slot])
-        scores = jnp.einsum("kqd,ksd->kqs", q, cache.k, preferred_element_type=jnp.float32)
+            cache = jax.tree.map(lambda x: x[slot], cache)
+        # int8 is exact in every float type. Scales multiply scores and weights, which are small,
+        # so that no float copy of the cache is needed: (q · k_int8) * scale = q · (k_int8 * scale).
+        k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
+        scores = jnp.einsum("kqd,ksd->kqs", q, k, preferred_element_type=jnp.float32)
+        if cache.k_scale is not None:
+            scores = scores * jnp.swapaxes(cache.k_scale, 1, 2)  # [batch * kv_heads, 1, capacity]
         # The mask is per token, so unfold: [batch, kv_heads, group, tokens, capacity].
         scores = scores.reshape(batch, self.kv_heads, self.group, tokens, -1) * np.float32(
             head_dim**-0.5
         )
         scores = jnp.where(window.mask[:, None, None], scores, np.float32(-np.inf))
-        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+        weights = jax.nn.softmax(scores, axis=-1)
         weights = weights.reshape(batch * self.kv_heads, self.group * tokens, -1)
-        mixed = jnp.einsum("kqs,ksd->kqd", weights, cache.v)
+        if cache.v_scale is not None:
+            weights = weights * jnp.swapaxes(cache.v_scale, 1, 2)
+        mixed = jnp.einsum("kqs,ksd->kqd", weights.astype(q.dtype), v)
         # Back to one row per token, heads side by side: [batch, tokens, queries * head_dim].
         mixed = mixed.reshape(batch, self.kv_heads * self.group, tokens, head_dim)
         mixed = mixed.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
@@ -331,6 +346,7 @@ class Attention(nnx.Module):
         """Return whether a kernel mixes the values of this cache."""
         return (
             self.split_keys_from is not None
+            and not cache.is_quantized
             and cache.capacity >= self.split_keys_from
             and supports_heads(self._head_dim, cache.k.dtype)
         )

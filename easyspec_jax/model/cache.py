@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Num
 
 
 class KVCache(NamedTuple):
@@ -24,18 +26,70 @@ class KVCache(NamedTuple):
         entry              0    1    2    3        4        5
         row of length 3    k0   k1   k2   scratch  scratch  scratch
 
+    A cache may be quantized: then its keys and values are int8, and each entry of each head has a
+    scale of its own. Scales keep a last axis of one channel, so that everything which writes, moves
+    or takes out entries treats all fields alike. An entry's integers depend on that entry alone:
+    neither its neighbors nor the pass that wrote it matter.
+
     Attributes:
-        k: Keys, rotated.
-        v: Values.
+        k: Keys, rotated; floats or int8.
+        v: Values, likewise.
+        k_scale: What a quantized cache's keys are multiplied by, else None.
+        v_scale: Likewise of the values.
     """
 
-    k: Float[Array, "*slots batch_heads capacity head_dim"]
-    v: Float[Array, "*slots batch_heads capacity head_dim"]
+    k: Num[Array, "*slots batch_heads capacity head_dim"]
+    v: Num[Array, "*slots batch_heads capacity head_dim"]
+    k_scale: Float[Array, "*slots batch_heads capacity 1"] | None = None
+    v_scale: Float[Array, "*slots batch_heads capacity 1"] | None = None
 
     @property
     def capacity(self) -> int:
         """Number of entries of each row."""
         return self.k.shape[-2]
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether keys and values are integers with scales."""
+        return self.k_scale is not None
+
+
+def empty(batch_heads: int, capacity: int, head_dim: int, dtype: DTypeLike) -> KVCache:
+    """Make an empty cache of one layer; one of int8 is quantized.
+
+    Examples:
+        >>> cache = empty(2, capacity=4, head_dim=8, dtype=jnp.int8)
+        >>> cache.k.shape, cache.k_scale.shape
+        ((2, 4, 8), (2, 4, 1))
+    """
+    entries = jnp.zeros((batch_heads, capacity, head_dim), dtype)
+    if entries.dtype != jnp.int8:
+        return KVCache(entries, entries)
+    scale = jnp.zeros((batch_heads, capacity, 1), jnp.float32)
+    return KVCache(entries, entries, scale, scale)
+
+
+def quantize(
+    x: Float[Array, "*entries head_dim"],
+) -> tuple[Int[Array, "*entries head_dim"], Float[Array, "*entries 1"]]:
+    """Round entries to int8, symmetrically, so that the largest number of each becomes 127 or -127.
+
+    Args:
+        x: Keys or values.
+
+    Returns:
+        Integers, and float32 scales; their product is x, to half a scale.
+
+    Examples:
+        >>> values, scale = quantize(jnp.array([0.5, -1.0, 0.0]))
+        >>> values.tolist(), round(float(scale[0]), 5)
+        ([64, -127, 0], 0.00787)
+    """
+    x = x.astype(jnp.float32)
+    most = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    # Heads that only pad a share are zero; they stay zero instead of becoming 0 / 0.
+    share = x / jnp.where(most > 0, most, np.float32(1))
+    return jnp.round(share * np.float32(127)).astype(jnp.int8), most * np.float32(1 / 127)
 
 
 def write(
@@ -49,7 +103,7 @@ def write(
     """Replace row b's entries [start[b], start[b] + tokens).
 
     Args:
-        cache: The cache.
+        cache: The cache. If it is quantized, so are the new entries.
         k: New keys; of every layer if the cache is a stack and no slot is given.
         v: New values, likewise.
         start: First entry to replace in each row. start + tokens must not exceed the capacity: XLA
@@ -70,8 +124,8 @@ def write(
     zero = jnp.zeros((), start.dtype)
 
     def put(
-        row: Float[Array, "*slots kv_heads capacity head_dim"],
-        new: Float[Array, "*slots kv_heads tokens head_dim"],
+        row: Num[Array, "*slots kv_heads capacity channels"],
+        new: Num[Array, "*slots kv_heads tokens channels"],
         at: Int[Array, ""],
     ) -> Array:
         first = (zero + (slot or 0),) * (row.ndim - 3)
@@ -82,9 +136,15 @@ def write(
             new = jnp.where(mask, new, jax.lax.dynamic_slice(row, corner, new.shape))
         return jax.lax.dynamic_update_slice(row, new, corner)
 
-    # Rows come first: [*slots, batch, kv_heads, ...] -> [batch, *slots, kv_heads, ...].
-    k, v = jnp.moveaxis(k, -4, 0), jnp.moveaxis(v, -4, 0)
-    return KVCache(_by_row(put, cache.k, k, start), _by_row(put, cache.v, v, start))
+    def put_all(x: Array, new: Array) -> Array:
+        # Rows come first: [*slots, batch, kv_heads, ...] -> [batch, *slots, kv_heads, ...].
+        return _by_row(put, x, jnp.moveaxis(new, -4, 0), start)
+
+    new = KVCache(k, v)
+    if cache.is_quantized:
+        (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
+        new = KVCache(k, v, k_scale, v_scale)
+    return jax.tree.map(put_all, cache, new)
 
 
 def move(
@@ -112,14 +172,14 @@ def move(
     """
 
     def put(
-        row: Float[Array, "*slots kv_heads capacity head_dim"],
+        row: Num[Array, "*slots kv_heads capacity channels"],
         entries: Int[Array, " entries"],
         at: Int[Array, ""],
     ) -> Array:
-        # A gather of whole entries, [kv_heads, entries, head_dim], then one contiguous write.
+        # A gather of whole entries, [kv_heads, entries, channels], then one contiguous write.
         return jax.lax.dynamic_update_slice_in_dim(row, row[..., entries, :], at, axis=-2)
 
-    return KVCache(_by_row(put, cache.k, source, start), _by_row(put, cache.v, source, start))
+    return jax.tree.map(lambda x: _by_row(put, x, source, start), cache)
 
 
 def take_row(cache: KVCache, row: Int[Array, ""], batch: int) -> KVCache:
@@ -164,7 +224,7 @@ def extend(cache: KVCache, capacity: int) -> KVCache:
 
 
 def _heads(
-    x: Float[Array, "*slots batch_heads capacity head_dim"], row: Int[Array, ""], batch: int
+    x: Num[Array, "*slots batch_heads capacity channels"], row: Int[Array, ""], batch: int
 ) -> tuple[Any, int]:
     """Locate a row's heads on the axis of all rows' heads: the first, and how many."""
     # Two rows of three heads: [row 0: 0 1 2 | row 1: 3 4 5]. Row 1 starts at 3 and has 3.
@@ -174,9 +234,9 @@ def _heads(
 
 def _by_row(
     put: Callable[..., Array],
-    x: Float[Array, "*slots batch_heads capacity head_dim"],
+    x: Num[Array, "*slots batch_heads capacity channels"],
     *of_rows: Array,
-) -> Float[Array, "*slots batch_heads capacity head_dim"]:
+) -> Num[Array, "*slots batch_heads capacity channels"]:
     """Call put(row, ...) for every row of a cache, with the row's part of each other argument."""
     batch, axis = len(of_rows[0]), x.ndim - 3
     if batch == 1:

@@ -36,7 +36,7 @@ from easyspec_jax.model.sharding import (
     head_layout,
 )
 from easyspec_jax.model.transformer import MLP, Block, Decoder, Layer
-from easyspec_jax.options import Weights
+from easyspec_jax.options import KVDType, Weights
 from easyspec_jax.parallel.mesh import LAYER, TENSOR, Axes, axes_size
 from easyspec_jax.parallel.platforms import PlatformSettings, settings_of
 
@@ -61,6 +61,7 @@ class Loader:
         settings: Which kernels the modules use; None for those of the mesh's platform.
         weights: Type of the matrices; None for that of the checkpoint if it is quantized, else
             `dtype`.
+        kv_dtype: Type of the caches; "auto" is `dtype`.
     """
 
     source: TensorSource
@@ -72,6 +73,7 @@ class Loader:
     num_ids: int
     settings: PlatformSettings | None = None
     weights: Weights | None = None
+    kv_dtype: KVDType = "auto"
 
     @cached_property
     def _kept(self) -> TensorSource:
@@ -233,6 +235,7 @@ class Loader:
             norms,
             kv_heads=layout.kv_heads,
             group=layout.group,
+            kv_dtype=self.kv_dtype,
             split_keys_from=self.kernels.split_keys_from,
             interpret=self.platform == "cpu",
         )

@@ -87,8 +87,7 @@ class Layer(nnx.Module):
 
     def cache_spec(self) -> KVCache:
         """Return how the cache is split: each device has all rows of its own heads."""
-        spec = P(self.axes or None, None, None)
-        return KVCache(spec, spec)  # pyright: ignore[reportArgumentType]
+        return self.attention.cache_spec(P(self.axes or None, None, None))
 
 
 class Block(Protocol):

@@ -6,9 +6,10 @@ The model is simple enough to follow by hand:
               + wire bytes / link bandwidth + collectives x latency + kernels x launch
 
 Nothing overlaps. Bytes are those that matrix products read and write (weights once, and a cache's
-whole capacity) and that gathers, scatters, sorts and the like move. Kernels are those operations,
-the collectives, and one more for each stretch of element-wise work and reductions between two of
-them, in the order of the trace, because compilers fuse such a stretch.
+whole capacity) and that gathers, scatters, sorts and the like move. An operand that was converted
+from a narrower type, as int8 is before a product of floats, counts as it is stored. Kernels are
+those operations, the collectives, and one more for each stretch of element-wise work and reductions
+between two of them, in the order of the trace, because compilers fuse such a stretch.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from math import prod
 from typing import Any, Self
 
 import jax
-from jax.extend.core import Jaxpr, JaxprEqn
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from easyspec_jax.plan.machines import Machine
 from easyspec_jax.plan.traffic import KINDS, in_jaxpr, inner, total_bytes
@@ -105,6 +106,9 @@ class Cost:
         return work + wire + self.collectives * machine.latency + self.kernels * machine.launch
 
 
+Widths = Mapping[Any, float]
+"""Bytes of a number of some of a trace's variables, as stored before it was converted."""
+
 Work = tuple[int, int] | None
 """Bytes and flops of an operation that is a kernel of its own; None for element-wise work."""
 
@@ -171,14 +175,23 @@ def _total(work: Sequence[Work]) -> tuple[int, int]:
     return moved, flops
 
 
-def _work(jaxpr: Jaxpr, sizes: Mapping[str, int]) -> Iterator[Work]:
-    """Yield the operations of a trace in order, those of a loop as often as it runs."""
+def _work(jaxpr: Jaxpr, sizes: Mapping[str, int], stored: Widths | None = None) -> Iterator[Work]:
+    """Yield the operations of a trace in order, those of a loop as often as it runs.
+
+    Args:
+        jaxpr: The trace.
+        sizes: Devices along each axis of the mesh.
+        stored: What is known of the trace's arguments; see Widths.
+    """
+    stored = dict(stored or {})
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         if name in FREE:
+            _look_through(equation, stored)
             continue
         if name == "dot_general":
-            yield total_bytes(*equation.invars, *equation.outvars), _product_flops(equation)
+            read = sum(value.aval.size * _width(value, stored) for value in equation.invars)
+            yield round(read) + total_bytes(*equation.outvars), _product_flops(equation)
         elif name == "pallas_call":
             # The trace inside is that of one of many programs; our kernels say what all of them do.
             estimate = equation.params["cost_estimate"]
@@ -194,19 +207,45 @@ def _work(jaxpr: Jaxpr, sizes: Mapping[str, int]) -> Iterator[Work]:
             body = list(_work(equation.params["jaxpr"].jaxpr, sizes))
             yield from equation.params["length"] * body
         elif name == "cond":
-            branches = [list(_work(branch.jaxpr, sizes)) for branch in equation.params["branches"]]
+            branches = []
+            for branch in equation.params["branches"]:
+                branches.append(list(_work(branch.jaxpr, sizes, _passed(equation, branch, stored))))
             yield from max(branches, key=_weight)
         else:
-            yield from _within(equation, sizes)
+            yield from _within(equation, sizes, stored)
 
 
-def _within(equation: JaxprEqn, sizes: Mapping[str, int]) -> Iterator[Work]:
+def _look_through(equation: JaxprEqn, stored: dict[Any, float]) -> None:
+    """Note how wide the numbers are stored that a free operation shows in another form."""
+    # int8 [8, 4] -> convert to float32 -> transpose to [4, 8]: both results are stored in 1 byte.
+    for source in equation.invars[:1]:
+        for result in equation.outvars:
+            stored[result] = min(_width(source, stored), _width(result, {}))
+
+
+def _width(value: Any, stored: Widths) -> float:
+    """Return the bytes that a number of a traced value takes where it is stored."""
+    known = None if isinstance(value, Literal) else stored.get(value)
+    return known or (0.5 if value.aval.dtype.name == "int4" else value.aval.dtype.itemsize)
+
+
+def _passed(equation: JaxprEqn, trace: Any, stored: Widths) -> Widths:
+    """Return what is known of a call's or a branch's arguments."""
+    # A branch lacks the first operand of its condition, the index; a call has all operands.
+    names = getattr(trace, "jaxpr", trace).invars
+    operands = equation.invars[len(equation.invars) - len(names) :]
+    return {name: _width(operand, stored) for name, operand in zip(names, operands, strict=True)}
+
+
+def _within(equation: JaxprEqn, sizes: Mapping[str, int], stored: Widths) -> Iterator[Work]:
     """Yield the work of a call or a while loop, or of one element-wise operation."""
     traces = list(inner(equation))
     if not traces:
         yield None
     for trace in traces:
-        for one in _work(trace, sizes):
+        # What a loop carries changes its type of storage after the first time round.
+        known = {} if equation.primitive.name == "while" else _passed(equation, trace, stored)
+        for one in _work(trace, sizes, known):
             if one is not None and equation.primitive.name == "while":
                 raise ValueError("a loop of unknown length does more than element-wise work")
             yield one

@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from easyspec_jax.options import (
     DraftTensorParallelSize,
     DType,
+    KVDType,
     SpeculativeConfig,
     Weights,
+    check_choice,
     check_weights,
 )
 from easyspec_jax.plan.machines import parse_topology
@@ -31,10 +34,10 @@ class PlanConfig:
         topology: Devices by machine and number or torus, as `parse_topology` takes them.
         mesh: "layer=4,tensor=2", with as many devices as the topology has. None: the layer axis is
             the largest divisor of the number of devices that a group can fill.
-        dtype: Type to compute in, and that of the caches. "auto" is float32 on a CPU, else the
-            target's own.
+        dtype: Type to compute in. "auto" is float32 on a CPU, else the target's own.
         weights: Type of the target's matrices; None for `dtype`.
         draft_weights: Likewise of the draft's.
+        kv_dtype: Type of caches; "auto" is `dtype`.
         max_length: Most tokens of a text, its prompt included.
         num_speculative_tokens: Levels drafted per round.
         tree_width: Nodes per level; 1 is a chain.
@@ -65,6 +68,7 @@ class PlanConfig:
     dtype: DType = "auto"
     weights: Weights | None = None
     draft_weights: Weights | None = None
+    kv_dtype: KVDType = "auto"
     max_length: int = 3072
     num_speculative_tokens: int = SpeculativeConfig.num_speculative_tokens
     tree_width: int = 1
@@ -81,6 +85,7 @@ class PlanConfig:
     def __post_init__(self) -> None:
         parse_topology(self.topology)
         check_weights(self.weights, self.draft_weights)
+        check_choice("kv_dtype", self.kv_dtype, get_args(KVDType))
         # Decoding and planning allow the same ranges, so the engine's options check them.
         SpeculativeConfig(
             num_speculative_tokens=self.num_speculative_tokens,

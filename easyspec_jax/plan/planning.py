@@ -154,6 +154,7 @@ def _pair(config: PlanConfig, topology: Topology, target: ModelConfig, draft: Mo
         prompt_length=min(PROMPT_LENGTH, config.max_length - 1),
         max_length=config.max_length,
         weights=(config.weights, config.draft_weights),
+        kv_dtype=config.kv_dtype,
     )
 
 

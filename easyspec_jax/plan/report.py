@@ -55,6 +55,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "dtype": str(pair.dtype),
         "weights": pair.weights[0],
         "draft_weights": pair.weights[1],
+        "kv_dtype": pair.kv_dtype,
         "prompt_length": pair.prompt_length,
         "max_length": pair.max_length,
         "num_speculative_tokens": pair.num_speculative_tokens,
@@ -157,9 +158,10 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     """Print the result of `as_dict` as tables."""
     # Names come from files, and rich would take their brackets for markup.
     target, draft = (f"[bold]{escape(plan[model]['name'])}[/]" for model in ("target", "draft"))
+    kind = "" if plan["kv_dtype"] == "auto" else f"{plan['kv_dtype']} "
     console.print(
         f"{target} with draft {draft} on {plan['topology']} ({plan['devices']} devices), "
-        f"{_types(plan)}, caches of {plan['ways'][0]['capacity']} tokens, "
+        f"{_types(plan)}, {kind}caches of {plan['ways'][0]['capacity']} tokens, "
         f"{plan['num_speculative_tokens']} levels of {plan['tree_width']}"
     )
     console.print(f"[dim]Times and speeds are estimates, by {_parameters(plan['machine'])}[/]")

@@ -22,6 +22,7 @@ from easyspec_jax.engine.abstract import abstract_pair, abstract_state, bytes_pe
 from easyspec_jax.model.transformer import Decoder, run_exact
 from easyspec_jax.options import (
     DraftTensorParallelSize,
+    KVDType,
     Method,
     SamplingParams,
     SpeculativeConfig,
@@ -39,13 +40,14 @@ class Pair:
     """Models, mesh and lengths to plan for.
 
     Attributes:
-        dtype: Type to compute in, and that of the caches.
+        dtype: Type to compute in.
         mesh: "8" or "layer=4,tensor=2", as `parse_mesh` takes it.
         num_speculative_tokens: Levels drafted per round.
         tree_width: Nodes per level; 1 is a chain.
         prompt_length: Tokens of the prompt.
         max_length: Most tokens of a text, its prompt included.
         weights: Types of the target's and the draft's matrices; None for `dtype`.
+        kv_dtype: Type of caches; "auto" is `dtype`.
     """
 
     target: ModelConfig
@@ -57,6 +59,7 @@ class Pair:
     prompt_length: int
     max_length: int
     weights: tuple[Weights | None, Weights | None] = (None, None)
+    kv_dtype: KVDType = "auto"
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,15 @@ def programs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Programs:
     )
     config = RoundConfig.of(speculative, SamplingParams(), pair.target.stop_ids)
     models = abstract_pair(
-        pair.target, draft, mesh, layout, way.refit, axes, pair.dtype, weights=pair.weights
+        pair.target,
+        draft,
+        mesh,
+        layout,
+        way.refit,
+        axes,
+        pair.dtype,
+        weights=pair.weights,
+        kv_dtype=pair.kv_dtype,
     )
     return Programs(mesh, *models, config)
 

@@ -1,7 +1,7 @@
 """From a draft and a RefitConfig to a refit on disk, and a measure of what it gains."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +108,8 @@ def refit(pair: Engine, config: RefitConfig, *, bar: Bar = no_bar) -> Refitted:
     # Neither the fit nor the choice of borders sees the texts that drafts are compared on.
     held_out = max(1, round(HELD_OUT * len(texts)))
     compared_on, fitted_on = texts[:held_out], texts[held_out:]
-    loader = engine.loader(draft, ALL_AXES)
+    # Distillation follows gradients through the caches, and rounded entries have none.
+    loader = replace(engine.loader(draft, ALL_AXES), kv_dtype="auto")
     if resumed is None:
         key = overlaps_key(draft.fingerprint, loader.dtype.name, fitted_on, config.ridge)
         borders = directory / NAME, key

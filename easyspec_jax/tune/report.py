@@ -37,6 +37,7 @@ def as_dict(tuned: Tuned) -> dict[str, Any]:
         "platform": device.platform,
         "device_kind": device.device_kind,
         "dtype": engine.dtype,
+        "kv_dtype": engine.kv_dtype,
         "seconds": tuned.seconds,
         "plain_step": figures.plain,
         "overhead": figures.overhead,

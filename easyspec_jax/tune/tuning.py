@@ -15,6 +15,7 @@ from easyspec_jax.engine.tuned_file import Choice, describe
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import (
     DType,
+    KVDType,
     Platform,
     SamplingParams,
     SpeculativeConfig,
@@ -103,6 +104,7 @@ def open_pair(
     *,
     weights: Weights | None = None,
     draft_weights: Weights | None = None,
+    kv_dtype: KVDType = "auto",
     allow_links: bool = False,
 ) -> Engine:
     """Open a pair with an ordinary draft; arguments and errors as for open_model."""
@@ -118,6 +120,7 @@ def open_pair(
         dtype=dtype,
         weights=weights,
         draft_weights=draft_weights,
+        kv_dtype=kv_dtype,
         allow_links=allow_links,
     )
 
