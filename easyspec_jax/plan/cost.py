@@ -18,7 +18,7 @@ from math import prod
 from typing import Any, Self
 
 import jax
-from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 from easyspec_jax.plan.machines import Machine
 from easyspec_jax.plan.traffic import KINDS, in_jaxpr, inner, total_bytes
@@ -190,8 +190,9 @@ def _work(jaxpr: Jaxpr, sizes: Mapping[str, int], stored: Widths | None = None) 
             _look_through(equation, stored)
             continue
         if name == "dot_general":
-            read = sum(value.aval.size * _width(value, stored) for value in equation.invars)
-            yield round(read) + total_bytes(*equation.outvars), _product_flops(equation)
+            left, right = (_stored_bytes(value, stored) for value in equation.invars)
+            moved = left + right + total_bytes(*equation.outvars)
+            yield moved, _product_flops(equation)
         elif name == "pallas_call":
             # The trace inside is that of one of many programs; our kernels say what all of them do.
             estimate = equation.params["cost_estimate"]
@@ -225,8 +226,13 @@ def _look_through(equation: JaxprEqn, stored: dict[Any, float]) -> None:
 
 def _width(value: Any, stored: Widths) -> float:
     """Return the bytes that a number of a traced value takes where it is stored."""
-    known = None if isinstance(value, Literal) else stored.get(value)
+    known = stored.get(value) if isinstance(value, Var) else None
+    # Two int4 numbers share a byte.
     return known or (0.5 if value.aval.dtype.name == "int4" else value.aval.dtype.itemsize)
+
+
+def _stored_bytes(value: Any, stored: Widths) -> int:
+    return round(value.aval.size * _width(value, stored))
 
 
 def _passed(equation: JaxprEqn, trace: Any, stored: Widths) -> Widths:

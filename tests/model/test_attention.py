@@ -1,5 +1,7 @@
 """Each part of attention agrees with transformers' module of the same name."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,10 +16,12 @@ from transformers.models.llama.modeling_llama import (
 
 from easyspec_jax.checkpoint.config import model_config
 from easyspec_jax.checkpoint.directory import open_checkpoint
-from easyspec_jax.model.attention import Nodes, chain_window, rotate, tree_window
+from easyspec_jax.model.attention import Attention, Nodes, chain_window, rotate, tree_window
+from easyspec_jax.model.cache import KVCache, quantize
 from easyspec_jax.model.norm import rms_norm
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
+from tests.kernels.cases import Case
 from tests.support.helpers import on_mesh
 from tests.support.models import (
     FAMILIES,
@@ -140,3 +144,43 @@ def test_norm():
     expected = reference(torch.from_numpy(x)).detach().numpy()
     actual = rms_norm(jnp.asarray(x), jnp.asarray(reference.weight.detach().numpy()), 1e-5)
     np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("starts, tokens, tree", [((5,), 1, False), ((40, 7), 6, True)])
+def test_attention_reads_what_a_quantized_cache_stands_for(starts, tokens, tree, dtype):
+    """Scales that multiply scores and weights give what floats, made of the cache first, would."""
+    case = Case(starts=starts, tokens=tokens, tree=tree, head_dim=16, capacity=64, dtype=dtype)
+    attention, window, q = case.attention(), case.window(), case.normal(9, *queries(case))
+    (k, k_scale), (v, v_scale) = map(quantize, case.cache()[:2])
+    stored = KVCache(k, v, k_scale, v_scale)
+    # In float32, because bfloat16 would round the products of integers and scales once more.
+    wide = replace(case, dtype="float32")
+    floats = KVCache(k.astype(jnp.float32) * k_scale, v.astype(jnp.float32) * v_scale)
+    for slot in range(case.slots):
+        own = jax.tree.map(lambda x, slot=slot: x[slot], attention)
+        plain = jax.tree.map(lambda x, slot=slot: x[slot], wide.attention())
+        expected = plain.attend(q.astype(jnp.float32), floats, window, slot)
+        found = own.attend(q, stored, window, slot)
+        assert found.dtype == q.dtype
+        case.assert_close(found.astype(jnp.float32), expected)
+        alone = own.attend(q, jax.tree.map(lambda x, slot=slot: x[slot], stored), window)
+        np.testing.assert_array_equal(found, alone)
+
+
+def queries(case: Case) -> tuple[int, ...]:
+    return len(case.starts), case.kv_heads * case.group, case.tokens, case.head_dim
+
+
+def test_kernels_take_no_quantized_cache():
+    """They are chosen for the same shapes with caches of floats."""
+    case = Case(hidden=128, capacity=512)
+
+    def int8(attention: Attention) -> Attention:
+        attention.kv_dtype = "int8"
+        return attention
+
+    assert case.attention().can_fuse() and not int8(case.attention()).can_fuse()
+    for attention, splits in ((case.attention(), True), (int8(case.attention()), False)):
+        attention.split_keys_from = 256
+        assert attention._splits_keys(attention.init_cache(1, 512)) == splits

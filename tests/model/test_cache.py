@@ -110,8 +110,9 @@ def test_a_quantized_cache_is_written_like_one_of_floats(rows, layers, slot, mas
     k, v = new.astype(jnp.float32)
     scalar = None if mask is None else jnp.asarray(mask)
     written = write(cache, k, v, start, slot, scalar)
-    rounded = (values.astype(jnp.float32) * scale for values, scale in map(quantize, (k, v)))
-    expected = write(dequantized(cache), *rounded, start, slot, scalar)
+    (k_values, k_scale), (v_values, v_scale) = quantize(k), quantize(v)
+    rounded = dequantized(KVCache(k_values, v_values, k_scale, v_scale))
+    expected = write(dequantized(cache), rounded.k, rounded.v, start, slot, scalar)
     jax.tree.map(np.testing.assert_array_equal, dequantized(written), expected)
     jax.tree.map(lambda x, y: np.testing.assert_equal(x.dtype, y.dtype), written, cache)
 

@@ -67,6 +67,49 @@ def test_what_is_written_is_the_update_not_the_cache():
     assert (found.collectives, found.flops) == (0, 0)
 
 
+def test_a_converted_operand_counts_as_it_is_stored():
+    """Through other views of it, calls and branches; a narrower copy counts by its own width."""
+    w = jax.ShapeDtypeStruct((8, 16), np.int8)
+    stored = PRODUCT - 3 * 16 * 8
+
+    def multiply(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.einsum("bi,io->bo", x, w)
+
+    def views(x: jax.Array, w: jax.Array) -> jax.Array:
+        return multiply(x, w.astype(jnp.float32).T.reshape(16, 8))
+
+    def branch(x: jax.Array, w: jax.Array) -> jax.Array:
+        wide = w.astype(jnp.float32).T
+        return jax.lax.cond(x[0, 0] > 0, multiply, lambda x, w: x[:, :8], x, wide)
+
+    def computed(x: jax.Array, w: jax.Array) -> jax.Array:
+        return multiply(x, 2 * w.astype(jnp.float32).T)
+
+    def narrowed(x: jax.Array, w: jax.Array) -> jax.Array:
+        return multiply(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16).T)
+
+    assert [of(body, X, w).bytes for body in (views, branch)] == [stored, stored]
+    assert of(computed, X, w).bytes == PRODUCT
+    assert of(narrowed, X, w).bytes == 2 * (2 * 16 + 2 * 8) + 16 * 8
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_attention_reads_an_int8_cache_as_it_is_stored(tokens):
+    case = Case(slots=1, tokens=tokens, capacity=512)
+    attention = jax.tree.map(lambda x: x[0], case.attention())
+
+    def read(attention: Attention) -> int:
+        cache = attention.init_cache(1, case.capacity)
+        return cost(attention, case.h(), cache, case.window(), mesh_shape={}).bytes
+
+    floats = read(attention)
+    attention.kv_dtype = "int8"
+    entries = 2 * case.kv_heads * case.head_dim
+    written = 4 * 2 * case.kv_heads  # scales
+    saved = 3 * entries * case.capacity + 2 * (3 * entries - written) * tokens
+    assert floats - read(attention) == saved
+
+
 def test_loops_count_as_often_as_they_run_and_branches_by_the_costliest():
     def loop(x: jax.Array, w: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda carry, _: (carry, carry @ w), x, None, length=5)[1]

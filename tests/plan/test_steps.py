@@ -146,6 +146,20 @@ def test_meshes_are_split_as_for_generate(counted):
     assert counted["easyspec N=7, draft TP all"].mesh == MeshShape(4, 2)
 
 
+def test_int8_caches_take_and_read_a_byte_a_number():
+    """And a scale of four bytes for each head's entry, which only the memory counts."""
+    for way in (Way("vanilla"), Way("easyspec", 2)):
+        floats = costs(pair(), way, absent)
+        int8 = costs(replace(pair(), kv_dtype="int8"), way, absent)
+        head_dim = pair().target.head_dim
+        assert int8.cache_bytes * 4 * head_dim == floats.cache_bytes * (head_dim + 4)
+        assert int8.target_bytes == floats.target_bytes
+        assert int8.draft_bytes == floats.draft_bytes
+        assert int8.step.bytes < floats.step.bytes
+        assert int8.step.flops == floats.step.flops
+        assert int8.round.collectives == floats.round.collectives
+
+
 @pytest.mark.slow
 def test_absent_devices_count_as_present_ones():
     """They do so on a CPU, too, where the exact pass branches."""

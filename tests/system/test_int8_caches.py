@@ -1,0 +1,115 @@
+"""Texts with int8 caches: however they are drafted, they are those of plain decoding with them."""
+
+from typing import Any
+
+import jax
+import pytest
+import torch
+
+from easyspec_jax import SamplingParams, SpeculativeConfig, open_model
+from easyspec_jax.decode import growth
+from easyspec_jax.decode import round as rounds
+from easyspec_jax.engine.engine import Engine
+from easyspec_jax.model.cache import KVCache, move
+from easyspec_jax.options import KVDType, Method
+from tests.support.models import save_model
+
+PROMPTS = ["def add(a, b):", "one two three four five six seven eight nine ten " * 4, "x"]
+"""The third takes over the row of whichever text of the other two ends first."""
+
+GREEDY = SamplingParams(max_new_tokens=60)
+SAMPLED = SamplingParams(max_new_tokens=40, temperature=0.9, seed=3)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Directories of a target and of a draft, which is a noisy copy of it."""
+    target, draft = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("draft")
+    save_model(target, "smollm2", num_hidden_layers=5)
+    noisy = save_model(draft, "smollm2", num_hidden_layers=5)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in noisy.parameters():
+            parameter.add_(0.1 * parameter.std() * torch.randn_like(parameter))
+    noisy.save_pretrained(draft)
+    return target, draft
+
+
+def opened(
+    pair: Any,
+    mesh: str = "1",
+    method: Method = "vanilla",
+    kv_dtype: KVDType = "int8",
+    **options: Any,
+) -> Engine:
+    target, draft = pair
+    return open_model(
+        target,
+        None if method == "vanilla" else draft,
+        mesh=mesh,
+        platform="cpu",
+        speculative=SpeculativeConfig(method=method, verifier="coupled", **options),
+        dtype="float32",
+        kv_dtype=kv_dtype,
+    )
+
+
+def texts(engine: Engine, *samplings: SamplingParams) -> list[list[list[int]]]:
+    """Decode the prompts in two rows, in each way of sampling."""
+    found = []
+    for sampling in samplings:
+        completions = list(engine.generate(PROMPTS, sampling, batch_size=2))
+        found.append([completion.token_ids for completion in completions])
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain(pair):
+    return texts(opened(pair), GREEDY, SAMPLED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh, method, options",
+    [
+        ("1", "sd", {}),
+        ("1", "tree", {}),
+        ("1", "easyspec", {"lp_size": 2}),
+        ("1", "easyspec", {"lp_size": 4, "tree_width": 3, "calibration": False}),
+        ("layer=2,tensor=1", "easyspec", {"lp_size": 4}),
+        ("layer=2,tensor=1", "tree", {"tree_nodes": 8}),
+        ("8", "vanilla", {}),
+        ("8", "sd", {}),
+        ("8", "easyspec", {"lp_size": 2, "tree_width": 3}),
+        ("8", "easyspec", {"lp_size": 4}),
+    ],
+    ids=str,
+)
+def test_speculation_changes_no_token(pair, plain, mesh, method, options, monkeypatch):
+    """Greedily and with the coupled verifier's noise; the greedy texts outgrow their caches."""
+    monkeypatch.setattr(growth, "AHEAD", 1)
+    engine = opened(pair, mesh, method, **options)
+    assert texts(engine, GREEDY, SAMPLED) == plain
+    assert engine.programs(GREEDY)._extend._cache_size() >= 1  # pyright: ignore[reportFunctionMemberAccess]
+
+
+@pytest.mark.slow
+def test_scales_that_stay_behind_would_be_found(pair, plain, monkeypatch):
+    """A planted fault: accepted entries move, and their scales do not."""
+
+    def values_only(cache: KVCache, source: jax.Array, start: jax.Array) -> KVCache:
+        moved = move(KVCache(cache.k, cache.v), source, start)
+        return moved._replace(k_scale=cache.k_scale, v_scale=cache.v_scale)
+
+    monkeypatch.setattr(rounds, "move", values_only)
+    assert texts(opened(pair, method="tree"), GREEDY) != plain[:1]
+
+
+def test_both_models_keep_int8(pair):
+    """And the weights stay floats."""
+    for kv_dtype, types in (("auto", {"float32"}), ("int8", {"int8", "float32"})):
+        programs = opened(pair, method="sd", kv_dtype=kv_dtype).programs(GREEDY)
+        state = programs.start(GREEDY, [1], 256)
+        for caches in (state.target, state.draft):
+            assert {leaf.dtype.name for leaf in jax.tree.leaves(caches)} == types
+        assert {leaf.dtype.name for leaf in programs.leaves} == {"float32"}
