@@ -157,6 +157,7 @@ def test_seed_makes_sampling_repeatable(arguments, capsys):
         (["--seed", "-1"], "--seed -1 must be"),
         (["--max-new-tokens", "0"], "--max-new-tokens 0 must be at least 1"),
         (["--num-speculative-tokens", "17"], "--num-speculative-tokens 17 must be from 1 to 16"),
+        (["--kv-dtype", "int4"], "invalid choice: 'int4'"),
         (["--lp-size", "0"], "--lp-size 0 must be at least 1"),
         (["--lp-size", "many"], "invalid int value: 'many'"),
         (["--mesh", "0"], "--mesh '0' is neither"),
@@ -494,6 +495,19 @@ def test_verbose_shows_which_layers_live_where(arguments, capsys):
         ["–", rows[5].split()[2]]
     ] * 2
     assert all(row.count("MiB") == 3 for row in rows)
+
+
+@pytest.mark.slow
+def test_int8_caches(arguments, capsys):
+    """The same command with and without a draft gives one text, and --verbose names the caches."""
+    texts = []
+    for method in ("easyspec", "vanilla"):
+        options = ["--kv-dtype", "int8", "--method", method, "--verbose", "--json"]
+        assert main([*arguments, *options, "--prompt", "a prompt"]) == 0
+        output = capsys.readouterr()
+        texts.append(json.loads(output.out)["text"])
+        assert "· float32, caches int8 ·" in output.err
+    assert texts[0] == texts[1]
 
 
 def test_progress_and_text_share_a_terminal(arguments, terminal):

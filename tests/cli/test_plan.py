@@ -46,6 +46,8 @@ def test_json_is_what_the_tables_show(printed):
         "bfloat16",
     )
     assert [way["lp_size"] for way in printed["ways"]] == [1, 1, 1, 2, 2, 4, 4, 7, 7]
+    assert printed["kv_dtype"] == "auto"
+    assert "int8 caches of" in rows(printed | {"kv_dtype": "int8"})[0][0]
     lines = rows(printed)
     for way in printed["ways"]:
         mine = [line[1:] for line in lines if line[0] == way["label"]]
@@ -230,6 +232,7 @@ def test_files_that_are_no_acceptance(content, message, arguments, tmp_path, cap
         (["--max-length", "5000"], "--max-length 5000 must be from 2 to the 1024 positions"),
         (["--max-length", "1"], "must be from 2"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--kv-dtype", "int4"], "invalid choice: 'int4'"),
         (["--topology", "h100:2", "--measure"], "`platform` gpu: JAX finds no such device here"),
     ],
 )

@@ -79,6 +79,26 @@ def test_the_demo_pair_takes_what_was_predicted(refit):
     assert 0.75 * need.working <= engine.mesh.size * temporary <= need.working
 
 
+@pytest.mark.parametrize("mesh", ["1", "4"])
+def test_int8_caches_take_what_was_predicted(mesh):
+    """A byte a number and four for each entry's scale, in both models' caches."""
+    needs, sampling = [], SamplingParams()
+    for kv_dtype in ("auto", "int8"):
+        engine = open_model(mesh=mesh, platform="cpu", kv_dtype=kv_dtype)
+        needs.append(need := needed(engine.workload(TOKENS, PROMPT, ROWS, sampling)))
+        programs = engine.programs(sampling)
+        held = 0
+        for size in programs.capacities(PROMPT, TOKENS - PROMPT)[-2:]:
+            state = programs.start(sampling, [0] * ROWS, size)
+            for array in jax.tree.leaves((state.target, state.draft)):
+                held += sum(shard.data.nbytes for shard in array.addressable_shards)
+        assert need.caches == held
+    floats, int8 = needs
+    # Heads of 64 numbers in the target and of 32 in the draft.
+    assert floats.caches * (64 + 4) / (4 * 64) < int8.caches < floats.caches * (32 + 4) / (4 * 32)
+    assert int8.weights == floats.weights
+
+
 def test_a_pair_of_70b_takes_what_xla_says():
     """17.09 GiB of each of 8 TPUs, in docs/architecture.md."""
     assert needed(large()).total / GIB == pytest.approx(17.09, rel=0.02)

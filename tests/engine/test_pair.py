@@ -31,6 +31,24 @@ def test_a_name_is_not_a_way_to_speculate(directory):
         open_model(directory, directory, speculative="auto")  # pyright: ignore[reportArgumentType]
 
 
+def test_caches_are_kept_in_known_types(directory):
+    for kv_dtype in ("int4", "float32"):
+        with pytest.raises(
+            EasySpecError, match=f"`kv_dtype` '{kv_dtype}' is not one of auto, int8"
+        ):
+            open_model(directory, directory, kv_dtype=kv_dtype)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_pair_with_other_caches_is_tuned_by_itself(directory):
+    ordinary = SpeculativeConfig(method="sd")
+    pair = open_model(directory, directory, kv_dtype="int8", speculative=ordinary)
+    keep(key_of(pair, "1"), Choice("1", SpeculativeConfig(lp_size=3), 3.0, 2.0), directory)
+    tuned = open_model(directory, directory, kv_dtype="int8", speculative="tuned")
+    assert (tuned.speculative.lp_size, tuned.kv_dtype) == (3, "int8")
+    with pytest.raises(EasySpecError, match="has not been tuned"):
+        open_model(directory, directory, speculative="tuned")
+
+
 def test_a_pair_that_was_not_tuned_is_refused(directory):
     with pytest.raises(EasySpecError, match="has not been tuned on this mesh"):
         open_model(directory, directory, speculative="tuned")

@@ -35,13 +35,26 @@ def test_a_choice_is_found_again(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [FILE]  # nothing half written
 
 
-@pytest.mark.parametrize("name", ["target", "draft", "platform", "device_kind", "mesh", "dtype"])
+@pytest.mark.parametrize(
+    "name", ["target", "draft", "platform", "device_kind", "mesh", "dtype", "kv_dtype"]
+)
 def test_another_pair_machine_or_type_is_another_choice(tmp_path, name):
     keep(KEY, CHOICE, tmp_path)
     other = replace(KEY, **{name: "other"})
     assert find(other, tmp_path) is None
     keep(other, replace(CHOICE, mesh="1"), tmp_path)
     assert (find(KEY, tmp_path), find(other, tmp_path)) == (CHOICE, replace(CHOICE, mesh="1"))
+
+
+def test_a_choice_of_before_int8_caches_is_found(tmp_path):
+    keep(KEY, CHOICE, tmp_path)
+    held = json.loads((tmp_path / FILE).read_text())
+    del held["choices"][0]["key"]["kv_dtype"]
+    (tmp_path / FILE).write_text(json.dumps(held))
+    assert find(KEY, tmp_path) == CHOICE
+    assert find(replace(KEY, kv_dtype="int8"), tmp_path) is None
+    keep(KEY, replace(CHOICE, mesh="1"), tmp_path)
+    assert len(json.loads((tmp_path / FILE).read_text())["choices"]) == 1
 
 
 def test_a_newer_choice_replaces_the_older(tmp_path):

@@ -16,6 +16,7 @@ from easyspec_jax.plan import PlanConfig
         ({"topology": "v9:2x4"}, "`topology` 'v9:2x4': no machine 'v9'"),
         ({"topology": "v5e"}, "`topology` 'v5e' does not say how many devices"),
         ({"topology": "v5e:8"}, "`topology` 'v5e:8': give the 2 sides of the torus"),
+        ({"kv_dtype": "int4"}, "`kv_dtype` 'int4' is not one of auto, int8"),
         ({"lp_size": 0}, "lp.size.* 0 must be at least 1"),
         ({"mlp_lp_size": 0}, "mlp.lp.size.* 0 must be at least 1"),
         ({"num_speculative_tokens": 17}, "must be from 1 to 16"),

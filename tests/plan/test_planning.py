@@ -59,10 +59,10 @@ def test_what_cannot_be_compiled_is_counted_all_the_same(configs, monkeypatch):
 
     monkeypatch.setattr(planning, "LP_SIZES", ())
     monkeypatch.setattr(planning, "topology_mesh", refuse)
-    config = PlanConfig("v5e:2x4", dtype="float32", max_length=400, lp_size=2)
+    config = PlanConfig("v5e:2x4", dtype="float32", kv_dtype="int8", max_length=400, lp_size=2)
     found = plan(configs["target"], configs["draft"], config)
     assert found.compiled == "no compiler here"
-    assert found.pair.dtype == np.float32
+    assert (found.pair.dtype, found.pair.kv_dtype) == (np.float32, "int8")
     assert len(found.costs) == 5
 
 
