@@ -7,14 +7,15 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 from convert.process import leave_accelerators_alone, share_free_memory
 from easyspec_jax.cli.command import Parser, run_command
 from easyspec_jax.cli.flags import add_shared
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.options import FLOAT_DTYPES
+from easyspec_jax.options import FLOAT_DTYPES, Weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +43,7 @@ def _run(args: argparse.Namespace, started: float) -> None:
         verify=args.verify,
         revision=args.revision,
         allow_links=args.allow_links,
+        weights=args.weights,
     )
     if args.gguf is not None:
         model = open_gguf(args.gguf)
@@ -53,12 +55,34 @@ def _run(args: argparse.Namespace, started: float) -> None:
     notes = (
         f", {result.reused / 1e6:,.1f} MB of it from an interrupted run" if result.reused else ""
     )
+    notes += f", matrices {' and '.join(result.integers)}" if result.integers else ""
     notes += ", verified" if args.verify else ""
     notes += "" if model.has_tokenizer else "; it has no tokenizer, which generating needs"
     print(
         f"{args.out}: {result.parameters / 1e6:,.1f} M parameters, {result.dtype}, "
         f"{result.size / 1e6:,.1f} MB, {seconds:.1f} s{notes}"
     )
+    if result.errors:
+        print(rounding_line(result.errors), file=sys.stderr)
+
+
+def rounding_line(errors: Mapping[str, float]) -> str:
+    """Describe what rounding to integers lost: the largest error of each kind of matrix.
+
+    Args:
+        errors: The relative error of every matrix, by name.
+
+    Examples:
+        >>> rounding_line({"a.0.q_proj.weight": 0.004, "a.1.q_proj.weight": 0.005})
+        'relative rounding errors: q_proj 0.50%; the largest is that of a.1.q_proj.weight'
+    """
+    largest: dict[str, float] = {}
+    for name, error in errors.items():
+        kind = name.split(".")[-2]
+        largest[kind] = max(error, largest.get(kind, 0.0))
+    listed = ", ".join(f"{kind} {error:.2%}" for kind, error in largest.items())
+    worst = max(errors, key=lambda name: errors[name])
+    return f"relative rounding errors: {listed}; the largest is that of {worst}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,6 +121,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=FLOAT_DTYPES,
         help="type to write every tensor in; by default the type the embedding is stored in, "
         "or bfloat16 where that is quantised",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=get_args(Weights),
+        help="type to write matrices in, with scales if it is an integer; matrices that are "
+        "integers already stay so, or become floats with bfloat16",
     )
     parser.add_argument(
         "--memory",

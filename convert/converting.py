@@ -11,6 +11,7 @@ from convert.orbax import ORBAX
 from convert.shards import HUGGING_FACE
 from convert.stream import DEFAULT_MEMORY, Model, Result, verify
 from convert.stream import convert as convert_model
+from easyspec_jax.options import Weights
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,14 @@ class ConvertConfig:
 
     Attributes:
         format: What to write: an Orbax checkpoint, or a Hugging Face directory.
-        dtype: Type of all tensors; by default the model's.
+        dtype: Type of all tensors that are not quantized; by default the model's.
         memory: Bytes that the process may take.
         verify: Read everything again and compare it with the source. If the output exists already
             and no dtype is given, do only that.
         revision: Commit, branch or tag of a model on the hub.
         allow_links: Follow links that lead out of a checkpoint's directory.
+        weights: Type of the matrices, see `convert.stream.convert`; by default as they are.
+        keep_blocks: Keep a GGUF file's quantised matrices as integers, see `convert.gguf`.
     """
 
     format: Literal["orbax", "huggingface"] = "orbax"
@@ -33,6 +36,8 @@ class ConvertConfig:
     verify: bool = False
     revision: str | None = None
     allow_links: bool = False
+    weights: Weights | None = None
+    keep_blocks: bool = False
 
 
 def convert(source: str | Path, out: str | Path, config: ConvertConfig | None = None) -> Result:
@@ -53,7 +58,7 @@ def convert(source: str | Path, out: str | Path, config: ConvertConfig | None = 
     """
     config = config or ConvertConfig()
     if Path(source).suffix == ".gguf" and not Path(source).is_dir():
-        model = open_gguf(Path(source))
+        model = open_gguf(Path(source), keep_blocks=config.keep_blocks)
     else:
         directory = directory_of(str(source), config.revision)
         model = open_huggingface(directory, config.allow_links)
@@ -63,8 +68,14 @@ def convert(source: str | Path, out: str | Path, config: ConvertConfig | None = 
 def convert_opened(model: Model, out: Path, config: ConvertConfig) -> Result:
     """Convert a model that is open already; otherwise as convert()."""
     if config.verify and config.dtype is None and out.is_dir():
-        return verify(model, out, config.memory)
+        return verify(model, out, config.memory, config.weights)
     format = ORBAX if config.format == "orbax" else HUGGING_FACE
     return convert_model(
-        model, out, config.dtype, format, memory=config.memory, verify=config.verify
+        model,
+        out,
+        config.dtype,
+        format,
+        memory=config.memory,
+        verify=config.verify,
+        weights=config.weights,
     )

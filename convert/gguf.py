@@ -5,25 +5,22 @@ Its tensors become NumPy arrays, its metadata a Hugging Face configuration and t
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
 from math import pi
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType, ReaderTensor
-from gguf.quants import dequantize
+from gguf import GGUFReader, GGUFValueType, ReaderTensor
 
 from convert.gguf_fields import OPTIONAL_FIELDS, REQUIRED_FIELDS, ROPE_FACTORS, STOP_IDS, TOKEN_IDS
+from convert.gguf_tensors import GGUFSource, KeptBlocks, shape_of
 from convert.gguf_tokenizer import build_tokenizer, check_saved
 from convert.stores import write_json
 from convert.stream import Model
 from easyspec_jax.checkpoint.canonical import canonical
 from easyspec_jax.checkpoint.config import ModelConfig, model_config
 from easyspec_jax.checkpoint.families import FAMILIES, Family
-from easyspec_jax.checkpoint.tensors import Slices, read_bytes
-from easyspec_jax.errors import EasySpecError, first_line
+from easyspec_jax.errors import EasySpecError
 from easyspec_jax.tokenizer.conversation import end_of_turn_ids
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
@@ -32,11 +29,13 @@ _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _DTYPES = {"F32": "float32", "F16": "float16"}
 
 
-def open_gguf(path: Path) -> Model:
+def open_gguf(path: Path, *, keep_blocks: bool = False) -> Model:
     """Open a model in a GGUF file, or in several that are parts of one.
 
     Args:
         path: The file, or any part of a split one (`NAME-00001-of-00003.gguf`).
+        keep_blocks: Keep quantised matrices as integers with scales, see `gguf_tensors`.
+            Otherwise they become floats.
 
     Returns:
         The model, with its tokenizer if the file has one. Weights are read later, piece by piece.
@@ -72,78 +71,10 @@ def open_gguf(path: Path) -> Model:
             check_saved(tokenizer, directory)
 
     dtype = _DTYPES.get(tensors[_EMBEDDING].tensor_type.name, "bfloat16")
-    _, source = canonical(model, GGUFSource(stored), "gguf", origin)
-    return Model(origin, config, source, dtype, paths, has_tokenizer, write_companions)
-
-
-class GGUFSource:
-    """Tensors of GGUF files under their own names, dequantised to float32 when they are read.
-
-    Args:
-        tensors: Each tensor by name, with the file that holds it.
-    """
-
-    def __init__(self, tensors: Mapping[str, tuple[Path, ReaderTensor]]) -> None:
-        self._places: dict[str, _ByteRange] = {}
-        for name, (path, tensor) in tensors.items():
-            offset, size = int(tensor.data_offset), int(tensor.n_bytes)
-            self._places[name] = _ByteRange(path, tensor.tensor_type, _shape(tensor), offset, size)
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: place.shape for name, place in self._places.items()}
-
-    def dtypes(self) -> Mapping[str, str]:
-        dtypes: dict[str, str] = {}
-        for name, place in self._places.items():
-            dtypes[name] = "float32" if _readable(place.kind) else place.kind.name
-        return dtypes
-
-    def read(self, name: str, window: Slices = ()) -> np.ndarray:
-        place = self._places[name]
-        rows = window[0] if window else slice(0, place.shape[0])
-        return self._read_rows(place, rows)[(slice(None), *window[1:])]
-
-    def _read_rows(self, place: "_ByteRange", rows: slice) -> np.ndarray:
-        # A quantised tensor is a sequence of blocks along its last dimension: Q4_0 keeps 32 numbers
-        # in 18 bytes, a scale in float16 and 4 bits for each. Blocks never span two rows, so rows
-        # [start, stop) of a matrix are one range of bytes. A vector is a single row, and is read
-        # whole, since `rows` may begin inside a block.
-        if len(place.shape) == 1:
-            return self._read_blocks(place, 0, 1, place.size)[0, rows]
-        return self._read_blocks(place, rows.start, rows.stop, place.size // place.shape[0])
-
-    def _read_blocks(self, place: "_ByteRange", start: int, stop: int, row: int) -> np.ndarray:
-        """Read and dequantise rows of `row` bytes each: float32 [stop - start, columns]."""
-        stored = np.empty((stop - start, row), np.uint8)
-        try:
-            with place.path.open("rb", buffering=0) as file:
-                read_bytes(file.fileno(), stored, place.offset + start * row)
-        except (OSError, EOFError) as error:
-            raise EasySpecError(
-                f"{place.path} cannot be read ({first_line(error)}); fetch it again"
-            ) from None
-        return dequantize(stored, place.kind)
-
-
-@dataclass(frozen=True)
-class _ByteRange:
-    """Location of a tensor in a GGUF file, in bytes, and its kind of quantisation."""
-
-    path: Path
-    kind: GGMLQuantizationType
-    shape: tuple[int, ...]
-    offset: int
-    size: int
-
-
-@cache
-def _readable(kind: GGMLQuantizationType) -> bool:
-    """Whether the gguf library can dequantise a kind; it has no list, so one block is tried."""
-    try:
-        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-    except NotImplementedError:
-        return False
-    return True
+    blocks = GGUFSource(stored)
+    _, exact = canonical(model, blocks, "gguf", origin)
+    _, source = canonical(model, KeptBlocks(blocks), "gguf", origin) if keep_blocks else (0, exact)
+    return Model(origin, config, source, dtype, paths, has_tokenizer, write_companions, exact)
 
 
 _MOST_ENTRIES = 1 << 22  # fields, elements of arrays and tensors; each becomes a few objects
@@ -289,7 +220,7 @@ def _config(
             raise EasySpecError(
                 f"{origin}: the metadata field {prefix}.{key} is missing; fetch the file again"
             )
-    config["vocab_size"], *_ = _shape(tensors[_EMBEDDING]) or (0,)
+    config["vocab_size"], *_ = shape_of(tensors[_EMBEDDING]) or (0,)
     config["tie_word_embeddings"] = _HEAD not in tensors
     # Tell Qwen's readers, which ignore the window by default, that every layer has it.
     if "sliding_window" in config:
@@ -365,8 +296,3 @@ def _llama3_scaling(factors: np.ndarray, model: ModelConfig, origin: str) -> dic
         "high_freq_factor": high,
         "original_max_position_embeddings": length,
     }
-
-
-def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
-    """Return a tensor's shape in NumPy's order; GGUF's begins with the fastest dimension."""
-    return tuple(int(size) for size in reversed(tensor.shape))

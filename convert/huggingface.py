@@ -5,8 +5,10 @@ from pathlib import Path
 
 from convert.stream import Model
 from easyspec_jax.checkpoint.config import read_json
-from easyspec_jax.checkpoint.directory import open_checkpoint
+from easyspec_jax.checkpoint.directory import Checkpoint, open_checkpoint
 from easyspec_jax.checkpoint.families import EMBEDDING
+from easyspec_jax.checkpoint.quantized import INTEGERS
+from easyspec_jax.options import FLOAT_DTYPES
 from easyspec_jax.tokenizer import load_tokenizer
 
 COMPANIONS = (
@@ -38,6 +40,9 @@ def open_huggingface(directory: Path, allow_links: bool = False) -> Model:
     config = read_json(directory / "config.json")
     # This names files of the source directory; the output has others.
     config.pop("transformers_weights", None)
+    # The output says itself how its matrices are quantized.
+    config.pop("quantization_config", None)
+    config.pop("compression_config", None)
     # The output must say that it is untied if the source stores a head that differs.
     if opened.config.tie_word_embeddings != bool(config.get("tie_word_embeddings", False)):
         config["tie_word_embeddings"] = opened.config.tie_word_embeddings
@@ -48,11 +53,19 @@ def open_huggingface(directory: Path, allow_links: bool = False) -> Model:
         origin=str(directory),
         config=config,
         source=opened.source,
-        dtype=opened.source.dtypes()[EMBEDDING],
+        dtype=_float_dtype(opened),
         files=tuple(path for path in directory.rglob("*") if path.is_file()),
         has_tokenizer=has_tokenizer,
         write_companions=lambda out: _copy_companions(directory, out),
     )
+
+
+def _float_dtype(opened: Checkpoint) -> str:
+    """Return the embedding's dtype, or the one that its configuration names if it is quantized."""
+    stored = opened.source.dtypes()[EMBEDDING]
+    if stored not in INTEGERS:
+        return stored
+    return opened.config.dtype if opened.config.dtype in FLOAT_DTYPES else "bfloat16"
 
 
 def _copy_companions(directory: Path, out: Path) -> None:

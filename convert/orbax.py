@@ -1,7 +1,8 @@
 """Writes tensors in pieces and lets Orbax make a checkpoint of them."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from convert.stores import Format, Shapes
-from easyspec_jax.checkpoint.canonical import expected_shapes
+from easyspec_jax.checkpoint.config import ModelConfig
+from easyspec_jax.checkpoint.int4 import PACKED, pack, unpack
 from easyspec_jax.checkpoint.orbax import WEIGHTS
 from easyspec_jax.errors import EasySpecError, first_line
 
@@ -30,18 +32,22 @@ class OrbaxStore:
     Args:
         directory: Where `weights/` is to be. Pieces of an earlier run are kept.
         shapes: The shape of every tensor, by name.
-        dtype: The type of all tensors.
+        dtypes: The type of all tensors, or of each by name. Matrices of int4 are packed, see
+            `easyspec_jax.checkpoint.int4`.
 
     Raises:
-        EasySpecError: The directory cannot be written.
+        EasySpecError: The directory cannot be written, or a matrix cannot be packed.
     """
 
-    def __init__(self, directory: Path, shapes: Shapes, dtype: str) -> None:
+    def __init__(self, directory: Path, shapes: Shapes, dtypes: str | Mapping[str, str]) -> None:
         import tensorstore as ts
 
-        self._parent, self._dtype = directory, np.dtype(dtype)
+        self._parent = directory
         self._directory = directory / _PIECES
-        self._shapes = shapes
+        self._tensors: dict[str, _Tensor] = {}
+        for name, shape in shapes.items():
+            dtype = dtypes if isinstance(dtypes, str) else dtypes[name]
+            self._tensors[name] = _stored(name, shape, dtype)
         # The workplace flushes everything once, at the end.
         self._context = ts.Context({"file_io_sync": False})
         try:
@@ -58,6 +64,7 @@ class OrbaxStore:
         return self._chunk(name)[0]
 
     def write(self, name: str, start: int, values: np.ndarray) -> None:
+        values = pack(values) if self._tensors[name].is_packed else values
         target = self._arrays[name][start : start + len(values)]
         try:
             target.write(values, can_reference_source_data_indefinitely=True).result()
@@ -66,9 +73,10 @@ class OrbaxStore:
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         try:
-            return self._arrays[name][start:stop].read().result()
+            values = self._arrays[name][start:stop].read().result()
         except (OSError, ValueError) as error:
             raise EasySpecError(f"{self._directory} is damaged: {first_line(error)}") from None
+        return unpack(values) if self._tensors[name].is_packed else values
 
     def finish(self) -> None:
         """Drop what interrupted runs left, and let Orbax commit the rest as a checkpoint."""
@@ -80,7 +88,8 @@ class OrbaxStore:
             for pattern in ("d/*", "**/*.__lock"):
                 for path in set(self._directory.glob(pattern)) - kept:
                     path.unlink()
-            commit(self._parent / WEIGHTS, self._directory, self._shapes, self._dtype)
+            tensors = {each.name: (each.shape, each.dtype) for each in self._tensors.values()}
+            commit(self._parent / WEIGHTS, self._directory, tensors)
         except (OSError, ValueError) as error:
             raise self._unwritable(error) from None
 
@@ -103,17 +112,18 @@ class OrbaxStore:
         import tensorstore as ts
 
         with ts.Transaction() as transaction:  # one commit
-            for future in [self._open(name, transaction) for name in self._shapes]:
+            for future in [self._open(name, transaction) for name in self._tensors]:
                 future.result()
-        opening = {name: self._open(name) for name in self._shapes}
+        opening = {name: self._open(name) for name in self._tensors}
         return {name: future.result() for name, future in opening.items()}
 
     def _open(self, name: str, transaction: Any = None) -> Any:
         import tensorstore as ts
 
+        tensor = self._tensors[name]
         metadata = {
-            "shape": self._shapes[name],
-            "data_type": self._dtype.name,
+            "shape": tensor.shape,
+            "data_type": tensor.dtype.name,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": self._chunk(name)}},
             "codecs": [
                 {"name": "bytes", "configuration": {"endian": "little"}},
@@ -124,7 +134,7 @@ class OrbaxStore:
             "driver": "zarr3",
             # Every piece that is committed rewrites the nodes it changes, so they are small.
             "kvstore": _ocdbt(self._directory)
-            | {"path": f"{name}/", "config": {"max_decoded_node_bytes": 1 << 16}},
+            | {"path": f"{tensor.name}/", "config": {"max_decoded_node_bytes": 1 << 16}},
             "metadata": metadata,
             "store_data_equal_to_fill_value": True,
             "fill_missing_data_reads": False,
@@ -132,14 +142,36 @@ class OrbaxStore:
         return ts.open(spec, open=True, create=True, context=self._context, transaction=transaction)
 
     def _chunk(self, name: str) -> list[int]:
-        rows, *rest = self._shapes[name]
+        tensor = self._tensors[name]
+        rows, *rest = tensor.shape
         if name.endswith(_SPLIT_BY_COLUMNS):
             return [min(rows, _TILE[0]), min(rest[0], _TILE[1])]
-        fitting = max(1, _CHUNK // (prod(rest) * self._dtype.itemsize))
+        fitting = max(1, _CHUNK // (prod(rest) * tensor.dtype.itemsize))
         return [min(rows, 1 << (fitting.bit_length() - 1)), *rest]
 
     def _unwritable(self, error: Exception) -> EasySpecError:
         return EasySpecError(f"{self._parent} cannot be written: {first_line(error)}")
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor as it is stored."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    is_packed: bool
+
+
+def _stored(name: str, shape: tuple[int, ...], dtype: str) -> _Tensor:
+    if dtype != "int4":
+        return _Tensor(name, shape, np.dtype(dtype), False)
+    rows, inner = shape
+    if inner % 2:
+        raise EasySpecError(
+            f"{name} has {inner} columns, and int4 needs an even number; choose other `weights`"
+        )
+    return _Tensor(name + PACKED, (rows, inner // 2), np.dtype(np.uint8), True)
 
 
 def _ocdbt(directory: Path) -> dict[str, Any]:
@@ -162,6 +194,10 @@ def _files(directory: Path) -> Iterator[Path]:
                 places += [entry.get("location", entry.get("indirect_value")) for entry in entries]
 
 
-ORBAX = Format(
-    "orbax", lambda directory, config: OrbaxStore(directory, expected_shapes(config), config.dtype)
-)
+def _make(
+    directory: Path, config: ModelConfig, shapes: Shapes, dtypes: Mapping[str, str]
+) -> OrbaxStore:
+    return OrbaxStore(directory, shapes, dtypes)
+
+
+ORBAX = Format("orbax", _make)

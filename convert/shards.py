@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -126,4 +126,10 @@ def _grouped(shapes: Shapes, itemsize: int, largest: int) -> Iterator[list[str]]
     yield group
 
 
-HUGGING_FACE = Format("huggingface", SafetensorsStore)
+def _make(
+    directory: Path, config: ModelConfig, shapes: Shapes, dtypes: Mapping[str, str]
+) -> SafetensorsStore:
+    return SafetensorsStore(directory, config)
+
+
+HUGGING_FACE = Format("huggingface", _make, floats_only=True)

@@ -15,7 +15,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Store(Protocol):
-    """Tensors of one dtype in a directory, written in pieces of whole rows by several threads."""
+    """Tensors in a directory, written in pieces of whole rows by several threads."""
 
     def rows(self, name: str) -> int:
         """Return the rows of a chunk: pieces of this tensor must begin at multiples of it."""
@@ -48,11 +48,14 @@ class Format:
 
     Attributes:
         name: Its name.
-        make: Opens a Store in a directory for a model, or reopens the one that is there.
+        make: Opens a Store in a directory for a model, or reopens the one that is there. It gets
+            the shapes and the dtypes of all tensors, scales of quantized ones included.
+        floats_only: Whether quantized matrices have to be written as floats.
     """
 
     name: str
-    make: Callable[[Path, ModelConfig], Store]
+    make: Callable[[Path, ModelConfig, Shapes, Mapping[str, str]], Store]
+    floats_only: bool = False
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

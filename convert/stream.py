@@ -8,10 +8,10 @@ import hashlib
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -22,12 +22,19 @@ import numpy as np
 from convert.orbax import ORBAX
 from convert.stores import Format, Shapes, Store, write_json
 from convert.workplace import Workplace, workplace
-from easyspec_jax.checkpoint.canonical import expected_shapes
 from easyspec_jax.checkpoint.config import ModelConfig, model_config
 from easyspec_jax.checkpoint.directory import open_checkpoint
+from easyspec_jax.checkpoint.quantized import (
+    INTEGERS,
+    Dequantized,
+    Quantized,
+    dequantize,
+    is_matrix,
+    scale_name,
+)
 from easyspec_jax.checkpoint.tensors import TensorSource
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.options import FLOAT_DTYPES
+from easyspec_jax.options import FLOAT_DTYPES, Weights
 from easyspec_jax.progress import bar
 
 DEFAULT_MEMORY = 2 << 30
@@ -36,6 +43,7 @@ DEFAULT_MEMORY = 2 << 30
 _BASE = 256 << 20  # bytes of them for the interpreter and the libraries
 _PIECE = 8 << 20  # bytes written at a time, unless one row of chunks is more
 _COPIES = 2  # copies of a piece, both as stored and as written, that are in memory at once
+_FLOATS = 6  # copies of a quantized piece in float32, at most
 _WORKERS = 8
 
 
@@ -51,6 +59,7 @@ class Model:
         files: The files that hold the tensors. A conversion is resumed only if they are unchanged.
         has_tokenizer: Whether there is a tokenizer.
         write_companions: Writes the generation configuration and the tokenizer into a directory.
+        exact: The same tensors as floats, if the source rounds some; otherwise None.
     """
 
     origin: str
@@ -60,6 +69,7 @@ class Model:
     files: tuple[Path, ...]
     has_tokenizer: bool
     write_companions: Callable[[Path], None]
+    exact: TensorSource | None = None
 
 
 @dataclass(frozen=True)
@@ -67,16 +77,21 @@ class Result:
     """Summary of a conversion.
 
     Attributes:
-        parameters: Number of parameters.
-        dtype: The dtype that was written.
+        parameters: Number of parameters; scales are none.
+        dtype: The dtype that was written, of the tensors that are not quantized.
         size: Bytes of all tensors.
         reused: Bytes of these that an interrupted run had already written.
+        integers: The types of the quantized matrices: "int8", "int4", both or neither.
+        errors: What rounding to integers lost, by the name of each matrix that was floats before:
+            the root of the squared errors over that of the squares. Not measured by verify().
     """
 
     parameters: int
     dtype: str
     size: int
     reused: int
+    integers: tuple[str, ...] = ()
+    errors: Mapping[str, float] = field(default_factory=dict)
 
 
 def convert(
@@ -87,6 +102,7 @@ def convert(
     *,
     memory: int = DEFAULT_MEMORY,
     verify: bool = False,
+    weights: Weights | None = None,
 ) -> Result:
     """Write a model to a new directory.
 
@@ -95,42 +111,48 @@ def convert(
     Args:
         model: The model, from `open_gguf` or `open_huggingface`.
         out: The directory to create.
-        dtype: The dtype of all tensors; by default the model's.
-        format: The format, ORBAX or HUGGING_FACE.
+        dtype: The dtype of all tensors that are not quantized; by default the model's.
+        format: The format, ORBAX or HUGGING_FACE. The latter holds floats only.
         memory: Bytes that the process may take.
         verify: Read everything again at the end and compare it with the source.
+        weights: Type of the matrices. With "int8" and "int4" those that are quantized already stay
+            as they are, and with "bfloat16" they become floats. None leaves all as they are.
 
     Raises:
         EasySpecError: The model is not supported, incomplete or not finite, a value does not fit
             the dtype, the memory is too small, or `out` exists or cannot be written.
     """
     config, parsed = _configuration(model, dtype)
-    job = _job(model, parsed, memory)
+    job = _job(model, parsed, memory, weights, format.floats_only)
     # Companions come first: a tokenizer that cannot be written fails before the long part.
-    with workplace(out, _task(model, config, format)) as place:
+    with workplace(out, _task(model, job, config, format)) as place:
         write_json(place.directory / "config.json", config)
         model.write_companions(place.directory)
-        store = format.make(place.directory, parsed)
+        store = format.make(place.directory, parsed, job.shapes, job.dtypes)
         pieces = list(job.pieces(store.rows))
         _check_space(place, pieces)
-        reused = 0
+        reused, lost = 0, _Lost()
         with bar("Converting", job.size, in_bytes=True) as advance:
-            for piece, whole in job.run(partial(_transfer, job, store, place), pieces):
-                reused += piece.size if whole else 0
+            for piece, moved in job.run(partial(_transfer, job, store, place), pieces):
+                reused += piece.size if moved.whole else 0
+                lost.add(piece.name, moved)
                 advance(piece.size)
         store.finish()
         if verify:
             _compare(job, place.directory, open_checkpoint(place.directory).source)
-    return Result(job.parameters, job.dtype, job.size, reused)
+    return Result(job.parameters, job.dtype, job.size, reused, job.integers, lost.errors())
 
 
-def verify(model: Model, out: Path, memory: int = DEFAULT_MEMORY) -> Result:
+def verify(
+    model: Model, out: Path, memory: int = DEFAULT_MEMORY, weights: Weights | None = None
+) -> Result:
     """Compare a converted directory with its source, in the dtype it was converted to.
 
     Args:
         model: The source.
         out: The converted directory.
         memory: Bytes that the process may take.
+        weights: Type of the matrices that it was converted with.
 
     Raises:
         EasySpecError: They differ; names the first tensor or field that does.
@@ -144,9 +166,9 @@ def verify(model: Model, out: Path, memory: int = DEFAULT_MEMORY) -> Result:
             raise EasySpecError(
                 f"{out}: {name} is {found[name]!r}, but {value!r} in {model.origin}; convert again"
             )
-    job = _job(model, parsed, memory)
+    job = _job(model, parsed, memory, weights)
     _compare(job, out, opened.source)
-    return Result(job.parameters, job.dtype, job.size, 0)
+    return Result(job.parameters, job.dtype, job.size, 0, job.integers)
 
 
 class Piece(NamedTuple):
@@ -160,37 +182,69 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class _Job:
-    """A walk over all tensors, a few pieces at a time; `budget` limits their bytes in memory."""
+    """A walk over all tensors, a few pieces at a time; `budget` limits their bytes in memory.
+
+    Attributes:
+        origin: Names the model in error messages.
+        source: The tensors to write, up to a cast of floats.
+        exact: The same before anything was rounded to integers.
+        shapes: Their shapes, scales of quantized matrices included.
+        dtypes: The type to write of each.
+        stored: The type that the source has it in.
+        rounded: Matrices that become integers only now.
+        dtype: The type of those that are not quantized.
+        budget: Bytes.
+    """
 
     origin: str
     source: TensorSource
+    exact: TensorSource
     shapes: Shapes
+    dtypes: Mapping[str, str]
+    stored: Mapping[str, str]
+    rounded: frozenset[str]
     dtype: str
     budget: int
 
     @property
     def parameters(self) -> int:
-        return sum(map(prod, self.shapes.values()))
+        scales = {scale_name(name) for name, dtype in self.dtypes.items() if dtype in INTEGERS}
+        return sum(prod(shape) for name, shape in self.shapes.items() if name not in scales)
 
     @property
     def size(self) -> int:
-        return self.parameters * np.dtype(self.dtype).itemsize
+        return sum(_size(self.dtypes[name], prod(shape)) for name, shape in self.shapes.items())
+
+    @property
+    def integers(self) -> tuple[str, ...]:
+        return tuple(sorted({dtype for dtype in self.dtypes.values() if dtype in INTEGERS}))
 
     def pieces(self, rows: Callable[[str], int] = lambda name: 1) -> Iterator[Piece]:
         """Split all tensors into pieces that begin at multiples of rows(name)."""
         for name, shape in self.shapes.items():
-            row = prod(shape[1:]) * np.dtype(self.dtype).itemsize
+            row, dtype = prod(shape[1:]), self.dtypes[name]
+            # Integers are floats on their way.
+            itemsize = 4 if dtype in INTEGERS else np.dtype(dtype).itemsize
             # The largest multiple of a chunk's rows that fits, so that no two threads ever write
             # to the same chunk.
-            step = max(1, _PIECE // row // rows(name)) * rows(name)
+            step = max(1, _PIECE // (row * itemsize) // rows(name)) * rows(name)
             for start in range(0, shape[0], step):
                 stop = min(start + step, shape[0])
-                yield Piece(name, start, stop, (stop - start) * row)
+                yield Piece(name, start, stop, _size(dtype, (stop - start) * row))
 
     def read(self, piece: Piece) -> np.ndarray:
         """Read a piece in the dtype to write. Raises EasySpecError if it is not finite."""
         values = self.source.read(piece.name, (slice(piece.start, piece.stop),))
-        return cast(piece.name, values, self.dtype)
+        dtype = self.dtypes[piece.name]
+        return values if dtype in INTEGERS else cast(piece.name, values, dtype)
+
+    def cost(self, piece: Piece) -> int:
+        """Return the bytes that working on a piece takes."""
+        count = (piece.stop - piece.start) * prod(self.shapes[piece.name][1:])
+        if self.dtypes[piece.name] in INTEGERS:
+            return _FLOATS * 4 * count
+        stored = np.dtype(self.stored[piece.name]).itemsize
+        return _COPIES * (piece.size + stored * count)
 
     def run(
         self, work: Callable[[Piece], Any], pieces: Iterable[Piece]
@@ -199,13 +253,11 @@ class _Job:
 
         Results come in any order.
         """
-        stored, pending, used = self.source.dtypes(), dict[Future[Any], tuple[Piece, int]](), 0
-        itemsize = np.dtype(self.dtype).itemsize
+        pending, used = dict[Future[Any], tuple[Piece, int]](), 0
         with ThreadPoolExecutor(_WORKERS) as pool:
             try:
                 for piece in pieces:
-                    stored_size = piece.size // itemsize * np.dtype(stored[piece.name]).itemsize
-                    cost = _COPIES * (piece.size + stored_size)
+                    cost = self.cost(piece)
                     if cost > self.budget:
                         raise EasySpecError(
                             f"{self.origin}: {piece.name} needs more memory; "
@@ -227,23 +279,115 @@ class _Job:
                 pool.shutdown(cancel_futures=True)
 
 
-def _job(model: Model, config: ModelConfig, memory: int) -> _Job:
-    shapes = expected_shapes(config)  # without the head if it is tied
-    return _Job(model.origin, model.source, shapes, config.dtype, memory - _BASE)
+def _size(dtype: str, count: int) -> int:
+    """Return the bytes of some numbers as they are written."""
+    return count // 2 if dtype == "int4" else count * np.dtype(dtype).itemsize
 
 
-def _transfer(job: _Job, store: Store, place: Workplace, piece: Piece) -> bool:
-    """Write a piece unless an earlier run has; return whether it had."""
+def _job(
+    model: Model,
+    config: ModelConfig,
+    memory: int,
+    weights: Weights | None = None,
+    floats_only: bool = False,
+) -> _Job:
+    if floats_only and weights not in (None, "bfloat16"):
+        raise EasySpecError(
+            f"{model.origin}: `weights` {weights} is for Orbax checkpoints; "
+            "a Hugging Face directory holds floats"
+        )
+    source = model.source
+    if floats_only or weights == "bfloat16":
+        source = Dequantized(source)
+    elif weights is not None:
+        source = Quantized(source, weights)
+    shapes, stored, dtypes = source.shapes(), source.dtypes(), dict[str, str]()
+    for name, shape in shapes.items():
+        dtypes[name] = config.dtype
+        if weights == "bfloat16" and not floats_only and is_matrix(name, shape):
+            dtypes[name] = weights
+        if stored[name] in INTEGERS:
+            dtypes[name] = stored[name]
+    # Scales stay as exact as they are.
+    dtypes |= {scale_name(name): "float32" for name in shapes if dtypes[name] in INTEGERS}
+    exact = model.source if model.exact is None else model.exact
+    before = exact.dtypes()
+    rounded = {n for n in shapes if dtypes[n] in INTEGERS and before[n] not in INTEGERS}
+    return _Job(
+        origin=model.origin,
+        source=source,
+        exact=exact,
+        shapes=_ordered(shapes),
+        dtypes=dtypes,
+        stored=stored,
+        rounded=frozenset(rounded),
+        dtype=config.dtype,
+        budget=memory - _BASE,
+    )
+
+
+def _ordered(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Put scales after their matrices: a source that quantizes keeps those of a few matrices."""
+    ordered: dict[str, tuple[int, ...]] = {}
+    for name in shapes:
+        for each in (name, scale_name(name)):
+            if each in shapes:
+                ordered.setdefault(each, shapes[each])
+    return ordered
+
+
+class _Moved(NamedTuple):
+    """A piece that is written.
+
+    Attributes:
+        whole: Whether an earlier run had written it.
+        lost: The sum of the squares of what rounding to integers changed.
+        squares: The sum of the squares of the exact values.
+    """
+
+    whole: bool
+    lost: float = 0.0
+    squares: float = 0.0
+
+
+class _Lost:
+    """What rounding to integers lost, matrix by matrix."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, np.ndarray] = {}
+
+    def add(self, name: str, moved: _Moved) -> None:
+        if moved.squares:
+            sums = self._sums.setdefault(name, np.zeros(2))
+            sums += moved.lost, moved.squares
+
+    def errors(self) -> dict[str, float]:
+        return {name: float(np.sqrt(lost / all_)) for name, (lost, all_) in self._sums.items()}
+
+
+def _transfer(job: _Job, store: Store, place: Workplace, piece: Piece) -> _Moved:
+    """Write a piece unless an earlier run has."""
     recorded = place.done.get((piece.name, piece.start))
     if recorded is not None:
         # The journal may be ahead of the data after a power failure, so the data is read back.
         with suppress(EasySpecError):
-            if _checksum(store.read(piece.name, piece.start, piece.stop)) == recorded:
-                return True
+            values = store.read(piece.name, piece.start, piece.stop)
+            if _checksum(values) == recorded:
+                return _measured(job, piece, values, whole=True)
     values = job.read(piece)
     store.write(piece.name, piece.start, values)
     place.record(piece.name, piece.start, _checksum(values))
-    return False
+    return _measured(job, piece, values, whole=False)
+
+
+def _measured(job: _Job, piece: Piece, values: np.ndarray, whole: bool) -> _Moved:
+    """Compare a piece with what it was before it was rounded to integers."""
+    if piece.name not in job.rounded:
+        return _Moved(whole)
+    rows = slice(piece.start, piece.stop)
+    exact = job.exact.read(piece.name, (rows,)).astype(np.float32)
+    lost = dequantize(values, job.source.read(scale_name(piece.name), (rows,))) - exact
+    return _Moved(whole, float(np.vdot(lost, lost)), float(np.vdot(exact, exact)))
 
 
 def _compare(job: _Job, out: Path, written: TensorSource) -> None:
@@ -325,12 +469,13 @@ def _configuration(model: Model, dtype: str | None) -> tuple[dict[str, Any], Mod
     return config, model_config(config, origin=model.origin)
 
 
-def _task(model: Model, config: dict[str, Any], format: Format) -> str:
+def _task(model: Model, job: _Job, config: dict[str, Any], format: Format) -> str:
     """Return a digest of source, settings and format; a run with the same one can be resumed."""
     files: list[tuple[str, int, int]] = []
     for path in sorted(model.files):
         files.append((str(path), path.stat().st_size, path.stat().st_mtime_ns))
-    described = json.dumps([config, format.name, files], sort_keys=True)
+    tensors = sorted((name, job.dtypes[name], shape) for name, shape in job.shapes.items())
+    described = json.dumps([config, format.name, files, tensors], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()
 
 

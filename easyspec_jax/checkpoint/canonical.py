@@ -15,6 +15,7 @@ import numpy as np
 from easyspec_jax.arithmetic import round_up
 from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.checkpoint.families import EMBEDDING, FAMILIES, HEAD, Tensor
+from easyspec_jax.checkpoint.quantized import INTEGERS, Dequantized, is_matrix, scale_name
 from easyspec_jax.checkpoint.rope import rope_frequencies
 from easyspec_jax.checkpoint.tensors import Slices, TensorSource, row_blocks
 from easyspec_jax.errors import EasySpecError
@@ -139,14 +140,31 @@ def canonical(
     has_head = places(untied, scheme)[HEAD].name in source.shapes()
     stored = untied if has_head else config
     check_tensors(stored, source, origin, scheme)
-    tensors = CanonicalSource(source, places(stored, scheme), expected_shapes(stored))
+    tensors = _named(source, stored, scheme)
     if stored != config:
-        if _same_values(tensors, EMBEDDING, HEAD):
-            tensors = CanonicalSource(source, places(config, scheme), expected_shapes(config))
+        if _same_values(Dequantized(tensors), EMBEDDING, HEAD):
+            tensors = _named(source, config, scheme)
         else:
             config = untied
     _check_frequencies(config, source, origin)
     return config, tensors
+
+
+def _named(source: TensorSource, config: ModelConfig, scheme: Scheme) -> "CanonicalSource":
+    """Name the tensors of a model, and the scales of those that are quantized."""
+    shapes, dtypes = source.shapes(), source.dtypes()
+    found: dict[str, StoredAs] = {}
+    expected: dict[str, tuple[int, ...]] = {}
+    wanted = expected_shapes(config)
+    for name, place in places(config, scheme).items():
+        found[name], expected[name] = place, wanted[name]
+        if dtypes[place.name] in INTEGERS:
+            # A row's scales lie where the row does: in the same part of a joined tensor, and
+            # permuted in the same way.
+            scale = scale_name(place.name)
+            found[scale_name(name)] = replace(place, name=scale)
+            expected[scale_name(name)] = (wanted[name][0], shapes[scale][1])
+    return CanonicalSource(source, found, expected)
 
 
 def _same_values(source: TensorSource, first: str, second: str) -> bool:
@@ -252,22 +270,38 @@ def check_tensors(
     """
     expected, stored, dtypes = stored_shapes(config, scheme), source.shapes(), source.dtypes()
     missing, unknown, misshapen, mistyped = [], [], [], []
+    scales: set[str] = set()
     for name, shape in expected.items():
         if name not in stored:
             missing.append(f"{name} is missing")
             continue
         if stored[name] != shape:
             misshapen.append(f"{name} has shape {stored[name]} instead of {shape}")
-        if dtypes[name] not in _STORED_DTYPES:
+        if dtypes[name] in INTEGERS and is_matrix(name, shape):
+            scale = scale_name(name)
+            scales.add(scale)
+            if scale not in stored:
+                missing.append(f"{scale} is missing")
+            elif not _scales(stored[scale], shape):
+                misshapen.append(f"{scale} has shape {stored[scale]} for a matrix of {shape}")
+            elif dtypes[scale] != "float32":
+                mistyped.append(f"{scale} is stored as {dtypes[scale]} instead of float32")
+        elif dtypes[name] not in _STORED_DTYPES:
             mistyped.append(f"{name} is stored as {dtypes[name]}, which is not supported")
     for name in stored:
-        if name not in expected and not _is_frequencies(name):
+        if name not in expected and name not in scales and not _is_frequencies(name):
             unknown.append(f"{name} is unknown")
     faults = [*_some(missing), *_some(unknown), *_some(misshapen), *_some(mistyped)]
     if faults:
         raise EasySpecError(
             f"{origin}: tensors do not match the configuration: {'; '.join(faults)}"
         )
+
+
+def _scales(scale: tuple[int, ...], matrix: tuple[int, ...]) -> bool:
+    """Whether scales of a shape are those of equal groups of a matrix's columns."""
+    rows, inner = matrix
+    return len(scale) == 2 and scale[0] == rows and scale[1] > 0 and inner % scale[1] == 0
 
 
 def _some(faults: list[str]) -> list[str]:

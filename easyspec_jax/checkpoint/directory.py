@@ -10,7 +10,7 @@ from pathlib import Path
 import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16)
 import numpy as np
 
-from easyspec_jax.checkpoint.canonical import canonical, expected_shapes, stored_shapes
+from easyspec_jax.checkpoint.canonical import canonical, stored_shapes
 from easyspec_jax.checkpoint.config import ModelConfig, read_model_config
 from easyspec_jax.checkpoint.orbax import WEIGHTS, OrbaxSource
 from easyspec_jax.checkpoint.safetensors import SafetensorsSource
@@ -47,7 +47,7 @@ class Checkpoint:
         # Reading and hashing release the GIL, so tensors are hashed by threads, and their digests
         # are hashed in the order of their names, which both kinds of directory have in common.
         with ThreadPoolExecutor() as pool:
-            digests = pool.map(digest, sorted(expected_shapes(self.config)))
+            digests = pool.map(digest, sorted(self.source.shapes()))
             return hashlib.sha256(b"".join(digests)).hexdigest()
 
 

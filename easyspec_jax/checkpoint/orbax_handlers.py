@@ -41,7 +41,7 @@ def open_tensors(directory: Path, *, zeros_are_stored: bool) -> dict[str, ts.Ten
 
 
 def commit(
-    directory: Path, pieces: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype
+    directory: Path, pieces: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]
 ) -> None:
     """Make a store of finished tensors an Orbax checkpoint.
 
@@ -52,13 +52,12 @@ def commit(
         directory: The Orbax checkpoint to create.
         pieces: An OCDBT store with a zarr array for each name, called as Orbax calls the store of a
             process (`ocdbt.process_0`); it becomes a part of the checkpoint.
-        shapes: The shape of every tensor, by name.
-        dtype: The type of all tensors.
+        tensors: The shape and the type of every tensor, by name.
     """
     handler = _checkpoint_handler(
         (jax.ShapeDtypeStruct, _Moving(pieces)), (jax.Array, type_handlers.ArrayHandler())
     )
-    tree = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
+    tree = {name: jax.ShapeDtypeStruct(*tensor) for name, tensor in tensors.items()}
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(directory.resolve(), args=ocp.args.PyTreeSave(tree))
 

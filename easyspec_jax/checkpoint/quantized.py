@@ -77,8 +77,6 @@ def quantize(
         >>> values, scale = quantize(np.array([[0.5, -1.0, 0.25, 0.0]]), "int8", group=4)
         >>> values.tolist()
         [[64, -127, 32, 0]]
-        >>> (values * scale).round(2).tolist()
-        [[0.5, -1.0, 0.25, 0.0]]
     """
     most = np.float32(INTEGERS[dtype])
     out, inner = weight.shape
@@ -107,6 +105,73 @@ def _least_error(grouped: np.ndarray, reach: np.ndarray, most: np.float32) -> np
         total = error.sum(axis=2, keepdims=True)
         chosen, best = np.where(total < best, share, chosen), np.minimum(total, best)
     return reach * chosen
+
+
+def dequantize(
+    values: Int[np.ndarray, "out inner"], scale: Float[np.ndarray, "out groups"]
+) -> Float[np.ndarray, "out inner"]:
+    """Multiply values by their scales, in float32.
+
+    Examples:
+        >>> values, scale = quantize(np.array([[0.5, -1.0, 0.25, 0.0]]), "int8", group=4)
+        >>> dequantize(values, scale).round(2).tolist()
+        [[0.5, -1.0, 0.25, 0.0]]
+    """
+    (out, inner), groups = values.shape, scale.shape[1]
+    grouped = values.astype(np.float32).reshape(out, groups, inner // groups)
+    return (grouped * scale[:, :, None]).reshape(out, inner)
+
+
+@dataclass(frozen=True)
+class Dequantized:
+    """A source whose quantized matrices are multiplied by their scales as they are read.
+
+    They are float32, and their scales are not among the tensors. Others stay as they are stored.
+
+    Attributes:
+        below: Where the tensors come from.
+    """
+
+    below: TensorSource
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        shapes = dict(self.below.shapes())
+        for name in self._quantized():
+            del shapes[scale_name(name)]
+        return shapes
+
+    def dtypes(self) -> Mapping[str, str]:
+        dtypes = dict(self.below.dtypes())
+        for name in self._quantized():
+            del dtypes[scale_name(name)]
+            dtypes[name] = "float32"
+        return dtypes
+
+    def read(self, name: str, window: Slices = ()) -> np.ndarray:
+        if self.below.dtypes()[name] not in INTEGERS:
+            return self.below.read(name, window)
+        rows, columns = whole_window(self.below.shapes()[name], window)
+        scale = self.below.read(scale_name(name), (rows,))
+        # Columns 100 to 300 in groups of 128 belong to groups 0, 1 and 2.
+        group = self.below.shapes()[name][1] // scale.shape[1]
+        of_columns = np.arange(columns.start, columns.stop) // group
+        values = self.below.read(name, (rows, columns))
+        return values.astype(np.float32) * scale[:, of_columns]
+
+    def _quantized(self) -> list[str]:
+        return [name for name, dtype in self.below.dtypes().items() if dtype in INTEGERS]
+
+
+def whole_window(shape: tuple[int, ...], window: Slices) -> tuple[slice, slice]:
+    """Return the rows and the columns of a matrix that a window selects.
+
+    Examples:
+        >>> whole_window((3, 4), (slice(1, 2),))
+        (slice(1, 2, None), slice(0, 4, None))
+    """
+    whole = slice(0, shape[0]), slice(0, shape[1])
+    rows, columns = (*window, *whole[len(window) :])
+    return rows, columns
 
 
 @dataclass(frozen=True)
@@ -202,33 +267,6 @@ def stored_weights(source: TensorSource) -> Weights | None:
     """Return the type that most of a source's quantized matrices have; None if it has none."""
     types = Counter(dtype for dtype in source.dtypes().values() if dtype in INTEGERS)
     return cast("Weights", types.most_common(1)[0][0]) if types else None
-
-
-@dataclass(frozen=True)
-class Dequantized:
-    """A source whose quantized matrices are read as float32; their scales are still there."""
-
-    below: TensorSource
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self.below.shapes()
-
-    def dtypes(self) -> Mapping[str, str]:
-        return {
-            name: "float32" if dtype in INTEGERS else dtype
-            for name, dtype in self.below.dtypes().items()
-        }
-
-    def read(self, name: str, window: Slices = ()) -> np.ndarray:
-        stored = self.below.read(name, window)
-        if stored.dtype.name not in INTEGERS:
-            return stored
-        shape = self.below.shapes()[name]
-        scale = self.below.read(scale_name(name), window[:1])
-        group = shape[1] // scale.shape[1]
-        columns = window[1] if len(window) > 1 else slice(0, shape[1])
-        # Columns 100 to 300 in groups of 128 belong to groups 0, 1 and 2.
-        return stored.astype(np.float32) * scale[:, np.arange(columns.start, columns.stop) // group]
 
 
 def rounding_errors(

@@ -1,0 +1,265 @@
+"""Tensors of GGUF files: dequantised, or kept as integers with scales.
+
+A quantised matrix is a sequence of blocks along its rows. Three kinds are integers and scales
+already: nothing is lost if they are kept. Others have a minimum in each group, or a table of
+values; they are dequantised and rounded anew, to int8 with a scale for every 32 columns.
+
+| kind | kept as | group | |
+|-|-|-|-|
+| Q8_0 | int8 | 32 | exact |
+| Q4_0 | int4 | 32 | exact: 4 bits less 8 |
+| Q5_0 | int8 | 32 | exact: 5 bits less 16 |
+| Q6_K | int8 | 16 | exact: 6 bits less 32, and the product of two scales |
+| others | int8 | 32 | rounded |
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  (teaches NumPy int4)
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, ReaderTensor
+from gguf.quants import dequantize
+from jaxtyping import Float, Int8, UInt8
+
+from easyspec_jax.checkpoint.quantized import (
+    SCALE,
+    is_matrix,
+    quantize,
+    scale_name,
+    whole_window,
+)
+from easyspec_jax.checkpoint.tensors import Slices, read_bytes
+from easyspec_jax.errors import EasySpecError, first_line
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_ROUNDED_GROUP = 32
+
+
+class GGUFSource:
+    """Tensors of GGUF files under their own names, dequantised to float32 when they are read.
+
+    Args:
+        tensors: Each tensor by name, with the file that holds it.
+    """
+
+    def __init__(self, tensors: Mapping[str, tuple[Path, ReaderTensor]]) -> None:
+        self._places: dict[str, _ByteRange] = {}
+        for name, (path, tensor) in tensors.items():
+            offset, size = int(tensor.data_offset), int(tensor.n_bytes)
+            self._places[name] = _ByteRange(
+                path, tensor.tensor_type, shape_of(tensor), offset, size
+            )
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: place.shape for name, place in self._places.items()}
+
+    def dtypes(self) -> Mapping[str, str]:
+        dtypes: dict[str, str] = {}
+        for name, place in self._places.items():
+            dtypes[name] = "float32" if _readable(place.kind) else place.kind.name
+        return dtypes
+
+    def read(self, name: str, window: Slices = ()) -> np.ndarray:
+        place = self._places[name]
+        rows = window[0] if window else slice(0, place.shape[0])
+        return self._read_rows(place, rows)[(slice(None), *window[1:])]
+
+    def kind(self, name: str) -> GGMLQuantizationType:
+        """Return how a tensor is stored."""
+        return self._places[name].kind
+
+    def read_blocks(self, name: str, rows: slice) -> UInt8[np.ndarray, "rows bytes"]:
+        """Read rows of a matrix as they are stored."""
+        place = self._places[name]
+        return self._read_bytes(place, rows.start, rows.stop, place.size // place.shape[0])
+
+    def _read_rows(self, place: "_ByteRange", rows: slice) -> np.ndarray:
+        # A quantised tensor is a sequence of blocks along its last dimension: Q4_0 keeps 32 numbers
+        # in 18 bytes, a scale in float16 and 4 bits for each. Blocks never span two rows, so rows
+        # [start, stop) of a matrix are one range of bytes. A vector is a single row, and is read
+        # whole, since `rows` may begin inside a block.
+        if len(place.shape) == 1:
+            return dequantize(self._read_bytes(place, 0, 1, place.size), place.kind)[0, rows]
+        row = place.size // place.shape[0]
+        return dequantize(self._read_bytes(place, rows.start, rows.stop, row), place.kind)
+
+    def _read_bytes(self, place: "_ByteRange", start: int, stop: int, row: int) -> np.ndarray:
+        """Read rows of `row` bytes each: uint8 [stop - start, row]."""
+        stored = np.empty((stop - start, row), np.uint8)
+        try:
+            with place.path.open("rb", buffering=0) as file:
+                read_bytes(file.fileno(), stored, place.offset + start * row)
+        except (OSError, EOFError) as error:
+            raise EasySpecError(
+                f"{place.path} cannot be read ({first_line(error)}); fetch it again"
+            ) from None
+        return stored
+
+
+@dataclass(frozen=True)
+class _ByteRange:
+    """Location of a tensor in a GGUF file, in bytes, and its kind of quantisation."""
+
+    path: Path
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+@cache
+def _readable(kind: GGMLQuantizationType) -> bool:
+    """Whether the gguf library can dequantise a kind; it has no list, so one block is tried."""
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+Blocks = UInt8[np.ndarray, "blocks bytes"]
+Integers = tuple[Int8[np.ndarray, "blocks numbers"], Float[np.ndarray, "blocks groups"]]
+
+
+def _q8_0(blocks: Blocks) -> Integers:
+    """A scale in float16, and 32 numbers of 8 bits."""
+    return blocks[:, 2:].view(np.int8), _halves(blocks[:, :2])
+
+
+def _q4_0(blocks: Blocks) -> Integers:
+    """A scale, and 16 bytes: number j is the low half of byte j, number 16 + j its high half."""
+    return _nibbles(blocks[:, 2:]).view(np.int8) - np.int8(8), _halves(blocks[:, :2])
+
+
+def _q5_0(blocks: Blocks) -> Integers:
+    """A scale, the fifth bits of all 32 numbers, and four bits of each as in Q4_0."""
+    # [blocks, 4] -> [blocks, 32], the lowest bit of the first byte first
+    fifth = np.unpackbits(blocks[:, 2:6], axis=1, bitorder="little")
+    numbers = _nibbles(blocks[:, 6:]) | fifth << 4
+    return numbers.view(np.int8) - np.int8(16), _halves(blocks[:, :2])
+
+
+def _q6_k(blocks: Blocks) -> Integers:
+    """256 numbers of 6 bits: 128 bytes of low halves, 64 of upper pairs, 16 scales and a scale."""
+    # Each half of a block has 128 numbers in four parts of 32. The low halves of parts 0 and 2
+    # share 32 bytes, and so do those of 1 and 3; the upper pairs of all four share 32 others.
+    low = blocks[:, :128].reshape(-1, 2, 1, 64)
+    high = blocks[:, 128:192].reshape(-1, 2, 1, 32)
+    # -> [blocks, half, 2, 64], [blocks, half, 4, 32]
+    low = low >> np.array([0, 4], np.uint8)[:, None] & 15
+    high = high >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
+    numbers = low.reshape(-1, 256) | high.reshape(-1, 256) << 4
+    scale = _halves(blocks[:, 208:]) * blocks[:, 192:208].view(np.int8).astype(np.float32)
+    return numbers.view(np.int8) - np.int8(32), scale
+
+
+def _halves(stored: UInt8[np.ndarray, "blocks two"]) -> Float[np.ndarray, "blocks 1"]:
+    return stored.view(np.float16).astype(np.float32)
+
+
+def _nibbles(stored: UInt8[np.ndarray, "blocks bytes"]) -> UInt8[np.ndarray, "blocks numbers"]:
+    return np.concatenate([stored & 15, stored >> 4], axis=1)
+
+
+@dataclass(frozen=True)
+class _Exact:
+    """A kind that is integers and scales already.
+
+    Attributes:
+        dtype: The type that holds its integers.
+        group: Numbers that share a scale.
+        parts: Takes blocks apart.
+    """
+
+    dtype: str
+    group: int
+    parts: Callable[[Blocks], Integers]
+
+
+_EXACT: dict[str, _Exact] = {
+    "Q8_0": _Exact("int8", 32, _q8_0),
+    "Q4_0": _Exact("int4", 32, _q4_0),
+    "Q5_0": _Exact("int8", 32, _q5_0),
+    "Q6_K": _Exact("int8", 16, _q6_k),
+}
+
+
+@dataclass(frozen=True)
+class KeptBlocks:
+    """Tensors of GGUF files whose quantised matrices stay integers, with scales next to them.
+
+    Attributes:
+        below: The files.
+    """
+
+    below: GGUFSource
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        shapes = dict(self.below.shapes())
+        for name, (rows, inner) in self._matrices().items():
+            shapes[scale_name(name)] = rows, inner // self._group(name)
+        return shapes
+
+    def dtypes(self) -> Mapping[str, str]:
+        dtypes = dict(self.below.dtypes())
+        for name in self._matrices():
+            exact = _EXACT.get(self.below.kind(name).name)
+            dtypes[name] = "int8" if exact is None else exact.dtype
+            dtypes[scale_name(name)] = "float32"
+        return dtypes
+
+    def read(self, name: str, window: Slices = ()) -> np.ndarray:
+        matrix, matrices = name.removesuffix(SCALE), self._matrices()
+        if matrix not in matrices:
+            return self.below.read(name, window)
+        rows, columns = whole_window(self.shapes()[name], window)
+        values, scale = self._parts(matrix, rows)
+        return (values if name == matrix else scale)[:, columns]
+
+    def _parts(self, name: str, rows: slice) -> tuple[np.ndarray, Float[np.ndarray, "rows groups"]]:
+        """Read rows as integers and scales."""
+        count, inner = rows.stop - rows.start, self.below.shapes()[name][1]
+        kind = self.below.kind(name)
+        stored = self.below.read_blocks(name, rows)
+        exact = _EXACT.get(kind.name)
+        if exact is None:
+            floats = np.empty((0, inner), np.float32)
+            if count:  # the library cannot take no rows
+                with np.errstate(invalid="ignore", over="ignore"):  # checked below, with a name
+                    floats = dequantize(stored, kind)
+            if not np.isfinite(floats).all():
+                raise _damaged(name)
+            return quantize(floats, "int8", self._group(name))
+        # [rows, bytes of a row] -> [blocks, bytes of a block]
+        values, scale = exact.parts(stored.reshape(-1, GGML_QUANT_SIZES[kind][1]))
+        if not np.isfinite(scale).all():
+            raise _damaged(name)
+        values = values.reshape(count, inner).astype(exact.dtype)
+        return values, scale.reshape(count, inner // exact.group)
+
+    def _group(self, name: str) -> int:
+        exact = _EXACT.get(self.below.kind(name).name)
+        return _ROUNDED_GROUP if exact is None else exact.group
+
+    def _matrices(self) -> dict[str, tuple[int, int]]:
+        """Return the shapes of the quantised matrices."""
+        found: dict[str, tuple[int, int]] = {}
+        for name, shape in self.below.shapes().items():
+            kind = self.below.kind(name)
+            quantised = kind.name not in _FLOATS and GGML_QUANT_SIZES[kind][0] > 1
+            if quantised and _readable(kind) and is_matrix(name, shape):
+                rows, inner = shape
+                found[name] = rows, inner
+        return found
+
+
+def _damaged(name: str) -> EasySpecError:
+    return EasySpecError(f"{name} has scales that are NaN or infinite; fetch the file again")
+
+
+def shape_of(tensor: ReaderTensor) -> tuple[int, ...]:
+    """Return a tensor's shape in NumPy's order; GGUF's begins with the fastest dimension."""
+    return tuple(int(size) for size in reversed(tensor.shape))
