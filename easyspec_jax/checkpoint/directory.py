@@ -11,8 +11,9 @@ import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16)
 import numpy as np
 
 from easyspec_jax.checkpoint.canonical import canonical, stored_shapes
-from easyspec_jax.checkpoint.config import ModelConfig, read_model_config
+from easyspec_jax.checkpoint.config import ModelConfig, read_json, read_model_config
 from easyspec_jax.checkpoint.orbax import WEIGHTS, OrbaxSource
+from easyspec_jax.checkpoint.quantized_files import assembled, quantization
 from easyspec_jax.checkpoint.safetensors import SafetensorsSource
 from easyspec_jax.checkpoint.tensors import TensorSource
 from easyspec_jax.errors import EasySpecError
@@ -90,8 +91,13 @@ def open_checkpoint(directory: Path | str, *, allow_links: bool = False) -> Chec
     if (directory / WEIGHTS).is_dir():
         stored, scheme = OrbaxSource(directory / WEIGHTS), "canonical"
     else:
-        stored = SafetensorsSource(directory, frozenset(stored_shapes(config, "hf")))
-        scheme = "hf"
+        known, scheme = frozenset(stored_shapes(config, "hf")), "hf"
+        settings = quantization(read_json(directory / "config.json"), str(directory))
+        if settings is None:
+            stored = SafetensorsSource(directory, known)
+        else:
+            stored = SafetensorsSource(directory)
+            stored = assembled(stored, settings, known, str(directory))
     config, source = canonical(config, stored, scheme, origin=str(directory))
     return Checkpoint(directory, config, source)
 

@@ -29,6 +29,12 @@ INDEX = "model.safetensors.index.json"
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
+# Parts of quantized matrices, which are no weights by themselves; see `stored_matrices`.
+_PARTS = {
+    **{"I8": "int8", "I32": "int32", "I64": "int64"},
+    "F8_E4M3": "float8_e4m3fn",
+}
+
 # Bits of dtypes that are not supported as weights. Their tensors' sizes are checked all the same.
 _OTHER_BITS: dict[str, int] = {
     **{"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8},
@@ -78,7 +84,7 @@ class SafetensorsSource:
 
     def read(self, name: str, window: Slices = ()) -> np.ndarray:
         place = self._places[name]
-        if place.dtype not in _DTYPES:
+        if place.dtype not in _DTYPES | _PARTS:
             raise EasySpecError(
                 f"{place.path}: {name} is stored as {place.dtype}, which is not supported"
             )
@@ -93,7 +99,7 @@ class SafetensorsSource:
 
 
 def _read_window(file: int, place: _ByteRange, window: Slices) -> np.ndarray:
-    dtype = np.dtype(_DTYPES[place.dtype])
+    dtype = np.dtype((_DTYPES | _PARTS)[place.dtype])
     # Slices of the dimensions that the window leaves out.
     whole = tuple(slice(0, size) for size in place.shape[len(window) :])
     slices = window + whole

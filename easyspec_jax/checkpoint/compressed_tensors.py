@@ -1,0 +1,206 @@
+"""Matrices of compressed-tensors, the format of llm-compressor and vLLM.
+
+Layouts, as in its `compressors` package; N is a module:
+
+- pack-quantized: N.weight_packed, int32 [out, in · bits / 32], the lowest bits first; a code is the
+  integer plus 2^(bits - 1). N.weight_shape holds [out, in]. Zero points N.weight_zero_point are
+  packed in the same way, but along the rows.
+- int-quantized, naive-quantized: N.weight of int8.
+- float-quantized: N.weight of float8_e4m3fn.
+
+N.weight_scale has one number, or one for each row, group or block. The tensors say which of these a
+module has, so modules that are left out need no list.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from easyspec_jax.checkpoint.stored_matrices import (
+    Coded,
+    Codes,
+    Matrix,
+    Parts,
+    Scales,
+    Zeros,
+    covering,
+    fields,
+    is_in_order,
+    scales_of,
+)
+from easyspec_jax.errors import EasySpecError
+
+_FORMATS = (
+    "pack-quantized",
+    "int-quantized",
+    "naive-quantized",
+    "float-quantized",
+    "mixed-precision",
+)
+_BITS = {"int": (4, 8), "float": (8,)}
+
+
+def matrices(parts: Parts, settings: Mapping[str, Any]) -> dict[str, Matrix]:
+    """Find the matrices of a checkpoint.
+
+    Args:
+        parts: Its tensors.
+        settings: Its `quantization_config`.
+
+    Raises:
+        EasySpecError: The layout is not supported, or parts of a matrix do not fit together.
+    """
+    schemes = _schemes(parts, settings)
+    found: dict[str, Matrix] = {}
+    for name, dtype in parts.source.dtypes().items():
+        if name.endswith(".weight_packed"):
+            weight = name.removesuffix("_packed")
+            found[weight] = _packed(parts, weight, schemes)
+        elif name.endswith(".weight") and dtype in ("I8", "F8_E4M3"):
+            found[name] = _plain(parts, name, dtype, schemes)
+    for name in found:
+        # Rounding of activations, which are not rounded here.
+        module = name.removesuffix("weight")
+        parts.drop(module + "input_scale", module + "input_zero_point")
+    return found
+
+
+def _schemes(parts: Parts, settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the settings of weights, of each group of modules."""
+    groups = settings.get("config_groups")
+    groups = list(groups.values()) if isinstance(groups, dict) else []
+    weights = [group.get("weights") for group in groups if isinstance(group, dict)]
+    schemes: list[Mapping[str, Any]] = [each for each in weights if isinstance(each, dict)]
+    formats = {settings.get("format")} | {g.get("format") for g in groups if isinstance(g, dict)}
+    for name in sorted(map(str, formats - {None, *_FORMATS})):
+        raise EasySpecError(
+            f"{parts.origin}: compressed-tensors format {name!r} is not supported; "
+            f"supported: {', '.join(_FORMATS)}"
+        )
+    for name in ("sparsity_config", "transform_config"):
+        section = settings.get(name) or {}
+        if not isinstance(section, dict) or section.get("format", "dense") != "dense":
+            raise EasySpecError(f"{parts.origin}: compressed-tensors {name} is not supported")
+        if name == "transform_config" and section.get("config_groups"):
+            raise EasySpecError(f"{parts.origin}: compressed-tensors {name} is not supported")
+    for scheme in schemes:
+        kind, bits = str(scheme.get("type", "int")), scheme.get("num_bits", 8)
+        if bits not in _BITS.get(kind, ()):
+            raise EasySpecError(
+                f"{parts.origin}: compressed-tensors weights of {bits} bits and type {kind!r} are "
+                "not supported; supported: int of 4 and 8 bits, float of 8 bits"
+            )
+    return schemes
+
+
+def _packed(parts: Parts, weight: str, schemes: list[Mapping[str, Any]]) -> Matrix:
+    packed = weight + "_packed"
+    rows, words = parts.matrix(packed, "I32")
+    if parts.take(weight + "_shape", "I64", "I32") != (2,):
+        raise parts.wrong(weight + "_shape", "(2,)")
+    out, inner = (int(size) for size in parts.source.read(weight + "_shape"))
+    given = {scheme.get("num_bits", 8) for scheme in schemes} or {4, 8}
+    fitting = [bits for bits in sorted(given) if words == -(-inner * bits // 32)]
+    if out != rows or inner < 1 or not fitting:
+        raise parts.wrong(packed, f"codes of {' or '.join(map(str, given))} bits for {out, inner}")
+    shape, bits = (rows, inner), fitting[0]
+    scales = _whole_groups(
+        parts, scales_of(parts, weight + "_scale", shape, _blocks(schemes)), shape
+    )
+    if parts.has(weight + "_g_idx") and not is_in_order(
+        parts, weight + "_g_idx", inner, scales.group
+    ):
+        raise EasySpecError(
+            f"{parts.origin}: {weight}_g_idx reorders columns (actorder), which is not supported"
+        )
+
+    def codes(rows: slice, columns: slice) -> np.ndarray:
+        of_words, within = covering(columns, 32 // bits)
+        return fields(parts.source.read(packed, (rows, of_words)), bits)[:, within]
+
+    offset = 1 << (bits - 1)
+    zeros = _zeros(parts, weight + "_zero_point", shape, scales, bits, schemes)
+    if zeros is None:
+        return Coded(weight, shape, "int4" if bits == 4 else "int8", scales, codes, offset)
+    # Codes of 4 bits differ by 15 at most, those of 8 bits by more than int8 holds.
+    return Coded(weight, shape, "int8" if bits == 4 else "bfloat16", scales, codes, zeros)
+
+
+def _plain(parts: Parts, weight: str, dtype: str, schemes: list[Mapping[str, Any]]) -> Matrix:
+    shape = parts.matrix(weight, dtype)
+    scales = scales_of(parts, weight + "_scale", shape, _blocks(schemes))
+    codes: Codes = lambda rows, columns: parts.source.read(weight, (rows, columns))  # noqa: E731
+    if dtype == "F8_E4M3":
+        parts.drop(weight + "_zero_point")
+        return Coded(weight, shape, "bfloat16", scales, codes)
+    scales = _whole_groups(parts, scales, shape)
+    zeros = _zeros(parts, weight + "_zero_point", shape, scales, 8, schemes, offset=0)
+    return Coded(weight, shape, "int8" if zeros is None else "bfloat16", scales, codes, zeros or 0)
+
+
+def _blocks(schemes: list[Mapping[str, Any]]) -> tuple[int, int] | None:
+    for scheme in schemes:
+        blocks = scheme.get("block_structure")
+        if isinstance(blocks, list) and len(blocks) == 2 and all(_is_count(n) for n in blocks):
+            return blocks[0], blocks[1]
+    return None
+
+
+def _is_count(number: Any) -> bool:
+    return type(number) is int and 0 < number < 2**31
+
+
+def _whole_groups(parts: Parts, scales: Scales, matrix: tuple[int, int]) -> Scales:
+    if matrix[1] != scales.groups * scales.group:
+        raise parts.wrong(scales.name, f"scales of equal groups of a matrix of {matrix}")
+    return scales
+
+
+def _zeros(
+    parts: Parts,
+    name: str,
+    matrix: tuple[int, int],
+    scales: Scales,
+    bits: int,
+    schemes: list[Mapping[str, Any]],
+    offset: int | None = None,
+) -> Zeros | None:
+    """Return how to read zero points, as codes; None if all integers are symmetric."""
+    symmetric = all(scheme.get("symmetric", True) for scheme in schemes)
+    if not parts.has(name):
+        if symmetric or any(scheme.get("symmetric", True) for scheme in schemes):
+            return None
+        raise EasySpecError(f"{parts.origin}: {name} is missing; fetch the whole checkpoint")
+    offset = 1 << (bits - 1) if offset is None else offset
+    shape, count = parts.take(name, "I32", "I8"), 32 // bits
+    rows, groups = matrix[0], scales.groups
+    is_packed = parts.source.dtypes()[name] == "I32"
+    if symmetric:
+        # Early versions stored zero points all the same, each of them zero.
+        stored = parts.source.read(name)
+        if is_packed and len(shape) == 2:
+            stored = fields(stored.T, bits)[:, :rows] != offset
+        if stored.any():
+            raise EasySpecError(
+                f"{parts.origin}: {name} is not zero, though the format is symmetric"
+            )
+        return None
+    blocks = -(-rows // scales.block)
+    if is_packed and shape == (-(-rows // count), groups) and scales.block == 1:
+
+        def packed(rows: slice) -> Int[np.ndarray, "rows groups"]:
+            of_words, within = covering(rows, count)
+            words = parts.source.read(name, (of_words,))
+            return fields(words.T, bits)[:, within].T.astype(np.int16)
+
+        return packed
+    if is_packed or shape not in ((blocks, groups), (blocks,) if groups == 1 else (), (1,)):
+        raise parts.wrong(name, f"zero points of {groups} groups in {rows} rows")
+
+    def plain(rows: slice) -> Int[np.ndarray, "rows groups"]:
+        zeros = parts.source.read(name).astype(np.int16).reshape(blocks, groups) + offset
+        return zeros[np.arange(rows.start, rows.stop) // scales.block]
+
+    return plain

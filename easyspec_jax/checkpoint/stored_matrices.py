@@ -1,0 +1,320 @@
+"""Matrices that a file keeps in parts, presented as integers with scales or as floats.
+
+Quantized checkpoints store each matrix N.weight as several tensors: codes (small unsigned or signed
+integers, often several to a word), scales, and sometimes zero points. A module for each format
+finds these parts; here they become
+
+    weight[o, i] = (code[o, i] - zero[o, i // group]) · scale[o, i // group]
+
+with the difference as the integer of `quantized`. Only the bytes of a window are read.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float, Int, Int32, UInt8
+
+from easyspec_jax.checkpoint.quantized import SCALE, scale_name, whole_window
+from easyspec_jax.checkpoint.tensors import Slices, StoredSource
+from easyspec_jax.errors import EasySpecError
+
+FLOATS = ("float32", "bfloat16", "float16")
+"""Types of scales."""
+
+_RANGES = {"int4": (-8, 7), "int8": (-128, 127)}
+
+
+class Matrix(Protocol):
+    """A matrix in parts."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Its rows and columns."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Its type: "int8" or "int4", which have scales, or a float."""
+        ...
+
+    @property
+    def scales(self) -> "Scales":
+        """Its scales."""
+        ...
+
+    def read(self, rows: slice, columns: slice) -> np.ndarray:
+        """Read a window in that type."""
+        ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Tensors of a file, for a format to look at.
+
+    Attributes:
+        source: The file.
+        origin: Names it in error messages.
+        used: The tensors that matrices were made of, filled in by those who look.
+    """
+
+    source: StoredSource
+    origin: str
+    used: set[str] = field(default_factory=set)
+
+    def has(self, name: str) -> bool:
+        """Return whether there is a tensor."""
+        return name in self.source.shapes()
+
+    def take(self, name: str, *dtypes: str) -> tuple[int, ...]:
+        """Mark a tensor as used and return its shape.
+
+        Raises:
+            EasySpecError: It is missing, or of another type.
+        """
+        if not self.has(name):
+            raise EasySpecError(f"{self.origin}: {name} is missing; fetch the whole checkpoint")
+        stored = self.source.dtypes()[name]
+        if stored not in dtypes:
+            raise EasySpecError(
+                f"{self.origin}: {name} is stored as {stored}, and only {' and '.join(dtypes)} "
+                "can be read there"
+            )
+        self.used.add(name)
+        return self.source.shapes()[name]
+
+    def wrong(self, name: str, wanted: str) -> EasySpecError:
+        """Make the error of a tensor whose shape is wrong."""
+        shape = self.source.shapes()[name]
+        return EasySpecError(f"{self.origin}: {name} has shape {shape}; expected {wanted}")
+
+    def matrix(self, name: str, *dtypes: str) -> tuple[int, int]:
+        """Take a tensor that must have two dimensions, neither of them empty."""
+        shape = self.take(name, *dtypes)
+        if len(shape) != 2 or 0 in shape:
+            raise self.wrong(name, "a matrix")
+        return shape[0], shape[1]
+
+    def drop(self, *names: str) -> None:
+        """Mark tensors as used that the weights do not depend on, if they are there."""
+        self.used.update(filter(self.has, names))
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Scales of blocks of a matrix.
+
+    Attributes:
+        parts: Where they are.
+        name: The stored tensor.
+        groups: Scales of a row.
+        group: Columns that share one; the last group may have fewer.
+        block: Rows that share them.
+        transposed: Whether they are stored as [groups, rows].
+    """
+
+    parts: Parts
+    name: str
+    groups: int
+    group: int
+    block: int = 1
+    transposed: bool = False
+
+    def read(self, rows: slice) -> Float[np.ndarray, "rows groups"]:
+        """Read the scales of some rows, in float32."""
+        first, last = rows.start // self.block, -(-rows.stop // self.block)
+        source = self.parts.source
+        if self.transposed:
+            stored = source.read(self.name, (slice(0, self.groups), slice(first, last))).T
+        elif source.shapes()[self.name] in ((), (1,), (1, 1)):
+            first, last, stored = 0, 1, source.read(self.name)
+        else:
+            stored = source.read(self.name, (slice(first, last),))
+        scales = stored.astype(np.float32).reshape(last - first, self.groups)
+        if not np.isfinite(scales).all():
+            raise EasySpecError(
+                f"{self.parts.origin}: {self.name} holds NaN or infinity; fetch it again"
+            )
+        return scales[np.arange(rows.start, rows.stop) // self.block - first]
+
+
+def scales_of(
+    parts: Parts, name: str, matrix: tuple[int, int], blocks: tuple[int, int] | None = None
+) -> Scales:
+    """Find out from the shape of scales which entries of a matrix share one.
+
+    Args:
+        parts: Where they are.
+        name: The stored tensor: one number, one a row, [rows, groups] or one a block.
+        matrix: The matrix's shape.
+        blocks: Rows and columns of a block, if the scales may be those of blocks.
+
+    Raises:
+        EasySpecError: The scales fit none of these.
+    """
+    shape = parts.take(name, *FLOATS)
+    rows, inner = matrix
+    if shape in ((), (1,), (1, 1)):
+        return Scales(parts, name, 1, inner, block=rows)
+    if blocks is not None and shape == (-(-rows // blocks[0]), -(-inner // blocks[1])):
+        return Scales(parts, name, shape[1], blocks[1], block=blocks[0])
+    if shape in ((rows,), (rows, 1)):
+        return Scales(parts, name, 1, inner)
+    if len(shape) == 2 and shape[0] == rows and shape[1] > 0 and inner % shape[1] == 0:
+        return Scales(parts, name, shape[1], inner // shape[1])
+    raise parts.wrong(name, f"scales of equal groups of a matrix of {matrix}")
+
+
+Codes = Callable[[slice, slice], np.ndarray]
+"""Reads the codes of a window: some rows and columns."""
+
+Zeros = Callable[[slice], Int[np.ndarray, "rows groups"]]
+"""Reads the zero points of some rows."""
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A matrix of codes, scales and zero points.
+
+    Attributes:
+        name: Names it in error messages.
+        shape: Its rows and columns.
+        dtype: "int8" or "int4", or "bfloat16" if no integer can hold the differences.
+        scales: Its scales.
+        codes: Reads its codes.
+        zeros: One zero point for all, or reads those of every group.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    scales: Scales
+    codes: Codes
+    zeros: Zeros | int = 0
+
+    def read(self, rows: slice, columns: slice) -> np.ndarray:
+        codes = self.codes(rows, columns)
+        # Columns 100 to 300 in groups of 128 belong to groups 0, 1 and 2.
+        of_columns = np.arange(columns.start, columns.stop) // self.scales.group
+        if callable(self.zeros):
+            codes = codes.astype(np.int16) - self.zeros(rows)[:, of_columns]
+        elif self.zeros:
+            codes = codes.astype(np.int16) - np.int16(self.zeros)
+        if self.dtype in _RANGES:
+            return self._integers(codes)
+        with np.errstate(over="ignore", invalid="ignore"):  # reported below, with a name
+            weight = codes.astype(np.float32) * self.scales.read(rows)[:, of_columns]
+            weight = weight.astype(ml_dtypes.bfloat16)
+        if not np.isfinite(weight).all():
+            raise self._damaged("holds NaN or values that overflow")
+        return weight
+
+    def _integers(self, values: np.ndarray) -> np.ndarray:
+        least, most = _RANGES[self.dtype]
+        if values.size and (values.min() < least or values.max() > most):
+            raise self._damaged(f"has zero points that leave {self.dtype}")
+        return values.astype(self.dtype)
+
+    def _damaged(self, what: str) -> EasySpecError:
+        return EasySpecError(f"{self.scales.parts.origin}: {self.name} {what}; fetch it again")
+
+
+def fields(words: Int32[np.ndarray, "*rest words"], bits: int) -> UInt8[np.ndarray, "*rest codes"]:
+    """Take words of 32 bits apart, the lowest bits first.
+
+    Args:
+        words: The words.
+        bits: 4 or 8.
+
+    Examples:
+        >>> fields(np.array([[0x76543210]], np.int32), 4).tolist()
+        [[0, 1, 2, 3, 4, 5, 6, 7]]
+    """
+    stored = np.ascontiguousarray(words, "<i4").view(np.uint8)
+    if bits == 8:
+        return stored
+    # [..., bytes] -> [..., bytes, 2] -> [..., codes]
+    halves = np.stack([stored & 15, stored >> 4], axis=-1)
+    return halves.reshape(*words.shape[:-1], 8 * words.shape[-1])
+
+
+def covering(window: slice, count: int) -> tuple[slice, slice]:
+    """Return the words that hold some codes, and where the codes are in them.
+
+    Args:
+        window: The codes.
+        count: Codes of a word.
+
+    Examples:
+        >>> covering(slice(3, 10), 8)
+        (slice(0, 2, None), slice(3, 10, None))
+    """
+    first = window.start // count
+    return (
+        slice(first, max(first, -(-window.stop // count))),
+        slice(window.start - first * count, window.stop - first * count),
+    )
+
+
+def is_in_order(parts: Parts, name: str, inner: int, group: int) -> bool:
+    """Return whether an index of groups says that they follow each other.
+
+    Args:
+        parts: Where it is.
+        name: The stored tensor: the group of every column. All -1 stands for no index.
+        inner: The matrix's columns.
+        group: Columns of a group.
+
+    Raises:
+        EasySpecError: It has another shape or type.
+    """
+    if parts.take(name, "I32") != (inner,):
+        raise parts.wrong(name, str((inner,)))
+    index = parts.source.read(name)
+    return bool(np.array_equal(index, np.arange(inner) // group) or (index == -1).all())
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A source whose matrices are put together from their parts.
+
+    Attributes:
+        below: The file.
+        matrices: Its matrices in parts, by name.
+        used: The tensors that are parts.
+    """
+
+    below: StoredSource
+    matrices: Mapping[str, Matrix]
+    used: frozenset[str]
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        shapes = self._others(self.below.shapes())
+        for name, matrix in self.matrices.items():
+            shapes[name] = matrix.shape
+            if matrix.dtype in _RANGES:
+                shapes[scale_name(name)] = matrix.shape[0], matrix.scales.groups
+        return shapes
+
+    def dtypes(self) -> Mapping[str, str]:
+        dtypes = self._others(self.below.dtypes())
+        for name, matrix in self.matrices.items():
+            dtypes[name] = matrix.dtype
+            if matrix.dtype in _RANGES:
+                dtypes[scale_name(name)] = "float32"
+        return dtypes
+
+    def read(self, name: str, window: Slices = ()) -> np.ndarray:
+        if name in self.matrices:
+            matrix = self.matrices[name]
+            return matrix.read(*whole_window(matrix.shape, window))
+        matrix = self.matrices.get(name.removesuffix(SCALE))
+        if matrix is None or name not in self.shapes():
+            return self.below.read(name, window)
+        rows, groups = whole_window((matrix.shape[0], matrix.scales.groups), window)
+        return matrix.scales.read(rows)[:, groups]
+
+    def _others(self, of_all: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: each for name, each in of_all.items() if name not in self.used}
