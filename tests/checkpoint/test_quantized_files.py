@@ -1,0 +1,116 @@
+"""Quantized checkpoints of Hugging Face are opened, converted, or refused by name."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convert.converting import ConvertConfig, convert
+from easyspec_jax.checkpoint.directory import open_checkpoint
+from easyspec_jax.checkpoint.quantized import Dequantized
+from easyspec_jax.checkpoint.quantized_files import METHODS
+from easyspec_jax.checkpoint.stored_matrices import covering, fields
+from easyspec_jax.errors import EasySpecError
+from tests.checkpoint import test_awq, test_compressed_tensors, test_gptq
+from tests.support.quantized_files import UP, words, write
+
+MODELS = {
+    "awq": (test_awq.model, test_awq.SETTINGS, ("int8",)),
+    "compressed-tensors": (
+        test_compressed_tensors.model,
+        test_compressed_tensors.settings(),
+        ("int4",),
+    ),
+    "gptq": (test_gptq.model, test_gptq.SETTINGS, ("int4",)),
+}
+
+
+@given(st.data())
+def test_codes_of_a_window_are_a_part_of_all_codes(data):
+    bits = data.draw(st.sampled_from([4, 8]))
+    codes = data.draw(st.lists(st.integers(0, (1 << bits) - 1), min_size=1, max_size=40))
+    start = data.draw(st.integers(0, len(codes)))
+    window = slice(start, data.draw(st.integers(start, len(codes))))
+    packed = words(np.array([codes]), bits)
+    of_words, within = covering(window, 32 // bits)
+    assert fields(packed[:, of_words], bits)[0, within].tolist() == codes[window]
+
+
+@pytest.mark.parametrize("method", MODELS)
+def test_it_is_converted_without_a_loss(tmp_path, method):
+    make, settings, integers = MODELS[method]
+    stored, exact = make()
+    write(tmp_path / "hf", stored, settings)
+    result = convert(tmp_path / "hf", tmp_path / "out", ConvertConfig(verify=True))
+    opened = open_checkpoint(tmp_path / "out")
+    assert result.integers == integers
+    assert not result.errors
+    assert result.parameters == sum(values.size for values in exact.values())
+    # Of 16 bits in the tensors that are left, whose type names the whole.
+    assert (result.dtype, opened.config.dtype) == ("float16", "float16")
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+    assert opened.fingerprint == open_checkpoint(tmp_path / "hf").fingerprint
+    for name, values in exact.items():
+        np.testing.assert_array_equal(Dequantized(opened.source).read(name), values, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"quant_method": ["gptq"]}, "gptq"),
+        ({"bits": 4}, "None"),
+        ("int8", "int8"),
+    ],
+)
+def test_other_methods_are_refused_by_name(tmp_path, settings, shown):
+    message = f"quantization method .*{shown}.* is not supported; supported: {', '.join(METHODS)}"
+    with pytest.raises(EasySpecError, match=message) as error:
+        write(tmp_path, test_gptq.model()[0], settings)
+    assert "\n" not in str(error.value)
+
+
+def test_no_settings_are_no_quantization(tmp_path):
+    with pytest.raises(EasySpecError, match=r"v_proj\.weight is missing"):
+        write(tmp_path, test_gptq.model()[0], None)
+
+
+@pytest.mark.parametrize("method", MODELS)
+def test_a_truncated_file_is_refused(tmp_path, method):
+    make, settings, _ = MODELS[method]
+    write(tmp_path, make()[0], settings)
+    file = tmp_path / "model.safetensors"
+    source = open_checkpoint(tmp_path).source
+    file.write_bytes(file.read_bytes()[: -(1 << 15)])
+    with pytest.raises(EasySpecError, match="truncated or damaged"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(EasySpecError, match=r"cannot be read \(it ends too early\)"):
+        for name in source.shapes():
+            source.read(name)
+
+
+def test_a_norm_of_integers_is_refused(tmp_path):
+    stored, _ = test_gptq.model()
+    stored["model.norm.weight"] = np.ones(64, np.int8)
+    with pytest.raises(EasySpecError, match=r"model\.norm\.weight is stored as I8, which is not"):
+        write(tmp_path, stored, test_gptq.SETTINGS)
+
+
+def test_windows_read_their_own_bytes(tmp_path, monkeypatch):
+    """Two rows of GPTQ are one word of every 8 columns, and their zero points and scales."""
+    from easyspec_jax.checkpoint import safetensors
+
+    stored, _ = test_gptq.model()
+    source, counted = write(tmp_path, stored, test_gptq.SETTINGS), []
+    read_bytes = safetensors.read_bytes
+
+    def count(file, out, offset):
+        counted.append(out.nbytes)
+        read_bytes(file, out, offset)
+
+    monkeypatch.setattr(safetensors, "read_bytes", count)
+    source.read(UP + "weight", (slice(8, 10),))
+    assert sum(counted) == 8 * 2 * 4 + 2 * 4
