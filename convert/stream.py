@@ -166,7 +166,8 @@ def verify(
             raise EasySpecError(
                 f"{out}: {name} is {found[name]!r}, but {value!r} in {model.origin}; convert again"
             )
-    job = _job(model, parsed, memory, weights)
+    floats_only = weights is None and INTEGERS.keys().isdisjoint(opened.source.dtypes().values())
+    job = _job(model, parsed, memory, weights, floats_only)
     _compare(job, out, opened.source)
     return Result(job.parameters, job.dtype, job.size, 0, job.integers)
 
@@ -223,8 +224,8 @@ class _Job:
         """Split all tensors into pieces that begin at multiples of rows(name)."""
         for name, shape in self.shapes.items():
             row, dtype = prod(shape[1:]), self.dtypes[name]
-            # Integers are floats on their way.
-            itemsize = 4 if dtype in INTEGERS else np.dtype(dtype).itemsize
+            # Integers are several arrays of floats on their way.
+            itemsize = 8 if dtype in INTEGERS else np.dtype(dtype).itemsize
             # The largest multiple of a chunk's rows that fits, so that no two threads ever write
             # to the same chunk.
             step = max(1, _PIECE // (row * itemsize) // rows(name)) * rows(name)
@@ -398,10 +399,17 @@ def _compare(job: _Job, out: Path, written: TensorSource) -> None:
         expected = job.read(piece)
         return values.dtype == expected.dtype and np.array_equal(_bits(values), _bits(expected))
 
+    def differs(name: str) -> EasySpecError:
+        return EasySpecError(f"{out}: {name} differs from {job.origin}; convert again")
+
+    shapes = written.shapes()
+    for name in {**job.shapes, **shapes}:
+        if shapes.get(name) != job.shapes.get(name):
+            raise differs(name)
     with bar("Verifying", job.size, in_bytes=True) as advance:
         for piece, equal in job.run(same, job.pieces()):
             if not equal:
-                raise EasySpecError(f"{out}: {piece.name} differs from {job.origin}; convert again")
+                raise differs(piece.name)
             advance(piece.size)
 
 

@@ -16,6 +16,7 @@ from easyspec_jax.checkpoint.config import model_config
 from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.checkpoint.families import EMBEDDING, FINAL_NORM, HEAD
 from easyspec_jax.checkpoint.orbax import WEIGHTS, OrbaxSource
+from easyspec_jax.checkpoint.quantized import scale_name
 from easyspec_jax.checkpoint.rope import rope_frequencies
 from easyspec_jax.checkpoint.safetensors import (
     INDEX,
@@ -245,14 +246,14 @@ def test_no_tensor_is_dropped_because_the_index_omits_it(tmp_path):
 
 def test_other_types_are_named(tmp_path):
     header = json.dumps(
-        {"odd": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}
+        {"odd": {"dtype": "F8_E5M2", "shape": [4], "data_offsets": [0, 4]}}
     ).encode()
     (tmp_path / "model.safetensors").write_bytes(
         len(header).to_bytes(8, "little") + header + bytes(4)
     )
     source = SafetensorsSource(tmp_path)
-    assert source.dtypes() == {"odd": "F8_E4M3"}
-    with pytest.raises(EasySpecError, match="odd is stored as F8_E4M3, which is not supported"):
+    assert source.dtypes() == {"odd": "F8_E5M2"}
+    with pytest.raises(EasySpecError, match="odd is stored as F8_E5M2, which is not supported"):
         source.read("odd")
 
 
@@ -291,6 +292,24 @@ def test_every_fault_of_the_tensors_is_listed():
         EasySpecError, match=r"model\.norm\.weight is missing; .* and 12 more; extra is unknown$"
     ):
         check_tensors(config, Described({"extra": (1,)}), "here")
+
+
+def test_every_fault_of_scales_is_listed():
+    """Integers without scales, with scales of unequal groups, and scales of another type."""
+    config = model_config(CONFIG)
+    names = [f"model.layers.0.mlp.{kind}_proj.weight" for kind in ("gate", "up", "down")]
+    integers = dict.fromkeys(names, "int8")
+    shapes = expected_shapes(config) | {scale_name(names[1]): (12, 3), scale_name(names[2]): (8, 1)}
+    others = integers | {scale_name(names[2]): "float16", FINAL_NORM: "int8"}
+    with pytest.raises(EasySpecError) as error:
+        check_tensors(config, Described(shapes, others), "here")
+    gate, up, down = map(scale_name, names)
+    assert str(error.value) == (
+        f"here: tensors do not match the configuration: {gate} is missing; "
+        f"{up} has shape (12, 3) for a matrix of (12, 8); "
+        f"model.norm.weight is stored as int8, which is not supported; "
+        f"{down} is stored as float16 instead of float32"
+    )
 
 
 TIED = CONFIG | {"tie_word_embeddings": True}

@@ -1,5 +1,6 @@
 """The command: exit codes, one line for every error, and one line of summary."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,24 @@ def test_converted_model_is_exported_with_one_line_of_summary(tiny_model, tmp_pa
     assert printed.err == ""
     assert printed.out.startswith(f"{tmp_path / 'out'}: 0.1 M parameters, float16, 0.2 MB")
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_rounding_is_summed_up_in_one_line_on_stderr(tiny_model, tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "hf")
+    arguments = ["--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "out"), "--weights", "int8"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert " M parameters, float32, " in printed.out
+    assert ", matrices int8" in printed.out
+    assert printed.err.startswith("relative rounding errors: embed_tokens 0.")
+    assert re.search(r", q_proj 0\.\d\d%, .*; the largest is that of \S+\.weight\n$", printed.err)
+    assert printed.err.count("\n") == 1
+    assert main(["--to-hf", str(tmp_path / "out"), "--out", str(tmp_path / "back")]) == 0
+    assert capsys.readouterr().err == ""
+    both = ["--to-hf", str(tmp_path / "out"), "--out", str(tmp_path / "x"), "--weights", "int4"]
+    assert main(both) == 2
+    message = "--weights int4 is for Orbax checkpoints; a Hugging Face directory holds floats"
+    assert message in capsys.readouterr().err
 
 
 def test_progress_is_shown_on_a_terminal_and_the_summary_elsewhere(tiny_model, tmp_path, terminal):

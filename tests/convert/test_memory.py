@@ -67,6 +67,14 @@ def test_a_sixth_of_a_billion_parameters(tmp_path, monkeypatch):
         assert most - before < 1.15 * size + (32 << 20)  # buffers
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantizing_needs_memory_for_buffers_only(tmp_path, monkeypatch, weights):
+    monkeypatch.chdir(ROOT)
+    size = write_random(tmp_path / "hf", SHAPES["0.17b"], 3)
+    limit = ["--memory", "300MiB", "--weights", weights]
+    assert convert(tmp_path / "hf", tmp_path / "out", *limit).peak_bytes < size
+
+
 @pytest.mark.skipif(not os.environ.get("CI"), reason="takes 5 GB of disk; for CI")
 def test_a_billion_parameters(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)

@@ -94,7 +94,9 @@ def test_bfloat16_makes_floats_of_it(int4, tmp_path):
 
 
 def test_an_export_holds_floats(int4, tmp_path):
-    convert(int4, tmp_path / "hf2", ConvertConfig(format="huggingface"))
+    config = ConvertConfig(format="huggingface", verify=True)
+    for _ in range(2):  # the second time it is only verified
+        convert(int4, tmp_path / "hf2", config)
     expected, found = Dequantized(open_checkpoint(int4).source), open_checkpoint(tmp_path / "hf2")
     assert_same(found.source, expected)
     with pytest.raises(EasySpecError, match="`weights` int8 is for Orbax checkpoints"):
@@ -133,8 +135,9 @@ def test_an_interrupted_run_goes_on_and_measures_everything(tmp_path):
 def test_verifying_compares_integers_and_scales(int4, tmp_path):
     model = open_huggingface(tmp_path / "hf")
     assert verify(model, int4, weights="int4").integers == ("int4", "int8")
-    with pytest.raises(EasySpecError, match="differs from"):
-        verify(model, int4, weights="int8")
+    for other in ("int8", None):
+        with pytest.raises(EasySpecError, match="differs from"):
+            verify(model, int4, weights=other)
 
 
 def test_a_copied_head_is_no_head_of_its_own(int4):
