@@ -15,7 +15,7 @@ values; they are dequantised and rounded anew, to int8 with a scale for every 32
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (teaches NumPy int4)
@@ -199,20 +199,20 @@ class KeptBlocks:
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         shapes = dict(self.below.shapes())
-        for name, (rows, inner) in self._matrices().items():
+        for name, (rows, inner) in self._matrices.items():
             shapes[scale_name(name)] = rows, inner // self._group(name)
         return shapes
 
     def dtypes(self) -> Mapping[str, str]:
         dtypes = dict(self.below.dtypes())
-        for name in self._matrices():
+        for name in self._matrices:
             exact = _EXACT.get(self.below.kind(name).name)
             dtypes[name] = "int8" if exact is None else exact.dtype
             dtypes[scale_name(name)] = "float32"
         return dtypes
 
     def read(self, name: str, window: Slices = ()) -> np.ndarray:
-        matrix, matrices = name.removesuffix(SCALE), self._matrices()
+        matrix, matrices = name.removesuffix(SCALE), self._matrices
         if matrix not in matrices:
             return self.below.read(name, window)
         rows, columns = whole_window(self.shapes()[name], window)
@@ -244,6 +244,7 @@ class KeptBlocks:
         exact = _EXACT.get(self.below.kind(name).name)
         return _ROUNDED_GROUP if exact is None else exact.group
 
+    @cached_property
     def _matrices(self) -> dict[str, tuple[int, int]]:
         """Return the shapes of the quantised matrices."""
         found: dict[str, tuple[int, int]] = {}

@@ -196,7 +196,7 @@ def _zeros(
             return fields(words.T, bits)[:, within].T.astype(np.int16)
 
         return packed
-    if is_packed or shape not in ((blocks, groups), (blocks,) if groups == 1 else (), (1,)):
+    if is_packed or (shape != (blocks, groups) and (shape, groups) != ((blocks,), 1)):
         raise parts.wrong(name, f"zero points of {groups} groups in {rows} rows")
 
     def plain(rows: slice) -> Int[np.ndarray, "rows groups"]:

@@ -11,6 +11,7 @@ with the difference as the integer of `quantized`. Only the bytes of a window ar
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -291,6 +292,13 @@ class Assembled:
     used: frozenset[str]
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def dtypes(self) -> Mapping[str, str]:
+        return self._dtypes
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = self._others(self.below.shapes())
         for name, matrix in self.matrices.items():
             shapes[name] = matrix.shape
@@ -298,7 +306,8 @@ class Assembled:
                 shapes[scale_name(name)] = matrix.shape[0], matrix.scales.groups
         return shapes
 
-    def dtypes(self) -> Mapping[str, str]:
+    @cached_property
+    def _dtypes(self) -> dict[str, str]:
         dtypes = self._others(self.below.dtypes())
         for name, matrix in self.matrices.items():
             dtypes[name] = matrix.dtype
@@ -311,7 +320,7 @@ class Assembled:
             matrix = self.matrices[name]
             return matrix.read(*whole_window(matrix.shape, window))
         matrix = self.matrices.get(name.removesuffix(SCALE))
-        if matrix is None or name not in self.shapes():
+        if matrix is None:
             return self.below.read(name, window)
         rows, groups = whole_window((matrix.shape[0], matrix.scales.groups), window)
         return matrix.scales.read(rows)[:, groups]

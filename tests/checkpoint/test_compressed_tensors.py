@@ -1,5 +1,7 @@
 """Tensors of compressed-tensors become integers, or floats, that stand for the same numbers."""
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -31,7 +33,7 @@ def packed(values: np.ndarray, bits: int) -> np.ndarray:
     return words(values + (1 << (bits - 1)), bits)
 
 
-def model(bits=4, symmetric=True, group=GROUP, is_packed=True, dtype=np.float16):
+def model(bits=4, symmetric=True, group=GROUP, is_packed=True, dtype: Any = np.float16):
     """Make integers around zero, whose zero points are integers as well."""
     least, most = -(1 << (bits - 1)), 1 << (bits - 1)
 
@@ -81,6 +83,21 @@ def test_zero_points_of_four_bits_become_a_part_of_int8(tmp_path, group):
     source = write(tmp_path, stored, settings(symmetric=False))
     assert_stands_for(source, exact, "int8")
     assert np.abs(source.read(UP + "weight")).max() > 8
+
+
+def test_zero_points_that_are_not_packed(tmp_path):
+    """Early versions stored them as int8; a number beyond four bits is damage."""
+    stored, exact = model(symmetric=False)
+    points = stored[UP + "weight_zero_point"].T.copy().view(np.uint8)
+    # [groups, words * 4] -> [groups, rows]
+    points = np.stack([points & 15, points >> 4], -1).reshape(2, 96).astype(np.int8) - 8
+    stored[UP + "weight_zero_point"] = points.T
+    assert_stands_for(write(tmp_path, stored, settings(symmetric=False)), exact, "int8")
+    points[1, 5] = -128
+    stored[UP + "weight_zero_point"] = points.T
+    source = write(tmp_path, stored, settings(symmetric=False))
+    with pytest.raises(EasySpecError, match=r"up_proj\.weight has zero points that leave int8"):
+        source.read(UP + "weight")
 
 
 @pytest.mark.parametrize("is_packed", [True, False])

@@ -252,13 +252,9 @@ def test_a_byte_that_flips_on_the_way_to_the_disk_is_found(source, tmp_path):
             super().finish()
             flip(self._directory / "model.safetensors", -1)
 
+    format = Format("flipping", lambda directory, config, *_: Flipping(directory, config))
     with pytest.raises(stream.EasySpecError, match=r"differs from .*; convert again"):
-        stream.convert(
-            open_huggingface(source),
-            tmp_path / "out",
-            format=Format("flipping", Flipping),
-            verify=True,
-        )
+        stream.convert(open_huggingface(source), tmp_path / "out", format=format, verify=True)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
