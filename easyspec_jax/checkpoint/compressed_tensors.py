@@ -73,8 +73,9 @@ def _schemes(parts: Parts, settings: Mapping[str, Any]) -> list[Mapping[str, Any
     groups = list(groups.values()) if isinstance(groups, dict) else []
     weights = [group.get("weights") for group in groups if isinstance(group, dict)]
     schemes: list[Mapping[str, Any]] = [each for each in weights if isinstance(each, dict)]
-    formats = {settings.get("format")} | {g.get("format") for g in groups if isinstance(g, dict)}
-    for name in sorted(map(str, formats - {None, *_FORMATS})):
+    sections = [settings, *(group for group in groups if isinstance(group, dict))]
+    formats = [str(section.get("format") or _FORMATS[0]) for section in sections]
+    for name in set(formats) - set(_FORMATS):
         raise EasySpecError(
             f"{parts.origin}: compressed-tensors format {name!r} is not supported; "
             f"supported: {', '.join(_FORMATS)}"
@@ -87,7 +88,7 @@ def _schemes(parts: Parts, settings: Mapping[str, Any]) -> list[Mapping[str, Any
             raise EasySpecError(f"{parts.origin}: compressed-tensors {name} is not supported")
     for scheme in schemes:
         kind, bits = str(scheme.get("type", "int")), scheme.get("num_bits", 8)
-        if bits not in _BITS.get(kind, ()):
+        if type(bits) is not int or bits not in _BITS.get(kind, ()):
             raise EasySpecError(
                 f"{parts.origin}: compressed-tensors weights of {bits} bits and type {kind!r} are "
                 "not supported; supported: int of 4 and 8 bits, float of 8 bits"

@@ -1,7 +1,9 @@
 """Quantized checkpoints of Hugging Face are opened, converted, or refused by name."""
 
 import json
+from functools import cache
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,10 +12,11 @@ from hypothesis import strategies as st
 from convert.converting import ConvertConfig, convert
 from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.checkpoint.quantized import Dequantized
-from easyspec_jax.checkpoint.quantized_files import METHODS
+from easyspec_jax.checkpoint.quantized_files import METHODS, assembled
 from easyspec_jax.checkpoint.stored_matrices import covering, fields
+from easyspec_jax.checkpoint.tensors import Held
 from easyspec_jax.errors import EasySpecError
-from tests.checkpoint import test_awq, test_compressed_tensors, test_gptq
+from tests.checkpoint import test_awq, test_compressed_tensors, test_fp8, test_gptq
 from tests.support.quantized_files import UP, words, write
 
 MODELS = {
@@ -25,6 +28,7 @@ MODELS = {
     ),
     "gptq": (test_gptq.model, test_gptq.SETTINGS, ("int4",)),
 }
+EVERY = MODELS | {"fp8": (test_fp8.model, test_fp8.SETTINGS, ())}
 
 
 @given(st.data())
@@ -97,6 +101,77 @@ def test_a_norm_of_integers_is_refused(tmp_path):
     stored["model.norm.weight"] = np.ones(64, np.int8)
     with pytest.raises(EasySpecError, match=r"model\.norm\.weight is stored as I8, which is not"):
         write(tmp_path, stored, test_gptq.SETTINGS)
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+FIELDS = {
+    "awq": ["bits", "group_size", "version"],
+    "compressed-tensors": ["config_groups", "format", "sparsity_config", "transform_config"],
+    "fp8": ["fmt", "weight_block_size"],
+    "gptq": ["bits", "group_size", "sym", "checkpoint_format", "format", "dynamic"],
+}
+SCHEME = ["num_bits", "type", "symmetric", "block_structure"]
+TYPES = {
+    "I8": np.int8,
+    "I32": np.int32,
+    "I64": np.int64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "float32": np.float32,
+    "float16": np.float16,
+}
+
+
+class InMemory(Held):
+    """Tensors in memory, whose types have the names that files give them."""
+
+    def dtypes(self):
+        names = {np.dtype(dtype): name for name, dtype in TYPES.items()}
+        return {name: names[values.dtype] for name, values in self.tensors.items()}
+
+
+def read_everything(stored, settings):
+    """Open and read; only a message of ours may come out."""
+    try:
+        source = assembled(InMemory(stored), settings, frozenset(), "here")
+        for name, shape in source.shapes().items():
+            if source.dtypes()[name] in ("int4", "int8", "bfloat16", "float32"):
+                assert source.read(name).shape == shape
+    except EasySpecError as error:
+        assert str(error).startswith("here: ")
+        assert "\n" not in str(error)
+
+
+@given(st.data())
+def test_settings_of_any_kind_are_read_or_refused(data):
+    method = data.draw(st.sampled_from(sorted(EVERY)))
+    make, settings, _ = EVERY[method]
+    field, value = data.draw(st.sampled_from(FIELDS[method])), data.draw(JUNK)
+    changed = settings | {field: value}
+    if method == "compressed-tensors" and data.draw(st.booleans()):
+        changed = test_compressed_tensors.settings(**{data.draw(st.sampled_from(SCHEME)): value})
+    read_everything(cached(make)[0], changed)
+
+
+@given(st.data())
+def test_parts_of_any_shape_are_read_or_refused(data):
+    method = data.draw(st.sampled_from(sorted(EVERY)))
+    make, settings, _ = EVERY[method]
+    stored = dict(cached(make)[0])
+    for name in data.draw(st.sets(st.sampled_from(sorted(stored)), min_size=1, max_size=3)):
+        shape = data.draw(st.lists(st.integers(0, 100), max_size=3))
+        dtype = TYPES[data.draw(st.sampled_from(sorted(TYPES)))]
+        number = data.draw(st.sampled_from([-9, -1, 0, 1, 7, 100]))
+        stored[name] = np.full(shape, number).astype(dtype)
+    read_everything(stored, settings)
+
+
+@cache
+def cached(make):
+    return make()
 
 
 def test_windows_read_their_own_bytes(tmp_path, monkeypatch):
