@@ -5,7 +5,7 @@ from typing import Any
 
 from easyspec_jax.checkpoint import awq, compressed_tensors, fp8, gptq
 from easyspec_jax.checkpoint.stored_matrices import Assembled, Parts
-from easyspec_jax.checkpoint.tensors import StoredSource
+from easyspec_jax.checkpoint.tensors import TensorSource
 from easyspec_jax.errors import EasySpecError
 
 METHODS = ("awq", "compressed-tensors", "fp8", "gptq")
@@ -35,8 +35,8 @@ def quantization(config: Mapping[str, Any], origin: str) -> Mapping[str, Any] | 
 
 
 def assembled(
-    source: StoredSource, settings: Mapping[str, Any], known: Collection[str], origin: str
-) -> StoredSource:
+    source: TensorSource, settings: Mapping[str, Any], known: Collection[str], origin: str
+) -> TensorSource:
     """Present the matrices of a quantized checkpoint as `quantized` describes them.
 
     Args:

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float, Int, Int32, UInt8
 
 from easyspec_jax.checkpoint.quantized import SCALE, scale_name, whole_window
-from easyspec_jax.checkpoint.tensors import Slices, StoredSource
+from easyspec_jax.checkpoint.tensors import Slices, TensorSource
 from easyspec_jax.errors import EasySpecError
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -61,7 +61,7 @@ class Parts:
         used: The tensors that matrices were made of, filled in by those who look.
     """
 
-    source: StoredSource
+    source: TensorSource
     origin: str
     used: set[str] = field(default_factory=set)
 
@@ -287,7 +287,7 @@ class Assembled:
         used: The tensors that are parts.
     """
 
-    below: StoredSource
+    below: TensorSource
     matrices: Mapping[str, Matrix]
     used: frozenset[str]
 

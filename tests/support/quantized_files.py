@@ -12,7 +12,7 @@ from easyspec_jax.checkpoint.config import model_config
 from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.checkpoint.quantized import Dequantized, scale_name
 from easyspec_jax.checkpoint.safetensors import SAFETENSORS, write_safetensors
-from easyspec_jax.checkpoint.tensors import StoredSource
+from easyspec_jax.checkpoint.tensors import TensorSource
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -63,7 +63,7 @@ def quantized_model(
     return stored, exact
 
 
-def write(directory: Path, tensors: Mapping[str, np.ndarray], settings: Any) -> StoredSource:
+def write(directory: Path, tensors: Mapping[str, np.ndarray], settings: Any) -> TensorSource:
     """Write a checkpoint and open it."""
     directory.mkdir(exist_ok=True)
     config = CONFIG | {"quantization_config": settings}
@@ -72,7 +72,7 @@ def write(directory: Path, tensors: Mapping[str, np.ndarray], settings: Any) -> 
     return open_checkpoint(directory).source
 
 
-def assert_stands_for(source: StoredSource, exact: Tensors, dtype: str) -> None:
+def assert_stands_for(source: TensorSource, exact: Tensors, dtype: str) -> None:
     """Check the type of a source's matrices, and every number, whole and window by window."""
     floats = Dequantized(source)
     assert floats.shapes() == {name: values.shape for name, values in exact.items()}
@@ -86,7 +86,7 @@ def assert_stands_for(source: StoredSource, exact: Tensors, dtype: str) -> None:
             assert_windows(source, each)
 
 
-def assert_windows(source: StoredSource, name: str) -> None:
+def assert_windows(source: TensorSource, name: str) -> None:
     """Check that windows, empty ones included, are parts of the whole."""
     whole = source.read(name)
     assert whole.shape == source.shapes()[name]
