@@ -246,13 +246,17 @@ def test_after_many_rounds_caches_equal_a_fresh_prefill(
 
 
 def assert_same_entries(found, expected):
-    """Passes sum in different orders, so that a number may be rounded to the next integer."""
+    """Compare entries; a few integers may differ by one step.
+
+    Passes sum in different orders, so a number between two integers may be rounded either way. What
+    deeper layers make of it then differs a little too.
+    """
     if found.dtype != np.int8:
         np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
     else:
         steps = np.abs(found.astype(np.int32) - expected)
         assert steps.max() <= 1
-        assert steps.mean() < 1e-4
+        assert steps.mean() < 0.01
 
 
 @pytest.mark.slow
