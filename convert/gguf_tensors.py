@@ -1,8 +1,8 @@
 """Tensors of GGUF files: dequantised, or kept as integers with scales.
 
-A quantised matrix is a sequence of blocks along its rows. Three kinds are integers and scales
-already: nothing is lost if they are kept. Others have a minimum in each group, or a table of
-values; they are dequantised and rounded anew, to int8 with a scale for every 32 columns.
+A quantised matrix is a sequence of blocks along its rows. Some kinds are integers and scales
+already: nothing is lost if they are kept. Most others have a minimum in each group; they are
+dequantised and rounded anew, to int8 with a scale for every 32 columns.
 
 | kind | kept as | group | |
 |-|-|-|-|
@@ -10,6 +10,9 @@ values; they are dequantised and rounded anew, to int8 with a scale for every 32
 | Q4_0 | int4 | 32 | exact: 4 bits less 8 |
 | Q5_0 | int8 | 32 | exact: 5 bits less 16 |
 | Q6_K | int8 | 16 | exact: 6 bits less 32, and the product of two scales |
+| Q3_K | int4 | 16 | exact: 3 bits less 4, and the product of two scales |
+| IQ4_NL | int8 | 32 | exact: 16 integers in a table |
+| IQ4_XS | int8 | 32 | exact: the same, and the product of two scales |
 | others | int8 | 32 | rounded |
 """
 
@@ -36,6 +39,10 @@ from easyspec_jax.errors import EasySpecError, first_line
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _ROUNDED_GROUP = 32
+_TABLE = np.array(
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8
+)
+"""Values of IQ4 numbers."""
 
 
 class GGUFSource:
@@ -156,6 +163,36 @@ def _q6_k(blocks: Blocks) -> Integers:
     return numbers.view(np.int8) - np.int8(32), scale
 
 
+def _q3_k(blocks: Blocks) -> Integers:
+    """256 numbers of 3 bits: 32 bytes of upper bits, 64 of lower pairs, 12 of scales, a scale."""
+    # Number 128 h + 32 p + j has pair p of byte j of half h, and bit 4 h + p of upper byte j.
+    pairs = blocks[:, 32:96].reshape(-1, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    upper = blocks[:, None, :32] >> np.arange(8, dtype=np.uint8)[:, None]
+    # -> [blocks, 2, 4, 32], [blocks, 8, 32] -> [blocks, 256]
+    numbers = (pairs & 3).reshape(-1, 256) | (upper & 1).reshape(-1, 256) << 2
+    # 16 scales: four bits of each, then two bits of each, four to a byte.
+    high = blocks[:, None, 104:108] >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    scales = _nibbles(blocks[:, 96:104]) | (high & 3).reshape(-1, 16) << 4
+    scale = _halves(blocks[:, 108:]) * (scales.astype(np.float32) - 32)
+    return numbers.view(np.int8) - np.int8(4), scale
+
+
+def _iq4_nl(blocks: Blocks) -> Integers:
+    """A scale, and four bits of each of 32 numbers as in Q4_0: their places in a table."""
+    return _TABLE[_nibbles(blocks[:, 2:])], _halves(blocks[:, :2])
+
+
+def _iq4_xs(blocks: Blocks) -> Integers:
+    """A scale, 8 scales of 6 bits (upper pairs, then low halves), and 8 times 32 numbers."""
+    high = blocks[:, 2:4].view(np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16)
+    # Neighbours share a byte: [blocks, 4] -> [blocks, 4, 2] -> [blocks, 8]
+    low = blocks[:, 4:8, None] >> np.array([0, 4], np.uint8)
+    scales = (low & 15).reshape(-1, 8) | (high & 3).astype(np.uint8) << 4
+    # [blocks, 128] -> [blocks * 8, 16] -> [blocks * 8, 32] -> [blocks, 256]
+    numbers = _nibbles(blocks[:, 8:].reshape(-1, 16)).reshape(-1, 256)
+    return _TABLE[numbers], _halves(blocks[:, :2]) * (scales.astype(np.float32) - 32)
+
+
 def _halves(stored: UInt8[np.ndarray, "blocks two"]) -> Float[np.ndarray, "blocks 1"]:
     return stored.view(np.float16).astype(np.float32)
 
@@ -184,6 +221,9 @@ _EXACT: dict[str, _Exact] = {
     "Q4_0": _Exact("int4", 32, _q4_0),
     "Q5_0": _Exact("int8", 32, _q5_0),
     "Q6_K": _Exact("int8", 16, _q6_k),
+    "Q3_K": _Exact("int4", 16, _q3_k),
+    "IQ4_NL": _Exact("int8", 32, _iq4_nl),
+    "IQ4_XS": _Exact("int8", 32, _iq4_xs),
 }
 
 

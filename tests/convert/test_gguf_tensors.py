@@ -18,8 +18,11 @@ EXACT = {
     Type.Q4_0: ("int4", 32),
     Type.Q5_0: ("int8", 32),
     Type.Q6_K: ("int8", 16),
+    Type.Q3_K: ("int4", 16),
+    Type.IQ4_NL: ("int8", 32),
+    Type.IQ4_XS: ("int8", 32),
 }
-ROUNDED = (Type.Q4_1, Type.Q5_1, Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.IQ4_NL)
+ROUNDED = (Type.Q4_1, Type.Q5_1, Type.Q2_K, Type.Q4_K, Type.Q5_K, Type.IQ3_XXS)
 ROWS, COLUMNS = 5, 512
 # Bytes of a block that hold a float16.
 SCALES = {
@@ -34,6 +37,8 @@ SCALES = {
     Type.Q4_K: [0, 2],
     Type.Q5_K: [0, 2],
     Type.IQ4_NL: [0],
+    Type.IQ4_XS: [0],
+    Type.IQ3_XXS: [0],
 }
 
 
