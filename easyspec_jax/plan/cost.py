@@ -226,9 +226,10 @@ def _look_through(equation: JaxprEqn, stored: dict[Any, float]) -> None:
 
 def _width(value: Any, stored: Widths) -> float:
     """Return the bytes that a number of a traced value takes where it is stored."""
+    dtype: Any = value.aval.dtype
     known = stored.get(value) if isinstance(value, Var) else None
     # Two int4 numbers share a byte.
-    return known or (0.5 if value.aval.dtype.name == "int4" else value.aval.dtype.itemsize)
+    return known or (0.5 if dtype.name == "int4" else dtype.itemsize)
 
 
 def _stored_bytes(value: Any, stored: Widths) -> int:

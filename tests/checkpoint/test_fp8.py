@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from easyspec_jax.checkpoint.quantized import Quantized, read_matrix
+from easyspec_jax.checkpoint.quantized import Dequantized, Quantized
 from easyspec_jax.errors import EasySpecError
 from tests.support.quantized_files import UP, assert_stands_for, quantized_model, write
 
@@ -48,7 +48,7 @@ def test_it_can_be_quantized_anew(tmp_path):
     stored, exact = model()
     source = Quantized(write(tmp_path, stored, SETTINGS), "int8")
     weight = exact[UP + "weight"].astype(np.float32)
-    error = np.abs(read_matrix(source, UP + "weight") - weight)
+    error = np.abs(Dequantized(source).read(UP + "weight") - weight)
     assert (error <= 0.501 * source.read(UP + "weight_scale")).all()
 
 

@@ -45,9 +45,9 @@ def test_an_error_is_at_most_half_a_step(dtype, rows, groups, group, magnitude, 
     steps = np.repeat(scale, group, axis=1)
     error = np.abs(values.astype(np.float32) * steps - weight)
     most = {"int8": 127, "int4": 7}[dtype]
-    inside = np.abs(weight) <= most * steps
+    inside = np.abs(weight) <= 1.0001 * most * steps
     assert (error <= 0.5001 * steps)[inside].all()
-    assert dtype == "int4" or inside.mean() > 0.99
+    assert dtype == "int4" or inside.all()
 
 
 def test_an_int4_scale_costs_no_more_than_one_that_reaches_the_largest_value():

@@ -34,7 +34,7 @@ def kernel(case: Case) -> tuple[Array, tuple[Array, Array]]:
     return project_and_write(
         case.h(),
         case.weights(),
-        case.cache(),
+        case.cache()[:2],
         window.start,
         (window.cos, window.sin),
         kv_heads=case.kv_heads,
@@ -87,7 +87,7 @@ def test_other_entries_keep_every_bit(starts):
     """A start past the last one that fits is moved back, as the plain path moves it."""
     case = Case(starts=starts, tokens=4, capacity=16, head_dim=32)
     _, got = kernel(case)
-    for before, after in zip(case.cache(), got, strict=True):
+    for before, after in zip(case.cache()[:2], got, strict=True):
         before, after = (np.asarray(x.reshape(2, 2, 2, 16, 32)) for x in (before, after))
         for row, start in enumerate(starts):
             changed = (before != after)[:, row].any(axis=(0, 1, 3))

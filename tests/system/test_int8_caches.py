@@ -107,9 +107,12 @@ def test_scales_that_stay_behind_would_be_found(pair, plain, monkeypatch):
     assert [completion.token_ids for completion in found] != plain[0][:1]
 
 
+KEPT: dict[KVDType, set[str]] = {"auto": {"float32"}, "int8": {"int8", "float32"}}
+
+
 def test_both_models_keep_int8(pair):
     """And the weights stay floats."""
-    for kv_dtype, types in (("auto", {"float32"}), ("int8", {"int8", "float32"})):
+    for kv_dtype, types in KEPT.items():
         programs = opened(pair, method="sd", kv_dtype=kv_dtype).programs(GREEDY)
         state = programs.start(GREEDY, [1], 256)
         for caches in (state.target, state.draft):
