@@ -195,6 +195,23 @@ SCRIPTS = (
         ),
         draws=True,
     ),
+    Script(
+        "quantization",
+        "ours",
+        "perplexity and acceptance with matrices and caches in narrower types",
+        (
+            Result(
+                "quantization",
+                "Narrower types: the bundled pair",
+                "",
+                "--tokens 256 --max-new-tokens 8",
+            ),
+            Result(
+                "quantization_smollm2",
+                "Narrower types: SmolLM2-135M-Instruct as its own draft",
+            ),
+        ),
+    ),
     Script("fidelity", "ours", "how faithful one way of drafting is to the exact draft"),
     Script(
         "tune_check",

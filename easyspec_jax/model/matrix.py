@@ -84,8 +84,8 @@ def _scaled(
         y = jnp.einsum("oi,bti->obt", values, x, preferred_element_type=jnp.float32)
         return y * scale[:, :, None]
     # One product for each group, then their scaled sum:
-    # [groups, out, batch, tokens] · [groups, out, 1, 1] -> [out, batch, tokens]
+    # [out, groups, batch, tokens] · [out, groups, 1, 1] -> [out, batch, tokens]
     values = values.reshape(values.shape[0], groups, -1)
     x = x.reshape(*x.shape[:2], groups, -1)
-    parts = jnp.einsum("ogi,btgi->gobt", values, x, preferred_element_type=jnp.float32)
-    return jnp.sum(parts * scale.T[:, :, None, None], axis=0)
+    parts = jnp.einsum("ogi,btgi->ogbt", values, x, preferred_element_type=jnp.float32)
+    return jnp.sum(parts * scale[:, :, None, None], axis=1)

@@ -34,9 +34,18 @@ def add_flags(parser: Parser) -> None:
 
 
 def open_pair(
-    args: argparse.Namespace, speculative: SpeculativeConfig, mesh: str | None = None
+    args: argparse.Namespace,
+    speculative: SpeculativeConfig,
+    mesh: str | None = None,
+    **types: Any,
 ) -> Engine:
     """Open the models of the flags, on their mesh or another.
+
+    Args:
+        args: The flags.
+        speculative: How to draft and verify.
+        mesh: The other mesh.
+        types: Options of open_model that say in what types matrices and caches are kept.
 
     Raises:
         EasySpecError: As open_model.
@@ -49,6 +58,7 @@ def open_pair(
         dtype=getattr(args, "dtype", "auto"),
         speculative=speculative,
         allow_links=args.allow_links,
+        **types,
     )
 
 

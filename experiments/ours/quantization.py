@@ -1,0 +1,263 @@
+"""Measure what rounding costs: `python -m experiments.quantization`.
+
+Perplexity of the target on a held-out text, with its matrices or its caches in narrower types; and
+acceptance of a draft whose types are narrower, under the target as it is. Greedy texts are compared
+with plain decoding of the same target. None of the figures is a time.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+from rich.table import Table
+
+from easyspec_jax import Completion, EasySpecError, Engine, SamplingParams, SpeculativeConfig
+from easyspec_jax.cli.command import Parser, cache_compilations, read_prompts
+from easyspec_jax.model.transformer import Caches, Decoder
+from easyspec_jax.options import KVDType, Weights
+from easyspec_jax.parallel.collectives import all_reduce
+from easyspec_jax.parallel.spmd import partition_specs, spmd
+from easyspec_jax.progress import bar
+from easyspec_jax.sampling.vocabulary import normaliser
+from easyspec_jax.tokenizer import encode
+from experiments.lib.machine import machine
+from experiments.lib.output import (
+    RESULTS,
+    align_right,
+    as_json,
+    check_destination,
+    run_experiment,
+    save,
+    settings,
+    show,
+)
+from experiments.lib.pair import DATA, add_models, names, open_pair
+from experiments.lib.tables import Rows
+
+CHUNK = 128
+"""Tokens of the held-out text that are read at a time."""
+
+HELD_OUT = Path(__file__).parents[2] / "docs" / "architecture.md"
+"""Prose that no model was trained on."""
+
+
+@dataclass(frozen=True)
+class Types:
+    """Types that a model keeps its matrices and caches in; None and "auto" are float32's."""
+
+    weights: Weights | None = None
+    kv_dtype: KVDType = "auto"
+
+    @property
+    def label(self) -> str:
+        caches = "" if self.kv_dtype == "auto" else f", {self.kv_dtype} caches"
+        return f"{self.weights or 'as they are'}{caches}"
+
+
+KINDS = (
+    Types(),
+    Types("bfloat16"),
+    Types("int8"),
+    Types("int4"),
+    Types(None, "int8"),
+    Types("int8", "int8"),
+    Types("int4", "int8"),
+)
+
+
+def measure(args: argparse.Namespace, prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """Measure every kind of types.
+
+    Raises:
+        EasySpecError: The text is too short, or as open_model.
+    """
+    ids = held_out(open_as(args, Types(), "vanilla"), args.text, args.tokens)
+    sampling = SamplingParams(max_new_tokens=args.max_new_tokens)
+    rows, plain = [], dict[KVDType, list[Completion]]()
+    with bar("Measuring", 2 * len(KINDS)) as advance:
+        for types in KINDS:
+            value = perplexity(open_as(args, types, "vanilla"), ids)
+            advance(1)
+            if types.kv_dtype not in plain:
+                # A draft's types leave the text alone, but caches are of one type for both models.
+                alone = open_as(args, Types(None, types.kv_dtype), "vanilla")
+                plain[types.kv_dtype] = complete(alone, sampling, prompts, args)
+            rows.append(asdict(types) | {"label": types.label, "perplexity": value})
+            for role in ("draft", "both"):
+                if role == "both" and types.weights is None:
+                    continue
+                pair = open_as(args, types, "easyspec", both=role == "both")
+                made = complete(pair, sampling, prompts, args)
+                rows[-1] |= _figures(role, made)
+                if role == "draft":
+                    rows[-1]["equals_plain"] = _ids(made) == _ids(plain[types.kv_dtype])
+                else:
+                    alone = complete(open_as(args, types, "vanilla"), sampling, prompts, args)
+                    rows[-1]["both_equals_plain"] = _ids(made) == _ids(alone)
+            advance(1)
+    first = rows[0]["perplexity"]
+    return [row | {"over_floats": row["perplexity"] / first} for row in rows]
+
+
+def open_as(args: argparse.Namespace, types: Types, method: Any, both: bool = True) -> Engine:
+    """Open the pair, or with "vanilla" its target, in certain types.
+
+    Args:
+        args: The flags.
+        types: The types.
+        method: "vanilla" or "easyspec".
+        both: Round the target's matrices too.
+    """
+    speculative = SpeculativeConfig(
+        method=method,
+        lp_size=args.lp_size,
+        tree_width=None if method == "vanilla" else args.tree_width,
+        refit="none",
+    )
+    target_weights = types.weights if both else None
+    return open_pair(
+        args,
+        speculative,
+        "1",
+        weights=target_weights,
+        draft_weights=types.weights,
+        kv_dtype=types.kv_dtype,
+    )
+
+
+def held_out(engine: Engine, text: Path, tokens: int) -> Int[np.ndarray, " tokens"]:
+    """Tokenise the beginning of a text: a multiple of CHUNK tokens, and one more.
+
+    Raises:
+        EasySpecError: It cannot be read or is too short.
+    """
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EasySpecError(f"--text {text} cannot be read: {error}") from None
+    ids = encode(engine.tokenizer, content)[: tokens + 1]
+    whole = (len(ids) - 1) // CHUNK * CHUNK
+    if whole < CHUNK:
+        raise EasySpecError(f"--text {text} has {len(ids)} tokens; give more than {CHUNK}")
+    return np.asarray(ids[: whole + 1], np.int32)
+
+
+def perplexity(engine: Engine, ids: Int[np.ndarray, " tokens"]) -> float:
+    """Compute exp of the mean negative log-probability of every token but the first."""
+    model, _ = engine.load()
+    capacity = len(ids) - 1
+
+    def body(
+        model: Decoder, caches: Caches, read: Int[Array, "1 chunk"], following: Array, at: Array
+    ) -> tuple[Caches, Float[Array, " chunk"]]:
+        with jax.default_matmul_precision("highest"):
+            h, caches = model(read, caches, at)
+            logits = model.logits(h)[0]
+        greatest, total = normaliser(logits, model.axes)
+        of_next = jnp.take_along_axis(logits, following[:, None], axis=-1)
+        log_probability = of_next - greatest - jnp.log(total)
+        return caches, all_reduce(log_probability[:, 0], ())
+
+    specs = partition_specs(model)
+    state = model.cache_specs()
+    program: Any = jax.jit(
+        spmd(body, engine.mesh, (specs, state, P(), P(), P()), (state, P())), donate_argnums=1
+    )
+    caches: Any = jax.jit(
+        spmd(lambda model: model.init_caches(1, capacity), engine.mesh, (specs,), state)
+    )(model)
+    found = []
+    for start in range(0, capacity, CHUNK):
+        read, following = ids[start : start + CHUNK], ids[start + 1 : start + CHUNK + 1]
+        at = np.full(1, start, np.int32)
+        caches, log_probabilities = program(model, caches, read[None], following, at)
+        found.append(np.asarray(log_probabilities))
+    return float(np.exp(-np.concatenate(found).mean()))
+
+
+def complete(
+    engine: Engine, sampling: SamplingParams, prompts: Sequence[str], args: argparse.Namespace
+) -> list[Completion]:
+    """Complete all prompts together."""
+    return list(engine.generate(prompts, sampling, chat=args.chat, batch_size=len(prompts)))
+
+
+def _ids(completions: Sequence[Completion]) -> list[list[int]]:
+    return [completion.token_ids for completion in completions]
+
+
+def _figures(role: str, completions: Sequence[Completion]) -> dict[str, Any]:
+    """Return acceptance over all completions, under names that say what was rounded."""
+    stats = sum((completion.stats for completion in completions[1:]), completions[0].stats)
+    return {
+        f"{role}_acceptance_rate": stats.acceptance_rate,
+        f"{role}_mean_acceptance_length": stats.mean_acceptance_length,
+    }
+
+
+def tabulate(measured: Mapping[str, Any]) -> Rows:
+    """Tabulate every kind of types."""
+    table = []
+    for row in measured["results"]:
+        same = row["equals_plain"] and row.get("both_equals_plain", True)
+        table.append(
+            {
+                "matrices, caches": row["label"],
+                "perplexity": row["perplexity"],
+                "over floats": row["over_floats"],
+                "α, draft alone": row["draft_acceptance_rate"],
+                "α, both": row.get("both_acceptance_rate"),
+                "same text as plain": "yes" if same else "no",
+            }
+        )
+    return table
+
+
+def print_table(rows: Rows) -> None:
+    """Print the rows."""
+    table = Table(*rows[0], box=None, pad_edge=False)
+    align_right(table.columns[1:])
+    for row in rows:
+        table.add_row(*(f"{x:.3f}" if isinstance(x, float) else str(x or "") for x in row.values()))
+    show(table)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print and write the JSON."""
+    cache_compilations()
+    prompts = read_prompts(
+        args.prompt_file or DATA / ("prompts.txt" if args.target else "code_prompts.txt")
+    )
+    check_destination(args.out)
+    rows = measure(args, prompts)
+    print_table(tabulate({"results": rows}))
+    fields = settings(args, "prompt_file", "text") | names(args)
+    measured = fields | {"text": args.text.name, "machine": machine(None), "results": rows}
+    save(args.out, as_json(measured))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    parser = Parser(prog="python -m experiments.quantization", description=__doc__)
+    add_models(parser)
+    parser.add_argument("--lp-size", type=int, default=SpeculativeConfig.lp_size)
+    parser.add_argument("--tree-width", type=int, default=1)
+    parser.add_argument("--text", type=Path, default=HELD_OUT, help="held-out text (default: docs)")
+    parser.add_argument("--tokens", type=int, default=2048, help="of the text (default: 2048)")
+    parser.add_argument("--prompt-file", type=Path, help="default: questions, or code")
+    parser.add_argument("--chat", action="store_true")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--out", type=Path, default=RESULTS / "quantization.json")
+    return run_experiment("experiments.quantization", parser, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
