@@ -225,16 +225,14 @@ def _options_that_help(job: Workload, free: int) -> Iterator[str]:
                 break
             devices *= 2
     unread = not (job.target_held or job.draft_held)
-    kept = (job.target_weights, job.draft_weights)
-    for weights in ("int8", "int4"):
-        # On a CPU they would be slow and, as int4, no smaller.
-        if unread and _platform(job.mesh) != "cpu" and kept == (None, None):
-            smaller = replace(job, target_weights=weights, draft_weights=weights)
-            if fits(smaller):
-                yield f"`weights` {weights} and `draft_weights` {weights}"
-                break
     if job.dtype == "float32" and unread and fits(replace(job, dtype="bfloat16")):
         yield "`dtype` bfloat16"
+    # On a CPU integers would be slow, and int4 no smaller than int8.
+    if unread and job.target_weights is None and _platform(job.mesh) != "cpu":
+        for weights in ("int8", "int4"):
+            if fits(replace(job, target_weights=weights)):
+                yield f"`weights` {weights}"
+                break
     # A shorter max_length caps the caches, and a smaller batch has fewer of them.
     tokens = _largest(
         lambda tokens: fits(replace(job, tokens=tokens, max_length=tokens)), job.tokens

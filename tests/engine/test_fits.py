@@ -122,9 +122,9 @@ def test_a_replicated_draft_is_whole_on_every_device():
 @pytest.mark.parametrize(
     ("job", "free", "flags"),
     [
-        (large(), 12.0, {"`mesh`"}),
-        (large(dtype="float32"), 20.0, {"`mesh`", "`dtype`"}),
-        (large(tokens=100_000), 18.0, {"`mesh`", "`max_length`"}),
+        (large(), 12.0, {"`mesh`", "`weights`"}),
+        (large(dtype="float32"), 20.0, {"`mesh`", "`dtype`", "`weights`"}),
+        (large(tokens=100_000), 18.0, {"`mesh`", "`weights`", "`max_length`"}),
         (large(tokens=100_000, prompt=99_000), 18.0, {"`mesh`"}),
         (large(rows=64), 20.0, {"`mesh`", "`max_length`", "`batch_size`"}),
         (large(rows=64, tokens=100_000), 1.0, set()),
@@ -144,6 +144,7 @@ def test_the_flags_that_are_named_make_it_fit(job, free, flags):
     changed = {
         "`mesh`": lambda value: {"mesh": absent_mesh(MeshShape(4, int(value) // 4), "tpu")},
         "`dtype`": lambda value: {"dtype": value},
+        "`weights`": lambda value: {"target_weights": value},
         "`max_length`": lambda value: {"tokens": int(value), "max_length": int(value)},
         "`batch_size`": lambda value: {"rows": int(value)},
     }
