@@ -46,7 +46,7 @@ def _run(args: argparse.Namespace, started: float) -> None:
         weights=args.weights,
     )
     if args.gguf is not None:
-        model = open_gguf(args.gguf)
+        model = open_gguf(args.gguf, keep_blocks=args.keep_blocks)
     else:
         directory = args.to_hf or directory_of(args.hf, args.revision)
         model = open_huggingface(directory, args.allow_links)
@@ -127,6 +127,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=get_args(Weights),
         help="type to write matrices in, with scales if it is an integer; matrices that are "
         "integers already stay so, or become floats with bfloat16",
+    )
+    parser.add_argument(
+        "--keep-blocks",
+        action="store_true",
+        help="keep a GGUF file's quantised matrices as integers with scales, near their size "
+        "(default: write floats)",
     )
     parser.add_argument(
         "--memory",

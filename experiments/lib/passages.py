@@ -249,6 +249,7 @@ PASSAGES: dict[str, Callable[[Path], str]] = {
     "checkpoints": checkpoints,
     "roofline_terms": tabulated("roofline_terms"),
     "dry_compile": tabulated("dry_compile_h100"),
+    "quantization": tabulated("quantization"),
     "tune_share": tune_share,
     "peers_smollm2": peers_smollm2,
     "peers_smollm2_transformers": peers_smollm2_transformers,

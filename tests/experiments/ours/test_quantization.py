@@ -1,0 +1,48 @@
+"""Perplexity agrees with transformers', and the rows say what was rounded."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from easyspec_jax import SpeculativeConfig, open_model
+from experiments.ours import quantization
+from experiments.ours.quantization import CHUNK, main, perplexity
+from tests.support.models import save_model
+
+VANILLA = SpeculativeConfig(method="vanilla")
+
+
+def test_perplexity_is_that_of_transformers(tmp_path):
+    reference = save_model(tmp_path, "smollm2")
+    ids = np.random.default_rng(0).integers(0, 300, 2 * CHUNK + 1).astype(np.int32)
+    with torch.no_grad():
+        logits = reference(torch.from_numpy(ids[None, :-1]).long()).logits[0]
+        following = torch.from_numpy(ids[1:]).long()
+        expected = torch.exp(torch.nn.functional.cross_entropy(logits, following)).item()
+    assert perplexity(open_model(tmp_path, speculative=VANILLA), ids) == pytest.approx(
+        expected, rel=1e-4
+    )
+
+
+@pytest.mark.slow
+def test_every_kind_of_types_has_a_row(tmp_path, monkeypatch, capsys):
+    save_model(tmp_path / "model", "smollm2")
+    (tmp_path / "text").write_text("a quick brown fox " * 20)
+    (tmp_path / "prompts").write_text("a fox\nthe\n")
+    monkeypatch.setattr(quantization, "KINDS", quantization.KINDS[::3])
+    model = str(tmp_path / "model")
+    words = ["--target", model, "--draft", model, "--text", str(tmp_path / "text")]
+    words += ["--prompt-file", str(tmp_path / "prompts"), "--max-new-tokens", "8"]
+    out = tmp_path / "quantization.json"
+    assert main([*words, "--out", str(out), "--lp-size", "2"]) == 0
+    rows = json.loads(out.read_text())["results"]
+    assert [row["label"] for row in rows] == ["as they are", "int4", "int4, int8 caches"]
+    assert rows[0]["over_floats"] == 1 and rows[1]["perplexity"] != rows[0]["perplexity"]
+    for row in rows:
+        assert row["equals_plain"] and row.get("both_equals_plain", True)
+        assert 0 <= row["draft_acceptance_rate"] <= 1
+    assert "int4, int8 caches" in capsys.readouterr().out
+    assert main([*words, "--out", str(out), "--tokens", "5"]) == 2
+    assert "give more than 128" in capsys.readouterr().err
