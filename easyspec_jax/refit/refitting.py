@@ -108,8 +108,8 @@ def refit(pair: Engine, config: RefitConfig, *, bar: Bar = no_bar) -> Refitted:
     # Neither the fit nor the choice of borders sees the texts that drafts are compared on.
     held_out = max(1, round(HELD_OUT * len(texts)))
     compared_on, fitted_on = texts[:held_out], texts[held_out:]
-    # Distillation follows gradients through the caches, and rounded entries have none.
-    loader = replace(engine.loader(draft, ALL_AXES), kv_dtype="auto")
+    # Distillation follows gradients through weights and caches, and rounded ones have none.
+    loader = replace(engine.loader(draft, ALL_AXES), kv_dtype="auto", weights=None)
     if resumed is None:
         key = overlaps_key(draft.fingerprint, loader.dtype.name, fitted_on, config.ridge)
         borders = directory / NAME, key

@@ -101,6 +101,23 @@ def test_a_smaller_size_takes_the_overlaps_that_are_there(pair, tmp_path, monkey
     assert measured == [2, 3, 2, 2]
 
 
+@pytest.mark.slow
+def test_a_pair_of_narrower_types_has_the_same_refit(pair, draft, tmp_path):
+    """It is fitted to floats, which the types in memory are rounded from."""
+    text = tmp_path / "text"
+    text.write_text("a quick brown fox jumps over the lazy dog " * 60)
+    config = RefitConfig(lp_size=2, borders="paper", text=text, tokens=1000, out=tmp_path / "one")
+    narrow = open_model(
+        pair.target.directory,
+        draft[0].directory,
+        mesh=MESH,
+        draft_weights="int8",
+        kv_dtype="int8",
+    )
+    floats, rounded = refit(pair, config), refit(narrow, replace(config, out=tmp_path / "two"))
+    assert floats.overlaps == rounded.overlaps
+
+
 def test_a_draft_that_is_alone_stays_itself(draft):
     alone = open_model(draft[0].directory, mesh=MESH, speculative=VANILLA)
     assert alone.draft_alone() is alone
