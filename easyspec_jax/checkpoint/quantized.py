@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from easyspec_jax.checkpoint.tensors import Slices, TensorSource, row_blocks
+from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import Weights
 
 SCALE = "_scale"
@@ -259,6 +260,9 @@ class Quantized:
         scale = np.empty((shape[0], shape[1] // group), np.float32)
         for rows in row_blocks(shape):
             block = self.below.read(name, (rows,))
+            # Rounded, a NaN would be an ordinary number.
+            if not np.isfinite(block.astype(np.float32)).all():
+                raise EasySpecError(f"{name} has values that are not finite; it cannot be rounded")
             scale[rows] = quantize(block, self._dtype(name), group)[1]
         return scale
 

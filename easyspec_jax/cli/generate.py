@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 PROGRAM = "easyspec_jax.generate"
 
 
+LATER_FLAGS = {"system": None, "weights": None, "draft_weights": None, "kv_dtype": "auto"}
+"""Flags that a job's settings leave out at their defaults."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 1 if a job has bad lines, else as run_command."""
     # Text goes through any terminal's encoding; input that is not text is refused as a prompt.
@@ -115,9 +119,10 @@ def _run_job(
     # numbers round differently a text may be that of either run.
     free = {"prompts", "out", "batch_size", "verbose", "mesh", "platform", "allow_links"}
     settings = {name: value for name, value in vars(args).items() if name not in free}
-    for later in ("system", "weights", "draft_weights"):
-        if settings[later] is None:
-            del settings[later]  # as a job has it that was begun before there was this flag
+    # Jobs begun before these flags existed lack them.
+    for later, default in LATER_FLAGS.items():
+        if settings[later] == default:
+            del settings[later]
     job, out = read_job(args.prompts, sampling, args.system), Path(args.out)
     check_results(out, describe_job(job, settings, args.chat))
     engine = _open(args, speculative, bar)

@@ -182,9 +182,10 @@ def _entries(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_under(key: Key, entry: Mapping[str, Any]) -> bool:
-    """Return whether an entry is stored under a key; older keys lack the type of the caches."""
+    """Return whether an entry is stored under a key; older keys lack the types kept in memory."""
     stored = entry.get("key")
-    return isinstance(stored, dict) and {"kv_dtype": "auto", **stored} == asdict(key)
+    before = {"kv_dtype": "auto", "weights": ""}
+    return isinstance(stored, dict) and before | stored == asdict(key)
 
 
 def _choice(entry: dict[str, Any]) -> Choice | None:

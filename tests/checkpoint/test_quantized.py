@@ -13,6 +13,7 @@ from easyspec_jax.checkpoint.quantized import (
     scale_name,
 )
 from easyspec_jax.checkpoint.tensors import Held
+from easyspec_jax.errors import EasySpecError
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 HEAD = "lm_head.weight"
@@ -97,6 +98,15 @@ def test_scales_are_measured_in_blocks_and_norms_stay(monkeypatch):
     np.testing.assert_array_equal(source.read(scale_name(NAME)), expected)
     assert source.read(NORM) is held.tensors[NORM] or (source.read(NORM) == 1).all()
     assert scale_name(NORM) not in source.shapes()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_values_that_are_not_finite_are_refused_by_name(weights, value):
+    held = _held()
+    held.tensors[NAME][3, 5] = value
+    with pytest.raises(EasySpecError, match=f"{NAME} has values that are not finite"):
+        Quantized(held, weights).read(NAME)
 
 
 def test_a_source_that_is_quantized_already_stays_as_it_is():

@@ -46,10 +46,11 @@ def test_another_pair_machine_or_type_is_another_choice(tmp_path, name):
     assert (find(KEY, tmp_path), find(other, tmp_path)) == (CHOICE, replace(CHOICE, mesh="1"))
 
 
-def test_a_choice_of_before_int8_caches_is_found(tmp_path):
+def test_a_choice_of_before_narrower_types_is_found(tmp_path):
     keep(KEY, CHOICE, tmp_path)
     held = json.loads((tmp_path / FILE).read_text())
-    del held["choices"][0]["key"]["kv_dtype"]
+    for later in ("kv_dtype", "weights"):
+        del held["choices"][0]["key"][later]
     (tmp_path / FILE).write_text(json.dumps(held))
     assert find(KEY, tmp_path) == CHOICE
     assert find(replace(KEY, kv_dtype="int8"), tmp_path) is None
