@@ -146,7 +146,7 @@ class OrbaxStore:
         rows, *rest = tensor.shape
         if name.endswith(_SPLIT_BY_COLUMNS):
             return [min(rows, _TILE[0]), min(rest[0], _TILE[1])]
-        # Those who read or write a packed chunk have it unpacked as well.
+        # Readers and writers of a packed chunk also hold it unpacked.
         unpacked = 2 if tensor.is_packed else 1
         fitting = max(1, _CHUNK // (prod(rest) * tensor.dtype.itemsize * unpacked))
         return [min(rows, 1 << (fitting.bit_length() - 1)), *rest]

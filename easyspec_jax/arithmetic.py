@@ -1,4 +1,7 @@
-"""Integer arithmetic that several rooms need."""
+"""Arithmetic that several rooms need."""
+
+import ml_dtypes  # noqa: F401  (teaches NumPy int4)
+import numpy as np
 
 
 def ceil_div(dividend: int, divisor: int) -> int:
@@ -19,6 +22,16 @@ def round_up(size: int, multiple: int) -> int:
         256
     """
     return ceil_div(size, multiple) * multiple
+
+
+def packed_width(dtype: np.dtype) -> float:
+    """Return the bytes that a number takes in an accelerator's memory, where int4 is packed.
+
+    Examples:
+        >>> packed_width(np.dtype("int4")), packed_width(np.dtype("float32"))
+        (0.5, 4)
+    """
+    return 0.5 if dtype.name == "int4" else dtype.itemsize
 
 
 def wrap_seed(seed: int) -> int:

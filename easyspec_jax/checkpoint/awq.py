@@ -16,7 +16,7 @@ from easyspec_jax.checkpoint.stored_matrices import Coded, Matrix, Parts, coveri
 from easyspec_jax.errors import EasySpecError
 
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Where in a word each of 8 neighbours is."""
+"""Position of each of 8 neighbours in a word."""
 
 
 def matrices(parts: Parts, settings: Mapping[str, Any]) -> dict[str, Matrix]:

@@ -20,7 +20,6 @@ from jaxtyping import Int
 
 from easyspec_jax.checkpoint.stored_matrices import (
     Coded,
-    Codes,
     Matrix,
     Parts,
     Scales,
@@ -29,6 +28,7 @@ from easyspec_jax.checkpoint.stored_matrices import (
     fields,
     is_in_order,
     scales_of,
+    unpacked,
 )
 from easyspec_jax.errors import EasySpecError
 
@@ -132,13 +132,12 @@ def _packed(parts: Parts, weight: str, schemes: list[Mapping[str, Any]]) -> Matr
 def _plain(parts: Parts, weight: str, dtype: str, schemes: list[Mapping[str, Any]]) -> Matrix:
     shape = parts.matrix(weight, dtype)
     scales = scales_of(parts, weight + "_scale", shape, _blocks(schemes))
-    codes: Codes = lambda rows, columns: parts.source.read(weight, (rows, columns))  # noqa: E731
     if dtype == "F8_E4M3":
         parts.drop(weight + "_zero_point")
-        return Coded(weight, shape, "bfloat16", scales, codes)
+        return unpacked(parts, weight, "bfloat16", scales)
     scales = _whole_groups(parts, scales, shape)
     zeros = _zeros(parts, weight + "_zero_point", shape, scales, 8, schemes, offset=0)
-    return Coded(weight, shape, "int8" if zeros is None else "bfloat16", scales, codes, zeros or 0)
+    return unpacked(parts, weight, "int8" if zeros is None else "bfloat16", scales, zeros or 0)
 
 
 def _blocks(schemes: list[Mapping[str, Any]]) -> tuple[int, int] | None:

@@ -7,7 +7,7 @@ No integers stand for these exactly, so they are read as bfloat16. The scales, N
 from collections.abc import Mapping
 from typing import Any
 
-from easyspec_jax.checkpoint.stored_matrices import Coded, Codes, Matrix, Parts, scales_of
+from easyspec_jax.checkpoint.stored_matrices import Matrix, Parts, scales_of, unpacked
 from easyspec_jax.errors import EasySpecError
 
 
@@ -48,5 +48,4 @@ def _matrix(parts: Parts, weight: str, blocks: Any) -> Matrix:
     # Rounding of activations, which are not rounded here.
     module = weight.removesuffix("weight")
     parts.drop(module + "input_scale", module + "activation_scale")
-    codes: Codes = lambda rows, columns: parts.source.read(weight, (rows, columns))  # noqa: E731
-    return Coded(weight, shape, "bfloat16", scales, codes)
+    return unpacked(parts, weight, "bfloat16", scales)

@@ -25,7 +25,7 @@ from easyspec_jax.checkpoint.stored_matrices import (
 from easyspec_jax.errors import EasySpecError
 
 _LESS = {"gptq": 1, "gptq_v2": 0}
-"""What is subtracted from zero points where they are stored, by the version of the format."""
+"""Offset that stored zero points lack, by the version of the format."""
 
 
 def matrices(

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 PACKED = "_int4"
-"""What the name of a packed matrix has in addition to the matrix's own."""
+"""Suffix of the name of a packed matrix."""
 
 
 def pack(values: Int[np.ndarray, "out inner"]) -> UInt8[np.ndarray, "out half"]:

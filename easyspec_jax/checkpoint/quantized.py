@@ -12,20 +12,21 @@ the same way when it is opened and when it is converted.
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import cast
 
 import ml_dtypes  # noqa: F401  (teaches NumPy int4)
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from easyspec_jax.checkpoint.tensors import Slices, TensorSource, row_blocks
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import Weights
 
 SCALE = "_scale"
-"""What the name of a matrix's scales has in addition to the matrix's own."""
+"""Suffix of the name of a matrix's scales."""
 
 INTEGERS = {"int8": 127, "int4": 7}
 """Types of quantized values, and the largest value of each. The range is symmetric."""
@@ -136,31 +137,39 @@ class Dequantized:
     below: TensorSource
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def dtypes(self) -> Mapping[str, str]:
+        return self._dtypes
+
+    def read(self, name: str, window: Slices = ()) -> np.ndarray:
+        if name not in self._quantized:
+            return self.below.read(name, window)
+        rows, columns = whole_window(self._shapes[name], window)
+        scale = self.below.read(scale_name(name), (rows,))
+        group = self._shapes[name][1] // scale.shape[1]
+        values = self.below.read(name, (rows, columns))
+        return values.astype(np.float32) * of_columns(scale, columns, group)
+
+    @cached_property
+    def _quantized(self) -> frozenset[str]:
+        dtypes = self.below.dtypes()
+        return frozenset(name for name, dtype in dtypes.items() if dtype in INTEGERS)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = dict(self.below.shapes())
-        for name in self._quantized():
+        for name in self._quantized:
             del shapes[scale_name(name)]
         return shapes
 
-    def dtypes(self) -> Mapping[str, str]:
+    @cached_property
+    def _dtypes(self) -> dict[str, str]:
         dtypes = dict(self.below.dtypes())
-        for name in self._quantized():
+        for name in self._quantized:
             del dtypes[scale_name(name)]
             dtypes[name] = "float32"
         return dtypes
-
-    def read(self, name: str, window: Slices = ()) -> np.ndarray:
-        if self.below.dtypes()[name] not in INTEGERS:
-            return self.below.read(name, window)
-        rows, columns = whole_window(self.below.shapes()[name], window)
-        scale = self.below.read(scale_name(name), (rows,))
-        # Columns 100 to 300 in groups of 128 belong to groups 0, 1 and 2.
-        group = self.below.shapes()[name][1] // scale.shape[1]
-        of_columns = np.arange(columns.start, columns.stop) // group
-        values = self.below.read(name, (rows, columns))
-        return values.astype(np.float32) * scale[:, of_columns]
-
-    def _quantized(self) -> list[str]:
-        return [name for name, dtype in self.below.dtypes().items() if dtype in INTEGERS]
 
 
 def whole_window(shape: tuple[int, ...], window: Slices) -> tuple[slice, slice]:
@@ -173,6 +182,23 @@ def whole_window(shape: tuple[int, ...], window: Slices) -> tuple[slice, slice]:
     whole = slice(0, shape[0]), slice(0, shape[1])
     rows, columns = (*window, *whole[len(window) :])
     return rows, columns
+
+
+def of_columns(
+    by_group: Shaped[np.ndarray, "rows groups"], columns: slice, group: int
+) -> Shaped[np.ndarray, "rows columns"]:
+    """Repeat what groups of columns share for each of some columns.
+
+    Args:
+        by_group: A value for every group of a row.
+        columns: The columns.
+        group: Columns of a group.
+
+    Examples:
+        >>> of_columns(np.array([[0.5, 2.0]]), slice(1, 4), group=2).tolist()
+        [[0.5, 2.0, 2.0]]
+    """
+    return by_group[:, np.arange(columns.start, columns.stop) // group]
 
 
 @dataclass(frozen=True)
@@ -196,51 +222,54 @@ class Quantized:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        shapes = dict(self.below.shapes())
-        for name, shape in self.below.shapes().items():
-            if self._is_new(name):
-                shapes[scale_name(name)] = (shape[0], shape[1] // self._group(name))
-        return shapes
+        return self._shapes
 
     def dtypes(self) -> Mapping[str, str]:
-        dtypes = dict(self.below.dtypes())
-        for name in self.below.shapes():
-            if self._is_new(name):
-                dtypes[name] = self._dtype(name)
-                dtypes[scale_name(name)] = "float32"
-        return dtypes
+        return self._dtypes
 
     def read(self, name: str, window: Slices = ()) -> np.ndarray:
         matrix = name.removesuffix(SCALE)
-        if name != matrix and self._is_new(matrix):
+        if name != matrix and matrix in self._new:
             return self._scale_of(matrix)[window]
-        if not self._is_new(name):
+        if name not in self._new:
             return self.below.read(name, window)
-        shape, group = self.below.shapes()[name], self._group(name)
-        # A window may leave out the columns, or everything.
-        whole = slice(0, shape[0]), slice(0, shape[1])
-        rows, columns = (*window, *whole[len(window) :])
+        rows, columns = whole_window(self._new[name], window)
         weight = self.below.read(name, (rows, columns)).astype(np.float32)
-        # Columns 100 to 300 in groups of 128 belong to groups 0, 1 and 2.
-        of_columns = np.arange(columns.start, columns.stop) // group
-        scale = self._scale_of(name)[rows][:, of_columns]
+        scale = of_columns(self._scale_of(name)[rows], columns, self._group(name))
         dtype = self._dtype(name)
         most = np.float32(INTEGERS[dtype])
         return _rounded(weight, scale, most).astype(dtype)
 
-    def _is_new(self, name: str) -> bool:
-        """Return whether this source quantizes a tensor."""
-        shape = self.below.shapes().get(name)
-        if shape is None or not is_matrix(name, shape):
-            return False
-        return self.below.dtypes()[name] not in INTEGERS
+    @cached_property
+    def _new(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the matrices that this source quantizes."""
+        dtypes, new = self.below.dtypes(), {}
+        for name, shape in self.below.shapes().items():
+            if is_matrix(name, shape) and dtypes[name] not in INTEGERS:
+                new[name] = shape
+        return new
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = dict(self.below.shapes())
+        for name, (rows, inner) in self._new.items():
+            shapes[scale_name(name)] = rows, inner // self._group(name)
+        return shapes
+
+    @cached_property
+    def _dtypes(self) -> dict[str, str]:
+        dtypes = dict(self.below.dtypes())
+        for name in self._new:
+            dtypes[name] = self._dtype(name)
+            dtypes[scale_name(name)] = "float32"
+        return dtypes
 
     def _dtype(self, name: str) -> str:
         return "int8" if name in _VOCABULARY else self.weights
 
     def _group(self, name: str) -> int:
         """Return how many columns of a matrix share a scale."""
-        inner = self.below.shapes()[name][1]
+        inner = self._new[name][1]
         if self._dtype(name) == "int8":
             return inner
         return next((group for group in INT4_GROUPS if inner % group == 0), inner)
@@ -256,7 +285,7 @@ class Quantized:
 
     def _measured(self, name: str) -> Float[np.ndarray, "out groups"]:
         """Read a matrix block by block for its scales."""
-        shape, group = self.below.shapes()[name], self._group(name)
+        shape, group = self._new[name], self._group(name)
         scale = np.empty((shape[0], shape[1] // group), np.float32)
         for rows in row_blocks(shape):
             block = self.below.read(name, (rows,))
@@ -271,26 +300,3 @@ def stored_weights(source: TensorSource) -> Weights | None:
     """Return the type that most of a source's quantized matrices have; None if it has none."""
     types = Counter(dtype for dtype in source.dtypes().values() if dtype in INTEGERS)
     return cast("Weights", types.most_common(1)[0][0]) if types else None
-
-
-def rounding_errors(
-    source: TensorSource, quantized: TensorSource, advance: Callable[[int], None]
-) -> dict[str, float]:
-    """Measure what quantization loses: the root of the squared errors over that of the squares.
-
-    Args:
-        source: The tensors as they were.
-        quantized: The same, quantized.
-        advance: Called with 1 after every matrix.
-
-    Returns:
-        The relative error of every matrix that was not quantized before, by name.
-    """
-    errors = {}
-    for name, shape in source.shapes().items():
-        if is_matrix(name, shape) and source.dtypes()[name] not in INTEGERS:
-            exact = source.read(name).astype(np.float32)
-            lost = Dequantized(quantized).read(name) - exact
-            errors[name] = float(np.linalg.norm(lost) / max(np.linalg.norm(exact), 1e-30))
-            advance(1)
-    return errors

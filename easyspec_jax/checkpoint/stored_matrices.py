@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int, Int32, UInt8
 
-from easyspec_jax.checkpoint.quantized import SCALE, scale_name, whole_window
+from easyspec_jax.checkpoint.quantized import SCALE, of_columns, scale_name, whole_window
 from easyspec_jax.checkpoint.tensors import Slices, TensorSource
 from easyspec_jax.errors import EasySpecError
 
@@ -197,16 +197,15 @@ class Coded:
 
     def read(self, rows: slice, columns: slice) -> np.ndarray:
         codes = self.codes(rows, columns)
-        # Columns 100 to 300 in groups of 128 belong to groups 0, 1 and 2.
-        of_columns = np.arange(columns.start, columns.stop) // self.scales.group
+        group = self.scales.group
         if callable(self.zeros):
-            codes = codes.astype(np.int16) - self.zeros(rows)[:, of_columns]
+            codes = codes.astype(np.int16) - of_columns(self.zeros(rows), columns, group)
         elif self.zeros:
             codes = codes.astype(np.int16) - np.int16(self.zeros)
         if self.dtype in _RANGES:
             return self._integers(codes)
         with np.errstate(over="ignore", invalid="ignore"):  # reported below, with a name
-            weight = codes.astype(np.float32) * self.scales.read(rows)[:, of_columns]
+            weight = codes.astype(np.float32) * of_columns(self.scales.read(rows), columns, group)
             weight = weight.astype(ml_dtypes.bfloat16)
         if not np.isfinite(weight).all():
             raise self._damaged("holds NaN or values that overflow")
@@ -220,6 +219,26 @@ class Coded:
 
     def _damaged(self, what: str) -> EasySpecError:
         return EasySpecError(f"{self.scales.parts.origin}: {self.name} {what}; fetch it again")
+
+
+def unpacked(
+    parts: Parts, weight: str, dtype: str, scales: Scales, zeros: Zeros | int = 0
+) -> Coded:
+    """Return a matrix whose codes are a tensor of its own shape, one number each.
+
+    Args:
+        parts: Where it is.
+        weight: The stored tensor, which names the matrix as well.
+        dtype: Type to read it in.
+        scales: Its scales.
+        zeros: Its zero points.
+    """
+    shape = parts.source.shapes()[weight]
+
+    def codes(rows: slice, columns: slice) -> np.ndarray:
+        return parts.source.read(weight, (rows, columns))
+
+    return Coded(weight, (shape[0], shape[1]), dtype, scales, codes, zeros)
 
 
 def fields(words: Int32[np.ndarray, "*rest words"], bits: int) -> UInt8[np.ndarray, "*rest codes"]:

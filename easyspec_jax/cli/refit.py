@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         "--target",
         type=Path,
         metavar="DIR",
-        help="the target, to answer the prompts of --prompt-file in the draft's stead",
+        help="the target, to answer the prompts of --prompt-file instead of the draft",
     )
     parser.add_argument(
         "--out",

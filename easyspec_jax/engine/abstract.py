@@ -7,7 +7,7 @@ need not exist.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from easyspec_jax.arithmetic import ceil_div
+from easyspec_jax.arithmetic import packed_width
 from easyspec_jax.checkpoint.canonical import expected_shapes
 from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.checkpoint.tensors import Slices, TensorSource
@@ -65,7 +65,7 @@ class Shapes:
         return self.held
 
     def dtypes(self) -> Mapping[str, str]:
-        # Of no consequence: a loader converts floats of any type to its own.
+        # Unused: a loader converts floats of any type to its own.
         return dict.fromkeys(self.held, "float32")
 
     def read(self, name: str, window: Slices = ()) -> np.ndarray:
@@ -202,6 +202,4 @@ def bytes_of(size: int, dtype: np.dtype, platform: str) -> int:
         >>> bytes_of(6, np.dtype("int4"), "gpu"), bytes_of(6, np.dtype("int4"), "cpu")
         (3, 6)
     """
-    if dtype.name == "int4" and platform != "cpu":
-        return ceil_div(size, 2)
-    return size * dtype.itemsize
+    return ceil(size * (dtype.itemsize if platform == "cpu" else packed_width(dtype)))

@@ -34,7 +34,7 @@ class KVCache(NamedTuple):
     Attributes:
         k: Keys, rotated; floats or int8.
         v: Values, likewise.
-        k_scale: What a quantized cache's keys are multiplied by, else None.
+        k_scale: Scales of a quantized cache's keys, else None.
         v_scale: Likewise of the values.
     """
 

@@ -84,6 +84,11 @@ class Loader:
             return Quantized(self.source, self.weights)
         return Dequantized(self.source)
 
+    @cached_property
+    def _dtypes(self) -> Mapping[str, str]:
+        """Types of these tensors. Some sources make a new list at every call."""
+        return self._kept.dtypes()
+
     @property
     def platform(self) -> str:
         """Platform of the devices, as JAX names it."""
@@ -195,7 +200,7 @@ class Loader:
 
         Where only some of the tensors it is made of are quantized, all become floats.
         """
-        dtypes, tensors = self._kept.dtypes(), {copy.tensor for copy in plan.copies}
+        dtypes, tensors = self._dtypes, {copy.tensor for copy in plan.copies}
         integers = {dtypes[tensor] for tensor in tensors} & INTEGERS.keys()
         if not all(dtypes[tensor] in INTEGERS for tensor in tensors):
             source = Dequantized(self._kept) if integers else self._kept

@@ -224,6 +224,12 @@ def scales_of(weight: ArrayPlan, groups: Mapping[str, int | None]) -> ArrayPlan:
         tensor, (rows, columns) = copy.tensor + "_scale", copy.source
         *place, into = copy.target
         assert isinstance(into, slice), "columns are always a slice"
+        if group == size:
+            # Whole groups, whose scales follow each other here as they do in the file.
+            source = slice(columns.start // size, columns.stop // size)
+            target = slice(into.start // size, into.stop // size)
+            copies.append(Copy(tensor, (rows, source), copy.shard, (*place, target)))
+            continue
         # A shard's columns 64 to 192, in parts of 64, are its scales 1 and 2.
         for part in range(into.start // size, ceil_div(into.stop, size)):
             column = columns.start + part * size - into.start

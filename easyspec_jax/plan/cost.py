@@ -20,6 +20,7 @@ from typing import Any, Self
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Var
 
+from easyspec_jax.arithmetic import packed_width
 from easyspec_jax.plan.machines import Machine
 from easyspec_jax.plan.traffic import KINDS, in_jaxpr, inner, total_bytes
 
@@ -228,8 +229,7 @@ def _width(value: Any, stored: Widths) -> float:
     """Return the bytes that a number of a traced value takes where it is stored."""
     dtype: Any = value.aval.dtype
     known = stored.get(value) if isinstance(value, Var) else None
-    # Two int4 numbers share a byte.
-    return known or (0.5 if dtype.name == "int4" else dtype.itemsize)
+    return known or packed_width(dtype)
 
 
 def _stored_bytes(value: Any, stored: Widths) -> int:

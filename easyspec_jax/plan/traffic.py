@@ -6,13 +6,13 @@ the primitive that it applies; loops, branches and calls hold traces of their ow
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from easyspec_jax.arithmetic import ceil_div
+from easyspec_jax.arithmetic import packed_width
 
 KINDS = {
     "psum": "all-reduce",
@@ -131,5 +131,4 @@ def total_bytes(*values: Any) -> int:
 
 def value_bytes(value: Any) -> int:
     """Return the size of a trace's value; two int4 elements share a byte."""
-    size, dtype = value.aval.size, value.aval.dtype
-    return ceil_div(size, 2) if dtype.name == "int4" else size * dtype.itemsize
+    return ceil(value.aval.size * packed_width(value.aval.dtype))

@@ -36,11 +36,11 @@ def overlaps_key(
 
 
 def read_overlaps(path: Path, key: str) -> Overlaps:
-    """Read the overlaps measured so far under a key; none if there is no such file.
+    """Read the overlaps measured under a key; an empty mapping without such a file.
 
     Args:
         path: The file.
-        key: The result of `overlaps_key`. A file with another one is as good as none.
+        key: The result of `overlaps_key`. A file with another key is ignored.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))

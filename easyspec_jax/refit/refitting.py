@@ -81,8 +81,8 @@ def refit(pair: Engine, config: RefitConfig, *, bar: Bar = no_bar) -> Refitted:
 
     Raises:
         EasySpecError: The draft cannot have these groups, texts or prompts are unfit or too few,
-            there is nothing to resume, there is no target to answer prompts, or memory will not
-            suffice to answer them.
+            `resume` finds no refit, `answered_by` names a target that is missing, or answering the
+            prompts would not fit in memory.
         OSError: `out` is not a writable directory.
 
     Examples:
@@ -147,7 +147,7 @@ def _fitted(
     """Fit a layout, whose borders are measured first unless the config fixes them."""
     if config.borders == "measured" and config.lp_strategy is None:
         lp_size, mlp_lp_size = layout.lp_size, config.mlp_lp_size
-        overlaps = _measured(loader, lp_size, mlp_lp_size, config.ridge, texts, borders, bar)
+        overlaps = _measured(loader, lp_size, config, texts, borders, bar)
         layout = best_layout(overlaps, loader.config.num_hidden_layers, lp_size, mlp_lp_size)
     return layout, fit(loader, layout, texts, config.ridge, bar)
 
@@ -155,18 +155,17 @@ def _fitted(
 def _measured(
     loader: Loader,
     lp_size: int,
-    mlp_lp_size: int,
-    ridge: float,
+    config: RefitConfig,
     texts: Int[np.ndarray, "texts tokens"],
     borders: tuple[Path, str],
     bar: Bar,
 ) -> Overlaps:
     """Return the overlaps of all candidate groups; measure them unless the file has them all."""
-    tried = sizes_to_try(lp_size, mlp_lp_size)
+    tried = sizes_to_try(lp_size, config.mlp_lp_size)
     wanted = candidates(loader.config.num_hidden_layers, lp_size, tried)
     known = dict(read_overlaps(*borders))
     if not wanted <= known.keys():
-        known |= measure_groups(loader, lp_size, tried, texts, ridge, bar)
+        known |= measure_groups(loader, lp_size, tried, texts, config.ridge, bar)
         write_overlaps(*borders, known)
     return {candidate: known[candidate] for candidate in wanted}
 

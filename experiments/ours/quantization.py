@@ -41,6 +41,7 @@ from experiments.lib.output import (
 )
 from experiments.lib.pair import DATA, add_models, names, open_pair
 from experiments.lib.tables import Rows
+from experiments.ours.acceptance import figures_of, texts_of
 
 CHUNK = 128
 """Tokens of the held-out text that are read at a time."""
@@ -96,12 +97,12 @@ def measure(args: argparse.Namespace, prompts: Sequence[str]) -> list[dict[str, 
                     continue
                 pair = open_as(args, types, "easyspec", both=role == "both")
                 made = complete(pair, sampling, prompts, args)
-                rows[-1] |= _figures(role, made)
+                rows[-1] |= _figures(role, pair, made)
                 if role == "draft":
-                    rows[-1]["equals_plain"] = _ids(made) == _ids(plain[types.kv_dtype])
+                    rows[-1]["equals_plain"] = texts_of(made) == texts_of(plain[types.kv_dtype])
                 else:
                     alone = complete(open_as(args, types, "vanilla"), sampling, prompts, args)
-                    rows[-1]["both_equals_plain"] = _ids(made) == _ids(alone)
+                    rows[-1]["both_equals_plain"] = texts_of(made) == texts_of(alone)
             advance(1)
     first = rows[0]["perplexity"]
     return [row | {"over_floats": row["perplexity"] / first} for row in rows]
@@ -190,17 +191,10 @@ def complete(
     return list(engine.generate(prompts, sampling, chat=args.chat, batch_size=len(prompts)))
 
 
-def _ids(completions: Sequence[Completion]) -> list[list[int]]:
-    return [completion.token_ids for completion in completions]
-
-
-def _figures(role: str, completions: Sequence[Completion]) -> dict[str, Any]:
+def _figures(role: str, pair: Engine, completions: Sequence[Completion]) -> dict[str, Any]:
     """Return acceptance over all completions, under names that say what was rounded."""
-    stats = sum((completion.stats for completion in completions[1:]), completions[0].stats)
-    return {
-        f"{role}_acceptance_rate": stats.acceptance_rate,
-        f"{role}_mean_acceptance_length": stats.mean_acceptance_length,
-    }
+    found = figures_of(pair, completions)
+    return {f"{role}_{name}": found[name] for name in ("acceptance_rate", "mean_acceptance_length")}
 
 
 def tabulate(measured: Mapping[str, Any]) -> Rows:

@@ -9,7 +9,6 @@ from easyspec_jax.checkpoint.quantized import (
     Dequantized,
     Quantized,
     quantize,
-    rounding_errors,
     scale_name,
 )
 from easyspec_jax.checkpoint.tensors import Held
@@ -116,9 +115,12 @@ def test_a_source_that_is_quantized_already_stays_as_it_is():
     np.testing.assert_array_equal(again.read(NAME), stored.read(NAME))
 
 
-def test_errors_are_relative_and_of_every_matrix():
-    held, advanced = _held(), []
-    errors = rounding_errors(held, Quantized(held, "int4"), advanced.append)
-    assert errors.keys() == {NAME, HEAD} and advanced == [1, 1]
+def test_rounding_loses_little():
+    """Relative to the matrix: about a tenth in int4, less than a fiftieth in int8."""
+    held, errors = _held(), {}
+    rounded = Dequantized(Quantized(held, "int4"))
+    for name in (NAME, HEAD):
+        exact = held.tensors[name]
+        errors[name] = np.linalg.norm(rounded.read(name) - exact) / np.linalg.norm(exact)
     assert 0.05 < errors[NAME] < 0.15
     assert 0.002 < errors[HEAD] < 0.02
