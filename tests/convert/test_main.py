@@ -58,6 +58,7 @@ def test_converted_model_is_exported_with_one_line_of_summary(tiny_model, tmp_pa
 
 def test_rounding_is_summed_up_in_one_line_on_stderr(tiny_model, tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "hf")
+    capsys.readouterr()  # transformers may have shown a bar
     arguments = ["--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "out"), "--weights", "int8"]
     assert main(arguments) == 0
     printed = capsys.readouterr()
