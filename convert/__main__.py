@@ -77,8 +77,7 @@ def rounding_line(errors: Mapping[str, float]) -> str:
         'relative rounding errors: q_proj 0.50%; the largest is that of a.1.q_proj.weight'
     """
     largest: dict[str, float] = {}
-    # Sorted, because threads note errors in any order.
-    for name, error in sorted(errors.items()):
+    for name, error in errors.items():
         kind = name.split(".")[-2]
         largest[kind] = max(error, largest.get(kind, 0.0))
     listed = ", ".join(f"{kind} {error:.2%}" for kind, error in largest.items())

@@ -140,7 +140,8 @@ def convert(
         store.finish()
         if verify:
             _compare(job, place.directory, open_checkpoint(place.directory).source)
-    return Result(job.parameters, job.dtype, job.size, reused, job.integers, lost.errors())
+    errors = lost.errors(job.shapes)
+    return Result(job.parameters, job.dtype, job.size, reused, job.integers, errors)
 
 
 def verify(
@@ -352,7 +353,7 @@ class _Moved(NamedTuple):
 
 
 class _Lost:
-    """What rounding to integers lost, matrix by matrix."""
+    """Sums of the squared rounding errors, and of the squares, of every matrix."""
 
     def __init__(self) -> None:
         self._sums: dict[str, np.ndarray] = {}
@@ -362,8 +363,14 @@ class _Lost:
             sums = self._sums.setdefault(name, np.zeros(2))
             sums += moved.lost, moved.squares
 
-    def errors(self) -> dict[str, float]:
-        return {name: float(np.sqrt(lost / all_)) for name, (lost, all_) in self._sums.items()}
+    def errors(self, names: Iterable[str]) -> dict[str, float]:
+        """Return the relative errors in the order of these names: threads add in any order."""
+        errors = {}
+        for name in names:
+            if name in self._sums:
+                lost, squares = self._sums[name]
+                errors[name] = float(np.sqrt(lost / squares))
+        return errors
 
 
 def _transfer(job: _Job, store: Store, place: Workplace, piece: Piece) -> _Moved:
