@@ -4,7 +4,6 @@ Heavy libraries are imported only once the arguments are known to be good.
 """
 
 import argparse
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import get_args
 
 from convert.process import leave_accelerators_alone, share_free_memory
 from easyspec_jax.cli.command import Parser, run_command
-from easyspec_jax.cli.flags import add_shared
+from easyspec_jax.cli.flags import add_shared, size_of
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import FLOAT_DTYPES, Weights
 
@@ -120,23 +119,24 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=FLOAT_DTYPES,
         help="type to write every tensor in; by default the type the embedding is stored in, "
-        "or bfloat16 where that is quantised",
+        "or bfloat16 where that is quantized",
     )
     parser.add_argument(
         "--weights",
         choices=get_args(Weights),
-        help="type to write matrices in, with scales if it is an integer; matrices that are "
-        "integers already stay so, or become floats with bfloat16",
+        help="type to write matrices in, with scales if it is an integer; of matrices that are "
+        "stored as integers, int4 rounds int8 further, and bfloat16 makes floats",
     )
     parser.add_argument(
         "--keep-blocks",
         action="store_true",
-        help="keep a GGUF file's quantised matrices as integers with scales, near their size "
+        help="keep a GGUF file's quantized matrices as integers with scales, near their size, "
+        "or in 9 bits a number where they are rounded anew, as Q4_K and Q5_K are "
         "(default: write floats)",
     )
     parser.add_argument(
         "--memory",
-        type=_bytes,
+        type=size_of,
         default="2GiB",
         metavar="SIZE",
         help="memory that the process may take, such as 700MB or 2GiB (the default); "
@@ -149,14 +149,6 @@ def _parser() -> argparse.ArgumentParser:
         "if --out already exists, only do this",
     )
     return parser
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?(?:([kMGT]?)(i?)B)?", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a size such as 700MB or 2GiB")
-    number, prefix, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix or " "))
 
 
 if __name__ == "__main__":

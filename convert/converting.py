@@ -27,7 +27,7 @@ class ConvertConfig:
         revision: Commit, branch or tag of a model on the hub.
         allow_links: Follow links that lead out of a checkpoint's directory.
         weights: Type of the matrices, see `convert.stream.convert`; by default as they are.
-        keep_blocks: Keep a GGUF file's quantised matrices as integers, see `convert.gguf`.
+        keep_blocks: Keep a GGUF file's quantized matrices as integers, see `convert.gguf`.
     """
 
     format: Literal["orbax", "huggingface"] = "orbax"

@@ -12,20 +12,30 @@ from typing import Any
 import numpy as np
 from gguf import GGUFReader, GGUFValueType, ReaderTensor
 
-from convert.gguf_fields import OPTIONAL_FIELDS, REQUIRED_FIELDS, ROPE_FACTORS, STOP_IDS, TOKEN_IDS
+from convert.gguf_fields import (
+    BIASES,
+    LONGROPE_FACTORS,
+    OPTIONAL_FIELDS,
+    REQUIRED_FIELDS,
+    ROPE_FACTORS,
+    SCALING_FIELDS,
+    STOP_IDS,
+    TOKEN_IDS,
+)
 from convert.gguf_tensors import GGUFSource, KeptBlocks, shape_of
 from convert.gguf_tokenizer import build_tokenizer, check_saved
 from convert.stores import write_json
 from convert.stream import Model
 from easyspec_jax.checkpoint.canonical import canonical
-from easyspec_jax.checkpoint.config import ModelConfig, model_config
+from easyspec_jax.checkpoint.config import VARIATIONS, ModelConfig, model_config
 from easyspec_jax.checkpoint.families import FAMILIES, Family
+from easyspec_jax.checkpoint.rope import plain_frequencies
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.tokenizer.conversation import end_of_turn_ids
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 # The dtype to write by default for a stored type. For all others it is bfloat16: they are BF16
-# already, or quantised, which has lost more than bfloat16 does.
+# already, or quantized, which has lost more than bfloat16 does.
 _DTYPES = {"F32": "float32", "F16": "float16"}
 
 
@@ -34,7 +44,7 @@ def open_gguf(path: Path, *, keep_blocks: bool = False) -> Model:
 
     Args:
         path: The file, or any part of a split one (`NAME-00001-of-00003.gguf`).
-        keep_blocks: Keep quantised matrices as integers with scales, see `gguf_tensors`.
+        keep_blocks: Keep quantized matrices as integers with scales, see `gguf_tensors`.
             Otherwise they become floats.
 
     Returns:
@@ -50,16 +60,19 @@ def open_gguf(path: Path, *, keep_blocks: bool = False) -> Model:
     if _EMBEDDING not in tensors:
         raise EasySpecError(f"{origin}: {_EMBEDDING} is missing; is this a whole model?")
     # The factors belong to the configuration; the remaining tensors must all be weights.
-    rope_factors = tensors.get(ROPE_FACTORS)
-    stored.pop(ROPE_FACTORS, None)
-    config = _config(metadata, tensors, origin) | {
-        "architectures": [family.class_name],
-        "model_type": model_type,
-    }
+    factors = {}
+    for name in (ROPE_FACTORS, *LONGROPE_FACTORS.values()):
+        if name in stored:
+            factors[name] = np.array(stored.pop(name)[1].data)
+    config = _config(metadata, tensors, family, origin)
+    if model_type == "llama" and "sliding_window" in config:
+        model_type, family = "mistral", FAMILIES["mistral"]  # a Llama that may have windows
+    config |= {"architectures": [family.class_name], "model_type": model_type}
+    config |= _partial_rope(metadata, config, family, origin)
+    config |= _rope_scaling(metadata, factors, origin)
     model = model_config(config, origin=origin)
-    _refuse_partial_rope(metadata, model, origin)
-    if rope_factors is not None:
-        config["rope_scaling"] = _llama3_scaling(np.array(rope_factors.data), model, origin)
+    if ROPE_FACTORS in factors:
+        config["rope_scaling"] = _llama3_scaling(factors[ROPE_FACTORS], model, origin)
     has_tokenizer = "tokenizer.ggml.model" in metadata
     tokenizer = build_tokenizer(metadata, origin) if has_tokenizer else None
 
@@ -207,7 +220,7 @@ def _family(metadata: Mapping[str, Any], origin: str) -> tuple[str, Family]:
 
 
 def _config(
-    metadata: Mapping[str, Any], tensors: Mapping[str, ReaderTensor], origin: str
+    metadata: Mapping[str, Any], tensors: Mapping[str, ReaderTensor], family: Family, origin: str
 ) -> dict[str, Any]:
     """Return the contents of `config.json`, without the family and a dtype."""
     prefix = metadata["general.architecture"]
@@ -220,34 +233,76 @@ def _config(
             raise EasySpecError(
                 f"{origin}: the metadata field {prefix}.{key} is missing; fetch the file again"
             )
+    config |= {field: tensor in tensors for field, tensor in BIASES.items()}
+    for field in VARIATIONS.keys() - family.fields:
+        config.pop(field, None)
     config["vocab_size"], *_ = shape_of(tensors[_EMBEDDING]) or (0,)
     config["tie_word_embeddings"] = _HEAD not in tensors
+    if prefix in _LAYERS_OF_27B:
+        config["query_pre_attn_scalar"] = _attention_scalar(config, _LAYERS_OF_27B[prefix])
     # Tell Qwen's readers, which ignore the window by default, that every layer has it.
     if "sliding_window" in config:
         config |= {"use_sliding_window": True, "max_window_layers": 0}
-    if (kind := _rope_type(metadata, prefix)) != "default":
-        config["rope_scaling"] = {"rope_type": kind}
     return config | _token_ids(metadata)
 
 
-def _rope_type(metadata: Mapping[str, Any], prefix: str) -> str:
-    """Return the kind of RoPE scaling; GGUF's own default is linear scaling by 1, which is none."""
-    factor = (
-        metadata.get(f"{prefix}.rope.scaling.factor")
-        or metadata.get(f"{prefix}.rope.scale_linear")
-        or 1.0
-    )
-    kind = metadata.get(f"{prefix}.rope.scaling.type", "linear")
-    return "default" if kind == "none" or factor == 1.0 else kind
+_LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 
 
-def _refuse_partial_rope(metadata: Mapping[str, Any], model: ModelConfig, origin: str) -> None:
+def _attention_scalar(config: Mapping[str, Any], layers: int) -> Any:
+    """Return Gemma's `query_pre_attn_scalar`, which its files do not say."""
+    # As in llama.cpp: a head's channels, but in models of 27 billion its share of the width.
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    if config["num_hidden_layers"] == layers and type(heads) is type(hidden) is int and heads > 0:
+        return hidden // heads
+    return config.get("head_dim", 256)
+
+
+def _rope_scaling(
+    metadata: Mapping[str, Any], factors: Mapping[str, np.ndarray], origin: str
+) -> dict[str, Any]:
+    """Return `rope_scaling` as `config.json` has it; {} if the frequencies are not scaled."""
     prefix = metadata["general.architecture"]
-    rotated = metadata.get(f"{prefix}.rope.dimension_count", model.head_dim)
-    if rotated != model.head_dim:
-        raise EasySpecError(
-            f"{origin}: RoPE over {rotated} of {model.head_dim} dimensions is not supported"
-        )
+    start = f"{prefix}.rope.scaling."
+    fields = {k.removeprefix(start): v for k, v in metadata.items() if k.startswith(start)}
+    scaling: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name in SCALING_FIELDS:
+            scaling[SCALING_FIELDS[name]] = _shortest(value)
+        elif name not in ("type", "finetuned"):  # the latter says only how the model was made
+            raise EasySpecError(f"{origin}: the metadata field {start}{name} is not supported")
+    # Without a kind it is linear scaling; a factor of 1, the default, scales nothing.
+    kind = fields.get("type", "linear")
+    if all(name in factors for name in LONGROPE_FACTORS.values()):
+        kind = "longrope"
+        for field, name in LONGROPE_FACTORS.items():
+            scaling[field] = [_shortest(float(value)) for value in factors[name]]
+    elif scaling.get("attention_factor", 1.0) != 1.0:
+        # llama.cpp multiplies YaRN's own amplitude by it; transformers would replace that.
+        raise EasySpecError(f"{origin}: the metadata field {start}attn_factor is not supported")
+    else:
+        scaling.pop("attention_factor", None)
+    scaling.setdefault("factor", _shortest(metadata.get(f"{prefix}.rope.scale_linear") or 1.0))
+    if kind == "none" or (kind != "longrope" and scaling["factor"] == 1.0):
+        return {}
+    return {"rope_scaling": {"rope_type": kind, **scaling}}
+
+
+def _partial_rope(
+    metadata: Mapping[str, Any], config: Mapping[str, Any], family: Family, origin: str
+) -> dict[str, Any]:
+    """Return the field that says which part of a head is rotated; {} if all of it is."""
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    if type(heads) is not int or type(hidden) is not int or heads < 1:
+        return {}  # the configuration is refused anyway
+    whole = config.get("head_dim") or hidden // heads
+    rotated = metadata.get(f"{metadata['general.architecture']}.rope.dimension_count") or whole
+    if rotated == whole:
+        return {}
+    if any(tensor.pairs for tensor in family.tensors):
+        # The order of a head's rows would depend on the part, see `canonical.unpermute`.
+        raise EasySpecError(f"{origin}: RoPE over {rotated} of {whole} dimensions is not supported")
+    return {"partial_rotary_factor": rotated / whole}
 
 
 def _shortest(value: Any) -> Any:
@@ -281,7 +336,8 @@ def _llama3_scaling(factors: np.ndarray, model: ModelConfig, origin: str) -> dic
     """
     # The lowest frequency is divided by the whole factor, which is therefore the largest one.
     factor, low, high, length = float(factors.max()), 1.0, 4.0, 8192
-    wavelengths = 2 * pi * model.rope_theta ** (np.arange(0, model.head_dim, 2) / model.head_dim)
+    rope = model.layers[0].rope
+    wavelengths = 2 * pi / plain_frequencies(rope.theta, rope.dim)
     smooth = np.clip((length / wavelengths - low) / (high - low), 0.0, 1.0)
     expected = 1 / ((1 - smooth) / factor + smooth)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):

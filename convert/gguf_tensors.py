@@ -1,8 +1,8 @@
-"""Tensors of GGUF files: dequantised, or kept as integers with scales.
+"""Tensors of GGUF files: dequantized, or kept as integers with scales.
 
-A quantised matrix is a sequence of blocks along its rows. Some kinds are integers and scales
+A quantized matrix is a sequence of blocks along its rows. Some kinds are integers and scales
 already: nothing is lost if they are kept. Most others have a minimum in each group; they are
-dequantised and rounded anew, to int8 with a scale for every 32 columns.
+dequantized and rounded anew, to int8 with a scale for every 32 columns.
 
 | kind | kept as | group | |
 |-|-|-|-|
@@ -10,6 +10,7 @@ dequantised and rounded anew, to int8 with a scale for every 32 columns.
 | Q4_0 | int4 | 32 | exact: 4 bits less 8 |
 | Q5_0 | int8 | 32 | exact: 5 bits less 16 |
 | Q6_K | int8 | 16 | exact: 6 bits less 32, and the product of two scales |
+| Q4_1 | int4 | 32 | exact but for the last bit: 4 bits less 8, and an offset |
 | Q3_K | int4 | 16 | exact: 3 bits less 4, and the product of two scales |
 | IQ4_NL | int8 | 32 | exact: 16 integers in a table |
 | IQ4_XS | int8 | 32 | exact: the same, and the product of two scales |
@@ -25,15 +26,17 @@ import ml_dtypes  # noqa: F401  (teaches NumPy int4)
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, ReaderTensor
 from gguf.quants import dequantize
-from jaxtyping import Float, Int8, UInt8
+from jaxtyping import Float, UInt8
 
 from easyspec_jax.checkpoint.quantized import (
+    OFFSET,
     SCALE,
     is_matrix,
-    quantize,
+    offset_name,
     scale_name,
     whole_window,
 )
+from easyspec_jax.checkpoint.rounding import quantize
 from easyspec_jax.checkpoint.tensors import Slices, read_bytes
 from easyspec_jax.errors import EasySpecError, first_line
 
@@ -46,7 +49,7 @@ _TABLE = np.array(
 
 
 class GGUFSource:
-    """Tensors of GGUF files under their own names, dequantised to float32 when they are read.
+    """Tensors of GGUF files under their own names, dequantized to float32 when they are read.
 
     Args:
         tensors: Each tensor by name, with the file that holds it.
@@ -84,7 +87,7 @@ class GGUFSource:
         return self._read_bytes(place, rows.start, rows.stop, place.size // place.shape[0])
 
     def _read_rows(self, place: "_ByteRange", rows: slice) -> np.ndarray:
-        # A quantised tensor is a sequence of blocks along its last dimension: Q4_0 keeps 32 numbers
+        # A quantized tensor is a sequence of blocks along its last dimension: Q4_0 keeps 32 numbers
         # in 18 bytes, a scale in float16 and 4 bits for each. Blocks never span two rows, so rows
         # [start, stop) of a matrix are one range of bytes. A vector is a single row, and is read
         # whole, since `rows` may begin inside a block.
@@ -108,7 +111,7 @@ class GGUFSource:
 
 @dataclass(frozen=True)
 class _ByteRange:
-    """Location of a tensor in a GGUF file, in bytes, and its kind of quantisation."""
+    """Location of a tensor in a GGUF file, in bytes, and its kind of quantization."""
 
     path: Path
     kind: GGMLQuantizationType
@@ -119,7 +122,7 @@ class _ByteRange:
 
 @cache
 def _readable(kind: GGMLQuantizationType) -> bool:
-    """Whether the gguf library can dequantise a kind; it has no list, so one block is tried."""
+    """Whether the gguf library can dequantize a kind; it has no list, so one block is tried."""
     try:
         dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except NotImplementedError:
@@ -128,7 +131,8 @@ def _readable(kind: GGMLQuantizationType) -> bool:
 
 
 Blocks = UInt8[np.ndarray, "blocks bytes"]
-Integers = tuple[Int8[np.ndarray, "blocks numbers"], Float[np.ndarray, "blocks groups"]]
+Integers = tuple[np.ndarray, ...]
+"""Int8 [blocks, numbers], float32 scales [blocks, groups] and, of some kinds, offsets as well."""
 
 
 def _q8_0(blocks: Blocks) -> Integers:
@@ -139,6 +143,14 @@ def _q8_0(blocks: Blocks) -> Integers:
 def _q4_0(blocks: Blocks) -> Integers:
     """A scale, and 16 bytes: number j is the low half of byte j, number 16 + j its high half."""
     return _nibbles(blocks[:, 2:]).view(np.int8) - np.int8(8), _halves(blocks[:, :2])
+
+
+def _q4_1(blocks: Blocks) -> Integers:
+    """A scale, the least number, and four bits of each as in Q4_0."""
+    numbers = _nibbles(blocks[:, 4:]).view(np.int8) - np.int8(8)
+    scale = _halves(blocks[:, :2])
+    # q · scale + least = (q - 8) · scale + (least + 8 · scale)
+    return numbers, scale, _halves(blocks[:, 2:4]) + 8 * scale
 
 
 def _q5_0(blocks: Blocks) -> Integers:
@@ -209,16 +221,19 @@ class _Exact:
         dtype: The type that holds its integers.
         group: Numbers that share a scale.
         parts: Takes blocks apart.
+        has_offsets: Whether offsets are among the parts.
     """
 
     dtype: str
     group: int
     parts: Callable[[Blocks], Integers]
+    has_offsets: bool = False
 
 
 _EXACT: dict[str, _Exact] = {
     "Q8_0": _Exact("int8", 32, _q8_0),
     "Q4_0": _Exact("int4", 32, _q4_0),
+    "Q4_1": _Exact("int4", 32, _q4_1, has_offsets=True),
     "Q5_0": _Exact("int8", 32, _q5_0),
     "Q6_K": _Exact("int8", 16, _q6_k),
     "Q3_K": _Exact("int4", 16, _q3_k),
@@ -229,7 +244,7 @@ _EXACT: dict[str, _Exact] = {
 
 @dataclass(frozen=True)
 class KeptBlocks:
-    """Tensors of GGUF files whose quantised matrices stay integers, with scales next to them.
+    """Tensors of GGUF files whose quantized matrices stay integers, with scales next to them.
 
     Attributes:
         below: The files.
@@ -241,6 +256,8 @@ class KeptBlocks:
         shapes = dict(self.below.shapes())
         for name, (rows, inner) in self._matrices.items():
             shapes[scale_name(name)] = rows, inner // self._group(name)
+            if self._has_offsets(name):
+                shapes[offset_name(name)] = shapes[scale_name(name)]
         return shapes
 
     def dtypes(self) -> Mapping[str, str]:
@@ -249,18 +266,21 @@ class KeptBlocks:
             exact = _EXACT.get(self.below.kind(name).name)
             dtypes[name] = "int8" if exact is None else exact.dtype
             dtypes[scale_name(name)] = "float32"
+            if self._has_offsets(name):
+                dtypes[offset_name(name)] = "float32"
         return dtypes
 
     def read(self, name: str, window: Slices = ()) -> np.ndarray:
-        matrix, matrices = name.removesuffix(SCALE), self._matrices
+        matrix, matrices = name.removesuffix(SCALE).removesuffix(OFFSET), self._matrices
         if matrix not in matrices:
             return self.below.read(name, window)
         rows, columns = whole_window(self.shapes()[name], window)
-        values, scale = self._parts(matrix, rows)
-        return (values if name == matrix else scale)[:, columns]
+        values, scale, *offset = self._parts(matrix, rows)
+        found = {matrix: values, scale_name(matrix): scale}
+        return (found[name] if name in found else offset[0])[:, columns]
 
-    def _parts(self, name: str, rows: slice) -> tuple[np.ndarray, Float[np.ndarray, "rows groups"]]:
-        """Read rows as integers and scales."""
+    def _parts(self, name: str, rows: slice) -> tuple[np.ndarray, ...]:
+        """Read rows as integers, scales and, if there are any, offsets."""
         count, inner = rows.stop - rows.start, self.below.shapes()[name][1]
         kind = self.below.kind(name)
         stored = self.below.read_blocks(name, rows)
@@ -274,11 +294,15 @@ class KeptBlocks:
                 raise _damaged(name)
             return quantize(floats, "int8", self._group(name))
         # [rows, bytes of a row] -> [blocks, bytes of a block]
-        values, scale = exact.parts(stored.reshape(-1, GGML_QUANT_SIZES[kind][1]))
-        if not np.isfinite(scale).all():
+        values, *floats = exact.parts(stored.reshape(-1, GGML_QUANT_SIZES[kind][1]))
+        if not all(np.isfinite(each).all() for each in floats):
             raise _damaged(name)
         values = values.reshape(count, inner).astype(exact.dtype)
-        return values, scale.reshape(count, inner // exact.group)
+        return values, *(each.reshape(count, inner // exact.group) for each in floats)
+
+    def _has_offsets(self, name: str) -> bool:
+        exact = _EXACT.get(self.below.kind(name).name)
+        return exact is not None and exact.has_offsets
 
     def _group(self, name: str) -> int:
         exact = _EXACT.get(self.below.kind(name).name)
@@ -286,12 +310,12 @@ class KeptBlocks:
 
     @cached_property
     def _matrices(self) -> dict[str, tuple[int, int]]:
-        """Return the shapes of the quantised matrices."""
+        """Return the shapes of the quantized matrices."""
         found: dict[str, tuple[int, int]] = {}
         for name, shape in self.below.shapes().items():
             kind = self.below.kind(name)
-            quantised = kind.name not in _FLOATS and GGML_QUANT_SIZES[kind][0] > 1
-            if quantised and _readable(kind) and is_matrix(name, shape):
+            quantized = kind.name not in _FLOATS and GGML_QUANT_SIZES[kind][0] > 1
+            if quantized and _readable(kind) and is_matrix(name, shape):
                 rows, inner = shape
                 found[name] = rows, inner
         return found

@@ -7,7 +7,7 @@ from convert.stream import Model
 from easyspec_jax.checkpoint.config import read_json
 from easyspec_jax.checkpoint.directory import Checkpoint, open_checkpoint
 from easyspec_jax.checkpoint.families import EMBEDDING
-from easyspec_jax.checkpoint.quantized import INTEGERS
+from easyspec_jax.checkpoint.rounding import INTEGERS
 from easyspec_jax.options import FLOAT_DTYPES
 from easyspec_jax.tokenizer import load_tokenizer
 

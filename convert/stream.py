@@ -19,19 +19,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from convert.losses import NO_LOSS, Loss, Losses, loss_of
 from convert.orbax import ORBAX
 from convert.stores import Format, Shapes, Store, write_json
 from convert.workplace import Workplace, workplace
 from easyspec_jax.checkpoint.config import ModelConfig, model_config
 from easyspec_jax.checkpoint.directory import open_checkpoint
+from easyspec_jax.checkpoint.orbax import WEIGHTS
 from easyspec_jax.checkpoint.quantized import (
-    INTEGERS,
     Dequantized,
     Quantized,
-    dequantize,
+    check_narrower,
     is_matrix,
+    offset_name,
     scale_name,
 )
+from easyspec_jax.checkpoint.rounding import INTEGERS
 from easyspec_jax.checkpoint.tensors import TensorSource
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import FLOAT_DTYPES, Weights
@@ -115,8 +118,9 @@ def convert(
         format: The format, ORBAX or HUGGING_FACE. The latter holds floats only.
         memory: Bytes that the process may take.
         verify: Read everything again at the end and compare it with the source.
-        weights: Type of the matrices. With "int8" and "int4" those that are quantized already stay
-            as they are, and with "bfloat16" they become floats. None leaves all as they are.
+        weights: Type of the matrices. Those that are stored as integers stay as they are, except
+            that "int4" rounds int8 further, "bfloat16" makes floats of them, and "int8" is refused
+            for int4. None leaves all as they are.
 
     Raises:
         EasySpecError: The model is not supported, incomplete or not finite, a value does not fit
@@ -131,16 +135,16 @@ def convert(
         store = format.make(place.directory, parsed, job.shapes, job.dtypes)
         pieces = list(job.pieces(store.rows))
         _check_space(place, pieces)
-        reused, lost = 0, _Lost()
+        reused, losses = 0, Losses()
         with bar("Converting", job.size, in_bytes=True) as advance:
-            for piece, moved in job.run(partial(_transfer, job, store, place), pieces):
-                reused += piece.size if moved.whole else 0
-                lost.add(piece.name, moved)
+            for piece, (whole, loss) in job.run(partial(_transfer, job, store, place), pieces):
+                reused += piece.size if whole else 0
+                losses.add(piece.name, loss)
                 advance(piece.size)
         store.finish()
         if verify:
             _compare(job, place.directory, open_checkpoint(place.directory).source)
-    errors = lost.errors(job.shapes)
+    errors = losses.relative(job.shapes)
     return Result(job.parameters, job.dtype, job.size, reused, job.integers, errors)
 
 
@@ -167,7 +171,10 @@ def verify(
             raise EasySpecError(
                 f"{out}: {name} is {found[name]!r}, but {value!r} in {model.origin}; convert again"
             )
-    floats_only = weights is None and INTEGERS.keys().isdisjoint(opened.source.dtypes().values())
+    # A Hugging Face directory with integers is not one that convert() wrote.
+    has_integers = not INTEGERS.keys().isdisjoint(opened.source.dtypes().values())
+    is_exported = not (out / WEIGHTS).is_dir()
+    floats_only = (weights is None or is_exported) and not has_integers
     job = _job(model, parsed, memory, weights, floats_only)
     _compare(job, out, opened.source)
     return Result(job.parameters, job.dtype, job.size, 0, job.integers)
@@ -189,11 +196,11 @@ class _Job:
     Attributes:
         origin: Names the model in error messages.
         source: The tensors to write, up to a cast of floats.
-        exact: The same before anything was rounded to integers.
+        exact: The same as floats, before anything was rounded.
         shapes: Their shapes, scales of quantized matrices included.
         dtypes: The type to write of each.
         stored: The type that the source has it in.
-        rounded: Matrices that become integers only now.
+        rounded: Matrices that become integers, or narrower ones, only now.
         dtype: The type of those that are not quantized.
         budget: Bytes.
     """
@@ -210,8 +217,13 @@ class _Job:
 
     @property
     def parameters(self) -> int:
-        scales = {scale_name(name) for name, dtype in self.dtypes.items() if dtype in INTEGERS}
-        return sum(prod(shape) for name, shape in self.shapes.items() if name not in scales)
+        others = {
+            part(name)
+            for name, dtype in self.dtypes.items()
+            if dtype in INTEGERS
+            for part in (scale_name, offset_name)
+        }
+        return sum(prod(shape) for name, shape in self.shapes.items() if name not in others)
 
     @property
     def size(self) -> int:
@@ -293,12 +305,13 @@ def _job(
     weights: Weights | None = None,
     floats_only: bool = False,
 ) -> _Job:
-    if floats_only and weights not in (None, "bfloat16"):
+    if floats_only and weights is not None:
         raise EasySpecError(
             f"{model.origin}: `weights` {weights} is for Orbax checkpoints; "
             "a Hugging Face directory holds floats"
         )
     source = model.source
+    check_narrower(source, weights, model.origin)
     if floats_only or weights == "bfloat16":
         source = Dequantized(source)
     elif weights is not None:
@@ -310,15 +323,19 @@ def _job(
             dtypes[name] = weights
         if stored[name] in INTEGERS:
             dtypes[name] = stored[name]
-    # Scales stay as exact as they are.
-    dtypes |= {scale_name(name): "float32" for name in shapes if dtypes[name] in INTEGERS}
+    # Scales and offsets stay as exact as they are.
+    for name in shapes:
+        if stored[name] in INTEGERS:
+            dtypes |= {
+                part(name): "float32" for part in (scale_name, offset_name) if part(name) in shapes
+            }
     exact = model.source if model.exact is None else model.exact
     before = exact.dtypes()
-    rounded = {n for n in shapes if dtypes[n] in INTEGERS and before[n] not in INTEGERS}
+    rounded = {n for n in shapes if dtypes[n] in INTEGERS and before[n] != dtypes[n]}
     return _Job(
         origin=model.origin,
         source=source,
-        exact=exact,
+        exact=Dequantized(exact),
         shapes=_ordered(shapes),
         dtypes=dtypes,
         stored=stored,
@@ -329,73 +346,47 @@ def _job(
 
 
 def _ordered(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """Put scales after their matrices: a source that quantizes keeps those of a few matrices."""
+    """Put scales and offsets after their matrices: sources keep the scales of a few."""
     ordered: dict[str, tuple[int, ...]] = {}
     for name in shapes:
-        for each in (name, scale_name(name)):
+        for each in (name, scale_name(name), offset_name(name)):
             if each in shapes:
                 ordered.setdefault(each, shapes[each])
     return ordered
 
 
-class _Moved(NamedTuple):
-    """A piece that is written.
+def _transfer(job: _Job, store: Store, place: Workplace, piece: Piece) -> tuple[bool, Loss]:
+    """Write a piece unless an earlier run has.
 
-    Attributes:
-        whole: Whether an earlier run had written it.
-        lost: The sum of the squares of what rounding to integers changed.
-        squares: The sum of the squares of the exact values.
+    Returns:
+        Whether an earlier run had written it, and what rounding lost.
     """
-
-    whole: bool
-    lost: float = 0.0
-    squares: float = 0.0
-
-
-class _Lost:
-    """Sums of the squared rounding errors, and of the squares, of every matrix."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, np.ndarray] = {}
-
-    def add(self, name: str, moved: _Moved) -> None:
-        if moved.squares:
-            sums = self._sums.setdefault(name, np.zeros(2))
-            sums += moved.lost, moved.squares
-
-    def errors(self, names: Iterable[str]) -> dict[str, float]:
-        """Return the relative errors in the order of these names: threads add in any order."""
-        errors = {}
-        for name in names:
-            if name in self._sums:
-                lost, squares = self._sums[name]
-                errors[name] = float(np.sqrt(lost / squares))
-        return errors
-
-
-def _transfer(job: _Job, store: Store, place: Workplace, piece: Piece) -> _Moved:
-    """Write a piece unless an earlier run has."""
     recorded = place.done.get((piece.name, piece.start))
     if recorded is not None:
         # The journal may be ahead of the data after a power failure, so the data is read back.
         with suppress(EasySpecError):
             values = store.read(piece.name, piece.start, piece.stop)
             if _checksum(values) == recorded:
-                return _measured(job, piece, values, whole=True)
+                return True, _loss(job, piece, values)
     values = job.read(piece)
     store.write(piece.name, piece.start, values)
     place.record(piece.name, piece.start, _checksum(values))
-    return _measured(job, piece, values, whole=False)
+    return False, _loss(job, piece, values)
 
 
-def _measured(job: _Job, piece: Piece, values: np.ndarray, whole: bool) -> _Moved:
+def _loss(job: _Job, piece: Piece, values: np.ndarray) -> Loss:
     """Compare a piece with what it was before it was rounded to integers."""
     if piece.name not in job.rounded:
-        return _Moved(whole)
+        return NO_LOSS
     rows = slice(piece.start, piece.stop)
     exact = job.exact.read(piece.name, (rows,)).astype(np.float32)
-    lost = dequantize(values, job.source.read(scale_name(piece.name), (rows,))) - exact
-    return _Moved(whole, float(np.vdot(lost, lost)), float(np.vdot(exact, exact)))
+    offset = offset_name(piece.name)
+    return loss_of(
+        values,
+        job.source.read(scale_name(piece.name), (rows,)),
+        exact,
+        job.source.read(offset, (rows,)) if offset in job.shapes else None,
+    )
 
 
 def _compare(job: _Job, out: Path, written: TensorSource) -> None:

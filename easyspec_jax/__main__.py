@@ -11,6 +11,10 @@ COMMANDS = {
         "easyspec_jax.cli.generate",
         "generate text with a target model and a draft",
     ),
+    "serve": (
+        "easyspec_jax.cli.serve",
+        "serve a pair by OpenAI's protocol, with a chat page",
+    ),
     "convert": (
         "convert.__main__",
         "convert a checkpoint into one that opens straight into shards, or back",

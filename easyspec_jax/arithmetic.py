@@ -24,6 +24,16 @@ def round_up(size: int, multiple: int) -> int:
     return ceil_div(size, multiple) * multiple
 
 
+def power_of_two(n: int) -> int:
+    """Return the smallest power of two that is at least n.
+
+    Examples:
+        >>> [power_of_two(n) for n in (1, 5, 64)]
+        [1, 8, 64]
+    """
+    return 1 << (n - 1).bit_length()
+
+
 def packed_width(dtype: np.dtype) -> float:
     """Return the bytes that a number takes in an accelerator's memory, where int4 is packed.
 

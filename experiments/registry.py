@@ -86,6 +86,11 @@ SCRIPTS = (
                 "--profile-phases --mesh 2 --max-new-tokens 64 --repeats 9 --fit-tokens 6000",
             ),
             Result("table2_smollm2", "Table 2: SmolLM2-135M-Instruct as its own draft"),
+            Result("table2_qwen", "Table 2: Qwen2.5-Coder-1.5B drafted by 0.5B, one device"),
+            Result(
+                "table2_qwen_processes",
+                "Table 2: Qwen2.5-Coder-1.5B drafted by 0.5B, two processes, a core each",
+            ),
         ),
         draws=True,
     ),
@@ -212,6 +217,35 @@ SCRIPTS = (
             ),
         ),
     ),
+    Script(
+        "bit_stability",
+        "ours",
+        "whether texts in bfloat16 are those of plain decoding, and what that costs",
+        (
+            Result("bit_stability", "Texts in bfloat16: the bundled pair"),
+            Result(
+                "bit_stability_smollm2",
+                "Texts in bfloat16: SmolLM2-135M-Instruct as its own draft",
+            ),
+        ),
+    ),
+    Script(
+        "lookup",
+        "ours",
+        "drafts that are looked up in the text, by kinds of prompts, and ways to find them",
+        (Result("lookup_smollm2", "Looked-up drafts: SmolLM2-135M-Instruct"),),
+    ),
+    Script(
+        "adapt",
+        "ours",
+        "rounds that adapt, against plain decoding and every fixed number of levels",
+    ),
+    Script(
+        "grammar",
+        "ours",
+        "what a grammar costs, and whether its texts are valid and those of plain decoding",
+        (Result("grammar_qwen", "Grammars: Qwen2.5-Coder 1.5B and 0.5B"),),
+    ),
     Script("fidelity", "ours", "how faithful one way of drafting is to the exact draft"),
     Script(
         "tune_check",
@@ -263,6 +297,27 @@ SCRIPTS = (
         draws=True,
     ),
     Script(
+        "second_turn",
+        "ours",
+        "time to the first token of a second turn, with and without kept prefixes",
+        (
+            Result(
+                "second_turn",
+                "The second turn of a conversation",
+                "",
+                "--tokens 200 --max-new-tokens 8 --repeats 2",
+            ),
+            Result(
+                "second_turn_smollm2",
+                "The second turn of a conversation: SmolLM2-135M-Instruct as its own draft",
+            ),
+            Result(
+                "second_turn_qwen",
+                "The second turn of a conversation: Qwen2.5-Coder-1.5B drafted by 0.5B",
+            ),
+        ),
+    ),
+    Script(
         "bench_round",
         "bench",
         "what a round takes beyond its passes",
@@ -280,6 +335,19 @@ SCRIPTS = (
         "memory, programs and speed over tens of thousands of rounds",
         (Result("soak", "A soak: memory, programs and speed over many rounds"),),
         draws=True,
+    ),
+    Script(
+        "load",
+        "endurance",
+        "a server under 1, 8 and 32 clients: every text checked, throughput, time to first token",
+        (Result("load", "A server under load", smoke="--clients 2 --seconds 3 --requests 4"),),
+        draws=True,
+    ),
+    Script(
+        "ready",
+        "endurance",
+        "how long a server takes until it is ready, with an empty and a full cache of programs",
+        (Result("ready", "A server until it is ready", "--repeats 1"),),
     ),
     Script(
         "bench_checkpoints",

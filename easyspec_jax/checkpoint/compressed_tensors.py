@@ -12,7 +12,7 @@ N.weight_scale has one number, or one for each row, group or block. The tensors 
 module has, so modules that are left out need no list.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -42,16 +42,10 @@ _FORMATS = (
 _BITS = {"int": (4, 8), "float": (8,)}
 
 
-def matrices(parts: Parts, settings: Mapping[str, Any]) -> dict[str, Matrix]:
-    """Find the matrices of a checkpoint.
-
-    Args:
-        parts: Its tensors.
-        settings: Its `quantization_config`.
-
-    Raises:
-        EasySpecError: The layout is not supported, or parts of a matrix do not fit together.
-    """
+def matrices(
+    parts: Parts, settings: Mapping[str, Any], known: Collection[str]
+) -> dict[str, Matrix]:
+    """Find the matrices of a checkpoint, as a stored_matrices.Format."""
     schemes = _schemes(parts, settings)
     found: dict[str, Matrix] = {}
     for name, dtype in parts.source.dtypes().items():

@@ -1,17 +1,20 @@
 """Model configuration: a frozen dataclass, read from `config.json`."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self, get_args
 
-from easyspec_jax.checkpoint.families import FAMILIES, Family
+from easyspec_jax.checkpoint.families import FAMILIES, Family, QKNorm
+from easyspec_jax.checkpoint.layer_kinds import LayerKind, longest_text, read_layer_kinds
 from easyspec_jax.errors import EasySpecError
 
 LARGEST_JSON = 16 << 20
 """Largest JSON file that is read, in bytes: parsed, it takes many times as much memory."""
 
 _INT32 = 2**31
+_MOST_LAYERS = 10_000
 _SIZES = (
     "num_hidden_layers",
     "hidden_size",
@@ -22,25 +25,53 @@ _SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
+Activation = Literal["silu", "gelu_pytorch_tanh"]
+"""Supported functions of the gate of a feed-forward part."""
+
+VARIATIONS: dict[str, Any] = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_multiplier": None,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "norm_offset": 0.0,
+}
+"""Fields of `config.json` in which families differ, with the values that Llama has."""
+
+_MULTIPLIERS = (
+    "attention_multiplier",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+)
+_EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's frequency-dependent RoPE scaling, see `checkpoint.rope`.
+class MixtureConfig:
+    """Mixtures of experts: feed-forward parts of which each token uses a few.
+
+    Fields are named as in Qwen's `config.json`.
 
     Attributes:
-        factor: Low frequencies are divided by this.
-        low_freq_factor: Frequencies that turn fewer times than this within the original context
-            are low.
-        high_freq_factor: Frequencies that turn more often than this are left alone.
-        original_max_position_embeddings: The original context, in tokens.
+        num_experts: Experts of a layer.
+        num_experts_per_tok: How many of them a token uses: those that the router scores highest.
+        moe_intermediate_size: Inner size of an expert.
+        norm_topk_prob: Whether the weights of a token's experts are scaled to sum to 1.
+        dense_layers: Layers that have one feed-forward part instead, in order.
     """
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool
+    dense_layers: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -49,12 +80,24 @@ class ModelConfig:
 
     Attributes:
         vocab_size: Rows of the embedding, which may exceed the number of token ids.
-        rope_scaling: None if the frequencies are not scaled.
+        layers: Kind of each layer, which says how it rotates and how far back it reads.
         max_position_embeddings: The longest text the model was made for, in tokens.
-        qkv_bias: Queries, keys and values have a bias.
-        qk_norm: Queries and keys are normalised, head by head.
+        hidden_act: Function of the gate of feed-forward parts.
+        attention_bias: Attention has biases where the family's table says so.
+        mlp_bias: Likewise feed-forward parts.
+        qk_norm: Norms of queries and keys.
+        pre_norm: Attentions and feed-forward parts read normed hidden states.
+        post_norm: Their outputs are normed before they are added.
+        norm_offset: Added to the weights of norms.
+        attention_multiplier: Multiplies scores; None for head_dim ** -0.5.
+        attn_logit_softcapping: Largest score, reached by tanh; None for no cap.
+        final_logit_softcapping: Likewise the largest logit.
+        embedding_multiplier: Multiplies embeddings.
+        residual_multiplier: Multiplies what is added to hidden states.
+        logits_scaling: Divides logits.
         stop_ids: Token ids that end a text.
         dtype: NumPy's name of the dtype that the weights are meant to be stored in.
+        mixture: Mixtures of experts; None if every layer has one feed-forward part.
     """
 
     model_type: str
@@ -66,14 +109,53 @@ class ModelConfig:
     head_dim: int
     vocab_size: int
     rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling | None
+    layers: tuple[LayerKind, ...]
     max_position_embeddings: int
     tie_word_embeddings: bool
-    qkv_bias: bool
-    qk_norm: bool
+    hidden_act: Activation
+    attention_bias: bool
+    mlp_bias: bool
+    qk_norm: QKNorm
+    pre_norm: bool
+    post_norm: bool
+    norm_offset: float
+    attention_multiplier: float | None
+    attn_logit_softcapping: float | None
+    final_logit_softcapping: float | None
+    embedding_multiplier: float
+    residual_multiplier: float
+    logits_scaling: float
     stop_ids: tuple[int, ...]
     dtype: str
+    mixture: MixtureConfig | None = None
+
+    @cached_property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The different kinds of layers, in the order of their first layers."""
+        return tuple(dict.fromkeys(self.layers))
+
+    def kind_of(self, layer: int) -> int:
+        """Return the number of a layer's kind among `kinds`."""
+        return self.kinds.index(self.layers[layer])
+
+    def at_length(self, tokens: int) -> Self:
+        """Return the model for texts of up to some tokens; see `checkpoint.rope`."""
+        return replace(
+            self,
+            layers=tuple(replace(kind, rope=kind.rope.at_length(tokens)) for kind in self.layers),
+        )
+
+    @property
+    def ordinary_length(self) -> int:
+        """Tokens that a text may have unless more are asked for."""
+        scalings = [kind.rope.scaling for kind in self.kinds if kind.rope.scaling is not None]
+        positions = self.max_position_embeddings
+        return min([positions, *(own.ordinary_length(positions) for own in scalings)])
+
+    @property
+    def longest_text(self) -> int:
+        """The most tokens of a text that may be asked for."""
+        return longest_text([kind.rope for kind in self.kinds], self.max_position_embeddings)
 
 
 def read_model_config(directory: Path | str) -> ModelConfig:
@@ -113,29 +195,42 @@ def model_config(
         model_type = str(config.get("model_type", "(none)"))
         family = _family(config, model_type, origin)
         _check_types(config, origin)
-        config = family.read_config(config)
-        _refuse_unsupported(config, origin)
-        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-        rope = _rope_parameters(config)
+        # Before a list of them is made.
+        _check_size("num_hidden_layers", config["num_hidden_layers"], _MOST_LAYERS, origin)
+        config = _in_terms_of_llama(config, family, origin)
+        _refuse_unsupported(config, model_type, origin)
+        heads = int(config["num_attention_heads"])
+        head_dim = _head_dim(config, origin)
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
         result = ModelConfig(
             model_type=model_type,
             num_hidden_layers=int(config["num_hidden_layers"]),
-            hidden_size=hidden,
+            hidden_size=int(config["hidden_size"]),
             intermediate_size=int(config["intermediate_size"]),
             num_attention_heads=heads,
             num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or _divided(hidden, heads, origin)),
+            head_dim=head_dim,
             vocab_size=int(config["vocab_size"]),
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-            rope_scaling=_rope_scaling(rope, origin),
+            layers=read_layer_kinds(config, head_dim, origin),
             max_position_embeddings=int(config["max_position_embeddings"]),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=family.has("self_attn.q_proj.bias"),
-            qk_norm=family.has("self_attn.q_norm.weight"),
+            hidden_act=config.get("hidden_act", "silu"),
+            attention_bias=bool(config["attention_bias"]),
+            mlp_bias=bool(config["mlp_bias"]),
+            qk_norm=family.qk_norm,
+            pre_norm=family.has("input_layernorm.weight"),
+            post_norm=family.has("self_attn.output_norm.weight"),
+            norm_offset=float(config["norm_offset"]),
+            attention_multiplier=_optional(config["attention_multiplier"]),
+            attn_logit_softcapping=_optional(config["attn_logit_softcapping"]),
+            final_logit_softcapping=_optional(config["final_logit_softcapping"]),
+            embedding_multiplier=float(config["embedding_multiplier"]),
+            residual_multiplier=float(config["residual_multiplier"]),
+            logits_scaling=float(config["logits_scaling"]),
             stop_ids=_stop_ids(generation or {}, origin) or _stop_ids(config, origin),
             dtype=dtype.removeprefix("torch."),
+            mixture=_mixture(config) if family.has_experts else None,
         )
     except KeyError as missing:
         raise EasySpecError(
@@ -143,7 +238,7 @@ def model_config(
         ) from None
     except EasySpecError:
         raise
-    except (TypeError, ValueError, OverflowError) as wrong:
+    except (TypeError, ValueError, ArithmeticError) as wrong:
         raise EasySpecError(f"{origin}: a field has the wrong type ({wrong})") from None
     _check_values(result, origin)
     return result
@@ -179,40 +274,83 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _family(config: dict[str, Any], model_type: str, origin: str) -> Family:
+    family = FAMILIES.get(model_type)
     # Some mixtures of experts keep the model_type of their dense siblings and add a field.
-    has_experts = any(map(config.get, _EXPERTS))
-    if has_experts or "moe" in model_type or model_type == "mixtral":
+    has_experts = any(map(config.get, _EXPERTS)) or "moe" in model_type
+    if has_experts and not (family and family.has_experts):
         raise EasySpecError(
-            f"{origin}: mixture-of-experts models (model_type {model_type!r}) are not supported"
+            f"{origin}: mixture-of-experts models of model_type {model_type!r} are not supported"
         )
-    if model_type not in FAMILIES:
+    if family is None:
         supported = ", ".join(sorted(FAMILIES))
         raise EasySpecError(
             f"{origin}: model_type {model_type!r} is not supported; supported: {supported}"
         )
-    return FAMILIES[model_type]
+    return family
 
 
-def _refuse_unsupported(config: dict[str, Any], origin: str) -> None:
+def _in_terms_of_llama(config: dict[str, Any], family: Family, origin: str) -> dict[str, Any]:
+    """Let a family read its configuration, with Llama's values for what it leaves open."""
+    known = {}
+    for name, value in config.items():
+        if name not in VARIATIONS or name in family.fields:
+            known[name] = value
+    try:
+        return VARIATIONS | family.read_config(known)
+    except EasySpecError as error:
+        raise EasySpecError(f"{origin}: {error}") from None
+
+
+def _refuse_unsupported(config: dict[str, Any], model_type: str, origin: str) -> None:
     """Raise EasySpecError for fields that change a text; config is in Llama's terms."""
-    longest = config["max_position_embeddings"]
-    # A window as long as the context never hides a token.
-    window = config.get("sliding_window") or longest
-    if window < longest or "sliding_attention" in (config.get("layer_types") or ()):
-        raise EasySpecError(f"{origin}: sliding-window attention is not supported")
-    for name, supported in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
-        if config.get(name, supported) != supported:
-            raise EasySpecError(
-                f"{origin}: {name}={config[name]!r} is not supported (only {supported!r})"
-            )
-
-
-def _divided(hidden: int, heads: int, origin: str) -> int:
-    if heads > 0 and hidden % heads:
+    window = config.get("sliding_window") or config["max_position_embeddings"]
+    if model_type == "llama" and window < config["max_position_embeddings"]:
+        # transformers and llama.cpp ignore it; Mistral is the same model with windows.
         raise EasySpecError(
-            f"{origin}: hidden_size={hidden} does not divide into {heads} heads; give it a head_dim"
+            f"{origin}: sliding_window={window} has no meaning for model_type 'llama'; "
+            "set model_type to 'mistral', or remove it"
         )
-    return hidden // max(heads, 1)
+    if (activation := config.get("hidden_act", "silu")) not in get_args(Activation):
+        supported = ", ".join(get_args(Activation))
+        raise EasySpecError(
+            f"{origin}: hidden_act={activation!r} is not supported; supported: {supported}"
+        )
+
+
+def _mixture(config: dict[str, Any]) -> MixtureConfig:
+    """Read the mixture of experts; config is in Qwen's terms."""
+    layers, step = int(config["num_hidden_layers"]), int(config.get("decoder_sparse_step", 1))
+    listed = config.get("mlp_only_layers") or ()
+    # With a step of 2 layers 1, 3, 5, ... are mixtures.
+    sparse = range(step - 1, layers, step)
+    return MixtureConfig(
+        num_experts=int(config["num_experts"]),
+        num_experts_per_tok=int(config.get("num_experts_per_tok", 8)),
+        moe_intermediate_size=int(config["moe_intermediate_size"]),
+        norm_topk_prob=bool(config.get("norm_topk_prob", False)),
+        dense_layers=tuple(n for n in range(layers) if n not in sparse or n in listed),
+    )
+
+
+def _optional(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _head_dim(config: dict[str, Any], origin: str) -> int:
+    """Return the channels of a head, checked before frequencies are computed for them."""
+    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+    head_dim = config.get("head_dim")
+    if not head_dim:
+        if heads > 0 and hidden % heads:
+            raise EasySpecError(
+                f"{origin}: hidden_size={hidden} does not divide into {heads} heads; "
+                "give it a head_dim"
+            )
+        head_dim = hidden // max(heads, 1)
+    _check_size("head_dim", head_dim, _INT32, origin)
+    if head_dim % 2:
+        raise EasySpecError(f"{origin}: head_dim={head_dim} must be even for rotary embeddings")
+    return head_dim
 
 
 def _check_types(config: dict[str, Any], origin: str) -> None:
@@ -225,45 +363,19 @@ def _check_types(config: dict[str, Any], origin: str) -> None:
         "rope_parameters": dict,
         "sliding_window": int,
         "max_window_layers": int,
+        "attention_bias": bool,
+        "mlp_bias": bool,
+        "layer_types": list,
+        "norm_topk_prob": bool,
+        "mlp_only_layers": list,
     }
+    others |= dict.fromkeys((*_EXPERT_SIZES, "num_local_experts", "decoder_sparse_step"), int)
     for name, kind in (dict.fromkeys(_SIZES, int) | others).items():
         value = config.get(name)
         if value is not None and type(value) is not kind:
             raise EasySpecError(
                 f"{origin}: {name}={value!r} has the wrong type; expected {kind.__name__}"
             )
-
-
-def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the RoPE fields in either spelling, as transformers resolves them."""
-    # transformers 5 writes rope_parameters; older versions write rope_scaling, with rope_theta
-    # next to it. The older spelling wins if both are there, and original_max_position_embeddings
-    # next to them wins over the one inside.
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    original = config.get("original_max_position_embeddings")
-    return rope if original is None else rope | {"original_max_position_embeddings": original}
-
-
-def _rope_scaling(rope: dict[str, Any], origin: str) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default" or _scales_nothing(kind, rope):
-        return None
-    if kind != "llama3":
-        raise EasySpecError(
-            f"{origin}: RoPE scaling {kind!r} is not supported; supported: default, llama3"
-        )
-    return RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
-    )
-
-
-def _scales_nothing(kind: str, rope: dict[str, Any]) -> bool:
-    """Whether a scaling by 1 leaves the frequencies and the attention's logits unchanged."""
-    by_one = rope.get("factor") == 1 and rope.get("attention_factor") in (None, 1)
-    return by_one and kind in ("linear", "dynamic", "yarn")
 
 
 def _stop_ids(config: dict[str, Any], origin: str) -> tuple[int, ...]:
@@ -277,27 +389,37 @@ def _stop_ids(config: dict[str, Any], origin: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
+def _check_size(name: str, value: int, limit: int, origin: str) -> None:
+    if not 1 <= value < limit:
+        raise EasySpecError(f"{origin}: {name}={value} must be at least 1 and below {limit}")
+
+
+def _check_experts(mixture: MixtureConfig, origin: str) -> None:
+    for name in _EXPERT_SIZES:
+        _check_size(name, getattr(mixture, name), _INT32, origin)
+    if mixture.num_experts_per_tok > mixture.num_experts:
+        raise EasySpecError(
+            f"{origin}: num_experts_per_tok={mixture.num_experts_per_tok} is more than "
+            f"the {mixture.num_experts} experts that there are"
+        )
+
+
 def _check_values(config: ModelConfig, origin: str) -> None:
-    limits = dict.fromkeys(_SIZES, _INT32) | {"num_hidden_layers": 10_000}
-    for name, limit in limits.items():
-        if not 1 <= getattr(config, name) < limit:
-            raise EasySpecError(
-                f"{origin}: {name}={getattr(config, name)} must be at least 1 and below {limit}"
-            )
+    for name in _SIZES:
+        _check_size(name, getattr(config, name), _INT32, origin)
+    if config.mixture is not None:
+        _check_experts(config.mixture, origin)
     if config.num_attention_heads % config.num_key_value_heads:
         raise EasySpecError(
             f"{origin}: {config.num_attention_heads} query heads do not divide into "
             f"{config.num_key_value_heads} key-value heads"
         )
-    if config.head_dim % 2:
+    # Written so that NaN, which Python's JSON parser accepts, fails as well.
+    if not 0 < config.rms_norm_eps < float("inf"):
         raise EasySpecError(
-            f"{origin}: head_dim={config.head_dim} must be even for rotary embeddings"
+            f"{origin}: rms_norm_eps={config.rms_norm_eps} must be positive and finite"
         )
-    scaling = {} if config.rope_scaling is None else asdict(config.rope_scaling)
-    positive = {"rms_norm_eps": config.rms_norm_eps, "rope_theta": config.rope_theta, **scaling}
-    for name, value in positive.items():
-        # Written so that NaN, which Python's JSON parser accepts, fails as well.
-        if not 0 < value < float("inf"):
+    for name in _MULTIPLIERS:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < float("inf"):
             raise EasySpecError(f"{origin}: {name}={value} must be positive and finite")
-    if scaling and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
-        raise EasySpecError(f"{origin}: low_freq_factor must be below high_freq_factor")

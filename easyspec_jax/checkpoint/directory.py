@@ -27,11 +27,13 @@ class Checkpoint:
         directory: Where it is.
         config: Its configuration.
         source: Its canonical tensors.
+        original: What is stored, where `source` has another vocabulary; else None.
     """
 
     directory: Path
     config: ModelConfig
     source: TensorSource
+    original: TensorSource | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -39,16 +41,17 @@ class Checkpoint:
 
         A converted copy in the same dtype has the same fingerprint.
         """
+        source = self.original or self.source
 
         def digest(name: str) -> bytes:
-            tensor = np.ascontiguousarray(self.source.read(name))
+            tensor = np.ascontiguousarray(source.read(name))
             described = f"{name} {tensor.dtype} {tensor.shape} ".encode()
             return hashlib.sha256(described + tensor.reshape(-1).view(np.uint8).data).digest()
 
         # Reading and hashing release the GIL, so tensors are hashed by threads, and their digests
         # are hashed in the order of their names, which both kinds of directory have in common.
         with ThreadPoolExecutor() as pool:
-            digests = pool.map(digest, sorted(self.source.shapes()))
+            digests = pool.map(digest, sorted(source.shapes()))
             return hashlib.sha256(b"".join(digests)).hexdigest()
 
 

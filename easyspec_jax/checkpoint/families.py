@@ -5,7 +5,13 @@ docs/families.md shows how to add one.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
+
+from easyspec_jax.checkpoint.layer_kinds import FULL, SLIDING
+from easyspec_jax.errors import EasySpecError
+
+QKNorm = Literal["none", "head", "full"]
+"""Which norm queries and keys get: none, one of each head, or one over all heads."""
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
@@ -15,7 +21,7 @@ class Tensor:
     """A canonical tensor, with the name and layout of Llama in Hugging Face.
 
     Attributes:
-        name: Its name; `{}` stands for the layer's number.
+        name: Its name; `{}` stands for the layer's number, and a second one for the expert's.
         shape: Its dimensions by name, see `canonical.sizes`.
         gguf: Its name in GGUF files; empty if they do not have it.
         hf: Its name in Hugging Face files, if other than `name`.
@@ -24,6 +30,10 @@ class Tensor:
             after ("queries", "keys").
         pairs: The field of ModelConfig that counts its heads, if GGUF permutes the rows of each
             head for its rotary embedding (see `canonical.unpermute`); otherwise empty.
+        when: The flag of ModelConfig that says whether models have it; empty if all do.
+        gguf_offset: GGUF files store it with this added: 1 for the norms of Gemma.
+        mixture: Whether it belongs to layers with a mixture of experts (True), to those with one
+            feed-forward part (False), or to all (None).
     """
 
     name: str
@@ -32,6 +42,9 @@ class Tensor:
     hf: str = ""
     after: tuple[str, ...] = ()
     pairs: str = ""
+    when: str = ""
+    gguf_offset: float = 0.0
+    mixture: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -39,26 +52,53 @@ class Family:
     """Definition of a `model_type`.
 
     Attributes:
+        models: Models of it, for people to read.
         tensors: Every tensor, the untied head included.
         read_config: Translates the contents of `config.json` into Llama's terms, with the
             family's defaults filled in.
         class_name: The class of transformers.
         gguf: The architecture that GGUF files name; empty for none.
+        fields: Fields that only some families know. In the `config.json` of a family that does
+            not list them, they mean nothing; its reader may still add them.
     """
 
+    models: str
     tensors: tuple[Tensor, ...]
     read_config: Callable[[dict[str, Any]], dict[str, Any]]
     class_name: str
     gguf: str = ""
+    fields: tuple[str, ...] = ()
+
+    @property
+    def qk_norm(self) -> QKNorm:
+        """Norms of queries and keys.
+
+        Examples:
+            >>> FAMILIES["qwen3"].qk_norm
+            'head'
+        """
+        for tensor in self.tensors:
+            if tensor.name.endswith("self_attn.q_norm.weight"):
+                return "head" if tensor.shape == ("head_dim",) else "full"
+        return "none"
 
     def has(self, name: str) -> bool:
-        """Whether each layer has this tensor.
+        """Whether layers have this tensor.
 
         Examples:
             >>> FAMILIES["qwen3"].has("self_attn.q_norm.weight")
             True
         """
         return any(tensor.name == f"model.layers.{{}}.{name}" for tensor in self.tensors)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether layers may have a mixture of experts."""
+        return self.has(ROUTER)
+
+
+ROUTER = "mlp.gate.weight"
+"""The matrix that scores experts, as it is called in a layer."""
 
 
 def _layer(name: str, shape: tuple[str, ...], gguf: str) -> Tensor:
@@ -68,44 +108,172 @@ def _layer(name: str, shape: tuple[str, ...], gguf: str) -> Tensor:
 QUERIES = _layer("self_attn.q_proj.weight", ("queries", "hidden"), "attn_q.weight")
 KEYS = _layer("self_attn.k_proj.weight", ("keys", "hidden"), "attn_k.weight")
 
-COMMON = (
+PRE_NORMS = (
+    _layer("input_layernorm.weight", ("hidden",), "attn_norm.weight"),
+    # Llama's name, although it is the norm before the feed-forward part.
+    _layer("post_attention_layernorm.weight", ("hidden",), "ffn_norm.weight"),
+)
+
+POST_NORMS = (
+    replace(
+        _layer("self_attn.output_norm.weight", ("hidden",), "post_attention_norm.weight"),
+        hf="model.layers.{}.post_attention_layernorm.weight",
+    ),
+    replace(
+        _layer("mlp.output_norm.weight", ("hidden",), "post_ffw_norm.weight"),
+        hf="model.layers.{}.post_feedforward_layernorm.weight",
+    ),
+)
+
+_BODY = (
     Tensor(EMBEDDING, ("vocab", "hidden"), "token_embd.weight"),
     Tensor(FINAL_NORM, ("hidden",), "output_norm.weight"),
-    _layer("input_layernorm.weight", ("hidden",), "attn_norm.weight"),
     _layer("self_attn.v_proj.weight", ("keys", "hidden"), "attn_v.weight"),
     _layer("self_attn.o_proj.weight", ("hidden", "queries"), "attn_output.weight"),
-    _layer("post_attention_layernorm.weight", ("hidden",), "ffn_norm.weight"),
-    _layer("mlp.gate_proj.weight", ("inner", "hidden"), "ffn_gate.weight"),
-    _layer("mlp.up_proj.weight", ("inner", "hidden"), "ffn_up.weight"),
-    _layer("mlp.down_proj.weight", ("hidden", "inner"), "ffn_down.weight"),
     Tensor(HEAD, ("vocab", "hidden"), "output.weight"),
 )
 """Tensors of every family. Queries and keys are missing, because GGUF stores them in two ways."""
 
-# llama.cpp rotates neighbouring channels for Llama and the two halves of a head for Qwen, so only
-# Llama's query and key rows are permuted in GGUF files.
-LLAMA = (
-    *COMMON,
-    replace(QUERIES, pairs="num_attention_heads"),
-    replace(KEYS, pairs="num_key_value_heads"),
+MLP = (
+    _layer("mlp.gate_proj.weight", ("inner", "hidden"), "ffn_gate.weight"),
+    _layer("mlp.up_proj.weight", ("inner", "hidden"), "ffn_up.weight"),
+    _layer("mlp.down_proj.weight", ("hidden", "inner"), "ffn_down.weight"),
 )
+"""One feed-forward part."""
 
-QWEN2 = (
-    *COMMON,
-    QUERIES,
-    KEYS,
+BODY = (*_BODY, *MLP)
+"""Tensors of every family without experts, but for queries and keys."""
+
+COMMON = (*BODY, *PRE_NORMS)
+
+
+def experts(
+    module: str = "mlp", parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+) -> tuple[Tensor, ...]:
+    """Return the tensors of a mixture of experts.
+
+    Args:
+        module: Hugging Face's name of the mixture.
+        parts: Its names of an expert's gate, up and down projections.
+    """
+    router = Tensor(
+        f"model.layers.{{}}.{ROUTER}",
+        ("experts", "hidden"),
+        hf=f"model.layers.{{}}.{module}.gate.weight",
+        mixture=True,
+    )
+    found = [router]
+    for tensor, part in zip(MLP, parts, strict=True):
+        of_expert = Tensor(
+            tensor.name.replace("mlp.", "mlp.experts.{}."),
+            tuple("expert_inner" if size == "inner" else size for size in tensor.shape),
+            hf=f"model.layers.{{}}.{module}.experts.{{}}.{part}.weight",
+            mixture=True,
+        )
+        found.append(of_expert)
+    return tuple(found)
+
+
+QKV_BIASES = (
     _layer("self_attn.q_proj.bias", ("queries",), "attn_q.bias"),
     _layer("self_attn.k_proj.bias", ("keys",), "attn_k.bias"),
     _layer("self_attn.v_proj.bias", ("keys",), "attn_v.bias"),
 )
 
-QWEN3 = (
-    *COMMON,
-    QUERIES,
-    KEYS,
+HEAD_NORMS = (
     _layer("self_attn.q_norm.weight", ("head_dim",), "attn_q_norm.weight"),
     _layer("self_attn.k_norm.weight", ("head_dim",), "attn_k_norm.weight"),
 )
+
+
+def _when(tensors: tuple[Tensor, ...], flag: str) -> tuple[Tensor, ...]:
+    return tuple(replace(tensor, when=flag) for tensor in tensors)
+
+
+ATTENTION_BIASES = _when(
+    (*QKV_BIASES, _layer("self_attn.o_proj.bias", ("hidden",), "attn_output.bias")),
+    "attention_bias",
+)
+MLP_BIASES = _when(
+    (
+        _layer("mlp.gate_proj.bias", ("inner",), "ffn_gate.bias"),
+        _layer("mlp.up_proj.bias", ("inner",), "ffn_up.bias"),
+        _layer("mlp.down_proj.bias", ("hidden",), "ffn_down.bias"),
+    ),
+    "mlp_bias",
+)
+
+# llama.cpp rotates neighbouring channels for Llama and the two halves of a head for Qwen, so only
+# Llama's query and key rows are permuted in GGUF files.
+MISTRAL = (
+    *COMMON,
+    replace(QUERIES, pairs="num_attention_heads"),
+    replace(KEYS, pairs="num_key_value_heads"),
+)
+
+
+def _permuted(bias: Tensor) -> Tensor:
+    """Permute a bias in GGUF as the weight that it belongs to."""
+    weights = {tensor.name.removesuffix("weight"): tensor.pairs for tensor in MISTRAL}
+    return replace(bias, pairs=weights[bias.name.removesuffix("bias")])
+
+
+LLAMA = (*MISTRAL, *map(_permuted, ATTENTION_BIASES), *MLP_BIASES)
+QWEN2 = (*COMMON, QUERIES, KEYS, *QKV_BIASES)
+QWEN3 = (*COMMON, QUERIES, KEYS, *HEAD_NORMS, *ATTENTION_BIASES)
+
+MIXTRAL = (*_BODY, *PRE_NORMS, QUERIES, KEYS, *experts("block_sparse_moe", ("w1", "w3", "w2")))
+QWEN3_MOE = (
+    *(replace(tensor, mixture=False) if tensor in MLP else tensor for tensor in QWEN3),
+    *experts(),
+)
+
+_JOINED = {
+    "q_proj": ("qkv_proj", "attn_qkv", ()),
+    "k_proj": ("qkv_proj", "attn_qkv", ("queries",)),
+    "v_proj": ("qkv_proj", "attn_qkv", ("queries", "keys")),
+    "gate_proj": ("gate_up_proj", "ffn_up", ()),
+    "up_proj": ("gate_up_proj", "ffn_up", ("inner",)),
+}
+
+
+def _joined(tensor: Tensor) -> Tensor:
+    """Store queries, keys and values as one tensor, and gate and up as another."""
+    part = tensor.name.split(".")[-2]
+    if part not in _JOINED:
+        return tensor
+    whole, gguf, after = _JOINED[part]
+    hf = tensor.name.replace(part, whole)
+    return replace(tensor, hf=hf, gguf=f"blk.{{}}.{gguf}.weight", after=after)
+
+
+PHI3 = tuple(map(_joined, (*COMMON, QUERIES, KEYS)))
+
+OLMO2 = (
+    *BODY,
+    *POST_NORMS,
+    QUERIES,
+    KEYS,
+    _layer("self_attn.q_norm.weight", ("queries",), "attn_q_norm.weight"),
+    _layer("self_attn.k_norm.weight", ("keys",), "attn_k_norm.weight"),
+    *ATTENTION_BIASES,
+)
+
+
+def _gemma(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Name the norm before the feed-forward part as Gemma does, and mark all norms for GGUF."""
+    found = []
+    for tensor in tensors:
+        hf = tensor.hf
+        if tensor.name == PRE_NORMS[1].name:
+            hf = "model.layers.{}.pre_feedforward_layernorm.weight"
+        offset = 1.0 if tensor.name.endswith("norm.weight") else 0.0
+        found.append(replace(tensor, hf=hf, gguf_offset=offset))
+    return tuple(found)
+
+
+GEMMA2 = _gemma(*COMMON, *POST_NORMS, QUERIES, KEYS, *ATTENTION_BIASES)
+GEMMA3 = _gemma(*COMMON, *POST_NORMS, QUERIES, KEYS, *HEAD_NORMS, *ATTENTION_BIASES)
 
 
 def read_llama(config: dict[str, Any]) -> dict[str, Any]:
@@ -119,10 +287,58 @@ def read_mistral(config: dict[str, Any]) -> dict[str, Any]:
     return {"sliding_window": 4096, "num_key_value_heads": 8} | config
 
 
-def read_qwen2(config: dict[str, Any]) -> dict[str, Any]:
-    """Fill in Qwen2's defaults."""
-    # Qwen2's projections have biases whatever attention_bias says; the table lists them.
-    return read_qwen_window(config) | {"attention_bias": False}
+def read_phi3(config: dict[str, Any]) -> dict[str, Any]:
+    """Fill in Phi-3's defaults, and call longrope by its name: old files have "su"."""
+    scaling = config.get("rope_scaling") or {}
+    if scaling.get("type") == "su":
+        config = config | {"rope_scaling": scaling | {"type": "longrope"}}
+    return {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096} | config
+
+
+def read_granite(config: dict[str, Any]) -> dict[str, Any]:
+    """Fill in Granite's defaults."""
+    return {"attention_multiplier": 1.0} | config
+
+
+def read_olmo2(config: dict[str, Any]) -> dict[str, Any]:
+    """Fill in OLMo 2's defaults."""
+    return {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048} | config
+
+
+def read_gemma2(config: dict[str, Any]) -> dict[str, Any]:
+    """Translate the fields of Gemma 2, with its soft caps and a window in every other layer."""
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    return _read_gemma(caps | {"sliding_window_pattern": 2} | config)
+
+
+def read_gemma3(config: dict[str, Any]) -> dict[str, Any]:
+    """Translate the fields of Gemma 3's text models, whose windows have a rotation of their own."""
+    ropes = config.get("rope_parameters") or {}
+    full, sliding = (ropes.get(kind) or {"rope_type": "default"} for kind in (FULL, SLIDING))
+    # The older spelling has a scaling for layers that read the whole text, and both thetas.
+    full = {"rope_theta": config.get("rope_theta", 1e6)} | full | (config.get("rope_scaling") or {})
+    sliding = {"rope_theta": config.get("rope_local_base_freq", 1e4)} | sliding
+    own = {"rope_scaling": None, "rope_parameters": {FULL: full, SLIDING: sliding}}
+    defaults = {"sliding_window_pattern": 6, "max_position_embeddings": 131072}
+    return _read_gemma(defaults | config | own)
+
+
+def _read_gemma(config: dict[str, Any]) -> dict[str, Any]:
+    if config.get("use_bidirectional_attention"):
+        raise EasySpecError("use_bidirectional_attention is not supported")
+    layers, pattern = config["num_hidden_layers"], config["sliding_window_pattern"]
+    # Every `pattern`-th layer reads the whole text.
+    kinds = [SLIDING] * layers
+    kinds[pattern - 1 :: pattern] = [FULL] * (layers // pattern)
+    defaults = {"head_dim": 256, "tie_word_embeddings": True, "sliding_window": 4096}
+    own = {
+        "hidden_act": config.get("hidden_activation") or "gelu_pytorch_tanh",
+        "layer_types": config.get("layer_types") or kinds,
+        "attention_multiplier": config.get("query_pre_attn_scalar", 256) ** -0.5,
+        "embedding_multiplier": config["hidden_size"] ** 0.5,
+        "norm_offset": 1.0,
+    }
+    return defaults | config | own
 
 
 def read_qwen3(config: dict[str, Any]) -> dict[str, Any]:
@@ -130,23 +346,104 @@ def read_qwen3(config: dict[str, Any]) -> dict[str, Any]:
     return read_qwen_window(config) | {"head_dim": config.get("head_dim") or 128}
 
 
+def read_mixtral(config: dict[str, Any]) -> dict[str, Any]:
+    """Fill in Mixtral's defaults, and call its fields what Qwen's are called."""
+    defaults = {"num_key_value_heads": 8, "num_experts_per_tok": 2, "rope_theta": 1e6}
+    return (defaults | config) | {
+        "num_experts": config.get("num_local_experts", 8),
+        "moe_intermediate_size": config["intermediate_size"],
+        "norm_topk_prob": True,
+    }
+
+
+def read_qwen3_moe(config: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the defaults of Qwen3's mixtures of experts."""
+    # transformers 5 writes num_local_experts; Qwen's own files say num_experts.
+    count = config.get("num_experts") or config.get("num_local_experts") or 128
+    defaults = {"num_key_value_heads": 4, "moe_intermediate_size": 768}
+    # Unlike the dense models of the family, either all layers slide or none.
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    return defaults | config | {"num_experts": count, "sliding_window": window}
+
+
 def read_qwen_window(config: dict[str, Any]) -> dict[str, Any]:
-    """Clear `sliding_window` unless some layer uses it."""
-    # With use_sliding_window the layers from max_window_layers on slide, unless layer_types lists
-    # each layer's kind; the caller checks that list.
-    above = (
-        config.get("layer_types") is None
-        and config.get("max_window_layers", 28) < config["num_hidden_layers"]
-    )
-    slides = config.get("use_sliding_window") and above
-    return config if slides else config | {"sliding_window": None}
+    """List which layers slide: none without `use_sliding_window`."""
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    types = config.get("layer_types")
+    if types is None:
+        full = config.get("max_window_layers", 28) if window else config["num_hidden_layers"]
+        types = [SLIDING if i >= full else FULL for i in range(config["num_hidden_layers"])]
+    return config | {"sliding_window": window, "layer_types": types}
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(LLAMA, read_llama, "LlamaForCausalLM", gguf="llama"),
+    "gemma2": Family(
+        "Gemma 2",
+        GEMMA2,
+        read_gemma2,
+        "Gemma2ForCausalLM",
+        gguf="gemma2",
+        fields=("attention_bias", "attn_logit_softcapping", "final_logit_softcapping"),
+    ),
+    "gemma3_text": Family(
+        "Gemma 3, text (270M, 1B)",
+        GEMMA3,
+        read_gemma3,
+        "Gemma3ForCausalLM",
+        gguf="gemma3",
+        fields=("attention_bias", "attn_logit_softcapping", "final_logit_softcapping"),
+    ),
+    "granite": Family(
+        "Granite 3, dense",
+        LLAMA,
+        read_granite,
+        "GraniteForCausalLM",
+        gguf="granite",
+        fields=(
+            "attention_bias",
+            "mlp_bias",
+            "attention_multiplier",
+            "embedding_multiplier",
+            "residual_multiplier",
+            "logits_scaling",
+        ),
+    ),
+    "llama": Family(
+        "Llama 2, 3, 3.1, 3.2, 3.3; TinyLlama; SmolLM2",
+        LLAMA,
+        read_llama,
+        "LlamaForCausalLM",
+        gguf="llama",
+        fields=("attention_bias", "mlp_bias"),
+    ),
     # GGUF files of Mistral models say that their architecture is llama.
-    "mistral": Family(LLAMA, read_mistral, "MistralForCausalLM"),
-    "qwen2": Family(QWEN2, read_qwen2, "Qwen2ForCausalLM", gguf="qwen2"),
-    "qwen3": Family(QWEN3, read_qwen3, "Qwen3ForCausalLM", gguf="qwen3"),
+    "mistral": Family("Mistral, Nemo", MISTRAL, read_mistral, "MistralForCausalLM"),
+    "mixtral": Family("Mixtral", MIXTRAL, read_mixtral, "MixtralForCausalLM"),
+    "olmo2": Family(
+        "OLMo 2", OLMO2, read_olmo2, "Olmo2ForCausalLM", gguf="olmo2", fields=("attention_bias",)
+    ),
+    "phi3": Family("Phi-3, Phi-3.5, Phi-4", PHI3, read_phi3, "Phi3ForCausalLM", gguf="phi3"),
+    "qwen2": Family(
+        "Qwen2, Qwen2.5, Qwen2-Math, Qwen2.5-Coder",
+        QWEN2,
+        read_qwen_window,
+        "Qwen2ForCausalLM",
+        gguf="qwen2",
+    ),
+    "qwen3": Family(
+        "Qwen3, dense",
+        QWEN3,
+        read_qwen3,
+        "Qwen3ForCausalLM",
+        gguf="qwen3",
+        fields=("attention_bias",),
+    ),
+    "qwen3_moe": Family(
+        "Qwen3, mixtures of experts",
+        QWEN3_MOE,
+        read_qwen3_moe,
+        "Qwen3MoeForCausalLM",
+        fields=("attention_bias",),
+    ),
 }
 """Every supported `model_type`."""

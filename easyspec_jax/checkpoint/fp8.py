@@ -4,23 +4,17 @@ No integers stand for these exactly, so they are read as bfloat16. The scales, N
 (N.weight_scale in older files), are factors in spite of their name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from easyspec_jax.checkpoint.stored_matrices import Matrix, Parts, scales_of, unpacked
 from easyspec_jax.errors import EasySpecError
 
 
-def matrices(parts: Parts, settings: Mapping[str, Any]) -> dict[str, Matrix]:
-    """Find the matrices of a checkpoint.
-
-    Args:
-        parts: Its tensors.
-        settings: Its `quantization_config`.
-
-    Raises:
-        EasySpecError: The layout is not supported, or parts of a matrix do not fit together.
-    """
+def matrices(
+    parts: Parts, settings: Mapping[str, Any], known: Collection[str]
+) -> dict[str, Matrix]:
+    """Find the matrices of a checkpoint, as a stored_matrices.Format."""
     kind, blocks = settings.get("fmt", "e4m3"), settings.get("weight_block_size")
     if kind != "e4m3":
         raise EasySpecError(f"{parts.origin}: fp8 with fmt={kind!r} is not supported; only 'e4m3'")

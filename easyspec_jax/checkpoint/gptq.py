@@ -29,18 +29,9 @@ _LESS = {"gptq": 1, "gptq_v2": 0}
 
 
 def matrices(
-    parts: Parts, settings: Mapping[str, Any], known: Collection[str] = ()
+    parts: Parts, settings: Mapping[str, Any], known: Collection[str]
 ) -> dict[str, Matrix]:
-    """Find the matrices of a checkpoint.
-
-    Args:
-        parts: Its tensors.
-        settings: Its `quantization_config`.
-        known: The tensors that the model has. Some writers add biases of zeros.
-
-    Raises:
-        EasySpecError: The layout is not supported, or parts of a matrix do not fit together.
-    """
+    """Find the matrices of a checkpoint, as a stored_matrices.Format."""
     bits: Any = settings.get("bits")
     group = settings.get("group_size", -1)
     version = str(settings.get("checkpoint_format") or settings.get("format") or "gptq")

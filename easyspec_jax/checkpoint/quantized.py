@@ -1,8 +1,10 @@
 """Quantized matrices: small integers, and a scale for each group of a row's columns.
 
-    weight[o, i] ≈ values[o, i] · scale[o, i // group]
+    weight[o, i] ≈ values[o, i] · scale[o, i // group] + offset[o, i // group]
 
-A matrix N.weight of int8 or int4 has its scales in N.weight_scale, float32 [out, in / group]. One
+A matrix N.weight of int8 or int4 has its scales in N.weight_scale, float32 [out, in / group], and
+the offsets in N.weight_offset, of the same shape and type, if it has any. Those that we round have
+none; some kinds of GGUF's have a least number in each group, which takes an offset. One
 scale a row, [out, 1], is quantization by channel; it can wait until after the product. Whatever
 else is in a checkpoint stays as it is: norms and biases are too small to matter.
 
@@ -12,15 +14,23 @@ the same way when it is opened and when it is converted.
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import cast
 
-import ml_dtypes  # noqa: F401  (teaches NumPy int4)
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float
 
+from easyspec_jax.checkpoint.families import ROUTER
+from easyspec_jax.checkpoint.rounding import (
+    INT4_GROUPS,
+    INTEGERS,
+    of_columns,
+    rounded,
+    scales_for,
+)
 from easyspec_jax.checkpoint.tensors import Slices, TensorSource, row_blocks
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import Weights
@@ -28,17 +38,14 @@ from easyspec_jax.options import Weights
 SCALE = "_scale"
 """Suffix of the name of a matrix's scales."""
 
-INTEGERS = {"int8": 127, "int4": 7}
-"""Types of quantized values, and the largest value of each. The range is symmetric."""
+OFFSET = "_offset"
+"""Suffix of the name of a matrix's offsets."""
 
-INT4_GROUPS = (128, 64, 32)
-"""Columns that share a scale in int4: the first of these that divides a row, or else all of it."""
+_KEPT = 64 << 20
+"""Bytes of scales that are kept: those of gate and up of a 70B model, say, are 15 MB."""
 
-CLIPPING = np.linspace(0.7, 1.0, 16, dtype=np.float32)
-"""Candidates for an int4 scale, as shares of the one that reaches the group's largest value."""
-
-_KEPT = 16
-"""Matrices whose scales are kept: as many as are read at the same time, and a few more."""
+Integers = tuple[tuple[str, str, int, bool], ...]
+"""Name, type, scales of a row and whether there are offsets, of each quantized matrix."""
 
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -53,82 +60,30 @@ def scale_name(matrix: str) -> str:
     return matrix + SCALE
 
 
+def offset_name(matrix: str) -> str:
+    """Return the name of a matrix's offsets.
+
+    Examples:
+        >>> offset_name("lm_head.weight")
+        'lm_head.weight_offset'
+    """
+    return matrix + OFFSET
+
+
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Return whether a tensor is one that tokens are multiplied by, or an embedding."""
-    return len(shape) == 2 and name.endswith(".weight")
+    """Return whether a tensor is one that tokens are multiplied by, or an embedding.
 
-
-def quantize(
-    weight: Float[np.ndarray, "out inner"], dtype: str, group: int
-) -> tuple[Int[np.ndarray, "out inner"], Float[np.ndarray, "out groups"]]:
-    """Round a matrix to integers.
-
-    An int8 group's scale reaches its largest value. An int4 group has so few steps that its largest
-    value may cost the others more than it gains: of several scales, the one with the least squared
-    error is taken.
-
-    Args:
-        weight: The matrix.
-        dtype: "int8" or "int4".
-        group: Columns that share a scale; divides `inner`.
-
-    Returns:
-        Values and float32 scales.
-
-    Examples:
-        >>> values, scale = quantize(np.array([[0.5, -1.0, 0.25, 0.0]]), "int8", group=4)
-        >>> values.tolist()
-        [[64, -127, 32, 0]]
+    Routers are not: they are small, and a rounded score may choose another expert.
     """
-    most = np.float32(INTEGERS[dtype])
-    out, inner = weight.shape
-    # [out, inner] -> [out, groups, group]
-    grouped = weight.astype(np.float32).reshape(out, inner // group, group)
-    reach = np.abs(grouped).max(axis=2, keepdims=True) / most
-    # A group of zeros has no reach, and any scale would do.
-    scale = np.where(reach > 0, reach, np.float32(1))
-    if dtype == "int4":
-        scale = _least_error(grouped, scale, most)
-    values = _rounded(grouped, scale, most)
-    return values.astype(dtype).reshape(out, inner), scale[:, :, 0]
-
-
-def _rounded(grouped: np.ndarray, scale: np.ndarray | np.float32, most: np.float32) -> np.ndarray:
-    return np.clip(np.rint(grouped / scale), -most, most)
-
-
-def _least_error(grouped: np.ndarray, reach: np.ndarray, most: np.float32) -> np.ndarray:
-    """Choose each group's scale by the squared error that it leaves."""
-    # In units of the widest scale, so that no square overflows.
-    relative = grouped / reach
-    best, chosen = np.full(reach.shape, np.inf, np.float32), np.ones_like(reach)
-    for share in CLIPPING:
-        error = np.square(_rounded(relative, share, most) * share - relative)
-        total = error.sum(axis=2, keepdims=True)
-        chosen, best = np.where(total < best, share, chosen), np.minimum(total, best)
-    return reach * chosen
-
-
-def dequantize(
-    values: Int[np.ndarray, "out inner"], scale: Float[np.ndarray, "out groups"]
-) -> Float[np.ndarray, "out inner"]:
-    """Multiply values by their scales, in float32.
-
-    Examples:
-        >>> values, scale = quantize(np.array([[0.5, -1.0, 0.25, 0.0]]), "int8", group=4)
-        >>> dequantize(values, scale).round(2).tolist()
-        [[0.5, -1.0, 0.25, 0.0]]
-    """
-    (out, inner), groups = values.shape, scale.shape[1]
-    grouped = values.astype(np.float32).reshape(out, groups, inner // groups)
-    return (grouped * scale[:, :, None]).reshape(out, inner)
+    return len(shape) == 2 and name.endswith(".weight") and not name.endswith(ROUTER)
 
 
 @dataclass(frozen=True)
 class Dequantized:
     """A source whose quantized matrices are multiplied by their scales as they are read.
 
-    They are float32, and their scales are not among the tensors. Others stay as they are stored.
+    They are float32, and their scales and offsets are not among the tensors. Others stay as they
+    are stored.
 
     Attributes:
         below: Where the tensors come from.
@@ -149,7 +104,10 @@ class Dequantized:
         scale = self.below.read(scale_name(name), (rows,))
         group = self._shapes[name][1] // scale.shape[1]
         values = self.below.read(name, (rows, columns))
-        return values.astype(np.float32) * of_columns(scale, columns, group)
+        floats = values.astype(np.float32) * of_columns(scale, columns, group)
+        if offset_name(name) in self.below.shapes():
+            floats += of_columns(self.below.read(offset_name(name), (rows,)), columns, group)
+        return floats
 
     @cached_property
     def _quantized(self) -> frozenset[str]:
@@ -161,6 +119,7 @@ class Dequantized:
         shapes = dict(self.below.shapes())
         for name in self._quantized:
             del shapes[scale_name(name)]
+            shapes.pop(offset_name(name), None)
         return shapes
 
     @cached_property
@@ -168,6 +127,7 @@ class Dequantized:
         dtypes = dict(self.below.dtypes())
         for name in self._quantized:
             del dtypes[scale_name(name)]
+            dtypes.pop(offset_name(name), None)
             dtypes[name] = "float32"
         return dtypes
 
@@ -184,29 +144,45 @@ def whole_window(shape: tuple[int, ...], window: Slices) -> tuple[slice, slice]:
     return rows, columns
 
 
-def of_columns(
-    by_group: Shaped[np.ndarray, "rows groups"], columns: slice, group: int
-) -> Shaped[np.ndarray, "rows columns"]:
-    """Repeat what groups of columns share for each of some columns.
+class _Kept:
+    """Arrays that threads compute once, whichever asks first; the latest ones are kept."""
 
-    Args:
-        by_group: A value for every group of a row.
-        columns: The columns.
-        group: Columns of a group.
+    def __init__(self) -> None:
+        self._arrays = OrderedDict[tuple[str, int], Future[np.ndarray]]()
+        self._bytes, self._lock = 0, threading.Lock()
 
-    Examples:
-        >>> of_columns(np.array([[0.5, 2.0]]), slice(1, 4), group=2).tolist()
-        [[0.5, 2.0, 2.0]]
-    """
-    return by_group[:, np.arange(columns.start, columns.stop) // group]
+    def get(self, key: tuple[str, int], compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return the array under a key; threads that ask meanwhile wait for the first one."""
+        with self._lock:
+            first = key not in self._arrays
+            future = self._arrays.setdefault(key, Future())
+            self._arrays.move_to_end(key)
+        if first:
+            try:
+                self._keep(future, compute())
+            except BaseException as error:  # threads that wait for this array must not hang
+                with self._lock:
+                    del self._arrays[key]
+                future.set_exception(error)
+        return future.result()
+
+    def _keep(self, future: Future[np.ndarray], array: np.ndarray) -> None:
+        """Hand over a new array, and drop those that have not been used for the longest."""
+        with self._lock:
+            future.set_result(array)
+            self._bytes += array.nbytes
+            while self._bytes > _KEPT:
+                oldest = next(key for key, future in self._arrays.items() if future.done())
+                self._bytes -= self._arrays.pop(oldest).result().nbytes
 
 
 @dataclass(frozen=True)
 class Quantized:
     """A source whose matrices are quantized as they are read; it has their scales too.
 
-    A matrix's scales are computed by reading it once, when the first part of it is asked for, and
-    kept for a while. Matrices that are quantized already stay as they are stored.
+    Scales are computed when they are first asked for, by reading the whole rows of a block, and
+    kept for a while. Threads that read different blocks round them at the same time. Matrices that
+    are stored as integers stay so, unless int8 is to become int4.
 
     Attributes:
         below: Where the tensors come from.
@@ -216,10 +192,7 @@ class Quantized:
 
     below: TensorSource
     weights: Weights
-    _scales: OrderedDict[str, np.ndarray] = field(
-        default_factory=OrderedDict, repr=False, compare=False
-    )
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    _scales: _Kept = field(default_factory=_Kept, repr=False, compare=False)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
@@ -230,30 +203,34 @@ class Quantized:
     def read(self, name: str, window: Slices = ()) -> np.ndarray:
         matrix = name.removesuffix(SCALE)
         if name != matrix and matrix in self._new:
-            return self._scale_of(matrix)[window]
+            rows, groups = whole_window(self._shapes[name], window)
+            return self._scale_of(matrix, rows)[:, groups]
         if name not in self._new:
             return self.below.read(name, window)
         rows, columns = whole_window(self._new[name], window)
-        weight = self.below.read(name, (rows, columns)).astype(np.float32)
-        scale = of_columns(self._scale_of(name)[rows], columns, self._group(name))
-        dtype = self._dtype(name)
-        most = np.float32(INTEGERS[dtype])
-        return _rounded(weight, scale, most).astype(dtype)
+        scale = of_columns(self._scale_of(name, rows), columns, self._group(name))
+        return rounded(self._floats.read(name, (rows, columns)), scale, self._dtype(name))
 
     @cached_property
     def _new(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the matrices that this source quantizes."""
+        """Shapes of the matrices that this source rounds."""
         dtypes, new = self.below.dtypes(), {}
         for name, shape in self.below.shapes().items():
-            if is_matrix(name, shape) and dtypes[name] not in INTEGERS:
+            narrows = (dtypes[name], self._dtype(name)) == ("int8", "int4")
+            if is_matrix(name, shape) and (dtypes[name] not in INTEGERS or narrows):
                 new[name] = shape
         return new
+
+    @cached_property
+    def _floats(self) -> TensorSource:
+        return Dequantized(self.below)
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = dict(self.below.shapes())
         for name, (rows, inner) in self._new.items():
             shapes[scale_name(name)] = rows, inner // self._group(name)
+            shapes.pop(offset_name(name), None)
         return shapes
 
     @cached_property
@@ -262,6 +239,7 @@ class Quantized:
         for name in self._new:
             dtypes[name] = self._dtype(name)
             dtypes[scale_name(name)] = "float32"
+            dtypes.pop(offset_name(name), None)
         return dtypes
 
     def _dtype(self, name: str) -> str:
@@ -274,26 +252,61 @@ class Quantized:
             return inner
         return next((group for group in INT4_GROUPS if inner % group == 0), inner)
 
-    def _scale_of(self, name: str) -> Float[np.ndarray, "out groups"]:
-        with self._lock:
-            if name not in self._scales:
-                self._scales[name] = self._measured(name)
-            self._scales.move_to_end(name)
-            while len(self._scales) > _KEPT:
-                self._scales.popitem(last=False)
-            return self._scales[name]
+    def _scale_of(self, name: str, rows: slice) -> Float[np.ndarray, "rows groups"]:
+        """Return the scales of some rows, from the blocks that they are in."""
+        found = [np.empty((0, self._shapes[scale_name(name)][1]), np.float32)]
+        for block in row_blocks(self._new[name]):
+            if block.start < rows.stop and rows.start < block.stop:
+                measure = partial(self._measured, name, block)
+                scale = self._scales.get((name, block.start), measure)
+                found.append(scale[max(0, rows.start - block.start) : rows.stop - block.start])
+        return np.concatenate(found)
 
-    def _measured(self, name: str) -> Float[np.ndarray, "out groups"]:
-        """Read a matrix block by block for its scales."""
-        shape, group = self._new[name], self._group(name)
-        scale = np.empty((shape[0], shape[1] // group), np.float32)
-        for rows in row_blocks(shape):
-            block = self.below.read(name, (rows,))
-            # Rounded, a NaN would be an ordinary number.
-            if not np.isfinite(block.astype(np.float32)).all():
-                raise EasySpecError(f"{name} has values that are not finite; it cannot be rounded")
-            scale[rows] = quantize(block, self._dtype(name), group)[1]
-        return scale
+    def _measured(self, name: str, rows: slice) -> Float[np.ndarray, "rows groups"]:
+        """Read a block of rows for its scales."""
+        block = self._floats.read(name, (rows,)).astype(np.float32, copy=False)
+        # Rounded, a NaN would be an ordinary number.
+        if not np.isfinite(block).all():
+            raise EasySpecError(f"{name} has values that are not finite; it cannot be rounded")
+        return scales_for(block, self._dtype(name), self._group(name))
+
+
+def check_narrower(
+    source: TensorSource, weights: Weights | None, origin: str, field: str = "weights"
+) -> None:
+    """Check that matrices are not to be kept in a wider integer than they are stored in.
+
+    Args:
+        source: The checkpoint.
+        weights: Type asked for.
+        origin: Names the checkpoint in error messages.
+        field: Names the option.
+
+    Raises:
+        EasySpecError: They are.
+    """
+    if weights == "int8" and "int4" in source.dtypes().values():
+        raise EasySpecError(
+            f"{origin}: matrices are stored as int4, and `{field}` int8 would only take more "
+            f"memory; leave `{field}` out to keep them"
+        )
+
+
+def stored_integers(source: TensorSource) -> Integers:
+    """Return how each quantized matrix of a source is stored.
+
+    Examples:
+        >>> from easyspec_jax.checkpoint.tensors import Held
+        >>> stored_integers(Quantized(Held({"a.weight": np.ones((3, 64))}), "int4"))
+        (('a.weight', 'int4', 1, False),)
+    """
+    shapes = source.shapes()
+    found = []
+    for name, dtype in source.dtypes().items():
+        if dtype in INTEGERS:
+            groups, has_offsets = shapes[scale_name(name)][1], offset_name(name) in shapes
+            found.append((name, dtype, groups, has_offsets))
+    return tuple(found)
 
 
 def stored_weights(source: TensorSource) -> Weights | None:

@@ -1,15 +1,26 @@
 """Quantized Hugging Face checkpoints: which format a configuration names, and how it is read."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from easyspec_jax.checkpoint import awq, compressed_tensors, fp8, gptq
-from easyspec_jax.checkpoint.stored_matrices import Assembled, Parts
-from easyspec_jax.checkpoint.tensors import TensorSource
+from easyspec_jax.checkpoint.quantized import SCALE, scale_name, whole_window
+from easyspec_jax.checkpoint.rounding import INTEGERS
+from easyspec_jax.checkpoint.stored_matrices import Format, Matrix, Parts
+from easyspec_jax.checkpoint.tensors import Slices, TensorSource
 from easyspec_jax.errors import EasySpecError
 
-METHODS = ("awq", "compressed-tensors", "fp8", "gptq")
-"""Every supported `quant_method`."""
+METHODS: dict[str, Format] = {
+    "awq": awq.matrices,
+    "compressed-tensors": compressed_tensors.matrices,
+    "fp8": fp8.matrices,
+    "gptq": gptq.matrices,
+}
+"""The format of every supported `quant_method`."""
 
 
 def quantization(config: Mapping[str, Any], origin: str) -> Mapping[str, Any] | None:
@@ -26,7 +37,7 @@ def quantization(config: Mapping[str, Any], origin: str) -> Mapping[str, Any] | 
     if not settings:
         return None
     method = settings.get("quant_method") if isinstance(settings, dict) else settings
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise EasySpecError(
             f"{origin}: quantization method {str(method)[:40]!r} is not supported; "
             f"supported: {', '.join(METHODS)}"
@@ -49,13 +60,57 @@ def assembled(
         EasySpecError: The layout is not supported, or parts of a matrix do not fit together.
     """
     parts = Parts(source, origin)
-    match settings["quant_method"]:
-        case "awq":
-            matrices = awq.matrices(parts, settings)
-        case "compressed-tensors":
-            matrices = compressed_tensors.matrices(parts, settings)
-        case "fp8":
-            matrices = fp8.matrices(parts, settings)
-        case _:
-            matrices = gptq.matrices(parts, settings, known)
+    matrices = METHODS[settings["quant_method"]](parts, settings, known)
     return Assembled(source, matrices, frozenset(parts.used))
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A source whose matrices are put together from their parts.
+
+    Attributes:
+        below: The file.
+        matrices: Its matrices in parts, by name.
+        used: The tensors that are parts.
+    """
+
+    below: TensorSource
+    matrices: Mapping[str, Matrix]
+    used: frozenset[str]
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def dtypes(self) -> Mapping[str, str]:
+        return self._dtypes
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = self._others(self.below.shapes())
+        for name, matrix in self.matrices.items():
+            shapes[name] = matrix.shape
+            if matrix.dtype in INTEGERS:
+                shapes[scale_name(name)] = matrix.shape[0], matrix.scales.groups
+        return shapes
+
+    @cached_property
+    def _dtypes(self) -> dict[str, str]:
+        dtypes = self._others(self.below.dtypes())
+        for name, matrix in self.matrices.items():
+            dtypes[name] = matrix.dtype
+            if matrix.dtype in INTEGERS:
+                dtypes[scale_name(name)] = "float32"
+        return dtypes
+
+    def read(self, name: str, window: Slices = ()) -> np.ndarray:
+        if name in self.matrices:
+            matrix = self.matrices[name]
+            return matrix.read(*whole_window(matrix.shape, window))
+        matrix = self.matrices.get(name.removesuffix(SCALE))
+        if matrix is None:
+            return self.below.read(name, window)
+        rows, groups = whole_window((matrix.shape[0], matrix.scales.groups), window)
+        return matrix.scales.read(rows)[:, groups]
+
+    def _others(self, of_all: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: each for name, each in of_all.items() if name not in self.used}

@@ -1,4 +1,4 @@
-"""Matrices that a file keeps in parts, presented as integers with scales or as floats.
+"""Matrices that a file keeps in parts, put together as integers with scales or as floats.
 
 Quantized checkpoints store each matrix N.weight as several tensors: codes (small unsigned or signed
 integers, often several to a word), scales, and sometimes zero points. A module for each format
@@ -9,17 +9,16 @@ finds these parts; here they become
 with the difference as the integer of `quantized`. Only the bytes of a window are read.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int, Int32, UInt8
 
-from easyspec_jax.checkpoint.quantized import SCALE, of_columns, scale_name, whole_window
-from easyspec_jax.checkpoint.tensors import Slices, TensorSource
+from easyspec_jax.checkpoint.rounding import of_columns
+from easyspec_jax.checkpoint.tensors import TensorSource
 from easyspec_jax.errors import EasySpecError
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -101,6 +100,26 @@ class Parts:
     def drop(self, *names: str) -> None:
         """Mark tensors as used that the weights do not depend on, if they are there."""
         self.used.update(filter(self.has, names))
+
+
+class Format(Protocol):
+    """A format of quantized checkpoints."""
+
+    def __call__(
+        self, parts: Parts, settings: Mapping[str, Any], known: Collection[str]
+    ) -> dict[str, Matrix]:
+        """Find the matrices of a checkpoint.
+
+        Args:
+            parts: Its tensors.
+            settings: Its `quantization_config`.
+            known: The tensors that the model has, by the names they have if nothing is quantized.
+                Some writers add biases of zeros.
+
+        Raises:
+            EasySpecError: The layout is not supported, or parts of a matrix do not fit together.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -294,55 +313,3 @@ def is_in_order(parts: Parts, name: str, inner: int, group: int) -> bool:
         raise parts.wrong(name, str((inner,)))
     index = parts.source.read(name)
     return bool(np.array_equal(index, np.arange(inner) // group) or (index == -1).all())
-
-
-@dataclass(frozen=True)
-class Assembled:
-    """A source whose matrices are put together from their parts.
-
-    Attributes:
-        below: The file.
-        matrices: Its matrices in parts, by name.
-        used: The tensors that are parts.
-    """
-
-    below: TensorSource
-    matrices: Mapping[str, Matrix]
-    used: frozenset[str]
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self._shapes
-
-    def dtypes(self) -> Mapping[str, str]:
-        return self._dtypes
-
-    @cached_property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = self._others(self.below.shapes())
-        for name, matrix in self.matrices.items():
-            shapes[name] = matrix.shape
-            if matrix.dtype in _RANGES:
-                shapes[scale_name(name)] = matrix.shape[0], matrix.scales.groups
-        return shapes
-
-    @cached_property
-    def _dtypes(self) -> dict[str, str]:
-        dtypes = self._others(self.below.dtypes())
-        for name, matrix in self.matrices.items():
-            dtypes[name] = matrix.dtype
-            if matrix.dtype in _RANGES:
-                dtypes[scale_name(name)] = "float32"
-        return dtypes
-
-    def read(self, name: str, window: Slices = ()) -> np.ndarray:
-        if name in self.matrices:
-            matrix = self.matrices[name]
-            return matrix.read(*whole_window(matrix.shape, window))
-        matrix = self.matrices.get(name.removesuffix(SCALE))
-        if matrix is None:
-            return self.below.read(name, window)
-        rows, groups = whole_window((matrix.shape[0], matrix.scales.groups), window)
-        return matrix.scales.read(rows)[:, groups]
-
-    def _others(self, of_all: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: each for name, each in of_all.items() if name not in self.used}

@@ -38,20 +38,23 @@ class TensorSource(Protocol):
         ...
 
 
-def read_into(out: np.ndarray, source: TensorSource, name: str, window: Slices = ()) -> None:
-    """Fill an array with a slice of a tensor, block by block.
-
-    Needs a few MiB of memory besides `out`, which may be strided, as some columns of an array are.
+def window_blocks(shape: tuple[int, ...], window: Slices = ()) -> Iterator[tuple[slice, Slices]]:
+    """Split a window of a tensor into blocks of a few MiB.
 
     Args:
-        out: The array to fill; values are converted to its dtype.
-        source: Where to read from.
-        name: The tensor.
-        window: Its slices; `out` must have the shape they select.
+        shape: The window's shape.
+        window: Its slices; all of the tensor by default.
+
+    Yields:
+        The rows of a block within the window, and its slices of the tensor.
+
+    Examples:
+        >>> list(window_blocks((4096, 512), (slice(10, 4106), slice(0, 512))))[1]
+        (slice(2048, 4096, None), (slice(2058, 4106, None), slice(0, 512, None)))
     """
     first = window[0].start if window else 0
-    for rows in row_blocks(out.shape):
-        out[rows] = source.read(name, (slice(first + rows.start, first + rows.stop), *window[1:]))
+    for rows in row_blocks(shape):
+        yield rows, (slice(first + rows.start, first + rows.stop), *window[1:])
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:

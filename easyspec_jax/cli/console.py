@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from easyspec_jax.checkpoint.translated import Translated
 from easyspec_jax.decode.stats import Stats
 from easyspec_jax.draft.grouping import format_layout, position_of
 from easyspec_jax.engine.abstract import abstract_state, bytes_of_shard
@@ -44,7 +45,15 @@ def print_summary(
             f"[bold]{stats.mean_acceptance_length:.2f}[/] tokens a round",
             f"acceptance rate {stats.acceptance_rate:.2f}",
         ]
-    fields += [f"prefill {stats.prefill_seconds:.2f} s", f"{_method(engine)} on {_mesh(engine)}"]
+    if engine.speculative.prompt_lookup and stats.accepted:
+        fields.append(f"{stats.lookup_accepted / stats.accepted:.0%} of accepted looked up")
+    if stats.tiers:
+        levels = "/".join(str(tier.num_speculative_tokens) for tier in stats.tiers)
+        counts = "/".join(str(tier.rounds) for tier in stats.tiers)
+        fields.append(f"{counts} rounds of {levels} levels")
+    cached = f", {stats.cached_tokens} tokens cached" if stats.cached_tokens else ""
+    fields.append(f"prefill {stats.prefill_seconds:.2f} s{cached}")
+    fields.append(f"{_method(engine)} on {_mesh(engine)}")
     _console().print("[dim]—[/] " + " · ".join(fields))
 
 
@@ -117,6 +126,15 @@ def print_devices(engine: "Engine", sampling: SamplingParams, prepared: "Prepara
         f"loaded in {prepared.load_seconds:.2f} s · compiled in {prepared.compile_seconds:.2f} s"
     )
     console.print(table)
+    if engine.draft is not None and isinstance(engine.draft.source, Translated):
+        known = engine.draft.source.known
+        console.print(
+            f"the draft has another tokenizer, and {known.sum():,} of the target's "
+            f"{known.size:,} tokens"
+        )
+    if engine.prefixes is not None:
+        tokens = engine.prefixes.limit // engine.prefixes.entry_bytes
+        console.print(f"prefixes of up to {tokens} tokens in {engine.prefix_cache / 2**20:.0f} MiB")
 
 
 def print_note(text: str) -> None:
@@ -148,7 +166,8 @@ def _bytes_per_device(tree: Any) -> Counter[Any]:
 
 
 def _method(engine: "Engine") -> str:
-    return engine.speculative.method + ("" if engine.refit is None else ", refit")
+    lookup = ", prompt lookup" if engine.speculative.prompt_lookup else ""
+    return engine.speculative.method + ("" if engine.refit is None else ", refit") + lookup
 
 
 def _mesh(engine: "Engine") -> str:

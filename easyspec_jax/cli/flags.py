@@ -1,6 +1,7 @@
 """Flags that several commands share, each declared once."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -107,6 +108,23 @@ def add_shared(
     """
     for flag in flags:
         parser.add_argument(flag, **SHARED[flag] | changes)
+
+
+def size_of(text: str) -> int:
+    """Return the bytes that a size names, as argparse's `type`.
+
+    Raises:
+        ArgumentTypeError: The text is not a size.
+
+    Examples:
+        >>> size_of("512MiB"), size_of("1.5GB"), size_of("64")
+        (536870912, 1500000000, 64)
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?(?:([kMGT]?)(i?)B)?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a size such as 700MB or 2GiB")
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix or " "))
 
 
 def devices_of(args: argparse.Namespace) -> dict[str, Any]:

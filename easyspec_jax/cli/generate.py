@@ -15,6 +15,7 @@ from easyspec_jax.cli.command import cache_compilations, flags_in, flags_of, run
 from easyspec_jax.cli.flags import pair_options_of
 from easyspec_jax.cli.generate_flags import (
     AUTO,
+    CONVERSATION_PREFIXES,
     check_flags,
     generate_parser,
     prompts_of,
@@ -22,7 +23,7 @@ from easyspec_jax.cli.generate_flags import (
     speculative_of,
 )
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.options import SamplingParams, SpeculativeConfig
+from easyspec_jax.options import SamplingParams, SpeculativeConfig, check_prefix_cache
 from easyspec_jax.parallel import hosts
 from easyspec_jax.parallel.rendezvous import Peer, find_peer
 from easyspec_jax.tokenizer.conversation import Prompt, with_system
@@ -36,7 +37,32 @@ if TYPE_CHECKING:
 PROGRAM = "easyspec_jax.generate"
 
 
-LATER_FLAGS = {"system": None, "weights": None, "draft_weights": None, "kv_dtype": "auto"}
+LATER_FLAGS = {
+    "system": None,
+    "weights": None,
+    "draft_weights": None,
+    "kv_dtype": "auto",
+    "min_p": 0.0,
+    "logit_bias": [],
+    "min_new_tokens": 0,
+    "ignore_eos": False,
+    "stop_token_ids": [],
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "bad_words": [],
+    "json_schema": None,
+    "regex": None,
+    "choice": [],
+    "n": 1,
+    "logprobs": None,
+    "prompt_logprobs": None,
+    "bit_stable": False,
+    "prompt_lookup": False,
+    "prompt_lookup_max": SpeculativeConfig.prompt_lookup_max,
+    "prompt_lookup_min": SpeculativeConfig.prompt_lookup_min,
+    "adapt": "off",
+}
 """Flags that a job's settings leave out at their defaults."""
 
 
@@ -61,6 +87,8 @@ def _run(args: argparse.Namespace, given: set[str], wording: Callable[[str], str
     if args.prompts is not None:
         return _run_job(args, speculative, sampling)
     prompts = prompts_of(args)
+    if not prompts and sampling.n > 1:
+        raise EasySpecError("a conversation has one answer a turn: leave out --n")
     if args.system is not None:
         prompts = [with_system(prompt, args.system) for prompt in prompts]
     if not args.distributed:
@@ -99,7 +127,7 @@ def _speak(
     from easyspec_jax.progress import bar, no_bar
 
     bars = no_bar if args.json else bar
-    engine = _open(args, speculative, bars)
+    engine = open_engine(args, speculative, bars)
     if prompts:
         _complete(args, engine, prompts, sampling, bars)
     else:
@@ -118,6 +146,7 @@ def _run_job(
     # A job may resume with other values of these: none changes a text in float32, and where
     # numbers round differently a text may be that of either run.
     free = {"prompts", "out", "batch_size", "verbose", "mesh", "platform", "allow_links"}
+    free.add("prefix_cache")
     settings = {name: value for name, value in vars(args).items() if name not in free}
     # Jobs begun before these flags existed lack them.
     for later, default in LATER_FLAGS.items():
@@ -125,7 +154,7 @@ def _run_job(
             del settings[later]
     job, out = read_job(args.prompts, sampling, args.system), Path(args.out)
     check_results(out, describe_job(job, settings, args.chat))
-    engine = _open(args, speculative, bar)
+    engine = open_engine(args, speculative, bar)
     engine.check_memory(2, 1, args.batch_size, sampling)  # the least that any line needs
     engine.load(bar)
     together = {"chat": args.chat, "batch_size": args.batch_size}
@@ -136,7 +165,8 @@ def _run_job(
     return 1 if errors else 0
 
 
-def _open(args: argparse.Namespace, speculative: SpeculativeConfig, bar: "Bar") -> "Engine":
+def open_engine(args: argparse.Namespace, speculative: SpeculativeConfig, bar: "Bar") -> "Engine":
+    """Open the pair that the flags name, as they say or as it was tuned."""
     cache_compilations()
     engine = _open_pair(args, speculative, bar)
     _note_missing_accelerators(args, engine)
@@ -145,6 +175,8 @@ def _open(args: argparse.Namespace, speculative: SpeculativeConfig, bar: "Bar") 
 
 def _open_pair(args: argparse.Namespace, speculative: SpeculativeConfig, bar: "Bar") -> "Engine":
     """Open the pair as the flags say, or as it was tuned."""
+    prefix_cache = args.prefix_cache or 0
+    check_prefix_cache(prefix_cache, speculative)
     if args.lp_strategy != AUTO:
         from easyspec_jax.engine.pair import open_model
 
@@ -153,6 +185,7 @@ def _open_pair(args: argparse.Namespace, speculative: SpeculativeConfig, bar: "B
             args.draft,
             speculative=speculative,
             max_length=args.max_length,
+            prefix_cache=prefix_cache,
             **pair_options_of(args),
         )
     from easyspec_jax.cli.console import print_note
@@ -161,9 +194,18 @@ def _open_pair(args: argparse.Namespace, speculative: SpeculativeConfig, bar: "B
 
     pair = open_pair(args.target, args.draft, max_length=args.max_length, **pair_options_of(args))
     choice = auto(pair, args.mesh, args.target is None, bar, print_note)
-    return pair.variant(
-        replace(choice.speculative, verifier=args.verifier), parse_mesh(choice.mesh), bar
+    engine = pair.variant(
+        replace(
+            choice.speculative,
+            verifier=args.verifier,
+            bit_stable=args.bit_stable,
+            adapt=args.adapt == "on",
+        ),
+        parse_mesh(choice.mesh),
+        bar,
     )
+    engine.prefix_cache = prefix_cache
+    return engine
 
 
 def _complete(
@@ -196,15 +238,16 @@ def _complete(
     if baseline is not None:
         plain_texts = baseline.generate(rows, sampling, batch_size=args.batch_size)
     completions, plain = [], []
-    for number in range(len(prompts)):
+    count = len(prompts) * sampling.n
+    for number in range(count):
         # A bar next to streaming text would garble both.
-        with (no_bar if stream else bar)("Generating", len(prompts)) as advance:
+        with (no_bar if stream else bar)("Generating", count) as advance:
             advance(number)
             completions.append(next(texts))
         if not args.json:
             print("" if stream else completions[-1].text, flush=True)
         if plain_texts is not None:
-            with bar("Decoding plainly", len(prompts)) as advance:
+            with bar("Decoding plainly", count) as advance:
                 advance(number)
                 plain.append(next(plain_texts))
         if args.json:
@@ -228,7 +271,17 @@ def _converse(
     from easyspec_jax.cli.chat import GREETING, converse
     from easyspec_jax.cli.console import print_devices
 
-    prepared = engine.compile([GREETING], sampling, bar=bar)
+    by_default = args.prefix_cache is None and not args.bit_stable
+    if by_default:
+        engine.prefix_cache = CONVERSATION_PREFIXES
+    try:
+        prepared = engine.compile([GREETING], sampling, bar=bar)
+    except EasySpecError:
+        if not by_default:
+            raise
+        # A default must not keep a pair from fitting.
+        engine.prefix_cache = 0
+        prepared = engine.compile([GREETING], sampling, bar=bar)
     if args.verbose:
         print_devices(engine, sampling, prepared)
     converse(engine, sampling, bar, system=args.system)

@@ -4,60 +4,28 @@ Lines may use the fields of OpenAI's batch format instead of ours. A field that 
 text but is not supported is an error. One that merely describes the line is ignored.
 """
 
-import difflib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from easyspec_jax.arithmetic import wrap_seed
+from easyspec_jax.engine.requests import (
+    OTHER_NAMES,
+    check_type,
+    conversation_in,
+    known_fields,
+    logprobs_in,
+    sampling_in,
+)
 from easyspec_jax.errors import EasySpecError, first_line
 from easyspec_jax.options import SamplingParams
-from easyspec_jax.tokenizer.conversation import Conversation, Prompt, conversation_of, with_system
+from easyspec_jax.tokenizer.conversation import Prompt, with_system
 
-SAMPLING = {
-    "temperature": (int, float),
-    "top_k": (int,),
-    "top_p": (int, float),
-    "seed": (int,),
-    "max_new_tokens": (int,),
-    "stop": (str, list),
-}
-"""Fields of a line that say how to sample it, and the types of their values."""
-
-_OTHER_NAMES = {
-    "max_tokens": "max_new_tokens",
-    "max_completion_tokens": "max_new_tokens",
-    "custom_id": "id",
-}
-
-_DESCRIPTIVE = (
-    "method", "url", "model", "metadata", "user", "stream", "stream_options", "store",
-    "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
+_OWN = (
+    "id", "prompt", "messages", "tools", "body", "n", "logprobs", "top_logprobs", "prompt_logprobs",
 )  # fmt: skip
-"""Fields of OpenAI's formats that change no text."""
-
-_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "logprobs": (False, 0),
-    "top_logprobs": (0,), "presence_penalty": (0,), "frequency_penalty": (0,),
-    "repetition_penalty": (1,), "min_p": (0,), "logit_bias": ({},),
-    "response_format": ({"type": "text"},), "tool_choice": ("auto",), "functions": ([],),
-    "function_call": ("auto",), "stop_token_ids": ([],), "stop_sequences": ([],),
-    "eos_token_id": (), "ignore_eos": (False,), "bad_words": ([],), "chat_template": (),
-    "chat_template_kwargs": ({},), "add_generation_prompt": (True,),
-    "continue_final_message": (False,), "guided_json": (), "guided_regex": (), "guided_choice": (),
-    "guided_grammar": (), "structured_outputs": (), "grammar": (), "json_schema": (),
-    "max_output_tokens": (), "max_length": (), "min_tokens": (0,), "num_beams": (1,),
-    "use_beam_search": (False,), "length_penalty": (1,), "no_repeat_ngram_size": (0,),
-    "typical_p": (1,), "reasoning_effort": (), "system": (), "instructions": (),
-    "prompt_token_ids": (), "input": (), "prefix": (), "logit_processors": ([],),
-    "truncate_prompt_tokens": (),
-}  # fmt: skip
-"""Fields that are not supported, and the values with which they would have no effect."""
-
-_USED = {"id", "prompt", "messages", "tools", "body", *SAMPLING, *_OTHER_NAMES}
-_KNOWN = {*_USED, *_DESCRIPTIVE, *_WITHOUT_EFFECT}
+_NAMES = {**OTHER_NAMES, "custom_id": "id"}
 
 
 @dataclass(frozen=True)
@@ -79,6 +47,11 @@ class Item:
     sampling: SamplingParams | None = None
     error: str | None = None
     unused: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> int:
+        """How many texts to make."""
+        return 1 if self.sampling is None else self.sampling.n
 
 
 def read_items(content: bytes, default: SamplingParams, system: str | None = None) -> list[Item]:
@@ -145,9 +118,7 @@ def _parsed(line: int, fields: dict[str, Any], default: SamplingParams, system: 
     if ("prompt" in fields) == ("messages" in fields):
         raise EasySpecError("give either prompt or messages")
     if "messages" in fields:
-        if not isinstance(fields["messages"], list) or not fields["messages"]:
-            raise EasySpecError("messages must be a list of objects with a role and a content")
-        prompt: Prompt = conversation_of(Conversation(fields["messages"], fields.get("tools", ())))
+        prompt: Prompt = conversation_in(fields)
     elif isinstance(fields["prompt"], str):
         prompt = fields["prompt"]
     else:
@@ -158,61 +129,21 @@ def _parsed(line: int, fields: dict[str, Any], default: SamplingParams, system: 
     return Item(line, fields["id"], prompt, _sampling(fields, default), unused=unused)
 
 
+def _sampling(fields: Mapping[str, Any], default: SamplingParams) -> SamplingParams:
+    """Return the sampling of a line, and how many texts and log-probabilities it asks for."""
+    own = {name: fields[name] for name in ("n", "prompt_logprobs") if name in fields}
+    for name, value in own.items():
+        check_type(name, value, int)
+    # `n` goes with a temperature, so it is set once that is.
+    sampling = sampling_in(fields, replace(default, n=1))
+    logprobs = logprobs_in(fields, default.logprobs)
+    return replace(sampling, **({"n": default.n, "logprobs": logprobs} | own))
+
+
 def _flat(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the fields under our names, without nulls, and the names of those that are ignored."""
-    # A null means that the field is not given, as in OpenAI's API.
     given = {name: value for name, value in fields.items() if value is not None}
     body = given.pop("body", {})
     if not isinstance(body, dict):
         raise EasySpecError("body must be an object")
-    flat: dict[str, Any] = {}
-    for name, value in (*given.items(), *body.items()):
-        if value is None:
-            continue
-        _check_field(name, value)
-        ours = _OTHER_NAMES.get(name, name)
-        # max_tokens and max_new_tokens may both be there, if they agree.
-        if flat.setdefault(ours, value) != value and ours not in _DESCRIPTIVE:
-            raise EasySpecError(
-                f"{ours} is given twice, as {str(flat[ours])[:40]!r} and {str(value)[:40]!r}"
-            )
-    unused = tuple(name for name in flat if name not in _KNOWN)
-    return flat, unused
-
-
-def _check_field(name: str, value: Any) -> None:
-    """Raise EasySpecError for a field that is misspelt or not supported."""
-    if name in _WITHOUT_EFFECT and not any(value == plain for plain in _WITHOUT_EFFECT[name]):
-        raise EasySpecError(f"{name} {str(value)[:40]!r} is not supported")
-    if name in _KNOWN:
-        return
-    meant = difflib.get_close_matches(name[:40], sorted(_USED), 1, cutoff=0.8)
-    if meant:
-        raise EasySpecError(f"field {name[:40]!r} is unknown; did you mean {meant[0]!r}?")
-
-
-def _sampling(fields: Mapping[str, Any], default: SamplingParams) -> SamplingParams:
-    own = {name: fields[name] for name in SAMPLING if name in fields}
-    for name, value in own.items():
-        # bool is a subclass of int, so true would pass as the number 1.
-        if isinstance(value, bool) or not isinstance(value, SAMPLING[name]):
-            raise EasySpecError(f"{name} {str(value)[:40]!r} is of the wrong type")
-    if "stop" in own:
-        stop = [own["stop"]] if isinstance(own["stop"], str) else own["stop"]
-        if not all(isinstance(text, str) for text in stop):
-            raise EasySpecError("stop must be a string or a list of strings")
-        own["stop"] = tuple(stop)
-    for name in own.keys() & {"temperature", "top_p"}:
-        own[name] = _float(own[name])
-    return replace(default, **own)
-
-
-def _float(value: float) -> float:
-    try:
-        # JSON has whole numbers of any size, and float() raises for some.
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise EasySpecError("temperature and top_p must be numbers of ordinary size")
-    return number
+    return known_fields((*given.items(), *body.items()), _OWN, _NAMES)

@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from easyspec_jax.arithmetic import wrap_seed
 from easyspec_jax.cli.job_lines import Item, read_items
 from easyspec_jax.errors import EasySpecError, first_line
 from easyspec_jax.files import read_input, write_whole
@@ -25,8 +26,13 @@ from easyspec_jax.options import SamplingParams
 from easyspec_jax.progress import Bar, no_bar
 
 if TYPE_CHECKING:
-    from easyspec_jax.engine.completion import Generation
+    from easyspec_jax.decode.state import RoundConfig
+    from easyspec_jax.engine.completion import Completion, Generation
     from easyspec_jax.engine.engine import Engine
+
+SEED_STEP = 0x9E3779B1
+"""Difference of the seeds of a line's texts: 2**32 over the golden ratio, so that no multiple of it
+is near another."""
 
 SYNC_SECONDS = 1.0
 """Seconds after which the next record is followed by fsync."""
@@ -239,43 +245,103 @@ def run_job(
             # Lines that the same programs decode follow one another, so that a batch is rarely
             # drained to change programs. RoundConfig has no order, but equal ones have equal
             # reprs, and a stable sort keeps the order of lines that are alike.
-            left.sort(key=lambda item: repr(item.sampling and engine.config(item.sampling)))
-            # complete_each() counts rows as it takes them; taken[n] is the line of row n.
+            configs = _configs(engine, left)
+            left.sort(key=lambda item: repr(configs.get(item.line)))
+            # complete_each() counts rows as it takes them; taken[n] is the line of row n. A line's
+            # record is written once all its texts are there.
             taken: list[Item] = []
+            texts: dict[int, dict[int, Completion]] = defaultdict(dict)
 
             def rows() -> Iterator["Generation"]:
                 for item in left:
                     try:
-                        row = _row(engine, item, chat, batch_size, free)
+                        config = configs.get(item.line)
+                        own = _rows(engine, item, config, chat, batch_size, free)
                     except EasySpecError as error:
                         results.append(_error_record(item, str(error)))
                         advance(1)
                         continue
-                    taken.append(item)
-                    yield row
+                    taken.extend([item] * len(own))
+                    yield from own
 
             for number, completion in engine.complete_each(rows(), batch_size, checked=True):
-                record = {"id": taken[number].id, "line": taken[number].line} | completion.as_dict()
-                del record["prompt"], record["prompt_ids"]
-                results.append(record)
-                advance(1)
+                item = taken[number]
+                texts[item.line][number] = completion
+                if len(texts[item.line]) == item.texts:
+                    # In the order of their seeds, whichever finished first.
+                    own = [text for _, text in sorted(texts.pop(item.line).items())]
+                    results.append(_record(item, own))
+                    advance(1)
             return len(results.done), results.errors
     except OSError as error:
         raise EasySpecError(f"--out {out} cannot be written: {error.strerror}") from None
 
 
-def _row(
-    engine: "Engine", item: Item, chat: bool, batch_size: int, free: int | None
-) -> "Generation":
-    """Return the row of a line.
+def _configs(engine: "Engine", items: list[Item]) -> "dict[int, RoundConfig]":
+    """Return what each line's programs are specialised to, without lines that have errors.
+
+    Compiling takes longer than what options cost, so lines share programs that know the options of
+    all. Truncation, log-probabilities and grammars cost more, and are left to those that ask for
+    them.
+    """
+    configs: dict[int, RoundConfig] = {}
+    for item in items:
+        if item.sampling is not None:
+            # Whatever is wrong, such as an id that the target lacks, is reported by _rows().
+            with suppress(Exception):
+                configs[item.line] = engine.config(item.sampling)
+
+    def alike(config: "RoundConfig") -> Hashable:
+        kinds = config.kinds
+        has_grammar = kinds.grammar > 0
+        return config.verifier, kinds.logprobs, kinds.prompt_logprobs, has_grammar
+
+    shared: dict[Hashable, Any] = {}
+    for config in configs.values():
+        shared[alike(config)] = shared.get(alike(config), config.kinds) | config.kinds
+    return {line: replace(config, kinds=shared[alike(config)]) for line, config in configs.items()}
+
+
+def _record(item: Item, texts: "list[Completion]") -> dict[str, Any]:
+    """Return the record of a line: its text, or `samples`, a list of several."""
+    made = []
+    for text in texts:
+        fields = text.as_dict()
+        del fields["prompt"], fields["prompt_ids"]
+        made.append(fields)
+    record = {"id": item.id, "line": item.line}
+    if len(made) == 1:
+        return record | made[0]
+    failed = [text.error for text in texts if text.error is not None]
+    return record | {"samples": made} | ({"error": failed[0]} if failed else {})
+
+
+def _rows(
+    engine: "Engine",
+    item: Item,
+    config: "RoundConfig | None",
+    chat: bool,
+    batch_size: int,
+    free: int | None,
+) -> "list[Generation]":
+    """Return the rows of a line, one for each of its texts, for programs of a config.
 
     Raises:
         EasySpecError: Anything is wrong with the line. Other exceptions would end the job.
     """
+    from easyspec_jax.engine.completion import EncodedPrompt
+
     if item.sampling is None:
         raise EasySpecError(item.error)
     try:
-        row = engine.row(item.prompt, item.sampling, chat=chat)
+        config = config or engine.config(item.sampling)  # raises what is wrong with the line
+        kinds = config.kinds
+        row = engine.row(item.prompt, item.sampling, chat=chat, kinds=kinds)
+        rows, encoded = [row], EncodedPrompt(row.prompt, row.prompt_ids)
+        for number in range(1, item.texts):
+            # Far from the seeds of the next lines, which may hold the same prompt.
+            seed = wrap_seed(item.sampling.seed + number * SEED_STEP)
+            rows.append(engine.row(encoded, replace(item.sampling, seed=seed), kinds=kinds))
         engine.check_memory(
             len(row.prompt_ids) + row.limit, len(row.prompt_ids), batch_size, item.sampling, free
         )
@@ -285,7 +351,7 @@ def _row(
         raise EasySpecError(
             f"cannot be used ({type(error).__name__}: {first_line(error)[:80]})"
         ) from None
-    return row
+    return rows
 
 
 def _error_record(item: Item, message: str) -> dict[str, Any]:

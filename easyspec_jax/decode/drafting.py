@@ -8,11 +8,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from easyspec_jax.draft.layer_group import run_fuzzy
-from easyspec_jax.model.attention import Nodes
 from easyspec_jax.model.transformer import Caches, Decoder
+from easyspec_jax.model.windows import Nodes
 from easyspec_jax.parallel.collectives import from_first_device
 from easyspec_jax.parallel.mesh import ALL_AXES
-from easyspec_jax.sampling.vocabulary import top
+from easyspec_jax.sampling.adjust import RowAdjustments, adjust
+from easyspec_jax.sampling.grammar import Grammars
+from easyspec_jax.sampling.vocabulary import NO_TOKEN, top
 from easyspec_jax.verify import Branches, RowSampling, Verifier
 from easyspec_jax.verify.tree import Tree
 
@@ -27,6 +29,8 @@ class Level(NamedTuple):
         score: Worth of verifying each node; -inf where there is none.
         log_prob: Log-probability of each node's path; see Branches.
         ancestors: For each node, a mask over the whole tree: the node and its ancestors.
+        drafted: For each node, the tokens from it up to the root; see verify.tree.drafted_tokens.
+            None where no row's logits are changed.
     """
 
     tokens: Int[Array, "batch width"]
@@ -35,6 +39,7 @@ class Level(NamedTuple):
     score: Float[Array, "batch width"]
     log_prob: Float[Array, "batch width"]
     ancestors: Bool[Array, "batch width nodes"]
+    drafted: Int[Array, "batch width levels"] | None = None
 
 
 class Candidates(NamedTuple):
@@ -59,6 +64,9 @@ def draft_tree(
     verifier: Verifier,
     levels: int,
     width: int,
+    adjustments: RowAdjustments | None = None,
+    stop_ids: tuple[int, ...] = (),
+    grammars: Grammars | None = None,
 ) -> tuple[Tree, Caches]:
     """Grow a tree of `levels` levels of `width` nodes below each row's last token.
 
@@ -79,6 +87,10 @@ def draft_tree(
         verifier: Rates the tokens that may follow a node.
         levels: Levels below the root, at least 1.
         width: Nodes per level.
+        adjustments: Each row's changes to logits, over the ids that the draft has here. It proposes
+            what the changed logits prefer, since the target's are changed alike.
+        stop_ids: The checkpoint's stop tokens.
+        grammars: The grammars that rows have by number.
 
     Returns:
         The trees, the same on every device; and the caches, with keys and values of all nodes but
@@ -90,6 +102,11 @@ def draft_tree(
     ) -> tuple[Level, Candidates]:
         """Choose the nodes of a depth from the hidden states of the level above it."""
         logits = draft.logits(h)
+        if adjustments is not None and level.drafted is not None:
+            after = jnp.broadcast_to((position + depth)[:, None], h.shape[:2])
+            logits = adjust(
+                logits, after, level.drafted, adjustments, stop_ids, draft.axes, grammars
+            )
         # [batch, some, vocab_shard] -> [batch * some, vocab_shard] -> whole rows' best ids
         best, ids = top(
             logits.reshape(-1, logits.shape[-1]), verifier.candidates(width), draft.axes
@@ -98,6 +115,8 @@ def draft_tree(
         branches = verifier.branch(
             best, ids, level.score, level.log_prob, position + depth, request
         )
+        if adjustments is not None and adjustments.grammar is not None:
+            branches = _without_dead_ends(branches, best)
         first, above = first_node(depth, width), first_node(depth - 1, width)
         return best_branches(level, ids, branches, first, above, width), Candidates(ids, branches.q)
 
@@ -113,6 +132,9 @@ def draft_tree(
         return (level, caches), (level, candidates)
 
     top_level = _root_level(root, 1 + levels * width)
+    if adjustments is not None:
+        none = jnp.full((root.shape[0], 1, levels), NO_TOKEN, jnp.int32)
+        top_level = top_level._replace(drafted=none)
     first, of_root = grow(top_level, h[:, None], jnp.ones((), jnp.int32))
     # A loop, because its body compiles once however many levels there are. Its outputs are stacked:
     # fields of `later` are [levels - 1, batch, width, ...].
@@ -123,6 +145,14 @@ def draft_tree(
     # A replicated draft runs on every device by itself, and kernels need not round alike: let all
     # take the first device's tree.
     return (tree if draft.axes else from_first_device(tree, ALL_AXES)), caches
+
+
+def _without_dead_ends(branches: Branches, logits: Float[Array, "batch some ids"]) -> Branches:
+    """Leave out what follows nodes after which nothing is allowed; it has no probabilities."""
+    dead = jnp.isneginf(logits[:, :, :1])  # the best of each node's
+    return branches._replace(
+        score=jnp.where(dead, -jnp.inf, branches.score), q=jnp.where(dead, 0.0, branches.q)
+    )
 
 
 def first_node(depth: Array, width: int) -> Array:
@@ -183,14 +213,20 @@ def best_branches(
     own = jax.nn.one_hot(
         first + jnp.arange(width, dtype=jnp.int32), level.ancestors.shape[2], dtype=bool
     )
+    tokens, drafted = chosen(ids), None
+    if level.drafted is not None:
+        # A node's own token comes before those of its parent: [7, 6, -] -> [8, 7, 6].
+        above_it = jnp.take_along_axis(level.drafted, parent[:, :, None], axis=1)
+        drafted = jnp.concatenate([tokens[:, :, None], above_it[:, :, :-1]], axis=2)
     return Level(
-        tokens=chosen(ids),
+        tokens=tokens,
         parent=above + parent,
         rank=rank,
         score=score,
         log_prob=chosen(branches.log_prob),
         # A node's ancestors are its parent's and itself: [batch, width, nodes].
         ancestors=jnp.take_along_axis(level.ancestors, parent[:, :, None], axis=1) | own[None],
+        drafted=drafted,
     )
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 from jaxtyping import Array, Int
 
-from easyspec_jax.decode.programs import AHEAD, Programs
-from easyspec_jax.decode.round import State
+from easyspec_jax.decode.programs import Programs
+from easyspec_jax.decode.state import State
 
 
 class CacheGrowth:
@@ -35,7 +35,7 @@ class CacheGrowth:
             limit: Tokens that may follow.
         """
         self._lengths[row] = prompt
-        self._first[row] = prompt + min(limit, AHEAD)
+        self._first[row] = prompt + self.programs.ahead(limit)
         self._ends[row] = prompt + limit
 
     def leave(self, row: int) -> None:

@@ -7,10 +7,12 @@ and reads the report of round n while the devices already work on the next:
     host      dispatch 2, read 1, dispatch 3, read 2, ...
 
 A Batch is this loop. decode() fills all its rows at once and runs it until all are done; a caller
-that gives free rows new texts (refill) steps it itself.
+that gives free rows new texts (refill) steps it itself. With a PrefixStore, texts begin with what
+the store has of their prompts, and what they leave in the caches goes there.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from typing import NamedTuple, Self
@@ -21,9 +23,11 @@ from jaxtyping import Bool, Int
 
 from easyspec_jax.decode.growth import CacheGrowth
 from easyspec_jax.decode.prefilling import first_tokens, prefill_all
+from easyspec_jax.decode.prefixes import PrefixStore, Text, reusable, shared_tokens
 from easyspec_jax.decode.programs import Programs
-from easyspec_jax.decode.round import Report, State
+from easyspec_jax.decode.state import Report, State
 from easyspec_jax.options import SamplingParams
+from easyspec_jax.parallel import hosts
 from easyspec_jax.progress import Bar, no_bar
 
 FREE = -1
@@ -51,11 +55,15 @@ class _Unread(NamedTuple):
         read: Waits for the report and returns it.
         rows: The batch's rows that it is about.
         texts: Numbers of the texts that they had.
+        levels: Levels of the round; None for a prefill.
+        alone: Whether nothing else was dispatched between it and the round before it.
     """
 
     read: Callable[[], Report]
     rows: Int[np.ndarray, " some"]
     texts: Int[np.ndarray, " some"]
+    levels: int | None = None
+    alone: bool = False
 
 
 class Batch:
@@ -64,9 +72,18 @@ class Batch:
     A round is dispatched before the report of the one before it is read. By the time a report is
     read, a row may have been left and taken by another text. So texts are numbered as they enter,
     and a report counts only for rows that still have the text it is about.
+
+    Attributes:
+        cached: Prompt tokens of each row's text that came from the store of prefixes.
     """
 
-    def __init__(self, programs: Programs, state: State, growth: CacheGrowth) -> None:
+    def __init__(
+        self,
+        programs: Programs,
+        state: State,
+        growth: CacheGrowth,
+        prefixes: PrefixStore | None = None,
+    ) -> None:
         """Take over a state; see empty() and filled()."""
         self._programs = programs
         self._state = state
@@ -75,18 +92,27 @@ class Batch:
         self._text = np.full(rows, FREE)  # number of each row's text
         self._texts = 0  # texts that have entered
         self._unread: list[_Unread] = []
+        self._prefixes = prefixes
+        self._known: dict[int, Text] = {}  # by row, where there is a store
+        self.cached = np.zeros(rows, np.int64)
+        self._tiers = programs.tier_choice(rows)
+        self._levels = programs.config.levels  # of the round that was dispatched last
+        self._clock: float | None = None  # time of the report that was read last
 
     @classmethod
-    def empty(cls, programs: Programs, rows: int, capacity: int) -> Self:
+    def empty(
+        cls, programs: Programs, rows: int, capacity: int, prefixes: PrefixStore | None = None
+    ) -> Self:
         """Start with free rows.
 
         Args:
             programs: Compiled steps.
             rows: Rows of the batch.
             capacity: Capacity of the caches at first; they grow.
+            prefixes: Prefixes to reuse and to add to, or None.
         """
         state = programs.start(SamplingParams(), [0] * rows, capacity)
-        return cls(programs, state, CacheGrowth(programs, rows, capacity))
+        return cls(programs, state, CacheGrowth(programs, rows, capacity), prefixes)
 
     @classmethod
     def filled(
@@ -96,18 +122,57 @@ class Batch:
         limits: Sequence[int],
         sampling: SamplingParams,
         bar: Bar = no_bar,
+        prefixes: PrefixStore | None = None,
     ) -> Self:
         """Start with a text in every row, all prefilled at once; arguments as for decode()."""
         growth = CacheGrowth(programs, len(prompts))
         for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
             growth.enter(row, len(prompt), limit)
         growth.capacity = growth.needed()
-        batch = cls(programs, programs.start(sampling, limits, growth.capacity), growth)
-        batch._prefill(prompts, bar)
+        state = programs.start(sampling, limits, growth.capacity, prompts)
+        batch = cls(programs, state, growth, prefixes)
+        # Rows that are finished from the start hold no text.
+        begun = {row: prompt for row, prompt in enumerate(prompts) if limits[row] > 0}
+        for row in begun:
+            batch._tiers.enter(row)
+        start = batch._restore(begun, len(prompts))
+        batch._prefill(prompts, bar, start)
+        batch._began(begun, start)
         return batch
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], bar: Bar) -> None:
-        self._state, chunks = prefill_all(self._programs, self._state, prompts, bar)
+    def _restore(self, prompts: Mapping[int, Sequence[int]], rows: int) -> int:
+        """Begin the texts of some rows with what the store has of their prompts.
+
+        Args:
+            prompts: Token ids by row.
+            rows: Rows that are prefilled together.
+
+        Returns:
+            The first token to prefill, in all of them.
+        """
+        store = self._prefixes
+        # Log-probabilities of a prompt need a pass over all of it.
+        if store is None or self._programs.config.kinds.prompt_logprobs:
+            return 0
+        asked = list(prompts.values())
+        start, found = reusable(self._programs, store, asked, self._growth.capacity, rows)
+        for row, prefix in zip(prompts, found, strict=False):  # all are found, or none
+            self._state = self._programs.restore(self._state, row, prefix.caches, start)
+            store.touch(prefix)
+        return start
+
+    def _began(self, prompts: Mapping[int, Sequence[int]], start: int) -> None:
+        """Note that prompts have been prefilled from a token on, so that the store may keep them.
+
+        Not before: after Ctrl-C in between, rows would hold less than their prompts.
+        """
+        for row, prompt in prompts.items():
+            self.cached[row] = start
+            if self._prefixes is not None:
+                self._known[row] = Text(prompt)
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], bar: Bar, start: int) -> None:
+        self._state, chunks = prefill_all(self._programs, self._state, prompts, bar, start)
         self._texts = len(prompts)
         self._text = np.arange(self._texts)
         rows = np.arange(self._texts)
@@ -120,20 +185,29 @@ class Batch:
             row: The row.
             prompt: Token ids, at least one.
             limit: Tokens that may follow.
-            sampling: Temperature, top-k, top-p and seed of this text.
+            sampling: How to sample this text, and its seed.
         """
         self._growth.enter(row, len(prompt), limit)
+        self._tiers.enter(row)
         self._text[row] = self._texts
         self._texts += 1
-        self._state, report = self._programs.enter(
-            self._growth.grow_if_needed(self._state), row, prompt, limit, sampling
-        )
+        self._state = self._growth.grow_if_needed(self._state)
+        self._keep_shared(prompt)
+        start = self._restore({row: prompt}, 1)
+        self._state, report = self._programs.enter(self._state, row, prompt, limit, sampling, start)
+        self._began({row: prompt}, start)
         read = partial(jax.device_get, report)
         self._unread.append(_Unread(read, np.asarray([row]), self._text[[row]]))
 
     def leave(self, row: int) -> None:
-        """Free a row. Reports still in flight for its text are dropped."""
+        """Free a row. Reports still in flight for its text are dropped.
+
+        What the row holds of the text goes to the store of prefixes.
+        """
+        self._keep(row)
+        self._known.pop(row, None)
         self._growth.leave(row)
+        self._tiers.leave(row)
         self._text[row] = FREE
 
     def step(self) -> Iterator[Read]:
@@ -142,23 +216,129 @@ class Batch:
         Rows may be left between two reports. A text's first report is that of its prefill.
         """
         # Unread by now: the round before this one, and the prefills of texts that entered since.
-        self._state, ahead = self._programs.round(self._growth.grow_if_needed(self._state))
+        ahead, is_alone = self._dispatch()
         unread = self._unread
         # The round's report is about the texts that rows have now: keep a copy of their numbers.
         rows = np.arange(len(self._text))
-        self._unread = [_Unread(partial(jax.device_get, ahead), rows, self._text.copy())]
-        for read, rows, texts in unread:
+        read = partial(jax.device_get, ahead)
+        self._unread = [_Unread(read, rows, self._text.copy(), self._levels, is_alone)]
+        for read, rows, texts, levels, alone in unread:
             report = read()
             current = (texts == self._text[rows]) & (texts != FREE)
             # The report's rows may be few; CacheGrowth counts all: [some] -> [batch].
             tokens = np.zeros_like(self._text)
             tokens[rows] = report.num_tokens * current
             self._growth.read(tokens)
+            self._note(report, rows[current], current, levels)
+            # With several processes a call waits for the devices, so that the time is rather that
+            # of the round just dispatched.
+            alike = hosts.count() == 1 or (is_alone and levels == self._levels)
+            self._time(levels if alone and alike and len(unread) == 1 else None)
+            if levels is not None:
+                accepted, done = np.asarray(report.accepted), np.asarray(report.done)
+                self._tiers.read(levels, accepted, current, done)
             yield Read(report, rows, current)
 
+    def _dispatch(self) -> tuple[Report, bool]:
+        """Dispatch a round of the tier that is chosen.
+
+        Returns:
+            Its report on the devices, and whether nothing else was dispatched.
+        """
+        before, capacity = self._levels, self._growth.capacity
+        self._levels = self._tiers.next()
+        self._state = self._growth.grow_if_needed(self._state)
+        lags = before == 0 < self._levels
+        if lags:
+            self._state = self._programs.catch_up(self._state)
+        self._state, report = self._programs.round(self._state, self._levels)
+        return report, not lags and capacity == self._growth.capacity
+
+    def _time(self, levels: int | None) -> None:
+        """Note when a report came.
+
+        Args:
+            levels: Levels of the round that took the time since the report before; None if
+                something else did as well.
+        """
+        now, before = time.perf_counter(), self._clock
+        self._clock = now
+        if levels is not None and before is not None:
+            self._tiers.times.add(levels, now - before)
+
+    def reports(self) -> Iterator[Report]:
+        """Run a batch that filled() made until every row is done; yield each report."""
+        done = False
+        while not done:
+            # No row is ever left or refilled here, so each step reads one report of all rows.
+            (read,) = self.step()
+            yield read.report
+            done = bool(read.report.done.all())
+
     def close(self) -> None:
-        """Wait for the devices."""
-        settle(self._state)
+        """Wait for the devices, and hand what rows still hold to the store of prefixes."""
+        try:
+            settle(self._state)
+        except Exception:
+            # Copies of a failed state would fail every text that reuses them.
+            if self._prefixes is not None:
+                self._prefixes.clear()
+            raise
+        for row in self._known:
+            self._keep(row)
+
+    def _note(
+        self,
+        report: Report,
+        rows: Int[np.ndarray, " some"],
+        current: Bool[np.ndarray, " some"],
+        levels: int | None,
+    ) -> None:
+        """Note what a report adds to the texts that the store may keep.
+
+        Args:
+            report: The report.
+            rows: The batch's rows that still have the text it is about.
+            current: Which of the report's rows these are.
+            levels: Levels of the round; None for a prefill.
+        """
+        if not self._known:
+            return
+        exact = self._programs.keeps_exact_draft
+        # A plain round of a pair leaves the draft's caches as they are.
+        exact = exact and (levels != 0 or self._programs.draft is None)
+        for row, index in zip(rows.tolist(), np.flatnonzero(current), strict=True):
+            text = self._known.get(row)
+            if text is None:
+                continue
+            text.add(report.tokens[index, : report.num_tokens[index]].tolist(), exact)
+            if report.fault[index]:
+                text.spoil()
+
+    def _keep(self, row: int, tokens: int | None = None) -> None:
+        """Hand the store a copy of what a row holds of its text, or of its first tokens."""
+        text = self._known.get(row)
+        # Ctrl-C between a call and its result leaves no state to copy from.
+        if text is None or self._prefixes is None or self._state.length.is_deleted():
+            return
+        tokens = text.exact if tokens is None else tokens
+        # Of a text that is larger than the store, as much as fits.
+        size = min(self._programs.prefix_size(tokens, self._growth.capacity), self._prefixes.most)
+        copy = partial(self._programs.copy_row, self._state, row, size)
+        self._prefixes.keep(text.ids[: min(tokens, size)], size, copy)
+
+    def _keep_shared(self, prompt: Sequence[int]) -> None:
+        """Keep what a prompt shares with a running text, if that is more than the store has."""
+        if self._prefixes is None:
+            return
+        wanted, most = np.asarray(prompt[:-1], np.int32), self._prefixes.find(prompt)[0]
+        sharing = None
+        for row, text in self._known.items():
+            shared = shared_tokens(np.asarray(text.ids[: text.exact], np.int32), wanted)
+            if shared > most:
+                most, sharing = shared, row
+        if sharing is not None:
+            self._keep(sharing, most)
 
 
 def decode(
@@ -174,19 +354,14 @@ def decode(
         programs: Compiled steps.
         prompts: Token ids of each prompt, none empty.
         limits: How many tokens to generate after each prompt, at most.
-        sampling: Temperature, top-k and top-p. Row i has seed `(sampling.seed + i) % 2**32`.
+        sampling: How to sample. Row i has seed `(sampling.seed + i) % 2**32`.
         bar: Shows the progress of reading long prompts.
 
     Yields:
         A Report of NumPy arrays for the prefill, and one for each round, until every row is done.
     """
     with closing(Batch.filled(programs, prompts, limits, sampling, bar)) as batch:
-        done = False
-        while not done:
-            # No row is ever left or refilled here, so each step reads one report of all rows.
-            (read,) = batch.step()
-            yield read.report
-            done = read.report.done.all()
+        yield from batch.reports()
 
 
 def settle(state: State) -> None:
@@ -215,9 +390,19 @@ def warm_up(
     """
     state = programs.start(SamplingParams(), [0] * rows, capacities[0])
     for size in sizes:
-        tokens, count = np.zeros((rows, size), np.int32), np.zeros(rows, np.int32)
+        tokens = np.zeros((rows, programs.columns(size)), np.int32)
+        count = np.zeros(rows, np.int32)
         state, _ = programs.prefill(state, tokens, count, np.zeros(rows, bool))
-    state, _ = programs.round(state)
+    state = _run_rounds(programs, state)
     for capacity in capacities[1:]:
-        state, _ = programs.round(programs.extend(state, capacity))
+        state = _run_rounds(programs, programs.extend(state, capacity))
     jax.block_until_ready(state.length)
+
+
+def _run_rounds(programs: Programs, state: State) -> State:
+    """Run a round of every tier."""
+    for levels in programs.config.tiers:
+        state, _ = programs.round(state, levels)
+    if programs.config.tiers:
+        state = programs.catch_up(state)
+    return programs.round(state)[0]

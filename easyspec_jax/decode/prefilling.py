@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from easyspec_jax.decode.programs import Programs
-from easyspec_jax.decode.round import Report, State
+from easyspec_jax.decode.state import Report, State
 from easyspec_jax.progress import Bar, no_bar
 
 FEW = 4
@@ -18,15 +18,21 @@ Chunk = tuple[np.ndarray, Report]
 
 
 def prefill_all(
-    programs: Programs, state: State, prompts: Sequence[Sequence[int]], bar: Bar = no_bar
+    programs: Programs,
+    state: State,
+    prompts: Sequence[Sequence[int]],
+    bar: Bar = no_bar,
+    start: int = 0,
 ) -> tuple[State, list[Chunk]]:
     """Run prefill over all prompts, chunk by chunk.
 
     Args:
         programs: Compiled steps.
-        state: Rows that hold no text yet.
+        state: Rows that hold no text yet, or the first `start` tokens of their prompts.
         prompts: Token ids of each prompt, none empty.
         bar: Shows the progress of long prompts.
+        start: First token to prefill, in every row. Rows of shorter prompts are never prefilled, so
+            these must be finished from the start.
 
     Returns:
         The state after all prompts, and the chunks that first_tokens() needs.
@@ -34,16 +40,17 @@ def prefill_all(
     # Prompts of 150 and 20 tokens may take chunks of 128 and 32, with counts [128, 20] and [22, 0],
     # and last [False, True] and [True, False].
     lengths = np.asarray([len(prompt) for prompt in prompts])
-    sizes = programs.chunks(int(lengths.max()), state.target[0].capacity, len(prompts))
+    room = state.target[0].capacity - start
+    sizes = programs.chunks(int(lengths.max()) - start, room, len(prompts))
     chunks: list[Chunk] = []
-    start = 0
     shown = bar if len(sizes) > FEW else no_bar
     with shown("Reading the prompt", sum(sizes)) as advance:
         for size in sizes:
             count = np.clip(lengths - start, 0, size).astype(np.int32)
-            tokens = np.zeros((len(prompts), size), np.int32)
+            tokens = np.zeros((len(prompts), programs.columns(size)), np.int32)
             for row, prompt in enumerate(prompts):
-                tokens[row, : count[row]] = prompt[start : start + size]
+                part = prompt[start : start + tokens.shape[1]]
+                tokens[row, : len(part)] = part
             last = (count > 0) & (lengths <= start + size)
             state, report = programs.prefill(state, tokens, count, last)
             if shown is not no_bar and chunks:
@@ -65,12 +72,15 @@ def first_tokens(chunks: list[Chunk]) -> Report:
     Returns:
         A Report of NumPy arrays.
     """
-    (_, merged), *others = jax.device_get(chunks)
+    read: list[Chunk] = jax.device_get(chunks)
+    # Each chunk's log-probabilities of the prompt are about other tokens of it: all are kept.
+    parts = [report.prompt for _, report in read if report.prompt is not None]
+    (_, merged), *others = [(last, report._replace(prompt=None)) for last, report in read]
     for last, report in others:
         merged = jax.tree.map(partial(_choose_rows, last), report, merged)
-    return merged
+    return merged._replace(prompt=sum(parts, ()) if parts else None)
 
 
 def _choose_rows(rows: np.ndarray, new: np.ndarray, old: np.ndarray) -> np.ndarray:
-    """Take some rows from new, the others from old; arrays are [batch] or [batch, tokens]."""
+    """Take some rows from new, the others from old; arrays are [batch, ...]."""
     return np.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)

@@ -5,7 +5,7 @@ The steps themselves are pure functions in `round.py` and `refill.py`. Here they
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -14,22 +14,28 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from easyspec_jax.arithmetic import round_up
+from easyspec_jax.arithmetic import power_of_two, round_up
 from easyspec_jax.decode.chunks import PASS_OVERHEAD, PREFILL_SIZES, chunks
-from easyspec_jax.decode.refill import Entrance, enter, extended
-from easyspec_jax.decode.round import (
-    Report,
-    RoundConfig,
-    State,
-    init_state,
-    prefill,
-    speculative_round,
+from easyspec_jax.decode.refill import (
+    Entrance,
+    RowCaches,
+    copied,
+    enter,
+    extended,
+    restored,
 )
+from easyspec_jax.decode.round import catch_up, prefill, speculative_round
+from easyspec_jax.decode.state import Report, RoundConfig, State, init_state
+from easyspec_jax.decode.tiers import RoundTimes, TierChoice
+from easyspec_jax.draft.layer_group import LayerGroup
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.options import SamplingParams
-from easyspec_jax.parallel.mesh import replicated
+from easyspec_jax.parallel import hosts
+from easyspec_jax.parallel.mesh import placed, replicated
 from easyspec_jax.parallel.platforms import PlatformSettings, settings_of
 from easyspec_jax.parallel.spmd import partition_specs, spmd
+from easyspec_jax.sampling.adjust import RowAdjustments, adjustment_specs, row_adjustments
+from easyspec_jax.sampling.grammar import NO_GRAMMAR
 from easyspec_jax.verify import RowSampling
 
 AHEAD = 256
@@ -38,13 +44,16 @@ AHEAD = 256
 CAPACITY_UNIT = 128
 """Capacities of caches are multiples of it, and at least that."""
 
+AGREED = 8
+"""Rounds between two times at which several processes agree on what rounds take."""
+
 
 @dataclass(frozen=True)
 class Programs:
     """The jitted steps of one pair of models and one RoundConfig.
 
-    Each compiles once per cache size. Every step but `start` and `extend` donates the state: its
-    buffers are reused for the new state, and the old one can no longer be read.
+    Each compiles once per cache size. Every step but `start`, `extend` and `copy_row` donates the
+    state: its buffers are reused for the new state, and the old one can no longer be read.
 
     Attributes:
         mesh: The mesh of both models.
@@ -76,7 +85,7 @@ class Programs:
             Cache entries per row.
         """
         # The next power of two: 300 -> 512, 512 -> 512.
-        size = 1 << (max(self._needed(tokens), CAPACITY_UNIT) - 1).bit_length()
+        size = power_of_two(max(self._needed(tokens), CAPACITY_UNIT))
         if self.max_length is None:
             return size
         most = self._needed(max(tokens, self.max_length))
@@ -95,10 +104,19 @@ class Programs:
         """
         # A prompt of 100 tokens with a limit of 1000 starts with room for 356 and grows by powers
         # of two: 512, 1024, 2048.
-        sizes = [self.capacity(prompt + min(limit, AHEAD))]
+        sizes = [self.capacity(prompt + self.ahead(limit))]
         while sizes[-1] < self.capacity(prompt + limit):
             sizes.append(self.capacity(sizes[-1]))
         return tuple(sizes)
+
+    def ahead(self, limit: int) -> int:
+        """Return how many tokens after a prompt get cache entries at first.
+
+        Args:
+            limit: Tokens that may follow.
+        """
+        # Sums over caches of other sizes may round otherwise, so bit-stable texts never grow them.
+        return limit if self.config.rows else min(limit, AHEAD)
 
     def chunks(self, prompt: int, capacity: int, rows: int = 1) -> tuple[int, ...]:
         """List the sizes of the chunks in which rows are prefilled together.
@@ -108,27 +126,75 @@ class Programs:
             capacity: Cache entries per row.
             rows: Rows of the batch.
         """
-        platform = self.mesh.devices.flat[0].platform
-        listed = PREFILL_SIZES.get(platform, PREFILL_SIZES["gpu"])
+        listed = self._chunk_sizes
         # Several rows fill a pass as well as a long chunk does, and take as much working memory.
         most = max(CAPACITY_UNIT, listed[-1] // rows)
         sizes = [listed[0], *(size for size in listed[1:] if size <= most)]
-        # The rows share what a pass costs whatever its tokens.
-        overhead = PASS_OVERHEAD.get(platform, PASS_OVERHEAD["gpu"])
-        return chunks(prompt, sizes, overhead / rows, capacity)
+        return chunks(prompt, sizes, self._overhead(rows), capacity)
 
-    def start(self, sampling: SamplingParams, limits: Sequence[int], capacity: int) -> State:
+    def prefill_from(self, prompt: int, cached: int, capacity: int, rows: int = 1) -> int:
+        """Return at which token the prefill of a prompt starts that is partly in the caches.
+
+        Args:
+            prompt: Tokens of the longest prompt.
+            cached: How many first tokens of each prompt could be taken from a PrefixStore.
+            capacity: Cache entries per row.
+            rows: Rows of the batch.
+
+        Returns:
+            How many of them to take; none if that would make the prefill no shorter.
+        """
+        start, least = min(cached, prompt - 1), self._chunk_sizes[0]
+        # The last chunk is padded. With 1000 of 1020 tokens cached and a capacity of 1024, a chunk
+        # of 128 would not fit behind them. It does from 896 on, because sizes divide capacities.
+        if start + round_up(prompt - start, least) > capacity:
+            start = start // least * least
+        rest = self.chunks(prompt - start, capacity - start, rows)
+        whole = self.chunks(prompt, capacity, rows)
+        spared = sum(whole) - sum(rest) + (len(whole) - len(rest)) * self._overhead(rows)
+        return start if spared > 0 else 0
+
+    def prefix_size(self, tokens: int, capacity: int) -> int:
+        """Return how many entries to copy of a row that holds some tokens; few sizes are used.
+
+        Args:
+            tokens: The tokens.
+            capacity: Cache entries per row.
+        """
+        # The next power of two: 300 -> 512, within a capacity of 1152; 1100 -> 1152.
+        return min(power_of_two(max(tokens, CAPACITY_UNIT)), capacity)
+
+    @property
+    def keeps_exact_draft(self) -> bool:
+        """Whether the draft's committed entries are those of exact passes, after rounds too."""
+        if self.draft is None or self.config.calibration:
+            return True
+        # Without groups of layers a fuzzy pass is an exact one.
+        return not any(isinstance(block, LayerGroup) for block in self.draft.blocks)
+
+    def start(
+        self,
+        sampling: SamplingParams,
+        limits: Sequence[int],
+        capacity: int,
+        prompts: Sequence[Sequence[int]] | None = None,
+    ) -> State:
         """Make the state of rows that hold no text yet.
 
         Args:
-            sampling: Temperature, top-k and top-p. Row i has seed `(sampling.seed + i) % 2**32`.
+            sampling: How to sample. Row i has seed `(sampling.seed + i) % 2**32`.
             limits: Tokens to generate in each row; 0 for a row that is finished.
             capacity: Cache entries per row.
+            prompts: Each row's prompt, which some options depend on; by default none.
         """
-        request = self._request(sampling, len(limits))
-        return self._start(
-            self.leaves, request, self._replicated(np.asarray(limits, np.int32)), capacity
-        )
+        rows = prompts or [()] * len(limits)
+        request, adjustments = self._placed(self.row_arrays(sampling, rows))
+        limit = self._replicated(np.asarray(limits, np.int32))
+        return self._start(self.leaves, request, limit, adjustments, capacity)
+
+    def columns(self, size: int) -> int:
+        """Return how many columns of tokens prefill() takes for a chunk of some size."""
+        return size + self.config.kinds.prompt_logprobs
 
     def prefill(
         self, state: State, tokens: np.ndarray, count: np.ndarray, last: np.ndarray
@@ -137,7 +203,7 @@ class Programs:
 
         Args:
             state: The state; donated.
-            tokens: int32 [batch, chunk], padded with any ids.
+            tokens: int32 [batch, columns(chunk)], padded with any ids.
             count: Tokens of each row's chunk, int32 [batch].
             last: Whether a row's prompt ends with it, bool [batch].
         """
@@ -145,7 +211,13 @@ class Programs:
         return self._prefill(self.leaves, state, *arrays)
 
     def enter(
-        self, state: State, row: int, prompt: Sequence[int], limit: int, sampling: SamplingParams
+        self,
+        state: State,
+        row: int,
+        prompt: Sequence[int],
+        limit: int,
+        sampling: SamplingParams,
+        start: int = 0,
     ) -> tuple[State, Report]:
         """Run refill.enter: give a row another text; other rows keep their state.
 
@@ -154,47 +226,148 @@ class Programs:
             row: The row.
             prompt: Token ids, at least one.
             limit: Tokens to generate.
-            sampling: Temperature, top-k, top-p and seed of this text.
+            sampling: How to sample this text, and its seed.
+            start: First token to prefill; those before it have been restored.
 
         Returns:
             The new state; and a report of this one row, with the text's first token.
         """
-        report, start = None, 0
-        for size in self.chunks(len(prompt), state.target[0].capacity):
-            part = prompt[start : start + size]
-            tokens = np.zeros((1, size), np.int32)
+        report, capacity = None, state.target[0].capacity
+        request, adjustments = self._placed(self.row_arrays(sampling, [prompt]))
+        for size in self.chunks(len(prompt) - start, capacity - start):
+            tokens = np.zeros((1, self.columns(size)), np.int32)
+            part = prompt[start : start + tokens.shape[1]]
             tokens[0, : len(part)] = part
+            count = min(size, len(prompt) - start)
             text = Entrance(
                 tokens=self._replicated(tokens),
                 start=self._replicated(np.full(1, start, np.int32)),
-                count=self._replicated(np.full(1, len(part), np.int32)),
+                count=self._replicated(np.full(1, count, np.int32)),
                 last=self._replicated(np.full(1, start + size >= len(prompt))),
                 limit=self._replicated(np.full(1, limit, np.int32)),
-                request=self._request(sampling, 1),
+                request=request,
+                adjustments=adjustments,
             )
+            earlier = report.prompt if report is not None else ()
             state, report = self._enter(self.leaves, state, self._replicated(np.int32(row)), text)
+            if report.prompt is not None:
+                report = report._replace(prompt=(earlier or ()) + report.prompt)
             start += size
         assert report is not None, "an empty prompt"
         return state, report
+
+    def copy_row(self, state: State, row: int, size: int) -> RowCaches:
+        """Run refill.copied: copy a row's caches; compiles once for each pair of sizes.
+
+        Args:
+            state: The state; it stays.
+            row: The row.
+            size: Entries to copy; see prefix_size.
+        """
+        return self._copy_row(state, self._replicated(np.int32(row)), size)
+
+    def restore(self, state: State, row: int, kept: RowCaches, count: int) -> State:
+        """Run refill.restored: begin a row's text with the first tokens of another.
+
+        Args:
+            state: The state; donated. Its caches must have room for the prompt.
+            row: The row.
+            kept: What copy_row() returned of the other text.
+            count: How many tokens to take.
+        """
+        place, shared = map(self._replicated, (np.int32(row), np.int32(count)))
+        return self._restore(state, place, kept, shared)
 
     def extend(self, state: State, capacity: int) -> State:
         """Return the state with larger caches; compiles once for each pair of sizes."""
         return self._extend(self.leaves, state, capacity)
 
-    def round(self, state: State) -> tuple[State, Report]:
-        """Run round.speculative_round for every row. The state is donated."""
-        return self._round(self.leaves, state)
+    def round(self, state: State, levels: int | None = None) -> tuple[State, Report]:
+        """Run round.speculative_round for every row.
 
-    def _request(self, sampling: SamplingParams, rows: int) -> RowSampling:
-        """Put each row's noise and distribution on the mesh, with consecutive seeds."""
-        seeds = (sampling.seed + np.arange(rows)) % 2**32
-        return RowSampling(
-            seed=self._replicated(seeds.astype(np.uint32)),
-            round=self._replicated(np.zeros(rows, np.int32)),
-            temperature=self._replicated(np.full(rows, sampling.temperature, np.float32)),
-            top_k=self._replicated(np.full(rows, sampling.top_k, np.int32)),
-            top_p=self._replicated(np.full(rows, sampling.top_p, np.float32)),
+        Args:
+            state: The state; donated.
+            levels: Which of the tiers of `config` to run; None for `config` itself.
+        """
+        if levels is None or levels == self.config.levels:
+            return self._round(self.leaves, state)
+        if levels == 0 and self.draft is not None:
+            after, report = self._plain.round(replace(state, draft=()))
+            return replace(after, draft=state.draft), report
+        return self._tiers[levels](self.leaves, state)
+
+    def catch_up(self, state: State) -> State:
+        """Run round.catch_up: let the draft take in what plain rounds added.
+
+        Args:
+            state: The state; donated.
+        """
+        return state if self.draft is None else self._catch_up(self.leaves, state)
+
+    def tier_choice(self, rows: int) -> TierChoice:
+        """Return what chooses the tiers of a new batch.
+
+        Args:
+            rows: Rows of the batch. Batches of as many share what is known of the rounds' times.
+        """
+        tiers = (*self.config.tiers, self.config.levels)
+        times = self._times.setdefault(rows, RoundTimes(tiers))
+        return TierChoice(tiers, rows, times, hosts.from_first, AGREED if hosts.count() > 1 else 1)
+
+    @cached_property
+    def _times(self) -> dict[int, RoundTimes]:
+        """Times of rounds, by the number of rows in a batch."""
+        return {}
+
+    @property
+    def _platform(self) -> Any:
+        return self.mesh.devices.flat[0].platform
+
+    @property
+    def _chunk_sizes(self) -> tuple[int, ...]:
+        return PREFILL_SIZES.get(self._platform, PREFILL_SIZES["gpu"])
+
+    def _overhead(self, rows: int) -> float:
+        """Return what a chunk costs each row whatever its tokens; they share what a pass costs."""
+        return PASS_OVERHEAD.get(self._platform, PASS_OVERHEAD["gpu"]) / rows
+
+    def row_arrays(
+        self, sampling: SamplingParams, prompts: Sequence[Sequence[int]]
+    ) -> tuple[RowSampling, RowAdjustments | None]:
+        """Make the NumPy arrays of rows with consecutive seeds.
+
+        Args:
+            sampling: How to sample. It may use options that `config.kinds` has, and no others.
+            prompts: Each row's prompt.
+        """
+        rows, kinds = len(prompts), self.config.kinds
+
+        def full(value: float, dtype: Any) -> Any:
+            return np.full(rows, value, dtype)
+
+        seeds: Any = ((sampling.seed + np.arange(rows)) % 2**32).astype(np.uint32)
+        request = RowSampling(
+            seed=seeds,
+            round=full(0, np.int32),
+            temperature=full(sampling.temperature, np.float32),
+            top_k=full(sampling.top_k, np.int32),
+            top_p=full(sampling.top_p, np.float32),
+            min_p=full(sampling.min_p, np.float32) if kinds.min_p else None,
         )
+        vocab = self.target.embedding.shape[0]
+        grammars = self.config.grammars
+        number = NO_GRAMMAR if grammars is None else grammars.number(sampling)
+        return request, row_adjustments(kinds, sampling, prompts, vocab, number)
+
+    @property
+    def row_specs(self) -> Any:
+        """PartitionSpecs of row_arrays()."""
+        request = RowSampling(*[P()] * 5, min_p=P() if self.config.kinds.min_p else None)  # pyright: ignore[reportArgumentType]
+        return request, adjustment_specs(self.config.kinds)
+
+    def _placed(self, arrays: Any) -> Any:
+        """Put row_arrays() on the mesh."""
+        return jax.tree.map(lambda x, spec: placed(x, self.mesh, spec), arrays, self.row_specs)
 
     def _replicated(self, x: np.ndarray | np.int32) -> jax.Array:
         return replicated(x, self.mesh)
@@ -209,25 +382,38 @@ class Programs:
 
     @property
     def state_spec(self) -> Any:
-        """PartitionSpecs of a State: caches are split, everything else is replicated."""
+        """PartitionSpecs of a State.
+
+        Caches are split, and what spans the vocabulary; everything else is replicated.
+        """
         return State(
             target=self.target.cache_specs(),
             draft=() if self.draft is None else self.draft.cache_specs(),
-            **dict.fromkeys(
-                ("length", "draft_length", "pending", "pending_count", "remaining", "request"), P()
-            ),  # pyright: ignore[reportArgumentType]
+            **dict.fromkeys(("length", "draft_length", "remaining", "request", "text"), P()),  # pyright: ignore[reportArgumentType]
+            adjustments=adjustment_specs(self.config.kinds),
         )
+
+    @property
+    def _row_spec(self) -> RowCaches:
+        """PartitionSpecs of a row's caches, which are those of all rows."""
+        spec = self.state_spec
+        return RowCaches(spec.target, spec.draft, spec.text)
 
     @cached_property
     def _start(self) -> Callable[..., State]:
         # The capacity is a shape, so it is static: a program for each.
         def program(
-            leaves: list[jax.Array], request: RowSampling, limit: jax.Array, capacity: int
+            leaves: list[jax.Array],
+            request: RowSampling,
+            limit: jax.Array,
+            adjustments: RowAdjustments | None,
+            capacity: int,
         ) -> State:
-            body = partial(init_state, capacity=capacity, size=self.config.pending_size)
-            return self.mapped(body, (P(), P()), self.state_spec)(leaves, request, limit)
+            body = partial(init_state, capacity=capacity)
+            specs = P(), P(), adjustment_specs(self.config.kinds)
+            return self.mapped(body, specs, self.state_spec)(leaves, request, limit, adjustments)
 
-        return self._jit(program, static_argnums=3, out_shardings=self._shardings[0])
+        return self._jit(program, static_argnums=4, out_shardings=self._shardings[0])
 
     @cached_property
     def _prefill(self) -> Callable[..., tuple[State, Report]]:
@@ -238,10 +424,30 @@ class Programs:
 
     @cached_property
     def _enter(self) -> Callable[..., tuple[State, Report]]:
+        one = P()
+        text = Entrance(one, one, one, one, one, one, adjustment_specs(self.config.kinds))  # pyright: ignore[reportArgumentType]
         body = self.mapped(
-            partial(enter, config=self.config), (self.state_spec, P(), P()), self._results
+            partial(enter, config=self.config), (self.state_spec, P(), text), self._results
         )
         return self._jit(body, donate_argnums=1, out_shardings=self._shardings)
+
+    @cached_property
+    def _copy_row(self) -> Callable[..., RowCaches]:
+        specs = self._row_spec
+
+        def program(state: State, row: jax.Array, size: int) -> RowCaches:
+            body = partial(copied, size=size)
+            return spmd(body, self.mesh, (self.state_spec, P()), specs)(state, row)
+
+        shardings = jax.tree.map(partial(NamedSharding, self.mesh), specs)
+        return self._jit(program, static_argnums=2, out_shardings=shardings)
+
+    @cached_property
+    def _restore(self) -> Callable[..., State]:
+        spec = self.state_spec
+        specs = spec, P(), self._row_spec, P()
+        program = spmd(restored, self.mesh, specs, spec)
+        return self._jit(program, donate_argnums=0, out_shardings=self._shardings[0])
 
     @cached_property
     def _extend(self) -> Callable[..., State]:
@@ -254,15 +460,39 @@ class Programs:
 
     @cached_property
     def _round(self) -> Callable[..., tuple[State, Report]]:
+        return self._round_of(self.config)
+
+    @cached_property
+    def _tiers(self) -> dict[int, Callable[..., tuple[State, Report]]]:
+        """Rounds of fewer levels than `config` has, by their levels."""
+        return {n: self._round_of(self.config.tier(n)) for n in self.config.tiers}
+
+    @cached_property
+    def _plain(self) -> "Programs":
+        """Plain decoding: passing the draft's arrays on would cost a tenth of a small round."""
+        return replace(self, draft=None, config=self.config.tier(0))
+
+    def _round_of(self, config: RoundConfig) -> Callable[..., tuple[State, Report]]:
         body = self.mapped(
-            partial(speculative_round, config=self.config), (self.state_spec,), self._results
+            partial(speculative_round, config=config), (self.state_spec,), self._results
         )
         return self._jit(body, donate_argnums=1, out_shardings=self._shardings)
 
+    @cached_property
+    def _catch_up(self) -> Callable[..., State]:
+        body = self.mapped(
+            partial(catch_up, config=self.config), (self.state_spec,), self.state_spec
+        )
+        return self._jit(body, donate_argnums=1, out_shardings=self._shardings[0])
+
     def _jit(self, body: Callable[..., Any], **options: Any) -> Any:
         """Jit a step with the compiler options of the platform."""
-        settings = self.settings or settings_of(self.mesh.devices.flat[0].platform)
-        return jax.jit(body, compiler_options=dict(settings.compiler_options) or None, **options)
+        settings = self.settings or settings_of(self._platform)
+        compiler_options = dict(settings.compiler_options)
+        if self.config.rows:
+            # Or XLA leaves out roundings between operations that it fuses, which differ by program.
+            compiler_options["xla_allow_excess_precision"] = False
+        return jax.jit(body, compiler_options=compiler_options or None, **options)
 
     @property
     def _results(self) -> Any:
@@ -294,8 +524,12 @@ class Programs:
 
         # Inside `shard_map` leaves are this device's parts; put together again they are modules.
         def on_device(leaves: list[jax.Array], *args: Any) -> Any:
+            target, draft = jax.tree.unflatten(models, leaves)
+            for model in (target, draft):
+                if model is not None:
+                    model.cuts = self.config.rows is None
             with jax.default_matmul_precision(precision):
-                return body(*jax.tree.unflatten(models, leaves), *args)
+                return body(target, draft, *args)
 
         specs = partition_specs(self.leaves)
         return spmd(on_device, self.mesh, (specs, *in_specs), out_specs)

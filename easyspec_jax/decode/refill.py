@@ -1,17 +1,23 @@
 """Steps that change a running batch: rows that take new texts, and caches that grow.
 
+Rows may also be copied out of the caches, and come back as the beginning of another text.
+
 Like a round, they are pure functions of the state that run inside `shard_map`.
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from easyspec_jax.decode.round import Report, RoundConfig, State, prefill
-from easyspec_jax.model.cache import extend, put_row, take_row
+from easyspec_jax.decode.lookup import Text
+from easyspec_jax.decode.round import prefill
+from easyspec_jax.decode.state import Report, RoundConfig, State
+from easyspec_jax.model.cache import extend, first_entries, put_row, take_row
 from easyspec_jax.model.transformer import Caches, Decoder
+from easyspec_jax.sampling.adjust import RowAdjustments
 from easyspec_jax.verify import RowSampling
 
 
@@ -21,12 +27,13 @@ class Entrance:
     """A chunk of the prompt of a text that takes over a row; every field has one row.
 
     Attributes:
-        tokens: Prompt tokens, padded to the chunk.
-        start: Prompt tokens that came in earlier chunks.
+        tokens: Prompt tokens, padded to the chunk; see round.prefill.
+        start: Prompt tokens that are in the caches: earlier chunks, or a prefix that was restored.
         count: Tokens of this chunk.
         last: Whether the prompt ends with this chunk.
         limit: Tokens to generate.
         request: The text's noise and distribution.
+        adjustments: Its changes to logits.
     """
 
     tokens: Int[Array, "1 chunk"]
@@ -35,6 +42,7 @@ class Entrance:
     last: Bool[Array, "1"]
     limit: Int[Array, "1"]
     request: RowSampling
+    adjustments: RowAdjustments | None = None
 
 
 def enter(
@@ -64,8 +72,8 @@ def enter(
     is_first = text.start[0] == 0
 
     def take(caches: Caches) -> Caches:
-        # The first chunk finds zeros. The mask gives old entries weight 0, but 0 times a NaN that
-        # another text left behind would be a NaN.
+        # The first chunk finds zeros, or a prefix and zeros (see restored). The mask gives old
+        # entries weight 0, but 0 times a NaN that another text left behind would be a NaN.
         def clear(x: Array) -> Array:
             return jnp.where(is_first, jnp.zeros_like(x), x)
 
@@ -75,16 +83,16 @@ def enter(
         pairs = zip(caches, new, strict=True)
         return tuple(put_row(cache, own, row, batch) for cache, own in pairs)
 
-    # A prompt of several chunks: each continues at `start`, behind what the earlier ones wrote.
+    # A prompt of several chunks: each continues at `start`, behind what is in the caches.
     alone = State(
         target=take(state.target),
         draft=take(state.draft),
         length=text.start,
         draft_length=text.start,
-        pending=jnp.zeros((1, config.pending_size), jnp.int32),
-        pending_count=jnp.zeros_like(text.start),
         remaining=text.limit,
         request=text.request,
+        text=_row(state.text, row),
+        adjustments=text.adjustments,
     )
     alone, report = prefill(target, draft, alone, text.tokens, text.count, text.last, config)
     # Everything but the caches has rows in front, so one update serves all fields.
@@ -96,6 +104,70 @@ def enter(
     target_caches = put(state.target, alone.target)
     draft_caches = put(state.draft, alone.draft)
     return replace(entered, target=target_caches, draft=draft_caches), report
+
+
+class RowCaches(NamedTuple):
+    """Both models' caches of one row, as of a batch of one, cut to their first entries.
+
+    Attributes:
+        target: The target's caches.
+        draft: The draft's.
+        text: The row's tokens; see State.
+    """
+
+    target: Caches
+    draft: Caches
+    text: Text
+
+
+def copied(state: State, row: Int[Array, ""], size: int) -> RowCaches:
+    """Copy the first entries of a row's caches.
+
+    Args:
+        state: The state.
+        row: The row.
+        size: How many entries.
+    """
+    batch = state.length.shape[0]
+
+    def copy(caches: Caches) -> Caches:
+        rows = (take_row(cache, row, batch) for cache in caches)
+        return tuple(jax.tree.map(lambda x: x[..., :size, :], own) for own in rows)
+
+    return RowCaches(copy(state.target), copy(state.draft), _row(state.text, row)[:, :size])
+
+
+def restored(state: State, row: Int[Array, ""], kept: RowCaches, count: Int[Array, ""]) -> State:
+    """Return the state with a row whose text begins with the first tokens of another.
+
+    The row holds these tokens and is to prefill the rest; everything else of it stays.
+
+    Args:
+        state: The state; its caches have room for the tokens.
+        row: The row.
+        kept: What copied() returned of the other text.
+        count: How many tokens they share.
+    """
+    batch = state.length.shape[0]
+
+    def put(caches: Caches, kept: Caches) -> Caches:
+        # Zeros behind the shared tokens take the place of whatever the row had there.
+        return tuple(
+            put_row(cache, first_entries(own, count, cache.capacity), row, batch)
+            for cache, own in zip(caches, kept, strict=True)
+        )
+
+    capacity = state.text.shape[1]
+    # Tokens behind `length` mean nothing, so as many as there are may come back.
+    text = _padded(kept.text[:, :capacity], capacity)
+    return replace(
+        state,
+        target=put(state.target, kept.target),
+        draft=put(state.draft, kept.draft),
+        length=state.length.at[row].set(count),
+        draft_length=state.draft_length.at[row].set(count),
+        text=jax.lax.dynamic_update_slice_in_dim(state.text, text, row, axis=0),
+    )
 
 
 def extended(target: Decoder, draft: Decoder | None, state: State, capacity: int) -> State:
@@ -111,4 +183,15 @@ def extended(target: Decoder, draft: Decoder | None, state: State, capacity: int
         state,
         target=tuple(extend(cache, capacity) for cache in state.target),
         draft=tuple(extend(cache, capacity) for cache in state.draft),
+        text=_padded(state.text, capacity),
     )
+
+
+def _row(x: Int[Array, "batch capacity"], row: Int[Array, ""]) -> Int[Array, "1 capacity"]:
+    """Take out a row."""
+    return jax.lax.dynamic_slice_in_dim(x, row, 1, axis=0)
+
+
+def _padded(x: Int[Array, "rows some"], capacity: int) -> Int[Array, "rows capacity"]:
+    """Add zeros behind each row."""
+    return jnp.pad(x, ((0, 0), (0, capacity - x.shape[1])))

@@ -13,202 +13,34 @@ A round in the order of speculative_round():
 5. *Commit*: lengths advance past what the caches now hold of the text.
 """
 
-from dataclasses import dataclass, replace
-from enum import IntEnum
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from easyspec_jax.decode.accepting import accept, commit, followed, move_path, take_each
+from easyspec_jax.decode.branch import run_if
 from easyspec_jax.decode.drafting import draft_tree
+from easyspec_jax.decode.lookup import Found, append, find
+from easyspec_jax.decode.state import Drafted, Report, RoundConfig, State, Verified
 from easyspec_jax.draft.layer_group import run_fuzzy
-from easyspec_jax.model.attention import Nodes
-from easyspec_jax.model.cache import move
 from easyspec_jax.model.transformer import Caches, Decoder, run_exact
-from easyspec_jax.options import SamplingParams, SpeculativeConfig
-from easyspec_jax.sampling.vocabulary import NO_CHOICE
-from easyspec_jax.verify import RowSampling, Verdict, Verifier, choose
-from easyspec_jax.verify.tree import Tree, bare_root, path_to, prune
-
-
-@dataclass(frozen=True)
-class RoundConfig:
-    """Static options that a compiled round is specialised to.
-
-    Attributes:
-        levels: Levels of the drafted tree; 0 for plain decoding.
-        calibration: Whether the draft's keys and values of accepted tokens are rebuilt exactly in
-            every round. If not, those that drafting wrote are kept.
-        verifier: Rules by which drafts are proposed and accepted.
-        stop_ids: Token ids that end a text.
-        width: Nodes per level; 1 for a chain.
-        nodes: How many nodes are verified, the root not counted; None for all.
-
-    Examples:
-        >>> config = RoundConfig.of(SpeculativeConfig(), SamplingParams(temperature=0.8), (2,))
-        >>> config.levels, config.calibration, config.verifier
-        (5, True, Rejection(truncates=False))
-        >>> config.pending_size, config.scratch
-        (6, 6)
-    """
-
-    levels: int
-    calibration: bool
-    verifier: Verifier
-    stop_ids: tuple[int, ...]
-    width: int = 1
-    nodes: int | None = None
-
-    @classmethod
-    def of(
-        cls, speculative: SpeculativeConfig, sampling: SamplingParams, stop_ids: tuple[int, ...]
-    ) -> "RoundConfig":
-        """Derive the round for a way to speculate and a way to sample.
-
-        Only whether sampling is greedy, and whether it truncates, enters here. Its numbers are
-        arrays of the state (RowSampling), so that they do not need programs of their own.
-
-        Args:
-            speculative: How to draft.
-            sampling: How to sample.
-            stop_ids: Token ids that end a text.
-        """
-        return cls(
-            levels=0 if speculative.method == "vanilla" else speculative.num_speculative_tokens,
-            # An exact draft's own KV is exact already: there is nothing to calibrate.
-            calibration=speculative.calibration and speculative.method == "easyspec",
-            verifier=choose(speculative.chosen_verifier, sampling),
-            stop_ids=stop_ids,
-            width=speculative.width,
-            nodes=speculative.tree_nodes,
-        )
-
-    @property
-    def pending_size(self) -> int:
-        """Most tokens that the draft's cache can lack at the start of a round."""
-        if self.calibration or self.levels == 0:
-            return self.levels + 1  # all that the last round added
-        return 2  # drafting writes no KV for its last level, and none for the token after it
-
-    @property
-    def scratch(self) -> int:
-        """Cache entries that a round may write behind a text's last token."""
-        return max(self.levels * self.width, self.pending_size)
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "target",
-        "draft",
-        "length",
-        "draft_length",
-        "pending",
-        "pending_count",
-        "remaining",
-        "request",
-    ],
-    meta_fields=[],
+from easyspec_jax.model.windows import Nodes
+from easyspec_jax.parallel.mesh import ALL_AXES
+from easyspec_jax.sampling.adjust import RowAdjustments, adjust, whole, with_output
+from easyspec_jax.sampling.logprobs import logprobs_of, prompt_logprobs
+from easyspec_jax.verify.tree import (
+    Tree,
+    bare_root,
+    drafted_tokens,
+    graft,
+    prune,
+    sure_chain,
+    without_nodes,
 )
-@dataclass(frozen=True)
-class State:
-    """State of every row between rounds.
-
-    The last token of a text is in no cache yet, because the pass over it is the next one to come.
-    The draft's cache may lack more. With calibration, after a round that added t4 and t5 to t0-t3:
-
-        text      t0   t1   t2   t3   t4   t5
-        target    kv   kv   kv   kv   kv         length = 5
-        draft     kv   kv   kv   kv              draft_length = 4, pending = t4, t5
-
-    Once the prompt is in, draft_length + pending_count = length + 1, the tokens of the text.
-
-    Attributes:
-        target: The target's caches; the first `length` entries of a row are committed.
-        draft: The draft's caches, likewise up to `draft_length`; () without a draft.
-        length: Committed entries of the target's caches.
-        draft_length: Committed entries of the draft's caches.
-        pending: Last tokens of the text, which the draft's cache lacks; beyond `pending_count`
-            they mean nothing.
-        pending_count: How many tokens are pending.
-        remaining: Tokens that may still be generated; 0 when the row is finished. Rounds then
-            leave it alone.
-        request: Each row's noise and distribution.
-    """
-
-    target: Caches
-    draft: Caches
-    length: Int[Array, " batch"]
-    draft_length: Int[Array, " batch"]
-    pending: Int[Array, "batch pending"]
-    pending_count: Int[Array, " batch"]
-    remaining: Int[Array, " batch"]
-    request: RowSampling
-
-
-class Fault(IntEnum):
-    """Reason why a row cannot go on: which model's logits are not finite."""
-
-    NONE = 0
-    TARGET = 1
-    DRAFT = 2
-
-
-class Report(NamedTuple):
-    """Result of one pass for each row.
-
-    Levels that the text cannot reach, past a stop token, the limit or a fault, count as neither
-    drafted nor accepted.
-
-    Attributes:
-        tokens: New tokens of the text; only the first `num_tokens` count.
-        num_tokens: How many there are.
-        drafted: Levels that were drafted.
-        accepted: How many of them were accepted.
-        done: Whether the row is finished.
-        fault: A Fault, which ends the row.
-    """
-
-    tokens: Int[Array, "batch levels+1"]
-    num_tokens: Int[Array, " batch"]
-    drafted: Int[Array, " batch"]
-    accepted: Int[Array, " batch"]
-    done: Bool[Array, " batch"]
-    fault: Int[Array, " batch"]
-
-
-def init_state(
-    target: Decoder,
-    draft: Decoder | None,
-    request: RowSampling,
-    limit: Int[Array, " batch"],
-    capacity: int,
-    size: int,
-) -> State:
-    """Make the state of rows that hold no text yet.
-
-    Args:
-        target: The target.
-        draft: The draft, or None for plain decoding.
-        request: Each row's noise and distribution.
-        limit: Tokens to generate in each row.
-        capacity: Cache entries of each row.
-        size: RoundConfig.pending_size.
-    """
-    batch = limit.shape[0]
-    zero = jnp.zeros((batch,), jnp.int32)
-    return State(
-        target=target.init_caches(batch, capacity),
-        draft=() if draft is None else draft.init_caches(batch, capacity),
-        length=zero,
-        draft_length=zero,
-        pending=jnp.zeros((batch, size), jnp.int32),
-        pending_count=zero,
-        remaining=limit,
-        request=request,
-    )
 
 
 def append_chunk(
@@ -230,6 +62,18 @@ def append_chunk(
     Returns:
         The new state, and the target's hidden state after the last of the tokens.
     """
+    appended, h = _append(target, draft, state, tokens, count)
+    return appended, take_each(h, _end(count))
+
+
+def _append(
+    target: Decoder,
+    draft: Decoder | None,
+    state: State,
+    tokens: Int[Array, "batch chunk"],
+    count: Int[Array, " batch"],
+) -> tuple[State, Float[Array, "batch chunk hidden"]]:
+    """Do what append_chunk() does, and return the hidden states after all of the tokens."""
     h, target_caches = target(tokens, state.target, state.length)
     draft_caches = () if draft is None else draft(tokens, state.draft, state.draft_length)[1]
     appended = replace(
@@ -238,8 +82,9 @@ def append_chunk(
         draft=draft_caches,
         length=state.length + count,
         draft_length=state.draft_length + count,
+        text=append(state.text, tokens, state.length, count),
     )
-    return appended, _take(h, _end(count))
+    return appended, h
 
 
 def prefill(
@@ -257,7 +102,8 @@ def prefill(
         target: The target.
         draft: The draft, or None.
         state: As for append_chunk().
-        tokens: As for append_chunk().
+        tokens: As for append_chunk(). If config.kinds.prompt_logprobs, one column more: each row's
+            prompt token after the chunk, if there is one.
         count: As for append_chunk().
         last: Whether the row's prompt ends with this chunk.
         config: The round's configuration.
@@ -266,29 +112,63 @@ def prefill(
         The new state; and a report with the first token of rows whose prompt ends here. That token
         belongs to no round. Other rows report no token.
     """
-    appended, h = append_chunk(target, draft, state, tokens, count)
-    tree = bare_root(_take(tokens, _end(count)))
+    of_prompt = None
+    if config.kinds.prompt_logprobs:
+        tokens, following = tokens[:, :-1], tokens[:, 1:]
+        appended, every_h = _append(target, draft, state, tokens, count)
+        of_prompt = (prompt_logprobs(target.logits, every_h, following, ALL_AXES),)
+        h = take_each(every_h, _end(count))
+    else:
+        appended, h = append_chunk(target, draft, state, tokens, count)
+    tree = bare_root(take_each(tokens, _end(count)))
 
-    def choose() -> Verdict:
+    def choose() -> Verified:
         logits = target.logits(h[:, None])  # after the prompt's last token: [batch, 1, ids]
-        return config.verifier.verify(logits, tree, appended.length, state.request)
+        return _decide(logits, tree, appended.length, state, config, 0)
 
     # Most chunks of a long prompt end no row's, and need not be multiplied by the whole vocabulary.
     # All devices have the same `last` and so take the same branch, in which they may communicate.
-    nothing = jnp.zeros_like(state.length)
-    verdict = jax.lax.cond(jnp.any(last), choose, lambda: Verdict(nothing, nothing))
+    nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(choose))
+    verdict, logprobs = jax.lax.cond(jnp.any(last), choose, lambda: nothing)
     live = last & (state.remaining > 0)
-    report, remaining, _ = _accept(
-        verdict, tree, state.remaining, live, jnp.ones_like(live), config, 0
-    )
-    first = jnp.broadcast_to(report.tokens[:, :1], state.pending.shape)
+    report, remaining, _ = accept(verdict, _nothing(tree), state, live, config, 0)
     appended = replace(
         appended,
-        pending=jnp.where(last[:, None], first, state.pending),
-        pending_count=jnp.where(last, 1, state.pending_count),
         remaining=remaining,
+        text=append(appended.text, report.tokens, appended.length, last.astype(jnp.int32)),
+        adjustments=with_output(state.adjustments, report.tokens, report.num_tokens),
     )
-    return appended, report
+    return appended, report._replace(logprobs=logprobs, prompt=of_prompt)
+
+
+def catch_up(target: Decoder, draft: Decoder, state: State, config: RoundConfig) -> State:
+    """Run the draft over what it lacks, until a round that drafts can take in the rest.
+
+    Plain rounds of a pair leave the draft behind. Where they have not, nothing is run.
+
+    Args:
+        target: The target; like the draft, given to every step and not needed here.
+        draft: The draft.
+        state: Rows whose prompts are in the caches.
+        config: The configuration of rounds that draft.
+    """
+
+    def behind(draft_length: Int[Array, " batch"]) -> Bool[Array, " batch"]:
+        lacking = state.length + 1 - draft_length
+        return (state.remaining > 0) & (lacking > config.pending_size)
+
+    def run_chunk(carry: tuple[Caches, Array]) -> tuple[Caches, Array]:
+        caches, draft_length = carry
+        tokens = replace(state, draft_length=draft_length).pending(config.catch_up_size)
+        caches = draft(tokens, caches, draft_length)[1]
+        # The root is left to the round, which needs the draft's hidden state there.
+        end = jnp.minimum(draft_length + config.catch_up_size, state.length)
+        return caches, jnp.where(behind(draft_length), end, draft_length)
+
+    caches, draft_length = jax.lax.while_loop(
+        lambda carry: jnp.any(behind(carry[1])), run_chunk, (state.draft, state.draft_length)
+    )
+    return replace(state, draft=caches, draft_length=draft_length)
 
 
 def speculative_round(
@@ -307,159 +187,192 @@ def speculative_round(
     Returns:
         The state after the round, and what the round added to each row.
     """
-    root = _take(state.pending, state.pending_count - 1)
-    if draft is None:
-        tree, draft_is_finite, draft_caches = bare_root(root), jnp.ones(root.shape, bool), ()
-    else:
-        tree, draft_is_finite, draft_caches = _draft(draft, root, state, config)
-    nodes = Nodes(state.length, state.length, tree.depth, tree.ancestors)
-    h, target_caches = target(tree.tokens, state.target, nodes)
-    verdict = config.verifier.verify(target.logits(h), tree, state.length + 1, state.request)
+    root = state.root
     live = state.remaining > 0
-    report, remaining, path = _accept(
-        verdict, tree, state.remaining, live, draft_is_finite, config, config.levels
-    )
+    draft_caches = state.draft
+    if draft is not None and config.levels > 0:
+        drafted, draft_caches = _draft(draft, root, state, config)
+    elif config.lookup is not None:
+        drafted = _draft_by_lookup(root, state, config)
+    else:
+        drafted = _nothing(bare_root(root))
+    (verdict, logprobs), target_caches = _verify(target, drafted, live, state, config)
+    report, remaining, path = accept(verdict, drafted, state, live, config, config.levels)
+    report = report._replace(logprobs=logprobs)
     verified = replace(state, target=target_caches, draft=draft_caches, remaining=remaining)
-    return _commit(_move_path(verified, tree, path, config), report, live, config), report
+    moved = move_path(verified, drafted.tree, path, config)
+    return commit(moved, report, live, config), report
+
+
+def _nothing(tree: Tree) -> Drafted:
+    """Return what plain decoding verifies: bare roots."""
+    zero = jnp.zeros(tree.tokens.shape[:1], jnp.int32)
+    return Drafted(tree, zero, jnp.ones(zero.shape, bool))
+
+
+def _look_up(state: State, config: RoundConfig) -> Found:
+    """Find what followed the last tokens of each text where they stood before."""
+    assert config.lookup is not None
+    return find(state.text, state.length, config.lookup, config.levels)
+
+
+def _draft_by_lookup(root: Int[Array, " batch"], state: State, config: RoundConfig) -> Drafted:
+    """Draft a chain where a text repeats, and nothing elsewhere."""
+    found = _look_up(state, config)
+    exists = found.matched > 0
+    tree = sure_chain(root, found.tokens, exists)
+    return Drafted(tree, jnp.where(exists, config.levels, 0), jnp.ones(root.shape, bool))
+
+
+def _verify(
+    target: Decoder,
+    drafted: Drafted,
+    live: Bool[Array, " batch"],
+    state: State,
+    config: RoundConfig,
+) -> tuple[Verified, Caches]:
+    """Run the target over all drafts, and decide how far each text follows its own."""
+
+    def over(tree: Tree, found: tuple[Any, Caches]) -> tuple[Verified, Caches]:
+        logits, caches = _score(target, tree, found[1], state.length, config)
+        return _decide(logits, tree, state.length + 1, state, config, config.levels), caches
+
+    if config.lookup is None or config.rows is not None or config.grafts:
+        return over(drafted.tree, (None, state.target))
+    shapes = jax.eval_shape(partial(over, drafted.tree), (None, state.target))[0]
+    found = jax.tree.map(jnp.zeros_like, shapes), state.target
+    # Where no live row has a draft, a pass over the roots alone is plain decoding's, at its cost.
+    # All devices agree, so the passes may communicate.
+    some = jnp.any((drafted.levels > 0) & live)
+    root = bare_root(drafted.tree.tokens[:, 0])
+    found = run_if(some, partial(over, drafted.tree), found)
+    return run_if(~some, partial(over, root), found)
+
+
+def _decide(
+    logits: Float[Array, "batch nodes vocab_shard"],
+    tree: Tree,
+    position: Int[Array, " batch"],
+    state: State,
+    config: RoundConfig,
+    levels: int,
+) -> Verified:
+    """Let the verifier decide by the target's logits, changed as each row asks.
+
+    position: that of the token after the root. levels: how many the tree has at most.
+    """
+    changed = logits
+    if state.adjustments is not None:
+        after = position[:, None] + tree.depth
+        tokens = drafted_tokens(tree, levels)
+        changed = adjust(
+            *(logits, after, tokens, state.adjustments, config.stop_ids, ALL_AXES),
+            config.grammars,
+        )
+    verdict = config.verifier.verify(changed, tree, position, state.request)
+    if not config.kinds.logprobs:
+        return Verified(verdict, None)
+    tokens, path, _ = followed(verdict, tree, levels)
+    # Column j of the new tokens was chosen by the logits after the path's node of depth j.
+    chosen_by = jnp.take_along_axis(logits, path[:, :, None], axis=1)
+    return Verified(verdict, logprobs_of(chosen_by, tokens, ALL_AXES))
 
 
 def _draft(
     draft: Decoder, root: Int[Array, " batch"], state: State, config: RoundConfig
-) -> tuple[Tree, Bool[Array, " batch"], Caches]:
-    """Catch up on the pending tokens, then grow a tree from the last one's hidden state.
-
-    Also returns whether the draft's probabilities are finite in each row.
-    """
+) -> tuple[Drafted, Caches]:
+    """Catch up on the pending tokens, then grow a tree from the last one's hidden state."""
     # Calibration is this very pass: run exactly, it replaces what drafting wrote for these tokens.
     # Without calibration it is a fuzzy pass like those of drafting, over one or two tokens.
     h, caches = draft(
-        state.pending,
+        state.pending(config.pending_size),
         state.draft,
         state.draft_length,
         run_exact if config.calibration else run_fuzzy,
     )
-    h = _take(h, state.pending_count - 1)  # [batch, pending, hidden] -> [batch, hidden]
-    tree, caches = draft_tree(
-        draft,
-        h,
-        caches,
-        root,
-        state.length,
-        state.request,
-        config.verifier,
-        config.levels,
-        config.width,
+    # The root is the last of them: [batch, pending, hidden] -> [batch, hidden].
+    h = take_each(h, state.length - state.draft_length)
+
+    def grow(caches: Caches) -> tuple[Tree, Caches]:
+        return draft_tree(
+            draft,
+            h,
+            caches,
+            root,
+            state.length,
+            state.request,
+            config.verifier,
+            config.levels,
+            config.width,
+            _for_draft(draft, state),
+            config.stop_ids,
+            config.grammars,
+        )
+
+    levels = jnp.full(root.shape, config.levels, jnp.int32)
+    if not config.grafts:
+        tree, caches = grow(caches)
+        is_finite = _is_finite(tree)
+        return Drafted(_pruned(tree, config), levels, is_finite), caches
+    # Rows that match as far as is compared need no other draft: what follows there is all but
+    # certain. Passes are skipped where that holds for all rows, and a row has the same draft
+    # whether or not they are.
+    found = _look_up(state, config)
+    empty = without_nodes(jax.eval_shape(grow, caches)[0], root)
+    tree, caches = run_if(
+        ~jnp.all(found.is_long | (state.remaining == 0)),
+        lambda drafted: grow(drafted[1]),
+        (empty, caches),
     )
+    is_finite = _is_finite(tree) | found.is_long
+    tree = _pruned(tree, config)
+    tree = jax.tree.map(partial(_choose, found.is_long), without_nodes(tree, root), tree)
+    return Drafted(graft(tree, found.tokens, found.matched > 0), levels, is_finite), caches
+
+
+def _for_draft(draft: Decoder, state: State) -> RowAdjustments | None:
+    """Return the rows' changes to logits over the ids that this device's draft has."""
+    if state.adjustments is None or draft.axes:
+        return state.adjustments
+    return whole(state.adjustments)
+
+
+def _is_finite(tree: Tree) -> Bool[Array, " batch"]:
+    """Return whether the draft's probabilities in each row's tree are finite."""
     # Logits that are not finite make no probabilities. Nodes that do not exist may have any q.
     finite = jnp.isfinite(tree.q) | jnp.isneginf(tree.score)[:, :, None]
-    is_finite = jnp.all(finite, axis=(1, 2))
-    return (tree if config.nodes is None else prune(tree, config.nodes)), is_finite, caches
+    return jnp.all(finite, axis=(1, 2))
 
 
-def _accept(
-    verdict: Verdict,
+def _pruned(tree: Tree, config: RoundConfig) -> Tree:
+    return tree if config.nodes is None else prune(tree, config.nodes)
+
+
+def _score(
+    target: Decoder,
     tree: Tree,
-    remaining: Int[Array, " batch"],
-    live: Bool[Array, " batch"],
-    draft_is_finite: Bool[Array, " batch"],
+    caches: Caches,
+    position: Int[Array, " batch"],
     config: RoundConfig,
-    levels: int,
-) -> tuple[Report, Int[Array, " batch"], Int[Array, "batch levels+1"]]:
-    """Cut the accepted path and one token more at stop tokens, the limit and faults.
-
-    Where the draft is not finite nothing is accepted. Returns the report, what then remains of the
-    limit, and the path's nodes.
-    """
-    columns = jnp.arange(levels + 1, dtype=jnp.int32)[None, :]
-    depth = _take(tree.depth, verdict.leaf)
-    path = path_to(tree, verdict.leaf, levels)
-    # Column j of the new tokens is the path's node at depth j + 1, up to the leaf, and then the
-    # verdict's token. With levels = 3, and the leaf, node 5, at depth 2:
-    #   path     0    2    5    0     nodes of depth 0, 1, 2; the last column means nothing
-    #   drafted  t2   t5   .    .     tokens of the path shifted by one
-    #   tokens   t2   t5   v    v     where columns < 2, else the verdict's token
-    drafted = jnp.take_along_axis(tree.tokens, jnp.roll(path, -1, axis=1), axis=1)
-    tokens = jnp.where(columns < depth[:, None], drafted, verdict.token[:, None])
-
-    # The first stop token within reach ends the text and is part of it. NO_CHOICE ends it, too, but
-    # does not stand for a token.
-    reach = jnp.minimum(depth + 1, remaining)
-    ends = jnp.isin(tokens, jnp.asarray((*config.stop_ids, NO_CHOICE), jnp.int32)) & (
-        columns < reach[:, None]
-    )
-    ended = jnp.any(ends, axis=1)
-    end = jnp.argmax(ends, axis=1).astype(jnp.int32)
-    chosen = _take(tokens, end) != NO_CHOICE
-    fault = jnp.where(ended & ~chosen, Fault.TARGET.value, Fault.NONE.value)
-    fault = jnp.where(draft_is_finite, fault, Fault.DRAFT.value)
-    fault = jnp.where(live, fault, Fault.NONE.value).astype(jnp.int32)
-
-    count = jnp.where(ended, end + chosen.astype(jnp.int32), reach)
-    reachable = jnp.minimum(levels, jnp.where(ended, count, remaining))
-    accepted = jnp.minimum(depth, count)
-    counts = live & draft_is_finite
-    count = jnp.where(counts, count, 0)
-    reachable = jnp.where(counts, reachable, 0)
-    accepted = jnp.where(counts, accepted, 0)
-    remaining = jnp.where((live & ended) | (fault != Fault.NONE.value), 0, remaining - count)
-    return Report(tokens, count, reachable, accepted, remaining == 0, fault), remaining, path
+) -> tuple[Float[Array, "batch nodes vocab_shard"], Caches]:
+    """Run the target over a tree; return the logits after each node, and the caches."""
+    if config.rows is None:
+        nodes = Nodes(position, position, tree.depth, tree.ancestors)
+        h, caches = target(tree.tokens, caches, nodes)
+        return target.logits(h), caches
+    # Products of one row and of several are computed by different kernels, which round differently.
+    # So a chain is filled up to a fixed number of rows; what comes after a token does not reach it.
+    drafted = tree.tokens.shape[1]
+    tokens = jnp.pad(tree.tokens, ((0, 0), (0, config.rows - drafted)))
+    h, caches = target(tokens, caches, position)
+    return target.logits(h)[:, :drafted], caches
 
 
-def _move_path(
-    state: State, tree: Tree, path: Int[Array, "batch levels+1"], config: RoundConfig
-) -> State:
-    """Move the accepted path's cache entries right behind the text; a chain's are there already.
-
-    With a text of length n and an accepted path of nodes 0, 2, 5:
-
-        entry    n    n+1  n+2  n+3  n+4  n+5
-        before   0    1    2    3    4    5       numbers of nodes
-        after    0    2    5    ...
-    """
-    if config.width == 1:
-        return state
-    draft, start = state.draft, state.length
-    if not config.calibration:
-        # The draft's entries have the numbers that nodes had before pruning. Calibration rebuilds
-        # them, so they need not move then.
-        entries = start[:, None] + jnp.take_along_axis(tree.entry, path, axis=1)
-        draft = tuple(move(cache, entries, start) for cache in draft)
-    target = tuple(move(cache, start[:, None] + path, start) for cache in state.target)
-    return replace(state, target=target, draft=draft)
-
-
-def _commit(
-    state: State, report: Report, live: Bool[Array, " batch"], config: RoundConfig
-) -> State:
-    """Advance the lengths past what the caches now hold, and keep other new tokens as pending."""
-    # New tokens whose draft KV is kept as drafting wrote it: without calibration those of all
-    # levels but the last. Three levels, all accepted, and one token more:
-    #   new tokens     t1   t2   t3   v
-    #   draft's cache  kv   kv              kept = 2, pending = t3, v
-    # With calibration nothing is kept, and all four are pending.
-    kept = jnp.zeros_like(report.num_tokens)
-    if not config.calibration and config.levels > 0:
-        kept = jnp.clip(report.num_tokens, 1, config.levels) - 1
-    columns = jnp.arange(config.pending_size, dtype=jnp.int32)[None, :] + kept[:, None]
-    pending = jnp.take_along_axis(report.tokens, jnp.minimum(columns, config.levels), axis=1)
-    request = replace(state.request, round=state.request.round + live.astype(jnp.int32))
-    return replace(
-        state,
-        length=state.length + report.num_tokens,
-        draft_length=jnp.where(
-            live, state.draft_length + state.pending_count + kept, state.draft_length
-        ),
-        pending=jnp.where(live[:, None], pending, state.pending),
-        pending_count=jnp.where(live, report.num_tokens - kept, state.pending_count),
-        request=request,
-    )
+def _choose(rows: Bool[Array, " batch"], x: Array, y: Array) -> Array:
+    """Take some rows from x, the others from y; arrays are [batch, ...]."""
+    return jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, y)
 
 
 def _end(count: Int[Array, " batch"]) -> Int[Array, " batch"]:
     """Return the index of a chunk's last token; 0, which means nothing, where there is none."""
     return jnp.maximum(count - 1, 0)
-
-
-def _take(x: Array, index: Int[Array, " batch"]) -> Array:
-    """Select x[b, index[b]] for every row b: [batch, n, ...] -> [batch, ...]."""
-    return jax.vmap(lambda row, i: jax.lax.dynamic_index_in_dim(row, i, keepdims=False))(x, index)

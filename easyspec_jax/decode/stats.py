@@ -5,6 +5,31 @@ from typing import Any, Self
 
 
 @dataclass(frozen=True)
+class TierStats:
+    """Rounds of one number of levels, where that is chosen round by round.
+
+    Attributes:
+        num_speculative_tokens: The levels; 0 for plain decoding.
+        rounds: Rounds that were run.
+        drafted: Positions that they drafted.
+        accepted: Positions that they accepted.
+    """
+
+    num_speculative_tokens: int
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    def __add__(self, other: Self) -> Self:
+        return replace(
+            self,
+            rounds=self.rounds + other.rounds,
+            drafted=self.drafted + other.drafted,
+            accepted=self.accepted + other.accepted,
+        )
+
+
+@dataclass(frozen=True)
 class Stats:
     """Statistics of one request, or of several together.
 
@@ -20,6 +45,13 @@ class Stats:
         decode_seconds: Time of all rounds, in seconds.
         decoded_tokens: Tokens that rounds added. The first token of a text comes from prefill and
             belongs to no round.
+        lookup_drafted: Drafted positions that hold a token from a lookup in the text.
+        lookup_accepted: Accepted positions whose token came from a lookup. A draft model proposed
+            the others.
+        cached_tokens: Prompt tokens that were not prefilled, because their keys and values were in
+            the store of prefixes.
+        tiers: The same figures by the levels of the round, fewest first; () where all rounds draft
+            alike.
 
     Examples:
         Two rounds of three levels. The first accepts all and adds four tokens, the second none:
@@ -40,6 +72,10 @@ class Stats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     decoded_tokens: int = 0
+    lookup_drafted: int = 0
+    lookup_accepted: int = 0
+    cached_tokens: int = 0
+    tiers: tuple[TierStats, ...] = ()
 
     @property
     def acceptance_rate(self) -> float:
@@ -56,13 +92,24 @@ class Stats:
         """Speed of the rounds, without prefill and its token; 0 where no time was measured."""
         return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
-    def with_round(self, tokens: int, drafted: int, accepted: int) -> Self:
+    def with_round(
+        self,
+        tokens: int,
+        drafted: int,
+        accepted: int,
+        lookup_drafted: int = 0,
+        lookup_accepted: int = 0,
+        levels: int | None = None,
+    ) -> Self:
         """Add one more round, whose time is counted elsewhere.
 
         Args:
             tokens: Tokens that it added.
             drafted: Positions that it drafted.
             accepted: Positions that it accepted, which are the first ones.
+            lookup_drafted: Drafted positions that hold a token from a lookup.
+            lookup_accepted: Accepted positions whose token came from a lookup.
+            levels: Levels of the round, which say whose of `tiers` it is.
         """
         # A round accepts a prefix of its draft: with 2 of 3 accepted, (5, 3, 1) becomes (6, 4, 1).
         per_position = list(self.accepted_per_position)
@@ -75,6 +122,14 @@ class Stats:
             accepted=self.accepted + accepted,
             accepted_per_position=tuple(per_position),
             decoded_tokens=self.decoded_tokens + tokens,
+            lookup_drafted=self.lookup_drafted + lookup_drafted,
+            lookup_accepted=self.lookup_accepted + lookup_accepted,
+            tiers=tuple(
+                tier + replace(tier, rounds=1, drafted=drafted, accepted=accepted)
+                if tier.num_speculative_tokens == levels
+                else tier
+                for tier in self.tiers
+            ),
         )
 
     def in_parallel(self, other: Self) -> Self:
@@ -101,6 +156,10 @@ class Stats:
             prefill_seconds=self.prefill_seconds + other.prefill_seconds,
             decode_seconds=self.decode_seconds + other.decode_seconds,
             decoded_tokens=self.decoded_tokens + other.decoded_tokens,
+            lookup_drafted=self.lookup_drafted + other.lookup_drafted,
+            lookup_accepted=self.lookup_accepted + other.lookup_accepted,
+            cached_tokens=self.cached_tokens + other.cached_tokens,
+            tiers=tuple(a + b for a, b in zip(self.tiers, other.tiers, strict=True)),
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from easyspec_jax.decode.programs import Programs
-from easyspec_jax.decode.round import RoundConfig, State
-from easyspec_jax.model.attention import Nodes
+from easyspec_jax.decode.state import RoundConfig, State
 from easyspec_jax.model.transformer import Caches, Decoder
+from easyspec_jax.model.windows import Nodes
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.parallel.mesh import replicated
 from easyspec_jax.progress import bar
@@ -203,8 +203,6 @@ def round_case(
             state,
             length=small(context, 1),
             draft_length=small(context, 1),
-            pending=small(0, 1, programs.config.pending_size),
-            pending_count=small(1, 1),
             remaining=small(2**30, 1),
         )
 

@@ -13,3 +13,10 @@ def read_config(filename):
     """Read a configuration file and return a dictionary."""
     with open(filename) as'''
 """The prompt to complete when the user gives none."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'user' and not loop.first %}\n{% endif %}{{ message.content }}"
+    "{% endfor %}"
+)
+"""A chat template for the pair, which was not trained to chat: answers continue what was typed."""

@@ -17,7 +17,7 @@ from easyspec_jax.checkpoint.quantized import Dequantized
 from easyspec_jax.draft.grouping import Layout
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.matrix import Matrix
-from easyspec_jax.model.norm import rms_norm
+from easyspec_jax.model.norm import RMSNorm, rms_norm
 from easyspec_jax.model.projection import Projection
 from easyspec_jax.model.transformer import Hidden
 from easyspec_jax.parallel.mesh import ALL_AXES
@@ -109,7 +109,7 @@ def prior(loader: Loader, site: Site) -> np.ndarray:
     Returns:
         float64 [hidden + 1, out], for inputs that are normed without a weight.
     """
-    norm = loader.source.read(f"{site.norm}.weight").astype(np.float64)
+    norm = _norm(loader, site)
     weights, source = [], Dequantized(loader.source)
     for part in site.parts:
         # [out of part, hidden]
@@ -117,6 +117,14 @@ def prior(loader: Loader, site: Site) -> np.ndarray:
         # (x * norm) @ weight.T = x @ (weight.T * norm), with the norm's weight along the rows.
         weights.append(weight.T * norm[:, None])
     return np.concatenate([np.concatenate(weights, axis=1), _bias(loader, site)[None]])
+
+
+def _norm(loader: Loader, site: Site) -> np.ndarray:
+    """Read what a site's norm multiplies by, 1 in families without pre-norms: float64 [hidden]."""
+    if not loader.config.pre_norm:
+        return np.ones(loader.config.hidden_size)
+    weight = loader.source.read(f"{site.norm}.weight").astype(np.float64)
+    return weight + loader.config.norm_offset
 
 
 def _bias(loader: Loader, site: Site) -> np.ndarray:
@@ -145,16 +153,20 @@ def target(loader: Loader, site: Site) -> Projection:
     weights = [source.read(f"{part}.weight") for part in site.parts]
     weight = np.concatenate(weights)  # [out, hidden]
     padding = -weight.shape[0] % loader.mesh.size
+    norm, config = None, loader.config
+    if config.pre_norm:
+        stored = loader.place(loader.source.read(f"{site.norm}.weight"), P(None))
+        norm = RMSNorm(stored, eps=config.rms_norm_eps, offset=config.norm_offset)
     return Projection(
-        norm=loader.place(loader.source.read(f"{site.norm}.weight"), P(None)),
-        weight=Matrix(loader.place(np.pad(weight, [(0, padding), (0, 0)]), P(ALL_AXES, None))),
-        bias=loader.place(np.pad(_bias(loader, site), (0, padding)), P(ALL_AXES)),
-        eps=loader.config.rms_norm_eps,
+        norm,
+        Matrix(loader.place(np.pad(weight, [(0, padding), (0, 0)]), P(ALL_AXES, None))),
+        loader.place(np.pad(_bias(loader, site), (0, padding)), P(ALL_AXES)),
+        dtype=loader.dtype,
     )
 
 
 def named(loader: Loader, site: Site, projection: Float[np.ndarray, "inputs out"]) -> Tensors:
-    """Split a projection into canonical tensors, with a norm whose weight is 1.
+    """Split a projection into canonical tensors, with a norm that multiplies by 1.
 
     Args:
         loader: Loader of the draft's checkpoint, which knows how many outputs each part has.
@@ -162,10 +174,13 @@ def named(loader: Loader, site: Site, projection: Float[np.ndarray, "inputs out"
         projection: [hidden + 1, out].
 
     Returns:
-        The site's norm, and each part's weight and bias.
+        The site's norm, in families with pre-norms, and each part's weight and bias.
     """
     shapes = loader.source.shapes()
-    tensors: Tensors = {f"{site.norm}.weight": np.ones(projection.shape[0] - 1, np.float32)}
+    tensors: Tensors = {}
+    if loader.config.pre_norm:
+        one = 1 - loader.config.norm_offset
+        tensors[f"{site.norm}.weight"] = np.full(projection.shape[0] - 1, one, np.float32)
     # Columns are joined in the order of the parts: [queries | keys | values], or [gate | up].
     start = 0
     for part in site.parts:
@@ -204,9 +219,11 @@ def products(
 
     Returns:
         float32 [hidden + 1, hidden + 1] and [hidden + 1, out]. A row of x is a token's h, normed
-        without a weight, with a 1 appended for the bias.
+        without a weight where the family has pre-norms, with a 1 appended for the bias.
     """
-    x = rms_norm(h.astype(jnp.float32), jnp.ones(h.shape[-1], jnp.float32), config.rms_norm_eps)
+    x = h.astype(jnp.float32)
+    if config.pre_norm:
+        x = rms_norm(x, jnp.ones(h.shape[-1], jnp.float32), config.rms_norm_eps)
     ones = jnp.ones((*x.shape[:2], 1), jnp.float32)
     # [batch, tokens, hidden + 1] -> [batch * tokens, hidden + 1]
     x = jnp.concatenate([x, ones], axis=-1).reshape(-1, x.shape[-1] + 1)

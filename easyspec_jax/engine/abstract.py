@@ -4,7 +4,8 @@ They answer how much memory a pair would take and what its programs would comput
 need not exist.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import ceil, prod
@@ -18,21 +19,22 @@ from jax.sharding import PartitionSpec as P
 from easyspec_jax.arithmetic import packed_width
 from easyspec_jax.checkpoint.canonical import expected_shapes
 from easyspec_jax.checkpoint.config import ModelConfig
+from easyspec_jax.checkpoint.quantized import Integers, offset_name, scale_name, stored_integers
 from easyspec_jax.checkpoint.tensors import Slices, TensorSource
 from easyspec_jax.decode.programs import Programs
-from easyspec_jax.decode.round import State, init_state
+from easyspec_jax.decode.state import State, init_state
 from easyspec_jax.draft.grouping import Layout
 from easyspec_jax.draft.layer_group import load_draft
 from easyspec_jax.draft.refit_file import refit_shapes
 from easyspec_jax.model.attention import Attention
+from easyspec_jax.model.experts import Experts
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.shard_plan import ArrayPlan
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import MLP, Decoder
-from easyspec_jax.options import KVDType, Platform, Weights
+from easyspec_jax.options import KVDType, Platform, SamplingParams, Weights
 from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape
 from easyspec_jax.parallel.platforms import PlatformSettings
-from easyspec_jax.verify import RowSampling
 
 
 @dataclass(frozen=True)
@@ -57,24 +59,38 @@ def absent_mesh(shape: MeshShape, platform: Platform) -> Mesh:
 
 @dataclass(frozen=True)
 class Shapes:
-    """A TensorSource of shapes. Whatever is read is one broadcast byte."""
+    """A TensorSource of shapes. Whatever is read is one broadcast byte.
+
+    Attributes:
+        held: Shapes of the tensors without scales and offsets.
+        integers: How those that are quantized are stored.
+    """
 
     held: Mapping[str, tuple[int, ...]]
+    integers: Integers = ()
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self.held
+        shapes = dict(self.held)
+        for name, _, groups, has_offsets in self.integers:
+            shapes[scale_name(name)] = self.held[name][0], groups
+            if has_offsets:
+                shapes[offset_name(name)] = shapes[scale_name(name)]
+        return shapes
 
     def dtypes(self) -> Mapping[str, str]:
-        # Unused: a loader converts floats of any type to its own.
-        return dict.fromkeys(self.held, "float32")
+        # A loader converts floats of any type to its own.
+        dtypes = dict.fromkeys(self.shapes(), "float32")
+        for name, dtype, *_ in self.integers:
+            dtypes[name] = dtype
+        return dtypes
 
     def read(self, name: str, window: Slices = ()) -> np.ndarray:
         # A view with strides of 0 has the right shape and takes one byte.
-        return np.broadcast_to(np.zeros((), np.bool_), self.held[name])[window]
+        return np.broadcast_to(np.zeros((), np.bool_), self.shapes()[name])[window]
 
 
 class ShapeLoader(Loader):
-    """A Loader that places nothing. All layers have the same shapes, so one stands for all."""
+    """A Loader that places nothing. Layers that are stored alike have the same shapes."""
 
     def load(
         self, plan: ArrayPlan, dtype: np.dtype | None = None, source: TensorSource | None = None
@@ -84,18 +100,35 @@ class ShapeLoader(Loader):
         dtype = dtype or self.dtype
         return jax.ShapeDtypeStruct(plan.shape, dtype, sharding=sharding)  # pyright: ignore[reportReturnType]
 
-    @cached_property
-    def _first(self) -> tuple[Attention, MLP]:
-        # Shapes of one layer are enough: making 80 layers' would take seconds.
-        return super().attention(0), super().mlp(0)
-
     def attention(self, index: int) -> Attention:
-        """Return the attention of any layer."""
-        return self._first[0]
+        """Return a layer's attention, the same object for all that are stored alike."""
+        return self._like(index)[0]
 
-    def mlp(self, index: int) -> MLP:
-        """Return the feed-forward part of any layer."""
-        return self._first[1]
+    def mlp(self, index: int) -> MLP | Experts:
+        """Return a layer's feed-forward part, the same object for all that are stored alike."""
+        return self._like(index)[1]
+
+    def _like(self, index: int) -> tuple[Attention, MLP | Experts]:
+        # Shapes of one layer are enough: making 80 layers' would take seconds.
+        mixture = self.config.mixture
+        kind = self._stored[index], mixture is not None and index in mixture.dense_layers
+        if kind not in self._made:
+            self._made[kind] = super().attention(index), super().mlp(index)
+        return self._made[kind]
+
+    @cached_property
+    def _made(self) -> dict[Hashable, tuple[Attention, MLP | Experts]]:
+        return {}
+
+    @cached_property
+    def _stored(self) -> list[frozenset[tuple[str, str, int, bool]]]:
+        """Names, types, scales of a row and offsets of the quantized matrices of each layer."""
+        layers: list[set[tuple[str, str, int, bool]]] = []
+        layers.extend(set() for _ in range(self.config.num_hidden_layers))
+        for name, dtype, groups, has_offsets in stored_integers(self._kept):
+            if found := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name):
+                layers[int(found[1])].add((found[2], dtype, groups, has_offsets))
+        return list(map(frozenset, layers))
 
 
 def abstract_pair(
@@ -109,6 +142,7 @@ def abstract_pair(
     settings: PlatformSettings | None = None,
     weights: tuple[Weights | None, Weights | None] = (None, None),
     kv_dtype: KVDType = "auto",
+    stored: tuple[Integers, Integers] = ((), ()),
 ) -> tuple[Decoder, Decoder | None]:
     """Return target and draft as the engine would load them.
 
@@ -121,17 +155,21 @@ def abstract_pair(
         draft_axes: Mesh axes that the dense parts of the draft are split over.
         dtype: Type to compute in.
         settings: Which kernels the modules use; None for those of the mesh's platform.
-        weights: Types of the target's and the draft's matrices; None for `dtype`.
+        weights: Types of the target's and the draft's matrices; None for those that they are stored
+            in if they are quantized, else `dtype`.
         kv_dtype: Type of the caches; "auto" is `dtype`.
+        stored: How the target's and the draft's quantized matrices are stored.
 
     Returns:
         The modules, with a jax.ShapeDtypeStruct for every array.
     """
 
-    def loader(config: ModelConfig, axes: Axes, kept: Weights | None) -> ShapeLoader:
+    def loader(
+        config: ModelConfig, axes: Axes, kept: Weights | None, integers: Integers
+    ) -> ShapeLoader:
         configs = [c for c in (target, draft) if c is not None]
         return ShapeLoader(
-            Shapes(expected_shapes(config)),
+            Shapes(expected_shapes(config), integers),
             config,
             mesh,
             axes,
@@ -143,12 +181,12 @@ def abstract_pair(
             kv_dtype=kv_dtype,
         )
 
-    of_target = loader(target, ALL_AXES, weights[0])
+    of_target = loader(target, ALL_AXES, weights[0], stored[0])
     layers = [of_target.layer(index) for index in range(target.num_hidden_layers)]
     of_draft = None
     if draft is not None:
         fitted = Shapes(refit_shapes(layout, expected_shapes(draft))) if refit else None
-        of_draft = load_draft(loader(draft, draft_axes, weights[1]), layout, fitted)
+        of_draft = load_draft(loader(draft, draft_axes, weights[1], stored[1]), layout, fitted)
     return of_target.decoder(layers), of_draft
 
 
@@ -160,18 +198,19 @@ def abstract_state(programs: Programs, rows: int, capacity: int) -> State:
         rows: Texts decoded together.
         capacity: Cache entries per row, in tokens.
     """
-    everywhere = NamedSharding(programs.mesh, P())
-    # In the order of the fields: seed, round, temperature, top_k, top_p.
-    types = (np.uint32, np.int32, np.float32, np.int32, np.float32)
-    fields: list[Any] = [
-        jax.ShapeDtypeStruct((rows,), dtype, sharding=everywhere) for dtype in types
-    ]
-    request = RowSampling(*fields)
-    limits = jax.ShapeDtypeStruct((rows,), np.int32, sharding=everywhere)
-    body = partial(init_state, capacity=capacity, size=programs.config.pending_size)
+    # NumPy leaves zeros to the operating system until they are touched.
+    request, adjustments = programs.row_arrays(SamplingParams(), [()] * rows)
+    limits = np.zeros(rows, np.int32)
+    body = partial(init_state, capacity=capacity)
+    request_spec, adjustments_spec = programs.row_specs
+    specs = request_spec, P(), adjustments_spec
     # Traced, not run: the caches themselves are never allocated.
     state = jax.eval_shape(
-        programs.mapped(body, (P(), P()), programs.state_spec), programs.leaves, request, limits
+        programs.mapped(body, specs, programs.state_spec),
+        programs.leaves,
+        request,
+        limits,
+        adjustments,
     )
 
     def placed(sharding: NamedSharding, part: Any) -> Any:

@@ -3,12 +3,14 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from easyspec_jax.decode.round import Fault, Report
+from easyspec_jax.decode.state import Fault, Report
 from easyspec_jax.decode.stats import Stats
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SamplingParams
+from easyspec_jax.sampling.adjust import PLAIN, Kinds
+from easyspec_jax.sampling.logprobs import Logprobs
 from easyspec_jax.tokenizer.conversation import Conversation, Prompt
 from easyspec_jax.tokenizer.stream import TextStream
 
@@ -30,12 +32,63 @@ def batched(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
     return [items[first : first + size] for first in range(0, len(items), size)]
 
 
+def repeated(items: Sequence[Item], times: int) -> list[Item]:
+    """Repeat each item.
+
+    Examples:
+        >>> repeated("ab", 2)
+        ['a', 'a', 'b', 'b']
+    """
+    return [item for item in items for _ in range(times)]
+
+
 @dataclass(frozen=True)
 class EncodedPrompt:
     """A prompt and its token ids; `Engine.prepare` makes one."""
 
     prompt: Prompt
     ids: list[int]
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probability of a token under the target, and of the likeliest ones in its place.
+
+    The target's own distribution counts, before biases, penalties, temperature or truncation.
+
+    Attributes:
+        token_id: The token.
+        logprob: Its log-probability.
+        top: Likeliest ids and their log-probabilities, in descending order.
+    """
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        top = [{"token_id": number, "logprob": logprob} for number, logprob in self.top]
+        return {"token_id": self.token_id, "logprob": self.logprob, "top_logprobs": top}
+
+
+def read_logprobs(
+    found: Logprobs, row: int, tokens: Sequence[int], best: int
+) -> list[TokenLogprobs]:
+    """Read the log-probabilities of a row of a report.
+
+    Args:
+        found: NumPy arrays, [batch, columns] and [batch, columns, ids].
+        row: The row.
+        tokens: The tokens of the first columns; others do not count.
+        best: How many likeliest ids to read.
+    """
+    result = []
+    for column, token in enumerate(tokens):
+        ids, values = found.ids[row, column, :best], found.best[row, column, :best]
+        top = list(zip(ids.tolist(), values.tolist(), strict=True))
+        result.append(TokenLogprobs(token, float(found.chosen[row, column]), top))
+    return result
 
 
 @dataclass(frozen=True)
@@ -51,6 +104,8 @@ class Completion:
         stats: Rounds, acceptance and times.
         tokens_per_round: How many of token_ids each round added. Prefill added the first one.
         error: Explains the finish_reason "error".
+        logprobs: Those of each of token_ids, if the sampling asks for them.
+        prompt_logprobs: Likewise of prompt_ids. The first is None, since nothing precedes it.
     """
 
     prompt: Prompt
@@ -61,6 +116,8 @@ class Completion:
     stats: Stats
     tokens_per_round: list[int]
     error: str | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
@@ -72,7 +129,26 @@ class Completion:
             "finish_reason": self.finish_reason,
             "stats": self.stats.as_dict(),
         }
+        for name in ("logprobs", "prompt_logprobs"):
+            listed = getattr(self, name)
+            if listed is not None:
+                fields[name] = [None if one is None else one.as_dict() for one in listed]
         return fields if self.error is None else fields | {"error": self.error}
+
+
+class Gain(NamedTuple):
+    """Part of a text that one report added.
+
+    Attributes:
+        pieces: Text of each new token. A token can have none yet: one that ends inside a character,
+            or whose text may become a stop string.
+        drafted: Levels that the round drafted; 0 for the prefill.
+        accepted: How many of them were accepted. These are the first tokens.
+    """
+
+    pieces: list[str]
+    drafted: int
+    accepted: int
 
 
 @dataclass
@@ -86,11 +162,15 @@ class Generation:
         stats: Rounds, acceptance and times so far.
         sampling: How its tokens are chosen.
         limit: Tokens to generate at most.
+        stop_ids: Ids that end its text.
+        kinds: Options that its programs know besides its own.
         begun: Start of its prefill, by time.perf_counter().
         started: Whether its first token has been reported.
         finished: Whether its text is complete.
         fault: The model whose logits were not finite, if any.
         tokens_per_round: See Completion.
+        latest: What the latest report added.
+        logprobs: See Completion, empty if there are none; likewise prompt_logprobs.
     """
 
     prompt: Prompt
@@ -99,11 +179,16 @@ class Generation:
     stats: Stats
     sampling: SamplingParams
     limit: int
+    stop_ids: tuple[int, ...] = ()
+    kinds: Kinds = PLAIN
     begun: float = field(default=0.0, init=False)
     started: bool = field(default=False, init=False)
     finished: bool = field(default=False, init=False)
     fault: Fault = field(default=Fault.NONE, init=False)
     tokens_per_round: list[int] = field(default_factory=list, init=False)
+    latest: Gain = field(default=Gain([], 0, 0), init=False)
+    logprobs: list[TokenLogprobs] = field(default_factory=list, init=False)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list, init=False)
 
     def take(self, report: Report, row: int) -> str:
         """Add what a report says about one of its rows, and return the new text.
@@ -112,39 +197,59 @@ class Generation:
         """
         seconds = time.perf_counter() - self.begun
         if self.started:
-            return self._take_round(report, row, seconds)
-        self.started = True
-        self.stats = replace(self.stats, prefill_seconds=seconds)
-        return self._push(report, row)[0]
+            self.latest = self._take_round(report, row, seconds)
+        else:
+            self.started = True
+            self.stats = replace(self.stats, prefill_seconds=seconds)
+            self._take_prompt(report, row)
+            self.latest = Gain(self._push(report, row), 0, 0)
+        return "".join(self.latest.pieces)
 
-    def _take_round(self, report: Report, row: int, seconds: float) -> str:
-        drafted = int(report.drafted[row])
-        accepted = int(report.accepted[row])
-        piece, kept = self._push(report, row)
+    def _take_prompt(self, report: Report, row: int) -> None:
+        best = self.sampling.prompt_logprobs
+        if best is None or report.prompt is None:
+            return
+        self.prompt_logprobs.append(None)
+        for part in report.prompt:
+            # A chunk's columns are about the tokens after its own; the last one's is no prompt's.
+            begin = len(self.prompt_logprobs)
+            about = self.prompt_ids[begin : begin + part.chosen.shape[1]]
+            self.prompt_logprobs += read_logprobs(part, row, about, best)
+
+    def _take_round(self, report: Report, row: int, seconds: float) -> Gain:
+        counts = report.drafted, report.accepted, report.lookup_drafted, report.lookup_accepted
+        positions = [int(count[row]) for count in counts]
+        pieces = self._push(report, row)
+        kept = len(pieces)
         if kept < int(report.num_tokens[row]):
             # A stop string ended the text within this round. Positions past it do not count, just
             # as the devices do not count positions past a stop token.
-            drafted = accepted = kept
+            positions = [min(count, kept) for count in positions]
         self.tokens_per_round.append(kept)
-        stats = self.stats.with_round(kept, drafted, accepted)
+        levels = report.tokens.shape[1] - 1  # a round's report has a column more than levels
+        stats = self.stats.with_round(kept, *positions, levels=levels)
         self.stats = replace(stats, decode_seconds=seconds - stats.prefill_seconds)
-        return piece
+        return Gain(pieces, *positions[:2])
 
-    def _push(self, report: Report, row: int) -> tuple[str, int]:
-        """Return the text that a report adds, and how many tokens of the report it keeps."""
-        # The text drops tokens past a stop string, so it may keep fewer than it is given.
-        before = len(self.text.ids)
-        tokens = report.tokens[row, : report.num_tokens[row]]
-        piece = self.text.push([int(token) for token in tokens])
+    def _push(self, report: Report, row: int) -> list[str]:
+        """Return the text of each token of a report, up to the one that completes a stop string."""
+        pieces = []
+        for token in report.tokens[row, : report.num_tokens[row]]:
+            if self.text.stopped:
+                break
+            pieces.append(self.text.push([int(token)]))
+        best = self.sampling.logprobs
+        if best is not None and report.logprobs is not None:
+            kept = self.text.ids[len(self.text.ids) - len(pieces) :]
+            self.logprobs += read_logprobs(report.logprobs, row, kept, best)
         self.finished = self.text.stopped or bool(report.done[row])
         self.fault = Fault.NONE if self.text.stopped else Fault(int(report.fault[row]))
-        return piece, len(self.text.ids) - before
+        return pieces
 
-    def completion(self, stop_ids: Sequence[int], directories: Mapping[Fault, str]) -> Completion:
+    def completion(self, directories: Mapping[Fault, str]) -> Completion:
         """Return the finished text.
 
         Args:
-            stop_ids: Ids that end a text.
             directories: What to call each model if its logits were not finite.
         """
         reason, error = "length", None
@@ -152,7 +257,12 @@ class Generation:
         if self.fault:
             reason = "error"
             error = f"{directories[self.fault]} gave logits that are not finite; check its weights"
-        elif self.text.stopped or self.text.ids[-1] in stop_ids:
+            if self.sampling.grammar is not None and self.fault == Fault.TARGET:
+                error = (
+                    f"no token may follow here by `{self.sampling.grammar.kind}` and the other "
+                    f"options, or {error}"
+                )
+        elif self.text.stopped or self.text.ids[-1] in self.stop_ids:
             reason = "stop"
         return Completion(
             prompt=self.prompt,
@@ -163,4 +273,6 @@ class Generation:
             stats=self.stats,
             tokens_per_round=self.tokens_per_round,
             error=error,
+            logprobs=None if self.sampling.logprobs is None else self.logprobs,
+            prompt_logprobs=None if self.sampling.prompt_logprobs is None else self.prompt_logprobs,
         )

@@ -7,18 +7,26 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import jax
-import numpy as np
 
 from easyspec_jax.arithmetic import wrap_seed
-from easyspec_jax.decode.loop import Batch, decode, warm_up
+from easyspec_jax.decode.loop import Batch, warm_up
+from easyspec_jax.decode.prefixes import Prefix, reusable
 from easyspec_jax.decode.programs import Programs
-from easyspec_jax.decode.round import Fault, RoundConfig
-from easyspec_jax.decode.stats import Stats
-from easyspec_jax.engine.completion import Completion, EncodedPrompt, Generation, batched
+from easyspec_jax.decode.state import Fault, RoundConfig
+from easyspec_jax.decode.stats import Stats, TierStats
+from easyspec_jax.engine.completion import (
+    Completion,
+    EncodedPrompt,
+    Generation,
+    batched,
+    repeated,
+)
 from easyspec_jax.engine.models import Models
+from easyspec_jax.engine.running import RunningBatch
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.progress import Bar, no_bar
+from easyspec_jax.sampling.adjust import PLAIN, Kinds
 from easyspec_jax.tokenizer import encode
 from easyspec_jax.tokenizer.conversation import Prompt
 from easyspec_jax.tokenizer.stream import TextStream
@@ -45,6 +53,10 @@ class Engine(Models):
 
     # Round, cache sizes, chunk size and batch size of everything that XLA has compiled already.
     _compiled: set[tuple[RoundConfig, tuple[int, ...], int, int]] = field(
+        default_factory=set, init=False, repr=False
+    )
+    # The same of what restores prefixes: round, cache size, size of the prefix and batch size.
+    _restores: set[tuple[RoundConfig, int, int, int]] = field(
         default_factory=set, init=False, repr=False
     )
 
@@ -97,22 +109,46 @@ class Engine(Models):
             )
 
     def row(
-        self, prompt: Prompt | EncodedPrompt, sampling: SamplingParams, *, chat: bool = False
+        self,
+        prompt: Prompt | EncodedPrompt,
+        sampling: SamplingParams,
+        *,
+        chat: bool = False,
+        kinds: Kinds = PLAIN,
     ) -> Generation:
-        """Return what complete_each() takes. Raises EasySpecError for a bad prompt."""
-        (encoded,) = self.prepare([prompt], chat=chat)
-        return self._row(encoded, sampling)
+        """Return what complete_each() takes.
 
-    def _row(self, prompt: EncodedPrompt, sampling: SamplingParams) -> Generation:
-        levels = self.config(sampling).levels
-        stop_ids = self.target.config.stop_ids
+        Args:
+            prompt: A text or a conversation, encoded or not.
+            sampling: How to sample.
+            chat: Put a text as a user's message.
+            kinds: Options that its programs shall know besides its own. Rows that name those of
+                their neighbours share programs, and so a batch.
+
+        Raises:
+            EasySpecError: The prompt is bad, or an id is none of the target's.
+        """
+        (encoded,) = self.prepare([prompt], chat=chat)
+        return self._row(encoded, sampling, kinds)
+
+    def _row(
+        self, prompt: EncodedPrompt, sampling: SamplingParams, kinds: Kinds = PLAIN
+    ) -> Generation:
+        sampling = self.with_ids(sampling)
+        config = self.config(sampling)
+        tiers = (*config.tiers, config.levels) if config.tiers else ()
+        stop_ids = sampling.end_ids(self.target.config.stop_ids)
         return Generation(
             prompt=prompt.prompt,
             prompt_ids=prompt.ids,
             text=TextStream(self.tokenizer, sampling.stop, prompt.ids, stop_ids),
-            stats=Stats(accepted_per_position=(0,) * levels),
+            stats=Stats(
+                accepted_per_position=(0,) * config.levels, tiers=tuple(map(TierStats, tiers))
+            ),
             sampling=sampling,
             limit=self._limit(prompt.ids, sampling),
+            stop_ids=stop_ids,
+            kinds=kinds,
         )
 
     def _limit(self, ids: Sequence[int], sampling: SamplingParams) -> int:
@@ -129,6 +165,8 @@ class Engine(Models):
     ) -> Preparation:
         """Load and compile what generate() would use, so that its times are times of decoding.
 
+        Prompts that reuse each other's prefixes may still compile a chunk's size while generating.
+
         Args:
             prompts: As for generate(); those of prepare() are not encoded again.
             sampling: As for generate().
@@ -139,7 +177,7 @@ class Engine(Models):
         Raises:
             EasySpecError: A prompt is bad, or memory will not suffice. No weight has been read.
         """
-        rows = self.prepare(prompts, chat=chat)
+        rows = repeated(self.prepare(prompts, chat=chat), sampling.n)
         batches = batched([row.ids for row in rows], batch_size)
         tokens = max(len(row.ids) + self._limit(row.ids, sampling) for row in rows)
         self.check_memory(tokens, max(len(row.ids) for row in rows), batch_size, sampling)
@@ -150,11 +188,16 @@ class Engine(Models):
         # Batches whose caches go through the same sizes need the same programs, but for the chunks
         # of their prompts.
         wanted: dict[tuple[int, ...], set[int]] = {}
+        reused: dict[tuple[int, int], Prefix] = {}
         for batch in batches:
             growth = self._growth(programs, batch, sampling)
+            start, prefixes = reusable(programs, self.prefixes, batch, growth[0], batch_size)
             longest = max(map(len, batch))
-            wanted.setdefault(growth, set()).update(programs.chunks(longest, growth[0], batch_size))
+            chunks = programs.chunks(longest - start, growth[0] - start, batch_size)
+            wanted.setdefault(growth, set()).update(chunks)
+            reused |= {(growth[0], prefix.size): prefix for prefix in prefixes}
         self._warm_up(programs, wanted, batch_size, bar)
+        self._warm_up_restores(programs, reused, batch_size)
         capacities = sorted(set().union(*wanted))
         return Preparation(capacities, loaded - begun, time.perf_counter() - loaded)
 
@@ -183,6 +226,18 @@ class Engine(Models):
                     self._compiled.add((programs.config, capacities, chunk, batch_size))
                 advance(1)
 
+    def _warm_up_restores(
+        self, programs: Programs, reused: Mapping[tuple[int, int], Prefix], batch_size: int
+    ) -> None:
+        """Compile what puts prefixes into rows, by cache size and size of the prefix."""
+        for (capacity, size), prefix in reused.items():
+            key = programs.config, capacity, size, batch_size
+            if key not in self._restores:
+                state = programs.start(SamplingParams(), [0] * batch_size, capacity)
+                state = programs.restore(state, 0, prefix.caches, 1)
+                jax.block_until_ready(state.length)
+                self._restores.add(key)
+
     def _growth(
         self, programs: Programs, batch: Sequence[Sequence[int]], sampling: SamplingParams
     ) -> tuple[int, ...]:
@@ -210,15 +265,15 @@ class Engine(Models):
 
         Args:
             prompts: Texts, conversations, or rows of prepare().
-            sampling: How tokens are chosen; greedily by default. Prompt i draws its noise from
-                seed + i.
+            sampling: How tokens are chosen; greedily by default. Text j of prompt i draws its noise
+                from seed + i * n + j.
             chat: Put texts as a user's message.
             batch_size: Prompts decoded together, which changes no text in float32.
             on_text: Called with each piece of text as it is made, one prompt at a time.
             bar: Shows the progress of reading long prompts.
 
         Returns:
-            An iterator of one Completion per prompt.
+            An iterator of `n` Completions per prompt, one after the other.
 
         Raises:
             EasySpecError: A prompt is bad, batch_size is less than 1, or on_text is given with a
@@ -228,12 +283,13 @@ class Engine(Models):
             raise EasySpecError(
                 "texts of one batch cannot be streamed at once; leave out on_text or batch_size"
             )
-        sampling = sampling or SamplingParams()
-        batches = batched(self.prepare(prompts, chat=chat), batch_size)
+        sampling = self.with_ids(sampling or SamplingParams())
+        rows = repeated(self.prepare(prompts, chat=chat), sampling.n)
+        batches = batched(rows, batch_size)
         return itertools.chain.from_iterable(
             self._complete(
                 batch,
-                # Prompt i draws from seed + i whatever the batch size, so batching changes no text.
+                # Text i draws from seed + i whatever the batch size, so batching changes no text.
                 replace(sampling, seed=wrap_seed(sampling.seed + number * batch_size)),
                 batch_size,
                 on_text or _ignore,
@@ -261,8 +317,11 @@ class Engine(Models):
         begun = time.perf_counter()
         for row in rows:
             row.begun = begun
-        with closing(decode(programs, encoded, limits, sampling, bar)) as reports:
-            for report in reports:
+        filled = Batch.filled(programs, encoded, limits, sampling, bar, self.prefixes)
+        with closing(filled) as running:
+            for index, row in enumerate(rows):
+                row.stats = replace(row.stats, cached_tokens=int(running.cached[index]))
+            for report in running.reports():
                 for index, row in enumerate(rows):
                     if not row.finished:
                         on_text(row.take(report, index))
@@ -273,16 +332,16 @@ class Engine(Models):
         # Text is held back while it could be the beginning of a stop string.
         on_text(rows[0].text.rest())
         for row in rows:
-            yield self._completion(row)
+            yield self.completion(row)
 
     def complete_each(
         self, rows: Iterable[Generation], batch_size: int, *, checked: bool = False
     ) -> Iterator[tuple[int, Completion]]:
         """Complete rows as places become free: the place of a finished one goes to the next.
 
-        Each row has its own sampling. One that needs other programs (greedy decoding, sampling,
-        top-k or top-p) waits until all before it are done, so rows are best sorted by config(). In
-        float32 every text is what it would be alone.
+        Each row has its own sampling, and is one text whatever its `n`. One that needs other
+        programs (see RoundConfig.of) waits until all before it are done, so rows are best sorted by
+        config(). In float32 every text is what it would be alone.
 
         Args:
             rows: See row(). They are taken as places become free, so there may be any number.
@@ -299,7 +358,7 @@ class Engine(Models):
             raise EasySpecError(f"`batch_size` {batch_size} must be at least 1")
         # groupby() takes rows one by one, so that an endless iterator of rows works too.
         for config, alike in itertools.groupby(
-            enumerate(rows), lambda item: self.config(item[1].sampling)
+            enumerate(rows), lambda item: self.config(item[1].sampling, item[1].kinds)
         ):
             first = list(itertools.islice(alike, batch_size))
             sampling = first[0][1].sampling
@@ -307,46 +366,36 @@ class Engine(Models):
                 tokens = max(len(row.prompt_ids) + row.limit for _, row in first)
                 prompt = max(len(row.prompt_ids) for _, row in first)
                 self.check_memory(tokens, prompt, batch_size, sampling)
-            programs = self.programs(sampling)
+            programs = self.programs(sampling, config.kinds)
             assert programs.config == config
             # Caches start at the size that the first texts need, and grow with later ones.
             capacity = max(
                 programs.capacities(len(row.prompt_ids), row.limit)[0] for _, row in first
             )
-            with closing(Batch.empty(programs, batch_size, capacity)) as batch:
+            free = Batch.empty(programs, batch_size, capacity, self.prefixes)
+            with closing(free) as batch:
                 waiting = itertools.chain(first, alike)  # noqa: B031 (used up before the next group)
-                yield from self._refilled(batch, waiting, batch_size)
+                yield from self._refilled(RunningBatch(batch, batch_size), waiting)
 
     def _refilled(
-        self, batch: Batch, waiting: Iterator[tuple[int, Generation]], batch_size: int
+        self, running: RunningBatch[int], waiting: Iterator[tuple[int, Generation]]
     ) -> Iterator[tuple[int, Completion]]:
-        held: dict[int, tuple[int, Generation]] = {}
         while True:
-            for place in range(batch_size):
-                # Every free place gets a text before the next round, while there are any.
-                item = None if place in held else next(waiting, None)
-                if item is not None:
-                    held[place] = item
-                    row = item[1]
-                    row.begun = time.perf_counter()
-                    batch.enter(place, row.prompt_ids, row.limit, row.sampling)
-            if not held:
+            # Every free row gets a text before the next round, while there are any.
+            for number, row in itertools.islice(waiting, running.free):
+                running.enter(number, row)
+            if not running:
                 return
-            for read in batch.step():
-                for index in np.flatnonzero(read.current):
-                    place = int(read.rows[index])
-                    number, row = held[place]
-                    row.take(read.report, int(index))
-                    if row.finished:
-                        del held[place]
-                        batch.leave(place)
-                        yield number, self._completion(row)
+            for number, row in running.step():
+                if row.finished:
+                    yield number, self.completion(row)
 
-    def _completion(self, row: Generation) -> Completion:
+    def completion(self, row: Generation) -> Completion:
+        """Return what a row has become, finished or not; at least its prefill must have been."""
         directories = {Fault.TARGET: f"the target {self.target.directory}"}
         if self.draft is not None:
             directories[Fault.DRAFT] = f"the draft {self.draft.directory}"
-        return row.completion(self.target.config.stop_ids, directories)
+        return row.completion(directories)
 
 
 def _ignore(piece: str) -> None:

@@ -7,18 +7,21 @@ that the count cannot drift away from what is allocated.
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from easyspec_jax.arithmetic import ceil_div
 from easyspec_jax.checkpoint.config import ModelConfig
+from easyspec_jax.checkpoint.quantized import Integers
 from easyspec_jax.decode.programs import CAPACITY_UNIT, Programs
-from easyspec_jax.decode.round import RoundConfig
+from easyspec_jax.decode.state import RoundConfig
 from easyspec_jax.draft.grouping import Layout
 from easyspec_jax.engine.abstract import (
     absent_mesh,
@@ -27,9 +30,12 @@ from easyspec_jax.engine.abstract import (
     bytes_per_device,
 )
 from easyspec_jax.errors import EasySpecError
+from easyspec_jax.model.experts import numbers_in_memory
+from easyspec_jax.model.matrix import Matrix, sums_in_memory
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.options import KVDType, Weights
 from easyspec_jax.parallel.mesh import MAX_VIRTUAL_DEVICES, TENSOR, Axes, axes_size, parse_mesh
+from easyspec_jax.parallel.platforms import settings_of
 
 GIB = 2**30
 
@@ -53,9 +59,13 @@ class Workload:
         target_held: Whether the target's weights are on the devices already.
         draft_held: Whether the draft's are.
         max_length: The most tokens that any text will have.
-        target_weights: Type of the target's matrices; None for `dtype`.
+        target_weights: Type of the target's matrices; None for those that they are stored in if
+            they are quantized, else `dtype`.
         draft_weights: Likewise of the draft's.
         kv_dtype: Type of caches; "auto" is `dtype`.
+        prefixes: Bytes that the store of prefixes may take.
+        target_stored: How the target's quantized matrices are stored.
+        draft_stored: Likewise the draft's.
     """
 
     target: ModelConfig
@@ -75,6 +85,9 @@ class Workload:
     target_weights: Weights | None = None
     draft_weights: Weights | None = None
     kv_dtype: KVDType = "auto"
+    prefixes: int = 0
+    target_stored: Integers = ()
+    draft_stored: Integers = ()
 
 
 @dataclass(frozen=True)
@@ -85,37 +98,54 @@ class Need:
         weights: Weights that have not been read yet.
         caches: KV caches of all rows.
         working: The largest intermediate results of one pass.
+        prefixes: All that the store of prefixes may take.
     """
 
     weights: int
     caches: int
     working: int
+    prefixes: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.caches + self.working
+        return self.weights + self.caches + self.working + self.prefixes
 
 
 def needed(job: Workload) -> Need:
     """Return the most that a workload will take."""
-    models, weights, entry = _of_models(replace(job, tokens=0, prompt=0, rows=0, max_length=None))
+    models, weights, entry, row = _of_models(_without_texts(job))
     programs = Programs(job.mesh, *models, job.round, job.max_length)
     # The smaller caches are still there while the larger ones are filled from them.
     # capacities() lists the sizes that a cache goes through, such as 256, 512, 1024.
     sizes = programs.capacities(job.prompt, job.tokens - job.prompt)[-2:]
-    caches = job.rows * sum(sizes) * entry
+    caches = job.rows * (sum(sizes) * entry + row)
     working = max(_working(model, programs, job) for model in models if model is not None)
-    # All virtual devices of a CPU allocate from one memory.
-    shared = job.mesh.size if _platform(job.mesh) == "cpu" else 1
-    return Need(weights, shared * caches, shared * working)
+    shared = _sharing(job.mesh)
+    return Need(weights, shared * caches, shared * working, job.prefixes)
+
+
+def bytes_per_entry(job: Workload) -> int:
+    """Return the bytes of one cache entry of one row in both models, as Need counts them."""
+    return _sharing(job.mesh) * _of_models(_without_texts(job))[2]
+
+
+def _sharing(mesh: Mesh) -> int:
+    """Return how many devices allocate from one memory: all virtual devices of a CPU."""
+    return mesh.size if _platform(mesh) == "cpu" else 1
+
+
+def _without_texts(job: Workload) -> Workload:
+    """Return a workload that is equal for all texts of the same models."""
+    return replace(job, tokens=0, prompt=0, rows=0, max_length=None, prefixes=0)
 
 
 @lru_cache(maxsize=64)  # the flags that would help are found by trying many
-def _of_models(job: Workload) -> tuple[tuple[Decoder, Decoder | None], int, int]:
+def _of_models(job: Workload) -> tuple[tuple[Decoder, Decoder | None], int, int, int]:
     """Return what does not depend on the texts.
 
     Returns:
-        The models, the bytes of weights to be read, and the bytes of one cache entry of one row.
+        The models, the bytes of weights to be read, the bytes of one cache entry of one row, and
+        those that a row's biases and counts of tokens take.
     """
     models = abstract_pair(
         job.target,
@@ -127,15 +157,18 @@ def _of_models(job: Workload) -> tuple[tuple[Decoder, Decoder | None], int, int]
         np.dtype(job.dtype),
         weights=(job.target_weights, job.draft_weights),
         kv_dtype=job.kv_dtype,
+        stored=(job.target_stored, job.draft_stored),
     )
     target, draft = models
     missing = (None if job.target_held else target, None if job.draft_held else draft)
     state = abstract_state(Programs(job.mesh, *models, job.round), 1, CAPACITY_UNIT)
-    entry = bytes_per_device((state.target, state.draft)) // CAPACITY_UNIT
+    entry = bytes_per_device((state.target, state.draft, state.text)) // CAPACITY_UNIT
+    row = bytes_per_device(state.adjustments)
     if _platform(job.mesh) != "cpu":
-        return models, bytes_per_device(missing), entry
+        return models, bytes_per_device(missing), entry, row
     # All virtual devices of a CPU share one array of a replicated weight.
-    return models, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(missing)), entry
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(missing))
+    return models, weights, entry, row
 
 
 def _working(model: Decoder, programs: Programs, job: Workload) -> int:
@@ -143,11 +176,12 @@ def _working(model: Decoder, programs: Programs, job: Workload) -> int:
 
     Per token, in float32: scores and softmax of every head, and one mask, over the cache; three
     arrays of an MLP's inner size; and six of the hidden size. On top come the logits of all nodes
-    of a draft.
+    of a draft, what penalties count for each of them, and what products by quantized matrices
+    write.
     """
     config = model.config
     shards = axes_size(job.mesh, model.axes)
-    nodes = 1 + (job.round.nodes or job.round.levels * job.round.width)
+    nodes = 1 + job.round.verified
     capacity = programs.capacity(job.tokens)
     # The exact pass over a group computes one layer at a time, split over "tensor" alone.
     head_shards = shards if model is programs.target else job.mesh.shape[TENSOR]
@@ -157,7 +191,48 @@ def _working(model: Decoder, programs: Programs, job: Workload) -> int:
     for_each_token = 4 * ((2 * heads + 1) * capacity + 3 * inner + 6 * config.hidden_size)
     # A shorter `max_length` that is only tried may be less than the prompt.
     chunk = max(programs.chunks(min(job.prompt, job.tokens), capacity, job.rows))
-    return job.rows * (max(chunk, nodes) * for_each_token + 3 * 4 * nodes * vocabulary)
+    of_tokens = max(chunk, nodes) * for_each_token
+    of_products = max(_of_products(model, job, tokens) for tokens in (chunk, nodes))
+    if config.mixture is not None:
+        of_mixture = partial(
+            numbers_in_memory,
+            config.mixture,
+            config.hidden_size,
+            ceil_div(config.mixture.moe_intermediate_size, shards),
+            sorts=settings_of(_platform(job.mesh)).sorts_by_expert,
+        )
+        for tokens in (chunk, nodes):
+            of_products = max(of_products, 4 * of_mixture(tokens=job.rows * tokens))
+    arrays = 5 if job.round.kinds.penalties else 3
+    return job.rows * (of_tokens + arrays * 4 * nodes * vocabulary) + of_products
+
+
+def _of_products(model: Decoder, job: Workload, tokens: int) -> int:
+    """Return the most bytes that products by quantized matrices write on their way.
+
+    Args:
+        model: Its matrices.
+        job: The workload.
+        tokens: Tokens of each row in an exact pass.
+    """
+    sums = floats = 0
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Matrix) and module.scale is not None:
+            # An exact pass multiplies by one slot of a stack at a time, a fuzzy one by all of them.
+            *slots, out, groups = _shard_shape(module.scale)
+            exact = sums_in_memory(out, groups, job.rows * tokens)
+            fuzzy = prod(slots) * sums_in_memory(out, groups, job.rows * job.round.width)
+            sums = max(sums, exact, fuzzy)
+    if _platform(job.mesh) == "cpu":
+        # XLA's CPU backend makes floats of all matrices first; others convert as they multiply.
+        for leaf in jax.tree.leaves(model):
+            if leaf.dtype.itemsize < np.dtype(job.dtype).itemsize:
+                floats += prod(_shard_shape(leaf))
+    return 4 * sums + np.dtype(job.dtype).itemsize * floats
+
+
+def _shard_shape(array: Any) -> tuple[int, ...]:
+    return array.sharding.shard_shape(array.shape)
 
 
 def free_memory(mesh: Mesh) -> int | None:
@@ -200,6 +275,8 @@ def check_memory(job: Workload, free: int | None) -> None:
         f"weights {_gib(need.weights)}, caches {_gib(need.caches)}, "
         f"intermediate results {_gib(need.working)}"
     )
+    if need.prefixes:
+        parts += f", kept prefixes {_gib(need.prefixes)}"
     helping = " or ".join(_options_that_help(job, free))
     advice = "use a machine with more memory, or smaller models"
     if helping:
@@ -228,7 +305,8 @@ def _options_that_help(job: Workload, free: int) -> Iterator[str]:
     if job.dtype == "float32" and unread and fits(replace(job, dtype="bfloat16")):
         yield "`dtype` bfloat16"
     # On a CPU integers would be slow, and int4 no smaller than int8.
-    if unread and job.target_weights is None and _platform(job.mesh) != "cpu":
+    has_floats = job.target_weights is None and not job.target_stored
+    if unread and has_floats and _platform(job.mesh) != "cpu":
         for weights in ("int8", "int4"):
             if fits(replace(job, target_weights=weights)):
                 yield f"`weights` {weights}"
@@ -239,6 +317,8 @@ def _options_that_help(job: Workload, free: int) -> Iterator[str]:
     )
     if tokens > job.prompt:
         yield f"`max_length` {tokens}"
+    if job.prefixes and fits(replace(job, prefixes=0)):
+        yield "`prefix_cache` 0"
     if rows := _largest(lambda rows: fits(replace(job, rows=rows)), job.rows):
         yield f"`batch_size` {rows}"
 

@@ -1,7 +1,7 @@
 """A pair of models on a mesh: weights read once, programs compiled once, memory checked first."""
 
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Self
 
 import jax
@@ -9,22 +9,32 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from easyspec_jax.checkpoint.directory import Checkpoint
-from easyspec_jax.checkpoint.quantized import stored_weights
+from easyspec_jax.checkpoint.quantized import stored_integers, stored_weights
 from easyspec_jax.checkpoint.tensors import TensorSource
+from easyspec_jax.decode.prefixes import PrefixStore
 from easyspec_jax.decode.programs import Programs
-from easyspec_jax.decode.round import RoundConfig
+from easyspec_jax.decode.state import RoundConfig
 from easyspec_jax.draft.grouping import Layout
 from easyspec_jax.draft.layer_group import load_draft
 from easyspec_jax.draft.refit_file import choose_layout
-from easyspec_jax.engine.fits import Workload, check_memory, free_memory
+from easyspec_jax.engine.fits import Workload, bytes_per_entry, check_memory, free_memory
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import Decoder
-from easyspec_jax.options import KVDType, SamplingParams, SpeculativeConfig, Weights
+from easyspec_jax.options import (
+    KVDType,
+    SamplingParams,
+    SpeculativeConfig,
+    Weights,
+    check_prefix_cache,
+)
 from easyspec_jax.parallel import hosts
 from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape, connect
 from easyspec_jax.progress import Bar, no_bar
+from easyspec_jax.sampling.adjust import PLAIN, Kinds
+from easyspec_jax.sampling.grammar import Grammars
+from easyspec_jax.tokenizer import bad_words_ids
 from easyspec_jax.tokenizer.conversation import Tokenizer
 
 
@@ -46,6 +56,8 @@ class Models:
             else `dtype`.
         draft_weights: Likewise of the draft's.
         kv_dtype: Type of the caches; "auto" is `dtype`.
+        prefix_cache: Bytes that prefixes may take, on each device or of a CPU's memory; 0 keeps
+            none.
     """
 
     target: Checkpoint
@@ -60,9 +72,11 @@ class Models:
     weights: Weights | None = None
     draft_weights: Weights | None = None
     kv_dtype: KVDType = "auto"
+    prefix_cache: int = 0
     _target: Decoder | None = field(default=None, init=False, repr=False)
     _draft: Decoder | None = field(default=None, init=False, repr=False)
     _programs: dict[RoundConfig, Programs] = field(default_factory=dict, init=False, repr=False)
+    _prefixes: PrefixStore | None = field(default=None, init=False, repr=False)
 
     def load(self, bar: Bar = no_bar) -> tuple[Decoder, Decoder | None]:
         """Return target and draft on the mesh; the first call reads them."""
@@ -113,16 +127,25 @@ class Models:
         )
 
     def baseline(self) -> Self:
-        """Return plain decoding of the same target on the same mesh. The weights are shared."""
-        verifier = self.speculative.chosen_verifier
-        return self.variant(SpeculativeConfig(method="vanilla", verifier=verifier))
+        """Return plain decoding of the same target on the same mesh. The weights are shared.
+
+        It keeps no prefixes.
+        """
+        own = self.speculative
+        plain = SpeculativeConfig(method="vanilla", verifier=own.chosen_verifier)
+        if own.bit_stable:
+            rows = own.num_speculative_tokens
+            plain = replace(plain, bit_stable=True, num_speculative_tokens=rows)
+        baseline = self.variant(plain)
+        baseline.prefix_cache = 0  # memory is checked for one store
+        return baseline
 
     def variant(
         self, speculative: SpeculativeConfig, shape: MeshShape | None = None, bar: Bar = no_bar
     ) -> Self:
         """Return the same pair on the same devices, decoded in another way.
 
-        Weights that lie alike on the devices are shared; the target's always are.
+        Weights that lie alike on the devices are shared; the target's always are. Prefixes are not.
 
         Args:
             speculative: The other way.
@@ -130,15 +153,17 @@ class Models:
             bar: Shows the target being read, if it has not been yet.
 
         Raises:
-            EasySpecError: The draft cannot have these groups, or is missing.
+            EasySpecError: The draft cannot have these groups, or is missing; or prefixes are kept,
+                which the other way forbids.
         """
+        check_prefix_cache(self.prefix_cache, speculative)
         mesh = self.mesh
         if shape is not None:
             # The order of the devices stays, so that every shard of the target stays where it is.
             devices = mesh.devices.reshape(shape.layer, shape.tensor)
             mesh = Mesh(devices, ALL_AXES, axis_types=mesh.axis_types)
         draft, layout, refit = None, Layout.uniform(()), None
-        if speculative.method != "vanilla":
+        if speculative.needs_draft:
             draft = checked_draft(speculative, self.draft)
             layout, refit = choose_layout(speculative, draft)
         target = self._load_target(bar)
@@ -170,7 +195,7 @@ class Models:
             layout=Layout.uniform(()),
             refit=None,
             speculative=SpeculativeConfig(method="vanilla"),
-            max_length=config.max_position_embeddings,
+            max_length=config.ordinary_length,
             weights=self.draft_weights,
         )
 
@@ -187,19 +212,59 @@ class Models:
         alone._target = self._target
         return alone
 
-    def config(self, sampling: SamplingParams) -> RoundConfig:
-        """Return the static options of the programs for a way of sampling."""
-        return RoundConfig.of(self.speculative, sampling, self.target.config.stop_ids)
+    def config(self, sampling: SamplingParams, kinds: Kinds = PLAIN) -> RoundConfig:
+        """Return the static options of the programs for a way of sampling.
 
-    def programs(self, sampling: SamplingParams) -> Programs:
-        """Return the compiled steps for a kind of sampling."""
-        config = self.config(sampling)
+        Args:
+            sampling: How to sample.
+            kinds: Options that the programs shall know as well, for other texts of a batch.
+
+        Raises:
+            EasySpecError: The sampling names an id that the target lacks.
+        """
+        sampling = self.with_ids(sampling)
+        own = RoundConfig.of(self.speculative, sampling, self.target.config.stop_ids)
+        kinds = own.kinds | kinds
+        return replace(own, kinds=kinds, grammars=self.grammars if kinds.grammar else None)
+
+    def with_ids(self, sampling: SamplingParams) -> SamplingParams:
+        """Return a way of sampling with its bad words as ids.
+
+        Raises:
+            EasySpecError: The sampling names an id that the target lacks, or its grammar cannot be
+                used.
+        """
+        if sampling.bad_words:
+            ids = (*sampling.bad_words_ids, *bad_words_ids(self.tokenizer, sampling.bad_words))
+            sampling = replace(sampling, bad_words=(), bad_words_ids=ids)
+        sampling.check_ids(self.target.config.vocab_size)
+        if sampling.grammar is not None:
+            self.grammars.check(sampling)
+        return sampling
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Grammars of the target's vocabulary, which mask forbidden tokens."""
+        config = self.target.config
+        return Grammars(self.tokenizer, config.vocab_size, config.stop_ids)
+
+    def programs(self, sampling: SamplingParams, kinds: Kinds = PLAIN) -> Programs:
+        """Return the compiled steps for a kind of sampling; see config()."""
+        config = self.config(sampling, kinds)
         # Temperature, top_k and so on are arguments of the programs. Only what changes the
         # computation itself (greedy or not, truncated or not) is in the RoundConfig.
         if config not in self._programs:
             target, draft = self.load()
             self._programs[config] = Programs(self.mesh, target, draft, config, self.max_length)
         return self._programs[config]
+
+    @property
+    def prefixes(self) -> PrefixStore | None:
+        """The store of prefixes, or None if there is none."""
+        if self.prefix_cache and self._prefixes is None:
+            entry = bytes_per_entry(self.workload(2, 1, 1, SamplingParams()))
+            self._prefixes = PrefixStore(self.prefix_cache, entry)
+        return self._prefixes if self.prefix_cache else None
 
     def free_memory(self) -> int | None:
         """Return the free bytes of the fullest device, or of a CPU's machine; None if unknown."""
@@ -220,8 +285,11 @@ class Models:
         Raises:
             EasySpecError: It would not fit.
         """
-        workload = self.workload(tokens, prompt, rows, sampling)
-        check_memory(workload, self.free_memory() if free is None else free)
+        if free is None:
+            free = self.free_memory()
+            if free is not None and self._prefixes is not None:
+                free += self._prefixes.bytes  # the workload counts the whole store
+        check_memory(self.workload(tokens, prompt, rows, sampling), free)
 
     @property
     def kept_weights(self) -> str:
@@ -229,18 +297,18 @@ class Models:
 
         For example "target int8, draft int4", or "" for neither.
         """
-        named = zip(("target", "draft"), self._kept_weights(), strict=True)
-        return ", ".join(f"{role} {weights}" for role, weights in named if weights)
-
-    def _kept_weights(self) -> tuple[Weights | None, Weights | None]:
-        of_target = self.weights or stored_weights(self.target.source)
-        if self.draft is None:
-            return of_target, None
-        return of_target, self.draft_weights or stored_weights(self.draft.source)
+        kept = []
+        for role, checkpoint, weights in (
+            ("target", self.target, self.weights),
+            ("draft", self.draft, self.draft_weights),
+        ):
+            if checkpoint is not None:
+                dtype = weights or stored_weights(checkpoint.source)
+                kept += [f"{role} {dtype}"] if dtype not in (None, self.dtype) else []
+        return ", ".join(kept)
 
     def workload(self, tokens: int, prompt: int, rows: int, sampling: SamplingParams) -> Workload:
         """Return the models and texts that check_memory() asks about; the arguments are its own."""
-        target_weights, draft_weights = self._kept_weights()
         return Workload(
             target=self.target.config,
             draft=self.draft and self.draft.config,
@@ -256,9 +324,12 @@ class Models:
             target_held=self._target is not None,
             draft_held=self._draft is not None,
             max_length=self.max_length,
-            target_weights=target_weights,
-            draft_weights=draft_weights,
+            target_weights=self.weights,
+            draft_weights=self.draft_weights,
             kv_dtype=self.kv_dtype,
+            prefixes=self.prefix_cache,
+            target_stored=stored_integers(self.target.source),
+            draft_stored=() if self.draft is None else stored_integers(self.draft.source),
         )
 
 
@@ -266,7 +337,7 @@ def checked_draft(speculative: SpeculativeConfig, draft: Checkpoint | None) -> C
     """Return the draft. Raises EasySpecError if a method that drafts has none."""
     if draft is None:
         raise EasySpecError(
-            f"`method` {speculative.method} needs `draft` DIR (or use `method` vanilla)"
+            f"`method` {speculative.method} needs `draft` DIR (or use `method` ngram or vanilla)"
         )
     return draft
 

@@ -14,9 +14,9 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
+from easyspec_jax.arithmetic import power_of_two
 from easyspec_jax.kernels.tiles import (
     estimate,
-    power_of_two,
     row_tile,
     span,
     times,
@@ -52,8 +52,8 @@ def attend(
 ) -> Float[Array, "slots batch tokens queries_dim"]:
     """Mix values by the softmax of masked scores.
 
-    Keys past the last entry that any token of a row may read are not loaded; the others are loaded
-    once for all queries of their group, if these are 64 at most.
+    Keys before the first and past the last entry that any token of a row may read are not loaded;
+    the others are loaded once for all queries of their group, if these are 64 at most.
 
     Args:
         q: Rotated queries, those of one key head next to each other; see project_and_write().
@@ -92,7 +92,7 @@ def attend(
         grid=(splits, *grid),
         # Two products, and both caches of these slots up to their capacity.
         cost_estimate=estimate(4 * q.size * capacity, q, *2 * [own], mixed),
-    )(q, k, v, mask, _end(mask))
+    )(q, k, v, mask, *_bounds(mask))
     if splits == 1:
         return attended
     rows = min(power_of_two(queries), max(COMBINED // (splits * head_dim), 1))
@@ -120,14 +120,27 @@ def _splits(programs: int, tiles: int) -> int:
     return power_of_two(wanted + 1) // 2
 
 
-def _end(mask: Bool[Array, "batch tokens capacity"]) -> Int[Array, " batch"]:
-    """Return the number of entries up to the last one that any token of a row may read."""
-    entries = jnp.arange(1, mask.shape[2] + 1, dtype=jnp.int32)[None, None, :]
-    return jnp.max(jnp.where(mask, entries, 0), axis=(1, 2))
+def _bounds(
+    mask: Bool[Array, "batch tokens capacity"],
+) -> tuple[Int[Array, " batch"], Int[Array, " batch"]]:
+    """Return the first entry that any token of a row may read, and the one behind the last."""
+    capacity = mask.shape[2]
+    entries = jnp.arange(capacity, dtype=jnp.int32)[None, None, :]
+    begin = jnp.min(jnp.where(mask, entries, capacity), axis=(1, 2))
+    return begin, jnp.max(jnp.where(mask, entries + 1, 0), axis=(1, 2))
 
 
 def _attend(
-    q: Any, k: Any, v: Any, mask: Any, end: Any, *out: Any, first: int, rows: int, entries: int
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    begin: Any,
+    end: Any,
+    *out: Any,
+    first: int,
+    rows: int,
+    entries: int,
 ) -> None:
     """Attend with some queries of one key head to one stretch of its keys."""
     split, head, slot = (pl.program_id(axis) for axis in range(3))
@@ -162,13 +175,14 @@ def _attend(
         mixed = mixed * shrink[:, None] + times(weights.astype(v.dtype), value)
         return higher, total * shrink + jnp.sum(weights, axis=1), mixed
 
-    # 300 entries are 5 tiles of 64; 4 splits take 2, 2, 1 and 0 of them.
+    # Entries 100 to 363 are in tiles 1 to 5 of 64; 4 splits take 2, 2, 1 and 0 of them.
+    skipped = jax.lax.div(begin[batch], entries)
     tiles = jax.lax.div(last + (entries - 1), entries)
-    each = jax.lax.div(tiles + splits - 1, splits)
+    each = jax.lax.div(tiles - skipped + splits - 1, splits)
     nothing = jnp.full(rows, LOWEST), jnp.zeros(rows, jnp.float32)
     best, total, mixed = jax.lax.fori_loop(
-        split * each,
-        jnp.minimum((split + 1) * each, tiles),
+        skipped + split * each,
+        jnp.minimum(skipped + (split + 1) * each, tiles),
         step,
         (*nothing, jnp.zeros((rows, head_dim), jnp.float32)),
     )

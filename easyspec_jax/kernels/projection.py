@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from easyspec_jax.arithmetic import power_of_two
 from easyspec_jax.kernels.tiles import (
     estimate,
-    power_of_two,
     row_tile,
     span,
     supports_heads,

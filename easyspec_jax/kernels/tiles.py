@@ -8,6 +8,8 @@ from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from easyspec_jax.arithmetic import power_of_two
+
 try:
     from jax.experimental.pallas import triton
 except ImportError:  # JAX 0.11 has deprecated this backend and will remove it
@@ -39,16 +41,6 @@ def estimate(flops: int, *arrays: Any) -> pl.CostEstimate:
     """
     moved = sum(x.size * x.dtype.itemsize for x in arrays)
     return pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved)
-
-
-def power_of_two(n: int) -> int:
-    """Return the smallest power of two that is at least n.
-
-    Examples:
-        >>> [power_of_two(n) for n in (1, 5, 64)]
-        [1, 8, 64]
-    """
-    return 1 << (n - 1).bit_length()
 
 
 def row_tile(rows: int, most: int) -> int:

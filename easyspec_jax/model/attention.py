@@ -1,120 +1,20 @@
-"""Attention of one layer: rotary embeddings, grouped queries, and a mask over a per-row cache.
-
-One pass may hold consecutive tokens of a text (chain_window) or nodes of a token tree
-(tree_window). Both are just masks and positions: the attention itself does not know the difference.
-"""
-
-from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+"""Attention of one layer: rotary embeddings, grouped queries, and a mask over a per-row cache."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from easyspec_jax.checkpoint.config import ModelConfig
-from easyspec_jax.checkpoint.rope import rope_frequencies
 from easyspec_jax.kernels import attention as split_attention
 from easyspec_jax.kernels import projection as fused_projection
 from easyspec_jax.kernels.tiles import supports_heads
 from easyspec_jax.model.cache import KVCache, empty, write
-from easyspec_jax.model.matrix import Matrix
-from easyspec_jax.model.norm import rms_norm
-from easyspec_jax.model.projection import Projection
+from easyspec_jax.model.head_norms import FullNorms, HeadNorms
+from easyspec_jax.model.projection import Output, Projection
+from easyspec_jax.model.windows import Window
 from easyspec_jax.options import KVDType
-
-
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["start", "mask", "cos", "sin"], meta_fields=[]
-)
-@dataclass(frozen=True)
-class Window:
-    """Positions of the tokens of one pass.
-
-    Attributes:
-        start: Row b's tokens take the cache entries from start[b] on.
-        mask: `mask[b, t, s]` says that token t may read entry s.
-        cos: Cosines of each token's rotation, float32.
-        sin: Sines of each token's rotation, float32.
-    """
-
-    start: Int[Array, " batch"]
-    mask: Bool[Array, "batch tokens capacity"]
-    cos: Float[Array, "batch tokens half"]
-    sin: Float[Array, "batch tokens half"]
-
-
-def chain_window(
-    start: Int[Array, " batch"], tokens: int, capacity: int, config: ModelConfig
-) -> Window:
-    """Make the window of consecutive tokens, each of which reads everything up to itself.
-
-    Args:
-        start: Position, and cache entry, of each row's first token.
-        tokens: Tokens of each row.
-        capacity: Entries of the cache.
-        config: The model's configuration, for the rotation.
-    """
-    positions = start[:, None] + jnp.arange(tokens, dtype=start.dtype)[None, :]
-    # Two tokens behind a text of three, capacity 6:
-    #   token 0   1 1 1 1 0 0
-    #   token 1   1 1 1 1 1 0
-    mask = jnp.arange(capacity, dtype=start.dtype)[None, None, :] <= positions[:, :, None]
-    return _window(start, mask, positions, config)
-
-
-class Nodes(NamedTuple):
-    """Positions of some nodes of token trees.
-
-    Node i of row b's tree has the cache entry root[b] + i, behind everything that all nodes may
-    read. Its position in the text is root[b] + depth: siblings share a position, not an entry.
-
-    Attributes:
-        start: First entry that the nodes take; they take consecutive ones.
-        root: Entry, and position, of the tree's root.
-        depth: Levels below the root.
-        ancestors: `ancestors[b, t, i]` says that token t may read node i.
-    """
-
-    start: Int[Array, " batch"]
-    root: Int[Array, " batch"]
-    depth: Int[Array, "batch tokens"]
-    ancestors: Bool[Array, "batch tokens nodes"]
-
-
-def tree_window(nodes: Nodes, capacity: int, config: ModelConfig) -> Window:
-    """Make the window of nodes, each of which reads the text and its own path (tree attention).
-
-    Args:
-        nodes: The nodes.
-        capacity: Entries of the cache.
-        config: The model's configuration, for the rotation.
-    """
-    start, root, depth, ancestors = nodes
-    # A text of two tokens, then a root (node 0) with children 1 and 2, capacity 6:
-    #            text  tree
-    #   node 0   1 1   1 0 0   0
-    #   node 1   1 1   1 1 0   0
-    #   node 2   1 1   1 0 1   0
-    before = jnp.arange(capacity, dtype=root.dtype)[None, None, :] < root[:, None, None]
-    before = jnp.broadcast_to(before, (*depth.shape, capacity))
-    put = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
-    return _window(start, put(before, ancestors, root), root[:, None] + depth, config)
-
-
-def _window(
-    start: Int[Array, " batch"],
-    mask: Bool[Array, "batch tokens capacity"],
-    positions: Int[Array, "batch tokens"],
-    config: ModelConfig,
-) -> Window:
-    """Add each token's rotation to its mask."""
-    frequencies = jnp.asarray(rope_frequencies(config))  # [head_dim / 2], radians per position
-    angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
-    return Window(start, mask, jnp.cos(angles), jnp.sin(angles))
 
 
 def rotate(
@@ -122,7 +22,8 @@ def rotate(
 ) -> Float[Array, "batch heads tokens head_dim"]:
     """Apply rotary position embedding in Hugging Face's layout.
 
-    Channel i is paired with channel i + head_dim / 2, and each pair turns by its token's angle.
+    Channel i is paired with channel i + dim / 2, and each pair turns by its token's angle. If a
+    model rotates only the first `dim` channels of a head, the others stay as they are.
 
     Args:
         x: Queries or keys.
@@ -131,11 +32,24 @@ def rotate(
     Returns:
         Rotated x, in its dtype; computed in float32.
     """
+    dim = 2 * window.cos.shape[-1]
+    if dim < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :dim], window), x[..., dim:]], axis=-1)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = window.cos[:, None], window.sin[:, None]  # [batch, 1, tokens, head_dim / 2]
+    cos, sin = window.cos[:, None], window.sin[:, None]  # [batch, 1, tokens, dim / 2]
     return jnp.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1
     ).astype(x.dtype)
+
+
+def soft_cap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
+    """Bend x so that it stays between -cap and cap; None leaves it.
+
+    Examples:
+        >>> round(float(soft_cap(jnp.array(1000.0), cap=50.0)), 3)
+        50.0
+    """
+    return x if cap is None else jnp.tanh(x / np.float32(cap)) * np.float32(cap)
 
 
 class Attention(nnx.Module):
@@ -145,11 +59,12 @@ class Attention(nnx.Module):
 
     Attributes:
         qkv: Projection whose outputs are [queries | keys | values] of this share.
-        out: Output matrix, [hidden, kv_heads * group * head_dim].
-        query_norm: Weight of the norm of each query, in families that have one, else None.
-        key_norm: Likewise of each key.
+        out: Output product, [hidden, kv_heads * group * head_dim].
+        head_norms: Norms of queries and keys, in families that have them, else None.
         kv_heads: Key heads of this share; it has as many value heads.
         group: Query heads for each key head.
+        scale: Multiplies scores; None for head_dim ** -0.5.
+        soft_cap: Scores stay between this and its negative; None if they are not capped.
         kv_dtype: Type of the caches; "auto" is that of the hidden states.
         split_keys_from: Cache entries from which a kernel splits the keys; None for never.
         interpret: Run kernels in Pallas' interpreter, as a CPU must.
@@ -158,21 +73,21 @@ class Attention(nnx.Module):
     def __init__(
         self,
         qkv: Projection,
-        out: Matrix,
-        head_norms: tuple[Float[Array, "*slots head_dim"], Float[Array, "*slots head_dim"]] | None,
+        out: Output,
+        head_norms: HeadNorms | FullNorms | None,
         *,
         kv_heads: int,
         group: int,
+        scale: float | None = None,
+        soft_cap: float | None = None,
         kv_dtype: KVDType = "auto",
         split_keys_from: int | None = None,
         interpret: bool = False,
     ) -> None:
-        self.qkv, self.out = qkv, out
-        self.query_norm, self.key_norm = (
-            (None, None) if head_norms is None else map(nnx.Param, head_norms)
-        )
+        self.qkv, self.out, self.head_norms = qkv, out, nnx.data(head_norms)
         self.kv_heads, self.group, self.kv_dtype = kv_heads, group, kv_dtype
         self.split_keys_from, self.interpret = split_keys_from, interpret
+        self.scale, self.soft_cap = scale, soft_cap
 
     def __call__(
         self,
@@ -211,13 +126,14 @@ class Attention(nnx.Module):
 
         Arguments and results are those of __call__() under `vmap`; see can_fuse().
         """
-        own = qkv or self.qkv
+        own, norms = qkv or self.qkv, self.head_norms
+        assert own.norm is not None and not isinstance(norms, FullNorms), "see can_fuse()"
         weights = fused_projection.Weights(
-            norm=own.norm[...],
+            norm=own.norm.weight[...],
             matrix=own.weight.values[...],
             bias=None if own.bias is None else own.bias[...],
-            query_norm=None if self.query_norm is None else self.query_norm[...],
-            key_norm=None if self.key_norm is None else self.key_norm[...],
+            query_norm=None if norms is None else norms.query.weight[...],
+            key_norm=None if norms is None else norms.key.weight[...],
         )
         q, written = fused_projection.project_and_write(
             h,
@@ -226,17 +142,23 @@ class Attention(nnx.Module):
             window.start,
             (window.cos, window.sin),
             kv_heads=self.kv_heads,
-            eps=own.eps,
+            eps=own.norm.eps,
             interpret=self.interpret,
         )
         mixed = split_attention.attend(q, *written, window.mask, interpret=self.interpret)
-        out = fused_projection.project_out(mixed, self.out.values[...], interpret=self.interpret)
+        out = self.out.weight.values[...]
+        out = fused_projection.project_out(mixed, out, interpret=self.interpret)
         return out, KVCache(*written)
 
     def can_fuse(self) -> bool:
         """Return whether fused() takes these shapes and types."""
-        weight, dtype = self.qkv.weight, self.qkv.norm.dtype
-        if self.kv_dtype != "auto" or not weight.dtype == self.out.dtype == dtype:
+        weight, dtype = self.qkv.weight, self.qkv.dtype
+        if self.kv_dtype != "auto" or not weight.dtype == self.out.weight.dtype == dtype:
+            return False
+        plain_norms = self.qkv.fusible_norm is not None and (
+            self.head_norms is None or self.head_norms.is_plain
+        )
+        if not (plain_norms and self.out.is_plain and self._scores_plainly):
             return False
         return fused_projection.supports(weight.shape[-1], self._head_dim, dtype)
 
@@ -260,9 +182,14 @@ class Attention(nnx.Module):
     def _head_dim(self) -> int:
         return self.qkv.weight.shape[-2] // (self.kv_heads * (self.group + 2))
 
+    @property
+    def _scores_plainly(self) -> bool:
+        """Whether scores are what kernels compute."""
+        return self.scale in (None, self._head_dim**-0.5) and self.soft_cap is None
+
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """Make this share's part of an empty cache."""
-        dtype = self.qkv.norm.dtype if self.kv_dtype == "auto" else self.kv_dtype
+        dtype = self.qkv.dtype if self.kv_dtype == "auto" else self.kv_dtype
         return empty(batch * self.kv_heads, capacity, self._head_dim, dtype)
 
     def cache_spec(self, spec: P) -> KVCache:
@@ -285,9 +212,8 @@ class Attention(nnx.Module):
         x = x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
         queries = self.kv_heads * self.group
         q, k, v = jnp.split(x, [queries, queries + self.kv_heads], axis=1)
-        if self.query_norm is not None and self.key_norm is not None:
-            q = rms_norm(q, self.query_norm[...], self.qkv.eps)
-            k = rms_norm(k, self.key_norm[...], self.qkv.eps)
+        if self.head_norms is not None:
+            q, k = self.head_norms(q, k)
         return q, k, v
 
     def attend(
@@ -321,17 +247,18 @@ class Attention(nnx.Module):
             return self.out(mixed[0])
         if slot is not None:
             cache = jax.tree.map(lambda x: x[slot], cache)
+        cache, mask = jax.tree.map(window.cut, cache), window.cut_mask
         # int8 is exact in every float type. Scales multiply scores and weights, which are small,
         # so that no float copy of the cache is needed: (q · k_int8) * scale = q · (k_int8 * scale).
         k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
         scores = jnp.einsum("kqd,ksd->kqs", q, k, preferred_element_type=jnp.float32)
         if cache.k_scale is not None:
-            scores = scores * jnp.swapaxes(cache.k_scale, 1, 2)  # [batch * kv_heads, 1, capacity]
-        # The mask is per token, so unfold: [batch, kv_heads, group, tokens, capacity].
-        scores = scores.reshape(batch, self.kv_heads, self.group, tokens, -1) * np.float32(
-            head_dim**-0.5
-        )
-        scores = jnp.where(window.mask[:, None, None], scores, np.float32(-np.inf))
+            scores = scores * jnp.swapaxes(cache.k_scale, 1, 2)  # [batch * kv_heads, 1, size]
+        # The mask is per token, so unfold: [batch, kv_heads, group, tokens, size].
+        scores = scores.reshape(batch, self.kv_heads, self.group, tokens, -1)
+        scale = head_dim**-0.5 if self.scale is None else self.scale
+        scores = soft_cap(scores * np.float32(scale), self.soft_cap)
+        scores = jnp.where(mask[:, None, None], scores, np.float32(-np.inf))
         weights = jax.nn.softmax(scores, axis=-1)
         weights = weights.reshape(batch * self.kv_heads, self.group * tokens, -1)
         if cache.v_scale is not None:
@@ -346,6 +273,7 @@ class Attention(nnx.Module):
         """Return whether a kernel mixes the values of this cache."""
         return (
             self.split_keys_from is not None
+            and self._scores_plainly
             and not cache.is_quantized
             and cache.capacity >= self.split_keys_from
             and supports_heads(self._head_dim, cache.k.dtype)

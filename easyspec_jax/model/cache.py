@@ -1,6 +1,6 @@
 """Key-value caches whose rows each have a length of their own.
 
-Lengths are kept elsewhere (`decode.round.State`), so rolling back is a change of an integer.
+Lengths are kept elsewhere (`decode.state.State`), so rolling back is a change of an integer.
 """
 
 from collections.abc import Callable
@@ -221,6 +221,30 @@ def extend(cache: KVCache, capacity: int) -> KVCache:
     return jax.tree.map(
         lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, capacity - x.shape[-2]), (0, 0)]), cache
     )
+
+
+def first_entries(cache: KVCache, count: Int[Array, ""], capacity: int) -> KVCache:
+    """Return a cache of some capacity with the first entries of another, and zeros behind them.
+
+    Args:
+        cache: The other cache.
+        count: How many entries to take, at most what either cache has.
+        capacity: Capacity of the result.
+
+    Examples:
+        >>> entries = jnp.array([1.0, 2.0, 3.0])[None, :, None]
+        >>> cache = first_entries(KVCache(entries, entries), jnp.array(2), capacity=4)
+        >>> cache.k[0, :, 0].tolist()
+        [1.0, 2.0, 0.0, 0.0]
+    """
+
+    def take(x: Num[Array, "*slots batch_heads entries channels"]) -> Array:
+        x = x[..., :capacity, :]
+        # Scratch goes: the mask gives it weight 0, but 0 times a NaN would be a NaN.
+        entry = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 2)
+        return jnp.where(entry < count, x, jnp.zeros_like(x))
+
+    return extend(jax.tree.map(take, cache), capacity)
 
 
 def _heads(

@@ -5,7 +5,7 @@ once, in its final layout and type, and filled in blocks of a few MiB. So no ten
 in host memory, unless one device needs all of it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,14 +20,28 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from easyspec_jax.arithmetic import ceil_div
-from easyspec_jax.checkpoint.config import ModelConfig
-from easyspec_jax.checkpoint.families import EMBEDDING, FINAL_NORM, HEAD
-from easyspec_jax.checkpoint.quantized import INTEGERS, Dequantized, Quantized, scale_name
-from easyspec_jax.checkpoint.tensors import TensorSource, read_into
+from easyspec_jax.checkpoint.config import MixtureConfig, ModelConfig
+from easyspec_jax.checkpoint.families import EMBEDDING, FINAL_NORM, HEAD, ROUTER
+from easyspec_jax.checkpoint.quantized import OFFSET, Dequantized, Quantized, scale_name
+from easyspec_jax.checkpoint.rounding import INTEGERS
+from easyspec_jax.checkpoint.tensors import Slices, TensorSource, window_blocks
+from easyspec_jax.checkpoint.translated import UNKNOWN
 from easyspec_jax.model.attention import Attention
+from easyspec_jax.model.experts import Experts
+from easyspec_jax.model.head_norms import FullNorms, HeadNorms
 from easyspec_jax.model.matrix import Matrix
-from easyspec_jax.model.projection import Projection
-from easyspec_jax.model.shard_plan import ArrayPlan, Copy, bias_of, matrix, scales_of, vector
+from easyspec_jax.model.norm import RMSNorm
+from easyspec_jax.model.projection import Output, Projection
+from easyspec_jax.model.shard_plan import (
+    ArrayPlan,
+    Copy,
+    bias_of,
+    bias_once,
+    matrix,
+    scales_of,
+    split_vector,
+    vector,
+)
 from easyspec_jax.model.sharding import (
     Entries,
     HeadLayout,
@@ -35,12 +49,13 @@ from easyspec_jax.model.sharding import (
     head_entries,
     head_layout,
 )
-from easyspec_jax.model.transformer import MLP, Block, Decoder, Layer
+from easyspec_jax.model.transformer import MLP, Block, Decoder, Layer, PostNorms
 from easyspec_jax.options import KVDType, Weights
 from easyspec_jax.parallel.mesh import LAYER, TENSOR, Axes, axes_size
 from easyspec_jax.parallel.platforms import PlatformSettings, settings_of
 
 _LAYER = "model.layers.{}."
+_MLP_NORM = "post_attention_layernorm"
 _READERS = 8
 # Bytes. On a CPU, XLA takes over memory that starts at a multiple of this, and copies any other.
 _ALIGNMENT = 64
@@ -104,16 +119,23 @@ class Loader:
         return Decoder(
             embedding=self._vocabulary(EMBEDDING),
             blocks=blocks,
-            norm=self.load(vector(FINAL_NORM, self.config.hidden_size)),
+            norm=self._norm(FINAL_NORM, self.config.hidden_size),
             head=None if self.config.tie_word_embeddings else self._vocabulary(HEAD),
             config=self.config,
             axes=self.axes,
             num_ids=self.num_ids,
+            unknown=self._unknown(),
         )
 
     def layer(self, index: int) -> Layer:
         """Load one transformer layer, split over the dense axes."""
-        return Layer(self.attention(index), self.mlp(index), axes=self.axes)
+        return Layer(
+            self.attention(index),
+            self.mlp(index),
+            self.post_norms(index),
+            axes=self.axes,
+            kind=self.config.kind_of(index),
+        )
 
     def attention(self, index: int) -> Attention:
         """Load one layer's attention, its heads split over the dense axes."""
@@ -136,22 +158,53 @@ class Loader:
         """
         return self._qkv((TENSOR,), layers, slots)
 
-    def mlp(self, index: int) -> MLP:
-        """Load one layer's feed-forward part, its columns padded to whole shards."""
-        tensors = {f"{_LAYER}mlp.down_proj.weight": self._inner_entries()}
-        down = matrix(tensors, self.config.hidden_size, self.axes, dimension=1)
+    def post_norms(self, index: int) -> PostNorms:
+        """Load the norms of one layer's outputs, in families that have them."""
+        if not self.config.post_norm:
+            return PostNorms()
+        of_attention, of_mlp = (
+            self._norm(f"{_LAYER}{part}.output_norm.weight", self.config.hidden_size, (index,))
+            for part in ("self_attn", "mlp")
+        )
+        return PostNorms(of_attention, of_mlp)
+
+    def mlp(self, index: int) -> MLP | Experts:
+        """Load one layer's feed-forward part or parts, their columns padded to whole shards."""
+        mixture = self.config.mixture
+        if mixture is not None and index not in mixture.dense_layers:
+            return self._experts(index, mixture)
+        entries = self._inner_entries(self.config.intermediate_size)
         return MLP(
             self.gate_up(index),
-            self.matrix(down.for_layer(index)),
+            self._output("mlp.down_proj", entries, self.axes, (index,)),
+            activation=self.config.hidden_act,
             fused=self.kernels.fused_mlp,
             interpret=self.platform == "cpu",
         )
 
     def gate_up(self, index: int) -> Projection:
         """Load only the projection of mlp()."""
-        entries, prefix = self._inner_entries(), f"{_LAYER}mlp."
-        tensors = {f"{prefix}gate_proj.weight": entries, f"{prefix}up_proj.weight": entries}
-        return self._projection("post_attention_layernorm", tensors, self.axes, (index,))
+        entries = self._inner_entries(self.config.intermediate_size)
+        tensors = _gate_and_up(f"{_LAYER}mlp.", entries)
+        return self._projection(_MLP_NORM, tensors, self.axes, (index,))
+
+    def _experts(self, index: int, mixture: MixtureConfig) -> Experts:
+        """Load one layer's mixture of experts."""
+        hidden, count = self.config.hidden_size, mixture.num_experts
+        entries, prefix = self._inner_entries(mixture.moe_intermediate_size), f"{_LAYER}mlp."
+        every = even_entries(count, count, shards=1)
+        of_expert = f"{prefix}experts.{{}}."
+        gate_up = matrix(_gate_and_up(of_expert, entries), hidden, self.axes, dimension=0)
+        down = matrix({f"{of_expert}down_proj.weight": entries}, hidden, self.axes, dimension=1)
+        return Experts(
+            self._projection(_MLP_NORM, {f"{_LAYER}{ROUTER}": every}, (), (index,)),
+            self.matrix(gate_up.for_experts(index, count)),
+            self.matrix(down.for_experts(index, count)),
+            per_token=mixture.num_experts_per_tok,
+            normalizes=mixture.norm_topk_prob,
+            activation=self.config.hidden_act,
+            sorts=self.kernels.sorts_by_expert,
+        )
 
     def place(self, array: np.ndarray, spec: P) -> Array:
         """Put a host array on the mesh, in the loader's type.
@@ -183,20 +236,23 @@ class Loader:
         own = set()
         for bounds in sharding.addressable_devices_indices_map(plan.shape).values():
             own.add(plan.shard_at(bounds or ()))
-        copies = plan.by_shard()
+        shards = {shard: _aligned_zeros(plan.shard_shape, dtype) for shard in own}
 
-        def fill(shard: int) -> tuple[int, np.ndarray]:
-            return shard, _filled(plan.shard_shape, copies[shard], source, dtype)
+        def fill(block: tuple[np.ndarray, str, Slices]) -> None:
+            out, tensor, window = block
+            out[...] = source.read(tensor, window)
 
+        # Threads take blocks rather than shards, so that a single device is filled by all of them.
         with ThreadPoolExecutor(_READERS) as pool:
-            shards = dict(pool.map(fill, own))
+            for _ in pool.map(fill, _blocks(plan.copies, shards)):
+                pass
         # A CPU's devices keep this very memory, and replicas of a shard share it.
         return jax.make_array_from_callback(
             plan.shape, sharding, lambda bounds: shards[plan.shard_at(bounds or ())]
         )
 
     def matrix(self, plan: ArrayPlan) -> Matrix:
-        """Carry out the plan of a matrix, and of its scales if it is quantized.
+        """Carry out the plan of a matrix, and of its scales and offsets if it is quantized.
 
         Where only some of the tensors it is made of are quantized, all become floats.
         """
@@ -209,7 +265,11 @@ class Loader:
         # Values of four bits are values of eight bits too.
         values = self.load(plan, jnp.dtype("int8" if "int8" in integers else "int4"))
         groups = {tensor: self._group_of(tensor) for tensor in tensors}
-        return Matrix(values, self.load(scales_of(plan, groups), np.dtype(np.float32)))
+        scale = self.load(scales_of(plan, groups), np.dtype(np.float32))
+        # Where only some of the tensors have offsets, those of the others are zero.
+        offsets = scales_of(plan, groups, OFFSET).only(self._kept.shapes())
+        offset = self.load(offsets, np.dtype(np.float32)) if offsets.copies else None
+        return Matrix(values, scale, offset)
 
     def _group_of(self, tensor: str) -> int | None:
         """Return how many columns of a quantized tensor share a scale; None if all of a row do."""
@@ -223,26 +283,71 @@ class Loader:
         rows = even_entries(self.config.vocab_size, self.vocab_rows // shards, shards)
         return self.matrix(matrix({tensor: rows}, self.config.hidden_size, self.axes, dimension=0))
 
+    def _unknown(self) -> Array | None:
+        """Load what keeps a draft from ids that its own vocabulary lacks, if there are any."""
+        if UNKNOWN not in self._dtypes:
+            return None
+        shards = axes_size(self.mesh, self.axes)
+        rows = even_entries(self.config.vocab_size, self.vocab_rows // shards, shards)
+        return self.load(split_vector(UNKNOWN, rows, self.axes))
+
     def _attention(self, axes: Axes, layers: Sequence[int], slots: int | None = None) -> Attention:
         """Load one layer's attention or, with slots, a stack of several."""
-        layout, head_dim = self._head_layout(axes), self.config.head_dim
-        columns = {f"{_LAYER}self_attn.o_proj.weight": head_entries(layout.query_index, head_dim)}
-        out = matrix(columns, self.config.hidden_size, axes, dimension=1)
-        norms = None
-        if self.config.qk_norm:
-            norms = (
-                self._load(vector(f"{_LAYER}self_attn.q_norm.weight", head_dim), layers, slots),
-                self._load(vector(f"{_LAYER}self_attn.k_norm.weight", head_dim), layers, slots),
-            )
+        layout = self._head_layout(axes)
+        columns = head_entries(layout.query_index, self.config.head_dim)
         return Attention(
             self._qkv(axes, layers, slots),
-            self.matrix(self._of_layers(out, layers, slots)),
-            norms,
+            self._output("self_attn.o_proj", columns, axes, layers, slots),
+            self._head_norms(axes, layers, slots),
             kv_heads=layout.kv_heads,
             group=layout.group,
+            scale=self.config.attention_multiplier,
+            soft_cap=self.config.attn_logit_softcapping,
             kv_dtype=self.kv_dtype,
             split_keys_from=self.kernels.split_keys_from,
             interpret=self.platform == "cpu",
+        )
+
+    def _head_norms(
+        self, axes: Axes, layers: Sequence[int], slots: int | None
+    ) -> HeadNorms | FullNorms | None:
+        """Load the norms of queries and keys."""
+        query, key = f"{_LAYER}self_attn.q_norm.weight", f"{_LAYER}self_attn.k_norm.weight"
+        head_dim, heads = self.config.head_dim, self._head_layout(axes)
+        if self.config.qk_norm == "none":
+            return None
+        if self.config.qk_norm == "head":
+            return HeadNorms(
+                self._norm(query, head_dim, layers, slots), self._norm(key, head_dim, layers, slots)
+            )
+        of_queries = split_vector(query, head_entries(heads.query_index, head_dim), axes)
+        of_keys = split_vector(key, head_entries(heads.kv_index, head_dim), axes)
+        return FullNorms(
+            self._load(of_queries, layers, slots),
+            self._load(of_keys, layers, slots),
+            kv_index=heads.kv_index,
+            eps=self.config.rms_norm_eps,
+            sizes=(self.config.num_attention_heads, self.config.num_key_value_heads),
+            axes=axes,
+        )
+
+    def _output(
+        self,
+        name: str,
+        columns: Entries,
+        axes: Axes,
+        layers: Sequence[int],
+        slots: int | None = None,
+    ) -> Output:
+        """Load the matrix that leads out of an attention or MLP, and its bias."""
+        hidden = self.config.hidden_size
+        weight = matrix({f"{_LAYER}{name}.weight": columns}, hidden, axes, dimension=1)
+        bias = bias_once(f"{_LAYER}{name}.bias", hidden, axes, shards=len(columns))
+        bias = self._of_layers(bias, layers, slots).only(self.source.shapes())
+        return Output(
+            self.matrix(self._of_layers(weight, layers, slots)),
+            self.load(bias) if bias.copies else None,
+            multiplier=self.config.residual_multiplier,
         )
 
     def _qkv(self, axes: Axes, layers: Sequence[int], slots: int | None) -> Projection:
@@ -269,11 +374,22 @@ class Loader:
         weight = matrix(tensors, hidden, axes, dimension=0)
         # Where a layer has no bias, its part of a stack stays zero.
         bias = self._of_layers(bias_of(weight), layers, slots).only(self.source.shapes())
+        has_norm = self.config.pre_norm
         return Projection(
-            norm=self._load(vector(f"{_LAYER}{norm}.weight", hidden), layers, slots),
-            weight=self.matrix(self._of_layers(weight, layers, slots)),
-            bias=self.load(bias) if bias.copies else None,
+            self._norm(f"{_LAYER}{norm}.weight", hidden, layers, slots) if has_norm else None,
+            self.matrix(self._of_layers(weight, layers, slots)),
+            self.load(bias) if bias.copies else None,
+            dtype=self.dtype,
+        )
+
+    def _norm(
+        self, weight: str, size: int, layers: Sequence[int] = (0,), slots: int | None = None
+    ) -> RMSNorm:
+        """Load a norm whose weight every device holds."""
+        return RMSNorm(
+            self._load(vector(weight, size), layers, slots),
             eps=self.config.rms_norm_eps,
+            offset=self.config.norm_offset,
         )
 
     def _load(self, plan: ArrayPlan, layers: Sequence[int], slots: int | None) -> Array:
@@ -284,10 +400,10 @@ class Loader:
             return plan.for_layer(layers[0])
         return plan.stacked(layers, slots, self.mesh.shape[LAYER])
 
-    def _inner_entries(self) -> Entries:
-        """Return the feed-forward part's inner entries, as they are dealt out to the shards."""
+    def _inner_entries(self, inner: int) -> Entries:
+        """Return a feed-forward part's inner entries, as they are dealt out to the shards."""
         # 60 entries on 8 shards: the width is 8, and the last shard has 4 of padding.
-        inner, shards = self.config.intermediate_size, axes_size(self.mesh, self.axes)
+        shards = axes_size(self.mesh, self.axes)
         return even_entries(inner, ceil_div(inner, shards), shards)
 
     def _head_layout(self, axes: Axes) -> HeadLayout:
@@ -295,15 +411,20 @@ class Loader:
         return head_layout(self.config.num_attention_heads, self.config.num_key_value_heads, shards)
 
 
-def _filled(
-    shape: tuple[int, ...], copies: Sequence[Copy], source: TensorSource, dtype: np.dtype
-) -> np.ndarray:
-    """Make the memory of a shard and fill it."""
-    shard = _aligned_zeros(shape, dtype)
+def _gate_and_up(prefix: str, entries: Entries) -> dict[str, Entries]:
+    return {f"{prefix}gate_proj.weight": entries, f"{prefix}up_proj.weight": entries}
+
+
+def _blocks(
+    copies: Sequence[Copy], shards: Mapping[int, np.ndarray]
+) -> Iterator[tuple[np.ndarray, str, Slices]]:
+    """Split copies into blocks of a few MiB: a place in a shard, a tensor and its slices."""
     for copy in copies:
-        # A view of the shard: what is read into it lands in the shard.
-        read_into(shard[copy.target], source, copy.tensor, copy.source)
-    return shard
+        if copy.shard in shards:
+            # A view of the shard: what is put into it lands in the shard.
+            out = shards[copy.shard][copy.target]
+            for rows, window in window_blocks(out.shape, copy.source):
+                yield out[rows], copy.tensor, window
 
 
 def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

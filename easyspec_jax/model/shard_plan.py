@@ -22,7 +22,7 @@ from easyspec_jax.parallel.mesh import LAYER, Axes
 T = TypeVar("T")
 
 Index = tuple[int | slice, ...]
-"""A place in a shard: a slice for each dimension, and before them the slot in a stack of layers."""
+"""A place in a shard: a slice for each dimension, and before them the slot in a stack."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,23 @@ class ArrayPlan:
             named.append(replace(copy, tensor=copy.tensor.format(layer)))
         return replace(self, copies=tuple(named))
 
+    def for_experts(self, layer: int, experts: int) -> "ArrayPlan":
+        """Return the plan of one array for all experts of a layer, which every device has.
+
+        A tensor's second {} stands for the expert's number.
+        """
+        copies = []
+        for expert in range(experts):
+            for copy in self.copies:
+                tensor, target = copy.tensor.format(layer, expert), (expert, *copy.target)
+                copies.append(replace(copy, tensor=tensor, target=target))
+        return ArrayPlan(
+            shard_shape=(experts, *self.shard_shape),
+            grid=(1, *self.grid),
+            spec=P(None, *self.spec),
+            copies=tuple(copies),
+        )
+
     def stacked(self, layers: Sequence[int], slots: int, devices: int) -> "ArrayPlan":
         """Return the plan of one array for several layers.
 
@@ -173,18 +190,50 @@ def matrix(
     )
 
 
+def split_vector(tensor: str, entries: Entries, axes: Axes) -> ArrayPlan:
+    """Plan a vector whose shards have these entries."""
+    return _first_dimension(matrix({tensor: entries}, 1, axes, dimension=0))
+
+
 def bias_of(weight: ArrayPlan) -> ArrayPlan:
-    """Plan the bias [out] of a weight [out, in]."""
-    # w[8:12, 0:72] -> [4:8, 0:72] gives b[8:12] -> [4:8].
+    """Plan the bias [out] of a weight [out, in], whose outputs are split."""
     copies = []
     for copy in weight.copies:
-        tensor = copy.tensor.removesuffix("weight") + "bias"
-        copies.append(Copy(tensor, copy.source[:1], copy.shard, copy.target[:1]))
-    return ArrayPlan(weight.shard_shape[:1], weight.grid[:1], P(weight.spec[0]), tuple(copies))
+        copies.append(replace(copy, tensor=copy.tensor.removesuffix("weight") + "bias"))
+    return _first_dimension(replace(weight, copies=tuple(copies)))
 
 
-def scales_of(weight: ArrayPlan, groups: Mapping[str, int | None]) -> ArrayPlan:
-    """Plan the scales [out, groups] of a quantized weight [out, in].
+def bias_once(tensor: str, size: int, axes: Axes, shards: int) -> ArrayPlan:
+    """Plan a bias that is added to outputs that are sums over shards: the first shard has it.
+
+    Args:
+        tensor: Name of the bias.
+        size: Its length.
+        axes: Mesh axes of the shards.
+        shards: Number of shards.
+
+    Examples:
+        >>> print(bias_once("o_proj.bias", 4, ("tensor",), shards=2))
+        [8] as a [2] grid of [4] shards
+        o_proj.bias[0:4] -> [0:4] of shard 0
+    """
+    whole = (slice(0, size),)
+    return ArrayPlan((size,), (shards,), P(axes or None), (Copy(tensor, whole, 0, whole),))
+
+
+def _first_dimension(plan: ArrayPlan) -> ArrayPlan:
+    """Plan vectors with one entry for each row of a matrix."""
+    # w[8:12, 0:72] -> [4:8, 0:72] gives b[8:12] -> [4:8].
+    copies = []
+    for copy in plan.copies:
+        copies.append(replace(copy, source=copy.source[:1], target=copy.target[:1]))
+    return ArrayPlan(plan.shard_shape[:1], plan.grid[:1], P(plan.spec[0]), tuple(copies))
+
+
+def scales_of(
+    weight: ArrayPlan, groups: Mapping[str, int | None], suffix: str = "_scale"
+) -> ArrayPlan:
+    """Plan the scales [out, groups], or the offsets, of a quantized weight [out, in].
 
     Each column of the scales is for as many consecutive columns of a shard as can share one: those
     of a stored group or, where the shards' borders cut groups, of a smaller part. So a stored scale
@@ -193,6 +242,7 @@ def scales_of(weight: ArrayPlan, groups: Mapping[str, int | None]) -> ArrayPlan:
     Args:
         weight: The weight.
         groups: Columns that share a scale in each stored tensor; None if all of a row do.
+        suffix: What the names of scales, or of offsets, add to the weight's.
 
     Examples:
         Two shards of three columns, which are stored in groups of two:
@@ -221,7 +271,7 @@ def scales_of(weight: ArrayPlan, groups: Mapping[str, int | None]) -> ArrayPlan:
     copies: list[Copy] = []
     for copy in weight.copies:
         group = groups[copy.tensor]
-        tensor, (rows, columns) = copy.tensor + "_scale", copy.source
+        tensor, (rows, columns) = copy.tensor + suffix, copy.source
         *place, into = copy.target
         assert isinstance(into, slice), "columns are always a slice"
         if group == size:

@@ -6,20 +6,22 @@ Every method computes one device's part and is called inside `shard_map`.
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from easyspec_jax.checkpoint.config import ModelConfig
+from easyspec_jax.checkpoint.config import Activation, ModelConfig
 from easyspec_jax.kernels import gate_up as kernel
-from easyspec_jax.model.attention import Attention, Nodes, Window, chain_window, tree_window
+from easyspec_jax.model.activation import ACTIVATIONS
+from easyspec_jax.model.attention import Attention, soft_cap
 from easyspec_jax.model.cache import KVCache
+from easyspec_jax.model.experts import Experts
 from easyspec_jax.model.matrix import Matrix
-from easyspec_jax.model.norm import rms_norm
-from easyspec_jax.model.projection import Projection
+from easyspec_jax.model.norm import RMSNorm
+from easyspec_jax.model.projection import Output, Projection
+from easyspec_jax.model.windows import Nodes, Windows, chain_windows, tree_windows
 from easyspec_jax.parallel.collectives import all_reduce, shard_index
 from easyspec_jax.parallel.mesh import Axes
 
@@ -33,7 +35,8 @@ class MLP(nnx.Module):
 
     Attributes:
         gate_up: Projection whose outputs are [gate | up] of this share.
-        down: Output matrix, [hidden, inner].
+        down: Output product, [hidden, inner].
+        activation: Function of the gate.
         fused: Whether a kernel computes what is multiplied by `down`, where it supports the shapes.
         interpret: Run the kernel in Pallas' interpreter, as a CPU must.
     """
@@ -41,12 +44,14 @@ class MLP(nnx.Module):
     def __init__(
         self,
         gate_up: Projection,
-        down: Matrix,
+        down: Output,
         *,
+        activation: Activation = "silu",
         fused: bool = False,
         interpret: bool = False,
     ) -> None:
         self.gate_up, self.down = gate_up, down
+        self.activation: Activation = activation
         self.fused, self.interpret = fused, interpret
 
     def __call__(self, h: Hidden, gate_up: Projection | None = None) -> Hidden:
@@ -56,30 +61,75 @@ class MLP(nnx.Module):
             h: Hidden states.
             gate_up: A projection to use instead of the layer's own.
         """
-        own, (hidden, inner) = gate_up or self.gate_up, self.down.shape
-        dtype = own.norm.dtype
-        if self.fused and own.weight.dtype == dtype and kernel.supports(hidden, inner, dtype):
+        own = gate_up or self.gate_up
+        norm = own.fusible_norm
+        if norm is not None and self._fuses(own):
             bias = None if own.bias is None else own.bias[...]
-            arrays = h, own.norm[...], own.weight.values[...], bias
-            x = kernel.gate_up(*arrays, eps=own.eps, interpret=self.interpret)
+            arrays = h, norm.weight[...], own.weight.values[...], bias
+            x = kernel.gate_up(*arrays, eps=norm.eps, interpret=self.interpret)
         else:
             # A shard's rows are [its gate | its up], so that one product computes both.
             gate, up = jnp.split(own(h), 2, axis=-1)
-            x = jax.nn.silu(gate) * up
+            x = ACTIVATIONS[self.activation](gate) * up
         return self.down(x)
+
+    def _fuses(self, own: Projection) -> bool:
+        """Return whether the kernel takes these shapes and types."""
+        hidden, inner = self.down.weight.shape
+        plain = self.activation == "silu" and own.weight.dtype == own.dtype
+        return self.fused and plain and kernel.supports(hidden, inner, own.dtype)
+
+
+class PostNorms(nnx.Module):
+    """Norms of a layer's outputs before they are added to the hidden states, in some families.
+
+    They take whole outputs, after the all-reduces: a sum of normed addends would be another thing.
+
+    Attributes:
+        attention: Norm of the attention's output, or None.
+        mlp: Norm of the MLP's output, or None.
+    """
+
+    def __init__(self, attention: RMSNorm | None = None, mlp: RMSNorm | None = None) -> None:
+        self.attention, self.mlp = attention, mlp
+
+    def after_attention(self, output: Hidden) -> Hidden:
+        """Norm an attention's output where the family does."""
+        return output if self.attention is None else self.attention(output)
+
+    def after_mlp(self, output: Hidden) -> Hidden:
+        """Norm an MLP's output where the family does."""
+        return output if self.mlp is None else self.mlp(output)
 
 
 class Layer(nnx.Module):
-    """A transformer layer under tensor parallelism over `axes`: two all-reduces."""
+    """A transformer layer under tensor parallelism over `axes`: two all-reduces.
 
-    def __init__(self, attention: Attention, mlp: MLP, *, axes: Axes) -> None:
-        self.attention, self.mlp, self.axes = attention, mlp, axes
+    Attributes:
+        attention: The attention, its pre-norm included.
+        mlp: The feed-forward part or mixture of experts, its pre-norm included.
+        post_norms: Norms of both outputs.
+        axes: Mesh axes that split both parts.
+        kind: Number of its kind among `ModelConfig.kinds`.
+    """
 
-    def __call__(self, h: Hidden, cache: KVCache, window: Window) -> tuple[Hidden, KVCache]:
+    def __init__(
+        self,
+        attention: Attention,
+        mlp: MLP | Experts,
+        post_norms: PostNorms,
+        *,
+        axes: Axes,
+        kind: int = 0,
+    ) -> None:
+        self.attention, self.mlp, self.post_norms = attention, mlp, post_norms
+        self.axes, self.kind = axes, kind
+
+    def __call__(self, h: Hidden, cache: KVCache, windows: Windows) -> tuple[Hidden, KVCache]:
         """Run attention, then MLP; each adds to the hidden states. See Block for arguments."""
-        attended, cache = self.attention(h, cache, window)
-        h = h + all_reduce(attended, self.axes)
-        return h + all_reduce(self.mlp(h), self.axes), cache
+        attended, cache = self.attention(h, cache, windows[self.kind])
+        h = h + self.post_norms.after_attention(all_reduce(attended, self.axes))
+        return h + self.post_norms.after_mlp(all_reduce(self.mlp(h), self.axes)), cache
 
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """Make this device's part of an empty cache."""
@@ -93,16 +143,16 @@ class Layer(nnx.Module):
 class Block(Protocol):
     """One or more layers that share a cache."""
 
-    def __call__(self, h: Hidden, cache: KVCache, window: Window) -> tuple[Hidden, KVCache]:
+    def __call__(self, h: Hidden, cache: KVCache, windows: Windows) -> tuple[Hidden, KVCache]:
         """Run the exact pass.
 
         Args:
             h: Hidden states before the block, the same on every device.
             cache: This device's cache.
-            window: Positions of the tokens.
+            windows: Positions of the tokens, for every kind of layer.
 
         Returns:
-            Hidden states after the block, and the cache with the window's entries written.
+            Hidden states after the block, and the cache with the tokens' entries written.
         """
         ...
 
@@ -115,9 +165,9 @@ class Block(Protocol):
         ...
 
 
-def run_exact(block: Block, h: Hidden, cache: KVCache, window: Window) -> tuple[Hidden, KVCache]:
+def run_exact(block: Block, h: Hidden, cache: KVCache, windows: Windows) -> tuple[Hidden, KVCache]:
     """Run a block in the exact pass."""
-    return block(h, cache, window)
+    return block(h, cache, windows)
 
 
 class Decoder(nnx.Module):
@@ -127,34 +177,40 @@ class Decoder(nnx.Module):
         embedding: This device's rows; rows that pad the vocabulary are zero, and so their ids embed
             as zero.
         blocks: Layers and groups of layers, in order.
-        norm: Weight of the final norm.
+        norm: The final norm.
         head: This device's rows, or None where the embedding serves as head.
         config: The model's configuration.
         axes: Mesh axes that split the embedding and the head; () if replicated.
         num_ids: Ids at and above this never get probability.
+        unknown: -inf at this device's further ids that get none, 0 at others; None without any.
+        cuts: Whether sliding layers cut what they read out of large caches. Where a cut begins
+            depends on the pass, and so do the last bits of sums over it.
     """
 
     def __init__(
         self,
         embedding: Matrix,
         blocks: Sequence[Block],
-        norm: Float[Array, " hidden"],
+        norm: RMSNorm,
         head: Matrix | None,
         *,
         config: ModelConfig,
         axes: Axes,
         num_ids: int,
+        unknown: Float[Array, " rows"] | None = None,
     ) -> None:
-        self.embedding, self.norm, self.head = embedding, nnx.Param(norm), head
+        self.embedding, self.norm, self.head = embedding, norm, head
         self.blocks = nnx.List(blocks)
         self.config, self.axes, self.num_ids = config, axes, num_ids
+        self.unknown = nnx.data(unknown)
+        self.cuts = True
 
     def __call__(
         self,
         tokens: Int[Array, "batch tokens"],
         caches: Caches,
-        at: Int[Array, " batch"] | Nodes | Window,
-        run: Callable[[Block, Hidden, KVCache, Window], tuple[Hidden, KVCache]] = run_exact,
+        at: Int[Array, " batch"] | Nodes | Windows,
+        run: Callable[[Block, Hidden, KVCache, Windows], tuple[Hidden, KVCache]] = run_exact,
     ) -> tuple[Hidden, Caches]:
         """Run the model over some tokens.
 
@@ -162,30 +218,30 @@ class Decoder(nnx.Module):
             tokens: Token ids.
             caches: This device's caches.
             at: Position, and cache entry, of each row's first token, if they are consecutive; or
-                nodes of token trees; or any window.
+                nodes of token trees; or any windows.
             run: How to run a block: run_exact, or a draft's run_fuzzy.
 
         Returns:
             Final hidden states, normed; and the caches with the tokens' entries written.
         """
-        # Mask and rotation are the same for every layer, so they are computed once.
-        window = self._window(at, tokens.shape[1], caches[0].capacity)
+        # Masks and rotations are the same for all layers of a kind, so they are computed once.
+        windows = self._windows(at, tokens.shape[1], caches[0].capacity)
         h = self.embed(tokens)
         written = []
         for block, cache in zip(self.blocks, caches, strict=True):
-            h, cache = run(block, h, cache, window)
+            h, cache = run(block, h, cache, windows)
             written.append(cache)
-        return rms_norm(h, self.norm[...], self.config.rms_norm_eps), tuple(written)
+        return self.norm(h), tuple(written)
 
-    def _window(
-        self, at: Int[Array, " batch"] | Nodes | Window, tokens: int, capacity: int
-    ) -> Window:
-        """Make the window of whatever says where the tokens are."""
-        if isinstance(at, Window):
-            return at
+    def _windows(
+        self, at: Int[Array, " batch"] | Nodes | Windows, tokens: int, capacity: int
+    ) -> Windows:
+        """Make the windows of whatever says where the tokens are."""
         if isinstance(at, Nodes):
-            return tree_window(at, capacity, self.config)
-        return chain_window(at, tokens, capacity, self.config)
+            return tree_windows(at, capacity, self.config, self.cuts)
+        if isinstance(at, tuple):
+            return at
+        return chain_windows(at, tokens, capacity, self.config, self.cuts)
 
     def embed(self, tokens: Int[Array, "batch tokens"]) -> Hidden:
         """Look up embeddings; one all-reduce where the embedding is split."""
@@ -196,10 +252,12 @@ class Decoder(nnx.Module):
         found = self.embedding.rows(jnp.clip(local, 0, rows - 1), self.norm.dtype)
         # One device has each token's row and the others add zero.
         found = jnp.where(is_local[:, :, None], found, np.zeros((), found.dtype))
-        return all_reduce(found, self.axes)
+        h, multiplier = all_reduce(found, self.axes), self.config.embedding_multiplier
+        # Rounded to the dtype first, as Gemma does with the root of its width.
+        return h if multiplier == 1 else h * np.asarray(multiplier, h.dtype)
 
     def logits(self, h: Hidden) -> Float[Array, "batch tokens vocab_shard"]:
-        """Compute this shard's logits in float32; -inf for ids at and above num_ids.
+        """Compute this shard's logits in float32; -inf for ids that get no probability.
 
         Args:
             h: Final hidden states.
@@ -207,6 +265,11 @@ class Decoder(nnx.Module):
         # Rows of zeros, which pad the vocabulary, would give logits of 0: hence -inf below.
         head = self.embedding if self.head is None else self.head
         logits, rows = head(h, jnp.float32), head.shape[0]
+        if self.config.logits_scaling != 1:
+            logits = logits / np.float32(self.config.logits_scaling)
+        logits = soft_cap(logits, self.config.final_logit_softcapping)
+        if self.unknown is not None:
+            logits = logits + self.unknown.astype(jnp.float32)[None, None, :]
         ids = shard_index(self.axes) * rows + jnp.arange(rows, dtype=jnp.int32)
         return jnp.where((ids < self.num_ids)[None, None, :], logits, np.float32(-np.inf))
 

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any
@@ -43,6 +44,7 @@ class Watch:
         self._ending = threading.Lock()
         self._arrival = threading.Condition()
         self._arrived = set[int]()
+        self._said = deque[str]()
         for number, link in links.items():
             link.settimeout(SILENCE)
             threading.Thread(target=self._listen, args=(number, link), daemon=True).start()
@@ -58,6 +60,19 @@ class Watch:
         if not self._own:
             self._send(word)
 
+    def from_first(self, value: Any) -> Any:
+        """Return what process 0 gives, in all processes; it does not wait for the others.
+
+        Args:
+            value: Something that JSON can hold, and that comes back equal.
+        """
+        if not self._own:
+            self._send(f"says {json.dumps(value, separators=(',', ':'))}")
+            return value
+        with self._arrival:
+            self._arrival.wait_for(lambda: self._said)
+            return json.loads(self._said.popleft())
+
     def stop(self, reason: str, code: int) -> None:
         """Tell the others why this process stops. It then exits with a code of its own."""
         self._ending.acquire()  # never released: nothing the others say may end it any more
@@ -72,6 +87,10 @@ class Watch:
                 if what in ("here", "done"):
                     with self._arrival:
                         self._arrived.add(number)
+                        self._arrival.notify()
+                if what == "says":
+                    with self._arrival:
+                        self._said.append(rest)
                         self._arrival.notify()
                 if what == "done":
                     return
@@ -113,6 +132,15 @@ def meet() -> None:
     """Wait until all processes call this, however long that takes."""
     if _joined is not None:
         _joined[1].meet()
+
+
+def from_first(value: Any) -> Any:
+    """Return process 0's value in all processes, which all call this in the same order.
+
+    Args:
+        value: Something that JSON can hold, such as a list of numbers.
+    """
+    return value if _joined is None else _joined[1].from_first(value)
 
 
 @contextmanager

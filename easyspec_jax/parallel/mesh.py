@@ -175,10 +175,21 @@ def connect(mesh: Mesh) -> None:
 
 def replicated(x: ArrayLike, mesh: Mesh) -> jax.Array:
     """Return an array that every device holds whole. Every process must call this with the same."""
+    return placed(x, mesh, P())
+
+
+def placed(x: ArrayLike, mesh: Mesh, spec: P) -> jax.Array:
+    """Return an array that is split over a mesh. Every process must call this with the same.
+
+    Args:
+        x: The whole array.
+        mesh: The devices.
+        spec: How to split it.
+    """
     array = np.asarray(x)
     # device_put would make all processes compare the array first.
     return jax.make_array_from_callback(
-        array.shape, NamedSharding(mesh, P()), lambda index: array[index]
+        array.shape, NamedSharding(mesh, spec), lambda index: array[index]
     )
 
 

@@ -131,7 +131,7 @@ def _pair(config: PlanConfig, topology: Topology, target: ModelConfig, draft: Mo
             f"`lp_size` {config.lp_size} must be from 1 to "
             f"the draft's {draft.num_hidden_layers} layers"
         )
-    positions = min(target.max_position_embeddings, draft.max_position_embeddings)
+    positions = min(target.longest_text, draft.longest_text)
     if not 2 <= config.max_length <= positions:
         raise EasySpecError(
             f"`max_length` {config.max_length} must be from 2 to "

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.decode.programs import Programs
-from easyspec_jax.decode.round import RoundConfig, State, append_chunk
+from easyspec_jax.decode.round import append_chunk
+from easyspec_jax.decode.state import RoundConfig, State
 from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.layer_group import run_fuzzy
 from easyspec_jax.engine.abstract import abstract_pair, abstract_state, bytes_per_device

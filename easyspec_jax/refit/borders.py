@@ -24,7 +24,6 @@ from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.draft.grouping import Group, Layout, paper_groups, runs
 from easyspec_jax.draft.layer_group import LayerGroup, load_block
 from easyspec_jax.model.loader import Loader
-from easyspec_jax.model.norm import rms_norm
 from easyspec_jax.model.transformer import Block, Decoder, Hidden, Layer
 from easyspec_jax.progress import Advance, Bar, no_bar
 from easyspec_jax.refit.device import run
@@ -331,7 +330,7 @@ def _overlap(
     """Return each stream's mean overlap with the exact distribution, by depth."""
 
     def logits(h: Float[Array, "sampled hidden"]) -> Float[Array, "sampled vocab_shard"]:
-        return decoder.logits(rms_norm(h, decoder.norm[...], config.rms_norm_eps)[None])[0]
+        return decoder.logits(decoder.norm(h)[None])[0]
 
     expected = logits(exact)
     found = jax.lax.map(lambda h: overlap(expected, logits(h), decoder.axes), streams)

@@ -204,10 +204,10 @@ def _refilled(refit: Refit, stale: int, placed: Iterator[Float[Array, "inputs pl
     qkv = jnp.stack(list(itertools.islice(placed, stale)))  # [stale, inputs, placed]
     return Refit(
         Projection(
-            refit.qkv.norm[...],
+            refit.qkv.norm,
             Matrix(refit.qkv.weight.values[...].at[slots].set(qkv[:, :-1].mT)),
             _bias(refit.qkv).at[slots].set(qkv[:, -1]),
-            eps=refit.qkv.eps,
+            dtype=refit.qkv.dtype,
         ),
         [None if own is None else _of_rows(own, next(placed)) for own in refit.gate_up],
     )
@@ -215,7 +215,7 @@ def _refilled(refit: Refit, stale: int, placed: Iterator[Float[Array, "inputs pl
 
 def _of_rows(own: Projection, rows: Float[Array, "inputs placed"]) -> Projection:
     """Replace a projection's weight by all rows but the last, transposed; its bias by the last."""
-    return Projection(own.norm[...], Matrix(rows[:-1].T), rows[-1], eps=own.eps)
+    return Projection(own.norm, Matrix(rows[:-1].T), rows[-1], dtype=own.dtype)
 
 
 def _bias(projection: Projection) -> Array:

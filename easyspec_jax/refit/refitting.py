@@ -11,7 +11,7 @@ from easyspec_jax.arithmetic import ceil_div
 from easyspec_jax.checkpoint.directory import Checkpoint
 from easyspec_jax.checkpoint.tensors import Held
 from easyspec_jax.decode.programs import Programs
-from easyspec_jax.decode.round import RoundConfig
+from easyspec_jax.decode.state import RoundConfig
 from easyspec_jax.draft.grouping import Layout
 from easyspec_jax.draft.layer_group import load_draft
 from easyspec_jax.draft.refit_file import DIRECTORY, find, load, path_of, save
@@ -95,6 +95,8 @@ def refit(pair: Engine, config: RefitConfig, *, bar: Bar = no_bar) -> Refitted:
         raise EasySpecError("`answered_by` target needs a pair: open the target with its draft")
     engine = pair.draft_alone()
     draft = engine.target
+    if draft.config.mixture is not None:
+        raise EasySpecError("a mixture of experts cannot be refitted; choose a dense draft")
     before = config.layout(draft.config.num_hidden_layers)
     directory = draft.directory / DIRECTORY if config.out is None else Path(config.out)
     path = path_of(directory, config.speculative_config(), before)
@@ -146,7 +148,8 @@ def _fitted(
 ) -> tuple[Layout, Tensors]:
     """Fit a layout, whose borders are measured first unless the config fixes them."""
     if config.borders == "measured" and config.lp_strategy is None:
-        lp_size, mlp_lp_size = layout.lp_size, config.mlp_lp_size
+        # The size asked for: the paper's rule may form no group as large as that.
+        lp_size, mlp_lp_size = config.lp_size, config.mlp_lp_size
         overlaps = _measured(loader, lp_size, config, texts, borders, bar)
         layout = best_layout(overlaps, loader.config.num_hidden_layers, lp_size, mlp_lp_size)
     return layout, fit(loader, layout, texts, config.ridge, bar)

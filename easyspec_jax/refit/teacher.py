@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from easyspec_jax.checkpoint.config import ModelConfig
-from easyspec_jax.model.attention import Window, chain_window
+from easyspec_jax.model.windows import Windows, chain_windows, make_windows
 
 
-def exact_window(batch: int, tokens: int, capacity: int, config: ModelConfig) -> Window:
-    """Return the window of whole texts read exactly; this pass comes before any drafted one.
+def exact_window(batch: int, tokens: int, capacity: int, config: ModelConfig) -> Windows:
+    """Return the windows of whole texts read exactly; this pass comes before any drafted one.
 
     Args:
         batch: Number of texts.
@@ -23,13 +23,13 @@ def exact_window(batch: int, tokens: int, capacity: int, config: ModelConfig) ->
         capacity: Entries of the cache, at least `tokens`.
         config: The model's.
     """
-    return chain_window(jnp.zeros((batch,), jnp.int32), tokens, capacity, config)
+    return chain_windows(jnp.zeros((batch,), jnp.int32), tokens, capacity, config)
 
 
 def drafted_window(
     depth: int, batch: int, tokens: int, capacity: int, config: ModelConfig
-) -> Window:
-    """Return the window of whole texts with every token drafted at one depth.
+) -> Windows:
+    """Return the windows of whole texts with every token drafted at one depth.
 
     Passes go in order of depth, from 1, because each reads the KV of those before it.
 
@@ -40,11 +40,13 @@ def drafted_window(
         capacity: Entries of the cache, at least (depth + 1) * tokens.
         config: The model's.
     """
-    exact = exact_window(batch, tokens, capacity, config)
     mask = np.broadcast_to(_mask(depth, tokens, capacity), (batch, tokens, capacity))
+    positions = jnp.asarray(np.broadcast_to(np.arange(tokens, dtype=np.int32), (batch, tokens)))
+    # Every depth's entries are those of the whole text: 0 1 2 3 | 0 1 2 3 | 0 1 2 3.
+    entries = np.arange(capacity, dtype=np.int32)[None, None, :] % tokens
     # The KV of this depth is written behind the exact and all shallower ones.
     start: Int[Array, " batch"] = jnp.full((batch,), depth * tokens, jnp.int32)
-    return Window(start, jnp.asarray(mask), exact.cos, exact.sin)
+    return make_windows(start, jnp.asarray(mask), positions, entries, config)
 
 
 def sampled_positions(every: int, depths: int, tokens: int) -> Int[np.ndarray, " sampled"]:
@@ -65,8 +67,8 @@ def sampled_positions(every: int, depths: int, tokens: int) -> Int[np.ndarray, "
 
 def sampled_window(
     every: int, depths: int, batch: int, tokens: int, capacity: int, config: ModelConfig
-) -> Window:
-    """Return the window of sampled drafts: all their tokens in one pass, at depths 1, 2, ….
+) -> Windows:
+    """Return the windows of sampled drafts: all their tokens in one pass, at depths 1, 2, ….
 
     One pass serves all depths, because attention within a draft is causal.
 
@@ -78,7 +80,6 @@ def sampled_window(
         capacity: Entries of the cache; the drafts' KV go behind the texts'.
         config: The model's.
     """
-    exact = exact_window(batch, tokens, capacity, config)
     positions = sampled_positions(every, depths, tokens)
     # every=3, depths=2, tokens=6: positions 0 1 3 4, of chains 0 0 1 1, at depths 0 1 0 1.
     chain, depth = np.divmod(np.arange(len(positions)), depths)
@@ -95,7 +96,11 @@ def sampled_window(
     mask[:, tokens : tokens + len(positions)] = within
     start: Int[Array, " batch"] = jnp.full((batch,), tokens, jnp.int32)
     mask = jnp.asarray(np.broadcast_to(mask, (batch, *mask.shape)))
-    return Window(start, mask, exact.cos[:, positions], exact.sin[:, positions])
+    entries = np.zeros(capacity, np.int32)
+    entries[:tokens] = np.arange(tokens)
+    entries[tokens : tokens + len(positions)] = positions
+    of_rows = jnp.asarray(np.broadcast_to(positions.astype(np.int32), (batch, len(positions))))
+    return make_windows(start, mask, of_rows, entries[None, None, :], config)
 
 
 def _mask(depth: int, tokens: int, capacity: int) -> Bool[np.ndarray, "tokens capacity"]:

@@ -19,6 +19,8 @@ from easyspec_jax.parallel.mesh import Axes
 
 LOWEST = np.finfo(np.float32).min
 """Least finite float32."""
+NO_TOKEN = -1
+"""Stands for no token where an array has room for one; no token has this id."""
 NO_CHOICE = -1
 """Id that choice() returns for a row of scores it cannot choose from."""
 
@@ -198,6 +200,26 @@ def shard_ids(x: Float[Array, "rows vocab_shard"], axes: Axes) -> Int[Array, "ro
     """
     ids = shard_index(axes) * x.shape[-1] + jnp.arange(x.shape[-1], dtype=jnp.int32)
     return jnp.broadcast_to(ids, x.shape)
+
+
+def local_ids(ids: Int[Array, "*shape"], size: int, axes: Axes) -> Int[Array, "*shape"]:
+    """Number ids within this device's shard, for scatters that drop what is out of bounds.
+
+    Args:
+        ids: Ids of the whole vocabulary, or negative numbers for none.
+        size: Ids of a shard.
+        axes: Mesh axes that split the vocabulary.
+
+    Returns:
+        Places in the shard; at least `size`, which is out of bounds, for what is not in it.
+
+    Examples:
+        >>> local_ids(jnp.array([3, -1]), size=8, axes=()).tolist()
+        [3, 8]
+    """
+    local = ids - shard_index(axes) * size
+    # A negative place would count from the end.
+    return jnp.where(local >= 0, local, size)
 
 
 def padded_rows(rows: int, axes: Axes) -> int:

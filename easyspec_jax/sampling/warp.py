@@ -1,11 +1,15 @@
-"""Warping: temperature, top-k and top-p, which are part of the distribution being preserved."""
+"""Warping: temperature, min-p, top-k and top-p, part of the distribution being preserved.
+
+They are applied in this order, which is vLLM's. None of them changes which id is likeliest, so
+greedy decoding needs none; what does change it is in adjust.py.
+"""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from easyspec_jax.parallel.mesh import Axes
-from easyspec_jax.sampling.vocabulary import gather_rows, own_rows, whole_rows
+from easyspec_jax.sampling.vocabulary import gather_rows, own_rows, top, whole_rows
 
 
 def warp(
@@ -32,9 +36,12 @@ def warp(
 
 
 def cutoff(
-    scaled: Float[Array, "rows vocab"], top_k: Int[Array, " rows"], top_p: Float[Array, " rows"]
+    scaled: Float[Array, "rows vocab"],
+    top_k: Int[Array, " rows"],
+    top_p: Float[Array, " rows"],
+    min_p: Float[Array, " rows"] | None = None,
 ) -> Float[Array, " rows"]:
-    """Find the least logit that top-k and then top-p keep.
+    """Find the least logit that min-p, then top-k and then top-p keep.
 
     Top-p (nucleus sampling; Holtzman et al., arXiv 1904.09751) keeps the likeliest ids until their
     probability among the top k reaches it. At least one id is kept, and logits equal to the least
@@ -44,6 +51,7 @@ def cutoff(
         scaled: Whole rows of logits, already divided by the temperature.
         top_k: Ids to keep; 0 keeps all.
         top_p: Probability to keep; 1 keeps all.
+        min_p: Least probability to keep, as a share of the greatest; 0 keeps all.
 
     Returns:
         Each row's cutoff, for warp().
@@ -58,6 +66,8 @@ def cutoff(
     descending = -jnp.sort(-scaled, axis=-1)
     number = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)[:, None]
     among_top = jnp.arange(vocab, dtype=jnp.int32)[None, :] < number
+    if min_p is not None:
+        among_top &= descending >= _least(descending[:, 0], min_p)[:, None]
     probability = jax.nn.softmax(jnp.where(among_top, descending, -jnp.inf), axis=-1)
     # Probability of all likelier ids. With top_p = 0.6:
     #   probability  0.5   0.3   0.15  0.05
@@ -69,12 +79,47 @@ def cutoff(
     return jnp.take_along_axis(descending, last[:, None], axis=-1)[:, 0]
 
 
+def _least(greatest: Float[Array, " rows"], min_p: Float[Array, " rows"]) -> Float[Array, " rows"]:
+    """Return the least logit that min-p keeps: p / greatest p >= min_p, in logarithms."""
+    return greatest + jnp.log(min_p)
+
+
+def min_p_cutoff(
+    logits: Float[Array, "rows vocab_shard"],
+    temperature: Float[Array, " rows"],
+    min_p: Float[Array, " rows"],
+    axes: Axes,
+) -> Float[Array, " rows"]:
+    """Find the least logit that min-p alone keeps (Nguyen et al., arXiv 2407.01082).
+
+    Only the greatest logit of a row is needed, so nothing is sorted and no logits are sent.
+
+    Args:
+        logits: This device's vocabulary shard of every row, not yet divided by the temperature.
+        temperature: Each row's temperature.
+        min_p: Least probability to keep, as a share of the greatest; 0 keeps all.
+        axes: Mesh axes that split the vocabulary.
+
+    Returns:
+        Each row's cutoff, for warp(), on every device.
+
+    Examples:
+        >>> logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+        >>> least = min_p_cutoff(logits, jnp.ones(1), min_p=jnp.array([0.2]), axes=())
+        >>> (logits >= least[:, None]).tolist()
+        [[True, True, True, False]]
+    """
+    greatest, _ = top(warp(logits, temperature), 1, axes)
+    return _least(greatest[:, 0], min_p)
+
+
 def shard_cutoff(
     logits: Float[Array, "rows vocab_shard"],
     temperature: Float[Array, " rows"],
     top_k: Int[Array, " rows"],
     top_p: Float[Array, " rows"],
     axes: Axes,
+    min_p: Float[Array, " rows"] | None = None,
 ) -> Float[Array, " rows"]:
     """Find the cutoff() of rows whose vocabulary is split over mesh axes.
 
@@ -87,10 +132,12 @@ def shard_cutoff(
         top_k: Ids to keep; 0 keeps all.
         top_p: Probability to keep; 1 keeps all.
         axes: Mesh axes that split the vocabulary.
+        min_p: As for cutoff().
 
     Returns:
         Every row's cutoff, on every device.
     """
     scaled = whole_rows(warp(logits, temperature), axes)
-    own = cutoff(scaled, own_rows(top_k, axes), own_rows(top_p, axes))
+    own_min_p = None if min_p is None else own_rows(min_p, axes)
+    own = cutoff(scaled, own_rows(top_k, axes), own_rows(top_p, axes), own_min_p)
     return gather_rows(own, logits.shape[0], axes)

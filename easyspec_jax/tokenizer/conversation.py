@@ -160,7 +160,7 @@ def from_template(tokenizer: Tokenizer, conversation: Conversation) -> str:
     if not tokenizer.chat_template:
         raise EasySpecError("this checkpoint has no chat template; give plain text, without `chat`")
     try:
-        text = _rendered(tokenizer, conversation, _RENDERING, add_generation_prompt=True)
+        text = rendered(tokenizer, conversation, add_generation_prompt=True)
     except Exception as error:  # a template is a program, and can raise anything
         raise EasySpecError(
             f"the checkpoint's chat template fails ({first_line(error)}); "
@@ -187,7 +187,7 @@ def end_of_turn_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
         [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
     )
     try:
-        text = _rendered(tokenizer, asked, _RENDERING, add_generation_prompt=False)
+        text = rendered(tokenizer, asked, add_generation_prompt=False)
         after = text.rpartition(_ANSWER)[2] if _ANSWER in text else ""
         ids = tokenizer(after, add_special_tokens=False, verbose=False).input_ids
     # A template may refuse this conversation. If it refuses a real one, the user will hear of it.
@@ -204,12 +204,23 @@ def end_of_turn_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     return ()
 
 
-def _rendered(
-    tokenizer: Tokenizer, conversation: Conversation, seconds: float, add_generation_prompt: bool
+def rendered(
+    tokenizer: Tokenizer, conversation: Conversation, *, add_generation_prompt: bool
 ) -> str:
-    """Run the template. Raises TimeoutError or ValueError if it takes or makes too much."""
+    """Run the chat template.
+
+    Args:
+        tokenizer: The target's.
+        conversation: What to render.
+        add_generation_prompt: Whether an answer begins at the end.
+
+    Raises:
+        TimeoutError: It takes too long.
+        ValueError: It makes too much text.
+        Exception: Whatever the template itself raises.
+    """
     longest = _RENDERED + len(str(conversation))
-    with _deadline(seconds):
+    with _deadline(_RENDERING):
         text = tokenizer.apply_chat_template(
             list(conversation.messages),
             tools=list(conversation.tools) or None,

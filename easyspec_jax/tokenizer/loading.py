@@ -1,7 +1,7 @@
 """Tokenizers: open one, check that two agree, and encode prompts. `stream` decodes ids to text."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -265,8 +265,8 @@ def _chat_templates(directory: Path, config: Mapping[str, Any]) -> str | dict[st
     return templates.get("default") if templates.keys() <= {"default"} else templates
 
 
-def check_same_ids(target: Tokenizer, draft: Tokenizer) -> None:
-    """Check that every token that both tokenizers know has one id, and every id one token.
+def have_same_ids(target: Tokenizer, draft: Tokenizer) -> bool:
+    """Return whether every token that both tokenizers know has one id, and every id one token.
 
     Special tokens may differ in name, as between Llama 3 and 3.1: the target verifies them like any
     other.
@@ -274,9 +274,6 @@ def check_same_ids(target: Tokenizer, draft: Tokenizer) -> None:
     Args:
         target: The target's tokenizer.
         draft: The draft's tokenizer.
-
-    Raises:
-        EasySpecError: They disagree; names the first token or id.
     """
     of_target, of_draft = target.get_vocab(), draft.get_vocab()
     by_id = {number: token for token, number in of_target.items()}
@@ -284,16 +281,11 @@ def check_same_ids(target: Tokenizer, draft: Tokenizer) -> None:
     for token, number in of_draft.items():
         other = of_target.get(token, number)
         if other != number and not (other in target_special and number in draft_special):
-            raise EasySpecError(
-                f"target and draft give {token!r} different token ids ({other} and {number}); "
-                "choose a draft of the target's family"
-            )
+            return False
         renamed = number in target_special and number in draft_special
         if by_id.get(number, token) != token and not renamed:
-            raise EasySpecError(
-                f"target and draft give token id {number} to different tokens "
-                f"({by_id[number]!r} and {token!r}); choose a draft of the target's family"
-            )
+            return False
+    return True
 
 
 def _special_ids(tokenizer: Tokenizer) -> set[int]:
@@ -326,6 +318,37 @@ def encode(tokenizer: Tokenizer, prompt: Prompt, chat: bool = False) -> list[int
             return _ids(tokenizer, prompt, special=True)
         prompt = [{"role": "user", "content": prompt}]
     return _ids(tokenizer, from_template(tokenizer, conversation_of(prompt)), special=False)
+
+
+def bad_words_ids(tokenizer: Tokenizer, words: Iterable[str]) -> list[tuple[int, ...]]:
+    """Return the ids by which words are banned, as vLLM does.
+
+    A word is banned as it is at the beginning of a text. If a blank before it changes its first
+    token and nothing more, it is banned after a blank as well.
+
+    Args:
+        tokenizer: The tokenizer.
+        words: The words.
+
+    Raises:
+        EasySpecError: A word has no tokens, or is not valid Unicode.
+    """
+    banned = []
+    for word in words:
+        try:
+            word.encode("utf-8")
+        except UnicodeEncodeError:
+            raise EasySpecError(f"`bad_words` {word[:40]!r} is not valid Unicode") from None
+        first, spaced = (
+            tuple(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+            for text in (word.lstrip(), " " + word.lstrip())
+        )
+        if not first:
+            raise EasySpecError(f"`bad_words` {word[:40]!r} has no tokens")
+        banned.append(first)
+        if len(spaced) == len(first) and spaced[0] != first[0]:
+            banned.append(spaced)
+    return banned
 
 
 def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:

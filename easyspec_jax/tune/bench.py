@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from easyspec_jax.decode.round import RoundConfig
+from easyspec_jax.decode.state import RoundConfig
 from easyspec_jax.decode.timing import Case, alone, pass_case, round_case
 from easyspec_jax.draft.layer_group import run_fuzzy
 from easyspec_jax.engine.engine import Engine

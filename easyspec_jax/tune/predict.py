@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from easyspec_jax.decode.round import RoundConfig
+from easyspec_jax.decode.state import RoundConfig
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
 from easyspec_jax.tune.candidates import Candidate, Draft
 

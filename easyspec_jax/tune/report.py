@@ -18,6 +18,7 @@ SHOWN = 16
 def as_dict(tuned: Tuned) -> dict[str, Any]:
     """Return results as `--json` prints them, with times in seconds and the best candidate first.
 
+    `weights` names the types of matrices that differ from `dtype`, as "target int8, draft int4".
     Of each candidate, acceptance_rate is the share of drafted positions accepted at its number of
     levels, and deepest_acceptance_rate that at the most levels. `accepted_by_levels` has the mean
     accepted tokens of rounds of 1, 2, … levels, or None if not measured. `frontier` says that no
@@ -37,6 +38,7 @@ def as_dict(tuned: Tuned) -> dict[str, Any]:
         "platform": device.platform,
         "device_kind": device.device_kind,
         "dtype": engine.dtype,
+        "weights": engine.kept_weights,
         "kv_dtype": engine.kv_dtype,
         "seconds": tuned.seconds,
         "plain_step": figures.plain,

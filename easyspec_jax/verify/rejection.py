@@ -27,10 +27,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from easyspec_jax.parallel.collectives import shard_index
 from easyspec_jax.parallel.mesh import ALL_AXES
 from easyspec_jax.sampling.noise import Purpose, gumbel, noise_keys, numbered, uniform
-from easyspec_jax.sampling.vocabulary import choice, normaliser, shard_ids, take
+from easyspec_jax.sampling.vocabulary import (
+    NO_TOKEN,
+    choice,
+    local_ids,
+    normaliser,
+    shard_ids,
+    take,
+)
 from easyspec_jax.verify.tree import Tree, children, deepest
 from easyspec_jax.verify.verifier import CANDIDATES, Branches, RowSampling, Verdict, warp_rows
 
@@ -109,6 +115,8 @@ class Rejection:
         greatest, total = normaliser(rows, ALL_AXES)
         found = take(rows, tree.candidates.reshape(rows.shape[0], -1), ALL_AXES)
         p = (jnp.exp(found - greatest) / total).reshape(tree.q.shape)
+        if tree.sure is not None:
+            p = jnp.where(tree.candidates == NO_TOKEN, 0.0, p)
         key = noise_keys(request.seed, position[:, None], request.round, Purpose.ACCEPT)[:, 0]
         accept, residual = accept_children(p, tree, uniform(numbered(key, tree.tokens.shape[1])))
 
@@ -192,7 +200,8 @@ def accept_children(
     """Try each node's children in the order drawn, until one is accepted.
 
     Child k is accepted with probability min(1, p(k) / q(k)). If it is not, p becomes
-    norm(max(0, p - q)), q loses k and is renormalised, and the next child is tried.
+    norm(max(0, p - q)), q loses k and is renormalised, and the next child is tried. A child that
+    was proposed with certainty comes last; there q is 1 at k and 0 elsewhere.
 
     Args:
         p: The target's probabilities of each node's candidates.
@@ -234,6 +243,12 @@ def accept_children(
         draft, draft_norm = draft_left(tree.q, trial)
         target_at = jnp.take_along_axis(target, rank, axis=-1)[:, :, 0]
         draft_at = jnp.take_along_axis(draft, rank, axis=-1)[:, :, 0]
+        sure = jnp.zeros_like(child, bool)
+        if tree.sure is not None:
+            # Proposed with certainty, its q is 1 whatever is left of the others': it is accepted
+            # with its own probability, and a rejection takes nothing but itself from p.
+            sure = jnp.take_along_axis(tree.sure, child, axis=1)
+            draft_at, draft_norm = (jnp.where(sure, 1.0, x) for x in (draft_at, draft_norm))
         # u < (target_at / target_norm) / (draft_at / draft_norm), without dividing.
         passes = (
             jnp.take_along_axis(u, child, axis=1) * draft_at * target_norm < target_at * draft_norm
@@ -245,7 +260,7 @@ def accept_children(
         factor = target_norm / jnp.where(rejected, draft_norm, 1.0)
         return Trial(
             left=trial.left & ~(chosen & rejected[:, :, None]),
-            spent=trial.spent + jnp.where(rejected, factor, 0.0),
+            spent=trial.spent + jnp.where(rejected & ~sure, factor, 0.0),
             accepted=jnp.where(tried & passes, child, trial.accepted),
         ), None
 
@@ -295,8 +310,5 @@ def _replace(
     values: Float[Array, "batch ids"],
 ) -> Float[Array, "batch vocab_shard"]:
     """Put values at some ids of the whole vocabulary, on whichever shard holds them."""
-    size = row.shape[-1]
-    local = ids - shard_index(ALL_AXES) * size
-    # Ids of other shards are out of bounds and dropped; negative ones would count from the end.
-    local = jnp.where(local >= 0, local, size)
+    local = local_ids(ids, row.shape[-1], ALL_AXES)
     return jax.vmap(lambda r, i, x: r.at[i].set(x, mode="drop"))(row, local, values)

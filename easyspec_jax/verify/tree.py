@@ -11,7 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-_ARRAYS = ["tokens", "parent", "depth", "entry", "score", "ancestors", "rank", "candidates", "q"]
+from easyspec_jax.sampling.vocabulary import NO_TOKEN
+
+_ARRAYS = [
+    *("tokens", "parent", "depth", "entry", "score", "ancestors", "rank", "candidates", "q"),
+    "sure",
+]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=["width"])
@@ -34,6 +39,8 @@ class Tree:
         candidates: Token ids among which the node's children were drawn, [batch, nodes, ids].
         q: The draft's probabilities of these candidates; all 0 for nodes of the last level.
         width: Most nodes of any level; 0 for a bare root.
+        sure: Nodes that were proposed with certainty instead of being drawn from q. They come after
+            their siblings. None if there are no such nodes.
 
     Examples:
         Two levels of width 2 below the token 10. Both nodes of level 2 follow node 1:
@@ -85,6 +92,7 @@ class Tree:
     candidates: Int[Array, "batch nodes ids"]
     q: Float[Array, "batch nodes ids"]
     width: int
+    sure: Bool[Array, "batch nodes"] | None = None
 
     @property
     def exists(self) -> Bool[Array, "batch nodes"]:
@@ -112,6 +120,149 @@ def bare_root(tokens: Int[Array, " batch"]) -> Tree:
         candidates=zero[:, :, None],
         q=zero[:, :, None].astype(jnp.float32),
         width=0,
+    )
+
+
+def without_nodes(shapes: Tree, root: Int[Array, " batch"]) -> Tree:
+    """Make trees of given shapes in which all nodes but the roots are missing.
+
+    Args:
+        shapes: A tree of arrays, or of jax.ShapeDtypeStructs.
+        root: Each row's root.
+    """
+    batch, nodes = shapes.tokens.shape
+    is_root = np.arange(nodes) == 0
+    return replace(
+        jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+        tokens=jnp.where(is_root[None], root[:, None], 0),
+        score=jnp.broadcast_to(np.where(is_root, 0, -np.inf).astype(np.float32), (batch, nodes)),
+        ancestors=jnp.broadcast_to(np.eye(nodes, dtype=bool), (batch, nodes, nodes)),
+        candidates=jnp.full(shapes.candidates.shape, NO_TOKEN, jnp.int32),
+    )
+
+
+def sure_chain(
+    root: Int[Array, " batch"], tokens: Int[Array, "batch levels"], exists: Bool[Array, " batch"]
+) -> Tree:
+    """Make trees of one path each, whose tokens were proposed with certainty rather than drawn.
+
+    Args:
+        root: Each row's root.
+        tokens: The tokens below it, one a level.
+        exists: Whether a row has that path, or nothing but a root.
+
+    Examples:
+        >>> tree = sure_chain(jnp.array([5]), jnp.array([[6, 7]]), jnp.array([True]))
+        >>> tree.tokens.tolist(), tree.parent.tolist(), tree.depth.tolist()
+        ([[5, 6, 7]], [[0, 0, 1]], [[0, 1, 2]])
+        >>> tree.candidates[0, :, 0].tolist(), tree.q[0, :, 0].tolist()
+        ([6, 7, 0], [1.0, 1.0, 0.0])
+    """
+    batch, levels = tokens.shape
+    nodes = np.arange(levels + 1, dtype=np.int32)
+    shape = (batch, levels + 1)
+    missing = (nodes > 0)[None, :] & ~exists[:, None]
+    # A node's only candidate is the token of the next node; the last one has none.
+    next_token = jnp.pad(tokens, ((0, 0), (0, 1)))
+    q = jnp.where(exists[:, None] & (nodes < levels)[None, :], np.float32(1), np.float32(0))
+    return Tree(
+        tokens=jnp.concatenate([root[:, None], tokens], axis=1),
+        parent=jnp.broadcast_to(np.maximum(nodes - 1, 0), shape),
+        depth=jnp.broadcast_to(nodes, shape),
+        entry=jnp.broadcast_to(nodes, shape),
+        score=jnp.where(missing, -np.float32(np.inf), np.float32(0)),
+        ancestors=jnp.broadcast_to(np.tri(levels + 1, dtype=bool), (*shape, levels + 1)),
+        rank=jnp.zeros(shape, jnp.int32),
+        candidates=next_token[:, :, None],
+        q=q[:, :, None],
+        width=1,
+    )
+
+
+def graft(tree: Tree, tokens: Int[Array, "batch levels"], exists: Bool[Array, " batch"]) -> Tree:
+    """Add to each tree a path of tokens that were proposed with certainty.
+
+    A path shares the nodes with which it begins, if the tree has them. The rest hangs below the
+    last of these, behind the children that were drawn there. With the path 11, 13, 14:
+
+        10 ─── 11 ─── 12        becomes     10 ─── 11 ─┬─ 12
+                                                       └─ 13 ─── 14
+
+    Args:
+        tree: The trees, of as many levels as the paths have tokens, or fewer.
+        tokens: Each row's path, below the root.
+        exists: Whether a row has a path.
+
+    Returns:
+        Trees with one more node for each token of a path, behind the others. Those of shared tokens
+        do not exist. Candidates have one more column.
+
+    Examples:
+        >>> tree = sure_chain(jnp.array([10]), jnp.array([[11, 12]]), jnp.array([True]))
+        >>> grafted = graft(tree, jnp.array([[11, 13]]), jnp.array([True]))
+        >>> grafted.tokens.tolist(), grafted.exists.astype(int).tolist()
+        ([[10, 11, 12, 11, 13]], [[1, 1, 1, 0, 1]])
+        >>> grafted.parent[0, 4].item()
+        1
+        >>> grafted.candidates[0].tolist()
+        [[11, -1], [12, 13], [0, -1], [-1, 13], [-1, -1]]
+    """
+    batch, levels = tokens.shape
+    old = tree.tokens.shape[1]
+    column = tree.candidates.shape[2]
+    steps = np.arange(levels, dtype=np.int32)[None, :]  # of the path; node old + i has depth i + 1
+
+    # The path's token at the depth of each node, and the deepest node that the path shares.
+    padded = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=NO_TOKEN)
+    shared = deepest(tree, tree.tokens == jnp.take_along_axis(padded, tree.depth, axis=1))[:, None]
+    depth = jnp.take_along_axis(tree.depth, shared, axis=1)
+    new = exists[:, None] & (steps >= depth)
+    is_first = steps == depth
+
+    # Below the last shared node the path's token gets a column of its own, unless it is among the
+    # candidates there already.
+    of_shared = jnp.take_along_axis(tree.candidates, shared[:, :, None], axis=1)[:, 0]
+    first = jnp.take_along_axis(padded, jnp.minimum(depth + 1, levels), axis=1)
+    known = of_shared == first
+    is_known = jnp.any(known, axis=1, keepdims=True)
+    place = jnp.argmax(known, axis=1).astype(jnp.int32)[:, None]
+    rank = jnp.where(is_first & is_known, place, column)
+    has_child = exists[:, None] & (depth < levels) & ~is_known
+    at_shared = has_child & (np.arange(old, dtype=np.int32)[None, :] == shared)
+    # A new node's only candidate is the token of the next one.
+    behind = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)), constant_values=NO_TOKEN)
+    own = jnp.concatenate([jnp.where(at_shared, first, NO_TOKEN), behind], axis=1)
+    candidates = jnp.pad(tree.candidates, ((0, 0), (0, levels), (0, 0)), constant_values=NO_TOKEN)
+    q = jnp.pad(tree.q, ((0, 0), (0, levels), (0, 1)))
+    certain = np.zeros(q.shape[1:], np.float32)
+    certain[old : old + levels - 1, column] = 1
+
+    # Ancestors of a new node: those of the shared one, and the new nodes up to itself. A missing
+    # one has itself as well, so that no path to it is accepted.
+    above = jnp.take_along_axis(tree.ancestors, shared[:, :, None], axis=1)
+    above = jnp.broadcast_to(above, (batch, levels, old))
+    among = new[:, None, :] & np.tri(levels, dtype=bool)[None] | np.eye(levels, dtype=bool)[None]
+    score = jnp.where(new, jnp.take_along_axis(tree.score, shared, axis=1), -jnp.inf)
+    entry = jnp.broadcast_to(old + steps, tokens.shape)
+
+    def joined(x: Array, y: Array) -> Array:
+        return jnp.concatenate([x, y], axis=1)
+
+    return Tree(
+        tokens=joined(tree.tokens, tokens),
+        parent=joined(tree.parent, jnp.where(is_first, shared, np.maximum(old + steps - 1, 0))),
+        depth=joined(tree.depth, jnp.broadcast_to(steps + 1, tokens.shape)),
+        entry=joined(tree.entry, entry),
+        score=joined(tree.score, score),
+        ancestors=joined(
+            jnp.pad(tree.ancestors, ((0, 0), (0, 0), (0, levels))),
+            jnp.concatenate([above, among], axis=2),
+        ),
+        rank=joined(tree.rank, rank),
+        candidates=jnp.concatenate([candidates, own[:, :, None]], axis=2),
+        q=q + certain[None],
+        width=tree.width + 1,
+        sure=joined(jnp.zeros(tree.tokens.shape, bool), new),
     )
 
 
@@ -161,6 +312,35 @@ def children(tree: Tree) -> Int[Array, "batch nodes width"]:
         return empty.at[parent, column].set(jnp.arange(nodes, dtype=jnp.int32), mode="drop")
 
     return jax.vmap(of_row)(tree.parent, is_child)
+
+
+def drafted_tokens(tree: Tree, levels: int) -> Int[Array, "batch nodes levels"]:
+    """List the tokens from each node up to the root, which is left out; then NO_TOKEN.
+
+    Args:
+        tree: The trees.
+        levels: Levels below the root that the result has room for.
+
+    Examples:
+        A chain of two tokens below the root:
+
+        >>> chain = replace(
+        ...     bare_root(jnp.array([5])),
+        ...     tokens=jnp.array([[5, 6, 7]]),
+        ...     parent=jnp.array([[0, 0, 1]]),
+        ... )
+        >>> drafted_tokens(chain, levels=2).tolist()
+        [[[-1, -1], [6, -1], [7, 6]]]
+    """
+    number = jnp.arange(tree.parent.shape[1], dtype=jnp.int32)
+    node = jnp.broadcast_to(number, tree.parent.shape)
+    columns = []
+    for _ in range(levels):
+        token = jnp.take_along_axis(tree.tokens, node, axis=1)
+        columns.append(jnp.where(node > 0, token, NO_TOKEN))
+        node = jnp.take_along_axis(tree.parent, node, axis=1)  # the root's own parent is the root
+    empty = jnp.zeros((*tree.parent.shape, 0), jnp.int32)
+    return jnp.stack(columns, axis=2) if columns else empty
 
 
 def deepest(tree: Tree, accept: Bool[Array, "batch nodes"]) -> Int[Array, " batch"]:

@@ -13,13 +13,13 @@ import jax
 from jaxtyping import Array, Float, Int, UInt32
 
 from easyspec_jax.parallel.mesh import Axes
-from easyspec_jax.sampling.warp import shard_cutoff, warp
+from easyspec_jax.sampling.warp import min_p_cutoff, shard_cutoff, warp
 from easyspec_jax.verify.tree import Tree
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["seed", "round", "temperature", "top_k", "top_p"],
+    data_fields=["seed", "round", "temperature", "top_k", "top_p", "min_p"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class RowSampling:
         temperature: Above 0, except with Greedy, which does not read it.
         top_k: Ids to keep; 0 keeps all.
         top_p: Probability to keep; 1 keeps all.
+        min_p: Least probability to keep, as a share of the greatest; 0 keeps all. None if no row
+            of the batch asks for any.
     """
 
     seed: UInt32[Array, " batch"]
@@ -39,6 +41,7 @@ class RowSampling:
     temperature: Float[Array, " batch"]
     top_k: Int[Array, " batch"]
     top_p: Float[Array, " batch"]
+    min_p: Float[Array, " batch"] | None = None
 
     def repeat(self, times: int) -> Self:
         """Repeat each row: [a, b] -> [a, a, b, b] for 2 times."""
@@ -88,7 +91,7 @@ def warp_rows(
 
     Args:
         logits: Logits after each node; the vocabulary is split over axes.
-        request: Each row's temperature, top-k and top-p.
+        request: Each row's temperature, min-p, top-k and top-p.
         axes: Mesh axes that split the vocabulary; () for whole rows.
         truncates: Whether some row asks for top-k or top-p. If not, nothing is sorted or sent.
 
@@ -99,11 +102,12 @@ def warp_rows(
     # A text's numbers are repeated for each of its nodes: [batch] -> [batch * nodes].
     rows = logits.reshape(-1, logits.shape[-1])
     of_row = request.repeat(logits.shape[1])
-    cut = (
-        shard_cutoff(rows, of_row.temperature, of_row.top_k, of_row.top_p, axes)
-        if truncates
-        else None
-    )
+    cut = None
+    if truncates:
+        numbers = of_row.temperature, of_row.top_k, of_row.top_p
+        cut = shard_cutoff(rows, *numbers, axes, of_row.min_p)
+    elif of_row.min_p is not None:
+        cut = min_p_cutoff(rows, of_row.temperature, of_row.min_p, axes)
     return warp(rows, of_row.temperature, cut).reshape(logits.shape)
 
 
@@ -153,7 +157,8 @@ class Verifier(Protocol):
         """Decide about a whole tree at once. With a bare root this is plain decoding.
 
         Args:
-            target: The target's logits after each node; the vocabulary is split over all devices.
+            target: The target's logits after each node, changed already as sampling/adjust.py does;
+                the vocabulary is split over all devices.
             tree: The drafted tree.
             position: Absolute position of the token after the root.
             request: Each row's noise and distribution.

@@ -17,19 +17,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from convert.shards import SafetensorsStore
 from easyspec_jax import EasySpecError, demo
-from easyspec_jax.arithmetic import ceil_div
+from easyspec_jax.arithmetic import ceil_div, packed_width
 from easyspec_jax.checkpoint.canonical import expected_shapes
 from easyspec_jax.checkpoint.config import model_config
+from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.cli.command import Parser
+from easyspec_jax.options import Weights
 from experiments.lib.machine import machine
 from experiments.lib.output import RESULTS, check_destination, run_experiment, save
 from experiments.lib.tables import Rows, column
@@ -40,16 +42,17 @@ _COMMON = {
     "rms_norm_eps": 1e-5,
     "dtype": "bfloat16",
 }
+_7B = {
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+}
 SHAPES: dict[str, dict[str, Any]] = {
-    "7b": _COMMON
-    | {
-        "num_hidden_layers": 32,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_attention_heads": 32,
-        "vocab_size": 32000,
-        "tie_word_embeddings": False,
-    },
+    "7b": _COMMON | _7B,
+    "7b-6-layers": _COMMON | _7B | {"num_hidden_layers": 6},
     "1b": _COMMON
     | {
         "num_hidden_layers": 16,
@@ -199,23 +202,31 @@ def alternately(
 
 
 def bench(
-    shape: str, shards: int, rounds: int, meshes: Sequence[str], memory: str, directory: Path
+    shape: str,
+    shards: int,
+    rounds: int,
+    meshes: Sequence[str],
+    memory: str,
+    directory: Path,
+    weights: Weights | None = None,
 ) -> dict[str, Any]:
     """Measure all figures of a shape. The disk holds at most three times its bytes."""
     source, out = directory / "hf", directory / "orbax"
     try:
         size = write_random(source, SHAPES[shape], shards)
-        options = ("--memory", memory)
+        options = ("--memory", memory, *(() if weights is None else ("--weights", weights)))
         converted, copied = alternately(
             rounds, source, out, lambda a, b: convert(a, b, *options), copy
         )
         convert(source, out, *options)
         forget(out)
-        opened = {
-            f"{kind}, mesh {mesh}": open_(place, mesh)
-            for kind, place in (("huggingface", source), ("orbax", out))
-            for mesh in meshes
-        }
+        written = size if weights is None else weights_in(out)
+        opened = {}
+        for kind, place, held in (("huggingface", source, size), ("orbax", out, written)):
+            for mesh in meshes:
+                run = open_(place, mesh)
+                over = {"over_weights": run.peak_bytes / held}
+                opened[f"{kind}, mesh {mesh}"] = asdict(run) | over
     finally:
         shutil.rmtree(source, ignore_errors=True)
         shutil.rmtree(out, ignore_errors=True)
@@ -224,17 +235,24 @@ def bench(
         "bytes": size,
         "shards": shards,
         "memory": memory,
+        "weights": weights,
         "convert": [asdict(run) for run in converted],
         "copy": [asdict(run) for run in copied],
-        "open": {
-            name: asdict(run) | {"over_weights": run.peak_bytes / size}
-            for name, run in opened.items()
-        },
+        "open": opened,
         "convert_peak_bytes": max(run.peak_bytes for run in converted),
         "speed_over_copy": median(
             b.seconds / a.seconds for a, b in zip(converted, copied, strict=True)
         ),
     }
+
+
+def weights_in(directory: Path) -> int:
+    """Return the bytes of the tensors of a converted checkpoint, as they are stored."""
+    source = open_checkpoint(directory).source
+    dtypes, size = source.dtypes(), 0
+    for name, shape in source.shapes().items():
+        size += ceil(prod(shape) * packed_width(np.dtype(dtypes[name])))
+    return size
 
 
 def tabulate(measured: Mapping[str, Any]) -> Rows:
@@ -258,7 +276,13 @@ def run(args: argparse.Namespace) -> None:
     check_destination(out)
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
         report = bench(
-            args.shape, args.shards, args.rounds, args.mesh, args.memory, Path(directory)
+            args.shape,
+            args.shards,
+            args.rounds,
+            args.mesh,
+            args.memory,
+            Path(directory),
+            args.weights,
         )
     save(
         out,
@@ -278,6 +302,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mesh", nargs="+", default=["8"])
     parser.add_argument("--memory", default="2GiB", help="as for convert")
+    parser.add_argument(
+        "--weights", choices=get_args(Weights), help="as for convert (default: as they are)"
+    )
     parser.add_argument(
         "--directory", type=Path, help="where there is room (default: a temporary directory)"
     )

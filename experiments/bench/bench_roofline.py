@@ -55,6 +55,7 @@ def tabulate(measured: Mapping[str, Any]) -> Rows:
         "kernels": "kernels",
         "busy_share": "busy",
         "over_default": "over default options",
+        "over_floats": "over floats",
         "failed": "failed",
     }
     table = []

@@ -25,10 +25,10 @@ from easyspec_jax import SamplingParams, SpeculativeConfig, demo
 from easyspec_jax.cli.command import Parser
 from easyspec_jax.decode.prefilling import prefill_all
 from easyspec_jax.decode.programs import Programs
-from easyspec_jax.decode.round import RoundConfig, State
+from easyspec_jax.decode.state import RoundConfig, State
 from easyspec_jax.draft.layer_group import run_fuzzy
-from easyspec_jax.model.attention import Nodes
 from easyspec_jax.model.transformer import Decoder, run_exact
+from easyspec_jax.model.windows import Nodes
 from easyspec_jax.options import Verifier
 from easyspec_jax.parallel.mesh import ALL_AXES
 from experiments.lib.machine import machine
@@ -49,7 +49,7 @@ WARM_UP = 3
 def passes(target: Decoder, draft: Decoder, state: State, config: RoundConfig) -> Any:
     """Run a round's passes over arbitrary tokens, and return the state and the logits."""
     h, caches = draft(
-        state.pending,
+        state.pending(config.pending_size),
         state.draft,
         state.draft_length,
         run_exact if config.calibration else run_fuzzy,
@@ -70,7 +70,7 @@ def passes(target: Decoder, draft: Decoder, state: State, config: RoundConfig) -
         # XLA must not see that these are the same tokens: it would hoist the embedding.
         return (caches, tokens + (h[..., 0] > 1e30).astype(jnp.int32)), draft.logits(h)
 
-    start = (caches, jnp.broadcast_to(state.pending[:, :1], (batch, width)))
+    start = (caches, jnp.broadcast_to(state.root[:, None], (batch, width)))
     (caches, _), later = jax.lax.scan(deepen, start, jnp.arange(1, config.levels, dtype=jnp.int32))
     tree = Nodes(
         state.length,
@@ -79,7 +79,7 @@ def passes(target: Decoder, draft: Decoder, state: State, config: RoundConfig) -
         jnp.ones((batch, nodes, nodes), bool),
     )
     h, target_caches = target(
-        jnp.broadcast_to(state.pending[:, :1], (batch, nodes)), state.target, tree
+        jnp.broadcast_to(state.root[:, None], (batch, nodes)), state.target, tree
     )
     return replace(state, target=target_caches, draft=caches), (first, later, target.logits(h))
 

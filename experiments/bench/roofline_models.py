@@ -24,10 +24,13 @@ from easyspec_jax.checkpoint.families import EMBEDDING, HEAD
 from easyspec_jax.checkpoint.tensors import Slices
 from easyspec_jax.draft.grouping import Group, Layout
 from easyspec_jax.draft.layer_group import load_draft
+from easyspec_jax.engine.abstract import bytes_of
 from easyspec_jax.model.attention import Attention
+from easyspec_jax.model.experts import Experts
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import MLP, Decoder
+from easyspec_jax.options import Weights
 from easyspec_jax.parallel.mesh import ALL_AXES
 from easyspec_jax.parallel.platforms import PlatformSettings
 from easyspec_jax.plan.configurations import BUNDLED
@@ -197,7 +200,7 @@ class AlikeLoader(Loader):
     """A Loader for models whose layers are alike: it reads one and copies it on the devices."""
 
     @cached_property
-    def _first(self) -> tuple[Attention, MLP]:
+    def _first(self) -> tuple[Attention, MLP | Experts]:
         return super().attention(0), super().mlp(0)
 
     @cached_property
@@ -231,12 +234,21 @@ def load(
     groups: Sequence[Group] | None = None,
     mlp_lp_size: int = 1,
     settings: PlatformSettings | None = None,
+    weights: Weights | None = None,
 ) -> Decoder:
     """Load a target or, with groups, a draft, split over all devices."""
     config = source.config
     rows = padded_vocab_size(mesh, config)
     loader = AlikeLoader(
-        source, config, mesh, ALL_AXES, source.dtype, rows, config.vocab_size, settings=settings
+        source,
+        config,
+        mesh,
+        ALL_AXES,
+        source.dtype,
+        rows,
+        config.vocab_size,
+        settings=settings,
+        weights=weights,
     )
     if groups is None:
         return loader.decoder([loader.layer(index) for index in range(config.num_hidden_layers)])
@@ -265,6 +277,13 @@ def weight_bytes(config: ModelConfig, dtype: np.dtype) -> int:
     if not config.tie_word_embeddings:
         del sizes[EMBEDDING]
     return sum(sizes.values()) * dtype.itemsize
+
+
+def read_bytes(model: Decoder) -> int:
+    """Count the bytes that a pass reads of a loaded model, whatever types its matrices have."""
+    read = [model.blocks, model.norm, model.embedding if model.head is None else model.head]
+    platform = model.norm.weight.sharding.mesh.devices.flat[0].platform
+    return sum(bytes_of(leaf.size, leaf.dtype, platform) for leaf in jax.tree.leaves(read))
 
 
 def kv_bytes(config: ModelConfig, dtype: np.dtype, tokens: int) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from easyspec_jax.decode.programs import Programs
-from easyspec_jax.decode.round import State
+from easyspec_jax.decode.state import State
 
 Options = Mapping[str, str | bool | int]
 """Options of XLA, by name, as `compile(compiler_options=...)` takes them."""

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from easyspec_jax.checkpoint.config import ModelConfig, model_config
 from easyspec_jax.decode.programs import Programs
-from easyspec_jax.decode.round import RoundConfig
+from easyspec_jax.decode.state import RoundConfig
 from easyspec_jax.decode.timing import Case, alone, alternate, pass_case, round_case
 from easyspec_jax.draft.grouping import paper_groups
 from easyspec_jax.draft.layer_group import run_fuzzy
@@ -31,6 +31,8 @@ from experiments.lib.machine import host_memory, torch_device
 from experiments.paper.timeline import recorded
 
 VERIFIED = (1, 2, 4, 6, 8, 16, 21, 32, 64)
+NARROW = (1, 6, 21)
+"""Tokens of passes with matrices of narrower types."""
 LP_SIZES = (1, 2, 4, 7)
 WIDTHS = (1, 4, 8)
 LEVELS, LP_SIZE = 5, 4
@@ -181,6 +183,29 @@ def target(bench: Bench) -> list[Row]:
         timings.row(case.name, size, over_plain=timings.seconds[case.name] / plain)
         for case in cases
     ]
+
+
+def narrow(bench: Bench) -> list[Row]:
+    """Time passes of the target with matrices of int8 and int4, against floats.
+
+    `over_floats` is a pass's time as a multiple of that of floats. Bytes are those of each type.
+    """
+    mesh, cases = bench.mesh(), dict[str, tuple[Case, str]]()
+    source = models.random_source(bench.pair[0], bench.dtype.name)
+    cached = models.kv_bytes(bench.configs[0], bench.dtype, bench.args.context)
+    for weights in (None, "int8", "int4"):
+        model = models.load(source, mesh, weights=weights)
+        programs, size = alone(mesh, model), models.read_bytes(model) + cached
+        for n in NARROW:
+            name, floats = (f"{kind}, {n} tokens" for kind in (weights or "floats", "floats"))
+            case = pass_case(name, programs, n, run_exact, size, **bench.lengths)
+            cases[name] = case, floats
+    timings = bench.measure([case for case, _ in cases.values()])
+    rows = []
+    for name, (case, floats) in cases.items():
+        over_floats = timings.seconds[name] / timings.seconds[floats]
+        rows.append(timings.row(name, case.bytes, over_floats=over_floats))
+    return rows
 
 
 def draft(bench: Bench) -> list[Row]:
@@ -404,6 +429,7 @@ PARTS: dict[str, Callable[[Bench], Iterable[Row]]] = {
     # First of the parts with weights: transformers needs memory that JAX would keep.
     "peers": peers,
     "target": target,
+    "narrow": narrow,
     "draft": draft,
     "round": rounds,
     "profile": profile,

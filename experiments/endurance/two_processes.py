@@ -6,10 +6,6 @@ tensor parallelism, or run in layer-parallel groups. Every sample times all ways
 """
 
 import argparse
-import json
-import os
-import socket
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,8 +18,6 @@ from easyspec_jax import EasySpecError
 from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.decode.timing import alternate
 from easyspec_jax.options import resolve_dtype
-from easyspec_jax.parallel.hosts import joined
-from easyspec_jax.parallel.rendezvous import Peer
 from easyspec_jax.plan.steps import Pair
 from easyspec_jax.tune.drawing import dress_bars, png
 from experiments.lib.output import (
@@ -37,6 +31,12 @@ from experiments.lib.output import (
 )
 from experiments.lib.pair import add_flags, names, open_draft
 from experiments.lib.picture import draft_title, note
+from experiments.lib.processes import (
+    OWN_FLAGS,
+    add_process_flags,
+    be_one_process,
+    in_processes,
+)
 from experiments.lib.tables import Rows, distinct
 from experiments.paper.table6 import PLAIN, draft_ways, name_of, step_cost, timed_cases
 
@@ -53,40 +53,6 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
     cache_compilations()
     cases = [case for case in timed_cases(args, DEVICES) if case.name != PLAIN]
     return alternate(cases, args.repeats, args.calls)
-
-
-def between_processes(words: Sequence[str]) -> dict[str, list[float]]:
-    """Run measure() with each device in a process of its own.
-
-    Raises:
-        EasySpecError: A process fails, or there are too few cores.
-    """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < DEVICES:
-        raise EasySpecError(f"{DEVICES} processes need {DEVICES} cores, and there is {len(cores)}")
-    command = [sys.executable, "-m", PROGRAM, *words, "--coordinator", address]
-    started = [
-        subprocess.Popen(
-            [*command, "--process-id", str(number), "--core", str(cores[number])],
-            stdout=subprocess.PIPE,
-        )
-        for number in range(DEVICES)
-    ]
-    found = [process.communicate()[0] for process in started]
-    if any(process.returncode for process in started):
-        raise EasySpecError("a process has failed, and said why")
-    return json.loads(found[0])
-
-
-def be_one_of_two(args: argparse.Namespace) -> None:
-    """Measure on a core of this process's own; process 0 prints the figures as JSON."""
-    os.sched_setaffinity(0, {args.core})  # before XLA counts the cores
-    own = ("process_id", "core", "command", "words")
-    command = {name: value for name, value in vars(args).items() if name not in own}
-    with joined(PROGRAM, Peer(args.coordinator, DEVICES, args.process_id), command):
-        print(json.dumps(measure(args)))
 
 
 def rows_of(
@@ -185,24 +151,16 @@ def tabulate(measured: Mapping[str, Any]) -> Rows:
 def run(args: argparse.Namespace) -> None:
     """Measure, print, write the JSON and draw it; or be one of the processes that measure."""
     if args.process_id is not None:
-        be_one_of_two(args)
+        be_one_process(PROGRAM, args, measure)
         return
     if min(args.repeats, args.calls, args.context) < 1:
         raise EasySpecError("--repeats, --calls and --context must be at least 1")
     prepare(args.out)
     open_draft(args)  # fail here once rather than in both processes
-    rows = rows_of(args, DEVICES, between_processes(args.words)) + rows_of(args, 1, measure(args))
+    between = in_processes(PROGRAM, args.words, DEVICES)
+    rows = rows_of(args, DEVICES, between) + rows_of(args, 1, measure(args))
     print_table(rows)
-    left_out = (
-        "questions",
-        "mesh",
-        "words",
-        "coordinator",
-        "process_id",
-        "core",
-        "target",
-        "draft",
-    )
+    left_out = (*OWN_FLAGS, "questions", "mesh", "target", "draft")
     publish(args.out, settings(args, *left_out) | names(args), rows, draw)
 
 
@@ -219,9 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--calls", type=int, default=8, help="calls of a step for one sample (default: %(default)s)"
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "two_processes.json")
-    for flag, kind in (("--coordinator", str), ("--process-id", int), ("--core", int)):
-        parser.add_argument(flag, type=kind, help=argparse.SUPPRESS)
-    parser.set_defaults(words=sys.argv[1:] if argv is None else list(argv))
+    add_process_flags(parser, argv)
     return run_experiment(PROGRAM, parser, run, argv)
 
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from easyspec_jax.checkpoint.config import ModelConfig, model_config
 from easyspec_jax.cli.command import Parser
 from easyspec_jax.decode.programs import Programs
-from easyspec_jax.decode.round import RoundConfig, State
+from easyspec_jax.decode.state import RoundConfig, State
 from easyspec_jax.decode.timing import alone, pass_program
 from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.layer_group import run_fuzzy

@@ -1,11 +1,12 @@
 """The generated passages of documents: tables, and figures within a sentence."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from easyspec_jax.checkpoint.config import read_json
+from easyspec_jax.checkpoint.families import FAMILIES, Family
 from experiments.lib.sections import sections
 from experiments.lib.tables import Rows, distinct, markdown, matching
 from experiments.registry import SCRIPTS, known
@@ -40,6 +41,48 @@ def scripts(results: Path) -> str:
         ]
         lines.append(markdown(names))
     return "\n\n".join(lines)
+
+
+def supported_models(results: Path) -> str:
+    """Tabulate the models of every family."""
+    rows: list[dict[str, str]] = []
+    for model_type, family in sorted(FAMILIES.items(), key=lambda entry: entry[1].models):
+        rows.append({"models": family.models, "`model_type`": f"`{model_type}`"})
+    return markdown(rows)
+
+
+def families(results: Path) -> str:
+    """Tabulate the supported families, and how each differs from Llama."""
+    rows: list[dict[str, str]] = []
+    for model_type, family in sorted(FAMILIES.items(), key=lambda entry: entry[1].models):
+        gguf = f"`{family.gguf}`" if family.gguf else ""
+        rows.append(
+            {
+                "models": family.models,
+                "`model_type`": f"`{model_type}`",
+                "GGUF": gguf,
+                "besides what Llama has": "; ".join(_traits(family)),
+            }
+        )
+    return markdown(rows)
+
+
+def _traits(family: Family) -> Iterator[str]:
+    """Say how a family differs from Llama without biases, by its table and its own fields."""
+    if any(tensor.name.endswith("q_proj.bias") and not tensor.when for tensor in family.tensors):
+        yield "biases on queries, keys and values"
+    norms = {"head": "of each query and key head", "full": "over all queries, and over all keys"}
+    if family.qk_norm in norms:
+        yield f"norms {norms[family.qk_norm]}"
+    if family.has("self_attn.output_norm.weight"):
+        before = "before and after" if family.has("input_layernorm.weight") else "only after"
+        yield f"norms {before} attention and MLP"
+    if family.has_experts:
+        yield "mixtures of experts"
+    if any(tensor.after for tensor in family.tensors):
+        yield "joined tensors"
+    if family.fields:
+        yield ", ".join(f"`{field}`" for field in family.fields)
 
 
 def peers(results: Path) -> str:
@@ -79,6 +122,33 @@ def acceptance(results: Path) -> str:
             shown[pair] = f"{rows[draft]['acceptance_rate']:.3f}" if draft in rows else ""
         table.append(shown)
     return markdown(table)
+
+
+def real_pair(results: Path) -> str:
+    """Tabulate how fast ways of drafting are over plain decoding, with a range over questions."""
+    plain = {"table2_qwen": "one device", "table2_qwen_processes": "TP"}
+    columns = {"table2_qwen": "one device", "table2_qwen_processes": "two processes"}
+    table: dict[str, dict[str, Any]] = {}
+    for name, column in columns.items():
+        rows = read(results, name)
+        own = {
+            row["set"]: row["seconds_per_100_tokens"] for row in rows if row["way"] == plain[name]
+        }
+        for way in (way for way in distinct(rows, "way") if way not in plain.values()):
+            drafted = matching(rows, way=way)
+            gains = [own[row["set"]] / row["seconds_per_100_tokens"] for row in drafted]
+            shown = table.setdefault(way, {"draft": way.removeprefix("+")})
+            shown[f"{column}, speed over plain"] = (
+                f"{fmean(gains):.2f} ({min(gains):.2f} to {max(gains):.2f})"
+            )
+            share = _drafting(drafted) / _drafting(matching(rows, way="+tree"))
+            shown[f"{column}, drafting over the tree's"] = f"{share:.2f}"
+    return markdown(list(table.values()))
+
+
+def _drafting(rows: Rows) -> float:
+    """Return the seconds that a round drafts, as a mean over sets of questions."""
+    return fmean(row["drafting"] / row["rounds_per_100_tokens"] for row in rows)
 
 
 def _order(row: Mapping[str, Any]) -> tuple[int, bool, bool]:
@@ -201,6 +271,22 @@ def tabulated(name: str) -> Callable[[Path], str]:
     return passage
 
 
+def lookup_speeds(results: Path) -> str:
+    """Tabulate the speeds of looked-up drafts over plain decoding."""
+    return _of_lookup(results, "speeds_by_kind")
+
+
+def lookup_finders(results: Path) -> str:
+    """Tabulate what ways to look up drafts reach."""
+    return _of_lookup(results, "reached_by_kind")
+
+
+def _of_lookup(results: Path, function: str) -> str:
+    about = known("lookup_smollm2")
+    assert about is not None
+    return markdown(about[0].function(function)(read_json(results / "lookup_smollm2.json")))
+
+
 def tune_share(results: Path) -> str:
     """Return the least speed of tune's choice over that of the fastest candidate."""
     rows = [*read(results, "tune_check"), *read(results, "tune_check_smollm2")]
@@ -240,6 +326,7 @@ PASSAGES: dict[str, Callable[[Path], str]] = {
     "scripts": scripts,
     "results": lambda results: sections(results).strip(),
     "peers": peers,
+    "real_pair": real_pair,
     "acceptance": acceptance,
     "card": card,
     "kept": kept,
@@ -250,8 +337,12 @@ PASSAGES: dict[str, Callable[[Path], str]] = {
     "roofline_terms": tabulated("roofline_terms"),
     "dry_compile": tabulated("dry_compile_h100"),
     "quantization": tabulated("quantization"),
+    "lookup_speeds": lookup_speeds,
+    "lookup_finders": lookup_finders,
     "tune_share": tune_share,
     "peers_smollm2": peers_smollm2,
     "peers_smollm2_transformers": peers_smollm2_transformers,
+    "models": supported_models,
+    "families": families,
 }
 """By the names in the documents' markers. Each gets the directory of results."""

@@ -31,6 +31,7 @@ from easyspec_jax.draft.layer_group import LayerGroup, load_draft, run_fuzzy
 from easyspec_jax.draft.refit_file import choose_layout
 from easyspec_jax.model.cache import KVCache
 from easyspec_jax.model.transformer import Decoder, Hidden
+from easyspec_jax.model.windows import Windows
 from easyspec_jax.parallel.mesh import ALL_AXES
 from easyspec_jax.parallel.spmd import partition_specs, spmd
 from easyspec_jax.progress import bar
@@ -118,7 +119,7 @@ def _of_layer(
     fed: tuple[Hidden, Hidden],
     fuzzy: Hidden,
     cache: KVCache,
-    window: Any,
+    windows: Windows,
 ) -> dict[str, Float[Array, " tokens"]]:
     attention, own = (
         jax.tree.map(lambda w: w[slot], part)
@@ -128,7 +129,7 @@ def _of_layer(
         )
     )
     heads = zip(attention.heads(attention.qkv(fed[0])), attention.heads(own(fuzzy)), strict=True)
-    attended = attention(fuzzy, cache, window, slot, qkv=own)[0]
+    attended = attention(fuzzy, cache, windows[block.kinds[slot]], slot, qkv=own)[0]
     pairs = {"h": (fed[0], fuzzy), "attn_out": (fed[1] - fed[0], attended)}
     for name, (exact, got) in zip("qkv", heads, strict=True):
         pairs[name] = tuple(

@@ -10,7 +10,7 @@ from easyspec_jax.checkpoint.canonical import places
 from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.checkpoint.directory import Checkpoint
 from easyspec_jax.checkpoint.families import FAMILIES
-from easyspec_jax.checkpoint.rope import rope_frequencies
+from easyspec_jax.checkpoint.rope import plain_frequencies
 
 
 def write_gguf(checkpoint: Checkpoint, path: Path) -> None:
@@ -30,9 +30,9 @@ def write_gguf(checkpoint: Checkpoint, path: Path) -> None:
         if place.unit > 1:
             values = permute(values, place.unit)
         writer.add_tensor(place.name, np.ascontiguousarray(values))
-    if config.rope_scaling is not None:
-        exponents = np.arange(0, config.head_dim, 2) / config.head_dim
-        factors = config.rope_theta**-exponents / rope_frequencies(config)
+    rope = config.layers[0].rope
+    if rope.scaling is not None:
+        factors = plain_frequencies(rope.theta, rope.dim) / rope.frequencies()
         writer.add_tensor(ROPE_FACTORS, factors.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -54,10 +54,11 @@ def _metadata(config: ModelConfig) -> dict[str, int | float]:
     fields = {
         key: getattr(config, field)
         for field, key in (REQUIRED_FIELDS | OPTIONAL_FIELDS).items()
-        if hasattr(config, field)
+        if getattr(config, field, None) is not None
     }
     return fields | {
         "attention.value_length": config.head_dim,
-        "rope.dimension_count": config.head_dim,
+        "rope.dimension_count": config.layers[0].rope.dim,
+        "rope.freq_base": config.layers[0].rope.theta,
         "vocab_size": config.vocab_size,
     }

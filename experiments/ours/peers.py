@@ -346,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--gguf",
         type=Path,
-        help="also time llama.cpp on this file of the target, which may be quantised",
+        help="also time llama.cpp on this file of the target, which may be quantized",
     )
     parser.add_argument(
         "--num-speculative-tokens", type=int, default=default.num_speculative_tokens

@@ -6,8 +6,9 @@ with plain decoding of the same target. None of the figures is a time.
 """
 
 import argparse
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from rich.table import Table
 
 from easyspec_jax import Completion, EasySpecError, Engine, SamplingParams, SpeculativeConfig
+from easyspec_jax.checkpoint.config import read_json
 from easyspec_jax.cli.command import Parser, cache_compilations, read_prompts
 from easyspec_jax.model.transformer import Caches, Decoder
 from easyspec_jax.options import KVDType, Weights
@@ -41,13 +43,13 @@ from experiments.lib.output import (
 )
 from experiments.lib.pair import DATA, add_models, names, open_pair
 from experiments.lib.tables import Rows
-from experiments.ours.acceptance import figures_of, texts_of
+from experiments.ours.acceptance import complete, figures_of, texts_of
 
 CHUNK = 128
 """Tokens of the held-out text that are read at a time."""
 
-HELD_OUT = Path(__file__).parents[2] / "docs" / "architecture.md"
-"""Prose that no model was trained on."""
+HELD_OUT = DATA / "held_out.txt"
+"""Prose and code that were written for this measurement. The file never changes."""
 
 
 @dataclass(frozen=True)
@@ -74,38 +76,38 @@ KINDS = (
 )
 
 
-def measure(args: argparse.Namespace, prompts: Sequence[str]) -> list[dict[str, Any]]:
-    """Measure every kind of types.
+def measure(args: argparse.Namespace, prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Measure kinds of types, and yield a row of each.
 
     Raises:
         EasySpecError: The text is too short, or as open_model.
     """
     ids = held_out(open_as(args, Types(), "vanilla"), args.text, args.tokens)
     sampling = SamplingParams(max_new_tokens=args.max_new_tokens)
-    rows, plain = [], dict[KVDType, list[Completion]]()
-    with bar("Measuring", 2 * len(KINDS)) as advance:
-        for types in KINDS:
+    plain = dict[KVDType, list[Completion]]()
+    chosen = [types for types in KINDS if args.only is None or types.label in args.only]
+    with bar("Measuring", 2 * len(chosen)) as advance:
+        for types in chosen:
             value = perplexity(open_as(args, types, "vanilla"), ids)
             advance(1)
             if types.kv_dtype not in plain:
-                # A draft's types leave the text alone, but caches are of one type for both models.
+                # No draft changes a greedy text, but caches are of one type for both models.
                 alone = open_as(args, Types(None, types.kv_dtype), "vanilla")
                 plain[types.kv_dtype] = complete(alone, sampling, prompts, args)
-            rows.append(asdict(types) | {"label": types.label, "perplexity": value})
+            row = asdict(types) | {"label": types.label, "perplexity": value}
             for role in ("draft", "both"):
                 if role == "both" and types.weights is None:
                     continue
                 pair = open_as(args, types, "easyspec", both=role == "both")
                 made = complete(pair, sampling, prompts, args)
-                rows[-1] |= _figures(role, pair, made)
+                row |= _figures(role, pair, made)
                 if role == "draft":
-                    rows[-1]["equals_plain"] = texts_of(made) == texts_of(plain[types.kv_dtype])
+                    row["equals_plain"] = texts_of(made) == texts_of(plain[types.kv_dtype])
                 else:
                     alone = complete(open_as(args, types, "vanilla"), sampling, prompts, args)
-                    rows[-1]["both_equals_plain"] = texts_of(made) == texts_of(alone)
+                    row["both_equals_plain"] = texts_of(made) == texts_of(alone)
+            yield row
             advance(1)
-    first = rows[0]["perplexity"]
-    return [row | {"over_floats": row["perplexity"] / first} for row in rows]
 
 
 def open_as(args: argparse.Namespace, types: Types, method: Any, both: bool = True) -> Engine:
@@ -184,13 +186,6 @@ def perplexity(engine: Engine, ids: Int[np.ndarray, " tokens"]) -> float:
     return float(np.exp(-np.concatenate(found).mean()))
 
 
-def complete(
-    engine: Engine, sampling: SamplingParams, prompts: Sequence[str], args: argparse.Namespace
-) -> list[Completion]:
-    """Complete all prompts together."""
-    return list(engine.generate(prompts, sampling, chat=args.chat, batch_size=len(prompts)))
-
-
 def _figures(role: str, pair: Engine, completions: Sequence[Completion]) -> dict[str, Any]:
     """Return acceptance over all completions, under names that say what was rounded."""
     found = figures_of(pair, completions)
@@ -231,11 +226,30 @@ def run(args: argparse.Namespace) -> None:
         args.prompt_file or DATA / ("prompts.txt" if args.target else "code_prompts.txt")
     )
     check_destination(args.out)
-    rows = measure(args, prompts)
-    print_table(tabulate({"results": rows}))
-    fields = settings(args, "prompt_file", "text") | names(args)
-    measured = fields | {"text": args.text.name, "machine": machine(None), "results": rows}
-    save(args.out, as_json(measured))
+    fields = settings(args, "prompt_file", "text", "only") | names(args)
+    # Rows of several runs with --only are those of one run without it.
+    fields["command"] = re.sub(r" --only .*?(?= --|$)", "", args.command)
+    fields |= {"text": args.text.name, "machine": machine(None)}
+    rows = {row["label"]: row for row in kept(args)}
+    for row in measure(args, prompts):
+        rows[row["label"]] = row
+        found = [rows[types.label] for types in KINDS if types.label in rows]
+        floats = rows.get(KINDS[0].label, {}).get("perplexity")
+        for each in found:
+            each["over_floats"] = floats and each["perplexity"] / floats
+        save(args.out, as_json(fields | {"results": found}))
+    print_table(tabulate({"results": list(rows.values())}))
+
+
+def kept(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the rows that --only leaves as they are.
+
+    Raises:
+        EasySpecError: The file with them cannot be read.
+    """
+    if args.only is None or not args.out.exists():
+        return []
+    return read_json(args.out)["results"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -244,11 +258,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_models(parser)
     parser.add_argument("--lp-size", type=int, default=SpeculativeConfig.lp_size)
     parser.add_argument("--tree-width", type=int, default=1)
-    parser.add_argument("--text", type=Path, default=HELD_OUT, help="held-out text (default: docs)")
+    parser.add_argument("--text", type=Path, default=HELD_OUT, help="default: held_out.txt")
     parser.add_argument("--tokens", type=int, default=2048, help="of the text (default: 2048)")
     parser.add_argument("--prompt-file", type=Path, help="default: questions, or code")
     parser.add_argument("--chat", action="store_true")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts decoded together")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[types.label for types in KINDS],
+        help="measure only these, and keep the other rows of --out",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "quantization.json")
     return run_experiment("experiments.quantization", parser, run, argv)
 

@@ -1,9 +1,10 @@
 """Measure the paper's Table 2 on this machine: `python -m experiments.table2 --mesh 8`.
 
 Every way of decoding completes the same prompts, alternating prompt by prompt because machines
-drift. With --profile-phases the passes of a round are also timed as programs of their own next to
-the whole round, which shows how a way's time divides into drafting and verification. Times count
-from the first token on.
+drift. With --processes 2 each device is in a process with a core of its own, as hosts would be;
+plain decoding on one such core is then measured before the others. With --profile-phases the passes
+of a round are also timed as programs of their own next to the whole round, which shows how a way's
+time divides into drafting and verification. Times count from the first token on.
 """
 
 import argparse
@@ -41,12 +42,19 @@ from experiments.lib.output import (
 )
 from experiments.lib.pair import add_flags, names, open_pair, questions_of
 from experiments.lib.picture import note, pair_title
+from experiments.lib.processes import (
+    OWN_FLAGS,
+    add_process_flags,
+    be_one_process,
+    in_processes,
+)
 from experiments.lib.questions import Question
 from experiments.lib.tables import column, distinct, matching, speeds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PROGRAM = "experiments.table2"
 ONE_DEVICE, TENSOR_PARALLEL = "one device", "TP"
 TOLERANCE = {"cpu": 0.2}
 """How far phases may be off the round they make up, elsewhere 0.1: CPU cores are often shared."""
@@ -67,6 +75,8 @@ def open_ways(args: argparse.Namespace) -> list[Way]:
         EasySpecError: As open_model.
     """
     levels, width = args.num_speculative_tokens, args.tree_width
+    if args.num_processes == 1:
+        return [Way(ONE_DEVICE, open_pair(args, SpeculativeConfig(method="vanilla"), mesh="1"))]
     chain = open_pair(args, SpeculativeConfig(method="sd", num_speculative_tokens=levels))
     tree = SpeculativeConfig(method="tree", num_speculative_tokens=levels, tree_width=width)
     fuzzy = SpeculativeConfig(
@@ -89,6 +99,8 @@ def open_ways(args: argparse.Namespace) -> list[Way]:
             )
     if chain.mesh.size == 1:
         return [Way(ONE_DEVICE, ways[0].engine), *ways[1:]]
+    if args.num_processes is not None:
+        return ways  # this process has one device of several
     return [Way(ONE_DEVICE, open_pair(args, SpeculativeConfig(method="vanilla"), mesh="1")), *ways]
 
 
@@ -223,8 +235,10 @@ def with_phases(row: dict[str, Any], shares: dict[str, float]) -> dict[str, Any]
     }
 
 
-def measure(args: argparse.Namespace, questions: Sequence[Question]) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return all rows: temperature by temperature, set by set, way by way."""
+    cache_compilations()
+    questions = questions_of(args)
     ways, rows = open_ways(args), []
     drafted = [way for way in ways if way.engine.draft is not None] if args.profile_phases else []
     for temperature in args.temperatures:
@@ -243,6 +257,24 @@ def measure(args: argparse.Namespace, questions: Sequence[Question]) -> list[dic
             for row in rows
         ]
     return rows
+
+
+def measure_processes(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the rows of one core alone, then those of a process for every device.
+
+    Gains are over one core throughout. It was measured apart, so they have no deviation.
+    """
+    alone = in_processes(PROGRAM, args.words, 1)
+    rows = alone + in_processes(PROGRAM, args.words, args.processes)
+    plain = {(row["temperature"], row["set"]): row["seconds_per_100_tokens"] for row in alone}
+    return [
+        row
+        | {
+            "speedup": plain[row["temperature"], row["set"]] / row["seconds_per_100_tokens"],
+            "speedup_deviation": None,
+        }
+        for row in rows
+    ]
 
 
 def apart(rows: Sequence[dict[str, Any]], platform: str) -> list[str]:
@@ -281,11 +313,17 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             row["way"],
             f"{row['seconds_per_100_tokens']:.2f}",
             *parts,
-            f"{row['speedup']:.2f} ± {row['speedup_deviation']:.2f}",
+            gain_of(row),
             "" if rate is None else f"{rate:.2f} ± {row['acceptance_rate_deviation']:.2f}",
             f"{row['phases_over_round']:.2f}" if "phases_over_round" in row else "",
         )
     show(table)
+
+
+def gain_of(row: dict[str, Any]) -> str:
+    """Write a row's gain, and its deviation if there is one."""
+    deviation = row["speedup_deviation"]
+    return f"{row['speedup']:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
 
 
 DRAFTING, VERIFICATION, WHOLE = "#0072b2", "#e69f00", "#bdbdbd"
@@ -361,23 +399,33 @@ tabulate = speeds
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, print, write the JSON and draw it."""
-    cache_compilations()
-    questions = questions_of(args)
+    """Measure, print, write the JSON and draw it; or be one of the processes that measure.
+
+    Raises:
+        EasySpecError: --processes does not go with --mesh.
+    """
+    if args.process_id is not None:
+        be_one_process(PROGRAM, args, measure)
+        return
+    if args.processes > 1 and args.processes != parse_mesh(args.mesh).size:
+        raise EasySpecError(
+            f"--processes {args.processes} needs --mesh {args.processes}: one device a process"
+        )
+    questions_of(args)  # fail here once rather than in every process
     prepare(args.out)
-    rows = measure(args, questions)
+    rows = measure(args) if args.processes == 1 else measure_processes(args)
     print_table(rows)
     notes = apart(rows, machine(args.platform)["platform"])
     for line in notes:
         print_note(line)
-    fields = settings(args, "questions", "refit") | names(args) | {"notes": notes}
+    fields = settings(args, *OWN_FLAGS, "questions", "refit") | names(args) | {"notes": notes}
     publish(args.out, fields, rows, draw)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     default = SpeculativeConfig()
-    parser = Parser(prog="python -m experiments.table2", description=__doc__)
+    parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__)
     add_flags(parser)
     parser.add_argument(
         "--num-speculative-tokens", type=int, default=default.num_speculative_tokens
@@ -399,8 +447,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--profile-phases", action="store_true", help="time drafting and verification separately"
     )
     parser.add_argument("--repeats", type=int, default=15, help="samples of every phase")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="as many as the mesh has devices, a core each"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "table2.json")
-    return run_experiment("experiments.table2", parser, run, argv)
+    add_process_flags(parser, argv)
+    return run_experiment(PROGRAM, parser, run, argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """ModelConfig reads `config.json` as transformers does, and refuses unsupported fields by name."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,15 @@ import pytest
 from transformers import AutoConfig
 
 from easyspec_jax.checkpoint.config import (
+    MixtureConfig,
     ModelConfig,
-    RopeScaling,
     model_config,
     read_json,
     read_model_config,
 )
-from easyspec_jax.checkpoint.families import FAMILIES
+from easyspec_jax.checkpoint.families import FAMILIES, QKNorm
+from easyspec_jax.checkpoint.layer_kinds import LayerKind
+from easyspec_jax.checkpoint.rope import Llama3Scaling, Rope
 from easyspec_jax.errors import EasySpecError
 
 LLAMA3 = {
@@ -65,6 +68,8 @@ SPELLINGS: dict[str, dict[str, Any]] = {
         },
         "original_max_position_embeddings": 256,
     },
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "another activation": {"hidden_act": "gelu_pytorch_tanh"},
     "a window that hides nothing": {
         "sliding_window": 512,
         "use_sliding_window": True,
@@ -78,34 +83,105 @@ SPELLINGS: dict[str, dict[str, Any]] = {
 
 
 CASES = [(family, spelling) for family in FAMILIES for spelling in SPELLINGS]
-CASES.remove(("mistral", "no key-value heads"))  # a null, which transformers refuses
+for refused in (  # by transformers
+    ("mistral", "no key-value heads"),
+    ("mixtral", "no key-value heads"),
+    ("qwen3_moe", "no key-value heads"),
+    ("gemma2", "no key-value heads"),
+    ("gemma3_text", "no key-value heads"),
+    ("gemma3_text", "both, at odds"),
+    *(("phi3", spelling) for spelling in SPELLINGS if "llama3" in spelling or "by 1" in spelling),
+    ("phi3", "both, at odds"),
+):
+    CASES.remove(refused)
+
+OWN = ("granite", "gemma2", "gemma3_text")
+"""Families with multipliers and caps."""
+
+NORMS: dict[str, QKNorm] = {
+    "qwen3": "head",
+    "qwen3_moe": "head",
+    "gemma3_text": "head",
+    "olmo2": "full",
+}
+"""Norms of queries and keys, in families that have them."""
+
+BIASES = {
+    "attention_bias": ("llama", "qwen3", "qwen3_moe", "granite", "olmo2", "gemma2", "gemma3_text"),
+    "mlp_bias": ("llama", "granite"),
+}
+"""Families that read these fields; others have a bias always or never."""
 
 
 @pytest.mark.parametrize(("family", "spelling"), CASES)
 def test_agrees_with_transformers(family, spelling, tmp_path):
     config = {"model_type": family, "sliding_window": None} | SIZES | SPELLINGS[spelling]
+    if family.startswith("gemma"):
+        config["layer_types"] = ["full_attention"] * SIZES["num_hidden_layers"]
     if family.startswith("qwen"):
         config |= {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_model_config(tmp_path) == as_transformers_reads(tmp_path)
 
 
+MULTIPLIERS = {
+    "embedding_multiplier": 12,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.0078125,
+    "logits_scaling": 16.0,
+}
+
+
+GEMMA = {
+    "attn_logit_softcapping": 20.0,
+    "final_logit_softcapping": None,
+    "query_pre_attn_scalar": 64,
+    "sliding_window": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "own"),
+    [("granite", MULTIPLIERS), ("gemma2", GEMMA), ("gemma3_text", GEMMA), ("gemma3_text", {})],
+)
+def test_agrees_on_fields_of_some_families(family, own, tmp_path):
+    config = {"model_type": family} | SIZES | own
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_model_config(tmp_path) == as_transformers_reads(tmp_path)
+    # In other families they mean nothing.
+    plain = {"model_type": "qwen2"} | SIZES
+    assert model_config(plain | own) == model_config(plain)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_agrees_on_what_transformers_writes(family, tmp_path):
-    rope = {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}
+    rope: dict[str, Any] = {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}
     sizes = SIZES | {"torch_dtype": None, "dtype": "bfloat16", "sliding_window": None}
+    if family == "phi3":
+        rope = {"rope_type": "default", "rope_theta": 5e5}
+    if family.startswith("gemma"):
+        sizes["layer_types"] = ["full_attention"] * SIZES["num_hidden_layers"]
+    if family == "gemma3_text":
+        rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default"}}
     written = AutoConfig.for_model(family, rope_parameters=rope, **sizes)
     written.save_pretrained(tmp_path)
     ours = read_model_config(tmp_path)
     assert ours == as_transformers_reads(tmp_path)
-    assert (ours.rope_scaling, ours.dtype) == (RopeScaling(**LLAMA3), "bfloat16")
+    expected = None if family == "phi3" else Llama3Scaling(*LLAMA3.values())
+    assert ours.layers[0].rope.scaling == expected
+    assert ours.dtype == "bfloat16"
 
 
 def as_transformers_reads(directory: Path) -> ModelConfig:
     config = AutoConfig.from_pretrained(directory)
     config.standardize_rope_params()  # as its RoPE does before it reads them
-    rope = config.rope_parameters
-    eos = config.eos_token_id
+    eos, kind = config.eos_token_id, config.model_type
+    own = partial(getattr, config) if kind in OWN else lambda _, other: other
+    head_dim = getattr(config, "head_dim", None)
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
+    is_gemma = kind.startswith("gemma")
+    scale = config.query_pre_attn_scalar**-0.5 if is_gemma else own("attention_multiplier", None)
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     return ModelConfig(
         model_type=config.model_type,
         num_hidden_layers=config.num_hidden_layers,
@@ -113,20 +189,86 @@ def as_transformers_reads(directory: Path) -> ModelConfig:
         intermediate_size=config.intermediate_size,
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", config.hidden_size // config.num_attention_heads),
+        head_dim=head_dim,
         vocab_size=config.vocab_size,
         rms_norm_eps=config.rms_norm_eps,
-        rope_theta=rope["rope_theta"],
-        rope_scaling=RopeScaling(**{name: rope[name] for name in LLAMA3})
-        if rope["rope_type"] == "llama3"
-        else None,
+        layers=tuple(layer_kind(config, head_dim, name) for name in types),
         max_position_embeddings=config.max_position_embeddings,
         tie_word_embeddings=config.tie_word_embeddings,
-        qkv_bias=config.model_type == "qwen2",
-        qk_norm=config.model_type == "qwen3",
+        hidden_act=config.hidden_activation if is_gemma else config.hidden_act,
+        attention_bias=kind in BIASES["attention_bias"] and config.attention_bias,
+        mlp_bias=kind in BIASES["mlp_bias"] and config.mlp_bias,
+        qk_norm=NORMS.get(kind, "none"),
+        pre_norm=kind != "olmo2",
+        post_norm=kind in ("gemma2", "gemma3_text", "olmo2"),
+        norm_offset=float(is_gemma),
+        attention_multiplier=scale,
+        attn_logit_softcapping=own("attn_logit_softcapping", None),
+        final_logit_softcapping=own("final_logit_softcapping", None),
+        embedding_multiplier=config.hidden_size**0.5
+        if is_gemma
+        else own("embedding_multiplier", 1.0),
+        residual_multiplier=own("residual_multiplier", 1.0),
+        logits_scaling=own("logits_scaling", 1.0),
         stop_ids=tuple(eos) if isinstance(eos, list) else (eos,),
         dtype=str(config.dtype).removeprefix("torch."),
+        mixture=mixture_as_transformers_reads(config),
     )
+
+
+def mixture_as_transformers_reads(config: Any) -> MixtureConfig | None:
+    if not hasattr(config, "num_local_experts"):
+        return None
+    dense: tuple[int, ...] = ()
+    if config.model_type == "qwen3_moe":
+        step, layers = config.decoder_sparse_step, range(config.num_hidden_layers)
+        dense = tuple(n for n in layers if n in config.mlp_only_layers or (n + 1) % step)
+    return MixtureConfig(
+        num_experts=config.num_local_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        moe_intermediate_size=getattr(config, "moe_intermediate_size", config.intermediate_size),
+        norm_topk_prob=getattr(config, "norm_topk_prob", True),
+        dense_layers=dense,
+    )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        {"norm_topk_prob": True, "mlp_only_layers": [0]},
+        {"decoder_sparse_step": 2, "mlp_only_layers": [1]},
+        {"decoder_sparse_step": 2},
+    ],
+)
+def test_mixtures_agree_with_transformers(fields, tmp_path):
+    config = {"model_type": "qwen3_moe"} | SIZES | fields
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_model_config(tmp_path) == as_transformers_reads(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_experts_per_tok": 9, "num_local_experts": 8}, "is more than the 8 experts"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok=0 must be at least 1"),
+        ({"num_local_experts": "8"}, "num_local_experts='8' has the wrong type; expected int"),
+    ],
+)
+def test_refuses_mixtures_that_cannot_be(fields, message):
+    with pytest.raises(EasySpecError, match=message):
+        model_config({"model_type": "mixtral"} | SIZES | fields)
+
+
+def layer_kind(config: Any, head_dim: int, name: str) -> LayerKind:
+    """Read how a type of layer rotates and how far back it reads."""
+    rope = config.rope_parameters.get(name, config.rope_parameters)
+    is_scaled = rope["rope_type"] == "llama3"
+    scaling = Llama3Scaling(*(rope[field] for field in LLAMA3)) if is_scaled else None
+    slides = name == "sliding_attention" and config.sliding_window < config.max_position_embeddings
+    window = config.sliding_window if slides else None
+    return LayerKind(Rope(rope["rope_theta"], head_dim, scaling), window)
 
 
 @pytest.mark.parametrize(
@@ -167,47 +309,69 @@ def test_generation_config_decides_what_stops(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sliding_window": 511}, "sliding-window attention is not supported"),
-        ({"model_type": "mistral", "sliding_window": 511}, "sliding-window"),
-        # A window of 4096 by default.
-        ({"model_type": "mistral", "max_position_embeddings": 4097}, "sliding-window"),
+        ({"sliding_window": 511}, "sliding_window=511 has no meaning for model_type 'llama'"),
+        ({"model_type": "mistral", "sliding_window": -1}, "sliding_window=-1 must be at least 1"),
         (
-            {
-                "model_type": "qwen2",
-                "use_sliding_window": True,
-                "sliding_window": 8,
-                "max_window_layers": 2,
-            },
-            "sliding-w",
+            {"model_type": "qwen2", "layer_types": ["full_attention"] * 2 + ["sliding_attention"]},
+            "layer_types has 'sliding_attention' but sliding_window is not set",
         ),
         (
-            {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
-            "sliding-window",
+            {"model_type": "qwen3", "layer_types": ["chunked_attention"] * 3},
+            "layer_types has 'chunked_attention', which is not supported",
         ),
-        ({"num_local_experts": 8}, "mixture-of-experts"),
         (
-            {"model_type": "mixtral"},
-            "mixture-of-experts models .model_type 'mixtral'. are not supported",
+            {"model_type": "qwen3", "layer_types": ["full_attention"] * 2},
+            "layer_types has 2 entries for 3 layers",
+        ),
+        (
+            {"num_local_experts": 8},
+            "mixture-of-experts models of model_type 'llama' are not supported",
         ),
         ({"model_type": "qwen2_moe"}, "mixture-of-experts"),
-        ({"attention_bias": True}, "attention_bias=True is not supported"),
-        ({"mlp_bias": True}, "mlp_bias=True is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "RoPE scaling 'yarn' is not supported",
+            {"hidden_act": "gelu"},
+            "hidden_act='gelu' is not supported; supported: silu, gelu_pytorch_tanh",
         ),
         (
-            {"rope_scaling": {"type": "linear", "factor": 4.0}},
-            "RoPE scaling 'linear' is not supported",
+            {"model_type": "gemma2", "use_bidirectional_attention": True},
+            "use_bidirectional_attention is not supported",
         ),
         (
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}},
-            "RoPE scaling 'dynamic' is not supported",
+            {"rope_scaling": {"rope_type": "mrope", "mrope_section": [2, 1, 1]}},
+            "RoPE scaling 'mrope' is not supported; supported: default, linear, dynamic",
+        ),
+        ({"partial_rotary_factor": 0.4}, "partial_rotary_factor=0.4 would rotate 3 of 8"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            "short_factor must be a list of 4 numbers",
+        ),
+        (
+            {"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "the frequencies of RoPE scaling 'yarn' cannot be computed",
+        ),
+        (
+            {
+                "model_type": "mistral",
+                "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+                "rope_parameters": {"full_attention": {"rope_type": "default"}},
+            },
+            "rope_parameters has nothing for layers of 'sliding_attention'",
+        ),
+        (
+            {
+                "model_type": "mistral",
+                "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+                "rope_parameters": {
+                    "full_attention": {"partial_rotary_factor": 0.5},
+                    "sliding_attention": {},
+                },
+            },
+            "layers that rotate different numbers of channels are not supported",
         ),
         (
             {"model_type": "mamba"},
-            "model_type 'mamba' is not supported; supported: llama, mistral, qwen2, qwen3",
+            "model_type 'mamba' is not supported; supported: gemma2, gemma3_text, granite, llama, "
+            "mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe",
         ),
         ({"model_type": None}, "model_type 'None' is not supported"),
         ({"model_type": ["llama"]}, "is not supported"),
@@ -265,6 +429,7 @@ def test_a_configuration_without_a_type_is_refused():
         ),
         ({"rms_norm_eps": "small"}, "wrong type"),
         ({"rope_scaling": "llama3"}, "rope_scaling='llama3' has the wrong type"),
+        ({"rope_scaling": {"type": "linear", "factor": "4"}}, "factor='4'"),
         ({"rope_parameters": [1e6]}, "rope_parameters"),
         ({"eos_token_id": "</s>"}, "eos_token_id='</s>' must be a token id"),
         ({"eos_token_id": [2, None]}, "must be a token id or a list of token ids"),
@@ -293,6 +458,10 @@ def test_names_a_field_of_the_wrong_type(change, message):
             "num_hidden_layers=1000000000 must be at least 1 and below 10000",
         ),
         ({"vocab_size": 2**31}, "vocab_size=2147483648 must be"),
+        (
+            {"model_type": "granite", "logits_scaling": 0},
+            "logits_scaling=0.0 must be positive",
+        ),
         ({"rms_norm_eps": -1e-5}, "rms_norm_eps=-1e-05 must be positive"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan must be positive"),
         ({"rope_theta": -1.0}, "rope_theta=-1.0 must be positive"),

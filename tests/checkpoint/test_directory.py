@@ -16,8 +16,7 @@ from easyspec_jax.checkpoint.config import model_config
 from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.checkpoint.families import EMBEDDING, FINAL_NORM, HEAD
 from easyspec_jax.checkpoint.orbax import WEIGHTS, OrbaxSource
-from easyspec_jax.checkpoint.quantized import scale_name
-from easyspec_jax.checkpoint.rope import rope_frequencies
+from easyspec_jax.checkpoint.quantized import offset_name, scale_name
 from easyspec_jax.checkpoint.safetensors import (
     INDEX,
     SAFETENSORS,
@@ -312,6 +311,25 @@ def test_every_fault_of_scales_is_listed():
     )
 
 
+def test_every_fault_of_offsets_is_listed():
+    """Offsets of fewer groups than the scales have, and of another type."""
+    config = model_config(CONFIG)
+    names = [f"model.layers.0.mlp.{kind}_proj.weight" for kind in ("gate", "up")]
+    shapes = expected_shapes(config)
+    dtypes = dict.fromkeys(names, "int4")
+    for name in names:
+        shapes |= {scale_name(name): (12, 2), offset_name(name): (12, 2)}
+    shapes[offset_name(names[0])] = (12, 1)
+    dtypes[offset_name(names[1])] = "float16"
+    with pytest.raises(EasySpecError) as error:
+        check_tensors(config, Described(shapes, dtypes), "here")
+    gate, up = map(offset_name, names)
+    assert str(error.value) == (
+        f"here: tensors do not match the configuration: {gate} has shape (12, 1) unlike its "
+        f"scales; {up} is stored as float16 instead of float32"
+    )
+
+
 TIED = CONFIG | {"tie_word_embeddings": True}
 
 
@@ -371,7 +389,7 @@ def test_a_stored_head_of_another_shape_is_refused(tmp_path):
 def test_stored_frequencies_are_compared(tmp_path, dtype):
     """Old exports keep them next to the weights; in half precision they are rounded."""
     tensors, name = write_huggingface(tmp_path), "model.layers.0.self_attn.rotary_emb.inv_freq"
-    frequencies = rope_frequencies(model_config(CONFIG))
+    frequencies = model_config(CONFIG).kinds[0].rope.frequencies()
     save_file(tensors | {name: frequencies.astype(dtype)}, tmp_path / SAFETENSORS)
     assert_holds(tmp_path, tensors)
     for wrong in (frequencies / 2, frequencies[:1]):

@@ -1,16 +1,14 @@
 """Quantized sources: rounding within bounds, windows as parts of the whole, errors as measured."""
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Barrier, Lock
+
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from easyspec_jax.checkpoint.quantized import (
-    Dequantized,
-    Quantized,
-    quantize,
-    scale_name,
-)
+from easyspec_jax.checkpoint.quantized import Dequantized, Quantized, check_narrower, scale_name
+from easyspec_jax.checkpoint.rounding import quantize
 from easyspec_jax.checkpoint.tensors import Held
 from easyspec_jax.errors import EasySpecError
 
@@ -28,40 +26,6 @@ def _held(inner: int = 256) -> Held:
             NORM: np.ones(inner, np.float32),
         }
     )
-
-
-@given(
-    dtype=st.sampled_from(["int8", "int4"]),
-    rows=st.integers(1, 4),
-    groups=st.integers(1, 3),
-    group=st.sampled_from([1, 4, 32]),
-    magnitude=st.sampled_from([1e-30, 1.0, 1e30]),
-    seed=st.integers(0, 99),
-)
-def test_an_error_is_at_most_half_a_step(dtype, rows, groups, group, magnitude, seed):
-    weight = np.random.default_rng(seed).normal(size=(rows, groups * group)) * magnitude
-    weight = weight.astype(np.float32)
-    values, scale = quantize(weight, dtype, group)
-    steps = np.repeat(scale, group, axis=1)
-    error = np.abs(values.astype(np.float32) * steps - weight)
-    most = {"int8": 127, "int4": 7}[dtype]
-    inside = np.abs(weight) <= 1.0001 * most * steps
-    assert (error <= 0.5001 * steps)[inside].all()
-    assert dtype == "int4" or inside.all()
-
-
-def test_an_int4_scale_costs_no_more_than_one_that_reaches_the_largest_value():
-    weight = np.random.default_rng(0).standard_t(3, size=(50, 32)).astype(np.float32)
-    values, scale = quantize(weight, "int4", 32)
-    reach = np.abs(weight).max(axis=1, keepdims=True) / 7
-    plain = np.clip(np.rint(weight / reach), -7, 7) * reach
-    own, theirs = (np.square(x - weight).sum() for x in (values.astype(np.float32) * scale, plain))
-    assert own < 0.95 * theirs
-
-
-def test_zeros_stay_zeros():
-    values, scale = quantize(np.zeros((2, 8), np.float32), "int8", 8)
-    assert not values.any() and (scale == 1).all()
 
 
 @pytest.mark.parametrize("inner, group", [(256, 128), (320, 64), (96, 32), (40, 40)])
@@ -99,6 +63,66 @@ def test_scales_are_measured_in_blocks_and_norms_stay(monkeypatch):
     assert scale_name(NORM) not in source.shapes()
 
 
+class _Counter:
+    """A source that counts the elements that are read, and lets two threads read at once."""
+
+    def __init__(self, below: Held, threads: int) -> None:
+        self._below, self.read_of = below, dict[str, int]()
+        self._lock, self._together = Lock(), Barrier(threads)
+
+    def shapes(self):
+        return self._below.shapes()
+
+    def dtypes(self):
+        return self._below.dtypes()
+
+    def read(self, name, window=()):
+        values = self._below.read(name, window)
+        with self._lock:
+            self.read_of[name] = self.read_of.get(name, 0) + values.size
+        self._together.wait(timeout=20)  # raises BrokenBarrierError if nobody else comes
+        return values
+
+
+def test_threads_measure_different_blocks_at_once_and_each_block_once(monkeypatch):
+    monkeypatch.setattr("easyspec_jax.checkpoint.tensors._BLOCK", 8 * 256 * 4)
+    held = Held({NAME: np.random.default_rng(0).normal(size=(16, 256)).astype(np.float32)})
+    counter = _Counter(held, threads=2)
+    source = Quantized(counter, "int4")
+    windows = [(slice(0, 8),), (slice(8, 16),)]
+    with ThreadPoolExecutor(2) as pool:
+        # Each block is read for its scales, and again for its values.
+        values = np.concatenate(list(pool.map(partial(source.read, NAME), windows)))
+    assert counter.read_of[NAME] == 2 * 16 * 256
+    expected, scale = quantize(held.tensors[NAME], "int4", 128)
+    np.testing.assert_array_equal(values, expected)
+    np.testing.assert_array_equal(source.read(scale_name(NAME)), scale)
+    assert counter.read_of[NAME] == 2 * 16 * 256
+
+
+def test_scales_that_were_dropped_are_measured_again(monkeypatch):
+    monkeypatch.setattr("easyspec_jax.checkpoint.quantized._KEPT", 100)
+    counter = _Counter(_held(), threads=1)
+    source = Quantized(counter, "int4")
+    first = source.read(scale_name(NAME))  # 10 rows of two groups: 80 bytes
+    source.read(scale_name(NAME))
+    assert counter.read_of[NAME] == 10 * 256
+    source.read(scale_name(HEAD))  # 28 bytes more
+    np.testing.assert_array_equal(source.read(scale_name(NAME)), first)
+    assert counter.read_of == {NAME: 2 * 10 * 256, HEAD: 7 * 256}
+
+
+def test_a_block_that_fails_fails_for_all_and_can_be_asked_for_again():
+    held = _held()
+    held.tensors[NAME][3, 5] = np.nan
+    source = Quantized(held, "int8")
+    for _ in range(2):
+        with pytest.raises(EasySpecError, match="not finite"):
+            source.read(NAME)
+    held.tensors[NAME][3, 5] = 0
+    assert source.read(NAME).shape == (10, 256)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_values_that_are_not_finite_are_refused_by_name(weights, value):
@@ -108,11 +132,32 @@ def test_values_that_are_not_finite_are_refused_by_name(weights, value):
         Quantized(held, weights).read(NAME)
 
 
-def test_a_source_that_is_quantized_already_stays_as_it_is():
-    stored = Quantized(_held(), "int4")
-    again = Quantized(stored, "int8")
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_source_that_is_quantized_already_stays_as_it_is(weights):
+    stored = Quantized(_held(), weights)
+    again = Quantized(stored, weights)
     assert again.dtypes() == stored.dtypes() and again.shapes() == stored.shapes()
     np.testing.assert_array_equal(again.read(NAME), stored.read(NAME))
+
+
+def test_int8_is_rounded_to_int4_as_the_floats_that_it_stands_for():
+    int8 = Quantized(_held(), "int8")
+    found, expected = Quantized(int8, "int4"), Quantized(Dequantized(int8), "int4")
+    assert found.dtypes() == expected.dtypes() and found.shapes() == expected.shapes()
+    for name in (NAME, scale_name(NAME)):
+        np.testing.assert_array_equal(found.read(name), expected.read(name))
+    # The head would be int8 again, and is left alone.
+    np.testing.assert_array_equal(found.read(HEAD), int8.read(HEAD))
+
+
+def test_int4_is_not_to_be_widened():
+    int8, int4 = (Quantized(_held(), weights) for weights in ("int8", "int4"))
+    for weights in (None, "bfloat16", "int8", "int4"):
+        check_narrower(int8, weights, "here")
+    for weights in (None, "bfloat16", "int4"):
+        check_narrower(int4, weights, "here")
+    with pytest.raises(EasySpecError, match=r"^here: matrices are stored as int4, and `draft_wei"):
+        check_narrower(int4, "int8", "here", "draft_weights")
 
 
 def test_rounding_loses_little():

@@ -77,6 +77,19 @@ def test_every_answer_sees_all_that_was_said_until_it_is_forgotten(engine, asked
     assert output.err.count("tokens/s") == 3
 
 
+def test_a_turn_prefills_only_what_is_new(directory, asked, capsys):
+    """And says so; the answers are the same."""
+    plain = SpeculativeConfig(method="vanilla")
+    said = []
+    for size in (0, 1 << 20):
+        engine = open_model(directory, speculative=plain, max_length=400, prefix_cache=size)
+        converse(engine, SAMPLING, no_bar, reader("one " * 10, "two"), system="be brief")
+        output = capsys.readouterr()
+        said.append(output.out)
+        assert ("tokens cached" in output.err) == bool(size)
+    assert said[0] == said[1]
+
+
 def test_commands_do_not_reach_the_model(engine, asked, capsys):
     converse(engine, SAMPLING, no_bar, reader("/help", "one", "/quit", "two"))
     assert [text for text, _ in asked] == ["[user]one[assistant]"]
@@ -137,6 +150,52 @@ def test_a_model_that_is_not_made_for_it_is_refused_before_it_is_loaded(
     monkeypatch.setattr(Engine, "load", lambda self, bar: pytest.fail("weights were loaded"))
     assert main(["--target", str(tmp_path), "--method", "vanilla", "--chat"]) == 2
     assert "no chat template" in capsys.readouterr().err
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The engines that conversations were held with."""
+    engines = []
+    monkeypatch.setattr(
+        "easyspec_jax.cli.chat.converse", lambda engine, *_, **options: engines.append(engine)
+    )
+    return engines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "size"),
+    [
+        ([], 512 << 20),
+        (["--bit-stable"], 0),
+        (["--prefix-cache", "0"], 0),
+        (["--prefix-cache", "3MB"], 3_000_000),
+    ],
+)
+def test_a_conversation_keeps_prefixes_by_default(directory, opened, flags, size, capsys):
+    command = ["--target", str(directory), "--method", "vanilla", "--chat", "--verbose"]
+    assert main([*command, *flags]) == 0
+    assert [engine.prefix_cache for engine in opened] == [size]
+    assert ("prefixes of up to" in capsys.readouterr().err) == bool(size)
+
+
+@pytest.mark.slow
+def test_a_default_store_of_prefixes_gives_way(directory, opened, monkeypatch, capsys):
+    """Where memory suffices without it; one that was asked for does not."""
+    free = 300 << 20
+    monkeypatch.setattr("easyspec_jax.engine.models.free_memory", lambda mesh: free)
+    command = ["--target", str(directory), "--method", "vanilla", "--chat"]
+    assert main(command) == 0
+    assert [engine.prefix_cache for engine in opened] == [0]
+    assert main([*command, "--prefix-cache", "512MiB"]) == 2
+    error = capsys.readouterr().err
+    assert "kept prefixes 0.5" in error
+    assert "it would fit with --prefix-cache 0" in error
+
+
+def test_a_size_that_is_none_is_refused(capsys):
+    assert main(["--chat", "--prefix-cache", "1x"]) == 2
+    assert "'1x' is not a size such as 700MB or 2GiB" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from easyspec_jax.cli.generate_flags import generate_parser, sampling_of
 from easyspec_jax.generate import main
@@ -28,6 +29,10 @@ STATS = {
     "prefill_seconds",
     "decode_seconds",
     "tokens_per_second",
+    "lookup_drafted",
+    "lookup_accepted",
+    "cached_tokens",
+    "tiers",
 }
 SAMPLED = ["--method", "easyspec", "--temperature", "0.8", "--top-k", "50"]
 
@@ -178,6 +183,23 @@ def test_seed_makes_sampling_repeatable(arguments, capsys):
         (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (["--stop", ""], "--stop '' would end every text"),
         (["--unknown"], "unrecognized arguments: --unknown"),
+        (["--min-p", "1.5"], "--min-p 1.5 must be a probability from 0 (all) to 1"),
+        (["--logit-bias", "7"], "'7' is not ID:BIAS, such as 50256:-100"),
+        (["--logit-bias", "7:101"], "--logit-bias 101.0 of id 7 must be from -100 to 100"),
+        (["--logit-bias", "999999:1"], "--logit-bias names id 999999, and the target has ids"),
+        (["--stop-token-ids", "-1"], "--stop-token-ids -1 must be at least 0"),
+        (["--stop-token-ids", *map(str, range(65))], "lists 65 ids; the most is 64"),
+        (
+            ["--min-new-tokens", "9", "--max-new-tokens", "5"],
+            "--min-new-tokens 9 must be from 0 to 5: the most is --max-new-tokens",
+        ),
+        (["--presence-penalty", "2.5"], "--presence-penalty 2.5 must be from -2 to 2"),
+        (["--repetition-penalty", "0"], "--repetition-penalty 0.0 must be from 0.01 to 100"),
+        (["--logprobs", "21", "--json"], "--logprobs 21 must be from 0 to 20"),
+        (["--logprobs", "2"], "--logprobs needs --json or --prompts FILE"),
+        (["--n", "2"], "--n 2 texts would be equal at --temperature 0"),
+        (["--bad-words", " "], "--bad-words takes several texts, each of more than blanks"),
+        (["--bad-words", *["ab"] * 1025], "--bad-words are 1025 sequences of tokens"),
     ],
     ids=lambda value: (
         value[0] + (value[1] if len(value) > 1 else "") if isinstance(value, list) else ""
@@ -203,6 +225,34 @@ def test_bad_prompts_are_one_clear_line(arguments, capsys, tmp_path):
     )
 
 
+def test_bad_grammars_are_one_clear_line(arguments, capsys, tmp_path):
+    pytest.importorskip("llguidance")
+    prompt = ["--prompt", "text"]
+    absent, latin, broken = (str(tmp_path / name) for name in ("absent", "latin", "broken"))
+    Path(latin).write_bytes(b'{"title": "\xe9"}')
+    Path(broken).write_text('{"type": ', encoding="utf-8")
+    neither = "is neither a schema nor a file that can be read"
+    for given in (absent, latin, str(tmp_path), "x\0", "x" * 5000):
+        assert neither in refusal(capsys, *arguments, "--json-schema", given, *prompt)
+    assert "--json-schema is not JSON" in refusal(
+        capsys, *arguments, "--json-schema", broken, *prompt
+    )
+    invalid = "--json-schema cannot be used: Invalid type: strin"
+    assert invalid in refusal(capsys, *arguments, "--json-schema", '{"type": "strin"}', *prompt)
+    assert "--choice takes several texts" in refusal(capsys, *arguments, "--choice", "", *prompt)
+    assert "--regex cannot be used: unclosed group" in refusal(
+        capsys, *arguments, "--regex", "(", *prompt
+    )
+    assert "--regex and --choice exclude each other" in refusal(
+        capsys, *arguments, "--regex", "a", "--choice", "a", *prompt
+    )
+
+
+def test_a_conversation_has_one_answer(arguments, capsys):
+    flags = ["--chat", "--n", "2", "--temperature", "1"]
+    assert "one answer a turn: leave out --n" in refusal(capsys, *arguments, *flags)
+
+
 def test_bad_checkpoints_are_one_clear_line(model, arguments, capsys, tmp_path):
     directory = str(model[0])
     prompt = ["--prompt", "text"]
@@ -212,9 +262,10 @@ def test_bad_checkpoints_are_one_clear_line(model, arguments, capsys, tmp_path):
     refusal(capsys, "--target", "x" * 5000, *prompt)
 
     save_model(tmp_path / "other", "smollm2", vocab_size=260)
-    byte_tokenizer(order=-1).save_pretrained(tmp_path / "other")
+    words = Tokenizer(models.WordLevel({f"word{number}": number for number in range(260)}, "word0"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "other")
     other = ["--target", directory, "--draft", str(tmp_path / "other"), *prompt]
-    assert "different token ids" in refusal(capsys, *other)
+    assert "have 0 tokens in common" in refusal(capsys, *other)
 
     weights = tmp_path / "other" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

@@ -98,6 +98,58 @@ def test_what_is_null_or_asks_for_nothing_changes_nothing(fields):
     assert item(**fields) == Item(1, "a", "a", PLAIN)
 
 
+def test_sampling_options_of_a_line():
+    read = item(
+        prompt="a",
+        temperature=1,
+        min_p=0.1,
+        logit_bias={"50": -100, "7": 1.5},
+        min_tokens=3,
+        ignore_eos=True,
+        stop_token_ids=[7, 9],
+        presence_penalty=1,
+        frequency_penalty=-0.5,
+        repetition_penalty=1.1,
+        bad_words=["no", "never"],
+        n=2,
+        logprobs=True,
+        top_logprobs=4,
+        prompt_logprobs=0,
+    )
+    assert read.sampling == SamplingParams(
+        1.0,
+        max_new_tokens=10,
+        min_p=0.1,
+        logit_bias={7: 1.5, 50: -100.0},
+        min_new_tokens=3,
+        ignore_eos=True,
+        stop_token_ids=(7, 9),
+        presence_penalty=1.0,
+        frequency_penalty=-0.5,
+        repetition_penalty=1.1,
+        bad_words=("no", "never"),
+        n=2,
+        logprobs=4,
+        prompt_logprobs=0,
+    )
+    assert not read.unused
+
+
+@pytest.mark.parametrize(
+    ("fields", "logprobs"),
+    [
+        ({"logprobs": False}, None),
+        ({"logprobs": True}, 0),
+        ({"logprobs": 5}, 5),
+        ({"logprobs": 0}, 0),
+        ({"logprobs": False, "top_logprobs": 0}, None),
+    ],
+)
+def test_logprobs_are_asked_for_as_in_chats_and_in_completions(fields, logprobs):
+    read = item(prompt="a", **fields)
+    assert read.sampling == SamplingParams(max_new_tokens=10, logprobs=logprobs)
+
+
 def test_fields_that_only_describe_a_line_are_not_used():
     assert item(prompt="a", category="code", reference_answer=None, level=3).unused == (
         "category",
@@ -116,16 +168,36 @@ def test_fields_that_only_describe_a_line_are_not_used():
             {"prompt": "a", "max_tokens": 5, "max_new_tokens": 6},
             "max_new_tokens is given twice, as '5' and '6'",
         ),
-        ({"prompt": "a", "n": 2}, "n '2' is not supported"),
-        ({"prompt": "a", "stop_token_ids": [7]}, "stop_token_ids '[7]' is not supported"),
+        ({"prompt": "a", "n": 2}, "`n` 2 texts would be equal at `temperature` 0"),
+        ({"prompt": "a", "best_of": 2}, "best_of '2' is not supported"),
+        ({"prompt": "a", "stop_token_ids": ["x"]}, "`stop_token_ids` 'x' must be a whole number"),
         (
             {"messages": [USER], "chat_template_kwargs": {"enable_thinking": False}},
             "is not supported",
         ),
         ({"messages": [USER], "system": "be brief"}, "system 'be brief' is not supported"),
-        ({"prompt": "a", "presence_penalty": 0.1}, "presence_penalty '0.1' is not supported"),
-        ({"prompt": "a", "logit_bias": {"5": 1}}, "is not supported"),
-        ({"prompt": "a", "response_format": {"type": "json_object"}}, "is not supported"),
+        ({"prompt": "a", "presence_penalty": 3}, "`presence_penalty` 3.0 must be from -2 to 2"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias must be an object of ids"),
+        ({"prompt": "a", "logit_bias": {"5": True}}, "logit_bias must be an object of ids"),
+        ({"prompt": "a", "ignore_eos": 1}, "ignore_eos '1' is of the wrong type"),
+        ({"prompt": "a", "prompt_logprobs": True}, "prompt_logprobs 'True' is of the wrong type"),
+        ({"prompt": "a", "top_logprobs": 2}, "top_logprobs needs logprobs true"),
+        (
+            {"prompt": "a", "logprobs": True, "top_logprobs": "x"},
+            "top_logprobs 'x' is of the wrong",
+        ),
+        ({"prompt": "a", "bad_words": [1]}, "bad_words must be a list of strings"),
+        ({"prompt": "a", "suffix": "b"}, "is not supported"),
+        ({"prompt": "a", "response_format": {"type": "xml"}}, "response_format must have the type"),
+        ({"prompt": "a", "structured_outputs": {"grammar": "x"}}, "structured_outputs must have"),
+        ({"prompt": "a", "regex": "a", "structured_outputs": {"regex": "b"}}, "contradicts"),
+        ({"prompt": "a", "regex": "a", "choice": ["b"]}, "exclude each other"),
+        ({"prompt": "a", "json_schema": "[1]"}, "json_schema` [1] must be an object"),
+        ({"prompt": "a", "json_schema": "{"}, "json_schema` is not JSON: Expecting property"),
+        ({"prompt": "a", "choice": []}, "choice` must have at least one text"),
+        ({"prompt": "a", "choice": ["b", ""]}, "choice` takes several texts, each of at least"),
+        ({"prompt": "a", "choice": ["b", 1]}, "choice must be a list of strings"),
+        ({"prompt": "a", "regex": "\ud800"}, "is not valid Unicode"),
         ({"prompt": "a", "tools": [{}]}, "tools go with messages"),
         ({"prompt": ["a", "b"]}, "prompt must be a string"),
         ({"messages": {"role": "user"}}, "messages must be a list of objects"),

@@ -128,8 +128,8 @@ def test_a_row_entered_with_the_noise_of_another_would_be_found(models, monkeypa
     monkeypatch.setattr(
         Programs,
         "enter",
-        lambda self, state, row, prompt, limit, sampling: right(
-            self, state, row, prompt, limit, SamplingParams(temperature=sampling.temperature)
+        lambda self, state, row, prompt, limit, sampling, start: right(
+            self, state, row, prompt, limit, SamplingParams(temperature=sampling.temperature), start
         ),
     )
     with pytest.raises(AssertionError):
@@ -178,6 +178,30 @@ def test_a_job_goes_on_from_wherever_it_was_cut(engine, job):
         assert records(out.read_bytes()) == expected
         kept = whole[: whole[:cut].rfind(b"\n") + 1]
         assert out.read_bytes().startswith(kept)
+
+
+@pytest.mark.slow
+def test_a_job_prefills_what_its_lines_share_once(models, tmp_path):
+    """With the same texts, and it may go on with another store."""
+    prompts, shared = tmp_path / "in.jsonl", "the same beginning of every line, "
+    lines = [{"id": end, "prompt": shared + end} for end in ("one", "two", "three", "four")]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    command = ["--target", str(models[0]), "--method", "vanilla", "--max-new-tokens", "9"]
+    command += ["--prompts", str(prompts), "--batch-size", "2"]
+    found = []
+    for size in ("0", "16MiB"):
+        out = tmp_path / f"{size}.jsonl"
+        assert main([*command, "--out", str(out), "--prefix-cache", size]) == 0
+        found.append(records(out.read_bytes()))
+    texts = [[record["token_ids"] for record in records] for records in found]
+    assert texts[0] == texts[1]
+    cached = [[record["stats"]["cached_tokens"] for record in records] for records in found]
+    assert cached[0] == [0] * 4
+    assert cached[1][0] == 0 and min(cached[1][1:]) >= len(shared)
+    # Cut after the first line, it goes on without a store.
+    out.write_bytes(out.read_bytes().splitlines(keepends=True)[0])
+    assert main([*command, "--out", str(out)]) == 0
+    assert [record["token_ids"] for record in records(out.read_bytes())] == texts[0]
 
 
 def test_another_jobs_output_is_refused(engine, job):
@@ -353,7 +377,7 @@ def test_closed_standard_input_is_one_line(tmp_path, monkeypatch):
 
 def test_outputs_are_looked_at_before_a_model_is_opened(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        "easyspec_jax.cli.generate._open", lambda *arguments: pytest.fail("it was opened")
+        "easyspec_jax.cli.generate.open_engine", lambda *arguments: pytest.fail("it was opened")
     )
     prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     prompts.write_text(json.dumps({"id": 1, "prompt": "a"}))
@@ -406,3 +430,24 @@ def test_whatever_a_line_provokes_is_its_own_error(engine, tmp_path, monkeypatch
     ]
     assert error["id"] == 1
     assert error["error"].startswith("line 2: cannot be used (ZeroDivisionError: ")
+
+
+def test_a_line_with_several_texts_has_one_record(engine, tmp_path):
+    """The first of them is that of a line without n; lines of other options share its programs."""
+    line = {"prompt": "a", "temperature": 0.9, "seed": 3, "max_new_tokens": 6}
+    lines = [
+        {"id": 0, **line},
+        {"id": 1, **line, "n": 3},
+        {"id": 2, **line, "logit_bias": {"50": 100}},
+        {"id": 3, **line, "logit_bias": {"99999": 1}},
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    job, out = read_job(tmp_path / "in.jsonl", PLAIN), tmp_path / "out.jsonl"
+    assert run_job(engine, job, out, batch_size=2) == (4, 1)
+    found = {record["id"]: record for record in records(out.read_bytes())}
+    texts = [sample["token_ids"] for sample in found[1]["samples"]]
+    assert len(texts) == 3
+    assert texts[0] == found[0]["token_ids"]
+    assert len(set(map(tuple, texts))) > 1
+    assert found[2]["token_ids"] == [50] * 6
+    assert "`logit_bias` names id 99999" in found[3]["error"]

@@ -86,6 +86,7 @@ def printed(model, tmp_path_factory):
 def test_one_object_has_everything(printed):
     found, plot = printed
     assert (found["mesh"], found["platform"], found["dtype"]) == ("2", "cpu", "float32")
+    assert (found["weights"], found["kv_dtype"]) == ("", "auto")
     assert found["drafts_not_reached"] == 0
     # Placements of the ordinary draft, of the fuzzy one, and of that with pairs of MLPs.
     assert len(found["candidates"]) == 2 + 2 * 2 + 2

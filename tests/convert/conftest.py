@@ -96,7 +96,7 @@ def write_gguf(tmp_path: Path) -> Callable[..., Path]:
         metadata: Mapping[str, Any] | None = None,
         tensors: Mapping[str, np.ndarray | tuple[np.ndarray, Type] | None] | None = None,
     ) -> Path:
-        family = model.config.model_type
+        family = model.config.model_type.removesuffix("_text")
         path = tmp_path / f"{family}-{stored.name}.gguf"
         pre: dict[str, Any] = {
             "tokenizer.ggml.pre": "qwen2" if family.startswith("qwen") else "gpt-2"
@@ -126,6 +126,7 @@ def write_gguf(tmp_path: Path) -> Callable[..., Path]:
 
 def model_metadata(model: PreTrainedModel) -> dict[str, Any]:
     config = model.config
+    rope, family = config.rope_parameters, config.model_type.removesuffix("_text")
     values = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
@@ -134,20 +135,37 @@ def model_metadata(model: PreTrainedModel) -> dict[str, Any]:
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.freq_base": config.rope_parameters["rope_theta"],
+        "rope.freq_base": rope.get("full_attention", rope)["rope_theta"],
     }
-    return {f"{config.model_type}.{key}": value for key, value in values.items()}
+    if family.startswith("gemma"):
+        values["attention.key_length"] = config.head_dim
+        values["attention.sliding_window"] = config.sliding_window
+    own = {
+        "embedding_scale": "embedding_multiplier",
+        "residual_scale": "residual_multiplier",
+        "attention.scale": "attention_multiplier",
+        "logit_scale": "logits_scaling",
+        "attn_logit_softcapping": "attn_logit_softcapping",
+        "final_logit_softcapping": "final_logit_softcapping",
+    }
+    for key, field in own.items():
+        if (value := getattr(config, field, None)) is not None:
+            values[key] = float(value)
+    return {f"{family}.{key}": value for key, value in values.items()}
 
 
 def gguf_tensors(model: PreTrainedModel) -> dict[str, np.ndarray]:
     """Rename tensors by the gguf package's table, and permute rows as llama.cpp does."""
-    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, model.config.model_type.upper()), 2)
-    heads = {"q_proj": HEADS, "k_proj": KEY_HEADS} if model.config.model_type == "llama" else {}
+    family = model.config.model_type.removesuffix("_text")
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, family.upper()), 2)
+    heads = {"q_proj": HEADS, "k_proj": KEY_HEADS} if family in ("llama", "granite") else {}
     tensors = {}
     for name, parameter in model.state_dict().items():
         values, projection = parameter.float().numpy(), name.split(".")[-2]
         if projection in heads:
             values = permute(values, heads[projection])
+        if family.startswith("gemma") and name.endswith("norm.weight"):
+            values = values + np.float32(1)
         if name != "lm_head.weight" or not model.config.tie_word_embeddings:
             tensors[names.get_name(name, try_suffixes=(".weight", ".bias"))] = values
     return tensors

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from convert.__main__ import main
+from easyspec_jax.checkpoint.families import FAMILIES
 from easyspec_jax.checkpoint.safetensors import INDEX
 from experiments.bench.bench_checkpoints import write_random
 from tests.convert.test_faults import FIELDS
@@ -162,12 +163,19 @@ def test_configurations(checkpoint, data):
         "layer_types",
         "sliding_window",
         "attention_bias",
+        "mlp_bias",
         "hidden_act",
+        "embedding_multiplier",
+        "logits_scaling",
+        "final_logit_softcapping",
+        "query_pre_attn_scalar",
+        "sliding_window_pattern",
+        "partial_rotary_factor",
         "torch_dtype",
         "num_experts",
     ]
     changes = data.draw(st.dictionaries(st.sampled_from(names), VALUES, min_size=1, max_size=3))
-    model_types = st.sampled_from(["llama", "mistral", "qwen2", "qwen3"])
+    model_types = st.sampled_from(sorted(FAMILIES))
     check(
         checkpoint,
         {"config.json": encoded(FIELDS | {"model_type": data.draw(model_types)} | changes)},

@@ -14,12 +14,19 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from convert.gguf import open_gguf
+from convert.gguf import _attention_scalar, open_gguf
 from convert.stream import Model, convert
 from easyspec_jax.checkpoint.canonical import unpermute
-from easyspec_jax.checkpoint.config import RopeScaling, model_config, read_model_config
+from easyspec_jax.checkpoint.config import model_config, read_model_config
 from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.checkpoint.families import EMBEDDING
+from easyspec_jax.checkpoint.rope import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Rope,
+    YarnScaling,
+)
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.tokenizer import load_tokenizer
 from tests.convert.conftest import gguf_tensors, model_metadata
@@ -134,7 +141,7 @@ def test_converted_model_equals_the_original(tiny_model, write_gguf, tmp_path, f
 
 
 def test_super_blocks_of_four_bits_are_those_of_ggml(tiny_model, write_gguf):
-    """Dequantise as dequantize_row_q4_K of ggml-quants.c does, in its order of loops."""
+    """Dequantize as dequantize_row_q4_K of ggml-quants.c does, in its order of loops."""
     rows, random = 3, np.random.default_rng(0)
     blocks = random.integers(0, 256, (rows, 144), np.uint8)
     blocks[:, :4] = random.uniform(0.01, 1, (rows, 2)).astype(np.float16).view(np.uint8)
@@ -157,7 +164,7 @@ def test_super_blocks_of_four_bits_are_those_of_ggml(tiny_model, write_gguf):
 
 
 def test_super_blocks_of_six_bits_are_those_of_ggml(tiny_model, write_gguf):
-    """Dequantise as dequantize_row_q6_K of ggml-quants.c does."""
+    """Dequantize as dequantize_row_q6_K of ggml-quants.c does."""
     rows, random = 3, np.random.default_rng(1)
     blocks = random.integers(0, 256, (rows, 210), np.uint8)
     blocks[:, 208:] = random.uniform(0.01, 1, (rows, 1)).astype(np.float16).view(np.uint8)
@@ -353,15 +360,69 @@ def test_parts_whose_tensors_do_not_add_up_are_refused(tiny_model, tokenizer_met
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama3_scaling_is_recovered(tiny_model, write_gguf, factor):
-    scaling = RopeScaling(factor, 1.0, 4.0, 8192)
+    scaling = Llama3Scaling(factor, 1.0, 4.0, 8192)
     factors = llama3_factors(scaling, head_dim=16, theta=5e5)
     model = tiny_model(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     path = write_gguf(model, tensors={"rope_freqs.weight": factors})
-    assert model_config(open_gguf(path).config).rope_scaling == scaling
+    assert rope_of(path).scaling == scaling
+
+
+def rope_of(path: Path) -> Rope:
+    """Return the rotation of a file's layers."""
+    return model_config(open_gguf(path).config).layers[0].rope
+
+
+@pytest.mark.parametrize(
+    ("metadata", "scaling"),
+    [
+        ({"factor": 4.0}, LinearScaling(4.0)),
+        ({"type": "linear", "factor": 4.0, "original_context_length": 64}, LinearScaling(4.0)),
+        (
+            {"type": "yarn", "factor": 4.0, "original_context_length": 64, "finetuned": True},
+            YarnScaling(4.0, 64, 32.0, 1.0, True, 0.1 * np.log(4) + 1),
+        ),
+        (
+            {"type": "yarn", "factor": 2.0, "yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0},
+            YarnScaling(2.0, 128, 16.0, 2.0, True, 0.1 * np.log(2) + 1),
+        ),
+    ],
+)
+def test_rope_scaling_is_read(tiny_model, write_gguf, metadata, scaling):
+    metadata = {f"llama.rope.scaling.{key}": value for key, value in metadata.items()}
+    path = write_gguf(tiny_model(max_position_embeddings=128), metadata=metadata)
+    assert rope_of(path).scaling == scaling
+    path = write_gguf(tiny_model(), metadata={"llama.rope.scale_linear": 2.0})
+    assert rope_of(path).scaling == LinearScaling(2.0)
+
+
+def test_longrope_is_read_from_its_tensors(tiny_model, write_gguf):
+    factors = {"short": [1.0] * 8, "long": [2.5] * 8}
+    tensors = {f"rope_factors_{k}.weight": np.array(v, np.float32) for k, v in factors.items()}
+    metadata = {
+        "llama.rope.scaling.original_context_length": 64,
+        "llama.rope.scaling.attn_factor": 1.5,
+    }
+    path = write_gguf(tiny_model(), metadata=metadata, tensors=tensors)
+    expected = LongRopeScaling(tuple(factors["short"]), tuple(factors["long"]), 64, 1.5)
+    assert rope_of(path).scaling == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_windows_are_read(tiny_model, write_gguf, family):
+    """A Llama with windows is a Mistral, since transformers would ignore a Llama's."""
+    metadata = {f"{family}.attention.sliding_window": 9}
+    config = open_gguf(write_gguf(tiny_model(family), metadata=metadata)).config
+    assert config["model_type"] == {"llama": "mistral", "qwen2": "qwen2"}[family]
+    assert {kind.window for kind in model_config(config).layers} == {9}
+
+
+def test_rope_over_a_part_of_each_head_is_read(tiny_model, write_gguf):
+    path = write_gguf(tiny_model("qwen2"), metadata={"qwen2.rope.dimension_count": 8})
+    assert rope_of(path).dim == 8
 
 
 def test_other_rope_factors_are_refused(tiny_model, write_gguf):
-    factors = llama3_factors(RopeScaling(8.0, 1.0, 2.0, 8192), head_dim=16, theta=5e5)
+    factors = llama3_factors(Llama3Scaling(8.0, 1.0, 2.0, 8192), head_dim=16, theta=5e5)
     model = tiny_model(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     for wrong in (factors, factors[:-1]):
         with pytest.raises(EasySpecError, match=r"rope_freqs\.weight"):
@@ -372,17 +433,22 @@ def test_other_rope_factors_are_refused(tiny_model, write_gguf):
     ("metadata", "message"),
     [
         (
-            {"general.architecture": "gemma3"},
-            "architecture 'gemma3' is not supported; supported: llama, qwen2",
+            {"general.architecture": "mamba"},
+            "architecture 'mamba' is not supported; supported: ",
         ),
         ({"llama.expert_count": 8}, "mixture-of-experts"),
-        ({"llama.attention.sliding_window": 127}, "sliding-window"),
         (
-            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
-            "RoPE scaling 'yarn'",
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.attn_factor": 2.0},
+            r"llama\.rope\.scaling\.attn_factor is not supported",
         ),
-        ({"llama.rope.scaling.factor": 4.0}, "RoPE scaling 'linear'"),
-        ({"llama.rope.scale_linear": 2.0}, "RoPE scaling 'linear'"),
+        (
+            {"llama.rope.scaling.yarn_log_multiplier": 0.1},
+            r"llama\.rope\.scaling\.yarn_log_multiplier is not supported",
+        ),
+        (
+            {"llama.rope.scaling.type": "su", "llama.rope.scaling.factor": 2.0},
+            "RoPE scaling 'su' is not supported",
+        ),
         ({"llama.rope.dimension_count": 8}, "8 of 16 dimensions"),
         ({"llama.block_count": None}, r"llama\.block_count is missing"),
         (
@@ -409,10 +475,7 @@ def test_unsupported_metadata_is_refused_by_name(tiny_model, write_gguf, metadat
     ],
 )
 def test_metadata_without_effect_is_accepted(tiny_model, write_gguf, metadata):
-    assert (
-        model_config(open_gguf(write_gguf(tiny_model(), metadata=metadata)).config).rope_scaling
-        is None
-    )
+    assert rope_of(write_gguf(tiny_model(), metadata=metadata)).scaling is None
 
 
 @pytest.mark.parametrize(
@@ -491,17 +554,17 @@ def test_missing_file_and_directory_are_refused(tmp_path):
         open_gguf(tmp_path)
 
 
-def llama3_factors(scaling: RopeScaling, head_dim: int, theta: float) -> np.ndarray:
+def llama3_factors(scaling: Llama3Scaling, head_dim: int, theta: float) -> np.ndarray:
     """Compute the factors as LlamaModel.generate_extra_tensors in convert_hf_to_gguf.py does."""
     factors = []
     for index in range(0, head_dim, 2):
         wavelength = 2 * np.pi * theta ** (index / head_dim)
-        if wavelength < scaling.original_max_position_embeddings / scaling.high_freq_factor:
+        if wavelength < scaling.original / scaling.high_freq_factor:
             factors.append(1.0)
-        elif wavelength > scaling.original_max_position_embeddings / scaling.low_freq_factor:
+        elif wavelength > scaling.original / scaling.low_freq_factor:
             factors.append(scaling.factor)
         else:
-            smooth = scaling.original_max_position_embeddings / wavelength - scaling.low_freq_factor
+            smooth = scaling.original / wavelength - scaling.low_freq_factor
             smooth /= scaling.high_freq_factor - scaling.low_freq_factor
             factors.append(1 / ((1 - smooth) / scaling.factor + smooth))
     return np.array(factors, np.float32)
@@ -516,3 +579,17 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tiny_model, write_gguf)
     ):
         for name in source.shapes():
             source.read(name)
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "heads", "head_dim", "expected"),
+    [(26, 2304, 8, 256, 256), (46, 4608, 32, 128, 144), (46, 4608, "32", 128, 128)],
+)
+def test_scores_of_gemma_are_divided_as_in_llama_cpp(layers, width, heads, head_dim, expected):
+    config = {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "head_dim": head_dim,
+    }
+    assert _attention_scalar(config, layers=46) == expected

@@ -10,7 +10,7 @@ from convert.gguf import open_gguf
 from convert.stream import convert
 from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.checkpoint.families import EMBEDDING
-from easyspec_jax.checkpoint.quantized import Dequantized, is_matrix, scale_name
+from easyspec_jax.checkpoint.quantized import Dequantized, is_matrix, offset_name, scale_name
 from easyspec_jax.errors import EasySpecError
 
 EXACT = {
@@ -22,7 +22,7 @@ EXACT = {
     Type.IQ4_NL: ("int8", 32),
     Type.IQ4_XS: ("int8", 32),
 }
-ROUNDED = (Type.Q4_1, Type.Q5_1, Type.Q2_K, Type.Q4_K, Type.Q5_K, Type.IQ3_XXS)
+ROUNDED = (Type.Q5_1, Type.Q2_K, Type.Q4_K, Type.Q5_K, Type.IQ3_XXS)
 ROWS, COLUMNS = 5, 512
 # Bytes of a block that hold a float16.
 SCALES = {
@@ -42,13 +42,18 @@ SCALES = {
 }
 
 
-def some_blocks(kind: Type, rows: int = ROWS, columns: int = COLUMNS) -> np.ndarray:
-    """Random bits are valid blocks of every kind, once their float16 numbers are finite."""
+def some_blocks(
+    kind: Type, rows: int = ROWS, columns: int = COLUMNS, size: float = 1
+) -> np.ndarray:
+    """Random bits are valid blocks of every kind, once their float16 numbers are finite.
+
+    size: standard deviation of these numbers.
+    """
     random = np.random.default_rng(kind.value)
-    numbers, size = gguf.GGML_QUANT_SIZES[kind]
-    blocks = random.integers(0, 256, (rows * columns // numbers, size), np.uint8)
+    numbers, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = random.integers(0, 256, (rows * columns // numbers, nbytes), np.uint8)
     for place in SCALES[kind]:
-        scales = random.normal(size=(len(blocks), 1)).astype(np.float16)
+        scales = random.normal(scale=size, size=(len(blocks), 1)).astype(np.float16)
         blocks[:, place : place + 2] = scales.view(np.uint8)
     return blocks.reshape(rows, -1)
 
@@ -80,6 +85,15 @@ def test_blocks_of_integers_are_kept_bit_for_bit(opened, kind):
     values = source.read(EMBEDDING)
     assert values.dtype == dtype
     np.testing.assert_array_equal(Dequantized(source).read(EMBEDDING), dequantize(blocks, kind))
+
+
+def test_a_least_number_becomes_an_offset(opened):
+    blocks = some_blocks(Type.Q4_1)
+    source = opened(blocks, Type.Q4_1, keep_blocks=True).source
+    assert source.dtypes()[EMBEDDING] == "int4"
+    assert source.shapes()[offset_name(EMBEDDING)] == (ROWS, COLUMNS // 32)
+    found, exact = Dequantized(source).read(EMBEDDING), dequantize(blocks, Type.Q4_1)
+    np.testing.assert_allclose(found, exact, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ROUNDED, ids=lambda kind: kind.name)

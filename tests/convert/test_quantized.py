@@ -40,7 +40,7 @@ def test_a_converted_model_is_the_one_that_is_quantized_while_it_is_read(tmp_pat
     assert result.integers == (("int8",) if weights == "int8" else ("int4", "int8"))
     matrices = {name for name, shape in model.source.shapes().items() if is_matrix(name, shape)}
     assert result.errors.keys() == matrices
-    name = "model.layers.1.mlp.down_proj.weight"
+    name = max(name for name in matrices if name.endswith("down_proj.weight"))
     exact = model.source.read(name)
     lost = np.linalg.norm(Dequantized(expected).read(name) - exact) / np.linalg.norm(exact)
     assert result.errors[name] == pytest.approx(lost, rel=1e-4)
@@ -71,13 +71,38 @@ def int4(tmp_path):
     return tmp_path / "int4"
 
 
-@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("weights", [None, "int4"])
 def test_what_is_quantized_stays_as_it_is(int4, tmp_path, weights):
     result = convert(int4, tmp_path / "again", ConvertConfig(weights=weights, verify=True))
     assert_same(open_checkpoint(tmp_path / "again").source, open_checkpoint(int4).source)
     assert not result.errors
     assert open_checkpoint(int4).fingerprint == open_checkpoint(tmp_path / "again").fingerprint
     assert result.dtype == "float32"  # the embedding is int8, and config.json names the rest
+
+
+def test_int4_is_not_widened(int4, tmp_path):
+    message = "matrices are stored as int4, and `weights` int8 would only take more memory; leave"
+    for out in ("again", "int4"):  # to write, and only to verify
+        with pytest.raises(EasySpecError, match=message):
+            convert(int4, tmp_path / out, ConvertConfig(weights="int8", verify=True))
+
+
+def test_int8_is_rounded_further_to_int4(tmp_path):
+    save_model(tmp_path / "hf", "llama3", intermediate_size=64)
+    convert(tmp_path / "hf", tmp_path / "int8", ConvertConfig(weights="int8"))
+    config = ConvertConfig(weights="int4", verify=True)
+    result = convert(tmp_path / "int8", tmp_path / "int4", config)
+    int8 = open_checkpoint(tmp_path / "int8").source
+    opened = open_checkpoint(tmp_path / "int4").source
+    assert_same(opened, Quantized(int8, "int4"))
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert opened.dtypes()[name] == "int4" and opened.dtypes()[EMBEDDING] == "int8"
+    np.testing.assert_array_equal(opened.read(EMBEDDING), int8.read(EMBEDDING))
+    # The error is measured against the numbers that the integers stood for.
+    assert EMBEDDING not in result.errors
+    exact, found = Dequantized(int8).read(name), Dequantized(opened).read(name)
+    lost = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+    assert result.errors[name] == pytest.approx(lost, rel=1e-4)
 
 
 def test_bfloat16_makes_floats_of_it(int4, tmp_path):
@@ -99,8 +124,13 @@ def test_an_export_holds_floats(int4, tmp_path):
         convert(int4, tmp_path / "hf2", config)
     expected, found = Dequantized(open_checkpoint(int4).source), open_checkpoint(tmp_path / "hf2")
     assert_same(found.source, expected)
-    with pytest.raises(EasySpecError, match="`weights` int8 is for Orbax checkpoints"):
-        convert_model(open_huggingface(int4), tmp_path / "x", format=HUGGING_FACE, weights="int8")
+    model = open_huggingface(tmp_path / "hf")
+    for weights in ("int8", "int4", "bfloat16"):
+        refused = f"`weights` {weights} is for Orbax checkpoints; a Hugging Face directory holds"
+        with pytest.raises(EasySpecError, match=refused):
+            convert_model(model, tmp_path / "x", format=HUGGING_FACE, weights=weights)
+        with pytest.raises(EasySpecError, match=refused):
+            verify(model, tmp_path / "hf2", weights=weights)
 
 
 def test_an_interrupted_run_goes_on_and_measures_everything(tmp_path):

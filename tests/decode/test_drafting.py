@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from easyspec_jax.decode.drafting import draft_tree
-from easyspec_jax.model.attention import Nodes
+from easyspec_jax.model.windows import Nodes
 from easyspec_jax.parallel.collectives import shard_index
 from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape
 from easyspec_jax.verify import Branches, Greedy, Rejection, RowSampling, Verifier

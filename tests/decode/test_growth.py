@@ -5,10 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from easyspec_jax.decode import growth
 from easyspec_jax.decode.growth import CacheGrowth
 from easyspec_jax.decode.programs import Programs
-from easyspec_jax.decode.round import RoundConfig
+from easyspec_jax.decode.state import RoundConfig
 from easyspec_jax.verify import Greedy
 
 LIMITS = np.array([700, 40, 300])
@@ -50,7 +49,7 @@ def rounds_with_room(levels, width, seed):
 
 @pytest.mark.parametrize("levels, width", [(0, 1), (4, 1), (5, 4), (16, 1)])
 def test_every_round_has_room(levels, width, monkeypatch):
-    monkeypatch.setattr(growth, "AHEAD", 1)
+    monkeypatch.setattr("easyspec_jax.decode.programs.AHEAD", 1)
     for seed in range(20):
         rounds_with_room(levels, width, seed)
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from easyspec_jax.checkpoint.directory import open_checkpoint
-from easyspec_jax.decode import growth
 from easyspec_jax.decode import programs as compiled
+from easyspec_jax.decode.lookup import Lookup
 from easyspec_jax.decode.loop import decode
 from easyspec_jax.decode.prefilling import first_tokens, prefill_all
 from easyspec_jax.decode.programs import Programs
-from easyspec_jax.decode.round import RoundConfig
+from easyspec_jax.decode.state import RoundConfig
 from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.layer_group import load_draft
 from easyspec_jax.options import SamplingParams
@@ -28,6 +28,8 @@ PROMPTS = [RNG.integers(4, 300, size).tolist() for size in (148, 3, 60)]  # of t
 LIMITS = [60, 90, 75]
 GREEDY = RoundConfig(levels=4, calibration=True, verifier=Greedy(), stop_ids=())
 PLAIN = replace(GREEDY, levels=0)
+LOOKUP = replace(GREEDY, calibration=False, lookup=Lookup(longest=4, shortest=1))
+JOINED = replace(LOOKUP, calibration=True)
 ONE_DEVICE = MeshShape(1, 1)
 
 
@@ -70,7 +72,7 @@ def programs(
 ) -> Programs:
     target, draft, _ = pair
     from_ = replace(loader(target, mesh), kv_dtype=kv_dtype)
-    if config.levels == 0:
+    if config.levels == 0 or (config.lookup and not config.calibration):
         return Programs(from_.mesh, load_target(from_), None, config)
     layout = Layout.uniform(paper_groups(LAYERS, lp_size), 2 if refit else 1)
     chosen = target if own_draft else draft
@@ -129,6 +131,32 @@ def test_greedy_text_by_trees_is_plain_decoding(
 ):
     config = replace(GREEDY, levels=levels, width=width, nodes=nodes, calibration=calibration)
     assert texts(programs(pair, config, mesh, refit=refit))[0] == plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MeshShape(1, 1), MeshShape(2, 4)], ids=str)
+@pytest.mark.parametrize("levels", [1, 4, 16])
+def test_greedy_text_by_lookups_is_plain_decoding(pair, plain, mesh, levels):
+    rows, drafted, accepted = texts(programs(pair, replace(LOOKUP, levels=levels), mesh))
+    assert rows == plain
+    assert drafted > accepted > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh, width, nodes, lp_size, axes",
+    [
+        (MeshShape(1, 1), 1, None, 1, ALL_AXES),
+        (MeshShape(2, 4), 1, None, 3, ALL_AXES),
+        (MeshShape(2, 2), 3, 7, 3, ()),
+    ],
+    ids=str,
+)
+def test_greedy_text_by_lookups_next_to_a_draft(pair, plain, mesh, width, nodes, lp_size, axes):
+    run = programs(
+        pair, replace(JOINED, width=width, nodes=nodes), mesh, axes=axes, lp_size=lp_size
+    )
+    assert texts(run)[0] == plain
 
 
 @pytest.mark.parametrize("refit", [False, True])
@@ -192,27 +220,28 @@ def test_limits_are_kept_to_the_token_with_a_refit(pair, plain):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mesh, verifier, width, nodes, lp_size, refit, kv_dtype",
+    "mesh, verifier, width, nodes, lp_size, refit, kv_dtype, lookup",
     [
-        (MeshShape(1, 1), Rejection(), 1, None, 3, False, "auto"),
-        (MeshShape(4, 2), Greedy(), 1, None, 3, False, "auto"),
-        (MeshShape(1, 1), Rejection(), 4, 6, 1, False, "auto"),
-        (MeshShape(4, 2), Rejection(), 4, None, 3, True, "auto"),
-        (MeshShape(1, 1), Coupled(), 4, 9, 3, True, "auto"),
-        (MeshShape(1, 1), Coupled(), 4, 9, 3, True, "int8"),
+        (MeshShape(1, 1), Rejection(), 1, None, 3, False, "auto", None),
+        (MeshShape(4, 2), Greedy(), 1, None, 3, False, "auto", None),
+        (MeshShape(1, 1), Rejection(), 4, 6, 1, False, "auto", None),
+        (MeshShape(4, 2), Rejection(), 4, None, 3, True, "auto", None),
+        (MeshShape(1, 1), Coupled(), 4, 9, 3, True, "auto", None),
+        (MeshShape(1, 1), Coupled(), 4, 9, 3, True, "int8", None),
+        (MeshShape(1, 1), Rejection(), 1, None, 3, False, "auto", Lookup(2, 1)),
+        (MeshShape(4, 2), Coupled(), 4, 9, 1, False, "auto", Lookup(2, 1)),
     ],
     ids=str,
 )
 def test_after_many_rounds_caches_equal_a_fresh_prefill(
-    pair, mesh, verifier, width, nodes, lp_size, refit, kv_dtype
+    pair, mesh, verifier, width, nodes, lp_size, refit, kv_dtype, lookup
 ):
     """Run 30 rounds and more with mixed acceptance; one row finishes early and stays.
 
-    Caches of fuzzy drafts are calibrated; that of an exact draft is not.
+    Caches of fuzzy drafts are calibrated, and where texts are looked up; others are not.
     """
-    config = RoundConfig(
-        4, calibration=lp_size > 1, verifier=verifier, stop_ids=(), width=width, nodes=nodes
-    )
+    calibration = lp_size > 1 or lookup is not None
+    config = RoundConfig(4, calibration, verifier, (), width, nodes, lookup=lookup)
     run = programs(pair, config, mesh, lp_size=lp_size, refit=refit, kv_dtype=kv_dtype)
     sampling, limits = SamplingParams(temperature=0.8), [60, 9, 150]
     state = run.start(sampling, limits, capacity := run.capacity(128 + 150))
@@ -325,7 +354,7 @@ def check_one_program(pair, config):
 
 
 @pytest.mark.parametrize(
-    "config", [PLAIN, GREEDY, replace(GREEDY, width=3, calibration=False)], ids=str
+    "config", [PLAIN, GREEDY, replace(GREEDY, width=3, calibration=False), LOOKUP, JOINED], ids=str
 )
 def test_no_round_of_one_stream_copies_a_cache(pair, config):
     """Entries are written into the donated buffers, so a step does not copy the text."""
@@ -347,7 +376,7 @@ def test_caches_that_grow_change_no_token(pair, levels, width, refit, monkeypatc
     sampling, limits = SamplingParams(temperature=0.8, seed=5), [150, 300, 200]
     run = programs(pair, config, refit=refit)
     expected = texts(run, limits=limits, sampling=sampling)[0]
-    monkeypatch.setattr(growth, "AHEAD", 1)
+    monkeypatch.setattr("easyspec_jax.decode.programs.AHEAD", 1)
     grown = programs(pair, config, refit=refit)
     assert texts(grown, limits=limits, sampling=sampling)[0] == expected
     assert grown._extend._cache_size() >= 1  # pyright: ignore[reportFunctionMemberAccess]

@@ -13,8 +13,11 @@ import torch
 from jax.sharding import PartitionSpec as P
 
 from easyspec_jax.checkpoint.directory import open_checkpoint
+from easyspec_jax.checkpoint.tensors import Held
 from easyspec_jax.draft.grouping import Layout, format_layout, paper_groups
 from easyspec_jax.draft.layer_group import LayerGroup, load_draft, run_fuzzy
+from easyspec_jax.draft.refit_file import refit_shapes
+from easyspec_jax.draft.sites import named, prior, stale_sites
 from easyspec_jax.model.transformer import run_exact
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
 from tests.support.models import (
@@ -41,8 +44,10 @@ def pair(tmp_path_factory):
 
 
 @torch.no_grad()
-def algorithm_2(reference, layout: Layout, refit=None) -> np.ndarray:
+def algorithm_2(reference, layout: Layout, refit=None, window: int = 0) -> np.ndarray:
     """Run the paper's fuzzy pass with transformers' own modules.
+
+    window: how many tokens a sliding layer reads.
 
     Attentions run on the group's input, MLPs in order. Of MLPs that run at once, each is fed what
     came before the first of them, and the attention outputs up to its own.
@@ -52,22 +57,55 @@ def algorithm_2(reference, layout: Layout, refit=None) -> np.ndarray:
     ids = torch.from_numpy(TOKENS)
     h = model.embed_tokens(ids)
     length = ids.shape[1]
-    positions = model.rotary_emb(h, torch.arange(length)[None])
-    mask = torch.triu(torch.full((length, length), -torch.inf), 1)[None, None]
+    types = getattr(model.config, "layer_types", None) or ["full_attention"] * len(layers)
+    own = [(kind,) if "full_attention" in model.config.rope_parameters else () for kind in types]
+    positions = [model.rotary_emb(h, torch.arange(length)[None], *kind) for kind in own]
+    window = window or getattr(model.config, "sliding_window", None) or length
+    hidden = torch.triu(torch.ones(length, length, dtype=torch.bool), 1)
+    too_old = torch.ones_like(hidden).tril(-window)
+    masks = {
+        name: torch.zeros(length, length).masked_fill(mask, -torch.inf)
+        for name, mask in (("full_attention", hidden), ("sliding_attention", hidden | too_old))
+    }
+    multiplier = getattr(model.config, "residual_multiplier", 1.0)
+    if multiplier != 1.0:
+        h = h * model.config.embedding_multiplier
     for group, mlps in layout:
-        attended = {
-            index: layers[index].self_attn(
-                layers[index].input_layernorm(h), position_embeddings=positions, attention_mask=mask
-            )[0]
-            for index in group
-        }
+        attended = {}
+        for index in group:
+            before, after, _, _ = norms_of(layers[index])
+            output, _ = layers[index].self_attn(
+                before(h),
+                position_embeddings=positions[index],
+                attention_mask=masks[types[index]][None, None],
+            )
+            attended[index] = multiplier * after(output)
         for first in group[::mlps]:
             outputs = []
             for index in range(first, min(first + mlps, group.stop)):
                 h = h + attended[index]
-                outputs.append(layers[index].mlp(layers[index].post_attention_layernorm(h)))
+                _, _, before, after = norms_of(layers[index])
+                outputs.append(multiplier * after(layers[index].mlp(before(h))))
             h = h + sum(outputs)
-    return reference.lm_head(model.norm(h)).numpy()
+    logits = reference.lm_head(model.norm(h)) / getattr(model.config, "logits_scaling", 1.0)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return (logits if cap is None else torch.tanh(logits / cap) * cap).numpy()
+
+
+def norms_of(layer) -> tuple[Any, Any, Any, Any]:
+    """Return the norms before and after a layer's attention, and before and after its MLP."""
+    if not hasattr(layer, "post_feedforward_layernorm"):
+        return layer.input_layernorm, nothing, layer.post_attention_layernorm, nothing
+    return (
+        getattr(layer, "input_layernorm", nothing),
+        layer.post_attention_layernorm,
+        getattr(layer, "pre_feedforward_layernorm", nothing),
+        layer.post_feedforward_layernorm,
+    )
+
+
+def nothing(x):
+    return x
 
 
 def with_refit(layer, index, refit):
@@ -99,6 +137,35 @@ def test_fuzzy_pass_is_algorithm_2(pair, mesh, groups, axes):
     assert np.abs(expected - exact).max() > 0.1, "the test could not tell fuzzy from exact"
 
 
+@pytest.fixture(scope="module")
+def sliding(tmp_path_factory):
+    """A checkpoint whose layers slide but for every third, and its model in transformers."""
+    directory = tmp_path_factory.mktemp("sliding")
+    types = ["sliding_attention", "sliding_attention", "full_attention"] * 3
+    options = {"use_sliding_window": True, "sliding_window": 5, "layer_types": types[:8]}
+    reference = save_model(directory, "qwen3", num_hidden_layers=8, **options)
+    return open_checkpoint(directory), reference
+
+
+@pytest.mark.parametrize("mesh", MESHES[:3], ids=str)
+def test_layers_of_a_group_slide_each_for_itself(sliding, mesh):
+    """A group has layers of both kinds, and slots that are empty."""
+    checkpoint, reference = sliding
+    from_ = loader(checkpoint, mesh)
+    for layout, run in ((Layout.uniform(GROUPS[0]), run_fuzzy), (EXACT, run_exact)):
+        model = load_draft(from_, Layout.uniform(GROUPS[0]))
+        logits = forward(model, from_.mesh, TOKENS, run=run)[..., :300]
+        expected = algorithm_2(reference, layout, window=5)
+        np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+        # Planted faults: all layers of the model are of one kind, or windows are one too wide.
+        assert np.abs(expected - algorithm_2(reference, layout, window=40)).max() > 1e-2
+        assert np.abs(expected - algorithm_2(reference, layout, window=6)).max() > 1e-2
+    # The reference itself is transformers'.
+    with torch.no_grad():
+        exact = reference(torch.from_numpy(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(algorithm_2(reference, EXACT, window=5), exact, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("axes", [ALL_AXES, ()], ids=["split", "replicated"])
 @pytest.mark.parametrize(
@@ -126,13 +193,59 @@ def test_mlps_at_once_and_refit_projections(pair, mesh, layout, refitted, axes):
 
 
 @pytest.mark.parametrize("run", [run_exact, run_fuzzy], ids=["exact", "fuzzy"])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_biases_and_head_norms_go_with_their_layers(tmp_path, family, run):
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama with biases", "granite"])
+def test_biases_head_norms_and_multipliers_go_with_their_layers(tmp_path, family, run):
     reference = save_model(tmp_path, family, num_hidden_layers=8)
     from_ = loader(open_checkpoint(tmp_path), MeshShape(4, 2))
     logits = forward(load_draft(from_, Layout.uniform(GROUPS[0])), from_.mesh, TOKENS, run=run)
     expected = algorithm_2(reference, Layout.uniform(GROUPS[0]) if run is run_fuzzy else EXACT)
     np.testing.assert_allclose(logits[..., :300], expected, atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module", params=["olmo2", "gemma2", "gemma3"])
+def normed(request, tmp_path_factory):
+    """A checkpoint of a family that norms the outputs of each layer, and its model."""
+    directory = tmp_path_factory.mktemp(request.param)
+    reference = save_model(directory, request.param, num_hidden_layers=8)
+    return open_checkpoint(directory), reference
+
+
+@pytest.mark.parametrize(
+    "mesh, axes, mlps",
+    [
+        (MeshShape(1, 1), ALL_AXES, 1),
+        (MeshShape(4, 2), ALL_AXES, 2),
+        (MeshShape(2, 4), ALL_AXES, 1),
+        (MeshShape(4, 2), (), 3),
+    ],
+    ids=str,
+)
+def test_outputs_are_normed_as_wholes(normed, mesh, axes, mlps):
+    """Norms of each output, before the next layer's attention output joins it."""
+    checkpoint, reference = normed
+    from_, layout = loader(checkpoint, mesh, axes), Layout.uniform(GROUPS[0], mlps)
+    draft = load_draft(from_, layout)
+    exact = algorithm_2(reference, EXACT)
+    np.testing.assert_allclose(forward(draft, from_.mesh, TOKENS)[..., :300], exact, atol=1e-4)
+    fuzzy = algorithm_2(reference, layout)
+    logits = forward(draft, from_.mesh, TOKENS, run=run_fuzzy)
+    np.testing.assert_allclose(logits[..., :300], fuzzy, atol=1e-4, rtol=0)
+    assert np.abs(fuzzy - exact).max() > 0.05
+
+
+def test_a_refit_of_the_plain_projections_changes_nothing(normed):
+    """Without a norm before them, or with one whose weight lacks 1, they are written as well."""
+    checkpoint, _ = normed
+    from_, layout = loader(checkpoint, MeshShape(4, 2)), Layout.uniform(GROUPS[0], 2)
+    refit: dict[str, np.ndarray] = {}
+    for site in stale_sites(layout):
+        refit |= named(from_, site, prior(from_, site).astype(np.float32))
+    assert refit_shapes(layout, checkpoint.source.shapes()) == Held(refit).shapes()
+    plain, refitted = (
+        forward(load_draft(from_, layout, held), from_.mesh, TOKENS, run=run_fuzzy)
+        for held in (None, Held(refit))
+    )
+    np.testing.assert_allclose(plain[..., :300], refitted[..., :300], atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow
@@ -188,6 +301,16 @@ def test_collectives_of_a_group(pair, mesh, size):
     assert collectives((), run_exact) == {"all-reduce": size}
 
 
+@pytest.mark.parametrize("size, mlp_lp_size, expected", [(4, 1, 5), (4, 2, 3)])
+def test_norms_of_outputs_add_no_collectives(normed, size, mlp_lp_size, expected):
+    """Norms over all heads add one that brings the sums of squares of a whole group."""
+    from_ = loader(normed[0], MeshShape(4, 2))
+    group = load_draft(from_, Layout.uniform(single_out(size), mlp_lp_size)).blocks[1]
+    text = _run(group, from_, run_fuzzy, tokens=1, capacity=8, compiled=True)
+    found = len(re.findall(r"= \S+ all-reduce(?:-start)?\(", text))
+    assert found == expected + (from_.config.qk_norm == "full")
+
+
 @pytest.mark.parametrize(
     "size, mlp_lp_size, expected", [(4, 2, 3), (4, 4, 2), (7, 2, 5), (7, 7, 2)]
 )
@@ -228,7 +351,7 @@ def single_out(size: int) -> tuple[range, ...]:
 
 def _run(group, from_, run, tokens, capacity, compiled=False) -> Any:
     """Run one pass through a group, or return its optimised HLO."""
-    from easyspec_jax.model.attention import chain_window
+    from easyspec_jax.model.windows import chain_windows
 
     @partial(
         jax.shard_map,
@@ -238,8 +361,8 @@ def _run(group, from_, run, tokens, capacity, compiled=False) -> Any:
         check_vma=False,
     )
     def body(group, h):
-        window = chain_window(jnp.zeros(1, jnp.int32), tokens, capacity, from_.config)
-        return run(group, h, group.init_cache(1, capacity), window)
+        windows = chain_windows(jnp.zeros(1, jnp.int32), tokens, capacity, from_.config)
+        return run(group, h, group.init_cache(1, capacity), windows)
 
     h = (
         np.random.default_rng(1)

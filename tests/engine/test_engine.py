@@ -21,6 +21,20 @@ def engine(directory):
     return open_model(directory, speculative=PLAIN)
 
 
+def test_a_store_of_prefixes_has_a_size(directory):
+    with pytest.raises(EasySpecError, match="`prefix_cache` -1 must be at least 0"):
+        open_model(directory, speculative=PLAIN, prefix_cache=-1)
+
+
+def test_bit_stable_texts_reuse_nothing(directory):
+    """What is kept was written by passes of other sizes, which may round otherwise."""
+    stable = SpeculativeConfig(method="vanilla", bit_stable=True)
+    with pytest.raises(EasySpecError, match="`bit_stable` needs `prefix_cache` 0"):
+        open_model(directory, speculative=stable, prefix_cache=1 << 20)
+    with pytest.raises(EasySpecError, match="`bit_stable` needs `prefix_cache` 0"):
+        open_model(directory, speculative=PLAIN, prefix_cache=1 << 20).variant(stable)
+
+
 def test_speculation_needs_a_draft(directory, engine):
     with pytest.raises(EasySpecError, match="`method` tree needs `draft` DIR"):
         open_model(directory, speculative=SpeculativeConfig(method="tree"))

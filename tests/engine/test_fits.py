@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from easyspec_jax.decode.round import RoundConfig
+from easyspec_jax.decode.programs import Programs
+from easyspec_jax.decode.state import RoundConfig
 from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.engine import fits
 from easyspec_jax.engine.abstract import absent_mesh, abstract_state
@@ -63,20 +64,24 @@ def test_the_demo_pair_takes_what_was_predicted(refit):
     growing = programs.capacities(PROMPT, TOKENS - PROMPT)[-2:]
     assert len(growing) == 2
     states = [programs.start(sampling, [0] * ROWS, size) for size in growing]
-    caches = jax.tree.leaves([(state.target, state.draft) for state in states])
+    caches = jax.tree.leaves([(state.target, state.draft, state.text) for state in states])
     assert need.caches == sum(
         shard.data.nbytes for array in caches for shard in array.addressable_shards
     )
     (size,) = programs.chunks(PROMPT, growing[-1], ROWS)
+    temporary = _temporary(programs, growing[-1], size)
+    assert 0.75 * need.working <= engine.mesh.size * temporary <= need.working
+
+
+def _temporary(programs: Programs, capacity: int, size: int) -> int:
+    """Return the bytes of XLA's temporaries while a chunk of every prompt is read."""
     chunk = [
         jax.ShapeDtypeStruct(*of)
         for of in (((ROWS, size), np.int32), ((ROWS,), np.int32), ((ROWS,), bool))
     ]
-    state = abstract_state(programs, ROWS, growing[-1])
     compiled: Any = programs._prefill
-    prefill = compiled.lower(programs.leaves, state, *chunk)
-    temporary = prefill.compile().memory_analysis().temp_size_in_bytes
-    assert 0.75 * need.working <= engine.mesh.size * temporary <= need.working
+    prefill = compiled.lower(programs.leaves, abstract_state(programs, ROWS, capacity), *chunk)
+    return prefill.compile().memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize("mesh", ["1", "4"])
@@ -90,13 +95,39 @@ def test_int8_caches_take_what_was_predicted(mesh):
         held = 0
         for size in programs.capacities(PROMPT, TOKENS - PROMPT)[-2:]:
             state = programs.start(sampling, [0] * ROWS, size)
-            for array in jax.tree.leaves((state.target, state.draft)):
+            for array in jax.tree.leaves((state.target, state.draft, state.text)):
                 held += sum(shard.data.nbytes for shard in array.addressable_shards)
         assert need.caches == held
     floats, int8 = needs
     # Heads of 64 numbers in the target and of 32 in the draft.
     assert floats.caches * (64 + 4) / (4 * 64) < int8.caches < floats.caches * (32 + 4) / (4 * 32)
     assert int8.weights == floats.weights
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("prompt", [PROMPT, 20])
+def test_products_by_quantized_matrices_are_counted(weights, prompt):
+    """On a CPU, floats of all matrices; and where these have groups, the sums of one."""
+    sampling, needs, taken = SamplingParams(), [], []
+    for kept in (None, weights):
+        engine = open_model(mesh="1", platform="cpu", weights=kept, draft_weights=kept)
+        needs.append(needed(engine.workload(TOKENS, prompt, ROWS, sampling)).working)
+        programs = engine.programs(sampling)
+        capacity = programs.capacities(prompt, TOKENS - prompt)[-1]
+        size = max(programs.chunks(prompt, capacity, ROWS))
+        taken.append(_temporary(programs, capacity, size))
+    more = needs[1] - needs[0]
+    assert 0.75 * more < taken[1] - taken[0] <= more
+
+
+@pytest.mark.parametrize("weights, tokens, size", [("int4", 512, 2**26), ("int4", 21, 7168 * 5376)])
+def test_sums_of_groups_are_counted_on_accelerators_too(weights, tokens, size):
+    """Of 70B, split over 8 devices: 7168 outputs of 64 groups, for many tokens 64 MiB at a time."""
+    for kept in (None, "int8", weights):
+        job = large(target_weights=kept)
+        target, _ = fits._of_models(job)[0]
+        found = fits._of_products(target, job, tokens)
+        assert 0.95 * size < found <= size if kept == weights else found == 0
 
 
 def test_a_pair_of_70b_takes_what_xla_says():
@@ -128,6 +159,7 @@ def test_a_replicated_draft_is_whole_on_every_device():
         (large(tokens=100_000, prompt=99_000), 18.0, {"`mesh`"}),
         (large(rows=64), 20.0, {"`mesh`", "`max_length`", "`batch_size`"}),
         (large(rows=64, tokens=100_000), 1.0, set()),
+        (large(prefixes=4 * GIB), 18.0, {"`mesh`", "`weights`", "`prefix_cache`"}),
     ],
 )
 def test_the_flags_that_are_named_make_it_fit(job, free, flags):
@@ -147,12 +179,46 @@ def test_the_flags_that_are_named_make_it_fit(job, free, flags):
         "`weights`": lambda value: {"target_weights": value},
         "`max_length`": lambda value: {"tokens": int(value), "max_length": int(value)},
         "`batch_size`": lambda value: {"rows": int(value)},
+        "`prefix_cache`": lambda value: {"prefixes": int(value)},
     }
     for flag, value in named.items():
         check_memory(replace(job, **changed[flag](value)), int(free * GIB))
     for flag in {"`max_length`", "`batch_size`"} & flags:
         with pytest.raises(EasySpecError):
             check_memory(replace(job, **changed[flag](int(named[flag]) + 1)), int(free * GIB))
+
+
+def test_the_store_of_prefixes_is_counted_to_the_byte():
+    """On virtual devices, which share one memory, the bytes of all of them."""
+    engine = open_model(mesh="4", platform="cpu", prefix_cache=64 * 2**20)
+    sampling = SamplingParams(max_new_tokens=4)
+    need = needed(engine.workload(TOKENS, PROMPT, ROWS, sampling))
+    without = open_model(mesh="4", platform="cpu")
+    assert need.prefixes == 64 * 2**20
+    assert (
+        need.total - need.prefixes == needed(without.workload(TOKENS, PROMPT, ROWS, sampling)).total
+    )
+    list(engine.generate(["def add(a, b):" * 20], sampling))
+    assert engine.prefixes is not None
+    held = 0
+    for prefix in engine.prefixes._held:
+        for array in jax.tree.leaves(prefix.caches):
+            held += sum(shard.data.nbytes for shard in array.addressable_shards)
+    assert engine.prefixes.bytes == held > 0
+
+
+def test_what_the_store_holds_is_not_counted_again(monkeypatch):
+    engine = open_model(mesh="1", platform="cpu", prefix_cache=64 * 2**20)
+    sampling, checked = SamplingParams(max_new_tokens=4), []
+    list(engine.generate(["def add(a, b):" * 20], sampling))
+    assert engine.prefixes is not None
+    monkeypatch.setattr("easyspec_jax.engine.models.free_memory", lambda mesh: 1000)
+    monkeypatch.setattr(
+        "easyspec_jax.engine.models.check_memory", lambda job, free: checked.append(free)
+    )
+    engine.check_memory(TOKENS, PROMPT, ROWS, sampling)
+    engine.check_memory(TOKENS, PROMPT, ROWS, sampling, free=500)
+    assert checked == [1000 + engine.prefixes.bytes, 500]
 
 
 def test_nothing_is_read_where_memory_will_not_suffice(engine, monkeypatch, capsys):

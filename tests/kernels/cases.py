@@ -7,10 +7,13 @@ import numpy as np
 from jaxtyping import Array
 
 from easyspec_jax.kernels.projection import Weights
-from easyspec_jax.model.attention import Attention, Window
+from easyspec_jax.model.attention import Attention
 from easyspec_jax.model.cache import KVCache
+from easyspec_jax.model.head_norms import HeadNorms
 from easyspec_jax.model.matrix import Matrix
-from easyspec_jax.model.projection import Projection
+from easyspec_jax.model.norm import RMSNorm
+from easyspec_jax.model.projection import Output, Projection
+from easyspec_jax.model.windows import Window
 
 EPS = 1e-5
 
@@ -31,6 +34,7 @@ class Case:
     head_norms: bool = False
     tree: bool = False
     padding_heads: int = 0
+    sliding: int | None = None
     dtype: str = "float32"
 
     def __str__(self) -> str:
@@ -78,21 +82,27 @@ class Case:
             # Of the nodes before it in the tree, a node reads some, and itself.
             readable = random.random(mask.shape) < 0.5
             mask &= (behind < 0) | (behind == token[None, :, None]) | readable
+        if self.sliding is not None:
+            mask &= behind > token[None, :, None] - self.sliding
         angles = random.uniform(0, 6, (len(start), self.tokens, self.head_dim // 2))
         cos, sin = (f(angles).astype(np.float32) for f in (np.cos, np.sin))
-        return Window(*map(jnp.asarray, (start, mask, cos, sin)))
+        start, mask, cos, sin = map(jnp.asarray, (start, mask, cos, sin))
+        return Window(start, mask, cos, sin)
 
     def attention(self) -> Attention:
         """Return the plain path's attentions, stacked. Their output matrices are the identity."""
         norm, matrix, bias, query_norm, key_norm = self.weights()
+        norms = None
+        if query_norm is not None and key_norm is not None:
+            norms = HeadNorms(RMSNorm(query_norm, eps=EPS), RMSNorm(key_norm, eps=EPS))
         queries = self.kv_heads * self.group * self.head_dim
         identity = jnp.broadcast_to(
             jnp.eye(queries, dtype=self.dtype), (self.slots, queries, queries)
         )
         return Attention(
-            Projection(norm, Matrix(matrix), bias, eps=EPS),
-            Matrix(identity),
-            None if query_norm is None or key_norm is None else (query_norm, key_norm),
+            Projection(RMSNorm(norm, eps=EPS), Matrix(matrix), bias, dtype=self.dtype),
+            Output(Matrix(identity)),
+            norms,
             kv_heads=self.kv_heads,
             group=self.group,
         )

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 from easyspec_jax.checkpoint.canonical import expected_shapes
 from easyspec_jax.draft.layer_group import LayerGroup, load_block
 from easyspec_jax.engine.abstract import ShapeLoader, Shapes
-from easyspec_jax.model.attention import Window
 from easyspec_jax.model.cache import KVCache
+from easyspec_jax.model.windows import Window
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
 from easyspec_jax.parallel.platforms import PlatformSettings
 from easyspec_jax.parallel.spmd import partition_specs, spmd
@@ -57,7 +57,7 @@ def compiled(run: Any, settings: PlatformSettings, tokens: int, capacity: int) -
     stack = len(LAYERS), LLAMA.num_key_value_heads, capacity, LLAMA.head_dim
     cache = KVCache(shape(*stack, dtype=dtype), shape(*stack, dtype=dtype))
     h = shape(1, tokens, LLAMA.hidden_size, dtype=dtype)
-    arguments = group, h, cache, window
+    arguments = group, h, cache, (window,)
     step = spmd(run, mesh, partition_specs(arguments), (P(), P()))
     return jax.jit(step, donate_argnums=2).trace(*arguments).lower().compile()
 

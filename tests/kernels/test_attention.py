@@ -20,6 +20,7 @@ CASES = [
     Case(starts=(0, 40), tokens=5, tree=True),
     Case(starts=(7, 0, 90), head_dim=32, capacity=100),  # no whole number of tiles
     Case(slots=4, group=1, head_dim=128, tokens=2, starts=(120,)),
+    Case(starts=(3, 300), tokens=5, tree=True, capacity=320, sliding=40),  # from another tile on
     Case(slots=1, head_dim=256, kv_heads=1, group=1, tokens=2, starts=(60,)),
 ]
 
@@ -64,9 +65,11 @@ def test_any_number_of_splits_gives_the_same(splits):
 
 def test_what_no_token_reads_is_not_read():
     """Zero times nan is nan, so values of masked entries must not even be multiplied by zero."""
-    case = Case(starts=(3, 100), capacity=192)
+    case = Case(starts=(3, 150), capacity=192, sliding=20)
     k, v = case.cache()[:2]
-    after = jnp.arange(192)[None, :] > jnp.repeat(jnp.array(case.starts), 2)[:, None]
-    k, v = (jnp.where(after[None, :, :, None], np.nan, x) for x in (k, v))
+    entries, start = jnp.arange(192)[None, :], jnp.repeat(jnp.array(case.starts), 2)[:, None]
+    # The tile in which a window begins is loaded whole: entry 131 is in that from 128 on.
+    unread = (entries > start) | (entries < (start - 19) // 64 * 64)
+    k, v = (jnp.where(unread[None, :, :, None], np.nan, x) for x in (k, v))
     mixed = attend(queries(case), k, v, case.window().mask, interpret=True)
     np.testing.assert_array_equal(np.asarray(mixed), kernel(case))

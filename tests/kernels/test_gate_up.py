@@ -7,7 +7,8 @@ import pytest
 
 from easyspec_jax.kernels import gate_up as kernel
 from easyspec_jax.model.matrix import Matrix
-from easyspec_jax.model.projection import Projection
+from easyspec_jax.model.norm import RMSNorm
+from easyspec_jax.model.projection import Output, Projection
 from easyspec_jax.model.transformer import MLP
 from tests.kernels.cases import EPS, Case
 
@@ -19,17 +20,18 @@ from tests.kernels.cases import EPS, Case
 )
 def test_it_agrees_with_the_plain_path(batch, tokens, hidden, inner, bias, dtype):
     case = Case(dtype=dtype)
+    norm = 1 + case.normal(0, hidden, scale=0.1)
     projection = Projection(
-        1 + case.normal(0, hidden, scale=0.1),
+        RMSNorm(norm, eps=EPS),
         Matrix(case.normal(1, 2 * inner, hidden, scale=hidden**-0.5)),
         case.normal(2, 2 * inner) if bias else None,
-        eps=EPS,
+        dtype=dtype,
     )
     down, h = jnp.eye(inner, dtype=dtype), case.normal(3, batch, tokens, hidden)
     own_bias = None if projection.bias is None else projection.bias[...]
-    arrays = h, projection.norm[...], projection.weight.values[...], own_bias
+    arrays = h, norm, projection.weight.values[...], own_bias
     got = kernel.gate_up(*arrays, eps=EPS, interpret=True)
-    expected = jax.jit(MLP(projection, Matrix(down)))(h)
+    expected = jax.jit(MLP(projection, Output(Matrix(down))))(h)
     assert got.dtype == expected.dtype
     case.assert_close(got.astype(jnp.float32), expected.astype(jnp.float32))
 

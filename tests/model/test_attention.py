@@ -7,34 +7,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from jax.sharding import PartitionSpec as P
+from transformers import Phi3Config
 from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
 )
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply_to_part
 
 from easyspec_jax.checkpoint.config import model_config
-from easyspec_jax.checkpoint.directory import open_checkpoint
-from easyspec_jax.model.attention import Attention, Nodes, chain_window, rotate, tree_window
+from easyspec_jax.model.attention import Attention, rotate
 from easyspec_jax.model.cache import KVCache, quantize
 from easyspec_jax.model.norm import rms_norm
-from easyspec_jax.model.transformer import Decoder
-from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
+from easyspec_jax.model.windows import chain_windows
 from tests.kernels.cases import Case
-from tests.support.helpers import on_mesh
 from tests.support.models import (
     FAMILIES,
     family_config,
-    forward,
-    load_target,
-    loader,
-    partition_specs,
-    save_model,
 )
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", [name for name in FAMILIES if not name.startswith("gemma")])
 def test_rotation(family):
     reference = family_config(family)
     config = model_config(reference.to_dict())
@@ -45,96 +39,24 @@ def test_rotation(family):
     positions = torch.from_numpy(start[:, None] + np.arange(7)[None])
     cos, sin = LlamaRotaryEmbedding(reference)(x, positions)
     expected, _ = apply_rotary_pos_emb(x, x, cos, sin)
-    window = chain_window(jnp.asarray(start), 7, 1024, config)
+    (window,) = chain_windows(jnp.asarray(start), 7, 1024, config)
     np.testing.assert_allclose(
         rotate(jnp.asarray(x.numpy()), window), expected.numpy(), atol=2e-4, rtol=0
     )
 
 
-def test_a_token_reads_itself_and_what_came_before():
-    window = chain_window(jnp.array([0, 3]), 2, 6, model_config(family_config("smollm2").to_dict()))
-    assert window.mask.astype(int).tolist() == [
-        [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]],
-        [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]],
-    ]
-
-
-@pytest.mark.parametrize("first", [0, 2])
-def test_a_chain_of_nodes_stands_where_a_chain_does(first):
-    """Rows have different lengths, and the nodes from `first` on make the pass."""
-    config, text, nodes = (
-        model_config(family_config("llama3").to_dict()),
-        np.array([0, 5], np.int32),
-        4,
-    )
-    depth = np.tile(np.arange(nodes, dtype=np.int32), (2, 1))[:, first:]
-    ancestors = np.tile(np.tri(nodes, dtype=bool), (2, 1, 1))[:, first:]
-    nodes_of_rows = Nodes(*map(jnp.asarray, (text + first, text, depth, ancestors)))
-    window = tree_window(nodes_of_rows, 12, config)
-    expected = chain_window(jnp.asarray(text + first), nodes - first, 12, config)
-    jax.tree.map(np.testing.assert_array_equal, window, expected)
-
-
-def test_a_node_reads_the_text_and_its_own_path():
-    ancestors = jnp.asarray([[[True, False, False], [True, True, False], [True, False, True]]])
-    nodes = Nodes(jnp.array([2]), jnp.array([2]), jnp.array([[0, 1, 1]]), ancestors)
-    window = tree_window(nodes, 6, model_config(family_config("smollm2").to_dict()))
-    assert window.mask.astype(int).tolist() == [
-        [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 1, 0]]
-    ]
-
-
-PATHS = ((0,), (0, 1), (0, 2), (0, 2, 3), (0, 1, 4), (0, 2, 5), (0, 2, 5, 6))
-"""Path from the root to each node of a tree, in the order of the nodes."""
-
-
-def test_a_node_of_a_tree_is_the_end_of_a_chain(tmp_path):
-    """Logits after a node are those after its path as plain text.
-
-    All nodes in one pass, as verified, or level by level, as drafted.
-    """
-    save_model(tmp_path, "smollm2", num_hidden_layers=2)
-    from_ = loader(open_checkpoint(tmp_path), MeshShape(1, 1))
-    model, random = load_target(from_), np.random.default_rng(0)
-    lengths, size = np.array([9, 5], np.int32), len(PATHS)
-    text, tokens = (random.integers(0, 300, size=(2, n)).astype(np.int32) for n in (9, size))
-    depth = np.array([len(path) - 1 for path in PATHS], np.int32)
-    ancestors = np.array([[node in path for node in range(size)] for path in PATHS])
-
-    def body(
-        model: Decoder, text: jax.Array, tokens: jax.Array, lengths: jax.Array
-    ) -> list[jax.Array]:
-        def in_passes(*counts: int) -> jax.Array:
-            _, caches = model(text, model.init_caches(2, 9 + size), jnp.zeros(2, jnp.int32))
-            logits, first = [], 0
-            for count in counts:
-                here = slice(first, first + count)
-                own = (jnp.broadcast_to(x[here], (2, *x[here].shape)) for x in (depth, ancestors))
-                h, caches = model(tokens[:, here], caches, Nodes(lengths + first, lengths, *own))
-                logits.append(model.logits(h))
-                first += count
-            return jnp.concatenate(logits, axis=1)
-
-        return [in_passes(7), in_passes(1, 2, 3, 1)]
-
-    specs = (partition_specs(model), P(), P(), P())
-    results = on_mesh(MeshShape(1, 1), body, specs, P(None, None, ALL_AXES))(
-        model, text, tokens, lengths
-    )
-
-    chains = np.zeros((2, size, 9 + max(map(len, PATHS))), np.int32)
-    for row, length in enumerate(lengths):
-        for node, path in enumerate(PATHS):
-            chains[row, node, : length + len(path)] = [
-                *text[row, :length],
-                *tokens[row, list(path)],
-            ]
-    expected = forward(model, from_.mesh, chains.reshape(2 * size, -1)).reshape(
-        2, size, chains.shape[2], -1
-    )
-    expected = expected[np.arange(2)[:, None], np.arange(size), lengths[:, None] + depth]
-    for logits in results:
-        np.testing.assert_allclose(logits[..., :300], expected[..., :300], atol=1e-4, rtol=0)
+def test_rotation_of_a_part_of_each_head():
+    options = {"partial_rotary_factor": 0.5, "rope_type": "default", "rope_theta": 1e4}
+    config = model_config(family_config("qwen3").to_dict() | {"rope_parameters": options})
+    reference = Phi3Config(hidden_size=64, num_attention_heads=4, rope_parameters=options)
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 3, 7, 16)).astype(np.float32))
+    cos, sin = Phi3RotaryEmbedding(reference)(x, torch.arange(5, 12)[None])
+    expected, _ = apply_to_part(x, x, cos, sin)
+    (window,) = chain_windows(jnp.array([5]), 7, 1024, config)
+    assert window.cos.shape == (1, 7, 4)
+    found = rotate(jnp.asarray(x.numpy()), window)
+    np.testing.assert_allclose(found, expected.numpy(), atol=2e-6, rtol=0)
+    np.testing.assert_array_equal(found[..., 8:], x[..., 8:])
 
 
 def test_norm():
@@ -166,6 +88,20 @@ def test_attention_reads_what_a_quantized_cache_stands_for(starts, tokens, tree,
         case.assert_close(found.astype(jnp.float32), expected)
         alone = own.attend(q, jax.tree.map(lambda x, slot=slot: x[slot], stored), window)
         np.testing.assert_array_equal(found, alone)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["floats", "int8"])
+def test_attention_reads_a_cut_as_the_whole_cache(quantized):
+    """Keys, values and scales of the same entries are cut, for every row, head and slot."""
+    case = Case(starts=(40, 7), tokens=6, tree=True, head_dim=16, capacity=64, sliding=9)
+    window, q, cache = case.window(), case.normal(9, *queries(case)), case.cache()
+    cut = replace(window, first=jnp.array([40 - 8, 0]), size=8 + 6)
+    if quantized:
+        (k, k_scale), (v, v_scale) = map(quantize, cache[:2])
+        cache = KVCache(k, v, k_scale, v_scale)
+    for slot in range(case.slots):
+        own = jax.tree.map(lambda x, slot=slot: x[slot], case.attention())
+        case.assert_close(own.attend(q, cache, cut, slot), own.attend(q, cache, window, slot))
 
 
 def queries(case: Case) -> tuple[int, ...]:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from easyspec_jax.checkpoint.directory import Checkpoint, open_checkpoint
-from easyspec_jax.checkpoint.tensors import Slices, TensorSource, read_into
+from easyspec_jax.checkpoint.tensors import Slices, TensorSource
 from easyspec_jax.model import loader as module
+from easyspec_jax.model.shard_plan import Copy
 from easyspec_jax.parallel.mesh import MeshShape
 from tests.support.models import FAMILIES, load_target, loader, save_model
 
@@ -60,7 +61,9 @@ def test_every_element_is_read_once_for_each_shard_that_has_it(tmp_path, family,
     layout = from_._head_layout(from_.axes)
     for name, counts in source.reads.items():
         expected = np.ones_like(counts)
-        if "k_proj" in name or "v_proj" in name:  # copied where queries of one head are split
+        # Those of a key head are copied where its queries are split.
+        full_norm = "k_norm" in name and from_.config.qk_norm == "full"
+        if full_norm or "k_proj" in name or "v_proj" in name:
             copies = Counter(layout.kv_index.flat)
             per_head = [copies[head] for head in range(from_.config.num_key_value_heads)]
             expected *= np.repeat(per_head, from_.config.head_dim).reshape(
@@ -90,7 +93,7 @@ def test_blocks_on_the_way_are_bounded(tmp_path, stored, monkeypatch):
         convert(open_huggingface(directory), tmp_path / "orbax")
         directory = tmp_path / "orbax"
     source, from_ = recorded(directory, MeshShape(1, 1))
-    down = from_.mlp(3).down.values[...]
+    down = from_.mlp(3).down.weight.values[...]
     assert source.largest * 4 <= 4096
     whole = open_checkpoint(directory).source.read("model.layers.3.mlp.down_proj.weight")
     np.testing.assert_array_equal(np.asarray(down)[:, : whole.shape[1]], whole)
@@ -127,25 +130,20 @@ def test_a_host_array_is_placed_shard_by_shard(tmp_path):
     np.testing.assert_array_equal(np.asarray(placed), array)
 
 
-def test_read_into_takes_any_layout_and_type():
-    class Source:
-        def shapes(self):
-            return {"w": (300, 7)}
-
-        def dtypes(self):
-            return {"w": "float64"}
-
-        def read(self, name, window=()):
-            return np.arange(2100.0).reshape(300, 7)[window]
-
-    whole = Source().read("w")
-    for out in (
-        np.zeros((300, 7), np.float32),
-        np.zeros((7, 300), np.float32).T,
-        np.zeros((600, 14))[::2, ::2],
-    ):
-        read_into(out, Source(), "w")
-        np.testing.assert_array_equal(out, whole)
-    out = np.zeros((2, 20), np.float16)
-    read_into(out.T, Source(), "w", (slice(5, 25), slice(3, 5)))
-    np.testing.assert_array_equal(out, whole[5:25, 3:5].T)
+def test_blocks_fill_any_layout(monkeypatch):
+    monkeypatch.setattr("easyspec_jax.checkpoint.tensors._BLOCK", 1024)
+    whole = np.arange(2100.0).reshape(300, 7)
+    shards = {1: np.zeros((7, 40), np.float16).T, 2: np.zeros((8, 14), np.float32)}
+    copies = (
+        Copy("w", (slice(0, 300), slice(0, 7)), 0, (slice(0, 300), slice(0, 7))),  # elsewhere
+        Copy("w", (slice(200, 240), slice(0, 7)), 1, (slice(0, 40), slice(0, 7))),
+        Copy("w", (slice(5, 9), slice(3, 5)), 2, (slice(2, 6), slice(6, 8))),
+    )
+    blocks = list(module._blocks(copies, shards))
+    for out, tensor, window in blocks:
+        assert tensor == "w" and 4 * 7 * (window[0].stop - window[0].start) <= 1024
+        out[...] = whole[window]
+    assert len(blocks) == 2 + 1
+    np.testing.assert_array_equal(shards[1], whole[200:240])
+    np.testing.assert_array_equal(shards[2][2:6, 6:8], whole[5:9, 3:5])
+    assert shards[2].sum() == whole[5:9, 3:5].sum()

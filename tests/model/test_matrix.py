@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from easyspec_jax.checkpoint.quantized import quantize
-from easyspec_jax.model.matrix import Matrix
+from easyspec_jax.checkpoint.rounding import quantize
+from easyspec_jax.model import matrix as module
+from easyspec_jax.model.matrix import FEW_TOKENS, Matrix, sums_in_memory
 
 OUT, INNER = 24, 64
 
@@ -27,6 +28,41 @@ def test_a_product_is_that_of_the_floats(dtype, group, tokens):
     got = jax.jit(matrix)(x)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, x @ floats.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, group", [("int8", INNER), ("int4", 16)])
+def test_offsets_are_added_to_every_column_of_a_group(dtype, group):
+    matrix, floats = _case(dtype, group)
+    assert matrix.scale is not None
+    offset = np.random.default_rng(2).normal(size=matrix.scale.shape).astype(np.float32)
+    floats = floats + np.repeat(offset, group, axis=1)
+    matrix = Matrix(matrix.values[...], matrix.scale[...], jnp.asarray(offset))
+    x = np.random.default_rng(1).normal(size=(2, 3, INNER)).astype(np.float32)
+    np.testing.assert_allclose(jax.jit(matrix)(x), x @ floats.T, rtol=1e-5, atol=1e-5)
+    found = matrix.rows(jnp.asarray([[3, 0, 23]], jnp.int32), jnp.float32)
+    np.testing.assert_allclose(found, floats[np.array([[3, 0, 23]])], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("block", [1, 7, 12, 24])
+def test_many_tokens_are_multiplied_by_a_few_outputs_at_a_time(monkeypatch, block):
+    """24 outputs are 3 blocks of 7 and 3 more, two of 12, or all at once."""
+    matrix, floats = _case("int4", 16)
+    tokens = FEW_TOKENS // 2 + 1  # in each of two rows
+    monkeypatch.setattr(module, "_SUMS", block * 4 * 2 * tokens)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, tokens, INNER)), jnp.float32)
+    whole = jnp.stack([matrix(x[:, token : token + 1])[:, 0] for token in range(tokens)], axis=1)
+    assert sums_in_memory(OUT, 4, 2 * tokens) == block * 4 * 2 * tokens
+    np.testing.assert_allclose(jax.jit(matrix)(x), whole, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(whole, x @ floats.T, rtol=1e-5, atol=1e-5)
+
+
+def test_sums_of_many_tokens_are_never_all_in_memory(monkeypatch):
+    """All would be 32 MiB: 512 outputs, 64 groups, 256 tokens. A float copy would be 4 MiB."""
+    monkeypatch.setattr(module, "_SUMS", 1 << 18)
+    matrix = Matrix(jnp.zeros((512, 2048), jnp.int4), jnp.zeros((512, 64)))
+    compiled = jax.jit(matrix.__call__).lower(jnp.zeros((1, 256, 2048))).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes < 6 << 20
 
 
 @pytest.mark.parametrize("dtype, group", [("int8", INNER), ("int4", 16)])

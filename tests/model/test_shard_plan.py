@@ -101,7 +101,8 @@ def expected_times(
 ) -> np.ndarray:
     """Once, or as often as head_layout() copies a key-value head."""
     times = np.ones(shape, int)
-    if "k_proj" in name or "v_proj" in name:
+    full_norm = "k_norm" in name and config.qk_norm == "full"
+    if full_norm or "k_proj" in name or "v_proj" in name:
         layout = head_layout(config.num_attention_heads, config.num_key_value_heads, shards)
         copies = Counter(layout.kv_index.flat)
         for head, own in enumerate(np.split(times, config.num_key_value_heads)):

@@ -21,7 +21,7 @@ from easyspec_jax.parallel.mesh import MeshShape, spread
 from easyspec_jax.parallel.rendezvous import Peer, find_peer
 from tests.conftest import CACHE
 from tests.support.models import add_refit, save_model
-from tests.support.worker import CountingSource, decode
+from tests.support.worker import PROMPT, CountingSource, decode
 
 ROOT = Path(__file__).parents[2]
 VERIFIERS = ["rejection", "coupled"]
@@ -40,7 +40,7 @@ WAYS = [
         ("easyspec", 2, VERIFIERS),
     )
     for verifier in verifiers
-]
+] + [{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_min": 1}]
 """Groups without a refit by rejection, with one coupled."""
 
 
@@ -81,6 +81,7 @@ def test_processes_give_the_tokens_of_one_and_read_their_shards_only(model, alon
     assert [process.returncode for process in all_] == [0] * count, first[1]
     assert others == [("", "")] * (count - 1)
     tokens, bytes_ = alone
+    assert all(way[-1] == len(PROMPT) for way in tokens)  # bytes, each of them cached
     assert [json.loads(line) for line in first[0].splitlines()] == tokens
     read = [int((tmp_path / str(number)).read_text()) for number in range(count)]
     assert sum(read) >= bytes_ and max(read) < bytes_ * (1 / count + 0.1)  # norms are everybody's
@@ -247,3 +248,16 @@ def test_somebody_elses_server_is_no_coordinator():
         with pytest.raises(EasySpecError, match="did not answer like process 0"):
             rendezvous.report(Peer(address, 2, 1), "")
         thread.join()
+
+
+def test_all_processes_hear_what_the_first_says():
+    """In the order in which it was said, however late they ask."""
+    ends = socket.socketpair()
+    first, other = (hosts.Watch("test", own, {1 - own: end}) for own, end in enumerate(ends))
+    said = [[0.1, None], [], [1e-9, 2.5]]
+    assert [first.from_first(value) for value in said] == said
+    assert [other.from_first(["its own"]) for _ in said] == said
+    leaving = threading.Thread(target=other.meet, args=("done",))
+    leaving.start()
+    first.meet("done")
+    leaving.join()

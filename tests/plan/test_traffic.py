@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from easyspec_jax.checkpoint.config import model_config
 from easyspec_jax.decode.programs import Programs
-from easyspec_jax.decode.round import RoundConfig, State
+from easyspec_jax.decode.state import RoundConfig, State
 from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.layer_group import run_fuzzy
 from easyspec_jax.engine.abstract import abstract_pair, abstract_state
@@ -102,7 +102,7 @@ def test_a_fuzzy_step_costs_groups_plus_layers(mesh, lp_size):
         made = programs(mesh, lp_size, axes)
 
         def body(target: Decoder, draft: Decoder, state: State) -> jax.Array:
-            return draft(state.pending[:, :1], state.draft, state.length, run)[0]
+            return draft(state.pending(1), state.draft, state.length, run)[0]
 
         mapped = made.mapped(body, (made.state_spec,), P())
         arguments = (made.leaves, abstract_state(made, rows=1, capacity=128))

@@ -12,7 +12,7 @@ from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.draft.grouping import format_layout
 from easyspec_jax.draft.refit_file import load
 from easyspec_jax.refit import RefitConfig, refit, refitting
-from easyspec_jax.refit.borders import measure_groups
+from easyspec_jax.refit.borders import candidates, measure_groups
 from easyspec_jax.refit.fidelity import DEPTHS
 from easyspec_jax.refit.texts import LENGTH
 from tests.support.models import save_model
@@ -56,7 +56,7 @@ def test_a_pair_refits_its_draft_as_if_it_were_alone(pair, draft, tmp_path, caps
 
 @pytest.mark.slow
 def test_a_target_answers_the_prompts(pair, draft, tmp_path, monkeypatch):
-    prompts = ["a fox", "a much shorter fox"]
+    prompts = ["a fox", "a much shorter fox", "the", "two foxes"]
     config = RefitConfig(
         lp_size=2, borders="paper", prompts=prompts, answered_by="target", tokens=1000, out=tmp_path
     )
@@ -70,10 +70,11 @@ def test_a_target_answers_the_prompts(pair, draft, tmp_path, monkeypatch):
     refit(pair, config)
     # A tenth of the texts, at least one, is held out, and they come first.
     sampling = replace(config.sampling_params(), max_new_tokens=LENGTH)
-    first = pair.target_alone().generate(prompts, sampling, batch_size=2)
+    first = pair.target_alone().generate(prompts, sampling, batch_size=len(prompts))
     ids = [token for done in first for token in done.prompt_ids + done.token_ids]
     told = [token for token in ids if token < pair.draft.config.vocab_size]
     (texts,) = fitted_on
+    assert len(told) > LENGTH
     assert texts.ravel()[: len(told) - LENGTH].tolist() == told[LENGTH:]
     with pytest.raises(EasySpecError, match="`answered_by` target needs a pair"):
         refit(open_model(draft[0].directory, speculative=VANILLA), config)
@@ -99,6 +100,24 @@ def test_a_smaller_size_takes_the_overlaps_that_are_there(pair, tmp_path, monkey
     assert alone.after == load(tmp_path / "one" / "lp2.safetensors", pair.draft)[0]
     refit(pair, replace(config, lp_size=2, ridge=0.1))
     assert measured == [2, 3, 2, 2]
+
+
+def test_the_search_makes_no_more_collectives_than_the_size_asked_for(pair, tmp_path, monkeypatch):
+    """Of 8 layers the rule forms 0,1-6,7 at size 7: its largest group would allow four groups."""
+
+    def overlaps(_loader, lp_size, sizes, *_args):
+        return {group: 0.99 ** len(group[0]) ** 2 for group in candidates(8, lp_size, sizes)}
+
+    monkeypatch.setattr(refitting, "measure_groups", overlaps)
+    monkeypatch.setattr(refitting, "fit", lambda *_: {})
+    monkeypatch.setattr(refitting, "save", lambda path, *_: path.touch())
+    monkeypatch.setattr(refitting, "_compared", lambda *_: {})
+    text = tmp_path / "text"
+    text.write_text("a quick brown fox jumps over the lazy dog " * 60)
+    fitted = refit(pair, RefitConfig(lp_size=7, text=text, tokens=1000, out=tmp_path))
+    assert format_layout(fitted.before) == "0,1-6,7"
+    assert sorted(len(group) for group in fitted.after.groups) == [2, 3, 3]
+    assert fitted.after.collectives == fitted.before.collectives
 
 
 @pytest.mark.slow

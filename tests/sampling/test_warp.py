@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 import torch
 from jax.sharding import PartitionSpec as P
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape
-from easyspec_jax.sampling.warp import shard_cutoff, warp
+from easyspec_jax.sampling.warp import min_p_cutoff, shard_cutoff, warp
 from tests.support.helpers import on_mesh
 
 ROWS, VOCAB = 9, 64
@@ -55,6 +60,42 @@ def test_transformers_keeps_the_same(logits, mesh, temperature, top_k, top_p):
     np.testing.assert_allclose(
         warped(logits, temperature, top_k, top_p, mesh), expected.numpy(), rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("mesh", [MeshShape(1, 1), MeshShape(4, 2)], ids=str)
+@pytest.mark.parametrize("min_p", [0.0, 0.05, 0.4, 1.0])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (7, 1.0), (0, 0.8), (20, 0.7)])
+def test_min_p_comes_before_top_k_and_top_p(logits, mesh, min_p, top_k, top_p):
+    """The order is vLLM's; transformers applies min-p last, which keeps other tokens."""
+    warpers: list[Any] = [
+        TemperatureLogitsWarper(1.3),
+        MinPLogitsWarper(min_p),
+        *([TopKLogitsWarper(top_k)] if top_k else []),
+        TopPLogitsWarper(top_p),
+    ]
+    expected = torch.tensor(logits)
+    for warper in warpers:
+        expected = warper(None, expected)
+
+    def body(logits: jax.Array) -> jax.Array:
+        temperature, p, k, m = (
+            jnp.full(ROWS, x, dtype)
+            for x, dtype in (
+                (1.3, jnp.float32),
+                (top_p, jnp.float32),
+                (top_k, jnp.int32),
+                (min_p, jnp.float32),
+            )
+        )
+        if top_k or top_p < 1:
+            cut = shard_cutoff(logits, temperature, k, p, ALL_AXES, m)
+        else:
+            cut = min_p_cutoff(logits, temperature, m, ALL_AXES)
+        return warp(logits, temperature, cut)
+
+    split = P(None, ALL_AXES)
+    found = np.asarray(on_mesh(mesh, body, (split,), split)(logits))
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
 
 
 def test_a_draft_that_every_device_has_whole_is_cut_alike(logits):

@@ -95,6 +95,93 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
+    "llama with biases": (
+        transformers.LlamaConfig,
+        {
+            "hidden_size": 48,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "phi3": (
+        transformers.Phi3Config,
+        {
+            "hidden_size": 48,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "pad_token_id": 0,
+        },
+    ),
+    "granite": (
+        transformers.GraniteConfig,
+        {
+            "hidden_size": 48,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.6,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 1.7,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "olmo2": (
+        transformers.Olmo2Config,
+        {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3},
+    ),
+    "gemma2": (
+        transformers.Gemma2Config,
+        {
+            "hidden_size": 48,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "sliding_window": 30,
+        },
+    ),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        {
+            "hidden_size": 48,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 20,
+            "sliding_window_pattern": 3,
+        },
+    ),
+    # A layer without experts, and inner channels that no mesh divides.
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        {
+            "hidden_size": 48,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_experts": 10,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "mixtral": (
+        transformers.MixtralConfig,
+        {
+            "hidden_size": 48,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
 }
 
 
@@ -117,6 +204,17 @@ def save_model(directory: Path, family: str, seed: int = 0, **options: Any) -> A
     model.eval().save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return model
+
+
+def save_noisy_pair(target: Path, draft: Path, family: str, **options: Any) -> None:
+    """Write a random target, and as its draft a noisy copy that often agrees with it."""
+    save_model(target, family, **options)
+    noisy = save_model(draft, family, **options)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in noisy.parameters():
+            parameter.add_(0.1 * parameter.std() * torch.randn_like(parameter))
+    noisy.save_pretrained(draft)
 
 
 def byte_tokenizer(order: int = 1) -> PreTrainedTokenizerFast:

@@ -18,16 +18,27 @@ from easyspec_jax.checkpoint.tensors import Slices
 from easyspec_jax.parallel.hosts import joined
 from easyspec_jax.parallel.rendezvous import Peer
 
+PROMPT = "Hello, I said hello"
+
 
 def decode(model: str, way: dict[str, Any]) -> list[int]:
-    """Return the token ids that a model as its own draft makes on four devices in one way."""
+    """Return the token ids that a model as its own draft makes on four devices in one way.
+
+    The second of two prompts begins with the first; how many of its tokens were cached comes last.
+    """
     engine = open_model(
-        model, model, mesh="layer=2,tensor=2", speculative=SpeculativeConfig(**way), dtype="float32"
+        model,
+        model,
+        mesh="layer=2,tensor=2",
+        speculative=SpeculativeConfig(**way),
+        dtype="float32",
+        prefix_cache=1 << 20,
     )
-    (completion,) = engine.generate(
-        ["Hello"], SamplingParams(temperature=1.0, seed=3, max_new_tokens=8)
+    first, second = engine.generate(
+        [PROMPT, f"{PROMPT}, all of you"],
+        SamplingParams(temperature=1.0, seed=3, max_new_tokens=8),
     )
-    return completion.token_ids
+    return [*first.token_ids, *second.token_ids, second.stats.cached_tokens]
 
 
 class CountingSource(SafetensorsSource):

@@ -4,15 +4,13 @@ from typing import Any
 
 import jax
 import pytest
-import torch
 
 from easyspec_jax import SamplingParams, SpeculativeConfig, open_model
-from easyspec_jax.decode import growth
-from easyspec_jax.decode import round as rounds
+from easyspec_jax.decode import accepting
 from easyspec_jax.engine.engine import Engine
 from easyspec_jax.model.cache import KVCache, move
 from easyspec_jax.options import KVDType, Method
-from tests.support.models import save_model
+from tests.support.models import save_noisy_pair
 
 LAYERS, PAIRS, FOUR = 5, "0,1-2,3-4", "0,1-4"
 """Layers of both models, and groups of two and of four of the draft's."""
@@ -28,13 +26,7 @@ SAMPLED = SamplingParams(max_new_tokens=30, temperature=0.9, seed=3)
 def pair(tmp_path_factory):
     """Directories of a target and of a draft, which is a noisy copy of it."""
     target, draft = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("draft")
-    save_model(target, "smollm2", num_hidden_layers=LAYERS)
-    noisy = save_model(draft, "smollm2", num_hidden_layers=LAYERS)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in noisy.parameters():
-            parameter.add_(0.1 * parameter.std() * torch.randn_like(parameter))
-    noisy.save_pretrained(draft)
+    save_noisy_pair(target, draft, "smollm2", num_hidden_layers=LAYERS)
     return target, draft
 
 
@@ -69,7 +61,7 @@ def plain(pair):
     return texts(opened(pair))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "mesh, method, options",
     [
@@ -88,13 +80,13 @@ def plain(pair):
 )
 def test_speculation_changes_no_token(pair, plain, mesh, method, options, monkeypatch):
     """The greedy texts outgrow their caches."""
-    monkeypatch.setattr(growth, "AHEAD", 1)
+    monkeypatch.setattr("easyspec_jax.decode.programs.AHEAD", 1)
     engine = opened(pair, mesh, method, **options)
     assert texts(engine) == plain
     assert engine.programs(GREEDY)._extend._cache_size() >= 1  # pyright: ignore[reportFunctionMemberAccess]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_scales_that_stay_behind_would_be_found(pair, plain, monkeypatch):
     """A planted fault: accepted entries move, and their scales do not."""
 
@@ -102,7 +94,7 @@ def test_scales_that_stay_behind_would_be_found(pair, plain, monkeypatch):
         moved = move(KVCache(cache.k, cache.v), source, start)
         return moved._replace(k_scale=cache.k_scale, v_scale=cache.v_scale)
 
-    monkeypatch.setattr(rounds, "move", values_only)
+    monkeypatch.setattr(accepting, "move", values_only)
     found = opened(pair, method="tree").generate(PROMPTS[:1], GREEDY)
     assert [completion.token_ids for completion in found] != plain[0][:1]
 

@@ -8,7 +8,7 @@ import pytest
 from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.decode.loop import decode
 from easyspec_jax.decode.programs import Programs
-from easyspec_jax.decode.round import RoundConfig
+from easyspec_jax.decode.state import RoundConfig
 from easyspec_jax.demo import DRAFT, TARGET
 from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.layer_group import LayerGroup, load_draft

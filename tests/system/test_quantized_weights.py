@@ -1,8 +1,18 @@
 """Rounded matrices change the model, never what speculation makes of it."""
 
+from dataclasses import replace
+from typing import Any
+
+import jax
 import pytest
 
+from convert.converting import ConvertConfig, convert
+from convert.huggingface import open_huggingface
+from convert.stream import convert as convert_model
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, open_model
+from easyspec_jax.checkpoint.quantized import Quantized
+from easyspec_jax.checkpoint.tensors import Held, Overlay
+from easyspec_jax.engine.fits import needed
 from tests.support.models import save_model
 
 PROMPTS = ["a quick brown fox", "the"]
@@ -50,7 +60,7 @@ def test_rounding_changes_the_model(plain):
     assert plain["int4", 0.0] != plain[None, 0.0]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mesh", ["1", "layer=2,tensor=1", "layer=2,tensor=4"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("weights, draft_weights", [("int8", "int4"), ("int4", None)])
@@ -69,13 +79,54 @@ def test_a_rounded_target_drafted_for_says_what_it_says_alone(
         assert texts == plain[weights, sampling.temperature]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("draft_weights", ["bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("mesh", ["1", "layer=4,tensor=2"])
 def test_a_rounded_draft_leaves_the_text_alone(directories, plain, draft_weights, mesh):
     for sampling in (GREEDY, SAMPLED):
         options = {"mesh": mesh, "speculative": WAYS["easyspec"], "draft_weights": draft_weights}
         assert _texts(directories, sampling, **options) == plain[None, sampling.temperature]
+
+
+def test_a_type_that_is_wider_than_the_stored_one_is_refused(directories, tmp_path):
+    convert(directories[0], tmp_path / "int4", ConvertConfig(weights="int4"))
+    stored = "int4: matrices are stored as int4, and `{}` int8 would only take more memory"
+    with pytest.raises(EasySpecError, match=stored.format("weights")):
+        open_model(tmp_path / "int4", directories[1], weights="int8")
+    with pytest.raises(EasySpecError, match=stored.format("draft_weights")):
+        open_model(directories[0], tmp_path / "int4", draft_weights="int8")
+
+
+def test_int8_on_disk_and_int4_in_memory_are_reported_and_counted_as_int4(directories, tmp_path):
+    convert(directories[0], tmp_path / "int8", ConvertConfig(weights="int8"))
+    options: Any = {"weights": "int4", "draft_weights": "bfloat16", "dtype": "bfloat16"}
+    engine = open_model(tmp_path / "int8", directories[1], **options)
+    # The draft's type is the one that is computed in.
+    assert engine.kept_weights == "target int4"
+    workload = engine.workload(256, 16, 1, GREEDY)
+    target: Any = engine.load()[0]
+    assert target.blocks[0].mlp.down.weight.dtype == "int4"
+    held = sum(array.nbytes for array in jax.tree.leaves(engine.load()))
+    assert needed(workload).weights == held
+
+
+def test_each_matrix_counts_as_it_is_stored(directories, tmp_path):
+    """Layers of one checkpoint are in int4, int8 and floats."""
+    source = open_huggingface(directories[0])
+    below, above = Quantized(source.source, "int8"), Quantized(source.source, "int4")
+    held = {}
+    for name in below.shapes():
+        if ".layers.1." in name or ".layers.2.mlp" in name:
+            held[name] = (above if ".layers.1." in name else below).read(name)
+    model = replace(source, source=Overlay(source.source, Held(held)))
+    convert_model(model, tmp_path / "mixed")
+    engine = open_model(tmp_path / "mixed", speculative=SpeculativeConfig(method="vanilla"))
+    workload = engine.workload(256, 16, 1, GREEDY)
+    assert engine.kept_weights == "target int4"  # of more matrices than int8
+    target: Any = engine.load()[0]
+    dtypes = [str(block.mlp.down.weight.dtype) for block in target.blocks]
+    assert dtypes == ["float32", "int4", "int8", *dtypes[3:]] and set(dtypes[3:]) == {"float32"}
+    assert needed(workload).weights == sum(array.nbytes for array in jax.tree.leaves(target))
 
 
 def test_an_unknown_type_is_one_line(directories):

@@ -214,3 +214,46 @@ def test_one_seed_is_one_text(checkpoint, drafts, refit_of, plainly, draft, mesh
         checkpoint, drafts[draft], mesh=mesh, platform="cpu", speculative=speculative
     )
     assert texts(engine, temperature, batch_size=5) == plainly(temperature)
+
+
+EVERY_OPTION = SamplingParams(
+    temperature=0.9,
+    top_p=0.97,
+    min_p=0.02,
+    seed=11,
+    max_new_tokens=32,
+    logit_bias={284: 2.0, 30: -100.0},
+    min_new_tokens=20,
+    ignore_eos=True,
+    stop_token_ids=(198,),
+    presence_penalty=0.3,
+    frequency_penalty=0.4,
+    repetition_penalty=1.1,
+    bad_words=("the", "it is"),
+    n=3,
+    logprobs=2,
+)
+
+
+@pytest.mark.parametrize(
+    ("draft", "mesh", "way"), [("noisy", "1", "N=4"), ("noisy", "8", "tree-4")]
+)
+def test_every_option_at_once_leaves_one_seed_one_text(checkpoint, drafts, draft, mesh, way):
+    """Three seeds a prompt, in batches, against plain decoding one after another."""
+
+    def generated(engine: Engine, batch_size: int) -> list[list[int]]:
+        made = engine.generate(PROMPTS[:2], EVERY_OPTION, chat=True, batch_size=batch_size)
+        return [completion.token_ids for completion in made]
+
+    plain = open_model(
+        checkpoint,
+        platform="cpu",
+        speculative=SpeculativeConfig(method="vanilla", verifier="coupled"),
+    )
+    expected = generated(plain, 1)
+    speculative = SpeculativeConfig(**WAYS[way], verifier="coupled")
+    engine = open_model(
+        checkpoint, drafts[draft], mesh=mesh, platform="cpu", speculative=speculative
+    )
+    assert generated(engine, 3) == expected
+    assert all(30 not in text for text in expected)

@@ -1,6 +1,6 @@
 """Models small enough to enumerate all texts: the next token depends on the last one alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,8 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from easyspec_jax.decode.round import RoundConfig, State, init_state, speculative_round
+from easyspec_jax.decode.lookup import append
+from easyspec_jax.decode.round import speculative_round
+from easyspec_jax.decode.state import Report, RoundConfig, State, init_state
 from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape
+from easyspec_jax.sampling.adjust import RowAdjustments, adjustment_specs
 from easyspec_jax.verify import RowSampling
 from tests.support.helpers import on_mesh
 
@@ -64,6 +67,14 @@ def make_pairs() -> dict[str, Pair]:
     }
 
 
+def make_prompt(target: np.ndarray, length: int = 24) -> tuple[int, ...]:
+    """Write a prompt as a target would; its last token is 0, as everywhere."""
+    random, prompt = np.random.default_rng(2), [0]
+    while len(prompt) < length - 1:
+        prompt.append(int(random.choice(TOKENS, p=softmax(target[prompt[-1]]))))
+    return (*prompt, 0)
+
+
 class Truncation(NamedTuple):
     """Top-k and top-p."""
 
@@ -94,40 +105,68 @@ def program(
     draft_axes: Axes = ALL_AXES,
     rounds: int = LENGTH,
     planting: Callable[[jax.Array], AbstractContextManager[None]] = nullcontext,
+    drafting: bool = True,
+    step: Callable[..., tuple[State, Report]] = speculative_round,
 ) -> Callable[..., jax.Array]:
-    """Compile whole rounds that write texts of up to LENGTH tokens after a first token.
+    """Compile whole rounds that write texts of up to LENGTH tokens after a prompt.
 
     The program returns int32 [rows, LENGTH], a row per seed, -1 where a text is shorter. Its last
-    argument is the number of a fault, which `planting` plants.
+    argument is the number of a fault, which `planting` plants. drafting: whether the draft drafts.
+    step: a round.
     """
 
     def body(
-        target: Markov, draft: Markov, request: RowSampling, first: jax.Array, fault: jax.Array
+        target: Markov,
+        draft: Markov,
+        request: RowSampling,
+        adjustments: RowAdjustments | None,
+        prompt: jax.Array,
+        fault: jax.Array,
     ) -> jax.Array:
         with planting(fault):
-            return texts(target, draft, request, first)
+            return texts(target, draft if drafting else None, request, adjustments, prompt)
 
-    def texts(target: Markov, draft: Markov, request: RowSampling, first: jax.Array) -> jax.Array:
+    def texts(
+        target: Markov,
+        draft: Markov | None,
+        request: RowSampling,
+        adjustments: RowAdjustments | None,
+        prompt: jax.Array,
+    ) -> jax.Array:
         limit = jnp.full(request.seed.shape, LENGTH, jnp.int32)
-        state = init_state(target, draft, request, limit, 0, config.pending_size)  # pyright: ignore[reportArgumentType]
-        pending = jnp.broadcast_to(first, state.pending.shape)
-        state = replace(state, pending=pending, pending_count=jnp.ones_like(limit))
+        begun = prompt.size - 1
+        models: dict[str, Any] = {"target": target, "draft": draft}
+        state = init_state(
+            **models,
+            request=request,
+            limit=limit,
+            adjustments=adjustments,
+            capacity=prompt.size + LENGTH,
+        )
+        rows = jnp.broadcast_to(prompt, (limit.size, prompt.size))
+        state = replace(
+            state,
+            length=jnp.full_like(limit, begun),
+            draft_length=jnp.full_like(limit, begun),
+            text=append(state.text, rows, 0 * limit, jnp.full_like(limit, prompt.size)),
+        )
 
-        def step(carry: tuple[State, jax.Array], _: None) -> tuple[tuple[State, jax.Array], None]:
+        def write(carry: tuple[State, jax.Array], _: None) -> tuple[tuple[State, jax.Array], None]:
             state, texts = carry
-            state, report = speculative_round(target, draft, state, config)  # pyright: ignore[reportArgumentType]
+            state, report = step(target, draft, state, config)  # pyright: ignore[reportArgumentType]
             columns = jnp.arange(report.tokens.shape[1], dtype=jnp.int32)[None, :]
-            places = (state.length - report.num_tokens)[:, None] + columns
+            places = (state.length - begun - report.num_tokens)[:, None] + columns
             places = jnp.where(columns < report.num_tokens[:, None], places, LENGTH)
             put = jax.vmap(lambda text, place, tokens: text.at[place].set(tokens, mode="drop"))
             return (state, put(texts, places, report.tokens)), None
 
         empty = jnp.full((*limit.shape, LENGTH), -1, jnp.int32)
-        (_, written), _ = jax.lax.scan(step, (state, empty), None, length=rounds)
+        (_, written), _ = jax.lax.scan(write, (state, empty), None, length=rounds)
         return written
 
     specs = tuple(Markov(P(None, axes or None), axes) for axes in (ALL_AXES, draft_axes))
-    return on_mesh(mesh, body, (*specs, P(), P(), P()), P())
+    in_specs = *specs, P(), adjustment_specs(config.kinds), P(), P()
+    return on_mesh(mesh, body, in_specs, P())
 
 
 def draw_texts(
@@ -137,10 +176,14 @@ def draw_texts(
     vocab: int = 16,
     draft_axes: Axes = ALL_AXES,
     fault: int = 0,
+    prompt: Sequence[int] = (0,),
+    adjustments: RowAdjustments | None = None,
+    may_end: bool = False,
 ) -> np.ndarray:
     """Draw a text for each row of a request, in tokens from 0 to TOKENS - 1.
 
-    The program sees them spread over the ids of a vocabulary.
+    The program sees them spread over the ids of a vocabulary, which adjustments are for. prompt:
+    ends with token 0. may_end: texts may be shorter than LENGTH; TOKENS fills them up.
     """
     ids = np.arange(TOKENS, dtype=np.int32) * (vocab // TOKENS)
     tables = np.full((2, vocab, vocab), -np.inf, np.float32)
@@ -148,11 +191,12 @@ def draw_texts(
     models = (
         Markov(table, axes) for table, axes in zip(tables, (ALL_AXES, draft_axes), strict=True)
     )
-    texts = np.asarray(run(*models, request, ids[0], np.int32(fault)))
-    assert np.isin(texts, ids).all(), (
+    texts = np.asarray(run(*models, request, adjustments, ids[list(prompt)], np.int32(fault)))
+    ended = (texts == -1) & may_end
+    assert (np.isin(texts, ids) | ended).all(), (
         "a token without probability under the target, or too few tokens"
     )
-    return np.searchsorted(ids, texts)
+    return np.where(ended, TOKENS, np.searchsorted(ids, texts))
 
 
 def count(texts: np.ndarray) -> np.ndarray:

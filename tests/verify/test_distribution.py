@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from easyspec_jax.decode import round as round_
-from easyspec_jax.decode.round import RoundConfig
+from easyspec_jax.decode.lookup import Found, Lookup
+from easyspec_jax.decode.state import RoundConfig, State
 from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape
 from easyspec_jax.sampling.noise import Purpose
 from easyspec_jax.verify import Coupled, Rejection, RowSampling, rejection
@@ -35,6 +36,7 @@ from tests.verify.markov import (
     draw_texts,
     joint,
     make_pairs,
+    make_prompt,
     make_request,
     program,
 )
@@ -44,11 +46,18 @@ CHUNK = 20_000
 LEVELS = 2
 PAIRS = make_pairs()
 TRUNCATIONS = (NO_TRUNCATION, Truncation(6, 0.9))
+LOOKUP = Lookup(longest=3, shortest=1)
+PROMPT = make_prompt(PAIRS["good"].target)
+"""Prompt of cases with lookups: the target's own words, most of which come again."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Texts to draw, and how. nodes: None verifies the whole tree."""
+    """Texts to draw, and how.
+
+    nodes: None verifies the whole tree. lookup: drafts are looked up in a longer prompt, "alone" or
+    to join what the draft drafts.
+    """
 
     verifier: type[Rejection] | type[Coupled]
     width: int
@@ -56,10 +65,12 @@ class Case:
     truncation: Truncation
     pair: str
     nodes: int | None = None
+    lookup: Literal["", "alone", "joined"] = ""
 
     def __str__(self) -> str:
         tree = f"{self.width}" + (f"of{self.nodes}" if self.nodes else "")
         cut = "whole" if self.truncation == NO_TRUNCATION else "cut"
+        tree += self.lookup
         return f"{self.verifier.__name__.lower()}-{tree}-{self.temperature}-{cut}-{self.pair}"
 
     def counts(self, chunks: int) -> np.ndarray:
@@ -68,11 +79,14 @@ class Case:
         The case's name decides its seeds.
         """
         start = zlib.crc32(str(self).encode())
-        run = compiled(self.verifier(self.truncation != NO_TRUNCATION), self.width, self.nodes)
+        verifier = self.verifier(self.truncation != NO_TRUNCATION)
+        run = compiled(verifier, self.width, self.nodes, lookup=self.lookup)
         requests = (self.request(start + i * CHUNK) for i in range(chunks))
-        return np.cumsum(
-            [count(draw_texts(run, PAIRS[self.pair], request)) for request in requests], axis=0
-        )
+        return np.cumsum([count(self.texts(run, request)) for request in requests], axis=0)
+
+    def texts(self, run: Any, request: RowSampling, fault: int = 0) -> np.ndarray:
+        prompt = PROMPT if self.lookup else (0,)
+        return draw_texts(run, PAIRS[self.pair], request, fault=fault, prompt=prompt)
 
     def request(self, start: int) -> RowSampling:
         return make_request(np.arange(start, start + CHUNK), self.temperature, self.truncation)
@@ -83,10 +97,21 @@ class Case:
 
 @cache
 def compiled(
-    verifier: Any, width: int, nodes: int | None, mesh: MeshShape = ONE, draft_axes: Axes = ALL_AXES
+    verifier: Any,
+    width: int,
+    nodes: int | None,
+    mesh: MeshShape = ONE,
+    draft_axes: Axes = ALL_AXES,
+    lookup: str = "",
 ) -> Any:
-    config = RoundConfig(LEVELS, True, verifier, (), width, nodes)
-    return program(config, mesh, draft_axes)
+    config = config_of(verifier, width, nodes, lookup)
+    return program(config, mesh, draft_axes, drafting=lookup != "alone")
+
+
+def config_of(verifier: Any, width: int, nodes: int | None, lookup: str) -> RoundConfig:
+    """Return the configuration of a round; one that only looks up calibrates no draft."""
+    looked_up = LOOKUP if lookup else None
+    return RoundConfig(LEVELS, lookup != "alone", verifier, (), width, nodes, lookup=looked_up)
 
 
 def p_value(counts: np.ndarray, probabilities: np.ndarray) -> float:
@@ -103,6 +128,9 @@ def every_case() -> Iterator[Case]:
         pairs = list(PAIRS) if truncation == NO_TRUNCATION else ["good", "bad"]
         for pair in pairs:
             yield Case(verifier, 1, temperature, truncation, pair)
+        yield Case(verifier, 1, temperature, truncation, "good", lookup="alone")
+        for width, nodes, pair in ((1, None, "bad"), (1, None, "good"), (4, 5, "bad")):
+            yield Case(verifier, width, temperature, truncation, pair, nodes, "joined")
         for width, nodes in ((4, None), (4, 5), (8, None), (12, None)):
             yield Case(
                 verifier, width, temperature, truncation, pairs[next(turn) % len(pairs)], nodes
@@ -126,6 +154,17 @@ _FEW = [
     *[(Coupled, 4, 0.7, 1, "good"), (Coupled, 4, 1.0, 1, "bad"), (Coupled, 12, 1.0, 0, "blind")],
 ]
 FEW_CASES = [Case(v, width, t, TRUNCATIONS[cut], pair) for v, width, t, cut, pair in _FEW]
+FEW_CASES += [
+    Case(verifier, 1, temperature, truncation, "good", lookup="alone")
+    for verifier in (Rejection, Coupled)
+    for temperature, truncation in zip((0.7, 1.0), TRUNCATIONS, strict=True)
+]
+FEW_CASES += [
+    Case(Rejection, 1, 0.7, NO_TRUNCATION, "bad", lookup="joined"),
+    Case(Rejection, 1, 1.0, TRUNCATIONS[1], "good", lookup="joined"),
+    Case(Rejection, 4, 1.0, NO_TRUNCATION, "bad", 5, "joined"),
+    Case(Coupled, 4, 0.7, NO_TRUNCATION, "bad", lookup="joined"),
+]
 
 
 @pytest.mark.slow
@@ -179,6 +218,18 @@ def test_the_mesh_changes_nothing():
 
 
 @pytest.mark.slow
+def test_a_coupled_text_does_not_depend_on_the_draft():
+    """Drafted by a model, looked up, or decoded plainly."""
+    request = make_request(np.arange(2000), 0.7)
+    plain = program(RoundConfig(0, False, Coupled(), ()), ONE, drafting=False)
+    runs = [plain, compiled(Coupled(), 1, None), compiled(Coupled(), 1, None, lookup="alone")]
+    runs.append(compiled(Coupled(), 4, 5, lookup="joined"))
+    expected, *others = (draw_texts(run, PAIRS["good"], request, prompt=PROMPT) for run in runs)
+    for texts in others:
+        np.testing.assert_array_equal(texts, expected)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("verifier", [Rejection(), Coupled()], ids=repr)
 def test_a_text_depends_on_its_own_request_alone(verifier):
     """Its place in the batch and its neighbours' requests do not matter."""
@@ -225,7 +276,14 @@ FAULTS = (
     "positions share their noise",
     "a rejected token is replaced by one of the target",
     "no dice",
+    "lookups know the noise",
+    "lookups are taken for draws",
 )
+IN_DRAFTS = FAULTS[:-2]
+IN_LOOKUPS = {
+    "alone": ("none", "requests share their noise", *FAULTS[-4:-1]),
+    "joined": ("none", *FAULTS[-4:]),
+}
 # A chain has no siblings, and the "bad" draft gets too few pairs of tokens accepted in a chain.
 IN_TREES = {
     "what is left of the target is not normalised",
@@ -241,6 +299,7 @@ def planting(fault: jax.Array) -> Iterator[None]:
 
     Its number is an array, so one program serves all faults.
     """
+    real_look_up = round_._look_up
     names = ("target_left", "draft_left", "gumbel", "noise_keys", "uniform", "accept_children")
     real = {name: getattr(rejection, name) for name in names}
     real_prune = round_.prune
@@ -269,7 +328,10 @@ def planting(fault: jax.Array) -> Iterator[None]:
         other = jnp.where(
             has("probabilities are those of another node"), jnp.roll(tree.q, 1, axis=1), tree.q
         )
-        accept, rest = real["accept_children"](p, replace(tree, q=other), u)
+        sure = tree.sure
+        if sure is not None:
+            sure &= ~has("lookups are taken for draws")
+        accept, rest = real["accept_children"](p, replace(tree, q=other, sure=sure), u)
         return accept, jnp.where(has("a rejected token is replaced by one of the target"), p, rest)
 
     def prune(tree: Tree, nodes: int) -> Tree:
@@ -291,7 +353,20 @@ def planting(fault: jax.Array) -> Iterator[None]:
     def uniform(keys: jax.Array) -> jax.Array:
         return jnp.where(has("no dice"), 0.0, real["uniform"](keys))
 
+    def look_up(state: State, config: RoundConfig) -> Found:
+        # The first token is the one that the noise of a rejection favours.
+        position, request = (state.length + 1)[:, None], state.request
+        keys = real["noise_keys"](request.seed, position, request.round, Purpose.RESIDUAL)[:, 0]
+        ids = jnp.arange(TOKENS, dtype=jnp.int32)
+        noise = real["gumbel"](keys, jnp.broadcast_to(ids, (position.shape[0], TOKENS)))
+        favoured = jnp.argmax(noise, axis=1, keepdims=True).astype(jnp.int32)
+        found = real_look_up(state, config)
+        other = jnp.concatenate([favoured, found.tokens[:, 1:]], axis=1)
+        tokens = jnp.where(has("lookups know the noise"), other, found.tokens)
+        return found._replace(tokens=tokens)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(round_, "_look_up", look_up)
         for function in (target_left, draft_left, gumbel, accept_children, noise_keys, uniform):
             patch.setattr(rejection, function.__name__, function)
         patch.setattr(round_, "prune", prune)
@@ -300,19 +375,17 @@ def planting(fault: jax.Array) -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "width, nodes, fault",
-    [(1, 1, fault) for fault in FAULTS if fault not in IN_TREES]
-    + [(4, 5, fault) for fault in FAULTS],
+    "width, nodes, lookup, fault",
+    [(1, 1, "", fault) for fault in IN_DRAFTS if fault not in IN_TREES]
+    + [(4, 5, "", fault) for fault in IN_DRAFTS]
+    + [(1, 1, lookup, fault) for lookup, faults in IN_LOOKUPS.items() for fault in faults],
 )
-def test_planted_faults_are_noticed(width, nodes, fault):
-    run = with_faults(width, nodes)
-    case = Case(Rejection, width, 0.7, NO_TRUNCATION, "bad", nodes)
+def test_planted_faults_are_noticed(width, nodes, lookup, fault):
+    run = with_faults(width, nodes, lookup)
+    case = Case(Rejection, width, 0.7, NO_TRUNCATION, "bad", nodes, lookup)
     requests = (case.request(3 * 10**9 + i * CHUNK) for i in range(3))
     try:
-        texts = [
-            draw_texts(run, PAIRS["bad"], request, fault=FAULTS.index(fault))
-            for request in requests
-        ]
+        texts = [case.texts(run, request, FAULTS.index(fault)) for request in requests]
     except AssertionError:
         # Some texts end early, because the fault leaves nothing to choose from.
         assert fault != "none"
@@ -322,5 +395,6 @@ def test_planted_faults_are_noticed(width, nodes, fault):
 
 
 @cache
-def with_faults(width: int, nodes: int) -> Any:
-    return program(RoundConfig(LEVELS, True, Rejection(), (), width, nodes), ONE, planting=planting)
+def with_faults(width: int, nodes: int, lookup: str) -> Any:
+    config = config_of(Rejection(), width, nodes, lookup)
+    return program(config, ONE, planting=planting, drafting=lookup != "alone")

@@ -1,7 +1,7 @@
 """Functions of token trees agree with plain walks, on trees made by hand and at random."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import jax
@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 from numpy.typing import ArrayLike
 
-from easyspec_jax.verify.tree import Tree, bare_root, children, deepest, path_to, prune
+from easyspec_jax.verify.tree import (
+    NO_TOKEN,
+    Tree,
+    bare_root,
+    children,
+    deepest,
+    graft,
+    path_to,
+    prune,
+    sure_chain,
+)
 
 BATCH, LEVELS, WIDTH = 24, 4, 3
 
@@ -143,7 +153,12 @@ def test_pruning_keeps_the_best_with_all_that_is_above_them(nodes):
         assert pruned.parent[row].tolist() == [
             kept.index(parent) for parent in tree.parent[row, kept].tolist()
         ]
-        for name in {field.name for field in fields(Tree)} - {"parent", "ancestors", "width"}:
+        for name in {field.name for field in fields(Tree)} - {
+            "parent",
+            "ancestors",
+            "width",
+            "sure",
+        }:
             np.testing.assert_array_equal(
                 getattr(pruned, name)[row], getattr(tree, name)[row, kept]
             )
@@ -170,3 +185,60 @@ def test_a_bare_root_is_a_tree_of_one_node():
     assert find_deepest(tree, zeros.astype(bool)).tolist() == [0, 0]
     assert find_path(tree, zeros[:, 0], 0).tolist() == [[0], [0]]
     jax.tree.map(np.testing.assert_array_equal, cut(tree, 0), tree)
+
+
+def test_a_grafted_path_shares_the_nodes_with_which_it_begins():
+    """A walk from the root finds the path, and whatever is not on it is as before."""
+    random, tree = np.random.default_rng(4), random_tree(4)
+    # Siblings have different tokens, as drafted: their numbers among siblings.
+    place = np.asarray(find_children(tree))
+    tokens = np.zeros(tree.tokens.shape, np.int32)
+    for row in range(BATCH):
+        for node, column in np.argwhere(place[row] > 0):
+            tokens[row, place[row, node, column]] = column
+    tree = replace(tree, tokens=jnp.asarray(tokens))
+    paths = random.integers(0, WIDTH, (BATCH, LEVELS)).astype(np.int32)
+    exists = random.random(BATCH) < 0.9
+    grafted = jax.jit(graft)(tree, paths, exists)
+    below, old, shared = jax.jit(children)(grafted), tree.tokens.shape[1], set()
+    for row in range(BATCH):
+        node = 0
+        for depth, token in enumerate(paths[row].tolist() if exists[row] else [], 1):
+            found = [child for child in below[row, node].tolist() if child]
+            (child,) = [child for child in found if grafted.tokens[row, child] == token]
+            assert child in (found[-1], *range(old)), "the path comes last"
+            assert grafted.depth[row, child] == depth
+            expected = np.array(grafted.ancestors[row, node])
+            expected[child] = True
+            np.testing.assert_array_equal(grafted.ancestors[row, child], expected)
+            assert grafted.sure[row, child] == (child >= old)
+            if child >= old:
+                rank = grafted.rank[row, child]
+                assert grafted.candidates[row, node, rank] == token
+                assert (np.asarray(grafted.candidates[row, node]) == token).sum() == 1
+            else:
+                shared.add(depth)
+            node = child
+        assert exists[row] or not grafted.exists[row, old:].any()
+        assert np.diagonal(grafted.ancestors[row]).all()
+    assert shared >= {1, 2}
+    for name in ("tokens", "parent", "depth", "score", "rank"):
+        np.testing.assert_array_equal(getattr(grafted, name)[:, :old], getattr(tree, name))
+    np.testing.assert_array_equal(grafted.ancestors[:, :old, :old], tree.ancestors)
+    np.testing.assert_array_equal(grafted.q[:, :old, :-1], tree.q)
+    assert not grafted.ancestors[:, :old, old:].any()
+    assert not grafted.sure[:, :old].any()
+
+
+def test_without_a_tree_a_grafted_path_is_a_chain():
+    """It begins at the root."""
+    paths, root = jnp.asarray([[7, 8, 9], [4, 5, 6]]), jnp.asarray([1, 2])
+    exists = jnp.asarray([True, False])
+    chain, bare = sure_chain(root, paths, exists), bare_root(root)
+    grafted = graft(bare, paths, exists)
+    for name in ("tokens", "parent", "depth", "exists", "ancestors"):
+        found, expected = np.asarray(getattr(grafted, name)), np.asarray(getattr(chain, name))
+        np.testing.assert_array_equal(found[0], expected[0])
+    assert not grafted.exists[1, 1:].any()
+    assert grafted.candidates[0, :, 1].tolist() == [7, 8, 9, NO_TOKEN]
+    assert grafted.q[0, :, 1].tolist() == [0, 1, 1, 0]

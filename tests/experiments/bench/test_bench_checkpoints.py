@@ -81,6 +81,20 @@ def test_all_figures_of_a_shape(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
+@pytest.mark.slow
+def test_opened_integers_are_compared_with_their_own_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "SHAPES", {"7b": FIELDS})
+    monkeypatch.setattr(bench, "open_", lambda directory, mesh: bench.Run(1.0, 500_000))
+    words = ["--rounds", "1", "--mesh", "1", "--weights", "int8", "--directory", str(tmp_path)]
+    assert bench.main([*words, "--out", str(tmp_path / "r.json")]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    floats, integers = (report["open"][f"{kind}, mesh 1"] for kind in ("huggingface", "orbax"))
+    # Of two bytes, one is left, and four for every row.
+    share = floats["over_weights"] / integers["over_weights"]
+    assert 0.5 < share < 0.6
+    assert report["weights"] == "int8"
+
+
 def test_a_bad_destination_is_one_line(tmp_path, capsys):
     assert bench.main(["--out", str(tmp_path / "r.txt")]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -12,7 +12,7 @@ import torch
 from easyspec_jax.checkpoint.config import model_config
 from easyspec_jax.decode.loop import decode
 from easyspec_jax.decode.programs import Programs
-from easyspec_jax.decode.round import RoundConfig
+from easyspec_jax.decode.state import RoundConfig
 from easyspec_jax.decode.timing import alone, pass_case, round_case
 from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.layer_group import run_fuzzy
@@ -327,6 +327,21 @@ def test_parts_are_measured_and_written(tiny, tmp_path, capsys):
     assert again["parts"].pop("bandwidth") != results["parts"].pop("bandwidth")
     assert again == results
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.slow
+def test_narrower_matrices_are_compared_with_floats(tiny, capsys):
+    code, results = tiny("--only", "narrow")
+    assert code == 0
+    rows = {row["name"]: row for row in results["parts"]["narrow"]["results"]}
+    assert list(rows) == [
+        f"{kind}, {tokens} tokens" for kind in ("floats", "int8", "int4") for tokens in (1, 6, 21)
+    ]
+    assert rows["floats, 6 tokens"]["over_floats"] == 1
+    # On a CPU int4 takes a byte a number too, and has more scales.
+    floats, int8, int4 = (rows[f"{kind}, 1 tokens"]["bytes"] for kind in ("floats", "int8", "int4"))
+    assert 0.25 * floats < int8 < int4 < 0.5 * floats
+    assert "int4, 21 tokens" in capsys.readouterr().out  # names never wrap, headings do
 
 
 @pytest.mark.parametrize("together", [True, False])

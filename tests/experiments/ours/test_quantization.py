@@ -44,5 +44,9 @@ def test_every_kind_of_types_has_a_row(tmp_path, monkeypatch, capsys):
         assert row["equals_plain"] and row.get("both_equals_plain", True)
         assert 0 <= row["draft_acceptance_rate"] <= 1
     assert "int4, int8 caches" in capsys.readouterr().out
+    assert main([*words, "--out", str(out), "--lp-size", "2", "--only", "int4"]) == 0
+    again = json.loads(out.read_text())["results"]
+    assert [row["label"] for row in again] == [row["label"] for row in rows]
+    assert again[0] == rows[0] and again[1]["over_floats"] == pytest.approx(rows[1]["over_floats"])
     assert main([*words, "--out", str(out), "--tokens", "5"]) == 2
     assert "give more than 128" in capsys.readouterr().err

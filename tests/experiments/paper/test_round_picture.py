@@ -66,7 +66,7 @@ def test_attentions_are_where_the_draft_has_them(mesh, tmp_path):
     devices = list(from_.mesh.devices.flat)
     loaded: Any = load_draft(from_, Layout.uniform(groups)).blocks
     for group, block in zip(groups, loaded, strict=True):
-        norms = block.attention.qkv.norm[...].addressable_shards
+        norms = block.attention.qkv.norm.weight[...].addressable_shards
         for layer in group:
             norm = from_.source.read(f"model.layers.{layer}.input_layernorm.weight")
             holding = {

@@ -1,6 +1,7 @@
 """Rows agree with each other, and the same figures are the same picture."""
 
 import json
+import os
 
 import pytest
 
@@ -16,48 +17,24 @@ QUESTIONS = [
 WAYS = ["+sd", "+tree", "EasySpec, N = 3", "EasySpec, N = 3, refit"]
 
 
+def command(directory, *words):
+    """The flags for a tiny model in this directory, which drafts for itself on two devices."""
+    save_model(directory / "model", "smollm2")
+    (directory / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    models = ["--target", str(directory / "model"), "--draft", str(directory / "model")]
+    paths = ["--questions", str(directory / "questions.jsonl"), "--out", f"{directory}/table2.json"]
+    drafts = "--lp-size 3 --tree-width 2 --num-speculative-tokens 2 --max-new-tokens 10"
+    platform = "--mesh 2 --platform cpu --temperatures 0"
+    return [*models, *paths, *drafts.split(), *platform.split(), *words]
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """The directory with the results of a tiny model that drafts for itself."""
     pytest.importorskip("matplotlib")
     directory = tmp_path_factory.mktemp("table2")
-    save_model(directory / "model", "smollm2")
-    (directory / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
-    model = str(directory / "model")
-    assert (
-        main(
-            [
-                "--target",
-                model,
-                "--draft",
-                model,
-                "--questions",
-                str(directory / "questions.jsonl"),
-                "--mesh",
-                "2",
-                "--platform",
-                "cpu",
-                "--lp-size",
-                "3",
-                "--tree-width",
-                "2",
-                "--num-speculative-tokens",
-                "2",
-                "--max-new-tokens",
-                "10",
-                "--temperatures",
-                "0",
-                "--profile-phases",
-                "--repeats",
-                "2",
-                "--fit-tokens",
-                "1000",
-                "--out",
-                str(directory / "table2.json"),
-            ]
-        )
-        == 0
-    )
+    words = ["--profile-phases", "--repeats", "2", "--fit-tokens", "1000"]
+    assert main(command(directory, *words)) == 0
     return directory
 
 
@@ -94,6 +71,25 @@ def test_rows_agree_with_themselves(measured):
     assert exact["rounds_per_100_tokens"] == pytest.approx(100 / 3)
 
 
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="needs two cores",
+)
+def test_a_process_for_every_device(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert main(command(tmp_path, "--processes", "2", "--profile-phases", "--repeats", "2")) == 0
+    rows = json.loads((tmp_path / "table2.json").read_text())["results"]
+    ways = [ONE_DEVICE, TENSOR_PARALLEL, "+sd", "+tree", "EasySpec, N = 3"]
+    assert sorted({row["way"] for row in rows}) == sorted(ways)
+    assert len(rows) == 2 * len(ways)
+    plain = {row["set"]: row for row in rows if row["way"] == ONE_DEVICE}
+    for row in rows:
+        seconds = plain[row["set"]]["seconds_per_100_tokens"]
+        assert row["speedup"] == seconds / row["seconds_per_100_tokens"]
+        assert row["speedup_deviation"] is None
+        assert ("drafting" in row) == (row["way"] not in (ONE_DEVICE, TENSOR_PARALLEL))
+
+
 def test_phases_that_do_not_make_a_round_are_told():
     common = {"temperature": 0.0, "way": "+sd"}
     near, far, unprofiled = (
@@ -123,6 +119,7 @@ def test_the_same_results_are_the_same_picture(measured, tmp_path):
             "--fit-tokens: not allowed with argument --refit",
         ),
         (["--out", "absent/table2.json"], "--out absent/table2.json must be a .json file"),
+        (["--processes", "2"], "--processes 2 needs --mesh 2"),
         (["--temperatures", "-1"], "`temperature` -1.0 must be 0 (greedy)"),
     ],
 )

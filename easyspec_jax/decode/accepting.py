@@ -1,0 +1,173 @@
+"""The end of a round: cut the accepted path, move its cache entries, and advance the state."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from easyspec_jax.decode.lookup import append
+from easyspec_jax.decode.state import Drafted, Fault, Report, RoundConfig, State
+from easyspec_jax.model.cache import move
+from easyspec_jax.sampling.adjust import ends_text, with_output
+from easyspec_jax.sampling.vocabulary import NO_CHOICE
+from easyspec_jax.verify import Verdict
+from easyspec_jax.verify.tree import Tree, path_to
+
+
+def accept(
+    verdict: Verdict,
+    drafted: Drafted,
+    state: State,
+    live: Bool[Array, " batch"],
+    config: RoundConfig,
+    levels: int,
+) -> tuple[Report, Int[Array, " batch"], Int[Array, "batch levels+1"]]:
+    """Cut the accepted path and one token more at stop tokens, the limit and faults.
+
+    Where the draft is not finite nothing is accepted.
+
+    Args:
+        verdict: The verifier's decision.
+        drafted: What it was about.
+        state: The state before the round.
+        live: Rows that are not finished.
+        config: The round's configuration.
+        levels: Levels that the tree has at most.
+
+    Returns:
+        The report, what then remains of the limit, and the path's nodes.
+    """
+    tree, remaining = drafted.tree, state.remaining
+    columns = jnp.arange(levels + 1, dtype=jnp.int32)[None, :]
+    tokens, path, depth = followed(verdict, tree, levels)
+
+    # The first stop token within reach ends the text and is part of it. NO_CHOICE ends it, too, but
+    # does not stand for a token.
+    reach = jnp.minimum(depth + 1, remaining)
+    ends = ends_text(tokens, state.adjustments, config.stop_ids) & (columns < reach[:, None])
+    ended = jnp.any(ends, axis=1)
+    end = jnp.argmax(ends, axis=1).astype(jnp.int32)
+    chosen = take_each(tokens, end) != NO_CHOICE
+    fault = jnp.where(ended & ~chosen, Fault.TARGET.value, Fault.NONE.value)
+    fault = jnp.where(drafted.is_finite, fault, Fault.DRAFT.value)
+    fault = jnp.where(live, fault, Fault.NONE.value).astype(jnp.int32)
+
+    count = jnp.where(ended, end + chosen.astype(jnp.int32), reach)
+    reachable = jnp.minimum(drafted.levels, jnp.where(ended, count, remaining))
+    accepted = jnp.minimum(depth, count)
+    counts = live & drafted.is_finite
+    count = jnp.where(counts, count, 0)
+    reachable = jnp.where(counts, reachable, 0)
+    accepted = jnp.where(counts, accepted, 0)
+    remaining = jnp.where((live & ended) | (fault != Fault.NONE.value), 0, remaining - count)
+    looked_up = _count_lookups(tree, path, reachable, accepted, config)
+    report = Report(tokens, count, reachable, accepted, remaining == 0, fault, *looked_up)
+    return report, remaining, path
+
+
+def followed(
+    verdict: Verdict, tree: Tree, levels: int
+) -> tuple[Int[Array, "batch levels+1"], Int[Array, "batch levels+1"], Int[Array, " batch"]]:
+    """Follow a tree as far as the verdict does.
+
+    Args:
+        verdict: The verifier's decision.
+        tree: What it was about.
+        levels: Levels that the tree has at most.
+
+    Returns:
+        The tokens of the accepted path and one more, the path's nodes, and its depth.
+    """
+    columns = jnp.arange(levels + 1, dtype=jnp.int32)[None, :]
+    depth = take_each(tree.depth, verdict.leaf)
+    path = path_to(tree, verdict.leaf, levels)
+    # Column j of the new tokens is the path's node at depth j + 1, up to the leaf, and then the
+    # verdict's token. With levels = 3, and the leaf, node 5, at depth 2:
+    #   path     0    2    5    0     nodes of depth 0, 1, 2; the last column means nothing
+    #   on_path  t2   t5   .    .     tokens of the path shifted by one
+    #   tokens   t2   t5   v    v     where columns < 2, else the verdict's token
+    on_path = jnp.take_along_axis(tree.tokens, jnp.roll(path, -1, axis=1), axis=1)
+    return jnp.where(columns < depth[:, None], on_path, verdict.token[:, None]), path, depth
+
+
+def _count_lookups(
+    tree: Tree,
+    path: Int[Array, "batch levels+1"],
+    drafted: Int[Array, " batch"],
+    accepted: Int[Array, " batch"],
+    config: RoundConfig,
+) -> tuple[Int[Array, " batch"], Int[Array, " batch"]]:
+    """Count how many of the drafted and of the accepted levels have a token from a lookup."""
+    if config.lookup is None:
+        return jnp.zeros_like(drafted), jnp.zeros_like(accepted)
+    # Nodes of a looked-up path are the last ones, one for each level.
+    first = max(tree.tokens.shape[1] - config.levels, 1)
+    proposed = tree.exists[:, first:] & (tree.depth[:, first:] <= drafted[:, None])
+    columns = jnp.arange(path.shape[1], dtype=jnp.int32)[None, :]
+    taken = (path >= first) & (columns > 0) & (columns <= accepted[:, None])
+    return jnp.sum(proposed, axis=1, dtype=jnp.int32), jnp.sum(taken, axis=1, dtype=jnp.int32)
+
+
+def move_path(
+    state: State, tree: Tree, path: Int[Array, "batch levels+1"], config: RoundConfig
+) -> State:
+    """Move the accepted path's cache entries right behind the text; a chain's are there already.
+
+    With a text of length n and an accepted path of nodes 0, 2, 5:
+
+        entry    n    n+1  n+2  n+3  n+4  n+5
+        before   0    1    2    3    4    5       numbers of nodes
+        after    0    2    5    ...
+
+    Args:
+        state: The state; its caches hold all nodes.
+        tree: The verified tree.
+        path: The accepted path's nodes.
+        config: The round's configuration.
+    """
+    if config.width == 1 and not config.grafts:
+        return state
+    draft, start = state.draft, state.length
+    if not config.calibration:
+        # The draft's entries have the numbers that nodes had before pruning. Calibration rebuilds
+        # them, so they need not move then.
+        entries = start[:, None] + jnp.take_along_axis(tree.entry, path, axis=1)
+        draft = tuple(move(cache, entries, start) for cache in draft)
+    target = tuple(move(cache, start[:, None] + path, start) for cache in state.target)
+    return replace(state, target=target, draft=draft)
+
+
+def commit(state: State, report: Report, live: Bool[Array, " batch"], config: RoundConfig) -> State:
+    """Append the new tokens to the texts, and advance the lengths past what the caches now hold.
+
+    Args:
+        state: The state after move_path().
+        report: What the round adds to each row.
+        live: Rows that were not finished before it.
+        config: The round's configuration.
+    """
+    draft_length = state.draft_length
+    if config.levels > 0:
+        # A round that drafts takes in all of the text. New tokens whose draft KV is kept as
+        # drafting wrote it are, without calibration, those of all levels but the last. Three
+        # levels, all accepted, and one token more:
+        #   new tokens     t1   t2   t3   v
+        #   draft's cache  kv   kv              kept = 2; t3 and v are pending
+        # With calibration nothing is kept, and all four are pending.
+        kept = 0 if config.calibration else jnp.clip(report.num_tokens, 1, config.levels) - 1
+        draft_length = jnp.where(live, state.length + 1 + kept, draft_length)
+    request = replace(state.request, round=state.request.round + live.astype(jnp.int32))
+    return replace(
+        state,
+        length=state.length + report.num_tokens,
+        draft_length=draft_length,
+        request=request,
+        text=append(state.text, report.tokens, state.length + 1, report.num_tokens),
+        adjustments=with_output(state.adjustments, report.tokens, report.num_tokens),
+    )
+
+
+def take_each(x: Array, index: Int[Array, " batch"]) -> Array:
+    """Select x[b, index[b]] for every row b: [batch, n, ...] -> [batch, ...]."""
+    return jax.vmap(lambda row, i: jax.lax.dynamic_index_in_dim(row, i, keepdims=False))(x, index)

@@ -1,0 +1,268 @@
+"""The choice of how many levels the next round drafts, if any.
+
+A draft pays where its tokens are accepted, and costs where they are not. So texts are decoded by
+rounds of several numbers of levels, the tiers, and the host takes for each round the one from which
+it expects the most tokens a second: tokens by what was accepted lately, seconds by the clock.
+
+    levels    expected tokens of a row        seconds    tokens/s
+    0         1                               0.020      50
+    2         1 + 0.7 + 0.7 * 0.6             0.035      61
+    5         1 + 0.7 + 0.7 * 0.6 + ...       0.056      47
+
+A level's acceptance is an estimate from few and old observations, or from none. It fades to that of
+the level above it, and the first level's to FIRST, which is high. So a tier that has not been tried
+for long begins to look good, and is tried again: a failure then costs one round, and a success
+brings drafting back at once. The dearer a draft, the later it is tried.
+
+Nothing here touches a device. All decisions come from reports that have been read.
+"""
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+FIRST = 0.8
+"""Acceptance of the first level where nothing is known about it."""
+
+PRIOR = 0.6
+"""Observations that this belief, and that of a level about the next one, are worth."""
+
+FADING = 0.92
+"""Factor that an observation's weight takes with each newer one of the same level."""
+
+AGEING = 0.98
+"""Factor that it takes with each round that did not draft that level."""
+
+INHERITED = 2.0
+"""Observations, at most, that a new text begins with: those of the texts before it."""
+
+GAIN = 1.03
+"""How much faster another tier must look to be taken."""
+
+SAMPLES = 3
+"""Rounds of a tier's turn that are timed, and the fewest with which it is compared."""
+
+KEPT = 9
+"""Latest times of a tier that count."""
+
+LATEST = 3
+"""Latest rounds that say how fast the machine is."""
+
+DOUBT, STALE = 0.4, 512
+"""Share by which a tier's cost is lowered, in full after so many rounds without timing it."""
+
+
+class Acceptance:
+    """Running estimate, for each row, of how likely a level is accepted if the one above it is.
+
+    Attributes:
+        tried: Observations of each level, faded: [rows, levels].
+        accepted: How many of them were acceptances.
+
+    Examples:
+        A text whose first two levels were accepted, and then one where none was:
+
+        >>> seen = Acceptance(rows=1, levels=3)
+        >>> one = np.ones(1, bool)
+        >>> seen.enter(0)
+        >>> [round(float(x), 2) for x in seen.expected()[0]]
+        [1.0, 1.8, 2.44, 2.95]
+        >>> seen.add(levels=3, accepted=np.array([2]), rows=one)
+        >>> [round(float(x), 2) for x in seen.expected()[0]]
+        [1.0, 1.92, 2.82, 3.15]
+        >>> for _ in range(4):
+        ...     seen.add(levels=3, accepted=np.array([0]), rows=one)
+        >>> [round(float(x), 2) for x in seen.expected()[0]]
+        [1.0, 1.25, 1.42, 1.47]
+    """
+
+    def __init__(self, rows: int, levels: int) -> None:
+        self.tried = np.zeros((rows, levels))
+        self.accepted = np.zeros((rows, levels))
+        # The same of all texts together, which new ones begin with.
+        self._common = np.zeros((2, levels))
+
+    def enter(self, row: int) -> None:
+        """Begin a text in a row with some of what other texts have shown."""
+        tried, accepted = self._common
+        share = np.minimum(1.0, INHERITED / np.maximum(tried, 1e-9))
+        self.tried[row], self.accepted[row] = tried * share, accepted * share
+
+    def add(
+        self, levels: int, accepted: Int[np.ndarray, " rows"], rows: Bool[np.ndarray, " rows"]
+    ) -> None:
+        """Add what a round has shown.
+
+        Args:
+            levels: Levels that it drafted.
+            accepted: How many were accepted in each row.
+            rows: Rows whose texts go on. The last round of a text ends with the text, whatever it
+                would have accepted.
+        """
+        if not rows.any():
+            return
+        depth = np.arange(self.tried.shape[1])
+        # With 1 of 3 accepted, levels 1 and 2 were observed; level 3 had no chance.
+        accepted = accepted[rows, None]
+        observed = (depth <= accepted) & (depth < levels)
+        # Levels that had no chance say as much as before. Those that were not drafted grow old.
+        fading = np.where(observed, FADING, np.where(depth < levels, 1.0, AGEING))
+        self.tried[rows] = self.tried[rows] * fading + observed
+        self.accepted[rows] = self.accepted[rows] * fading + (observed & (depth < accepted))
+        self._common = np.stack([self.tried[rows].mean(axis=0), self.accepted[rows].mean(axis=0)])
+
+    def expected(self) -> Float[np.ndarray, "rows levels+1"]:
+        """Return each row's expected tokens from a round of 0, 1, 2, … levels."""
+        rows, levels = self.tried.shape
+        likely, reached = np.full(rows, FIRST), np.ones(rows)
+        tokens = [reached]
+        for level in range(levels):
+            known = self.accepted[:, level] + PRIOR * likely
+            likely = known / (self.tried[:, level] + PRIOR)
+            reached = reached * likely
+            tokens.append(tokens[-1] + reached)
+        return np.stack(tokens, axis=1)
+
+
+class RoundTimes:
+    """Times of each tier's rounds, in times of the first tier that ran.
+
+    Machines change speed while one measures, and a tier may not run for long. So a tier is timed
+    right after another one, against the speed that the machine had just then. What has not been
+    timed for long is taken for somewhat less than it was, and so timed again if that would matter.
+
+    Examples:
+        A machine that takes twice as long from the seventh round on:
+
+        >>> times = RoundTimes([0, 5])
+        >>> for levels, seconds in [(5, 2.0)] * 3 + [(0, 1.0)] * 3 + [(0, 2.0)] * 5 + [(5, 4.0)]:
+        ...     times.add(levels, seconds)
+        >>> [round(cost, 2) for cost in times.costs()]
+        [0.5, 1.0]
+    """
+
+    def __init__(self, tiers: Sequence[int]) -> None:
+        """Start with no time of any tier."""
+        self._timed = {levels: deque[float](maxlen=KEPT) for levels in tiers}
+        self._age = dict.fromkeys(tiers, 0)
+        self._speed = deque[float](maxlen=LATEST)  # seconds of a round that costs 1
+        self._running, self._turn = -1, 0  # the tier, and how many of its rounds were timed since
+
+    def add(self, levels: int, seconds: float) -> None:
+        """Add the time of a round."""
+        self._turn = self._turn + 1 if levels == self._running else 1
+        self._running = levels
+        timed = self._timed[levels]
+        # Later in its turn, a tier would be compared with itself.
+        if self._turn <= SAMPLES or len(timed) < SAMPLES:
+            timed.append(seconds / median(self._speed) if any(self._others(levels)) else 1.0)
+        for tier in self._age:
+            self._age[tier] += 1
+        self._age[levels] = 0
+        self._speed.append(seconds / self._cost(levels))
+
+    def costs(self) -> list[float | None]:
+        """Return each tier's time; None if too few of its rounds have been timed."""
+        return [
+            self._cost(levels) * (1.0 - DOUBT * min(1.0, self._age[levels] / STALE))
+            if len(timed) >= SAMPLES
+            else None
+            for levels, timed in self._timed.items()
+        ]
+
+    def _others(self, levels: int) -> list[int]:
+        return [len(timed) for tier, timed in self._timed.items() if tier != levels]
+
+    def _cost(self, levels: int) -> float:
+        return median(self._timed[levels])
+
+
+class TierChoice:
+    """Chooses the tier of every round of a batch.
+
+    Every tier is run at first, until it has been timed.
+
+    Attributes:
+        tiers: Their levels, fewest first.
+        times: What their rounds take. It outlives the batch.
+    """
+
+    def __init__(
+        self,
+        tiers: Sequence[int],
+        rows: int,
+        times: RoundTimes,
+        agree: Callable[[Any], Any] = lambda costs: costs,
+        every: int = 1,
+    ) -> None:
+        """Start with rows that hold no text.
+
+        Args:
+            tiers: Levels of the rounds, fewest first.
+            rows: Rows of the batch.
+            times: What their rounds take.
+            agree: Returns the costs that all processes choose by. Each of them has its own clock,
+                and would choose differently; reports are the same everywhere.
+            every: Rounds after which it is called again.
+        """
+        self.tiers, self.times = tuple(tiers), times
+        self._acceptance = Acceptance(rows, self.tiers[-1])
+        self._live = np.zeros(rows, bool)
+        self._now = self.tiers[-1]
+        self._agree, self._every = agree, every
+        self._rounds = 0
+        self._costs: list[float | None] = []
+
+    def enter(self, row: int) -> None:
+        """Note that a row has a new text."""
+        self._acceptance.enter(row)
+        self._live[row] = True
+
+    def leave(self, row: int) -> None:
+        """Note that a row has no text any more."""
+        self._live[row] = False
+
+    def read(
+        self,
+        levels: int,
+        accepted: Int[np.ndarray, " rows"],
+        current: Bool[np.ndarray, " rows"],
+        done: Bool[np.ndarray, " rows"],
+    ) -> None:
+        """Take in the report of a round.
+
+        Args:
+            levels: Its tier.
+            accepted: Levels that each row accepted.
+            current: Rows that still have the text it is about.
+            done: Rows whose texts are finished.
+        """
+        if len(self.tiers) > 1:
+            self._acceptance.add(levels, accepted, current & ~done)
+        self._live &= ~(current & done)
+
+    def next(self) -> int:
+        """Return the levels of the next round."""
+        if len(self.tiers) == 1:
+            return self._now
+        if self._rounds % self._every == 0:
+            self._costs = self._agree(self.times.costs())
+        self._rounds += 1
+        self._now = self._chosen(dict(zip(self.tiers, self._costs, strict=True)))
+        return self._now
+
+    def _chosen(self, costs: Mapping[int, float | None]) -> int:
+        tokens = self._acceptance.expected()[self._live].sum(axis=0)
+        speed = dict[int, float]()
+        # The tier that runs comes first, so that each keeps its turn until it is timed.
+        for levels in (self._now, *reversed(self.tiers)):
+            cost = costs[levels]
+            if cost is None:
+                return levels
+            speed[levels] = tokens[levels] / cost
+        best = max(self.tiers, key=speed.__getitem__)
+        return best if speed[best] > GAIN * speed[self._now] else self._now

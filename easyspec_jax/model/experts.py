@@ -1,0 +1,277 @@
+"""Mixtures of experts: a router sends each token through a few feed-forward parts of many.
+
+Every device has a share of each expert's inner channels, as of an ordinary MLP's, so that the work
+is even whichever experts are chosen. A pass over few tokens takes out the experts that they use;
+one over more tokens sends them through all experts, which reads each expert once. A chunk of a
+prompt goes through all experts in slices, or on a CPU, where arithmetic is dear, in blocks of
+tokens that use the same expert.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from easyspec_jax.arithmetic import ceil_div, power_of_two
+from easyspec_jax.checkpoint.config import Activation, MixtureConfig
+from easyspec_jax.model.activation import ACTIVATIONS
+from easyspec_jax.model.matrix import Matrix
+from easyspec_jax.model.projection import Projection
+
+SLICE = 512
+"""Most tokens that go through all experts at once: each token's results of all are in memory."""
+
+SORTED_FROM = 65
+"""Fewest tokens that are sorted by expert where Experts.sorts is set."""
+
+
+Way = Literal["chosen", "blocks", "all", "slices"]
+"""How a pass goes through the experts; see the methods of Experts of these names."""
+
+
+class Routes(NamedTuple):
+    """The experts that tokens use.
+
+    Attributes:
+        experts: Their numbers, the highest score first.
+        weights: Factors of their outputs, float32.
+    """
+
+    experts: Int[Array, "tokens chosen"]
+    weights: Float[Array, "tokens chosen"]
+
+
+class Blocks(NamedTuple):
+    """Tokens that use the same expert, some at a time.
+
+    Attributes:
+        expert: The expert of each block.
+        tokens: Numbers of the block's tokens.
+        weights: Factors of the expert's outputs; 0 where a block has fewer tokens.
+    """
+
+    expert: Int[Array, " blocks"]
+    tokens: Int[Array, "blocks block"]
+    weights: Float[Array, "blocks block"]
+
+
+class Experts(nnx.Module):
+    """One device's share of a mixture of experts, its pre-norm included.
+
+    Attributes:
+        router: The norm and the matrix whose outputs are scores of the experts; whole on every
+            device.
+        gate_up: Matrices of all experts, whose outputs are [gate | up] of this share: [experts,
+            2 * inner, hidden].
+        down: Output matrices, [experts, hidden, inner].
+        per_token: Experts that a token uses.
+        normalizes: Whether the weights of a token's experts are scaled to sum to 1.
+        activation: Function of the gates.
+        sorts: Whether a pass over many tokens sorts them by expert.
+    """
+
+    def __init__(
+        self,
+        router: Projection,
+        gate_up: Matrix,
+        down: Matrix,
+        *,
+        per_token: int,
+        normalizes: bool,
+        activation: Activation,
+        sorts: bool,
+    ) -> None:
+        self.router, self.gate_up, self.down = router, gate_up, down
+        self.per_token, self.normalizes, self.sorts = per_token, normalizes, sorts
+        self.activation: Activation = activation
+
+    def __call__(
+        self, h: Float[Array, "batch tokens hidden"], gate_up: Projection | None = None
+    ) -> Float[Array, "batch tokens hidden"]:
+        """Compute this share's addend of the output.
+
+        Args:
+            h: Hidden states.
+            gate_up: For an MLP's projection; must be None.
+        """
+        assert gate_up is None, "experts have no refits"
+        x = h if self.router.norm is None else self.router.norm(h)
+        x = x.reshape(-1, h.shape[-1])
+        routes = self.route(x)
+        number, tokens = self.gate_up.shape[0], x.shape[0]
+        way = way_through(tokens, self.per_token, number, self.sorts)
+        if way == "chosen":
+            y = self._through_chosen(x, routes)
+        elif way == "blocks":
+            y = self._through_blocks(x, blocks_of(routes, number))
+        elif way == "all":
+            y = self._through_all(x, routes)
+        else:
+            y = self._through_slices(x, routes)
+        return y.astype(h.dtype).reshape(h.shape)
+
+    def route(self, x: Float[Array, "tokens hidden"]) -> Routes:
+        """Choose each token's experts by softmax of the router's scores.
+
+        Args:
+            x: Normed hidden states, the same on every device.
+        """
+        scores = self.router.weight(x[None], jnp.float32)[0]
+        weights, experts = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), self.per_token)
+        if self.normalizes:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        return Routes(experts.astype(jnp.int32), weights)
+
+    def _through_chosen(
+        self, x: Float[Array, "tokens hidden"], routes: Routes
+    ) -> Float[Array, "tokens hidden"]:
+        """Take out the matrices of each token's experts."""
+        each = routes.experts.reshape(-1)
+        gate_up, down = jax.tree.map(lambda w: w[each], (self.gate_up, self.down))
+        # One token for each of the matrices taken out: [tokens * chosen, 1, 1, hidden]
+        rows = jnp.repeat(x, self.per_token, axis=0)[:, None, None]
+        y = jax.vmap(self._feed_forward)(gate_up, down, rows)[:, 0, 0]
+        weighted = y * routes.weights.reshape(-1, 1)
+        return jnp.sum(weighted.reshape(*routes.experts.shape, -1), axis=1)
+
+    def _through_all(
+        self, x: Float[Array, "tokens hidden"], routes: Routes
+    ) -> Float[Array, "tokens hidden"]:
+        """Multiply all tokens by all experts; those that a token does not use have weight 0."""
+        experts, tokens = self.gate_up.shape[0], x.shape[0]
+        # [tokens, chosen] -> [experts, tokens]
+        rows = jnp.arange(tokens, dtype=jnp.int32)[:, None]
+        weights = jnp.zeros((experts, tokens)).at[routes.experts, rows].set(routes.weights)
+        through = jax.vmap(self._feed_forward, in_axes=(0, 0, None))
+        y = through(self.gate_up, self.down, x[None])
+        return jnp.sum(y[:, 0] * weights[:, :, None], axis=0)
+
+    def _through_slices(
+        self, x: Float[Array, "tokens hidden"], routes: Routes
+    ) -> Float[Array, "tokens hidden"]:
+        """Send some tokens after others through all experts, so that less is in memory at once."""
+        tokens = x.shape[0]
+        slices = ceil_div(tokens, SLICE)
+
+        def in_slices(y: Array) -> Array:
+            y = jnp.pad(y, ((0, slices * SLICE - tokens), (0, 0)))
+            return y.reshape(slices, SLICE, -1)
+
+        parts = jax.tree.map(in_slices, (x, routes))
+        y = jax.lax.map(lambda part: self._through_all(*part), parts)
+        return y.reshape(-1, x.shape[1])[:tokens]
+
+    def _through_blocks(
+        self, x: Float[Array, "tokens hidden"], blocks: Blocks
+    ) -> Float[Array, "tokens hidden"]:
+        """Go through blocks of tokens, each of which uses one expert."""
+
+        def add(total: Array, block: Blocks) -> tuple[Array, None]:
+            gate_up, down = jax.tree.map(lambda w: w[block.expert], (self.gate_up, self.down))
+            y = self._feed_forward(gate_up, down, x[block.tokens][None])[0]
+            return total.at[block.tokens].add(y * block.weights[:, None]), None
+
+        return jax.lax.scan(add, jnp.zeros(x.shape, jnp.float32), blocks)[0]
+
+    def _feed_forward(
+        self, gate_up: Matrix, down: Matrix, x: Float[Array, "batch tokens hidden"]
+    ) -> Float[Array, "batch tokens hidden"]:
+        """Send tokens through one expert; the result is float32."""
+        gate, up = jnp.split(gate_up(x), 2, axis=-1)
+        return down(ACTIVATIONS[self.activation](gate) * up, jnp.float32)
+
+
+def way_through(tokens: int, per_token: int, experts: int, sorts: bool) -> Way:
+    """Choose how a pass goes through the experts.
+
+    Args:
+        tokens: Tokens of the pass, in all rows.
+        per_token: Experts that a token uses.
+        experts: How many there are.
+        sorts: As in Experts.
+
+    Examples:
+        >>> [way_through(tokens, 8, 128, sorts=False) for tokens in (5, 6, 513)]
+        ['chosen', 'all', 'slices']
+    """
+    # Taken out, an expert is read, written and read again.
+    if 3 * tokens * per_token <= experts:
+        return "chosen"
+    if sorts and tokens >= SORTED_FROM:
+        return "blocks"
+    return "all" if tokens <= SLICE else "slices"
+
+
+def numbers_in_memory(
+    mixture: MixtureConfig, hidden: int, inner: int, tokens: int, sorts: bool
+) -> int:
+    """Estimate how many numbers a mixture of experts writes on its way.
+
+    Args:
+        mixture: The experts.
+        hidden: Size of the hidden states.
+        inner: Inner channels of an expert on a device.
+        tokens: Tokens of the pass, in all rows.
+        sorts: As in Experts.
+    """
+    matrices, results = 3 * inner * hidden, 3 * inner + hidden
+    experts, pairs = mixture.num_experts, tokens * mixture.num_experts_per_tok
+    way = way_through(tokens, mixture.num_experts_per_tok, experts, sorts)
+    if way == "chosen":
+        return pairs * (matrices + results)
+    if way == "blocks":
+        return matrices + block_size(tokens, pairs, experts) * results
+    return experts * min(tokens, SLICE) * results
+
+
+def block_size(tokens: int, pairs: int, experts: int) -> int:
+    """Return how many tokens a block has, from the numbers of tokens, of choices and of experts.
+
+    As many as use an expert on average: larger blocks would be filled less, and smaller ones would
+    read an expert's matrices more often.
+
+    Examples:
+        >>> block_size(tokens=512, pairs=512 * 8, experts=128)
+        32
+    """
+    return min(tokens, power_of_two(ceil_div(pairs, experts)))
+
+
+def blocks_of(routes: Routes, experts: int) -> Blocks:
+    """Sort tokens by the experts that they use, in blocks of one size.
+
+    Args:
+        routes: Each token's experts.
+        experts: How many there are.
+
+    Examples:
+        Three tokens use experts 0, 2 and 0 of three:
+
+        >>> routes = Routes(jnp.array([[0], [2], [0]]), jnp.array([[0.5], [1.0], [0.25]]))
+        >>> blocks = blocks_of(routes, experts=3)
+        >>> blocks.weights.tolist()
+        [[0.5], [0.25], [1.0], [0.0], [0.0], [0.0]]
+    """
+    tokens, chosen = routes.experts.shape
+    pairs = tokens * chosen
+    size = block_size(tokens, pairs, experts)
+    used = routes.experts.reshape(-1)
+    order = jnp.argsort(used, stable=True)
+    counts = jnp.sum(jax.nn.one_hot(used, experts, dtype=jnp.int32), axis=0)
+    first_pair = jnp.cumsum(counts) - counts
+    # 5, 0 and 2 pairs in blocks of 4 make 2, 0 and 1 blocks: experts 0, 0, 2.
+    of_expert = -(-counts // size)
+    last_block = jnp.cumsum(of_expert)
+    number = jnp.arange(min(experts, pairs) + pairs // size, dtype=jnp.int32)
+    expert = jnp.searchsorted(last_block, number, side="right").astype(jnp.int32)
+    exists = expert < experts
+    expert = jnp.minimum(expert, experts - 1)
+    within = (number - last_block[expert] + of_expert[expert]) * size
+    within = within[:, None] + jnp.arange(size, dtype=jnp.int32)[None, :]  # [blocks, block]
+    counts_here = exists[:, None] & (within < counts[expert][:, None])
+    pair = order[jnp.minimum(first_pair[expert][:, None] + within, pairs - 1)]
+    weights = jnp.where(counts_here, routes.weights.reshape(-1)[pair], np.float32(0))
+    return Blocks(expert, (pair // chosen).astype(jnp.int32), weights)

@@ -1,0 +1,100 @@
+"""Measure rounds that adapt: `python -m experiments.adapt [--target DIR --draft DIR]`.
+
+Prompts of five kinds, whose texts are drafted well or badly, are completed plainly, by rounds of
+every fixed number of levels, and by rounds that adapt, alternating prompt by prompt. Of each kind,
+the adaptive speed is compared with plain decoding and with the best fixed number of levels.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from easyspec_jax import Engine, SpeculativeConfig
+from easyspec_jax.cli.command import Parser
+from experiments.lib.output import RESULTS, run_experiment
+from experiments.lib.pair import add_flags, open_pair
+from experiments.lib.tables import Rows
+from experiments.ours.lookup import (
+    check,
+    print_table,
+    speeds_by_kind,
+    timed,
+    timed_rows,
+    write,
+)
+from experiments.ours.peers import PLAIN
+
+ADAPTIVE = "adaptive"
+
+
+def open_ways(args: argparse.Namespace) -> dict[str, Engine]:
+    """Open plain decoding, every fixed number of levels, and rounds that adapt up to the most.
+
+    Raises:
+        EasySpecError: As open_model.
+    """
+
+    def way(levels: int, adapt: bool = False) -> SpeculativeConfig:
+        return SpeculativeConfig(
+            method=args.method,
+            num_speculative_tokens=levels,
+            lp_size=args.lp_size,
+            prompt_lookup_min=args.prompt_lookup_min,
+            verifier="coupled",
+            adapt=adapt,
+        )
+
+    adaptive = open_pair(args, way(max(args.levels), adapt=True))
+    fixed = {f"{levels} levels": adaptive.variant(way(levels)) for levels in args.levels}
+    return {PLAIN: adaptive.baseline()} | fixed | {ADAPTIVE: adaptive}
+
+
+def table_of(measured: Mapping[str, Any]) -> Rows:
+    """Tabulate speeds over plain decoding by kind of prompts, then those over the best fixed."""
+    return [*speeds_by_kind(measured), over_best(measured["results"])]
+
+
+def over_best(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the adaptive speed over that of the best fixed way, plain among them, of each kind.
+
+    Medians of the ratios to plain decoding, which runs next to each.
+    """
+    table: dict[str, Any] = {"": f"{ADAPTIVE} over the best fixed"}
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        speeds = {row["way"]: median(row["over_plain"]) for row in rows if row["kind"] == kind}
+        own = speeds.pop(ADAPTIVE)
+        table[kind] = f"{own / max(speeds.values()):.2f}"
+    return table
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print and write the JSON."""
+    questions = check(args)
+    engines = open_ways(args)
+    _, measured = timed(args, questions, engines, args.temperature)
+    rows = timed_rows(questions, measured)
+    print_table(table_of({"results": rows}))
+    write(args, engines[PLAIN], rows, has_draft=args.method != "ngram")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    default = SpeculativeConfig()
+    parser = Parser(prog="python -m experiments.adapt", description=__doc__)
+    add_flags(parser)
+    parser.add_argument("--method", choices=("sd", "easyspec", "ngram"), default="sd")
+    parser.add_argument("--levels", type=int, nargs="+", default=[2, 5])
+    parser.add_argument("--lp-size", type=int, default=default.lp_size)
+    parser.add_argument("--prompt-lookup-min", type=int, default=default.prompt_lookup_min)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS / "adapt.json")
+    return run_experiment("experiments.adapt", parser, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

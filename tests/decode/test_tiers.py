@@ -1,0 +1,206 @@
+"""The tier that is chosen is near the best one, in simulated texts whose best tier is known."""
+
+import numpy as np
+import pytest
+
+from easyspec_jax.decode.state import RoundConfig
+from easyspec_jax.decode.tiers import SAMPLES, Acceptance, RoundTimes, TierChoice
+from easyspec_jax.options import SamplingParams, SpeculativeConfig
+from easyspec_jax.verify import Coupled, Greedy
+
+TIERS = (0, 2, 5)
+COSTS = {
+    "cheap": {0: 1.0, 2: 1.15, 5: 1.4},
+    "usual": {0: 1.0, 2: 1.4, 5: 1.9},
+    "dear": {0: 1.0, 2: 1.8, 5: 3.0},
+}
+"""Times of a round by its levels."""
+
+CATCHING_UP = 0.15
+"""Time of what follows plain rounds before a draft can go on."""
+
+
+def tokens_of(levels: int, acceptance: float) -> float:
+    """Expected tokens of a round."""
+    return sum(acceptance**depth for depth in range(levels + 1))
+
+
+def measured(costs: dict[int, float]) -> RoundTimes:
+    times = RoundTimes(TIERS)
+    for levels in costs:
+        for _ in range(SAMPLES):
+            times.add(levels, costs[levels])
+    return times
+
+
+Stretches = list[tuple[int, float]]
+"""Tokens of a text, and how likely a level is accepted there."""
+
+
+def simulate(costs: dict[int, float], stretches: Stretches, seed: int, noisy: bool) -> float:
+    """Write a text; return the time that it took, over that of an oracle.
+
+    Reports are read, and rounds timed, one round late. noisy: the machine changes its speed now and
+    then, and some rounds are interrupted; times here do not count that. The oracle knows the
+    acceptance, and so which tier is best for each stretch.
+    """
+    random, ends = np.random.default_rng(seed), np.cumsum([size for size, _ in stretches])
+    choice = TierChoice(TIERS, 1, RoundTimes(TIERS) if noisy else measured(costs))
+    choice.enter(0)
+    speed, tokens, spent = 1.0, 0, 0.0
+    before, unread = TIERS[-1], (0, np.zeros(1, int), False)
+    while tokens < ends[-1]:
+        levels = choice.next()
+        acceptance = stretches[int(np.searchsorted(ends, tokens, side="right"))][1]
+        missed = np.flatnonzero(random.random(levels) >= acceptance)
+        accepted = int(missed[0]) if len(missed) else levels
+        tokens += accepted + 1
+        lags = before == 0 < levels
+        spent += costs[levels] + CATCHING_UP * lags
+        before = levels
+        if noisy and random.random() < 0.02:
+            speed = random.uniform(1, 3)
+        late, of_late, timed = unread
+        if timed:
+            stall = 3.0 if noisy and random.random() < 0.1 else 1.0
+            choice.times.add(late, speed * stall * costs[late])
+        choice.read(late, of_late, np.ones(1, bool), np.zeros(1, bool))
+        unread = levels, np.array([accepted]), not lags
+    best = [max(tokens_of(n, acceptance) / costs[n] for n in TIERS) for _, acceptance in stretches]
+    return spent / sum(size / speed for (size, _), speed in zip(stretches, best, strict=True))
+
+
+@pytest.mark.parametrize("costs", COSTS.values(), ids=list(COSTS))
+@pytest.mark.parametrize(
+    ("stretches", "most"),
+    [
+        ([(400, 0.0)], 1.04),
+        ([(400, 0.3)], 1.04),
+        ([(400, 0.6)], 1.09),
+        ([(400, 0.95)], 1.05),
+        ([(300, 0.95), (300, 0.0)] * 3, 1.10),
+        ([(300, 0.0), (300, 0.95)] * 3, 1.10),
+    ],
+    ids=["never", "seldom", "often", "mostly", "falls and rises", "rises and falls"],
+)
+def test_the_loss_against_an_oracle_is_small(costs, stretches, most):
+    assert np.mean([simulate(costs, stretches, seed, noisy=False) for seed in range(10)]) < most
+
+
+@pytest.mark.parametrize("costs", COSTS.values(), ids=list(COSTS))
+@pytest.mark.parametrize("acceptance", [0.0, 0.95])
+def test_a_machine_that_changes_its_speed_does_not_mislead(costs, acceptance):
+    """Times from a slow phase of the machine are not compared with later ones.
+
+    A change of speed in the middle of the first rounds can mislead for some hundreds of them.
+    """
+    ratios = [simulate(costs, [(1500, acceptance)], seed, noisy=True) for seed in range(10)]
+    assert np.median(ratios) < 1.05
+    assert max(ratios) < 1.5
+
+
+def test_every_tier_is_timed_before_they_are_compared():
+    times = RoundTimes(TIERS)
+    choice = TierChoice(TIERS, 1, times)
+    choice.enter(0)
+    taken = []
+    for _ in range(3 * SAMPLES):
+        taken.append(choice.next())
+        times.add(taken[-1], 1.0)
+    assert taken == [5] * SAMPLES + [2] * SAMPLES + [0] * SAMPLES
+    # All cost the same, so the longest is best.
+    assert choice.next() == 5
+
+
+def test_processes_choose_alike_whatever_their_clocks_say():
+    """Process 0 says what rounds take, every few rounds."""
+    said: list[list[float | None]] = []
+    heard = iter(said)
+    first = TierChoice(TIERS, 1, RoundTimes(TIERS), lambda own: said.append(own) or own, every=4)
+    other = TierChoice(TIERS, 1, RoundTimes(TIERS), lambda own: next(heard), every=4)
+    random, taken = np.random.default_rng(0), set()
+    for choice in (first, other):
+        choice.enter(0)
+    for _ in range(100):
+        levels = first.next()
+        assert levels == other.next()
+        accepted = random.integers(0, levels + 1, 1)
+        for choice, speed in ((first, 1.0), (other, 0.1)):
+            choice.times.add(levels, random.random() + speed * levels)
+            choice.read(levels, accepted, np.ones(1, bool), np.zeros(1, bool))
+        taken.add(levels)
+    assert taken == set(TIERS)
+    assert len(said) == 25
+
+
+def test_the_batch_has_one_tier_by_the_sum_of_its_rows():
+    """Rows that are done, or free, do not count."""
+    choice = TierChoice(TIERS, 3, measured(COSTS["dear"]))
+    for row in range(3):
+        choice.enter(row)
+    good, bad = 5, 0
+    everyone, none = np.ones(3, bool), np.zeros(3, bool)
+    for _ in range(10):
+        choice.read(5, np.array([good, bad, bad]), everyone, none)
+    assert choice.next() == 0
+    choice.read(0, np.zeros(3, int), everyone, np.array([False, True, False]))
+    choice.leave(2)
+    assert choice.next() == 5
+
+
+def test_a_text_that_ends_says_nothing_about_acceptance():
+    choice = TierChoice(TIERS, 1, measured(COSTS["usual"]))
+    choice.enter(0)
+    for _ in range(10):
+        choice.read(5, np.array([0]), np.ones(1, bool), np.ones(1, bool))
+    choice.enter(0)
+    assert choice.next() == 5
+
+
+def test_a_new_text_begins_with_some_of_what_others_have_shown():
+    seen = Acceptance(rows=2, levels=2)
+    seen.enter(0)
+    fresh = seen.expected()[0, 2]
+    for _ in range(20):
+        seen.add(2, np.array([0, 0]), np.array([True, False]))
+    seen.enter(1)
+    known, new = seen.expected()[:, 2]
+    assert known < new < fresh
+
+
+@pytest.mark.parametrize(
+    ("options", "tiers"),
+    [
+        ({}, ()),
+        ({"adapt": True}, (0, 2)),
+        ({"adapt": True, "num_speculative_tokens": 2}, (0,)),
+        ({"adapt": True, "num_speculative_tokens": 8, "method": "tree"}, (0, 2, 5)),
+        ({"adapt": True, "method": "ngram"}, (0, 2)),
+        ({"adapt": True, "method": "vanilla"}, ()),
+    ],
+    ids=str,
+)
+def test_tiers_draft_less_than_what_was_configured(options, tiers):
+    config = RoundConfig.of(SpeculativeConfig(**options), SamplingParams(), ())
+    assert config.tiers == tiers
+    for levels in tiers:
+        tier = config.tier(levels)
+        assert tier.levels == levels
+        assert tier.scratch <= config.scratch
+        assert tier.pending_size == config.pending_size
+        assert (tier.lookup is None) == (levels == 0 or config.lookup is None)
+
+
+def test_samples_are_coupled():
+    """Then texts do not depend on the tier."""
+    adapting, sampling = SpeculativeConfig(adapt=True), SamplingParams(temperature=0.8)
+    assert RoundConfig.of(adapting, sampling, ()).verifier == Coupled()
+    assert RoundConfig.of(adapting, SamplingParams(), ()).verifier == Greedy()
+
+
+def test_fixed_rows_leave_caches_their_size():
+    """A cache of another size could be summed in another order than plain decoding's."""
+    adapting = SpeculativeConfig(adapt=True, bit_stable=True)
+    fixed = SpeculativeConfig(bit_stable=True)
+    scratch = [RoundConfig.of(s, SamplingParams(), ()).scratch for s in (adapting, fixed)]
+    assert scratch[0] == scratch[1] == adapting.stable_rows

@@ -1,0 +1,59 @@
+"""A mixture of experts under speculation says what it says alone, and what transformers says."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, open_model
+from easyspec_jax.engine.abstract import bytes_per_device
+from easyspec_jax.refit import RefitConfig, refit
+from tests.support.models import save_model
+
+VANILLA = SpeculativeConfig(method="vanilla")
+PROMPTS = ["a quick brown fox", "the"]
+GREEDY = SamplingParams(max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A mixture and its dense sibling, and transformers' greedy tokens."""
+    target, draft = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("draft")
+    model = save_model(target, "qwen3_moe", num_hidden_layers=3)
+    save_model(draft, "qwen3", num_hidden_layers=4)
+    texts = []
+    for prompt in PROMPTS:
+        ids = open_model(target, speculative=VANILLA).tokenizer.encode(prompt)
+        made = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)
+        texts.append(made[0, len(ids) :].tolist())
+    return target, draft, texts
+
+
+@pytest.mark.parametrize("mesh", ["1", "layer=2,tensor=4"])
+@pytest.mark.parametrize("method", ["vanilla", "easyspec"])
+def test_texts_are_those_of_transformers(pair, method, mesh):
+    target, draft, expected = pair
+    speculative = SpeculativeConfig(method=method, num_speculative_tokens=3, lp_size=2)
+    models = (target,) if method == "vanilla" else (target, draft)
+    engine = open_model(*models, mesh=mesh, speculative=speculative)
+    done = engine.generate(PROMPTS, GREEDY, batch_size=2)
+    assert [text.token_ids for text in done] == expected
+
+
+def test_experts_are_rounded_and_the_router_is_not(pair):
+    target, _, _ = pair
+
+    def mixture(**options: Any) -> Any:
+        return open_model(target, speculative=VANILLA, **options).load()[0].blocks[0]
+
+    experts = mixture(weights="int8").mlp
+    assert experts.gate_up.dtype == experts.down.dtype == "int8"
+    assert experts.router.weight.dtype == "float32"
+    assert bytes_per_device(experts) < 0.5 * bytes_per_device(mixture().mlp)
+
+
+def test_a_mixture_is_not_refitted(pair):
+    target, _, _ = pair
+    engine = open_model(target, speculative=VANILLA)
+    with pytest.raises(EasySpecError, match="a mixture of experts cannot be refitted"):
+        refit(engine, RefitConfig(lp_size=2))

@@ -1,0 +1,150 @@
+"""Texts of a pair with sliding layers and scaled RoPE: drafting changes no token of them."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from easyspec_jax import SamplingParams, SpeculativeConfig, open_model
+from easyspec_jax.checkpoint.config import ModelConfig
+from easyspec_jax.engine.engine import Engine
+from easyspec_jax.model import transformer, windows
+from easyspec_jax.model.windows import Nodes, Window, Windows, tree_windows
+from easyspec_jax.options import Method
+from tests.support.models import save_noisy_pair
+
+LAYERS, FOUR = 5, "0,1-4"
+PROMPTS = ["def add(a, b):", "one two three four five six seven"]
+GREEDY = SamplingParams(max_new_tokens=40)
+OPTIONS: dict[str, Any] = {
+    "num_hidden_layers": LAYERS,
+    "use_sliding_window": True,
+    "sliding_window": 2,  # shorter than paths of a tree
+    "layer_types": ["sliding_attention", "full_attention", *["sliding_attention"] * 3],
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Directories of a target and of a draft, which is a noisy copy of it."""
+    target, draft = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("draft")
+    save_noisy_pair(target, draft, "qwen3", **OPTIONS)
+    return target, draft
+
+
+def opened(pair: Any, mesh: str = "1", method: Method = "vanilla", **options: Any) -> Engine:
+    target, draft = pair
+    return open_model(
+        target,
+        None if method == "vanilla" else draft,
+        mesh=mesh,
+        platform="cpu",
+        speculative=SpeculativeConfig(method=method, **options),
+        dtype="float32",
+    )
+
+
+def texts(engine: Engine) -> list[list[int]]:
+    return [found.token_ids for found in engine.generate(PROMPTS, GREEDY, batch_size=2)]
+
+
+@pytest.fixture(scope="module")
+def plain(pair):
+    return texts(opened(pair))
+
+
+def test_plain_decoding_is_transformers(pair, plain):
+    """Beyond the window, and beyond the original length of the scaling."""
+    engine = opened(pair)
+    model: Any = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
+    for prompt, found in zip(PROMPTS, plain, strict=True):
+        ids = torch.tensor([engine.encode(prompt)])
+        whole = model.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=3)
+        assert whole[0, ids.shape[1] :].tolist() == found
+
+
+@pytest.mark.parametrize(
+    "mesh, method, options",
+    [
+        ("1", "easyspec", {"lp_strategy": FOUR, "tree_width": 3}),
+        pytest.param(
+            "layer=2,tensor=1",
+            "easyspec",
+            {"lp_strategy": FOUR, "tree_width": 3},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("1", "sd", {}, marks=pytest.mark.slow),
+        pytest.param("1", "tree", {"tree_nodes": 8}, marks=pytest.mark.slow),
+        pytest.param(
+            "8",
+            "easyspec",
+            {"lp_strategy": FOUR, "tree_width": 3, "calibration": False},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=str,
+)
+def test_speculation_changes_no_token(pair, plain, mesh, method, options):
+    assert texts(opened(pair, mesh, method, **options)) == plain
+
+
+@pytest.mark.parametrize(
+    "mesh, method, options",
+    [
+        ("1", "easyspec", {"lp_strategy": FOUR, "tree_width": 3}),
+        pytest.param("1", "vanilla", {}, marks=pytest.mark.slow),
+        pytest.param("8", "sd", {}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_cuts_of_caches_change_no_token(pair, plain, monkeypatch, mesh, method, options):
+    monkeypatch.setattr(windows, "ALIGNMENT", 4)  # so that small caches are cut too
+    cut, real = [], windows.Window.cut
+
+    def counted(window: Window, x: jax.Array) -> jax.Array:
+        cut.append(window.size)
+        return real(window, x)
+
+    monkeypatch.setattr(windows.Window, "cut", counted)
+    assert texts(opened(pair, mesh, method, **options)) == plain
+    assert any(cut)
+
+
+def test_bit_stable_texts_read_caches_whole(pair, monkeypatch):
+    """Where a cut begins depends on the pass, and with it the last bits of sums."""
+    monkeypatch.setattr(windows, "ALIGNMENT", 4)
+    made, real = set(), windows.make_windows
+
+    def noted(*args: Any) -> Windows:
+        found = real(*args)
+        made.update(window.size for window in found)
+        return found
+
+    monkeypatch.setattr(windows, "make_windows", noted)
+    texts(opened(pair, method="sd", bit_stable=True))
+    assert made == {0}
+
+
+@pytest.mark.slow
+def test_wider_windows_of_trees_would_be_found(pair, plain, monkeypatch):
+    """A planted fault: nodes read one token more than chains do.
+
+    That nodes are as far away as their positions, not their entries, is tested in
+    tests/model/test_windows.py: few paths are accepted that are longer than a window.
+    """
+
+    def wider(nodes: Nodes, capacity: int, config: ModelConfig, cuts: bool) -> Windows:
+        layers = [replace(kind, window=kind.window and kind.window + 1) for kind in config.layers]
+        return tree_windows(nodes, capacity, replace(config, layers=tuple(layers)), cuts)
+
+    monkeypatch.setattr(transformer, "tree_windows", wider)
+    assert texts(opened(pair, method="easyspec", lp_strategy=FOUR, tree_width=3)) != plain
