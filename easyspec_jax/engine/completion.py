@@ -190,6 +190,11 @@ class Generation:
     logprobs: list[TokenLogprobs] = field(default_factory=list, init=False)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list, init=False)
 
+    @property
+    def latest_logprobs(self) -> list[TokenLogprobs]:
+        """Those of the tokens that the latest report added, if the sampling asks for them."""
+        return self.logprobs[max(0, len(self.logprobs) - len(self.latest.pieces)) :]
+
     def take(self, report: Report, row: int) -> str:
         """Add what a report says about one of its rows, and return the new text.
 

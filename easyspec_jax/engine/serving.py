@@ -27,7 +27,7 @@ from easyspec_jax.decode.loop import Batch
 from easyspec_jax.decode.prefixes import PrefixStore
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.state import RoundConfig
-from easyspec_jax.engine.completion import Completion, Gain, Generation
+from easyspec_jax.engine.completion import Completion, Gain, Generation, TokenLogprobs
 from easyspec_jax.engine.engine import Engine
 from easyspec_jax.engine.running import RunningBatch
 from easyspec_jax.errors import EasySpecError, first_line
@@ -59,16 +59,18 @@ def kinds_for(sampling: SamplingParams, most: int) -> Kinds:
     Raises:
         EasySpecError: It has more bad words, or longer ones, than they have room for.
     """
-    own = replace(Kinds.of(sampling), grammar=0)
+    own = replace(Kinds.of(sampling), grammar=0, logprobs=False)
     if own | OPTIONS != OPTIONS:
         raise EasySpecError(
             f"`bad_words` may be {OPTIONS.bad_words} sequences of up to "
             f"{OPTIONS.bad_word_length + 1} tokens"
         )
-    if sampling.grammar is not None:
-        # Its masks are made on the host, so requests without one keep programs without them.
-        return replace(OPTIONS, grammar=power_of_two(most))
-    return OPTIONS if own != PLAIN else PLAIN
+    logprobs = sampling.logprobs is not None
+    # A grammar's masks are made on the host, so requests without one keep programs without them.
+    grammar = power_of_two(most) if sampling.grammar is not None else 0
+    if own == PLAIN and not logprobs and not grammar:
+        return PLAIN
+    return replace(OPTIONS, grammar=grammar, logprobs=logprobs)
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,12 @@ class Progress:
     Attributes:
         gain: What it added.
         seconds: When it was read, by time.perf_counter().
+        logprobs: Those of the new tokens, if the sampling asks for them.
     """
 
     gain: Gain
     seconds: float
+    logprobs: Sequence[TokenLogprobs] = ()
 
 
 @dataclass(frozen=True)
@@ -360,7 +364,7 @@ class Scheduler:
         """Run a round, and tell listeners what it and the prefills before it brought."""
         for request, text in running.step():
             now = time.perf_counter()
-            request.listener(Progress(text.latest, now))
+            request.listener(Progress(text.latest, now, text.latest_logprobs))
             overdue = now > min(request.entered + self._seconds, self._end)
             if overdue and not text.finished:
                 running.leave(request)

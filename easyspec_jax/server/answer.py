@@ -4,12 +4,16 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
-from easyspec_jax.engine.completion import Completion
+from easyspec_jax.engine.completion import Completion, TokenLogprobs
 from easyspec_jax.engine.serving import Progress
+from easyspec_jax.server.logprobs import Contents, of_chat, of_completion
 from easyspec_jax.server.protocol import Asked
 from easyspec_jax.tokenizer.tool_calls import ToolCall, ToolCallParser
+
+EMPTY: Contents = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Answer:
         id: The answer's.
         created: When it was made, in seconds since 1970.
         finds_calls: Whether calls of tools are found in the text.
+        contents: What each id stands for, if the request asks for log-probabilities.
     """
 
     asked: Asked
@@ -29,19 +34,23 @@ class Answer:
     id: str
     created: int
     finds_calls: bool
+    contents: Contents
 
     @classmethod
-    def to(cls, asked: Asked, model: str, finds_calls: bool = False) -> "Answer":
+    def to(
+        cls, asked: Asked, model: str, finds_calls: bool = False, contents: Contents = EMPTY
+    ) -> "Answer":
         """Return the answer to a request, with an id of its own.
 
         Args:
             asked: The request.
             model: The model's name.
             finds_calls: Whether it writes calls of tools in a form that can be found.
+            contents: What each id stands for, if the request asks for log-probabilities.
         """
         prefix = "chatcmpl-" if asked.chat else "cmpl-"
         identity, now = prefix + secrets.token_hex(16), int(time.time())
-        return cls(asked, model, identity, now, asked.tools and finds_calls)
+        return cls(asked, model, identity, now, asked.tools and finds_calls, contents)
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """Return the answer that is not streamed."""
@@ -82,7 +91,23 @@ class Answer:
             message = {"content": None if message.get("tool_calls") else "", **message}
             text = {"message": {"role": "assistant"} | message}
             reason = said.reason(completion)
-        return {"index": index, **text, "logprobs": None, "finish_reason": reason}
+        logprobs = self.logprobs(completion.logprobs, 0)
+        return {"index": index, **text, "logprobs": logprobs, "finish_reason": reason}
+
+    def logprobs(
+        self, listed: Sequence[TokenLogprobs] | None, offset: int
+    ) -> dict[str, Any] | None:
+        """Return the `logprobs` of a choice or of a chunk; None if there are none.
+
+        Args:
+            listed: Those of its tokens.
+            offset: Characters of the tokens before.
+        """
+        if not listed:
+            return None
+        if self.asked.chat:
+            return of_chat(listed, self.contents)
+        return of_completion(listed, self.contents, offset)
 
 
 class Said:
@@ -134,6 +159,7 @@ class Streamed:
         self._answer, self._index = answer, index
         self._chat, self._trace = answer.asked.chat, answer.asked.trace
         self._said = Said(answer)
+        self._offset = 0  # characters of the tokens whose log-probabilities were sent
 
     def first(self) -> list[dict[str, Any]]:
         """Return the chunk that begins an answer of a chat."""
@@ -145,9 +171,13 @@ class Streamed:
         """Return the chunk of a round, if there is something to say."""
         gain = progress.gain
         part = self._part("".join(gain.pieces))
-        if part is None and not self._trace:
+        logprobs = self._answer.logprobs(progress.logprobs, self._offset)
+        if part is None and logprobs is None and not self._trace:
             return []
-        chunk = self._chunk(part or ({"delta": {"content": ""}} if self._chat else {"text": ""}))
+        part = part or ({"delta": {"content": ""}} if self._chat else {"text": ""})
+        if logprobs is not None:
+            self._offset += sum(map(len, logprobs.get("tokens", ())))
+        chunk = self._chunk(part, logprobs=logprobs)
         if self._trace:
             chunk["easyspec"] = gain._asdict()
         return [chunk]
@@ -176,8 +206,13 @@ class Streamed:
             call["index"] = index
         return {"delta": delta} if delta else None
 
-    def _chunk(self, part: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": self._index, **part, "logprobs": None, "finish_reason": reason}
+    def _chunk(
+        self,
+        part: dict[str, Any],
+        reason: str | None = None,
+        logprobs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        choice = {"index": self._index, **part, "logprobs": logprobs, "finish_reason": reason}
         chunk = self._answer.head("chat.completion.chunk") | {"choices": [choice]}
         # As in OpenAI's API, every other chunk says that it has no usage.
         return chunk | {"usage": None} if self._answer.asked.include_usage else chunk

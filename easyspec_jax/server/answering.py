@@ -22,6 +22,7 @@ from easyspec_jax.engine.serving import (
 )
 from easyspec_jax.errors import EasySpecError, first_line
 from easyspec_jax.options import SamplingParams
+from easyspec_jax.server.logprobs import Contents
 from easyspec_jax.server.metrics import Metrics
 from easyspec_jax.server.protocol import (
     Asked,
@@ -31,6 +32,7 @@ from easyspec_jax.server.protocol import (
     seeded,
 )
 from easyspec_jax.tokenizer import bad_words_ids, encode
+from easyspec_jax.tokenizer.contents import token_contents
 from easyspec_jax.tokenizer.conversation import Conversation
 from easyspec_jax.tokenizer.tool_calls import takes_tools, writes_tool_calls
 
@@ -135,6 +137,8 @@ class Answering:
 
     Attributes:
         finds_calls: Whether the model writes calls of tools in a form that can be found.
+        contents: What each of the tokenizer's ids stands for, once a request has asked for
+            log-probabilities; empty before.
     """
 
     def __init__(self, scheduler: Scheduler, limits: Limits, metrics: Metrics) -> None:
@@ -151,6 +155,7 @@ class Answering:
         # there is a copy for encoding, and one thread that uses it. Templates may take seconds.
         self._tokenizer = copy.deepcopy(scheduler.engine.tokenizer)
         self.finds_calls = writes_tool_calls(self._tokenizer)
+        self.contents: Contents = {}
         self._takes_tools = takes_tools(self._tokenizer)
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encoding")
 
@@ -211,6 +216,8 @@ class Answering:
         inbox: asyncio.Queue[tuple[int, Event] | None],
     ) -> list[Request]:
         """Encode the prompts, on the thread for it."""
+        if asked.sampling.logprobs is not None and not self.contents:
+            self.contents = token_contents(self._tokenizer)
         engine = (self._scheduler.plain if asked.plain else None) or self._engine
         try:
             asked = replace(asked, sampling=self._with_ids(asked.sampling))

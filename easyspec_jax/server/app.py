@@ -195,7 +195,8 @@ class _Server:
         except ClientDisconnect:
             record.end(499, "the client left")
             return Response(status_code=499)
-        answer = Answer.to(asked, self._settings.model, self._answering.finds_calls)
+        answering = self._answering
+        answer = Answer.to(asked, self._settings.model, answering.finds_calls, answering.contents)
         record.fields["id"] = answer.id
         if asked.stream:
             return _EventStream(answer, running, self._answering, record)

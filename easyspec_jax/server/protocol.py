@@ -18,6 +18,7 @@ from easyspec_jax.engine.requests import (
     check_type,
     conversation_in,
     known_fields,
+    logprobs_in,
     sampling_in,
 )
 from easyspec_jax.errors import EasySpecError
@@ -29,7 +30,7 @@ PromptOrIds = str | list[int] | Conversation
 
 _OWN = (
     "prompt", "messages", "tools", "tool_choice", "parallel_tool_calls", "n", "stream",
-    "stream_options", "easyspec",
+    "stream_options", "easyspec", "logprobs", "top_logprobs",
 )  # fmt: skip
 _CHOICES = 64  # most answers to one request
 _STOPS = 16  # most stop strings
@@ -147,6 +148,8 @@ def _names(fields: Mapping[str, Any]) -> dict[str, str]:
     """Return what a request calls our fields. A grammar may be within an object."""
     names = {name: name for name in fields}
     names |= {ours: theirs for theirs, ours in OTHER_NAMES.items() if theirs in fields}
+    if fields.get("logprobs") is True:
+        names["logprobs"] = "top_logprobs"  # the field that has the number
     objects = [name for name in GRAMMARS if name in fields]
     for name in objects[:1]:
         names = dict.fromkeys(GRAMMAR_FIELDS, name) | names
@@ -185,7 +188,7 @@ def _asked(fields: dict[str, Any], chat: bool) -> Asked:
     default = SamplingParams(
         temperature=1.0, max_new_tokens=2**31 if chat else 16, seed=secrets.randbits(32)
     )
-    sampling = sampling_in(flat, default)
+    sampling = replace(sampling_in(flat, default), logprobs=logprobs_in(flat, None))
     if len(sampling.stop) > _STOPS:
         raise EasySpecError(f"stop may have {_STOPS} strings at most")
     return Asked(

@@ -1,23 +1,16 @@
 """Ids of a draft in place of its target's, where the two have different tokenizers."""
 
-import json
-import re
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from easyspec_jax.errors import EasySpecError
+from easyspec_jax.tokenizer.contents import Content, is_byte, token_contents
 from easyspec_jax.tokenizer.stream import Tokenizer
 
 LEAST_SHARE = 0.25
 """Share of the smaller vocabulary that both must have; with less, few drafts could be accepted."""
-
-_BLANK = "▁"  # as SentencePiece writes it
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
-
-Content = bytes | tuple[str, str]
-"""Bytes of an ordinary token; kind and name of a special one."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ def translate(target: Tokenizer, draft: Tokenizer, ids: int, draft_ids: int) -> 
         EasySpecError: They have too little in common; names the share.
     """
     numbers = _ids_by_content(draft, draft_ids)
-    contents = {number: own for number, own in _contents(target).items() if number < ids}
+    contents = {number: own for number, own in token_contents(target).items() if number < ids}
     found = np.full(ids, -1, np.int32)
     for number, content in contents.items():
         found[number] = numbers.get(content, -1)
@@ -77,64 +70,19 @@ def translate(target: Tokenizer, draft: Tokenizer, ids: int, draft_ids: int) -> 
     return Translation(np.where(found < draft_ids, found, 0), known, share)
 
 
-def _contents(tokenizer: Tokenizer) -> dict[int, Content]:
-    """Return what each id of a tokenizer stands for."""
-    # Imported here, because it takes a second that pairs with one tokenizer need not wait for.
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    added = tokenizer.added_tokens_decoder
-    is_byte_level = _is_byte_level(tokenizer)
-    to_byte = {character: byte for byte, character in bytes_to_unicode().items()}
-    contents: dict[int, Content] = {}
-    for token, number in tokenizer.get_vocab().items():
-        if number in added and added[number].special:
-            contents[number] = "special", token
-        elif number in added:
-            contents[number] = token.encode()
-        elif is_byte_level and all(character in to_byte for character in token):
-            contents[number] = bytes(to_byte[character] for character in token)
-        else:
-            contents[number] = _sentencepiece_bytes(token)
-    return contents
-
-
 def _ids_by_content(tokenizer: Tokenizer, ids: int) -> dict[Content, int]:
     """Return the id of each content below a number of ids.
 
     SentencePiece has bytes of their own for what it has no token for; a token goes before them.
     """
     tokens = tokenizer.convert_ids_to_tokens(list(range(min(ids, len(tokenizer)))))
-    contents = _contents(tokenizer)
+    contents = token_contents(tokenizer)
     numbers: dict[Content, int] = {}
     for number, token in enumerate(tokens):
         content = contents.get(number)
-        if content is not None and not (content in numbers and _is_byte(token)):
+        if content is not None and not (content in numbers and is_byte(token)):
             numbers[content] = number
     return numbers
-
-
-def _is_byte(token: str) -> bool:
-    """Return whether a token is SentencePiece's spelling of a byte, as <0x0A> is."""
-    return _BYTE.fullmatch(token) is not None
-
-
-def _sentencepiece_bytes(token: str) -> bytes:
-    """Return the bytes of a token in SentencePiece's spelling.
-
-    Examples:
-        >>> _sentencepiece_bytes("▁the"), _sentencepiece_bytes("<0x0A>")
-        (b' the', b'\\n')
-    """
-    if _is_byte(token):
-        return bytes([int(token[3:5], 16)])
-    return token.replace(_BLANK, " ").encode()
-
-
-def _is_byte_level(tokenizer: Tokenizer) -> bool:
-    """Return whether tokens are spelled in the characters that stand for bytes."""
-    decoder = json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder") or {}
-    kinds = [decoder, *decoder.get("decoders", ())]
-    return any(kind.get("type") == "ByteLevel" for kind in kinds)
 
 
 def _stand_ins(draft: Tokenizer, contents: list[Content]) -> list[int]:

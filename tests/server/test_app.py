@@ -179,7 +179,9 @@ def test_token_ids_are_prompts_too(client, scheduler):
         ({"prompt": "\ud800"}, 400, None, "not valid Unicode"),
         ({"model": "\ud800other"}, 404, "model_not_found", "does not exist"),
         ({"n": ROWS + DEPTH + 1}, 400, None, "6 answers are more than the 5 places"),
-        ({"logprobs": 5}, 400, None, "logprobs"),
+        ({"logprobs": 21}, 400, None, "logprobs 21 must be from 0 to 20"),
+        ({"top_logprobs": 2}, 400, None, "top_logprobs needs logprobs true"),
+        ({"logprobs": True, "top_logprobs": 21}, 400, None, "top_logprobs 21 must be from 0"),
         ({"logit_bias": {"99999": 1}}, 400, None, "logit_bias names id 99999"),
         ({"presence_penalty": 3}, 400, None, "presence_penalty 3.0 must be from -2 to 2"),
         ({"bad_words": ["a" * 200]}, 400, None, "bad_words may be 64 sequences of up to 9 tokens"),
@@ -220,6 +222,55 @@ def test_sampling_options_of_a_request(client, scheduler):
         )
         assert choice["text"] == expected.text
     assert plain["choices"][0]["text"] == alone(scheduler, max_new_tokens=20).text
+
+
+def test_logprobs_of_a_completion(client, scheduler):
+    """They are the library's, next to a request without any, and a stream has the same."""
+    (choice,) = complete(client, max_tokens=20, logprobs=3).json()["choices"]
+    expected = alone(scheduler, max_new_tokens=20, logprobs=3)
+    found = choice["logprobs"]
+    assert choice["text"] == "".join(found["tokens"]) == expected.text
+    listed = [one.logprob for one in expected.logprobs]
+    assert found["token_logprobs"] == pytest.approx(listed, abs=1e-5)
+    best = [max(tokens, key=tokens.get) for tokens in found["top_logprobs"]]
+    assert best == found["tokens"]  # greedy
+    assert {len(tokens) for tokens in found["top_logprobs"]} == {3}
+    starts = zip(found["text_offset"], found["tokens"], strict=True)
+    assert all(choice["text"][at:].startswith(token) for at, token in starts)
+    chunks = events(complete(client, max_tokens=20, logprobs=3, stream=True))
+    streamed = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert streamed.pop() is None  # that of the end
+    for field in ("tokens", "text_offset"):
+        assert [one for chunk in streamed for one in chunk[field]] == found[field]
+
+
+def test_logprobs_of_a_chat(client, scheduler):
+    answer = chat(client, max_tokens=16, logprobs=True, top_logprobs=2, temperature=1, seed=4)
+    (choice,) = answer.json()["choices"]
+    expected = alone(scheduler, max_new_tokens=16, logprobs=2, temperature=1.0, seed=4)
+    content = choice["logprobs"]["content"]
+    spelled = b"".join(bytes(token["bytes"]) for token in content)
+    assert spelled.decode() == choice["message"]["content"] == expected.text
+    for token, one in zip(content, expected.logprobs, strict=True):
+        assert token["logprob"] == pytest.approx(one.logprob, abs=1e-5)
+        assert [best["logprob"] for best in token["top_logprobs"]] == pytest.approx(
+            [logprob for _, logprob in one.top], abs=1e-5
+        )
+    plain = chat(client, max_tokens=16, logprobs=True, easyspec={"plain": True}).json()
+    assert len(plain["choices"][0]["logprobs"]["content"]) == 16
+    assert plain["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
+
+
+def test_logprobs_of_a_text_that_a_stop_string_ends(client, scheduler):
+    """Every token of the answer has one, those of the stop string too."""
+    whole = alone(scheduler, max_new_tokens=40).text
+    fields = {"max_tokens": 40, "stop": whole[20:24], "logprobs": 0}
+    answer = complete(client, **fields).json()
+    tokens = answer["choices"][0]["logprobs"]["tokens"]
+    assert len(tokens) == answer["usage"]["completion_tokens"]
+    chunks = events(complete(client, stream=True, **fields))
+    parts = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert [token for part in parts if part for token in part["tokens"]] == tokens
 
 
 def test_a_grammar_of_a_request(client, scheduler):

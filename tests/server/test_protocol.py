@@ -204,7 +204,7 @@ FIELDS = st.sampled_from(
     [
         "model", "messages", "prompt", "temperature", "top_p", "top_k", "seed", "max_tokens",
         "max_new_tokens", "stop", "n", "stream", "stream_options", "easyspec", "tools",
-        "tool_choice", "logprobs", "response_format", "logit_bias", "user", "x",
+        "tool_choice", "logprobs", "top_logprobs", "response_format", "logit_bias", "user", "x",
     ]
 )  # fmt: skip
 
