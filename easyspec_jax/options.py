@@ -44,7 +44,7 @@ MAX_LOGPROBS = 20
 MAX_GRAMMAR = 65536
 """Most bytes of a JSON schema, of a regular expression, or of all choices of a request."""
 
-GrammarKind = Literal["json_schema", "regex", "choice"]
+GrammarKind = Literal["json_schema", "regex", "choice", "tool_calls"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Grammar:
 
     Attributes:
         kind: Field of SamplingParams that describes them.
-        text: Its value: a JSON schema, a regular expression, or a JSON array of strings.
+        text: Its value: a JSON schema, a regular expression, a JSON array of strings, or what
+            ToolGrammar.text returns.
     """
 
     kind: GrammarKind
@@ -265,9 +266,10 @@ class SamplingParams:
             at the beginning of a text and after a blank: its last one cannot follow the others.
         bad_words_ids: Sequences of ids that the output may not contain.
         json_schema: The output is JSON that this schema allows: a mapping, or JSON text, which it
-            is kept as. At most one of this and the next two fields is given.
+            is kept as. At most one of this and the next three fields is given.
         regex: The output matches this regular expression as a whole.
         choice: The output is one of these strings; () does not restrict it.
+        tool_calls: The output calls tools as ToolGrammar.text of sampling/tool_grammar.py says.
         n: Texts to generate for each prompt, which differ in their seeds.
 
     Raises:
@@ -301,6 +303,7 @@ class SamplingParams:
     json_schema: str | Mapping[str, Any] | None = None
     regex: str | None = None
     choice: tuple[str, ...] = ()
+    tool_calls: str | None = None
     n: int = 1
 
     def __post_init__(self) -> None:
@@ -395,6 +398,7 @@ class SamplingParams:
         """
         choice = json.dumps(self.choice, ensure_ascii=False) if self.choice else None
         given = {"json_schema": self.json_schema, "regex": self.regex, "choice": choice}
+        given["tool_calls"] = self.tool_calls
         found = [Grammar(kind, text) for kind, text in given.items() if text is not None]  # pyright: ignore[reportArgumentType]
         if len(found) > 1:
             raise EasySpecError(f"`{found[0].kind}` and `{found[1].kind}` exclude each other")

@@ -6,6 +6,8 @@ from typing import Any
 from easyspec_jax.errors import EasySpecError, first_line
 from easyspec_jax.options import Grammar, GrammarKind
 from easyspec_jax.sampling.grammar_trial import MEMORY, SECONDS, complaint
+from easyspec_jax.sampling.tool_grammar import ToolGrammar
+from easyspec_jax.tokenizer.tool_calls import BEGIN, END
 
 _LIMITS: dict[str, Any] = {"max_lexer_states": 50_000, "verbose_errors": False}
 """Limits that differ from the defaults of llguidance."""
@@ -66,10 +68,13 @@ def compiled(grammar: Grammar, vocabulary: Any, trial: bool = False) -> Any:
     from llguidance import LLMatcher, LLParserLimits
 
     try:
-        text = _llguidance_text(grammar)
+        # The trial knows no tokens but bytes.
+        text = _llguidance_text(grammar, tags_are_tokens=False)
+        wrong = complaint(text, _LIMITS) if trial else ""
+        if grammar.kind == "tool_calls" and _has_tags(vocabulary):
+            text = _llguidance_text(grammar, tags_are_tokens=True)
     except ValueError as error:
         raise _refusal(grammar, str(error)) from None
-    wrong = complaint(text, _LIMITS) if trial else ""
     if wrong is None:
         raise EasySpecError(
             f"`{grammar.kind}` is too complex: it takes more than {SECONDS} seconds or "
@@ -94,9 +99,18 @@ def _refusal(grammar: Grammar, wrong: str) -> EasySpecError:
     return EasySpecError(f"`{grammar.kind}` cannot be used: {reason[:160]}")
 
 
-def _llguidance_text(grammar: Grammar) -> str:
+def _has_tags(vocabulary: Any) -> bool:
+    """Whether a vocabulary has a token for each tag around a call of a tool."""
+    return all(len(vocabulary.tokenize_str(tag)) == 1 for tag in (BEGIN, END))
+
+
+def _llguidance_text(grammar: Grammar, tags_are_tokens: bool) -> str:
     """Return a grammar in llguidance's own format."""
     from llguidance import LLMatcher
+
+    if grammar.kind == "tool_calls":
+        tools = ToolGrammar.read(grammar.text)
+        return LLMatcher.grammar_from_lark(tools.lark(_JSON, tags_are_tokens))
 
     if grammar.kind == "json_schema":
         return LLMatcher.grammar_from_json_schema(grammar.text, _JSON)

@@ -182,6 +182,13 @@ class Answering:
                 "tools are not supported: the model's chat template does not show them to it",
                 param="tools",
             )
+        if asked.sampling.tool_calls is not None and not self.finds_calls:
+            raise RequestError(
+                400,
+                "tool_choice and strict functions are not supported: the model's chat template "
+                "writes calls in a form that is not known here",
+                param="tool_choice",
+            )
         count, places = asked.n * len(asked.prompts), self._scheduler.rows + self._scheduler.depth
         if count > places:
             raise RequestError(400, f"{count} answers are more than the {places} places", param="n")

@@ -23,6 +23,7 @@ from easyspec_jax.engine.requests import (
 )
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SamplingParams
+from easyspec_jax.server.tools import read_tools
 from easyspec_jax.tokenizer.conversation import Conversation
 
 PromptOrIds = str | list[int] | Conversation
@@ -150,6 +151,7 @@ def _names(fields: Mapping[str, Any]) -> dict[str, str]:
     names |= {ours: theirs for theirs, ours in OTHER_NAMES.items() if theirs in fields}
     if fields.get("logprobs") is True:
         names["logprobs"] = "top_logprobs"  # the field that has the number
+    names["tool_calls"] = "tools"
     objects = [name for name in GRAMMARS if name in fields]
     for name in objects[:1]:
         names = dict.fromkeys(GRAMMAR_FIELDS, name) | names
@@ -180,15 +182,18 @@ def _asked(fields: dict[str, Any], chat: bool) -> Asked:
     if "stream_options" in flat and not stream:
         raise EasySpecError("stream_options goes with stream")
     n = own.get("n", int, 1)
-    tools = _offered(flat)
-    prompts = _conversations(flat, tools) if chat else _prompts(flat)
+    several = own.get("parallel_tool_calls", bool, True)
+    tools = read_tools(_Fields(flat).get("tools", list, []), flat.get("tool_choice"), several)
+    prompts = _conversations(flat, tools.offered) if chat else _prompts(flat)
     if not 1 <= n * len(prompts) <= _CHOICES:
         raise EasySpecError(f"n must be at least 1, and at most {_CHOICES} answers in all")
     # OpenAI's own defaults. A seed is drawn where none is given, so that answers differ.
     default = SamplingParams(
         temperature=1.0, max_new_tokens=2**31 if chat else 16, seed=secrets.randbits(32)
     )
-    sampling = replace(sampling_in(flat, default), logprobs=logprobs_in(flat, None))
+    sampling = replace(
+        sampling_in(flat, default), logprobs=logprobs_in(flat, None), tool_calls=tools.grammar
+    )
     if len(sampling.stop) > _STOPS:
         raise EasySpecError(f"stop may have {_STOPS} strings at most")
     return Asked(
@@ -203,8 +208,8 @@ def _asked(fields: dict[str, Any], chat: bool) -> Asked:
         trace=extra.get("trace", bool, False),
         plain=extra.get("plain", bool, False),
         names=_names(fields),
-        tools=bool(tools),
-        parallel_tool_calls=own.get("parallel_tool_calls", bool, True),
+        tools=bool(tools.offered),
+        parallel_tool_calls=several,
     )
 
 
@@ -220,41 +225,6 @@ class _Fields:
             return default
         check_type(name, value, kind)
         return value
-
-
-def _offered(fields: Mapping[str, Any]) -> list[Any]:
-    """Return the tools that the model is offered: all or none of those given.
-
-    Raises:
-        EasySpecError: A tool is not a function, or the request demands a call, which cannot be
-            guaranteed.
-    """
-    tools, choice = _Fields(fields).get("tools", list, []), fields.get("tool_choice", "auto")
-    for tool in tools:
-        _check_tool(tool)
-    if choice not in ("auto", "none"):
-        raise EasySpecError(
-            f"tool_choice {str(choice)[:40]!r} is not supported, because nothing makes the model "
-            "call a tool; use 'auto' or 'none'"
-        )
-    return tools if choice == "auto" else []
-
-
-def _check_tool(tool: Any) -> None:
-    kind = tool.get("type") if isinstance(tool, dict) else None
-    if kind is not None and kind != "function":
-        raise EasySpecError(f"tools of type {str(kind)[:40]!r} are not supported; use 'function'")
-    function = tool.get("function") if kind else None
-    if not isinstance(function, dict):
-        function = {}
-    name = function.get("name")
-    if not isinstance(name, str) or not name:
-        raise EasySpecError("tools must be a list of {type: 'function', function: {name: ...}}")
-    if function.get("strict"):
-        raise EasySpecError(
-            f"tools with strict true are not supported, because nothing makes arguments of "
-            f"{name[:40]!r} follow its schema; leave strict out"
-        )
 
 
 def _conversations(fields: Mapping[str, Any], tools: Sequence[Any]) -> list[PromptOrIds]:

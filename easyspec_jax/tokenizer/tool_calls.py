@@ -15,11 +15,11 @@ from typing import Any
 from easyspec_jax.tokenizer.conversation import Conversation, rendered
 from easyspec_jax.tokenizer.stream import Tokenizer
 
-_BEGIN, _END = "<tool_call>", "</tool_call>"
+BEGIN, END = "<tool_call>", "</tool_call>"
 
 # A string of JSON, which may itself hold the end of a call, or else that end. The text may stop
 # inside a string, even right after a backslash.
-_STRING_OR_END = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|' + _END, re.DOTALL)
+_STRING_OR_END = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|' + END, re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ToolCallParser:
 
     def _split(self, final: bool) -> Iterator[str | ToolCall]:
         while self._held:
-            begin = self._held.find(_BEGIN)
+            begin = self._held.find(BEGIN)
             if begin < 0:
                 begin = len(self._held) - (0 if final else _length_of_open_tag(self._held))
             yield from self._say(begin)
@@ -75,7 +75,7 @@ class ToolCallParser:
             if end is None and not final:
                 return
             end = len(self._held) if end is None else end
-            call = _read_call(self._held[:end].removeprefix(_BEGIN).removesuffix(_END))
+            call = _read_call(self._held[:end].removeprefix(BEGIN).removesuffix(END))
             if call is None:
                 yield from self._say(end)
             else:
@@ -94,14 +94,14 @@ class ToolCallParser:
 
 def _length_of_open_tag(text: str) -> int:
     """Return the length of the longest end of a text that may become the beginning of a call."""
-    lengths = range(len(_BEGIN) - 1, 0, -1)
-    return next((length for length in lengths if text.endswith(_BEGIN[:length])), 0)
+    lengths = range(len(BEGIN) - 1, 0, -1)
+    return next((length for length in lengths if text.endswith(BEGIN[:length])), 0)
 
 
 def _end_of_call(text: str) -> int | None:
     """Return where the call ends with which a text begins; None if it goes on."""
     found = _STRING_OR_END.finditer(text)
-    return next((match.end() for match in found if match[0] == _END), None)
+    return next((match.end() for match in found if match[0] == END), None)
 
 
 def _read_call(text: str) -> ToolCall | None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 
@@ -14,6 +15,7 @@ from easyspec_jax.engine.serving import Request
 from easyspec_jax.server.answering import Limits
 from easyspec_jax.server.app import PAGE, Settings, build
 from tests.support.serving import DEPTH, LENGTH, ROWS, wait_until
+from tests.tokenizer.test_tool_calls import HERMES
 
 pytestmark = pytest.mark.slow
 
@@ -299,6 +301,58 @@ def test_a_grammar_of_a_request(client, scheduler):
     ).json()
     (stats,) = traced["easyspec"]["stats"]
     assert stats["accepted"] == stats["drafted"] > 0
+
+
+def test_calls_of_tools_that_are_demanded(scheduler, monkeypatch):
+    """A model that never learnt to call tools does, with and without the draft alike."""
+    pytest.importorskip("llguidance")
+    monkeypatch.setattr(scheduler.engine.tokenizer, "chat_template", HERMES)
+    place = {"enum": ["Rome", "Oslo"]}
+    schema = {"type": "object", "properties": {"city": place}, "additionalProperties": False}
+    schema["required"] = ["city"]
+    functions = [{"name": "weather", "parameters": schema}, {"name": "time"}]
+    tools = [{"type": "function", "function": function} for function in functions]
+    named = {"type": "function", "function": {"name": "weather"}}
+    with TestClient(
+        build(scheduler, Settings(MODEL, LIMITS), [].append), base_url="http://127.0.0.1"
+    ) as client:
+        ask = partial(chat, client, max_tokens=60, tools=tools, parallel_tool_calls=False)
+        answers = [ask(tool_choice=named, easyspec={"plain": way}).json() for way in (False, True)]
+        sampled = ask(tool_choice="required", temperature=1, seed=2).json()
+        streamed = events(ask(tool_choice=named, stream=True))
+    (choice,) = answers[0]["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] is None
+    functions = [answer["choices"][0]["message"]["tool_calls"][0]["function"] for answer in answers]
+    assert functions[0] == functions[1]
+    assert functions[0]["name"] == "weather"
+    assert json.loads(functions[0]["arguments"])["city"] in place["enum"]
+    (call,) = sampled["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] in ("weather", "time")
+    deltas = [chunk["choices"][0]["delta"] for chunk in streamed]
+    (call,) = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert call["function"] == functions[0]
+
+
+def test_strict_tools_bind_calls_and_not_what_else_is_said(scheduler, monkeypatch):
+    pytest.importorskip("llguidance")
+    monkeypatch.setattr(scheduler.engine.tokenizer, "chat_template", HERMES)
+    tools = [{"type": "function", "function": {"name": "now", "strict": True}}]
+    with TestClient(
+        build(scheduler, Settings(MODEL, LIMITS), [].append), base_url="http://127.0.0.1"
+    ) as client:
+        texts = [
+            chat(client, max_tokens=20, tools=one).json()["choices"][0]["message"]["content"]
+            for one in (tools, [{"type": "function", "function": {"name": "now"}}])
+        ]
+    assert texts[0] == texts[1] != ""
+
+
+def test_calls_are_not_demanded_of_templates_that_write_none(client):
+    tool = {"type": "function", "function": {"name": "now"}}
+    response = chat(client, tools=[tool], tool_choice="required")
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "tools"  # the template does not show them either
 
 
 def test_tokens_that_are_asked_for_must_fit(client):
