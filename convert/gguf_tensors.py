@@ -1,8 +1,8 @@
 """Tensors of GGUF files: dequantized, or kept as integers with scales.
 
-A quantized matrix is a sequence of blocks along its rows. Some kinds are integers and scales
-already: nothing is lost if they are kept. Most others have a minimum in each group; they are
-dequantized and rounded anew, to int8 with a scale for every 32 columns.
+A quantized matrix is a sequence of blocks along its rows. Most kinds are integers and scales
+already, some with a least number for each group, which becomes an offset: nothing is lost if they
+are kept. The others are dequantized and rounded anew, to int8 with a scale for every 32 columns.
 
 | kind | kept as | group | |
 |-|-|-|-|
@@ -10,7 +10,9 @@ dequantized and rounded anew, to int8 with a scale for every 32 columns.
 | Q4_0 | int4 | 32 | exact: 4 bits less 8 |
 | Q5_0 | int8 | 32 | exact: 5 bits less 16 |
 | Q6_K | int8 | 16 | exact: 6 bits less 32, and the product of two scales |
-| Q4_1 | int4 | 32 | exact but for the last bit: 4 bits less 8, and an offset |
+| Q4_1, Q4_K | int4 | 32 | exact but for the last bit: 4 bits less 8, and an offset |
+| Q5_1, Q5_K | int8 | 32 | exact but for the last bit: 5 bits, and an offset |
+| Q2_K | int4 | 16 | exact but for the last bit: 2 bits, and an offset |
 | Q3_K | int4 | 16 | exact: 3 bits less 4, and the product of two scales |
 | IQ4_NL | int8 | 32 | exact: 16 integers in a table |
 | IQ4_XS | int8 | 32 | exact: the same, and the product of two scales |
@@ -161,6 +163,52 @@ def _q5_0(blocks: Blocks) -> Integers:
     return numbers.view(np.int8) - np.int8(16), _halves(blocks[:, :2])
 
 
+def _q5_1(blocks: Blocks) -> Integers:
+    """A scale, the least number, the fifth bits of all 32, and four bits of each as in Q4_0."""
+    fifth = np.unpackbits(blocks[:, 4:8], axis=1, bitorder="little")
+    numbers = _nibbles(blocks[:, 8:]) | fifth << 4
+    return numbers.view(np.int8), _halves(blocks[:, :2]), _halves(blocks[:, 2:4])
+
+
+def _q2_k(blocks: Blocks) -> Integers:
+    """256 numbers of 2 bits: 16 bytes of scales and minima, 64 of numbers, and a scale of each."""
+    # Number 128 h + 32 p + j has pair p of byte j of half h.
+    pairs = blocks[:, 16:80].reshape(-1, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    numbers = (pairs & 3).reshape(-1, 256)
+    scale = _halves(blocks[:, 80:82]) * (blocks[:, :16] & 15)
+    least = _halves(blocks[:, 82:]) * (blocks[:, :16] >> 4)
+    return numbers.view(np.int8), scale, -least
+
+
+def _q4_k(blocks: Blocks) -> Integers:
+    """256 numbers of 4 bits in 8 groups, which share 32 bytes two by two."""
+    scale, least = _k_scales(blocks)
+    # [blocks, 128] -> [blocks * 4, 32] -> [blocks * 4, 64] -> [blocks, 256]
+    numbers = _nibbles(blocks[:, 16:].reshape(-1, 32)).reshape(-1, 256)
+    return numbers.view(np.int8) - np.int8(8), scale, 8 * scale - least
+
+
+def _q5_k(blocks: Blocks) -> Integers:
+    """The same with a fifth bit: bit g of byte j of 32 belongs to number j of group g."""
+    scale, least = _k_scales(blocks)
+    fifth = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    numbers = _nibbles(blocks[:, 48:].reshape(-1, 32)).reshape(-1, 256)
+    return (numbers | fifth.reshape(-1, 256) << 4).view(np.int8), scale, -least
+
+
+def _k_scales(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+    """Return the scales and the minima of 8 groups: float32 [blocks, 8] each.
+
+    Both are numbers of 6 bits in 12 bytes, times a scale in float16. Those of the first four groups
+    are the low bits of bytes 0 to 3 and 4 to 7, whose upper pairs complete the halves of bytes 8 to
+    11, which are those of the last four.
+    """
+    low, least, halves = (blocks[:, first : first + 4] for first in (4, 8, 12))
+    scale = np.concatenate([low & 63, halves & 15 | low >> 6 << 4], axis=1)
+    least = np.concatenate([least & 63, halves >> 4 | least >> 6 << 4], axis=1)
+    return _halves(blocks[:, :2]) * scale, _halves(blocks[:, 2:4]) * least
+
+
 def _q6_k(blocks: Blocks) -> Integers:
     """256 numbers of 6 bits: 128 bytes of low halves, 64 of upper pairs, 16 scales and a scale."""
     # Each half of a block has 128 numbers in four parts of 32. The low halves of parts 0 and 2
@@ -234,7 +282,11 @@ _EXACT: dict[str, _Exact] = {
     "Q8_0": _Exact("int8", 32, _q8_0),
     "Q4_0": _Exact("int4", 32, _q4_0),
     "Q4_1": _Exact("int4", 32, _q4_1, has_offsets=True),
+    "Q4_K": _Exact("int4", 32, _q4_k, has_offsets=True),
     "Q5_0": _Exact("int8", 32, _q5_0),
+    "Q5_1": _Exact("int8", 32, _q5_1, has_offsets=True),
+    "Q5_K": _Exact("int8", 32, _q5_k, has_offsets=True),
+    "Q2_K": _Exact("int4", 16, _q2_k, has_offsets=True),
     "Q6_K": _Exact("int8", 16, _q6_k),
     "Q3_K": _Exact("int4", 16, _q3_k),
     "IQ4_NL": _Exact("int8", 32, _iq4_nl),

@@ -22,7 +22,14 @@ EXACT = {
     Type.IQ4_NL: ("int8", 32),
     Type.IQ4_XS: ("int8", 32),
 }
-ROUNDED = (Type.Q5_1, Type.Q2_K, Type.Q4_K, Type.Q5_K, Type.IQ3_XXS)
+WITH_OFFSETS = {
+    Type.Q4_1: ("int4", 32),
+    Type.Q4_K: ("int4", 32),
+    Type.Q5_1: ("int8", 32),
+    Type.Q5_K: ("int8", 32),
+    Type.Q2_K: ("int4", 16),
+}
+ROUNDED = (Type.IQ3_XXS, Type.IQ2_S)
 ROWS, COLUMNS = 5, 512
 # Bytes of a block that hold a float16.
 SCALES = {
@@ -39,6 +46,7 @@ SCALES = {
     Type.IQ4_NL: [0],
     Type.IQ4_XS: [0],
     Type.IQ3_XXS: [0],
+    Type.IQ2_S: [0],
 }
 
 
@@ -87,17 +95,19 @@ def test_blocks_of_integers_are_kept_bit_for_bit(opened, kind):
     np.testing.assert_array_equal(Dequantized(source).read(EMBEDDING), dequantize(blocks, kind))
 
 
-def test_a_least_number_becomes_an_offset(opened):
-    blocks = some_blocks(Type.Q4_1)
-    source = opened(blocks, Type.Q4_1, keep_blocks=True).source
-    assert source.dtypes()[EMBEDDING] == "int4"
-    assert source.shapes()[offset_name(EMBEDDING)] == (ROWS, COLUMNS // 32)
-    found, exact = Dequantized(source).read(EMBEDDING), dequantize(blocks, Type.Q4_1)
+@pytest.mark.parametrize("kind", WITH_OFFSETS, ids=lambda kind: kind.name)
+def test_a_least_number_becomes_an_offset(opened, kind):
+    dtype, group = WITH_OFFSETS[kind]
+    blocks = some_blocks(kind)
+    source = opened(blocks, kind, keep_blocks=True).source
+    assert source.dtypes()[EMBEDDING] == dtype
+    assert source.shapes()[offset_name(EMBEDDING)] == (ROWS, COLUMNS // group)
+    found, exact = Dequantized(source).read(EMBEDDING), dequantize(blocks, kind)
     np.testing.assert_allclose(found, exact, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ROUNDED, ids=lambda kind: kind.name)
-def test_blocks_with_a_minimum_are_rounded_to_half_a_step(opened, kind):
+def test_other_blocks_are_rounded_to_half_a_step(opened, kind):
     blocks = some_blocks(kind)
     source = opened(blocks, kind, keep_blocks=True).source
     assert source.dtypes()[EMBEDDING] == "int8"
@@ -107,7 +117,7 @@ def test_blocks_with_a_minimum_are_rounded_to_half_a_step(opened, kind):
     np.testing.assert_allclose(scale * 127, np.abs(exact).reshape(ROWS, -1, 32).max(2), rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [*EXACT, Type.Q4_K], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [*EXACT, *WITH_OFFSETS, *ROUNDED], ids=lambda kind: kind.name)
 def test_windows_are_parts_of_the_whole(opened, kind):
     source = opened(some_blocks(kind), kind, keep_blocks=True).source
     for name in (EMBEDDING, scale_name(EMBEDDING)):
@@ -127,8 +137,8 @@ def test_a_file_of_several_kinds_is_converted_and_measured(tiny_model, write_ggu
     kinds = {
         "token_embd.weight": (Type.Q6_K, 269),
         "blk.0.attn_v.weight": (Type.Q6_K, 128),
-        "blk.0.attn_output.weight": (Type.Q4_K, 256),
-        "blk.1.ffn_down.weight": (Type.Q4_K, 256),
+        "blk.0.attn_output.weight": (Type.IQ3_XXS, 256),
+        "blk.1.ffn_down.weight": (Type.IQ3_XXS, 256),
     }
     model = tiny_model("qwen2", hidden_size=256, intermediate_size=256, tie_word_embeddings=True)
     assert model.config.vocab_size == kinds["token_embd.weight"][1]
@@ -154,7 +164,7 @@ def test_floats_stay_floats(tiny_model, write_gguf):
     assert set(source.dtypes().values()) == {"float32"}
 
 
-@pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_K], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_K, Type.IQ3_XXS], ids=lambda kind: kind.name)
 def test_scales_that_are_not_finite_are_refused(opened, kind):
     blocks = some_blocks(kind)
     blocks[2, :2] = np.array([np.inf], np.float16).view(np.uint8)
