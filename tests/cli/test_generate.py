@@ -363,7 +363,9 @@ def test_an_output_that_cannot_be_written_is_one_line(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.parametrize("sampling", [[], ["--temperature", "0.8"]], ids=["greedy", "sampled"])
 def test_narrow_types_with_a_replicated_draft(arguments, capsys, dtype, sampling):
     """Strict promotion is on: an operand that is silently widened raises."""
@@ -573,7 +575,11 @@ def test_progress_and_text_share_a_terminal(arguments, terminal):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
-    [["--method", "vanilla"], SAMPLED, [*SAMPLED, "--refit"]],
+    [
+        ["--method", "vanilla"],
+        pytest.param(SAMPLED, marks=pytest.mark.exhaustive),
+        [*SAMPLED, "--refit"],
+    ],
     ids=["plain", "sampled", "refit"],
 )
 def test_a_batch_changes_no_text(model, arguments, capsys, tmp_path, flags):

@@ -65,12 +65,20 @@ def check_refilled_rows(models, method: Method = "easyspec", refit="none"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["vanilla", "sd", "tree", "easyspec"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "vanilla",
+        pytest.param("sd", marks=pytest.mark.exhaustive),
+        pytest.param("tree", marks=pytest.mark.exhaustive),
+        "easyspec",
+    ],
+)
 def test_refilled_rows_are_what_they_are_alone(models, method):
     check_refilled_rows(models, method)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_refilled_rows_are_what_they_are_alone_with_a_refit(models, tmp_path):
     check_refilled_rows(models, refit=add_refit(models[0], 3, tmp_path, noise=0.1))
 

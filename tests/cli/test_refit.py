@@ -57,6 +57,7 @@ def test_measured_borders_stay_within_the_turns_that_were_asked_for(directory, c
     assert found == layout and refit is not None
 
 
+@pytest.mark.exhaustive
 def test_text_of_its_own(directory, capsys):
     asked = ["--draft", str(directory), "--tokens", "1000"]
     asked += ["--borders", "paper", "--mlp-lp-size", "2"]
@@ -81,6 +82,7 @@ def test_text_of_its_own(directory, capsys):
     )
 
 
+@pytest.mark.exhaustive
 def test_prompts_through_the_command(directory):
     (directory / "prompts.txt").write_text("a fox\na much shorter fox\n")
     asked = ["--draft", str(directory), "--tokens", "1000", "--borders", "paper", "--lp-size", "3"]

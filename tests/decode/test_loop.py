@@ -31,6 +31,7 @@ PLAIN = replace(GREEDY, levels=0)
 LOOKUP = replace(GREEDY, calibration=False, lookup=Lookup(longest=4, shortest=1))
 JOINED = replace(LOOKUP, calibration=True)
 ONE_DEVICE = MeshShape(1, 1)
+MESHES = [pytest.param(ONE_DEVICE, marks=pytest.mark.exhaustive), MeshShape(2, 4)]
 
 
 @pytest.fixture(scope="module")
@@ -97,15 +98,15 @@ def texts(programs, prompts=PROMPTS, limits=LIMITS, sampling=SamplingParams()): 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [MeshShape(1, 1), MeshShape(2, 4)], ids=str)
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize(
     "levels, calibration, lp_size, refit",
     [
         (0, False, 1, False),
         (4, False, 1, False),
         (4, True, 3, False),
-        (1, False, 3, False),
-        (4, True, 3, True),
+        pytest.param(1, False, 3, False, marks=pytest.mark.exhaustive),
+        pytest.param(4, True, 3, True, marks=pytest.mark.exhaustive),
     ],
 )
 def test_greedy_text_is_plain_decoding(pair, plain, mesh, levels, calibration, lp_size, refit):
@@ -118,9 +119,9 @@ def test_greedy_text_is_plain_decoding(pair, plain, mesh, levels, calibration, l
     "mesh, levels, width, nodes, calibration, refit",
     [
         (MeshShape(2, 4), 4, 3, 7, True, False),
-        (MeshShape(1, 1), 2, 5, None, False, False),
-        (MeshShape(1, 1), 16, 1, None, True, False),
-        (MeshShape(2, 4), 1, 12, None, True, False),
+        pytest.param(MeshShape(1, 1), 2, 5, None, False, False, marks=pytest.mark.exhaustive),
+        pytest.param(MeshShape(1, 1), 16, 1, None, True, False, marks=pytest.mark.exhaustive),
+        pytest.param(MeshShape(2, 4), 1, 12, None, True, False, marks=pytest.mark.exhaustive),
         (MeshShape(2, 4), 4, 3, None, True, True),
         (MeshShape(1, 1), 3, 4, 6, False, True),
     ],
@@ -134,8 +135,8 @@ def test_greedy_text_by_trees_is_plain_decoding(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [MeshShape(1, 1), MeshShape(2, 4)], ids=str)
-@pytest.mark.parametrize("levels", [1, 4, 16])
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("levels", [1, 4, pytest.param(16, marks=pytest.mark.exhaustive)])
 def test_greedy_text_by_lookups_is_plain_decoding(pair, plain, mesh, levels):
     rows, drafted, accepted = texts(programs(pair, replace(LOOKUP, levels=levels), mesh))
     assert rows == plain
@@ -147,7 +148,7 @@ def test_greedy_text_by_lookups_is_plain_decoding(pair, plain, mesh, levels):
     "mesh, width, nodes, lp_size, axes",
     [
         (MeshShape(1, 1), 1, None, 1, ALL_AXES),
-        (MeshShape(2, 4), 1, None, 3, ALL_AXES),
+        pytest.param(MeshShape(2, 4), 1, None, 3, ALL_AXES, marks=pytest.mark.exhaustive),
         (MeshShape(2, 2), 3, 7, 3, ()),
     ],
     ids=str,
@@ -223,13 +224,39 @@ def test_limits_are_kept_to_the_token_with_a_refit(pair, plain):
     "mesh, verifier, width, nodes, lp_size, refit, kv_dtype, lookup",
     [
         (MeshShape(1, 1), Rejection(), 1, None, 3, False, "auto", None),
-        (MeshShape(4, 2), Greedy(), 1, None, 3, False, "auto", None),
-        (MeshShape(1, 1), Rejection(), 4, 6, 1, False, "auto", None),
-        (MeshShape(4, 2), Rejection(), 4, None, 3, True, "auto", None),
-        (MeshShape(1, 1), Coupled(), 4, 9, 3, True, "auto", None),
+        pytest.param(
+            MeshShape(4, 2), Greedy(), 1, None, 3, False, "auto", None, marks=pytest.mark.exhaustive
+        ),
+        pytest.param(
+            MeshShape(1, 1), Rejection(), 4, 6, 1, False, "auto", None, marks=pytest.mark.exhaustive
+        ),
+        pytest.param(
+            MeshShape(4, 2),
+            Rejection(),
+            4,
+            None,
+            3,
+            True,
+            "auto",
+            None,
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(
+            MeshShape(1, 1), Coupled(), 4, 9, 3, True, "auto", None, marks=pytest.mark.exhaustive
+        ),
         (MeshShape(1, 1), Coupled(), 4, 9, 3, True, "int8", None),
         (MeshShape(1, 1), Rejection(), 1, None, 3, False, "auto", Lookup(2, 1)),
-        (MeshShape(4, 2), Coupled(), 4, 9, 1, False, "auto", Lookup(2, 1)),
+        pytest.param(
+            MeshShape(4, 2),
+            Coupled(),
+            4,
+            9,
+            1,
+            False,
+            "auto",
+            Lookup(2, 1),
+            marks=pytest.mark.exhaustive,
+        ),
     ],
     ids=str,
 )
@@ -289,8 +316,11 @@ def assert_same_entries(found, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [MeshShape(1, 1), MeshShape(2, 4)], ids=str)
-@pytest.mark.parametrize("width, refit", [(1, False), (1, True), (3, True)])
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "width, refit",
+    [(1, False), pytest.param(1, True, marks=pytest.mark.exhaustive), (3, True)],
+)
 def test_coupled_text_is_plain_sampling_with_the_same_noise(pair, mesh, width, refit):
     sampling = SamplingParams(temperature=0.9, seed=3)
     config = replace(GREEDY, verifier=Coupled(), width=width)
@@ -299,7 +329,14 @@ def test_coupled_text_is_plain_sampling_with_the_same_noise(pair, mesh, width, r
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("temperature, refit", [(0.0, False), (0.9, False), (0.9, True)])
+@pytest.mark.parametrize(
+    "temperature, refit",
+    [
+        pytest.param(0.0, False, marks=pytest.mark.exhaustive),
+        pytest.param(0.9, False, marks=pytest.mark.exhaustive),
+        (0.9, True),
+    ],
+)
 def test_a_row_does_not_depend_on_its_neighbours(pair, temperature, refit):
     """Alone, with the seed that it had in the batch, each row becomes the same text."""
     run = programs(
@@ -368,7 +405,13 @@ def test_no_round_of_one_stream_copies_a_cache(pair, config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "levels, width, refit", [(0, 1, False), (4, 1, False), (3, 3, False), (3, 3, True)]
+    "levels, width, refit",
+    [
+        (0, 1, False),
+        pytest.param(4, 1, False, marks=pytest.mark.exhaustive),
+        pytest.param(3, 3, False, marks=pytest.mark.exhaustive),
+        (3, 3, True),
+    ],
 )
 def test_caches_that_grow_change_no_token(pair, levels, width, refit, monkeypatch):
     """Caches that grow several times give the texts of caches that are large from the start."""

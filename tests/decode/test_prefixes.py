@@ -262,13 +262,13 @@ def check_kept_entries(pair, config, mesh, lp_size, kv_dtype="auto"):
 @pytest.mark.parametrize(
     "mesh, levels, width, lp_size, calibration, kv_dtype",
     [
-        (MeshShape(1, 1), 0, 1, 1, False, "auto"),
+        pytest.param(MeshShape(1, 1), 0, 1, 1, False, "auto", marks=pytest.mark.exhaustive),
         (MeshShape(1, 1), 4, 1, 1, False, "auto"),
-        (MeshShape(1, 1), 3, 4, 1, False, "auto"),
-        (MeshShape(1, 1), 4, 1, 3, True, "auto"),
+        pytest.param(MeshShape(1, 1), 3, 4, 1, False, "auto", marks=pytest.mark.exhaustive),
+        pytest.param(MeshShape(1, 1), 4, 1, 3, True, "auto", marks=pytest.mark.exhaustive),
         (MeshShape(2, 4), 4, 3, 3, True, "auto"),
         (MeshShape(1, 1), 4, 3, 3, True, "int8"),
-        (MeshShape(2, 1), 4, 1, 3, False, "auto"),
+        pytest.param(MeshShape(2, 1), 4, 1, 3, False, "auto", marks=pytest.mark.exhaustive),
     ],
     ids=str,
 )

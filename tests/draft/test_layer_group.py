@@ -177,7 +177,15 @@ def test_layers_of_a_group_slide_each_for_itself(sliding, mesh):
     ],
     ids=lambda value: format_layout(value) if isinstance(value, Layout) else None,
 )
-@pytest.mark.parametrize("mesh", [MeshShape(1, 1), MeshShape(4, 2), MeshShape(2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(MeshShape(1, 1), marks=pytest.mark.exhaustive),
+        MeshShape(4, 2),
+        pytest.param(MeshShape(2, 4), marks=pytest.mark.exhaustive),
+    ],
+    ids=str,
+)
 def test_mlps_at_once_and_refit_projections(pair, mesh, layout, refitted, axes):
     checkpoint, reference = pair
     from_ = loader(checkpoint, mesh, axes)
@@ -215,8 +223,8 @@ def normed(request, tmp_path_factory):
     [
         (MeshShape(1, 1), ALL_AXES, 1),
         (MeshShape(4, 2), ALL_AXES, 2),
-        (MeshShape(2, 4), ALL_AXES, 1),
-        (MeshShape(4, 2), (), 3),
+        pytest.param(MeshShape(2, 4), ALL_AXES, 1, marks=pytest.mark.exhaustive),
+        pytest.param(MeshShape(4, 2), (), 3, marks=pytest.mark.exhaustive),
     ],
     ids=str,
 )

@@ -73,7 +73,7 @@ def alone(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_processes_give_the_tokens_of_one_and_read_their_shards_only(model, alone, count, tmp_path):
     flags = [model, json.dumps(WAYS), str(CACHE / "xla"), str(tmp_path), free_address(), str(count)]
     all_ = [start(["-m", "tests.support.worker", *flags, str(number)]) for number in range(count)]

@@ -71,7 +71,12 @@ def test_search_finds_the_best_of_all_layouts(layers, lp_size, mlp_lp_size):
 
 
 @pytest.mark.parametrize(
-    "mesh, sizes", [(MeshShape(1, 1), (1, 2, 3)), (MeshShape(2, 4), (1,))], ids=str
+    "mesh, sizes",
+    [
+        pytest.param(MeshShape(1, 1), (1, 2, 3), marks=pytest.mark.exhaustive),
+        (MeshShape(2, 4), (1,)),
+    ],
+    ids=str,
 )
 def test_overlap_of_a_candidate_is_that_of_a_draft_with_this_group_alone(draft, mesh, sizes):
     """With a ridge that leaves nothing refit, the plain draft is the reference."""

@@ -80,7 +80,7 @@ def test_a_target_answers_the_prompts(pair, draft, tmp_path, monkeypatch):
         refit(open_model(draft[0].directory, speculative=VANILLA), config)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_smaller_size_takes_the_overlaps_that_are_there(pair, tmp_path, monkeypatch):
     measured = []
 

@@ -29,7 +29,11 @@ def texts(engine, temperature, batch_size):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "dtype", "batch_size", "method"),
-    [("1", "bfloat16", 1, "sd"), ("1", "float16", 4, "easyspec"), ("8", "bfloat16", 4, "easyspec")],
+    [
+        pytest.param("1", "bfloat16", 1, "sd", marks=pytest.mark.exhaustive),
+        pytest.param("1", "float16", 4, "easyspec", marks=pytest.mark.exhaustive),
+        ("8", "bfloat16", 4, "easyspec"),
+    ],
 )
 def test_texts_are_those_of_plain_decoding(model, mesh, dtype, batch_size, method):
     speculative = replace(STABLE, method=method)

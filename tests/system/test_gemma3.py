@@ -49,7 +49,7 @@ def expected(checkpoint) -> list[list[int]]:
 @pytest.mark.parametrize(
     "speculative",
     [
-        SpeculativeConfig(method="vanilla"),
+        pytest.param(SpeculativeConfig(method="vanilla"), marks=pytest.mark.exhaustive),
         SpeculativeConfig(lp_size=4),
         pytest.param(SpeculativeConfig(method="sd"), marks=pytest.mark.exhaustive),
         pytest.param(SpeculativeConfig(lp_size=4, tree_width=3), marks=pytest.mark.exhaustive),

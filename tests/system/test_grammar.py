@@ -61,7 +61,13 @@ WAYS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, marks=pytest.mark.exhaustive) if way in ("chain", "tree") else way
+        for way in WAYS
+    ],
+)
 def test_texts_are_those_of_plain_decoding(opened, way):
     engine = opened(verifier="coupled", **WAYS[way])
     plain = opened(method="vanilla", verifier="coupled")

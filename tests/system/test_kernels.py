@@ -51,7 +51,11 @@ def rounds(
 
 @pytest.mark.parametrize(
     "mesh, settings, width",
-    [(MeshShape(1, 1), FUSED, 1), (MeshShape(2, 1), FUSED, 2), (MeshShape(1, 1), SPLIT, 2)],
+    [
+        pytest.param(MeshShape(1, 1), FUSED, 1, marks=pytest.mark.exhaustive),
+        (MeshShape(2, 1), FUSED, 2),
+        (MeshShape(1, 1), SPLIT, 2),
+    ],
     ids=str,
 )
 def test_the_demo_pair_drafts_and_decodes_as_without_kernels(mesh, settings, width):

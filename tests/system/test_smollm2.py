@@ -93,8 +93,17 @@ def batch(open_engine, plain):
     return generate
 
 
-@pytest.mark.parametrize("mesh", ["1", "8"])
-@pytest.mark.parametrize("method", ["vanilla", "sd", "easyspec"])
+@pytest.mark.parametrize(
+    ("mesh", "method"),
+    [
+        ("1", "vanilla"),
+        ("8", "easyspec"),
+        pytest.param("8", "vanilla", marks=pytest.mark.exhaustive),
+        pytest.param("1", "sd", marks=pytest.mark.exhaustive),
+        pytest.param("8", "sd", marks=pytest.mark.exhaustive),
+        pytest.param("1", "easyspec", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_greedy_tokens_are_those_of_transformers(batch, plain, mesh, method):
     rows, drafted, accepted = batch(mesh, method)
     assert rows == plain[1]
@@ -102,6 +111,7 @@ def test_greedy_tokens_are_those_of_transformers(batch, plain, mesh, method):
         assert accepted == drafted > 0, "an exact draft of the target itself is accepted whole"
 
 
+@pytest.mark.exhaustive
 def test_greedy_tokens_are_those_of_transformers_with_a_refit(batch, plain, checkpoint, tmp_path):
     """The refit is noise: least squares would take a minute."""
     rows, drafted, accepted = batch(
@@ -122,6 +132,7 @@ def test_a_single_request_through_the_public_interface(open_engine, plain):
     assert completion.stats.mean_acceptance_length > 2
 
 
+@pytest.mark.exhaustive
 def test_calibration_lifts_the_acceptance_of_fuzzy_drafts(batch, plain):
     _, drafted, accepted = batch("1", "easyspec")
     rows, drafted_without, accepted_without = batch("1", "easyspec", calibration=False)
@@ -236,7 +247,11 @@ EVERY_OPTION = SamplingParams(
 
 
 @pytest.mark.parametrize(
-    ("draft", "mesh", "way"), [("noisy", "1", "N=4"), ("noisy", "8", "tree-4")]
+    ("draft", "mesh", "way"),
+    [
+        pytest.param("noisy", "1", "N=4", marks=pytest.mark.exhaustive),
+        ("noisy", "8", "tree-4"),
+    ],
 )
 def test_every_option_at_once_leaves_one_seed_one_text(checkpoint, drafts, draft, mesh, way):
     """Three seeds a prompt, in batches, against plain decoding one after another."""

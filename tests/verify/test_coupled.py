@@ -61,7 +61,9 @@ def models(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "truncation", [[], ["--top-k", "20", "--top-p", "0.9"]], ids=["whole", "truncated"]
+    "truncation",
+    [pytest.param([], marks=pytest.mark.exhaustive), ["--top-k", "20", "--top-p", "0.9"]],
+    ids=["whole", "truncated"],
 )
 def test_one_seed_is_one_text(models, capsys, truncation):
     """Draft, method and mesh do not change it."""

@@ -72,7 +72,7 @@ def test_moments_lie_in_both_phases_and_leave_work():
     assert 0 < left[-1] < 350
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_small_job_survives_a_kill(tmp_path, capsys):
     out = tmp_path / "kill_check.json"
     command = ["--lines", "12", "--kills", "1", "--batch-size", "2", "--out", str(out)]

@@ -31,6 +31,7 @@ def flags(directory, *strategies) -> list[str]:
     ]
 
 
+@pytest.mark.exhaustive
 def test_every_layout_and_those_that_have_a_refit_with_it(draft, tmp_path):
     pytest.importorskip("matplotlib")
     for strategy in STRATEGIES[1:]:

@@ -26,7 +26,7 @@ def test_perplexity_is_that_of_transformers(tmp_path):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_kind_of_types_has_a_row(tmp_path, monkeypatch, capsys):
     save_model(tmp_path / "model", "smollm2")
     (tmp_path / "text").write_text("a quick brown fox " * 20)

@@ -7,7 +7,7 @@ import pytest
 from experiments.ours.second_turn import main, tabulate
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_store_has_the_first_turn(tmp_path, capsys):
     out = tmp_path / "second_turn.json"
     flags = ["--tokens", "200", "--max-new-tokens", "8", "--repeats", "2", "--out", str(out)]

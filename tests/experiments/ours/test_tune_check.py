@@ -2,10 +2,13 @@
 
 import json
 
+import pytest
+
 from experiments.ours.tune_check import draw, main
 from tests.support.models import save_model
 
 
+@pytest.mark.exhaustive
 def test_the_choice_is_run_beside_the_best_of_the_sweep(tmp_path, capsys):
     model, out = tmp_path / "model", tmp_path / "found.json"
     save_model(model, "llama3", vocab_size=260, eos_token_id=3, num_hidden_layers=4)

@@ -33,6 +33,7 @@ def measured(tmp_path_factory):
     return out
 
 
+@pytest.mark.exhaustive
 def test_every_way_has_a_lane_for_every_device(measured):
     rows = json.loads(measured.read_text())["results"]
     assert [row["way"] for row in rows] == ["TP", "+sd", "EasySpec, N = 2"]
@@ -48,6 +49,7 @@ def test_every_way_has_a_lane_for_every_device(measured):
             assert set(letters) <= set("cx.")
 
 
+@pytest.mark.exhaustive
 def test_the_picture_and_the_page_are_of_the_file(measured, tmp_path):
     again = tmp_path / "again.png"
     assert draw.main([str(measured), "--out", str(again)]) == 0

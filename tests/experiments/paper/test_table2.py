@@ -75,6 +75,7 @@ def test_rows_agree_with_themselves(measured):
     not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
     reason="needs two cores",
 )
+@pytest.mark.exhaustive
 def test_a_process_for_every_device(tmp_path):
     pytest.importorskip("matplotlib")
     assert main(command(tmp_path, "--processes", "2", "--profile-phases", "--repeats", "2")) == 0

@@ -50,6 +50,7 @@ def measured(tmp_path_factory):
     return directory
 
 
+@pytest.mark.exhaustive
 def test_rows_agree_with_themselves(measured):
     plain, exact, attention, layers = json.loads((measured / "table5.json").read_text())["results"]
     assert [row["at_once"] for row in (plain, exact, attention, layers)] == [
@@ -67,6 +68,7 @@ def test_rows_agree_with_themselves(measured):
         assert 0 <= row["acceptance_rate"] <= 1 and row["refit"] is False
 
 
+@pytest.mark.exhaustive
 def test_the_same_results_are_the_same_picture(measured, tmp_path):
     again = tmp_path / "again.png"
     assert draw.main([str(measured / "table5.json"), "--out", str(again)]) == 0
