@@ -197,6 +197,7 @@ SCRIPTS = (
             Result("acceptance_demo", "Acceptance: the bundled pair"),
             Result("acceptance_demo_refit", "Acceptance with a refit: the bundled pair"),
             Result("acceptance", "{subject}"),
+            Result("acceptance_qwen", "Acceptance: Qwen2.5-Coder-1.5B drafted by 0.5B"),
         ),
         draws=True,
     ),

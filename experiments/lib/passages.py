@@ -23,7 +23,7 @@ WAYS = {
 }
 """The engines in peers.json that the README compares, and how it calls them."""
 
-SIZES = (1, 2, 4, 6, 7)
+SIZES = (1, 2, 4, 6, 7, 12)
 """The numbers of layers at once for which the README has the acceptance."""
 
 SAMPLED = {"greedy": "greedy", "coupled": "T = 0.8, coupled", "rejection": "T = 0.8, rejection"}
@@ -112,6 +112,7 @@ def acceptance(results: Path) -> str:
     pairs = {
         "bundled pair": chains(results, "acceptance_demo"),
         "SmolLM2": chains(results, "acceptance"),
+        "Qwen2.5-Coder": chains(results, "acceptance_qwen"),
     }
     found = {draft: row for rows in pairs.values() for draft, row in rows.items()}
     drafts = [draft for draft, row in found.items() if row["lp_size"] in SIZES]
@@ -195,6 +196,27 @@ def acceptance_refit(results: Path) -> str:
                 shown[name] = short([own["acceptance_rate"]])
         table.append(shown)
     return markdown(table)
+
+
+def acceptance_qwen(results: Path) -> str:
+    """Tabulate the acceptance of the real draft by the turns that its attentions take."""
+    table = []
+    for rows in _by_draft(read(results, "acceptance_qwen")):
+        shown: dict[str, Any] = {"draft": rows[0]["draft"]}
+        # "0,1-4,5-13" -> 3
+        shown["turns of attention"] = rows[0]["groups"].count(",") + 1
+        for row in rows:
+            shown[f"width {row['tree_width']}"] = short([row["acceptance_rate"]])
+        table.append(shown)
+    return markdown(table)
+
+
+def _by_draft(rows: Rows) -> Iterator[Rows]:
+    """Group calibrated rows by draft, the exact one first."""
+    calibrated = [row for row in rows if row["calibration"]]
+    drafts = {row["draft"]: row for row in calibrated}
+    for draft in sorted(drafts, key=lambda draft: _order(drafts[draft])):
+        yield matching(calibrated, draft=draft)
 
 
 def acceptance_demo_refit(results: Path) -> str:
@@ -331,6 +353,7 @@ PASSAGES: dict[str, Callable[[Path], str]] = {
     "card": card,
     "kept": kept,
     "acceptance_refit": acceptance_refit,
+    "acceptance_qwen": acceptance_qwen,
     "acceptance_demo_refit": acceptance_demo_refit,
     "trees": trees,
     "checkpoints": checkpoints,
