@@ -58,7 +58,7 @@ def read_tools(tools: Sequence[Any], choice: Any, several: bool) -> Tools:
         )
     called = [name for name in functions if named in (None, name)]
     if not called:
-        raise EasySpecError(f"tool_choice needs {named or 'a function'!r} to be among tools")
+        raise EasySpecError(f"tool_choice {(named or choice)[:40]!r} needs a function of tools")
     arguments = {name: _schema(functions[name]) for name in called}
     grammar = ToolGrammar(arguments, needs_call=True, several=several and named is None)
     return Tools(tools, grammar.text)

@@ -158,7 +158,7 @@ def test_prompts_are_texts_or_ids(prompt, prompts):
         ({"tools": {}}, "tools", "of the wrong type"),
         ({"tools": [TOOL | {"type": "web_search"}]}, "tools", "'web_search' are not supported"),
         ({"tool_choice": "any"}, "tool_choice", "use 'auto', 'none', 'required' or"),
-        ({"tool_choice": "required"}, "tool_choice", "'a function' to be among tools"),
+        ({"tool_choice": "required"}, "tool_choice", "'required' needs a function of tools"),
         ({"tools": [TOOL, TOOL]}, "tools", "two functions of one name"),
         (
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": [1]}}]},

@@ -177,7 +177,7 @@ def test_traces_keep_the_text_of_every_token(client):
         (
             {"tool_choice": {"type": "function", "function": {"name": "sub"}}},
             "tool_choice",
-            "'sub' to be among tools",
+            "'sub' needs a function of tools",
         ),
         ({"tools": [{"type": "custom"}]}, "tools", "'custom' are not supported"),
         ({"tools": [{"type": "function"}]}, "tools", "must be a list of"),
