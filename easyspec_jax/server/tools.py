@@ -7,9 +7,6 @@ from typing import Any
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.sampling.tool_grammar import ToolGrammar
 
-ANY: Mapping[str, Any] = {"type": "object"}
-"""Schema of arguments that may be any."""
-
 
 @dataclass(frozen=True)
 class Tools:
@@ -34,7 +31,8 @@ def read_tools(tools: Sequence[Any], choice: Any, several: bool) -> Tools:
         several: Whether an answer may call several tools.
 
     Raises:
-        EasySpecError: A tool is not a function, or the choice is none of these.
+        EasySpecError: A tool is not a function, the choice is none of these, or calls that must
+            follow schemas have none of objects, or two of one name.
 
     Examples:
         >>> tool = {"type": "function", "function": {"name": "now"}}
@@ -43,40 +41,48 @@ def read_tools(tools: Sequence[Any], choice: Any, several: bool) -> Tools:
         >>> read_tools([tool], "required", True).grammar
         '{"needs_call": true, "several": true, "arguments": {"now": {"type": "object"}}}'
     """
-    functions = {_name(tool): tool["function"] for tool in tools}
-    if len(functions) < len(tools):
-        raise EasySpecError("tools has two functions of one name")
-    if choice in (None, "auto"):
-        return Tools(tools, _strict(functions, several))
+    functions = [(_name(tool), tool["function"]) for tool in tools]
     if choice == "none":
         return Tools([], None)
+    if choice in (None, "auto"):
+        if not any(function.get("strict") for _, function in functions):
+            return Tools(tools, None)
+        arguments = _arguments(functions, only_strict=True)
+        return Tools(tools, ToolGrammar(arguments, needs_call=False, several=several).text)
     named = _named(choice)
     if choice != "required" and named is None:
         raise EasySpecError(
             f"tool_choice {str(choice)[:40]!r} is not supported; use 'auto', 'none', 'required' or "
             "{type: 'function', function: {name: ...}}"
         )
-    called = [name for name in functions if named in (None, name)]
+    called = [(name, function) for name, function in functions if named in (None, name)]
     if not called:
         raise EasySpecError(f"tool_choice {(named or choice)[:40]!r} needs a function of tools")
-    arguments = {name: _schema(functions[name]) for name in called}
+    arguments = _arguments(called, only_strict=False)
     grammar = ToolGrammar(arguments, needs_call=True, several=several and named is None)
     return Tools(tools, grammar.text)
 
 
-def _strict(functions: Mapping[str, Mapping[str, Any]], several: bool) -> str | None:
-    """Return the grammar of answers that may call tools, if some function is strict."""
-    if not any(function.get("strict") for function in functions.values()):
-        return None
-    arguments = {}
-    for name, function in functions.items():
-        arguments[name] = _schema(function) if function.get("strict") else ANY
-    return ToolGrammar(arguments, needs_call=False, several=several).text
+def _arguments(
+    functions: Sequence[tuple[str, Mapping[str, Any]]], only_strict: bool
+) -> dict[str, Mapping[str, Any]]:
+    """Return the schema of the arguments of each function by name.
 
-
-def _schema(function: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the schema of a function's arguments."""
-    return {**ANY, **(function.get("parameters") or {})}
+    Args:
+        functions: Names and functions.
+        only_strict: Whether functions that are not strict take any arguments.
+    """
+    arguments: dict[str, Mapping[str, Any]] = {}
+    for name, function in functions:
+        parameters = function.get("parameters") or {}
+        if only_strict and not function.get("strict"):
+            parameters = {}
+        if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
+            raise EasySpecError(f"tools: parameters of {name[:40]!r} must be a schema of an object")
+        arguments[name] = {"type": "object", **parameters}
+    if len(arguments) < len(functions):
+        raise EasySpecError("tools has two functions of one name")
+    return arguments
 
 
 def _named(choice: Any) -> str | None:
@@ -93,11 +99,7 @@ def _name(tool: Any) -> str:
     function = tool.get("function") if kind else None
     if not isinstance(function, dict):
         function = {}
-    name, parameters = function.get("name"), function.get("parameters")
+    name = function.get("name")
     if not isinstance(name, str) or not name:
         raise EasySpecError("tools must be a list of {type: 'function', function: {name: ...}}")
-    if parameters is not None and not (
-        isinstance(parameters, dict) and parameters.get("type", "object") == "object"
-    ):
-        raise EasySpecError(f"tools: parameters of {name[:40]!r} must be a schema of an object")
     return name

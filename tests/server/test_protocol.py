@@ -159,9 +159,12 @@ def test_prompts_are_texts_or_ids(prompt, prompts):
         ({"tools": [TOOL | {"type": "web_search"}]}, "tools", "'web_search' are not supported"),
         ({"tool_choice": "any"}, "tool_choice", "use 'auto', 'none', 'required' or"),
         ({"tool_choice": "required"}, "tool_choice", "'required' needs a function of tools"),
-        ({"tools": [TOOL, TOOL]}, "tools", "two functions of one name"),
+        ({"tools": [TOOL, TOOL], "tool_choice": "required"}, "tools", "two functions of one name"),
         (
-            {"tools": [{"type": "function", "function": {"name": "f", "parameters": [1]}}]},
+            {
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": [1]}}],
+                "tool_choice": "required",
+            },
             "tools",
             "must be a schema of an object",
         ),
