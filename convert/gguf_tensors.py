@@ -28,7 +28,7 @@ import ml_dtypes  # noqa: F401  (teaches NumPy int4)
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, ReaderTensor
 from gguf.quants import dequantize
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int8, UInt8
 
 from easyspec_jax.checkpoint.quantized import (
     OFFSET,
@@ -157,17 +157,19 @@ def _q4_1(blocks: Blocks) -> Integers:
 
 def _q5_0(blocks: Blocks) -> Integers:
     """A scale, the fifth bits of all 32 numbers, and four bits of each as in Q4_0."""
-    # [blocks, 4] -> [blocks, 32], the lowest bit of the first byte first
-    fifth = np.unpackbits(blocks[:, 2:6], axis=1, bitorder="little")
-    numbers = _nibbles(blocks[:, 6:]) | fifth << 4
-    return numbers.view(np.int8) - np.int8(16), _halves(blocks[:, :2])
+    return _five_bits(blocks[:, 2:]) - np.int8(16), _halves(blocks[:, :2])
 
 
 def _q5_1(blocks: Blocks) -> Integers:
     """A scale, the least number, the fifth bits of all 32, and four bits of each as in Q4_0."""
-    fifth = np.unpackbits(blocks[:, 4:8], axis=1, bitorder="little")
-    numbers = _nibbles(blocks[:, 8:]) | fifth << 4
-    return numbers.view(np.int8), _halves(blocks[:, :2]), _halves(blocks[:, 2:4])
+    return _five_bits(blocks[:, 4:]), _halves(blocks[:, :2]), _halves(blocks[:, 2:4])
+
+
+def _five_bits(stored: UInt8[np.ndarray, "blocks bytes"]) -> Int8[np.ndarray, "blocks 32"]:
+    """Join the fifth bits in the first four bytes with the nibbles after them."""
+    # [blocks, 4] -> [blocks, 32], the lowest bit of the first byte first
+    fifth = np.unpackbits(stored[:, :4], axis=1, bitorder="little")
+    return (_nibbles(stored[:, 4:]) | fifth << 4).view(np.int8)
 
 
 def _q2_k(blocks: Blocks) -> Integers:

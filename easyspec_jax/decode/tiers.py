@@ -53,7 +53,7 @@ LATEST = 3
 """Latest rounds that say how fast the machine is."""
 
 DOUBT, STALE = 0.4, 512
-"""Share by which a tier's cost is lowered, in full after so many rounds without timing it."""
+"""Discount on a tier's cost; it grows to DOUBT after STALE rounds without timing the tier."""
 
 
 class Acceptance:

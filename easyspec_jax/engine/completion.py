@@ -216,7 +216,7 @@ class Generation:
             return
         self.prompt_logprobs.append(None)
         for part in report.prompt:
-            # A chunk's columns are about the tokens after its own; the last one's is no prompt's.
+            # Column i of a chunk is about token i + 1. After the last one, no prompt token follows.
             begin = len(self.prompt_logprobs)
             about = self.prompt_ids[begin : begin + part.chosen.shape[1]]
             self.prompt_logprobs += read_logprobs(part, row, about, best)

@@ -43,7 +43,7 @@ KINDS = (
 """An example of each kind of sampling that has programs of its own."""
 
 OPTIONS = Kinds(min_p=True, bias=True, stops=True, penalties=True, bad_words=64, bad_word_length=8)
-"""What programs for requests with further options know: all of them, so that these share programs.
+"""All options: programs for requests with any of them know every one, so that they are shared.
 
 They are compiled when the first such request comes. Others keep programs that know none.
 """
@@ -140,7 +140,7 @@ class Request:
         text: What Engine.row() returned.
         listener: Called on the engine's thread with every Event, the last one Ended or Failed. A
             cancelled request has none after its cancellation was noticed.
-        cancelled: Whether nobody wants it any more.
+        cancelled: Whether it was given up.
         entered: When it got a row, by time.perf_counter(); 0 before.
     """
 
@@ -274,7 +274,7 @@ class Scheduler:
             while (request := self._next()) is not None:
                 engine, text = request.engine, request.text
                 self._serve(engine.programs(text.sampling, text.kinds), engine.prefixes)
-        except Exception as error:  # whatever it is, nobody may wait for an answer for ever
+        except Exception as error:  # of any kind: requests must still be answered
             self.failure = error
         finally:
             self._fail_all()

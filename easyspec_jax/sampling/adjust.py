@@ -105,7 +105,7 @@ def _room(count: int) -> int:
 
 
 PLAIN = Kinds()
-"""What programs can do that know no such option."""
+"""Programs without any of these options."""
 
 
 @partial(
@@ -157,7 +157,7 @@ class BadWords:
     """Sequences of tokens that a row's output may not contain: the last is banned after the rest.
 
     Attributes:
-        last: Last token of each word; NO_TOKEN where there is no word.
+        last: Last token of each word; NO_TOKEN for absent words.
         before: The tokens before it, from the last one back; ANY_TOKEN beyond the first.
         output: The last tokens of each row's output, from the last one back, then NO_TOKEN.
     """

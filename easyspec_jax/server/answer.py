@@ -26,7 +26,7 @@ class Answer:
         id: The answer's.
         created: When it was made, in seconds since 1970.
         finds_calls: Whether calls of tools are found in the text.
-        contents: What each id stands for, if the request asks for log-probabilities.
+        contents: Content of each token id, if the request asks for log-probabilities.
     """
 
     asked: Asked
@@ -46,7 +46,7 @@ class Answer:
             asked: The request.
             model: The model's name.
             finds_calls: Whether it writes calls of tools in a form that can be found.
-            contents: What each id stands for, if the request asks for log-probabilities.
+            contents: Content of each token id, if the request asks for log-probabilities.
         """
         prefix = "chatcmpl-" if asked.chat else "cmpl-"
         identity, now = prefix + secrets.token_hex(16), int(time.time())

@@ -119,7 +119,7 @@ class Running:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for.
+    """Limits of one request.
 
     Attributes:
         body: Bytes of a request's body.
@@ -146,7 +146,7 @@ class Answering:
 
         Args:
             scheduler: Decodes texts.
-            limits: What one request may ask for.
+            limits: Limits of one request.
             metrics: Count what happens.
         """
         self._scheduler, self._limits, self._metrics = scheduler, limits, metrics
@@ -204,7 +204,7 @@ class Answering:
         return running
 
     def cancel(self, running: Running) -> None:
-        """Free the rows of answers that nobody waits for."""
+        """Free the rows of a request whose client has left."""
         for request in running.requests:
             self._scheduler.cancel(request)
 
@@ -319,7 +319,7 @@ def _poster(
     """Return what puts an answer's events into an inbox, from any thread."""
 
     def post(event: Event) -> None:
-        # Once the loop is closed, nobody waits for answers.
+        # After the loop has closed there is no inbox left to fill.
         with suppress(RuntimeError):
             loop.call_soon_threadsafe(inbox.put_nowait, (index, event))
 

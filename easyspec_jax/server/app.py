@@ -67,7 +67,7 @@ class Settings:
 
     Attributes:
         model: The model's name.
-        limits: What one request may ask for.
+        limits: Limits of one request.
         api_key: Key that requests to /v1 must carry, or None.
         local: Whether only names of this machine are accepted in a request's Host header. It keeps
             pages of other sites, whose name can be made to point here, from talking to the server.
@@ -225,7 +225,7 @@ class _Server:
         """Read a request's body.
 
         Raises:
-            RequestError: It is no JSON, too large or too slow.
+            RequestError: It is not JSON, too large or too slow.
         """
         # A page of another site may send other types without asking this server first.
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()

@@ -7,7 +7,7 @@ from easyspec_jax.engine.completion import TokenLogprobs
 from easyspec_jax.tokenizer.contents import Content
 
 Contents = Mapping[int, Content]
-"""What each id stands for."""
+"""Content of each token id."""
 
 
 def of_chat(listed: Sequence[TokenLogprobs], contents: Contents) -> dict[str, Any]:
@@ -15,7 +15,7 @@ def of_chat(listed: Sequence[TokenLogprobs], contents: Contents) -> dict[str, An
 
     Args:
         listed: Those of its tokens, or of a chunk's.
-        contents: What each id stands for.
+        contents: Content of each token id.
 
     Examples:
         >>> found = of_chat([TokenLogprobs(7, -0.5, [(7, -0.5)])], {7: b" a"})
@@ -36,7 +36,7 @@ def of_completion(
 
     Args:
         listed: Those of its tokens, or of a chunk's.
-        contents: What each id stands for.
+        contents: Content of each token id.
         offset: Characters of the tokens before.
 
     Examples:

@@ -1,4 +1,4 @@
-"""What a tokenizer's ids stand for: bytes, in whichever way it spells them."""
+"""Bytes of a tokenizer's tokens, in byte-level BPE and in SentencePiece."""
 
 import json
 import re
@@ -13,7 +13,7 @@ Content = bytes | tuple[str, str]
 
 
 def token_contents(tokenizer: Tokenizer) -> dict[int, Content]:
-    """Return what each id of a tokenizer stands for."""
+    """Return the content of each id of a tokenizer."""
     # Imported here, because it takes a second that pairs with one tokenizer need not wait for.
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
