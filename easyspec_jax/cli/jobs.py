@@ -264,7 +264,10 @@ def run_job(
                     taken.extend([item] * len(own))
                     yield from own
 
-            for number, completion in engine.complete_each(rows(), batch_size, checked=True):
+            made = engine.complete_each(
+                rows(), batch_size, checked=True, repeats=any(item.texts > 1 for item in left)
+            )
+            for number, completion in made:
                 item = taken[number]
                 texts[item.line][number] = completion
                 if len(texts[item.line]) == item.texts:

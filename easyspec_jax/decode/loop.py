@@ -14,6 +14,7 @@ the store has of their prompts, and what they leave in the caches goes there.
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, Self
 
@@ -21,9 +22,10 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
+from easyspec_jax.arithmetic import wrap_seed
 from easyspec_jax.decode.growth import CacheGrowth
 from easyspec_jax.decode.prefilling import first_tokens, prefill_all
-from easyspec_jax.decode.prefixes import PrefixStore, Text, reusable, shared_tokens
+from easyspec_jax.decode.prefixes import PrefixStore, Spared, Text, shared_tokens, spared
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.state import Report, State
 from easyspec_jax.options import SamplingParams
@@ -74,7 +76,8 @@ class Batch:
     and a report counts only for rows that still have the text it is about.
 
     Attributes:
-        cached: Prompt tokens of each row's text that came from the store of prefixes.
+        cached: Prompt tokens of each row's text that came from the store of prefixes, or from
+            another row.
     """
 
     def __init__(
@@ -135,12 +138,13 @@ class Batch:
         begun = {row: prompt for row, prompt in enumerate(prompts) if limits[row] > 0}
         for row in begun:
             batch._tiers.enter(row)
-        start = batch._restore(begun, len(prompts))
-        batch._prefill(prompts, bar, start)
-        batch._began(begun, start)
+        found = batch._restore(begun, len(prompts))
+        batch._share(found, begun, limits, sampling)
+        batch._prefill(prompts, bar, found.starts(len(prompts)))
+        batch._began(begun, found)
         return batch
 
-    def _restore(self, prompts: Mapping[int, Sequence[int]], rows: int) -> int:
+    def _restore(self, prompts: Mapping[int, Sequence[int]], rows: int) -> Spared:
         """Begin the texts of some rows with what the store has of their prompts.
 
         Args:
@@ -148,31 +152,55 @@ class Batch:
             rows: Rows that are prefilled together.
 
         Returns:
-            The first token to prefill, in all of them.
+            What need not be prefilled; repeats are still to be shared.
         """
-        store = self._prefixes
-        # Log-probabilities of a prompt need a pass over all of it.
-        if store is None or self._programs.config.kinds.prompt_logprobs:
-            return 0
-        asked = list(prompts.values())
-        start, found = reusable(self._programs, store, asked, self._growth.capacity, rows)
-        for row, prefix in zip(prompts, found, strict=False):  # all are found, or none
-            self._state = self._programs.restore(self._state, row, prefix.caches, start)
+        store, capacity = self._prefixes, self._growth.capacity
+        found = spared(self._programs, store, prompts, capacity, rows)
+        for row, prefix in found.prefixes.items():
+            self._state = self._programs.restore(self._state, row, prefix.caches, found.start)
+            assert store is not None
             store.touch(prefix)
-        return start
+        return found
 
-    def _began(self, prompts: Mapping[int, Sequence[int]], start: int) -> None:
-        """Note that prompts have been prefilled from a token on, so that the store may keep them.
+    def _share(
+        self,
+        found: Spared,
+        prompts: Mapping[int, Sequence[int]],
+        limits: Sequence[int],
+        sampling: SamplingParams,
+    ) -> None:
+        """Prefill what several rows share once, in the first of them, and copy it to the others.
+
+        Args:
+            found: What need not be prefilled.
+            prompts: Token ids by row.
+            limits: As for decode(), like sampling.
+            sampling: How to sample.
+        """
+        programs = self._programs
+        for (first, *others), end in found.repeats:
+            own = replace(sampling, seed=wrap_seed(sampling.seed + first))
+            text = prompts[first], limits[first], own, found.start, end
+            self._state, _ = programs.enter(self._state, first, *text)
+            size = programs.prefix_size(end, self._growth.capacity)
+            copy = programs.copy_row(self._state, first, size)
+            for row in others:
+                self._state = programs.restore(self._state, row, copy, end)
+
+    def _began(self, prompts: Mapping[int, Sequence[int]], found: Spared) -> None:
+        """Note that prompts have been prefilled, so that the store may keep them.
 
         Not before: after Ctrl-C in between, rows would hold less than their prompts.
         """
         for row, prompt in prompts.items():
-            self.cached[row] = start
+            self.cached[row] = found.start
             if self._prefixes is not None:
                 self._known[row] = Text(prompt)
+        for repeat in found.repeats:
+            self.cached[list(repeat.rows[1:])] = repeat.end
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], bar: Bar, start: int) -> None:
-        self._state, chunks = prefill_all(self._programs, self._state, prompts, bar, start)
+    def _prefill(self, prompts: Sequence[Sequence[int]], bar: Bar, starts: Sequence[int]) -> None:
+        self._state, chunks = prefill_all(self._programs, self._state, prompts, bar, starts)
         self._texts = len(prompts)
         self._text = np.arange(self._texts)
         rows = np.arange(self._texts)
@@ -193,9 +221,10 @@ class Batch:
         self._texts += 1
         self._state = self._growth.grow_if_needed(self._state)
         self._keep_shared(prompt)
-        start = self._restore({row: prompt}, 1)
-        self._state, report = self._programs.enter(self._state, row, prompt, limit, sampling, start)
-        self._began({row: prompt}, start)
+        found = self._restore({row: prompt}, 1)
+        text = prompt, limit, sampling, found.start
+        self._state, report = self._programs.enter(self._state, row, *text)
+        self._began({row: prompt}, found)
         read = partial(jax.device_get, report)
         self._unread.append(_Unread(read, np.asarray([row]), self._text[[row]]))
 

@@ -22,36 +22,38 @@ def prefill_all(
     state: State,
     prompts: Sequence[Sequence[int]],
     bar: Bar = no_bar,
-    start: int = 0,
+    starts: Sequence[int] | None = None,
 ) -> tuple[State, list[Chunk]]:
     """Run prefill over all prompts, chunk by chunk.
 
     Args:
         programs: Compiled steps.
-        state: Rows that hold no text yet, or the first `start` tokens of their prompts.
+        state: Rows that hold no text yet, or the first tokens of their prompts.
         prompts: Token ids of each prompt, none empty.
         bar: Shows the progress of long prompts.
-        start: First token to prefill, in every row. Rows of shorter prompts are never prefilled, so
-            these must be finished from the start.
+        starts: First token to prefill in each row; by default 0. Rows of shorter prompts are never
+            prefilled, so these must be finished from the start.
 
     Returns:
         The state after all prompts, and the chunks that first_tokens() needs.
     """
     # Prompts of 150 and 20 tokens may take chunks of 128 and 32, with counts [128, 20] and [22, 0],
     # and last [False, True] and [True, False].
-    lengths = np.asarray([len(prompt) for prompt in prompts])
-    room = state.target[0].capacity - start
-    sizes = programs.chunks(int(lengths.max()) - start, room, len(prompts))
+    begun = np.asarray(starts or [0] * len(prompts))
+    left = np.asarray([len(prompt) for prompt in prompts]) - begun
+    room = state.target[0].capacity - int(begun.max())
+    sizes, done = programs.chunks(int(left.max()), room, len(prompts)), 0
     chunks: list[Chunk] = []
     shown = bar if len(sizes) > FEW else no_bar
     with shown("Reading the prompt", sum(sizes)) as advance:
         for size in sizes:
-            count = np.clip(lengths - start, 0, size).astype(np.int32)
+            count = np.clip(left - done, 0, size).astype(np.int32)
             tokens = np.zeros((len(prompts), programs.columns(size)), np.int32)
             for row, prompt in enumerate(prompts):
+                start = begun[row] + done
                 part = prompt[start : start + tokens.shape[1]]
                 tokens[row, : len(part)] = part
-            last = (count > 0) & (lengths <= start + size)
+            last = (count > 0) & (left <= done + size)
             state, report = programs.prefill(state, tokens, count, last)
             if shown is not no_bar and chunks:
                 # Calls return at once. A bar waits for the chunk before, so that the devices always
@@ -59,7 +61,7 @@ def prefill_all(
                 jax.block_until_ready(chunks[-1][1])
                 advance(sizes[len(chunks) - 1])
             chunks.append((last, report))
-            start += size
+            done += size
     return state, chunks
 
 

@@ -8,8 +8,9 @@ what comes after the longest prefix that it shares with any of them.
 Only entries that an exact pass has written are kept, so a text is what it would be without a store.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -132,33 +133,134 @@ def shared_tokens(one: Ids, other: Ids) -> int:
     return int(np.argmax(differ)) if differ.any() else length
 
 
-def reusable(
+class Repeat(NamedTuple):
+    """Rows with one prompt, most of which is prefilled once and copied.
+
+    Attributes:
+        rows: The rows.
+        end: First token of the prompt that each row prefills by itself.
+    """
+
+    rows: tuple[int, ...]
+    end: int
+
+
+@dataclass(frozen=True)
+class Spared:
+    """What a prefill need not do.
+
+    Attributes:
+        start: Tokens that a store has of all prompts. It is the least that it has of any, so that
+            rows without a repeat start at the same token.
+        prefixes: By row, a prefix that holds them; empty if there are none.
+        repeats: Rows that share what comes after them.
+    """
+
+    start: int
+    prefixes: dict[int, Prefix]
+    repeats: list[Repeat]
+
+    def starts(self, rows: int) -> list[int]:
+        """List the first token that each of some rows prefills by itself.
+
+        Examples:
+            >>> Spared(2, {}, [Repeat((1, 2), 9)]).starts(rows=4)
+            [2, 9, 9, 2]
+        """
+        ends = {row: repeat.end for repeat in self.repeats for row in repeat.rows}
+        return [ends.get(row, self.start) for row in range(rows)]
+
+
+class PrefillSizes(NamedTuple):
+    """Sizes of the steps by which prompts get into the caches.
+
+    Attributes:
+        chunks: Of chunks of all rows together.
+        alone: Of chunks of one row, whose prompt others have as well.
+        copies: Entries that are copied from or to a row.
+    """
+
+    chunks: set[int]
+    alone: set[int]
+    copies: set[int]
+
+
+def prefill_sizes(
     programs: Programs,
-    store: PrefixStore | None,
-    prompts: Sequence[Sequence[int]],
+    found: Spared,
+    prompts: Mapping[int, Sequence[int]],
     capacity: int,
     rows: int,
-) -> tuple[int, list[Prefix]]:
-    """Find what a store has of all prompts that are prefilled together.
+) -> PrefillSizes:
+    """List the sizes of the steps of a prefill; the arguments are those of spared().
+
+    Args:
+        programs: Compiled steps.
+        found: What spared() returned.
+        prompts: Token ids by row.
+        capacity: Cache entries of each row.
+        rows: Rows that are prefilled together.
+    """
+    starts = found.starts(rows)
+    left = max(len(prompt) - starts[row] for row, prompt in prompts.items())
+    alone = [
+        programs.chunks(repeat.end - found.start, capacity - found.start)
+        for repeat in found.repeats
+        if len(repeat.rows) > 1
+    ]
+    return PrefillSizes(
+        chunks=set(programs.chunks(left, capacity - max(starts), rows)),
+        alone=set().union(*alone),
+        copies={
+            *(prefix.size for prefix in found.prefixes.values()),
+            *(programs.prefix_size(repeat.end, capacity) for repeat in found.repeats),
+        },
+    )
+
+
+def spared(
+    programs: Programs,
+    store: PrefixStore | None,
+    prompts: Mapping[int, Sequence[int]],
+    capacity: int,
+    rows: int,
+) -> Spared:
+    """Find what need not be prefilled of prompts that are prefilled together.
 
     Args:
         programs: Compiled steps.
         store: The prefixes, or None.
-        prompts: Token ids of each.
+        prompts: Token ids by row, without rows that hold no text.
         capacity: Cache entries of each row.
         rows: Rows that are prefilled together; those without a prompt count too.
-
-    Returns:
-        The tokens that no prompt has to prefill; and for each prompt a prefix that holds them, or
-        none if that is 0. All rows of a prefill start at the same token, so it is the least of what
-        is found.
     """
-    if store is None or not prompts:
-        return 0, []
-    found = [store.find(prompt) for prompt in prompts]
-    cached, longest = min(count for count, _ in found), max(map(len, prompts))
-    start = programs.prefill_from(longest, cached, capacity, rows)
-    return start, [prefix for _, prefix in found if prefix is not None] if start else []
+    # Log-probabilities of a prompt need a pass over all of it.
+    if programs.config.kinds.prompt_logprobs or not prompts:
+        return Spared(0, {}, [])
+    start, prefixes = 0, {}
+    if store is not None:
+        found = {row: store.find(prompt) for row, prompt in prompts.items()}
+        cached, longest = min(count for count, _ in found.values()), max(map(len, prompts.values()))
+        if start := programs.prefill_from(longest, cached, capacity, rows):
+            prefixes = {row: prefix for row, (_, prefix) in found.items() if prefix is not None}
+    # Bit-stable texts need passes over all rows.
+    shared = _repeats(programs, prompts, capacity, rows) if programs.config.rows is None else []
+    return Spared(start, prefixes, [repeat for repeat in shared if repeat.end > start])
+
+
+def _repeats(
+    programs: Programs, prompts: Mapping[int, Sequence[int]], capacity: int, rows: int
+) -> list[Repeat]:
+    """Find prompts that several rows have, where a shared prefill is shorter."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for row, prompt in prompts.items():
+        alike.setdefault(tuple(prompt), []).append(row)
+    return [
+        Repeat(tuple(own), end)
+        for prompt, own in alike.items()
+        if len(own) > 1
+        if (end := programs.prefill_from(len(prompt), len(prompt) - 1, capacity, rows))
+    ]
 
 
 class Text:

@@ -218,6 +218,7 @@ class Programs:
         limit: int,
         sampling: SamplingParams,
         start: int = 0,
+        end: int | None = None,
     ) -> tuple[State, Report]:
         """Run refill.enter: give a row another text; other rows keep their state.
 
@@ -228,22 +229,24 @@ class Programs:
             limit: Tokens to generate.
             sampling: How to sample this text, and its seed.
             start: First token to prefill; those before it have been restored.
+            end: First token that is left to a later prefill; by default none is.
 
         Returns:
-            The new state; and a report of this one row, with the text's first token.
+            The new state; and a report of this one row, with the text's first token if no token of
+            the prompt was left.
         """
-        report, capacity = None, state.target[0].capacity
+        report, capacity, length = None, state.target[0].capacity, len(prompt[:end])
         request, adjustments = self._placed(self.row_arrays(sampling, [prompt]))
-        for size in self.chunks(len(prompt) - start, capacity - start):
+        for size in self.chunks(length - start, capacity - start):
             tokens = np.zeros((1, self.columns(size)), np.int32)
             part = prompt[start : start + tokens.shape[1]]
             tokens[0, : len(part)] = part
-            count = min(size, len(prompt) - start)
+            count = min(size, length - start)
             text = Entrance(
                 tokens=self._replicated(tokens),
                 start=self._replicated(np.full(1, start, np.int32)),
                 count=self._replicated(np.full(1, count, np.int32)),
-                last=self._replicated(np.full(1, start + size >= len(prompt))),
+                last=self._replicated(np.full(1, start + size >= len(prompt) == length)),
                 limit=self._replicated(np.full(1, limit, np.int32)),
                 request=request,
                 adjustments=adjustments,

@@ -10,7 +10,14 @@ import jax
 
 from easyspec_jax.arithmetic import wrap_seed
 from easyspec_jax.decode.loop import Batch, warm_up
-from easyspec_jax.decode.prefixes import Prefix, reusable
+from easyspec_jax.decode.prefixes import (
+    PrefillSizes,
+    PrefixStore,
+    Repeat,
+    Spared,
+    prefill_sizes,
+    spared,
+)
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.state import Fault, RoundConfig
 from easyspec_jax.decode.stats import Stats, TierStats
@@ -55,8 +62,8 @@ class Engine(Models):
     _compiled: set[tuple[RoundConfig, tuple[int, ...], int, int]] = field(
         default_factory=set, init=False, repr=False
     )
-    # The same of what restores prefixes: round, cache size, size of the prefix and batch size.
-    _restores: set[tuple[RoundConfig, int, int, int]] = field(
+    # The same of what rows share: round, cache size, kind of step, its size and batch size.
+    _shared: set[tuple[RoundConfig, int, str, int, int]] = field(
         default_factory=set, init=False, repr=False
     )
 
@@ -188,18 +195,31 @@ class Engine(Models):
         # Batches whose caches go through the same sizes need the same programs, but for the chunks
         # of their prompts.
         wanted: dict[tuple[int, ...], set[int]] = {}
-        reused: dict[tuple[int, int], Prefix] = {}
         for batch in batches:
-            growth = self._growth(programs, batch, sampling)
-            start, prefixes = reusable(programs, self.prefixes, batch, growth[0], batch_size)
-            longest = max(map(len, batch))
-            chunks = programs.chunks(longest - start, growth[0] - start, batch_size)
-            wanted.setdefault(growth, set()).update(chunks)
-            reused |= {(growth[0], prefix.size): prefix for prefix in prefixes}
+            growth, rows = self._growth(programs, batch, sampling), dict(enumerate(batch))
+            ways = [spared(programs, self.prefixes, rows, growth[0], batch_size)]
+            if self._store(sampling.n, batch_size, 1) is not self.prefixes:
+                # The next texts for a prompt find what the first one left.
+                end = programs.prefill_from(len(batch[0]), len(batch[0]) - 1, growth[0], batch_size)
+                ways += [Spared(end, {}, [Repeat((0,), end)])] if end else []
+            for found in ways:
+                sizes = prefill_sizes(programs, found, rows, growth[0], batch_size)
+                wanted.setdefault(growth, set()).update(sizes.chunks)
+                self._warm_up_sharing(programs, growth[0], sizes, batch_size)
         self._warm_up(programs, wanted, batch_size, bar)
-        self._warm_up_restores(programs, reused, batch_size)
         capacities = sorted(set().union(*wanted))
         return Preparation(capacities, loaded - begun, time.perf_counter() - loaded)
+
+    def _store(self, texts: int, batch_size: int, prompt: int) -> PrefixStore | None:
+        """Return the store that generate() uses.
+
+        Args:
+            texts: For each prompt.
+            batch_size: Texts decoded together.
+            prompt: Tokens of the longest prompt.
+        """
+        # Within a batch, rows share without a store.
+        return self.store_for(prompt if batch_size % texts else 0)
 
     def _warm_up(
         self,
@@ -226,17 +246,25 @@ class Engine(Models):
                     self._compiled.add((programs.config, capacities, chunk, batch_size))
                 advance(1)
 
-    def _warm_up_restores(
-        self, programs: Programs, reused: Mapping[tuple[int, int], Prefix], batch_size: int
+    def _warm_up_sharing(
+        self, programs: Programs, capacity: int, sizes: PrefillSizes, batch_size: int
     ) -> None:
-        """Compile what puts prefixes into rows, by cache size and size of the prefix."""
-        for (capacity, size), prefix in reused.items():
-            key = programs.config, capacity, size, batch_size
-            if key not in self._restores:
-                state = programs.start(SamplingParams(), [0] * batch_size, capacity)
-                state = programs.restore(state, 0, prefix.caches, 1)
-                jax.block_until_ready(state.length)
-                self._restores.add(key)
+        """Compile what prefills one row and copies it to others."""
+        steps = [("alone", size) for size in sorted(sizes.alone)]
+        steps += [("copy", size) for size in sorted(sizes.copies)]
+        for step, size in steps:
+            key = programs.config, capacity, step, size, batch_size
+            if key in self._shared:
+                continue
+            state = programs.start(SamplingParams(), [0] * batch_size, capacity)
+            if step == "alone":
+                prompt = [0] * (size + 1)
+                state, _ = programs.enter(state, 0, prompt, 0, SamplingParams(), 0, size)
+            else:
+                copy = programs.copy_row(state, 0, size)
+                state = programs.restore(state, 0, copy, 1)
+            jax.block_until_ready(state.length)
+            self._shared.add(key)
 
     def _growth(
         self, programs: Programs, batch: Sequence[Sequence[int]], sampling: SamplingParams
@@ -286,6 +314,8 @@ class Engine(Models):
         sampling = self.with_ids(sampling or SamplingParams())
         rows = repeated(self.prepare(prompts, chat=chat), sampling.n)
         batches = batched(rows, batch_size)
+        longest = max((len(row.ids) for row in rows), default=1)
+        store = self._store(sampling.n, batch_size, longest)
         return itertools.chain.from_iterable(
             self._complete(
                 batch,
@@ -294,6 +324,7 @@ class Engine(Models):
                 batch_size,
                 on_text or _ignore,
                 bar,
+                store,
             )
             for number, batch in enumerate(batches)
         )
@@ -305,6 +336,7 @@ class Engine(Models):
         batch_size: int,
         on_text: Callable[[str], None],
         bar: Bar,
+        store: PrefixStore | None,
     ) -> Iterator[Completion]:
         """Complete one batch. Rows that it lacks prompts for are finished from the start."""
         programs = self.programs(sampling)
@@ -317,7 +349,7 @@ class Engine(Models):
         begun = time.perf_counter()
         for row in rows:
             row.begun = begun
-        filled = Batch.filled(programs, encoded, limits, sampling, bar, self.prefixes)
+        filled = Batch.filled(programs, encoded, limits, sampling, bar, store)
         with closing(filled) as running:
             for index, row in enumerate(rows):
                 row.stats = replace(row.stats, cached_tokens=int(running.cached[index]))
@@ -335,7 +367,12 @@ class Engine(Models):
             yield self.completion(row)
 
     def complete_each(
-        self, rows: Iterable[Generation], batch_size: int, *, checked: bool = False
+        self,
+        rows: Iterable[Generation],
+        batch_size: int,
+        *,
+        checked: bool = False,
+        repeats: bool = False,
     ) -> Iterator[tuple[int, Completion]]:
         """Complete rows as places become free: the place of a finished one goes to the next.
 
@@ -347,6 +384,8 @@ class Engine(Models):
             rows: See row(). They are taken as places become free, so there may be any number.
             batch_size: Texts decoded together.
             checked: Every row has passed check_memory() already.
+            repeats: Some rows that follow one another have the same prompt, which is then prefilled
+                once.
 
         Returns:
             An iterator of the number and the Completion of each row, in the order they finish.
@@ -372,7 +411,9 @@ class Engine(Models):
             capacity = max(
                 programs.capacities(len(row.prompt_ids), row.limit)[0] for _, row in first
             )
-            free = Batch.empty(programs, batch_size, capacity, self.prefixes)
+            longest = max(len(row.prompt_ids) for _, row in first)
+            store = self.store_for(longest if repeats else 0)
+            free = Batch.empty(programs, batch_size, capacity, store)
             with closing(free) as batch:
                 waiting = itertools.chain(first, alike)  # noqa: B031 (used up before the next group)
                 yield from self._refilled(RunningBatch(batch, batch_size), waiting)

@@ -64,6 +64,7 @@ class Workload:
         draft_weights: Likewise of the draft's.
         kv_dtype: Type of caches; "auto" is `dtype`.
         prefixes: Bytes that the store of prefixes may take.
+        shares: Whether several texts have one prompt, which is prefilled once.
         target_stored: How the target's quantized matrices are stored.
         draft_stored: Likewise the draft's.
     """
@@ -86,6 +87,7 @@ class Workload:
     draft_weights: Weights | None = None
     kv_dtype: KVDType = "auto"
     prefixes: int = 0
+    shares: bool = False
     target_stored: Integers = ()
     draft_stored: Integers = ()
 
@@ -117,8 +119,10 @@ def needed(job: Workload) -> Need:
     programs = Programs(job.mesh, *models, job.round, job.max_length)
     # The smaller caches are still there while the larger ones are filled from them.
     # capacities() lists the sizes that a cache goes through, such as 256, 512, 1024.
-    sizes = programs.capacities(job.prompt, job.tokens - job.prompt)[-2:]
-    caches = job.rows * (sum(sizes) * entry + row)
+    sizes = programs.capacities(job.prompt, job.tokens - job.prompt)
+    caches = job.rows * (sum(sizes[-2:]) * entry + row)
+    if job.shares:
+        caches += programs.prefix_size(job.prompt, sizes[0]) * entry
     working = max(_working(model, programs, job) for model in models if model is not None)
     shared = _sharing(job.mesh)
     return Need(weights, shared * caches, shared * working, job.prefixes)
@@ -136,7 +140,7 @@ def _sharing(mesh: Mesh) -> int:
 
 def _without_texts(job: Workload) -> Workload:
     """Return a workload that is equal for all texts of the same models."""
-    return replace(job, tokens=0, prompt=0, rows=0, max_length=None, prefixes=0)
+    return replace(job, tokens=0, prompt=0, rows=0, max_length=None, prefixes=0, shares=False)
 
 
 @lru_cache(maxsize=64)  # the flags that would help are found by trying many

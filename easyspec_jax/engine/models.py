@@ -8,11 +8,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from easyspec_jax.arithmetic import power_of_two
 from easyspec_jax.checkpoint.directory import Checkpoint
 from easyspec_jax.checkpoint.quantized import stored_integers, stored_weights
 from easyspec_jax.checkpoint.tensors import TensorSource
 from easyspec_jax.decode.prefixes import PrefixStore
-from easyspec_jax.decode.programs import Programs
+from easyspec_jax.decode.programs import CAPACITY_UNIT, Programs
 from easyspec_jax.decode.state import RoundConfig
 from easyspec_jax.draft.grouping import Layout
 from easyspec_jax.draft.layer_group import load_draft
@@ -262,9 +263,23 @@ class Models:
     def prefixes(self) -> PrefixStore | None:
         """The store of prefixes, or None if there is none."""
         if self.prefix_cache and self._prefixes is None:
-            entry = bytes_per_entry(self.workload(2, 1, 1, SamplingParams()))
-            self._prefixes = PrefixStore(self.prefix_cache, entry)
+            self._prefixes = PrefixStore(self.prefix_cache, self._entry_bytes)
         return self._prefixes if self.prefix_cache else None
+
+    def store_for(self, prompt: int) -> PrefixStore | None:
+        """Return the store of prefixes, or a new one for a single prompt if there is none.
+
+        Args:
+            prompt: Tokens of the longest prompt that several texts have; 0 if none has.
+        """
+        if self.prefixes is not None or not prompt or self.speculative.bit_stable:
+            return self.prefixes
+        size = power_of_two(max(prompt, CAPACITY_UNIT))
+        return PrefixStore(self._entry_bytes * size, self._entry_bytes)
+
+    @property
+    def _entry_bytes(self) -> int:
+        return bytes_per_entry(self.workload(2, 1, 1, SamplingParams()))
 
     def free_memory(self) -> int | None:
         """Return the free bytes of the fullest device, or of a CPU's machine; None if unknown."""
@@ -328,6 +343,7 @@ class Models:
             draft_weights=self.draft_weights,
             kv_dtype=self.kv_dtype,
             prefixes=self.prefix_cache,
+            shares=sampling.n > 1 and not self.speculative.bit_stable,
             target_stored=stored_integers(self.target.source),
             draft_stored=() if self.draft is None else stored_integers(self.draft.source),
         )

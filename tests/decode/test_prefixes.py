@@ -15,7 +15,7 @@ from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.decode.chunks import PASS_OVERHEAD, PREFILL_SIZES
 from easyspec_jax.decode.loop import Batch
 from easyspec_jax.decode.prefilling import prefill_all
-from easyspec_jax.decode.prefixes import SHORTEST, PrefixStore
+from easyspec_jax.decode.prefixes import SHORTEST, PrefixStore, Spared, spared
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.refill import RowCaches
 from easyspec_jax.decode.state import RoundConfig
@@ -23,6 +23,7 @@ from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.layer_group import load_draft
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.parallel.mesh import MeshShape
+from easyspec_jax.sampling.adjust import Kinds
 from easyspec_jax.verify import Coupled, Greedy, Rejection
 from tests.support.models import LAYERS, load_target, loader, save_model
 
@@ -368,3 +369,63 @@ def test_rows_are_kept_when_they_are_left_and_shared_while_they_run(pair):
     batch.enter(0, [*PROMPTS[2], 5, 6], 30, SamplingParams())
     assert batch.cached.tolist() == [60, 0]
     batch.close()
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshShape(1, 1), pytest.param(MeshShape(2, 4), marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_rows_with_one_prompt_prefill_it_once(pair, mesh, monkeypatch):
+    """Their texts are what they are alone, other rows' too, and a wrong copy is noticed."""
+    run = programs(pair, replace(GREEDY, verifier=Rejection()), mesh)
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0]]
+    sampling, prefilled = SamplingParams(temperature=0.8, seed=5), []
+    prefill, enter, restore = Programs.prefill, Programs.enter, Programs.restore
+
+    def counted(self, state, tokens, count, last):
+        prefilled.append(count)
+        return prefill(self, state, tokens, count, last)
+
+    def entered(self, state, row, prompt, limit, sampling, start, end):
+        prefilled.append(np.eye(4, dtype=int)[row] * (end - start))
+        return enter(self, state, row, prompt, limit, sampling, start, end)
+
+    def texts(prompts, sampling=sampling):
+        batch = Batch.filled(run, prompts, [9] * len(prompts), sampling)
+        found = [[] for _ in prompts]
+        for report in batch.reports():
+            for row, count in enumerate(report.num_tokens):
+                found[row] += report.tokens[row, :count].tolist()
+        return found, batch.cached.tolist()
+
+    monkeypatch.setattr(Programs, "prefill", counted)
+    monkeypatch.setattr(Programs, "enter", entered)
+    together, cached = texts(prompts)
+    assert np.sum(prefilled, axis=0).tolist() == [148, 20, 1, 1]
+    assert cached == [0, 0, 147, 147]
+    seeds = [replace(sampling, seed=5 + row) for row in range(4)]
+    alone = [texts([prompt], own)[0][0] for prompt, own in zip(prompts, seeds, strict=True)]
+    assert together == alone
+    assert len(set(map(tuple, together))) == 4
+
+    def too_few(self, state, row, kept, count):
+        return restore(self, state, row, kept, count // 2)
+
+    monkeypatch.setattr(Programs, "restore", too_few)
+    assert texts(prompts)[0] != alone
+
+
+@pytest.mark.parametrize(
+    "config",
+    [replace(GREEDY, rows=8), replace(GREEDY, kinds=Kinds(prompt_logprobs=True))],
+    ids=["bit-stable", "log-probabilities"],
+)
+def test_rows_that_need_the_same_passes_share_nothing(pair, config):
+    run = programs(pair, config)
+    found = spared(run, None, dict(enumerate([PROMPTS[0]] * 2)), 256, 2)
+    assert found == Spared(0, {}, [])
+    (repeat,) = spared(
+        programs(pair, GREEDY), None, {0: PROMPTS[0], 2: PROMPTS[0], 3: PROMPTS[1]}, 256, 4
+    ).repeats
+    assert repeat == ((0, 2), 147)

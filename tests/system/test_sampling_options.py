@@ -10,6 +10,8 @@ import torch
 from scipy.special import log_softmax
 
 from easyspec_jax import SamplingParams, SpeculativeConfig, open_model
+from easyspec_jax.arithmetic import power_of_two
+from easyspec_jax.engine.fits import bytes_per_entry, needed
 from easyspec_jax.sampling.adjust import Kinds
 from tests.support.models import save_model
 
@@ -219,3 +221,26 @@ def test_several_texts_for_a_prompt(opened):
         one = replace(sampling, n=1, seed=7 + number)
         assert next(engine.generate([text.prompt], one)).token_ids == text.token_ids
     assert len({tuple(text.token_ids) for text in found}) > 3
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_several_texts_prefill_a_long_prompt_once(opened, batch_size, monkeypatch):
+    """Within a batch or over several, compiled beforehand; the cache is no larger than promised."""
+    engine, prompt = opened(method="easyspec", own=True), "b" * 90
+    sampling = SamplingParams(0.9, seed=7, max_new_tokens=6, n=3)
+    rows = engine.prepare([prompt])
+    engine.compile(rows, sampling, batch_size=batch_size)
+    programs = engine.programs(sampling)
+    steps = [programs._enter, programs._copy_row, programs._restore, programs._prefill]
+    compiled = [step._cache_size() for step in steps]  # pyright: ignore[reportFunctionMemberAccess]
+    found = list(engine.generate(rows, sampling, batch_size=batch_size))
+    assert [step._cache_size() for step in steps] == compiled  # pyright: ignore[reportFunctionMemberAccess]
+    length = len(rows[0].ids)
+    assert [text.stats.cached_tokens for text in found] == [0, length - 1, length - 1]
+    for number, text in enumerate(found):
+        one = replace(sampling, n=1, seed=7 + number)
+        assert next(engine.generate([prompt], one)).token_ids == text.token_ids
+    needs = [needed(engine.workload(200, length, 1, replace(sampling, n=n))) for n in (1, 2)]
+    assert needs[1].caches == needs[0].caches + bytes_per_entry(
+        engine.workload(2, 1, 1, SamplingParams())
+    ) * max(128, power_of_two(length))
