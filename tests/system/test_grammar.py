@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("llguidance")
 
 from easyspec_jax import SamplingParams, SpeculativeConfig, open_model
+from easyspec_jax.decode.tiers import TierChoice
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.sampling.adjust import Kinds
 from tests.support.models import save_noisy_pair
@@ -38,10 +39,11 @@ def opened(tmp_path_factory):
     )
 
     @cache
-    def open_pair(mesh="1", **speculative):
+    def open_pair(mesh="1", prefix_cache=0, **speculative):
         config = SpeculativeConfig(**speculative)
         draft = directory / "draft" if config.needs_draft else None
-        return open_model(directory / "target", draft, speculative=config, mesh=mesh)
+        own = {"speculative": config, "mesh": mesh, "prefix_cache": prefix_cache}
+        return open_model(directory / "target", draft, **own)
 
     return open_pair
 
@@ -84,6 +86,40 @@ def test_texts_are_those_of_plain_decoding(opened, way):
             assert set(value["tags"]) <= {"x", "yy"}
             accepted += one.stats.accepted
     assert accepted > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_rounds_of_every_tier_keep_to_the_grammar(opened, temperature, monkeypatch):
+    taken = []
+
+    def in_turn(choice: TierChoice) -> int:
+        choice._now = choice.tiers[len(taken) % len(choice.tiers)]
+        taken.append(choice._now)
+        return choice._now
+
+    sampling = replace(JSON, temperature=temperature)
+    wanted = texts(opened(method="vanilla", verifier="coupled"), sampling)
+    monkeypatch.setattr(TierChoice, "next", in_turn)
+    engine = opened(lp_size=2, tree_width=2, adapt=True)
+    assert texts(engine, sampling, batch_size=2) == wanted
+    assert set(taken) == {0, 2, 5}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_grammar_begins_behind_a_kept_prefix(opened, temperature):
+    """Its output is what follows the prompt, whatever the caches held of it before."""
+    sampling = replace(JSON, temperature=temperature)
+    prompt = PROMPTS[0] * 4
+    engine = opened(lp_size=2, verifier="coupled", prefix_cache=1 << 24)
+    fresh = opened(method="vanilla", verifier="coupled")
+    (first,) = engine.generate([prompt], sampling)
+    for again in (prompt, prompt + first.text + "and"):
+        (found,) = engine.generate([again], sampling)
+        assert found.stats.cached_tokens > len(prompt) // 2
+        (wanted,) = fresh.generate([again], sampling)
+        assert found.token_ids == wanted.token_ids
+        assert list(json.loads(found.text)) == ["name", "tags"]
 
 
 def test_what_is_forced_is_accepted(opened):
