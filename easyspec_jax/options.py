@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, SupportsIndex, get_args
 from easyspec_jax.errors import EasySpecError
 
 Method = Literal["vanilla", "sd", "tree", "easyspec", "ngram"]
-Verifier = Literal["rejection", "coupled"]
+Verifier = Literal["rejection", "coupled", "block"]
 DraftTensorParallelSize = Literal["1", "all"]
 Platform = Literal["cpu", "gpu", "tpu"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -80,10 +80,10 @@ class SpeculativeConfig:
         calibration: Rebuild the draft's exact KV cache after every round.
         draft_tensor_parallel_size: Replicate ("1") the parts of the draft that are not
             layer-parallel, or split them over all devices ("all").
-        verifier: "rejection", "coupled", or a verifier of your own (see easyspec_jax.verify), which
-            is used at every temperature. None stands for rejection sampling of chains and coupled
-            sampling of trees, which accept more on average. Method "ngram" accepts as much with
-            either, and samples coupled.
+        verifier: "rejection", "coupled", "block", or a verifier of your own (see
+            easyspec_jax.verify), which is used at every temperature. None stands for rejection
+            sampling of chains and coupled sampling of trees, which accept more on average. Method
+            "ngram" accepts as much with either, and samples coupled.
         bit_stable: Run every pass of the target over `stable_rows` tokens, so that greedy and
             coupled texts are those of plain decoding in the same mode, in any type.
         prompt_lookup: Look up repeats in addition to what the draft drafts; they become another
@@ -94,7 +94,7 @@ class SpeculativeConfig:
             of method "ngram" is a step of plain decoding.
         adapt: Choose for every round whether to draft, and how many levels, by what has been
             accepted and by the time that rounds take. Greedy and coupled texts do not depend on it.
-            So the default verifier is then the coupled one, and "rejection" is refused.
+            So the default verifier is then the coupled one, and the others are refused.
 
     Raises:
         EasySpecError: A value is out of range, or two of them conflict.
@@ -157,12 +157,17 @@ class SpeculativeConfig:
             raise EasySpecError(
                 "`prompt_lookup` needs calibration: a draft has no KV of what was looked up"
             )
-        if self.adapt and self.verifier == "rejection":
-            # Which round a token is drafted in decides its noise, so that texts by rejection would
-            # depend on timing and on the other texts of a batch.
+        if self.adapt and self.verifier in ("rejection", "block"):
+            # Which round a token is drafted in decides its noise, so that such texts would depend
+            # on timing and on the other texts of a batch.
             raise EasySpecError(
-                "`adapt` cannot sample by rejection, whose texts depend on how many tokens a round "
-                "drafts; leave out `verifier`, or take coupled"
+                f"`adapt` cannot sample by {self.verifier}, whose texts depend on how many tokens "
+                "a round drafts; leave out `verifier`, or take coupled"
+            )
+        if self.verifier == "block" and (self.width > 1 or self.prompt_lookup):
+            raise EasySpecError(
+                "`verifier` block is for chains: leave out `tree_width`, `method` tree and "
+                "`prompt_lookup`, or take coupled"
             )
         check_whole("prompt_lookup_max", self.prompt_lookup_max, 1, MAX_LOOKUP)
         longest = self.prompt_lookup_max

@@ -44,10 +44,18 @@ def test_lookups_that_cannot_be(options, message):
         SpeculativeConfig(**({"prompt_lookup": "tree_width" not in options} | options))
 
 
-def test_what_adapts_does_not_sample_by_rejection():
-    with pytest.raises(EasySpecError, match="`adapt` cannot sample by rejection"):
-        SpeculativeConfig(adapt=True, verifier="rejection")
+@pytest.mark.parametrize("verifier", ["rejection", "block"])
+def test_what_adapts_does_not_sample_by_rejection(verifier):
+    with pytest.raises(EasySpecError, match=f"`adapt` cannot sample by {verifier}"):
+        SpeculativeConfig(adapt=True, verifier=verifier)
     assert SpeculativeConfig(adapt=True).chosen_verifier == "coupled"
+
+
+@pytest.mark.parametrize("other", [{"prompt_lookup": True}, {"tree_width": 4}, {"method": "tree"}])
+def test_blocks_are_chains(other):
+    with pytest.raises(EasySpecError, match="`verifier` block is for chains"):
+        SpeculativeConfig(verifier="block", **other)
+    assert SpeculativeConfig(verifier="block").chosen_verifier == "block"
 
 
 @pytest.mark.parametrize(

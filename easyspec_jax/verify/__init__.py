@@ -7,12 +7,14 @@ To give it a name on the command line, add it to `choose` and to the type `Verif
 from typing import Any
 
 from easyspec_jax.options import SamplingParams
+from easyspec_jax.verify.block import Block
 from easyspec_jax.verify.coupled import Coupled
 from easyspec_jax.verify.greedy import Greedy
 from easyspec_jax.verify.rejection import Rejection
 from easyspec_jax.verify.verifier import Branches, RowSampling, Verdict, Verifier
 
 __all__ = [
+    "Block",
     "Branches",
     "Coupled",
     "Greedy",
@@ -28,8 +30,8 @@ def choose(verifier: Any, sampling: SamplingParams) -> Verifier:
     """Return a verifier by name, specialised to a request's sampling, or one as it is.
 
     Args:
-        verifier: "rejection" or "coupled"; anything else is a verifier already.
-        sampling: Temperature, top-k and top-p. At temperature 0 both names mean Greedy().
+        verifier: "rejection", "coupled" or "block"; anything else is a verifier already.
+        sampling: Temperature, top-k and top-p. At temperature 0 every name means Greedy().
 
     Returns:
         The verifier.
@@ -45,4 +47,4 @@ def choose(verifier: Any, sampling: SamplingParams) -> Verifier:
     if sampling.temperature == 0:
         return Greedy()
     truncates = sampling.top_k > 0 or sampling.top_p < 1
-    return {"rejection": Rejection, "coupled": Coupled}[verifier](truncates)
+    return {"rejection": Rejection, "coupled": Coupled, "block": Block}[verifier](truncates)

@@ -27,26 +27,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from easyspec_jax.parallel.mesh import ALL_AXES
 from easyspec_jax.sampling.noise import Purpose, gumbel, noise_keys, numbered, uniform
-from easyspec_jax.sampling.vocabulary import (
-    NO_TOKEN,
-    choice,
-    local_ids,
-    normaliser,
-    shard_ids,
-    take,
-)
+from easyspec_jax.verify.distributions import ROUNDING, draft_log_probs, draw_after, target_rows
 from easyspec_jax.verify.tree import Tree, children, deepest
-from easyspec_jax.verify.verifier import CANDIDATES, Branches, RowSampling, Verdict, warp_rows
-
-ROUNDING = 1e-6
-"""Probability left of p below which float32 cannot tell a residual from rounding errors."""
-NEGLIGIBLE = 60.0
-"""Ids this many nats or more below the draft's likeliest one are never drafted.
-
-Exactness does not depend on it: whatever q is, the residual makes up for it.
-"""
+from easyspec_jax.verify.verifier import CANDIDATES, Branches, RowSampling, Verdict
 
 
 @dataclass(frozen=True)
@@ -83,12 +67,7 @@ class Rejection:
         which survive pruning. The exactness of verify() rests on that. See Verifier.branch for
         arguments.
         """
-        warped = warp_rows(logits, request, (), self.truncates)
-        # A drafted token's q must be a float32 that verify() can divide by: exp(-60) is 1e-26.
-        warped = jnp.where(
-            warped > jnp.max(warped, axis=-1, keepdims=True) - NEGLIGIBLE, warped, -jnp.inf
-        )
-        log_q = jax.nn.log_softmax(warped, axis=-1)
+        log_q = draft_log_probs(logits, request, self.truncates)
         # One key per row and position, then one per node: [batch] -> [batch, frontier].
         keys = noise_keys(request.seed, position[:, None], request.round, Purpose.DRAFT)[:, 0]
         noise = gumbel(numbered(keys, logits.shape[1]), ids)
@@ -110,31 +89,13 @@ class Rejection:
         Acceptance needs p at the tree's candidates only, so logits stay on their vocabulary shards.
         See Verifier.verify for arguments.
         """
-        logits = warp_rows(target, request, ALL_AXES, self.truncates)
-        rows = logits.reshape(-1, logits.shape[-1])  # [batch * nodes, vocab_shard]
-        greatest, total = normaliser(rows, ALL_AXES)
-        found = take(rows, tree.candidates.reshape(rows.shape[0], -1), ALL_AXES)
-        p = (jnp.exp(found - greatest) / total).reshape(tree.q.shape)
-        if tree.sure is not None:
-            p = jnp.where(tree.candidates == NO_TOKEN, 0.0, p)
+        rows, p = target_rows(target, tree, request, self.truncates)
         key = noise_keys(request.seed, position[:, None], request.round, Purpose.ACCEPT)[:, 0]
         accept, residual = accept_children(p, tree, uniform(numbered(key, tree.tokens.shape[1])))
 
         leaf = deepest(tree, accept)
-        # Whole rows from here on, but of one node per text: log p after the leaf, on shards ...
-        row = jnp.arange(leaf.shape[0], dtype=jnp.int32) * tree.tokens.shape[1] + leaf
-        weights = rows[row] - greatest[row] - jnp.log(total[row])
-        # ... where the candidates get what rejections left of them. Below a leaf that has no
-        # children nothing was rejected, and the residual is p itself.
-        at_leaf = leaf[:, None, None]
-        ids = jnp.take_along_axis(tree.candidates, at_leaf, axis=1)[:, 0]
-        residual = jnp.take_along_axis(residual, at_leaf, axis=1)[:, 0]
-        weights = _replace(weights, ids, jnp.log(residual))
-        # Weights need no normalisation: the arg-max of log-weights plus Gumbel noise is a sample.
-        depth = jnp.take_along_axis(tree.depth, leaf[:, None], axis=1)[:, 0]
-        after_leaf = (position + depth)[:, None]
-        keys = noise_keys(request.seed, after_leaf, request.round, Purpose.RESIDUAL)[:, 0]
-        return Verdict(leaf, choice(weights + gumbel(keys, shard_ids(weights, ALL_AXES)), ALL_AXES))
+        residual = jnp.take_along_axis(residual, leaf[:, None, None], axis=1)[:, 0]
+        return Verdict(leaf, draw_after(leaf, residual, rows, tree, position, request))
 
 
 def conditioned(
@@ -302,13 +263,3 @@ def draft_left(
     """Compute what rejections left of the draft's distribution, not normalised, and its sum."""
     rest = jnp.where(trial.left, q, 0.0)
     return rest, jnp.sum(rest, axis=-1)
-
-
-def _replace(
-    row: Float[Array, "batch vocab_shard"],
-    ids: Int[Array, "batch ids"],
-    values: Float[Array, "batch ids"],
-) -> Float[Array, "batch vocab_shard"]:
-    """Put values at some ids of the whole vocabulary, on whichever shard holds them."""
-    local = local_ids(ids, row.shape[-1], ALL_AXES)
-    return jax.vmap(lambda r, i, x: r.at[i].set(x, mode="drop"))(row, local, values)

@@ -7,7 +7,7 @@ temperatures and verifiers. Prints tables, writes JSON and draws it. None of the
 import argparse
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -134,10 +134,10 @@ def measure_grid(args: argparse.Namespace, prompts: Sequence[str]) -> list[Row]:
         opened(layout)  # checks the layout without reading weights
     rows: dict[Variant, Row] = {}
     with bar("Measuring", len(grid)) as advance:
-        plain = {
-            t: complete(opened(configs[grid[0]].weights_key).baseline(), sampling[t], prompts, args)
-            for t in sampling
-        }
+        # What greedy and coupled texts are compared with.
+        same = replace(configs[grid[0]].weights_key, verifier="coupled")
+        baseline = opened(same).baseline()
+        plain = {t: complete(baseline, sampling[t], prompts, args) for t in sampling}
         for layout in layouts:
             alike = [variant for variant in grid if configs[variant].weights_key == layout]
             engine = opened(layout)
@@ -146,8 +146,8 @@ def measure_grid(args: argparse.Namespace, prompts: Sequence[str]) -> list[Row]:
                 temperature = variant.temperature
                 made = complete(engine, sampling[temperature], prompts, args)
                 measured = {"draft": variant.draft} | asdict(variant) | figures_of(engine, made)
-                # By rejection every draft makes another text of the same distribution.
-                if variant.verifier != "rejection":
+                # Otherwise every draft makes another text of the same distribution.
+                if variant.verifier in (GREEDY, "coupled"):
                     measured["equals_plain"] = texts_of(made) == texts_of(plain[temperature])
                 rows[variant] = measured
                 advance(1)
@@ -415,7 +415,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])
     parser.add_argument(
-        "--verifiers", nargs="+", choices=get_args(Verifier), default=get_args(Verifier)
+        "--verifiers", nargs="+", choices=get_args(Verifier), default=["rejection", "coupled"]
     )
     parser.add_argument("--num-speculative-tokens", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)

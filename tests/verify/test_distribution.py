@@ -23,7 +23,7 @@ from easyspec_jax.decode.lookup import Found, Lookup
 from easyspec_jax.decode.state import RoundConfig, State
 from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape
 from easyspec_jax.sampling.noise import Purpose
-from easyspec_jax.verify import Coupled, Rejection, RowSampling, rejection
+from easyspec_jax.verify import Block, Coupled, Rejection, RowSampling, block, rejection
 from easyspec_jax.verify.rejection import Trial
 from easyspec_jax.verify.tree import Tree
 from tests.support.helpers import goodness_of_fit
@@ -59,7 +59,7 @@ class Case:
     to join what the draft drafts.
     """
 
-    verifier: type[Rejection] | type[Coupled]
+    verifier: type[Rejection] | type[Coupled] | type[Block]
     width: int
     temperature: float
     truncation: Truncation
@@ -122,13 +122,15 @@ def every_case() -> Iterator[Case]:
     """List chains with every draft; and trees, which take longer, with one draft each."""
     turn = itertools.count()
     for verifier, temperature, truncation in itertools.product(
-        (Rejection, Coupled), (0.7, 1.0), TRUNCATIONS
+        (Rejection, Coupled, Block), (0.7, 1.0), TRUNCATIONS
     ):
         # Truncated, the other drafts have too few tokens in common with the target.
         pairs = list(PAIRS) if truncation == NO_TRUNCATION else ["good", "bad"]
         for pair in pairs:
             yield Case(verifier, 1, temperature, truncation, pair)
         yield Case(verifier, 1, temperature, truncation, "good", lookup="alone")
+        if verifier is Block:
+            continue  # for chains, of nothing but draws
         for width, nodes, pair in ((1, None, "bad"), (1, None, "good"), (4, 5, "bad")):
             yield Case(verifier, width, temperature, truncation, pair, nodes, "joined")
         for width, nodes in ((4, None), (4, 5), (8, None), (12, None)):
@@ -152,6 +154,7 @@ _FEW = [
     ],
     *itertools.product((Coupled,), (1,), (0.7, 1.0), (0,), ("good", "bad")),
     *[(Coupled, 4, 0.7, 1, "good"), (Coupled, 4, 1.0, 1, "bad"), (Coupled, 12, 1.0, 0, "blind")],
+    *[(Block, 1, 0.7, 0, "bad"), (Block, 1, 1.0, 0, "wishful"), (Block, 1, 1.0, 1, "good")],
 ]
 FEW_CASES = [Case(v, width, t, TRUNCATIONS[cut], pair) for v, width, t, cut, pair in _FEW]
 FEW_CASES += [
@@ -159,6 +162,7 @@ FEW_CASES += [
     for verifier in (Rejection, Coupled)
     for temperature, truncation in zip((0.7, 1.0), TRUNCATIONS, strict=True)
 ]
+FEW_CASES += [Case(Block, 1, 0.7, NO_TRUNCATION, "good", lookup="alone")]
 FEW_CASES += [
     Case(Rejection, 1, 0.7, NO_TRUNCATION, "bad", lookup="joined"),
     Case(Rejection, 1, 1.0, TRUNCATIONS[1], "good", lookup="joined"),
@@ -200,12 +204,15 @@ def distance(counts: np.ndarray, probabilities: np.ndarray) -> float:
 
 
 @pytest.mark.slow
-def test_the_mesh_changes_nothing():
+@pytest.mark.parametrize(
+    ("verifier", "width"), [(Rejection(), 4), (Block(), 1)], ids=["rejection-4", "block-1"]
+)
+def test_the_mesh_changes_nothing(verifier, width):
     """The draft is split in one case and replicated in the other."""
     request = make_request(np.arange(1000), 0.7)
     one, *others = (
         draw_texts(
-            compiled(Rejection(), 4, None, *layout),
+            compiled(verifier, width, None, *layout),
             PAIRS["good"],
             request,
             EIGHT.size * 16,
@@ -230,10 +237,14 @@ def test_a_coupled_text_does_not_depend_on_the_draft():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verifier", [Rejection(), Coupled()], ids=repr)
-def test_a_text_depends_on_its_own_request_alone(verifier):
+@pytest.mark.parametrize(
+    ("verifier", "width"),
+    [(Rejection(), 4), (Coupled(), 4), (Block(), 1)],
+    ids=["rejection-4", "coupled-4", "block-1"],
+)
+def test_a_text_depends_on_its_own_request_alone(verifier, width):
     """Its place in the batch and its neighbours' requests do not matter."""
-    run = compiled(replace(verifier, truncates=True), 4, None)
+    run = compiled(replace(verifier, truncates=True), width, None)
     seeds, pair = np.arange(CHUNK), PAIRS["bad"]
     alone = [make_request(seeds, *how) for how in ((0.7, TRUNCATIONS[0]), (1.0, TRUNCATIONS[1]))]
     texts = [draw_texts(run, pair, request) for request in alone]
@@ -244,10 +255,13 @@ def test_a_text_depends_on_its_own_request_alone(verifier):
     assert (texts[0] != texts[1]).any()
 
 
-def test_a_draft_equal_to_the_target_is_never_rejected():
+@pytest.mark.parametrize(
+    ("verifier", "width"), [(Rejection(), 4), (Block(), 1)], ids=["rejection-4", "block-1"]
+)
+def test_a_draft_equal_to_the_target_is_never_rejected(verifier, width):
     """So one round makes the whole text."""
     pair = Pair(PAIRS["good"].target, PAIRS["good"].target)
-    run = program(RoundConfig(LEVELS, True, Rejection(), (), width=4), ONE, rounds=1)
+    run = program(RoundConfig(LEVELS, True, verifier, (), width=width), ONE, rounds=1)
     assert (draw_texts(run, pair, make_request(np.arange(CHUNK), 0.7)) >= 0).all()
 
 
@@ -398,3 +412,66 @@ def test_planted_faults_are_noticed(width, nodes, lookup, fault):
 def with_faults(width: int, nodes: int, lookup: str) -> Any:
     config = config_of(Rejection(), width, nodes, lookup)
     return program(config, ONE, planting=planting, drafting=lookup != "alone")
+
+
+BLOCK_FAULTS = (
+    "none",
+    "tokens count by themselves",
+    "no dice",
+    "a rejected token is replaced by one of the target",
+)
+
+
+@contextmanager
+def planting_in_blocks(fault: jax.Array) -> Iterator[None]:
+    """Plant a fault in block verification; see planting()."""
+    real = {name: getattr(block, name) for name in ("path_weight", "uniform", "accept_path")}
+
+    def has(name: str) -> jax.Array:
+        return fault == BLOCK_FAULTS.index(name)
+
+    def path_weight(weight: jax.Array, p: jax.Array, q: jax.Array) -> jax.Array:
+        return real["path_weight"](jnp.where(has("tokens count by themselves"), 1.0, weight), p, q)
+
+    def uniform(keys: jax.Array) -> jax.Array:
+        return jnp.where(has("no dice"), 0.0, real["uniform"](keys))
+
+    def accept_path(p: jax.Array, tree: Tree, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+        leaf, rest = real["accept_path"](p, tree, u)
+        whole = jnp.take_along_axis(p, leaf[:, None, None], axis=1)[:, 0]
+        return leaf, jnp.where(
+            has("a rejected token is replaced by one of the target"), whole, rest
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        for function in (path_weight, uniform, accept_path):
+            patch.setattr(block, function.__name__, function)
+        yield
+
+
+@cache
+def blocks_with_faults() -> Any:
+    return program(config_of(Block(), 1, None, ""), ONE, planting=planting_in_blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", BLOCK_FAULTS)
+def test_planted_faults_of_blocks_are_noticed(fault):
+    case = Case(Block, 1, 0.7, NO_TRUNCATION, "bad")
+    requests = (case.request(3 * 10**9 + i * CHUNK) for i in range(3))
+    run = blocks_with_faults()
+    texts = [case.texts(run, request, BLOCK_FAULTS.index(fault)) for request in requests]
+    noticed = p_value(count(np.concatenate(texts)), case.probabilities())
+    assert noticed > ALPHA if fault == "none" else noticed < 1e-9
+
+
+def test_a_block_accepts_more_of_a_chain_than_rejection():
+    """By more than four standard errors of the difference."""
+    lengths = []
+    for verifier in (Rejection(), Block()):
+        run = program(RoundConfig(LEVELS, True, verifier, ()), ONE, rounds=1)
+        request = make_request(np.arange(CHUNK), 1.0)
+        texts = draw_texts(run, PAIRS["bad"], request, may_end=True)
+        lengths.append((texts < TOKENS).sum(axis=1))
+    gain = lengths[1].mean() - lengths[0].mean()
+    assert gain > 4 * np.hypot(*(own.std() for own in lengths)) / CHUNK**0.5

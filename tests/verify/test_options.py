@@ -30,7 +30,7 @@ from easyspec_jax.sampling.adjust import (
     row_adjustments,
 )
 from easyspec_jax.sampling.vocabulary import NO_TOKEN
-from easyspec_jax.verify import Coupled, Greedy, Rejection, RowSampling, verifier
+from easyspec_jax.verify import Block, Coupled, Greedy, Rejection, RowSampling, verifier
 from easyspec_jax.verify.tree import Tree
 from tests.verify.markov import (
     LENGTH,
@@ -50,6 +50,7 @@ CHUNK, LEVELS, PROMPT, EOS = 20_000, 2, (0,), (2,)
 PAIRS = make_pairs()
 ALL = Kinds(min_p=True, bias=True, stops=True, penalties=True)
 SHAPES = {"chain": (1, None), "tree": (4, 5)}
+WAYS = (*itertools.product((Rejection, Coupled), SHAPES), (Block, "chain"))
 
 ALONE = {
     "min_p": SamplingParams(0.7, min_p=0.2),
@@ -169,7 +170,7 @@ def count(texts: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Case:
-    verifier: type[Rejection] | type[Coupled]
+    verifier: type[Rejection] | type[Coupled] | type[Block]
     shape: str
     option: str
     pair: str
@@ -193,9 +194,9 @@ class Case:
 
 
 def every_case() -> Iterator[Case]:
-    """List all options with both verifiers, chains and trees; the drafts take turns."""
+    """List all options with every verifier, chains and trees; the drafts take turns."""
     pairs = itertools.cycle(("good", "bad", "good"))
-    for option, chosen, shape in itertools.product(OPTIONS, (Rejection, Coupled), SHAPES):
+    for option, (chosen, shape) in itertools.product(OPTIONS, WAYS):
         yield Case(chosen, shape, option, next(pairs))
 
 
@@ -203,7 +204,7 @@ EVERY_CASE = list(every_case())
 # The smallest p-value must be below this for Holm's procedure at 1 % to reject anything.
 ALPHA = 0.01 / len(EVERY_CASE)
 # Every option with one verifier and shape, each of which comes up in turn.
-FEW_CASES = [EVERY_CASE[4 * index + index % 4] for index in range(len(OPTIONS))]
+FEW_CASES = [EVERY_CASE[len(WAYS) * index + index % len(WAYS)] for index in range(len(OPTIONS))]
 
 
 @pytest.mark.slow
