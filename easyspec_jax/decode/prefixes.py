@@ -9,12 +9,13 @@ Only entries that an exact pass has written are kept, so a text is what it would
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
+from easyspec_jax.arithmetic import round_up
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.refill import RowCaches
 
@@ -245,7 +246,22 @@ def spared(
             prefixes = {row: prefix for row, (_, prefix) in found.items() if prefix is not None}
     # Bit-stable texts need passes over all rows.
     shared = _repeats(programs, prompts, capacity, rows) if programs.config.rows is None else []
-    return Spared(start, prefixes, [repeat for repeat in shared if repeat.end > start])
+    found = Spared(start, prefixes, [repeat for repeat in shared if repeat.end > start])
+    # The chunks of a row that shares nothing are written behind what others have shared.
+    while found.repeats and not _fits(programs, found, prompts, capacity):
+        longest = max(found.repeats, key=lambda repeat: repeat.end)
+        fewer = [repeat for repeat in found.repeats if repeat is not longest]
+        found = replace(found, repeats=fewer)
+    return found
+
+
+def _fits(
+    programs: Programs, found: Spared, prompts: Mapping[int, Sequence[int]], capacity: int
+) -> bool:
+    """Whether what rows prefill by themselves fits behind what all of them hold by then."""
+    starts = found.starts(1 + max(prompts))
+    left = max(len(prompt) - starts[row] for row, prompt in prompts.items())
+    return max(starts) + round_up(left, programs.smallest_chunk) <= capacity
 
 
 def _repeats(

@@ -144,7 +144,7 @@ class Programs:
         Returns:
             How many of them to take; none if that would make the prefill no shorter.
         """
-        start, least = min(cached, prompt - 1), self._chunk_sizes[0]
+        start, least = min(cached, prompt - 1), self.smallest_chunk
         # The last chunk is padded. With 1000 of 1020 tokens cached and a capacity of 1024, a chunk
         # of 128 would not fit behind them. It does from 896 on, because sizes divide capacities.
         if start + round_up(prompt - start, least) > capacity:
@@ -329,6 +329,11 @@ class Programs:
     @property
     def _chunk_sizes(self) -> tuple[int, ...]:
         return PREFILL_SIZES.get(self._platform, PREFILL_SIZES["gpu"])
+
+    @property
+    def smallest_chunk(self) -> int:
+        """Tokens of the smallest chunk, which divides all others and every capacity."""
+        return self._chunk_sizes[0]
 
     def _overhead(self, rows: int) -> float:
         """Return what a chunk costs each row whatever its tokens; they share what a pass costs."""

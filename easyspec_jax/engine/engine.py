@@ -198,8 +198,8 @@ class Engine(Models):
         for batch in batches:
             growth, rows = self._growth(programs, batch, sampling), dict(enumerate(batch))
             ways = [spared(programs, self.prefixes, rows, growth[0], batch_size)]
-            if self._store(sampling.n, batch_size, 1) is not self.prefixes:
-                # The next texts for a prompt find what the first one left.
+            if batch_size % sampling.n and self.prefixes is None:
+                # The next batch finds the prompt of this one; see generate().
                 end = programs.prefill_from(len(batch[0]), len(batch[0]) - 1, growth[0], batch_size)
                 ways += [Spared(end, {}, [Repeat((0,), end)])] if end else []
             for found in ways:
@@ -209,17 +209,6 @@ class Engine(Models):
         self._warm_up(programs, wanted, batch_size, bar)
         capacities = sorted(set().union(*wanted))
         return Preparation(capacities, loaded - begun, time.perf_counter() - loaded)
-
-    def _store(self, texts: int, batch_size: int, prompt: int) -> PrefixStore | None:
-        """Return the store that generate() uses.
-
-        Args:
-            texts: For each prompt.
-            batch_size: Texts decoded together.
-            prompt: Tokens of the longest prompt.
-        """
-        # Within a batch, rows share without a store.
-        return self.store_for(prompt if batch_size % texts else 0)
 
     def _warm_up(
         self,
@@ -314,8 +303,9 @@ class Engine(Models):
         sampling = self.with_ids(sampling or SamplingParams())
         rows = repeated(self.prepare(prompts, chat=chat), sampling.n)
         batches = batched(rows, batch_size)
-        longest = max((len(row.ids) for row in rows), default=1)
-        store = self._store(sampling.n, batch_size, longest)
+        # Within a batch, texts for one prompt share its prefill. Over several, they need a store.
+        longest = max((len(row.ids) for row in rows), default=0)
+        store = self.store_for(longest if batch_size % sampling.n else 0)
         return itertools.chain.from_iterable(
             self._complete(
                 batch,

@@ -429,3 +429,22 @@ def test_rows_that_need_the_same_passes_share_nothing(pair, config):
         programs(pair, GREEDY), None, {0: PROMPTS[0], 2: PROMPTS[0], 3: PROMPTS[1]}, 256, 4
     ).repeats
     assert repeat == ((0, 2), 147)
+
+
+@pytest.mark.parametrize("alone", [60, 90, 110, 140])
+def test_long_prompts_fit_behind_what_others_share(pair, alone):
+    """If they do not, nothing is shared; every text is what it is alone."""
+    run, rng = programs(pair, replace(GREEDY, levels=0)), np.random.default_rng(4)
+    long = rng.integers(4, 300, alone).tolist()
+    prompts = [PROMPTS[0], long, PROMPTS[0]]
+    found = spared(run, None, dict(enumerate(prompts)), 256, 3)
+    assert bool(found.repeats) == (147 + -(-alone // 16) * 16 <= 256)
+
+    def first_tokens(prompts):
+        batch = Batch.filled(run, prompts, [9] * len(prompts), SamplingParams())
+        assert batch._growth.capacity == 256
+        report = next(iter(batch.reports()))
+        batch.close()
+        return report.tokens[:, 0].tolist()
+
+    assert first_tokens(prompts) == first_tokens([PROMPTS[0], long]) + first_tokens([PROMPTS[0]])
