@@ -65,6 +65,9 @@ def measured(tmp_path_factory):
         "2",
         "--temperatures",
         "0",
+        "0.8",
+        "--verifiers",
+        "coupled",
         "--refit",
         str(directory / "refit"),
     ]
@@ -76,7 +79,8 @@ def measured(tmp_path_factory):
 
 def test_rows_agree_with_themselves(measured):
     results = json.loads((measured / "acceptance.json").read_text())["results"]
-    assert [row["draft"] for row in results] == ["N = 2", "N = 2, no calibration", "N = 2, refit"]
+    drafts = ["N = 2", "N = 2, no calibration", "N = 2, refit"]
+    assert [row["draft"] for row in results] == 2 * drafts
     for row in results:
         assert row["groups"] == "0,1,2-3,4,5"
         assert row["accepted"] == sum(row["accepted_per_position"])
