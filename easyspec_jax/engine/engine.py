@@ -198,7 +198,8 @@ class Engine(Models):
         for batch in batches:
             growth, rows = self._growth(programs, batch, sampling), dict(enumerate(batch))
             ways = [spared(programs, self.prefixes, rows, growth[0], batch_size)]
-            if batch_size % sampling.n and self.prefixes is None:
+            is_one = all(ids == batch[0] for ids in batch)
+            if is_one and batch_size % sampling.n and self.prefixes is None:
                 # The next batch finds the prompt of this one; see generate().
                 end = programs.prefill_from(len(batch[0]), len(batch[0]) - 1, growth[0], batch_size)
                 ways += [Spared(end, {}, [Repeat((0,), end)])] if end else []
