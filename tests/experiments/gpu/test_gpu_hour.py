@@ -174,7 +174,10 @@ def test_an_interrupted_run_ends_its_step(number, tmp_path):
         "import os, sys, time\nopen(sys.argv[1] + '.pid', 'w').write(str(os.getpid()))\n"
         "time.sleep(60)"
     )
+    # A shell's background job ignores Ctrl-C, and so would what it starts.
     code = (
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from experiments.gpu import gpu_hour\n"
         "from experiments.gpu.steps import Step\n"
         "one = Step('one', '', 1, 'fake_wait {out}', '', lambda measured: {})\n"
