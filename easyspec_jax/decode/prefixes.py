@@ -148,7 +148,7 @@ class Repeat(NamedTuple):
 
 @dataclass(frozen=True)
 class Spared:
-    """What a prefill need not do.
+    """The part of a prefill that can be skipped.
 
     Attributes:
         start: Tokens that a store has of all prompts. It is the least that it has of any, so that

@@ -319,7 +319,7 @@ def _poster(
     """Return what puts an answer's events into an inbox, from any thread."""
 
     def post(event: Event) -> None:
-        # After the loop has closed there is no inbox left to fill.
+        # Once the loop is closed, nobody reads the inbox.
         with suppress(RuntimeError):
             loop.call_soon_threadsafe(inbox.put_nowait, (index, event))
 

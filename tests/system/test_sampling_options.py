@@ -225,7 +225,7 @@ def test_several_texts_for_a_prompt(opened):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_several_texts_prefill_a_long_prompt_once(opened, batch_size, monkeypatch):
-    """Within a batch or over several, compiled beforehand; the cache is no larger than promised."""
+    """In one batch or several: compile() covers every step, and memory checks count the copy."""
     engine, prompt = opened(method="easyspec", own=True), "b" * 90
     sampling = SamplingParams(0.9, seed=7, max_new_tokens=6, n=3)
     rows = engine.prepare([prompt])
