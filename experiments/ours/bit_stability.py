@@ -2,7 +2,7 @@
 
 Products of one row and of several are rounded differently, so in bfloat16 a near-tie may fall the
 other way under speculation. With `bit_stable` it may not. Both modes complete the same prompts,
-alternating prompt by prompt. Where greedy texts differ, the gap between the target's logits of the
+alternating batch by batch. Where greedy texts differ, the gap between the target's logits of the
 two tokens is recorded. The choice of coupled ones depends on noise as well.
 """
 
@@ -58,7 +58,7 @@ def measure(args: argparse.Namespace, prompts: Sequence[str]) -> list[dict[str, 
     logits, rows = next_logits(pair), []
     for temperature in args.temperatures:
         sampling = SamplingParams(temperature, seed=args.seed, max_new_tokens=args.max_new_tokens)
-        made = complete(ways, code_questions(prompts), sampling)
+        made = complete(ways, code_questions(prompts), sampling, args.batch_size)
         rows += [row_of(mode, temperature, made, logits) for mode in MODES]
     return rows
 
@@ -144,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--num-speculative-tokens", type=int, default=default.num_speculative_tokens
     )
     parser.add_argument("--prompts", type=int, default=20, help="how many of the file")
+    parser.add_argument("--batch-size", type=int, default=1, help="prompts decoded together")
     parser.add_argument("--prompt-file", type=Path, default=DATA / "refit_prompts.txt")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])
     parser.add_argument("--seed", type=int, default=0)

@@ -132,20 +132,26 @@ def refit_of(args: argparse.Namespace) -> Iterator[str | None]:
 
 
 def complete(
-    ways: Sequence[Way], questions: Sequence[Question], sampling: SamplingParams
+    ways: Sequence[Way],
+    questions: Sequence[Question],
+    sampling: SamplingParams,
+    batch_size: int = 1,
 ) -> dict[str, list[Completion]]:
     """Let every way complete every question's first turn; a different way begins each time."""
     chat = bool(ways[0].engine.tokenizer.chat_template)
     prompts = [question.turns[0] for question in questions]
     made: dict[str, list[Completion]] = {way.name: [] for way in ways}
     for way in ways:
-        way.engine.compile(prompts, sampling, chat=chat)
+        way.engine.compile(prompts, sampling, chat=chat, batch_size=batch_size)
     order = list(ways)
     with bar("Completing", len(prompts) * len(ways)) as advance:
-        for prompt in prompts:
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
             for way in order:
-                made[way.name].append(next(way.engine.generate([prompt], sampling, chat=chat)))
-                advance(1)
+                made[way.name] += way.engine.generate(
+                    batch, sampling, chat=chat, batch_size=batch_size
+                )
+                advance(len(batch))
             order = [*order[1:], order[0]]
     return made
 
