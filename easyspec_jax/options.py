@@ -95,6 +95,8 @@ class SpeculativeConfig:
         adapt: Choose for every round whether to draft, and how many levels, by what has been
             accepted and by the time that rounds take. Greedy and coupled texts do not depend on it.
             So the default verifier is then the coupled one, and the others are refused.
+        confidence_threshold: Draft a level only where some path of the level above has this
+            probability under the draft, from 0 (always) to 1. The first level always is.
 
     Raises:
         EasySpecError: A value is out of range, or two of them conflict.
@@ -120,6 +122,7 @@ class SpeculativeConfig:
     prompt_lookup_max: int = 16
     prompt_lookup_min: int = 2
     adapt: bool = False
+    confidence_threshold: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, get_args(Method))
@@ -140,6 +143,11 @@ class SpeculativeConfig:
             fewest = self.num_speculative_tokens
             most = fewest * self.width
             check_whole("tree_nodes", self.tree_nodes, fewest, most, ": one node a level to all")
+        if not 0 <= self.confidence_threshold <= 1:
+            raise EasySpecError(
+                f"`confidence_threshold` {self.confidence_threshold} must be a probability from 0 "
+                "(draft every level) to 1"
+            )
         check_whole("lp_size", self.lp_size, 1)
         check_whole("mlp_lp_size", self.mlp_lp_size, 1)
         if self.bit_stable and (self.width > 1 or self.prompt_lookup):
@@ -198,6 +206,7 @@ class SpeculativeConfig:
             num_speculative_tokens=1,
             tree_width=None,
             tree_nodes=None,
+            confidence_threshold=0.0,
             calibration=True,
             verifier=None,
             bit_stable=False,

@@ -20,6 +20,8 @@ from easyspec_jax.options import SamplingParams, SpeculativeConfig, resolve_dtyp
         ("num_speculative_tokens", 17, "`num_speculative_tokens` 17 must be"),
         ("lp_size", 0, "`lp_size` 0 must be at least 1"),
         ("tree_width", "4", "`tree_width` '4' must be a whole number"),
+        ("confidence_threshold", 1.5, "`confidence_threshold` 1.5 must be a probability from 0"),
+        ("confidence_threshold", float("nan"), "`confidence_threshold` nan must be a probabil"),
         ("prompt_lookup_max", 0, "`prompt_lookup_max` 0 must be from 1 to 32"),
         ("prompt_lookup_min", 17, "`prompt_lookup_min` 17 must be from 1 to 16, `prompt_lookup_m"),
         ("tree_nodes", 4, "`tree_nodes` 4 must be from 5 to 5: one node a level to all"),

@@ -62,6 +62,7 @@ LATER_FLAGS = {
     "prompt_lookup_max": SpeculativeConfig.prompt_lookup_max,
     "prompt_lookup_min": SpeculativeConfig.prompt_lookup_min,
     "adapt": "off",
+    "confidence_threshold": 0.0,
 }
 """Flags that a job's settings leave out at their defaults."""
 
@@ -200,6 +201,7 @@ def _open_pair(args: argparse.Namespace, speculative: SpeculativeConfig, bar: "B
             verifier=args.verifier,
             bit_stable=args.bit_stable,
             adapt=args.adapt == "on",
+            confidence_threshold=args.confidence_threshold,
         ),
         parse_mesh(choice.mesh),
         bar,

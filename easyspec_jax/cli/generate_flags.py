@@ -111,6 +111,7 @@ def speculative_of(args: argparse.Namespace) -> SpeculativeConfig:
         prompt_lookup_max=args.prompt_lookup_max,
         prompt_lookup_min=args.prompt_lookup_min,
         adapt=args.adapt == "on",
+        confidence_threshold=args.confidence_threshold,
     )
 
 
@@ -327,6 +328,14 @@ def add_speculation(parser: Parser) -> None:
         default="off",
         help="choose for every round whether to draft, and how many levels, by what was accepted "
         "lately; samples coupled (default: %(default)s)",
+    )
+    drafting.add_argument(
+        "--confidence-threshold",
+        type=float,
+        default=default.confidence_threshold,
+        metavar="P",
+        help="draft no further where no path has this probability under the draft (default: "
+        "%(default)g, all levels)",
     )
     drafting.add_argument(
         "--verifier",

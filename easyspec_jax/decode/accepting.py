@@ -155,7 +155,8 @@ def commit(state: State, report: Report, live: Bool[Array, " batch"], config: Ro
         #   new tokens     t1   t2   t3   v
         #   draft's cache  kv   kv              kept = 2; t3 and v are pending
         # With calibration nothing is kept, and all four are pending.
-        kept = 0 if config.calibration else jnp.clip(report.num_tokens, 1, config.levels) - 1
+        drafted = jnp.maximum(report.drafted, 1)
+        kept = 0 if config.calibration else jnp.clip(report.num_tokens, 1, drafted) - 1
         draft_length = jnp.where(live, state.length + 1 + kept, draft_length)
     request = replace(state.request, round=state.request.round + live.astype(jnp.int32))
     return replace(

@@ -1,22 +1,23 @@
 """Growing a token tree: one pass of the draft per level, over all nodes of the level at once."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from easyspec_jax.decode.state import RoundConfig
 from easyspec_jax.draft.layer_group import run_fuzzy
 from easyspec_jax.model.transformer import Caches, Decoder
 from easyspec_jax.model.windows import Nodes
 from easyspec_jax.parallel.collectives import from_first_device
 from easyspec_jax.parallel.mesh import ALL_AXES
 from easyspec_jax.sampling.adjust import RowAdjustments, adjust
-from easyspec_jax.sampling.grammar import Grammars
 from easyspec_jax.sampling.vocabulary import NO_TOKEN, top
-from easyspec_jax.verify import Branches, RowSampling, Verifier
+from easyspec_jax.verify import Branches, RowSampling
 from easyspec_jax.verify.tree import Tree
+from easyspec_jax.verify.verifier import CANDIDATES
 
 
 class Level(NamedTuple):
@@ -54,6 +55,31 @@ class Candidates(NamedTuple):
     q: Float[Array, "batch width ids"]
 
 
+Stacked = TypeVar("Stacked", Level, Candidates)
+
+
+class Grown(NamedTuple):
+    """A tree while it grows.
+
+    Attributes:
+        depth: Depth of its deepest level, at least 1.
+        level: That level.
+        goes_on: Rows that draft another one.
+        caches: The draft's caches.
+        levels: Levels 1, 2, ... one after the other, [levels, batch, width, ...]; those to come
+            have no nodes.
+        candidates: Tokens that may follow the nodes of each of these levels, likewise; those below
+            the deepest one mean nothing.
+    """
+
+    depth: Int[Array, ""]
+    level: Level
+    goes_on: Bool[Array, " batch"]
+    caches: Caches
+    levels: Level
+    candidates: Candidates
+
+
 def draft_tree(
     draft: Decoder,
     h: Float[Array, "batch hidden"],
@@ -61,14 +87,11 @@ def draft_tree(
     root: Int[Array, " batch"],
     position: Int[Array, " batch"],
     request: RowSampling,
-    verifier: Verifier,
-    levels: int,
-    width: int,
+    config: RoundConfig,
     adjustments: RowAdjustments | None = None,
-    stop_ids: tuple[int, ...] = (),
-    grammars: Grammars | None = None,
+    live: Bool[Array, " batch"] | None = None,
 ) -> tuple[Tree, Caches]:
-    """Grow a tree of `levels` levels of `width` nodes below each row's last token.
+    """Grow a tree below each row's last token: config.levels levels at most, of config.width nodes.
 
     The hidden states of the roots decide the first level; each further level costs a fuzzy pass
     over the level above it. Nodes are numbered level by level. For width 2:
@@ -84,18 +107,16 @@ def draft_tree(
         position: Position of the root in the text and in the caches; node i takes the cache entry
             position + i.
         request: Each row's noise and distribution.
-        verifier: Rates the tokens that may follow a node.
-        levels: Levels below the root, at least 1.
-        width: Nodes per level.
+        config: The round's configuration, of at least one level.
         adjustments: Each row's changes to logits, over the ids that the draft has here. It proposes
             what the changed logits prefer, since the target's are changed alike.
-        stop_ids: The checkpoint's stop tokens.
-        grammars: The grammars that rows have by number.
+        live: Rows that need a draft; None for all.
 
     Returns:
         The trees, the same on every device; and the caches, with keys and values of all nodes but
-        those of the last level.
+        those of each row's last level.
     """
+    levels, width = config.levels, config.width
 
     def grow(
         level: Level, h: Float[Array, "batch some hidden"], depth: Array
@@ -105,14 +126,14 @@ def draft_tree(
         if adjustments is not None and level.drafted is not None:
             after = jnp.broadcast_to((position + depth)[:, None], h.shape[:2])
             logits = adjust(
-                logits, after, level.drafted, adjustments, stop_ids, draft.axes, grammars
+                *(logits, after, level.drafted, adjustments, config.stop_ids, draft.axes),
+                config.grammars,
             )
         # [batch, some, vocab_shard] -> [batch * some, vocab_shard] -> whole rows' best ids
-        best, ids = top(
-            logits.reshape(-1, logits.shape[-1]), verifier.candidates(width), draft.axes
-        )
+        rows = logits.reshape(-1, logits.shape[-1])
+        best, ids = top(rows, wanted, draft.axes)
         best, ids = best.reshape(*h.shape[:2], -1), ids.reshape(*h.shape[:2], -1)
-        branches = verifier.branch(
+        branches = config.verifier.branch(
             best, ids, level.score, level.log_prob, position + depth, request
         )
         if adjustments is not None and adjustments.grammar is not None:
@@ -120,31 +141,95 @@ def draft_tree(
         first, above = first_node(depth, width), first_node(depth - 1, width)
         return best_branches(level, ids, branches, first, above, width), Candidates(ids, branches.q)
 
-    def deepen(
-        carry: tuple[Level, Caches], depth: Array
-    ) -> tuple[tuple[Level, Caches], tuple[Level, Candidates]]:
-        """Run the draft over the level of a depth, and choose the next level's nodes."""
-        level, caches = carry
+    def deepen(grown: Grown) -> Grown:
+        """Run the draft over the deepest level, and choose the next one's nodes."""
+        level, depth = grown.level, grown.depth
         depths = jnp.broadcast_to(depth, level.tokens.shape)
         nodes = Nodes(position + first_node(depth, width), position, depths, level.ancestors)
-        h, caches = draft(level.tokens, caches, nodes, run_fuzzy)
-        level, candidates = grow(level, h, depth + 1)
-        return (level, caches), (level, candidates)
+        h, caches = draft(level.tokens, grown.caches, nodes, run_fuzzy)
+        below, candidates = grow(level, h, depth + 1)
+        if ends_early:
+            below, candidates = _of_rows(grown.goes_on, below, candidates)
+        return Grown(
+            depth + 1,
+            below,
+            goes_on(below),
+            caches,
+            levels=_put(grown.levels, below, depth),
+            candidates=_put(grown.candidates, candidates, depth - 1),
+        )
 
+    def goes_on(level: Level) -> Bool[Array, " batch"]:
+        """Return which rows draft another level; a loop of passes ends once none does."""
+        if not ends_early:
+            return needed
+        likely = jnp.exp(_likeliest(level)) >= jnp.float32(config.confidence_threshold)
+        if not draft.axes:
+            likely = from_first_device(likely, ALL_AXES)  # passes communicate: all run as many
+        return needed & likely
+
+    def is_unfinished(grown: Grown) -> Bool[Array, ""]:
+        # Unless something else ends it, XLA knows how many turns the loop has.
+        deeper = grown.depth < levels
+        return deeper & jnp.any(grown.goes_on) if ends_early else deeper
+
+    ends_early = config.confidence_threshold > 0
+    wanted = config.verifier.candidates(width)
+    if ends_early:
+        wanted = max(wanted, CANDIDATES)  # how likely a token is shows next to others only
+    needed = jnp.ones(root.shape, bool) if live is None else live
     top_level = _root_level(root, 1 + levels * width)
     if adjustments is not None:
         none = jnp.full((root.shape[0], 1, levels), NO_TOKEN, jnp.int32)
         top_level = top_level._replace(drafted=none)
-    first, of_root = grow(top_level, h[:, None], jnp.ones((), jnp.int32))
-    # A loop, because its body compiles once however many levels there are. Its outputs are stacked:
-    # fields of `later` are [levels - 1, batch, width, ...].
-    (_, caches), (later, of_later) = jax.lax.scan(
-        deepen, (first, caches), jnp.arange(1, levels, dtype=jnp.int32)
+    one = jnp.ones((), jnp.int32)
+    first, of_root = grow(top_level, h[:, None], one)
+    below = [jnp.zeros((levels, *first.tokens.shape, x.shape[2]), x.dtype) for x in of_root]
+    start = Grown(
+        *(one, first, goes_on(first), caches),
+        levels=_put(_no_levels(first, levels), first, one - 1),
+        candidates=Candidates(*below),
     )
-    tree = _assemble((top_level, first, later), (of_root, of_later), width)
+    # A loop, because its body compiles once however many levels there are.
+    grown = jax.lax.while_loop(is_unfinished, deepen, start)
+    tree = _assemble(top_level, of_root, grown.levels, grown.candidates, width)
     # A replicated draft runs on every device by itself, and kernels need not round alike: let all
     # take the first device's tree.
-    return (tree if draft.axes else from_first_device(tree, ALL_AXES)), caches
+    return (tree if draft.axes else from_first_device(tree, ALL_AXES)), grown.caches
+
+
+def _likeliest(level: Level) -> Float[Array, " batch"]:
+    """Return the log-probability of each row's likeliest path."""
+    return jnp.max(jnp.where(level.score > -jnp.inf, level.log_prob, -jnp.inf), axis=1)
+
+
+def _of_rows(
+    rows: Bool[Array, " batch"], level: Level, candidates: Candidates
+) -> tuple[Level, Candidates]:
+    """Leave out the nodes of other rows; what would follow the nodes above has no probability."""
+    # Whether a row goes on depends on the tokens that it has drafted, never on those to come. So
+    # the texts of rejection sampling keep their distribution.
+    score = jnp.where(rows[:, None], level.score, -jnp.inf)
+    q = jnp.where(rows[:, None, None], candidates.q, 0.0)
+    return level._replace(score=score), candidates._replace(q=q)
+
+
+def _no_levels(like: Level, levels: int) -> Level:
+    """Make room for all levels, whose nodes do not exist yet."""
+    room: Level = jax.tree.map(lambda x: jnp.zeros((levels, *x.shape), x.dtype), like)
+    own = jnp.eye(like.ancestors.shape[2], dtype=bool)[1:]  # [levels * width, nodes]
+    own = own.reshape(levels, 1, *like.ancestors.shape[1:])
+    return room._replace(
+        score=jnp.full_like(room.score, -jnp.inf),
+        ancestors=jnp.broadcast_to(own, room.ancestors.shape),
+    )
+
+
+def _put(stack: Stacked, one: Stacked, index: Array) -> Stacked:
+    """Put the arrays of one level at an index of those of all."""
+    return jax.tree.map(
+        lambda every, x: jax.lax.dynamic_update_index_in_dim(every, x, index, 0), stack, one
+    )
 
 
 def _without_dead_ends(branches: Branches, logits: Float[Array, "batch some ids"]) -> Branches:
@@ -239,28 +324,26 @@ def _root_level(tokens: Int[Array, " batch"], nodes: int) -> Level:
 
 
 def _assemble(
-    levels: tuple[Level, Level, Level], candidates: tuple[Candidates, Candidates], width: int
+    root: Level, of_root: Candidates, levels: Level, candidates: Candidates, width: int
 ) -> Tree:
     """Join levels into a tree.
 
-    levels: level 0, level 1 and, stacked, all others. candidates: those below level 0 and, stacked,
-    below all other levels but the last.
+    Args:
+        root: Level 0.
+        of_root: The candidates below it.
+        levels: All others, stacked.
+        candidates: Those below them, stacked.
+        width: Nodes of each level but level 0.
     """
 
-    def in_order(*parts: Array) -> Array:
-        """Join parts [batch, n, ...] and a stacked last one along the axis of nodes."""
-        *single, stacked = parts
+    def in_order(first: Array, stacked: Array) -> Array:
         # [levels, batch, width, ...] -> [batch, levels, width, ...] -> [batch, levels * width, ...]
         stacked = jnp.moveaxis(stacked, 0, 1)
         flat = stacked.reshape(stacked.shape[0], -1, *stacked.shape[3:])
-        return jnp.concatenate([*single, flat], axis=1)
+        return jnp.concatenate([first, flat], axis=1)
 
-    def with_leaves(x: Array) -> Array:
-        """Add zeros for the last level, whose nodes have no candidates."""
-        return jnp.pad(x, [(0, 0), (0, width), (0, 0)])
-
-    nodes = jax.tree.map(in_order, *levels)
-    below = jax.tree.map(in_order, *candidates)
+    nodes = jax.tree.map(in_order, root, levels)
+    below = jax.tree.map(in_order, of_root, candidates)
     entry = np.arange(nodes.tokens.shape[1], dtype=np.int32)
     depth = -(entry // -width)  # rounded up: 0, then 1 `width` times, then 2, ...
     return Tree(
@@ -271,7 +354,7 @@ def _assemble(
         score=nodes.score,
         ancestors=nodes.ancestors,
         rank=nodes.rank,
-        candidates=with_leaves(below.ids),
-        q=with_leaves(below.q),
+        candidates=below.ids,
+        q=below.q,
         width=width,
     )

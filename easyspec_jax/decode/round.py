@@ -293,7 +293,7 @@ def _draft(
     # The root is the last of them: [batch, pending, hidden] -> [batch, hidden].
     h = take_each(h, state.length - state.draft_length)
 
-    def grow(caches: Caches) -> tuple[Tree, Caches]:
+    def grow(caches: Caches, live: Bool[Array, " batch"]) -> tuple[Tree, Caches]:
         return draft_tree(
             draft,
             h,
@@ -301,33 +301,29 @@ def _draft(
             root,
             state.length,
             state.request,
-            config.verifier,
-            config.levels,
-            config.width,
+            config,
             _for_draft(draft, state),
-            config.stop_ids,
-            config.grammars,
+            live,
         )
 
-    levels = jnp.full(root.shape, config.levels, jnp.int32)
     if not config.grafts:
-        tree, caches = grow(caches)
+        tree, caches = grow(caches, state.remaining > 0)
         is_finite = _is_finite(tree)
-        return Drafted(_pruned(tree, config), levels, is_finite), caches
+        return Drafted(_pruned(tree, config), _levels(tree, config), is_finite), caches
     # Rows that match as far as is compared need no other draft: what follows there is all but
     # certain. Passes are skipped where that holds for all rows, and a row has the same draft
     # whether or not they are.
     found = _look_up(state, config)
-    empty = without_nodes(jax.eval_shape(grow, caches)[0], root)
+    wanted = ~found.is_long & (state.remaining > 0)
+    empty = without_nodes(jax.eval_shape(grow, caches, wanted)[0], root)
     tree, caches = run_if(
-        ~jnp.all(found.is_long | (state.remaining == 0)),
-        lambda drafted: grow(drafted[1]),
-        (empty, caches),
+        jnp.any(wanted), lambda drafted: grow(drafted[1], wanted), (empty, caches)
     )
     is_finite = _is_finite(tree) | found.is_long
     tree = _pruned(tree, config)
     tree = jax.tree.map(partial(_choose, found.is_long), without_nodes(tree, root), tree)
-    return Drafted(graft(tree, found.tokens, found.matched > 0), levels, is_finite), caches
+    tree = graft(tree, found.tokens, found.matched > 0)
+    return Drafted(tree, _levels(tree, config), is_finite), caches
 
 
 def _for_draft(draft: Decoder, state: State) -> RowAdjustments | None:
@@ -335,6 +331,13 @@ def _for_draft(draft: Decoder, state: State) -> RowAdjustments | None:
     if state.adjustments is None or draft.axes:
         return state.adjustments
     return whole(state.adjustments)
+
+
+def _levels(tree: Tree, config: RoundConfig) -> Int[Array, " batch"]:
+    """Return how many levels each row has drafted."""
+    if not config.confidence_threshold:
+        return jnp.full(tree.tokens.shape[:1], config.levels, jnp.int32)
+    return jnp.max(jnp.where(tree.exists, tree.depth, 0), axis=1)
 
 
 def _is_finite(tree: Tree) -> Bool[Array, " batch"]:

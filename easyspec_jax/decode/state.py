@@ -44,6 +44,7 @@ class RoundConfig:
         tiers: Levels of the rounds that may take this one's place, fewest first; see tier().
         most_pending: Most tokens that rounds of other tiers leave to the draft; None without.
         grammars: What rows with a grammar ask for masks; None if kinds has none.
+        confidence_threshold: Another level is drafted where some path has this probability.
 
     Examples:
         >>> config = RoundConfig.of(SpeculativeConfig(), SamplingParams(temperature=0.8), (2,))
@@ -65,6 +66,7 @@ class RoundConfig:
     tiers: tuple[int, ...] = ()
     most_pending: int | None = None
     grammars: Grammars | None = None
+    confidence_threshold: float = 0.0
 
     @classmethod
     def of(
@@ -99,6 +101,7 @@ class RoundConfig:
             lookup=lookup,
             kinds=Kinds.of(sampling),
             tiers=tuple(n for n in TIERS if n < levels) if speculative.adapt else (),
+            confidence_threshold=float(speculative.confidence_threshold),
         )
 
     def tier(self, levels: int) -> "RoundConfig":

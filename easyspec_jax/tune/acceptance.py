@@ -18,6 +18,7 @@ from jaxtyping import Array, Int
 from easyspec_jax.arithmetic import ceil_div, round_up
 from easyspec_jax.decode.drafting import draft_tree
 from easyspec_jax.decode.programs import Programs
+from easyspec_jax.decode.state import RoundConfig
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.verify import Greedy, RowSampling
 
@@ -128,11 +129,13 @@ def _drafts(
         top_p=floats,
     )
 
+    config = RoundConfig(levels, calibration=True, verifier=Greedy(), stop_ids=(), width=width)
+
     def at(position: Int[Array, " rows"]) -> tuple[Array, Array]:
         here = position[:, None]
         root = jnp.take_along_axis(ids, here, axis=1)[:, 0]
         state = jnp.take_along_axis(h, here[:, :, None], axis=1)[:, 0]
-        tree, _ = draft_tree(draft, state, caches, root, position, request, Greedy(), levels, width)
+        tree, _ = draft_tree(draft, state, caches, root, position, request, config)
         return tree.tokens, tree.parent
 
     return jax.lax.map(at, starts)

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from easyspec_jax.decode.drafting import draft_tree
+from easyspec_jax.decode.state import RoundConfig
 from easyspec_jax.model.windows import Nodes
 from easyspec_jax.parallel.collectives import shard_index
 from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape
@@ -74,21 +75,35 @@ TABLE = make_table()
 
 @cache
 def program(
-    verifier: Verifier, levels: int, width: int, mesh: MeshShape, axes: Axes, disagree: bool
+    verifier: Verifier,
+    levels: int,
+    width: int,
+    mesh: MeshShape,
+    axes: Axes,
+    disagree: bool,
+    threshold: float,
 ) -> Any:
     """Compile draft_tree on a mesh, once for all tests that need it."""
 
     def body(
-        draft: Any, cache: Any, root: jax.Array, position: jax.Array, request: RowSampling
+        draft: Any,
+        cache: Any,
+        root: jax.Array,
+        position: jax.Array,
+        request: RowSampling,
+        live: jax.Array,
     ) -> Any:
         if disagree:
             draft = Table(jnp.roll(draft.table, shard_index(ALL_AXES), axis=0), draft.axes)
         h = root[:, None].astype(jnp.float32)
-        grown = draft_tree(draft, h, cache, root, position, request, verifier, levels, width)
+        config = RoundConfig(
+            levels, True, verifier, stop_ids=(), width=width, confidence_threshold=threshold
+        )
+        grown = draft_tree(draft, h, cache, root, position, request, config, live=live)
         return jax.tree.map(lambda x: x[None], grown)
 
     split: Any = Table(P(None, axes or None), axes)
-    return on_mesh(mesh, body, (split, P(), P(), P(), P()), P(ALL_AXES))
+    return on_mesh(mesh, body, (split, P(), P(), P(), P(), P()), P(ALL_AXES))
 
 
 def grow(
@@ -101,17 +116,19 @@ def grow(
     table: np.ndarray = TABLE,
     roots: np.ndarray = ROOTS,
     positions: np.ndarray = POSITIONS,
+    threshold: float = 0.0,
+    live: bool | np.ndarray = True,
 ) -> tuple[Tree, np.ndarray]:
     """Grow trees; return each device's trees and cache, on a leading axis.
 
-    disagree: all devices but the first have other tables.
+    disagree: all devices but the first have other tables. live: rows that need a draft.
     """
     entries = np.full((len(roots), int(positions.max()) + 1 + levels * width), SCRATCH, np.int32)
     entries[np.arange(len(roots)), positions] = roots
-    run = program(verifier, levels, width, mesh, axes, disagree)
-    return jax.device_get(
-        run(Table(table, axes), entries, roots, positions, make_request(np.arange(len(roots)), 0.7))
-    )
+    run = program(verifier, levels, width, mesh, axes, disagree, threshold)
+    request = make_request(np.arange(len(roots)), 0.7)
+    live = np.broadcast_to(live, roots.shape)
+    return jax.device_get(run(Table(table, axes), entries, roots, positions, request, live))
 
 
 class Node(NamedTuple):
@@ -221,6 +238,42 @@ def same_everywhere(eight: Any, one: Any) -> None:
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y.repeat(8, axis=0), rtol=1e-5), eight, one
     )
+
+
+def levels_above(threshold: float, width: int, root: int, levels: int) -> int:
+    """Count a row's levels: the first one, and those below a path that is likely enough."""
+    # The beam of a tree knows probabilities; a chain is the best of a tree that is 1 wide.
+    nodes = [Node((root,), 0.0, 0)]
+    for level in range(1, levels):
+        grown = [
+            Node((*node.path, i), node.score + own, 0)
+            for node in nodes
+            for i, own in enumerate(np.log(softmax(logits_after(TABLE, node.path))).tolist())
+        ]
+        nodes = sorted(grown, key=lambda node: -node.score)[:width]
+        if nodes[0].score < np.log(threshold):
+            return level
+    return levels
+
+
+@pytest.mark.parametrize("mesh, axes", [(ONE, ALL_AXES), (EIGHT, ALL_AXES), (EIGHT, ())])
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_row_drafts_no_further_where_no_path_is_likely(mesh, axes, width):
+    """Rows end at different levels, and each draws what it draws of the whole tree."""
+    levels, threshold = 4, 0.2
+    depths = [levels_above(threshold, width, int(root), levels) for root in ROOTS]
+    assert len(set(depths)) > 1
+    whole, _ = grow(Greedy(), levels, width, mesh, axes)
+    tree, cache = grow(Greedy(), levels, width, mesh, axes, threshold=threshold)
+    for row, depth in enumerate(depths):
+        exists = whole.exists[:, row] & (whole.depth[:, row] <= depth)
+        np.testing.assert_array_equal(tree.exists[:, row], exists)
+        np.testing.assert_array_equal(tree.tokens[:, row][exists], whole.tokens[:, row][exists])
+        np.testing.assert_array_equal(tree.parent[:, row][exists], whole.parent[:, row][exists])
+        assert not tree.q[:, row][tree.depth[:, row] >= depth].any()
+    longest = np.array(depths) == max(depths)
+    _, own = grow(Greedy(), levels, width, mesh, axes, threshold=threshold, live=~longest)
+    assert (own == SCRATCH).sum() > (cache == SCRATCH).sum(), "no pass for rows that need no draft"
 
 
 @pytest.mark.parametrize("verifier", [Greedy(), Rejection()], ids=str)

@@ -194,6 +194,34 @@ def test_acceptance_falls_from_exact_to_fuzzy_and_without_calibration(pair):
     assert 1.0 > rate(3, calibration=True) > rate(3, calibration=False) > 0.0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("calibration", [True, False])
+def test_drafting_that_ends_early_loses_no_cache_entry(pair, plain, calibration):
+    """An exact draft of the target itself: all is accepted, unless keys or values are missing."""
+    config = replace(GREEDY, calibration=calibration)
+    run, early = (
+        programs(pair, replace(config, confidence_threshold=least), lp_size=1, own_draft=True)
+        for least in (0.0, 0.1)
+    )
+    rows, drafted, accepted = texts(early)
+    assert rows == plain
+    assert texts(run)[1] > drafted == accepted > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config, mesh, axes",
+    [
+        (replace(GREEDY, width=3, nodes=7), MeshShape(2, 4), ALL_AXES),
+        (replace(JOINED, width=3), MeshShape(2, 2), ()),
+    ],
+    ids=str,
+)
+def test_greedy_text_is_plain_where_drafting_ends_early(pair, plain, config, mesh, axes):
+    run = programs(pair, replace(config, confidence_threshold=0.05), mesh, axes=axes)
+    assert texts(run)[0] == plain
+
+
 @pytest.mark.parametrize("calibration, refit", [(True, False), (False, False), (True, True)])
 def test_a_stop_token_ends_its_row_alone(pair, plain, calibration, refit):
     """With a token of one text as stop token, each row ends right after its first occurrence."""

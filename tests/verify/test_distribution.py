@@ -18,7 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from easyspec_jax.decode import drafting
 from easyspec_jax.decode import round as round_
+from easyspec_jax.decode.drafting import Candidates, Level
 from easyspec_jax.decode.lookup import Found, Lookup
 from easyspec_jax.decode.state import RoundConfig, State
 from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape
@@ -47,6 +49,9 @@ LEVELS = 2
 PAIRS = make_pairs()
 TRUNCATIONS = (NO_TRUNCATION, Truncation(6, 0.9))
 LOOKUP = Lookup(longest=3, shortest=1)
+SURE = 0.3
+"""Probability that a chain's first token must have to be followed by a second one, in some cases.
+About half have it."""
 PROMPT = make_prompt(PAIRS["good"].target)
 """Prompt of cases with lookups: the target's own words, most of which come again."""
 
@@ -66,11 +71,12 @@ class Case:
     pair: str
     nodes: int | None = None
     lookup: Literal["", "alone", "joined"] = ""
+    threshold: float = 0.0
 
     def __str__(self) -> str:
         tree = f"{self.width}" + (f"of{self.nodes}" if self.nodes else "")
         cut = "whole" if self.truncation == NO_TRUNCATION else "cut"
-        tree += self.lookup
+        tree += self.lookup + (f"over{self.threshold}" if self.threshold else "")
         return f"{self.verifier.__name__.lower()}-{tree}-{self.temperature}-{cut}-{self.pair}"
 
     def counts(self, chunks: int) -> np.ndarray:
@@ -80,7 +86,9 @@ class Case:
         """
         start = zlib.crc32(str(self).encode())
         verifier = self.verifier(self.truncation != NO_TRUNCATION)
-        run = compiled(verifier, self.width, self.nodes, lookup=self.lookup)
+        run = compiled(
+            verifier, self.width, self.nodes, lookup=self.lookup, threshold=self.threshold
+        )
         requests = (self.request(start + i * CHUNK) for i in range(chunks))
         return np.cumsum([count(self.texts(run, request)) for request in requests], axis=0)
 
@@ -103,15 +111,26 @@ def compiled(
     mesh: MeshShape = ONE,
     draft_axes: Axes = ALL_AXES,
     lookup: str = "",
+    threshold: float = 0.0,
 ) -> Any:
-    config = config_of(verifier, width, nodes, lookup)
+    config = config_of(verifier, width, nodes, lookup, threshold)
     return program(config, mesh, draft_axes, drafting=lookup != "alone")
 
 
-def config_of(verifier: Any, width: int, nodes: int | None, lookup: str) -> RoundConfig:
+def config_of(
+    verifier: Any, width: int, nodes: int | None, lookup: str, threshold: float = 0.0
+) -> RoundConfig:
     """Return the configuration of a round; one that only looks up calibrates no draft."""
-    looked_up = LOOKUP if lookup else None
-    return RoundConfig(LEVELS, lookup != "alone", verifier, (), width, nodes, lookup=looked_up)
+    return RoundConfig(
+        LEVELS,
+        lookup != "alone",
+        verifier,
+        (),
+        width,
+        nodes,
+        lookup=LOOKUP if lookup else None,
+        confidence_threshold=threshold,
+    )
 
 
 def p_value(counts: np.ndarray, probabilities: np.ndarray) -> float:
@@ -129,10 +148,14 @@ def every_case() -> Iterator[Case]:
         for pair in pairs:
             yield Case(verifier, 1, temperature, truncation, pair)
         yield Case(verifier, 1, temperature, truncation, "good", lookup="alone")
+        yield Case(verifier, 1, temperature, truncation, "bad", threshold=SURE)
         if verifier is Block:
             continue  # for chains, of nothing but draws
         for width, nodes, pair in ((1, None, "bad"), (1, None, "good"), (4, 5, "bad")):
             yield Case(verifier, width, temperature, truncation, pair, nodes, "joined")
+        yield Case(verifier, 4, temperature, truncation, "bad", 5, "joined", SURE / 2)
+        for nodes in (None, 5):
+            yield Case(verifier, 4, temperature, truncation, "bad", nodes, threshold=SURE / 2)
         for width, nodes in ((4, None), (4, 5), (8, None), (12, None)):
             yield Case(
                 verifier, width, temperature, truncation, pairs[next(turn) % len(pairs)], nodes
@@ -168,6 +191,12 @@ FEW_CASES += [
     Case(Rejection, 1, 1.0, TRUNCATIONS[1], "good", lookup="joined"),
     Case(Rejection, 4, 1.0, NO_TRUNCATION, "bad", 5, "joined"),
     Case(Coupled, 4, 0.7, NO_TRUNCATION, "bad", lookup="joined"),
+]
+FEW_CASES += [
+    Case(Rejection, 1, 0.7, NO_TRUNCATION, "bad", threshold=SURE),
+    Case(Rejection, 4, 1.0, NO_TRUNCATION, "bad", 5, threshold=SURE / 2),
+    Case(Coupled, 4, 0.7, TRUNCATIONS[1], "bad", threshold=SURE / 2),
+    Case(Block, 1, 0.7, NO_TRUNCATION, "bad", threshold=SURE),
 ]
 
 
@@ -463,6 +492,33 @@ def test_planted_faults_of_blocks_are_noticed(fault):
     texts = [case.texts(run, request, BLOCK_FAULTS.index(fault)) for request in requests]
     noticed = p_value(count(np.concatenate(texts)), case.probabilities())
     assert noticed > ALPHA if fault == "none" else noticed < 1e-9
+
+
+@contextmanager
+def planting_foresight(fault: jax.Array) -> Iterator[None]:
+    """Let a level's existence depend on its own tokens, and not on those above alone."""
+    real = drafting._of_rows
+
+    def of_rows(rows: jax.Array, level: Level, candidates: Candidates) -> tuple[Level, Candidates]:
+        level, candidates = real(rows, level, candidates)
+        unlikely = (fault > 0) & (level.log_prob < np.log(np.float32(SURE / 2)))
+        return level._replace(score=jnp.where(unlikely, -jnp.inf, level.score)), candidates
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drafting, "_of_rows", of_rows)
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verifier", [Rejection, Block])
+def test_a_level_that_depends_on_its_own_tokens_is_noticed(verifier):
+    case = Case(verifier, 1, 0.7, NO_TRUNCATION, "good", threshold=SURE)
+    run = program(config_of(verifier(), 1, None, "", SURE), ONE, planting=planting_foresight)
+    requests = [case.request(3 * 10**9 + i * CHUNK) for i in range(3)]
+    for fault in (0, 1):
+        texts = [case.texts(run, request, fault) for request in requests]
+        noticed = p_value(count(np.concatenate(texts)), case.probabilities())
+        assert noticed < 1e-9 if fault else noticed > ALPHA
 
 
 def test_a_block_accepts_more_of_a_chain_than_rejection():
