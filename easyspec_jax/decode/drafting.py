@@ -1,5 +1,6 @@
 """Growing a token tree: one pass of the draft per level, over all nodes of the level at once."""
 
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -17,7 +18,8 @@ from easyspec_jax.sampling.adjust import RowAdjustments, adjust
 from easyspec_jax.sampling.vocabulary import NO_TOKEN, top
 from easyspec_jax.verify import Branches, RowSampling
 from easyspec_jax.verify.tree import Tree
-from easyspec_jax.verify.verifier import CANDIDATES
+
+T = TypeVar("T")
 
 
 class Level(NamedTuple):
@@ -53,9 +55,6 @@ class Candidates(NamedTuple):
 
     ids: Int[Array, "batch width ids"]
     q: Float[Array, "batch width ids"]
-
-
-Stacked = TypeVar("Stacked", Level, Candidates)
 
 
 class Grown(NamedTuple):
@@ -116,86 +115,103 @@ def draft_tree(
         The trees, the same on every device; and the caches, with keys and values of all nodes but
         those of each row's last level.
     """
-    levels, width = config.levels, config.width
+    live = jnp.ones(root.shape, bool) if live is None else live
+    growth = _Growth(draft, position, request, config, adjustments, live)
+    top_level = _root_level(root, config)
+    if adjustments is not None:
+        none = jnp.full((root.shape[0], 1, config.levels), NO_TOKEN, jnp.int32)
+        top_level = top_level._replace(drafted=none)
+    of_root, start = growth.begin(top_level, h, caches)
+    # A loop, because its body compiles once however many levels there are.
+    grown = jax.lax.while_loop(growth.is_unfinished, growth.deepen, start)
+    tree = _assemble(top_level, of_root, grown.levels, grown.candidates, config.width)
+    # A replicated draft runs on every device by itself, and kernels need not round alike: let all
+    # take the first device's tree.
+    return (tree if draft.axes else from_first_device(tree, ALL_AXES)), grown.caches
 
-    def grow(
-        level: Level, h: Float[Array, "batch some hidden"], depth: Array
-    ) -> tuple[Level, Candidates]:
-        """Choose the nodes of a depth from the hidden states of the level above it."""
-        logits = draft.logits(h)
-        if adjustments is not None and level.drafted is not None:
-            after = jnp.broadcast_to((position + depth)[:, None], h.shape[:2])
-            logits = adjust(
-                *(logits, after, level.drafted, adjustments, config.stop_ids, draft.axes),
-                config.grammars,
-            )
-        # [batch, some, vocab_shard] -> [batch * some, vocab_shard] -> whole rows' best ids
-        rows = logits.reshape(-1, logits.shape[-1])
-        best, ids = top(rows, wanted, draft.axes)
-        best, ids = best.reshape(*h.shape[:2], -1), ids.reshape(*h.shape[:2], -1)
-        branches = config.verifier.branch(
-            best, ids, level.score, level.log_prob, position + depth, request
+
+@dataclass(frozen=True)
+class _Growth:
+    """What stays the same while a tree grows; see draft_tree()."""
+
+    draft: Decoder
+    position: Int[Array, " batch"]
+    request: RowSampling
+    config: RoundConfig
+    adjustments: RowAdjustments | None
+    live: Bool[Array, " batch"]
+
+    def begin(
+        self, root: Level, h: Float[Array, "batch hidden"], caches: Caches
+    ) -> tuple[Candidates, Grown]:
+        """Choose the first level; return what may follow the root, too."""
+        levels, one = self.config.levels, jnp.ones((), jnp.int32)
+        first, of_root = self.choose(root, h[:, None], one)
+        below = [jnp.zeros((levels, *first.tokens.shape, x.shape[2]), x.dtype) for x in of_root]
+        return of_root, Grown(
+            *(one, first, self.goes_on(first), caches),
+            levels=_put(_no_levels(first, levels), first, one - 1),
+            candidates=Candidates(*below),
         )
-        if adjustments is not None and adjustments.grammar is not None:
-            branches = _without_dead_ends(branches, best)
-        first, above = first_node(depth, width), first_node(depth - 1, width)
-        return best_branches(level, ids, branches, first, above, width), Candidates(ids, branches.q)
 
-    def deepen(grown: Grown) -> Grown:
+    def is_unfinished(self, grown: Grown) -> Bool[Array, ""]:
+        """Return whether any row needs another level."""
+        deeper = grown.depth < self.config.levels
+        # Unless something else ends a loop, XLA knows how many turns it has.
+        return deeper & jnp.any(grown.goes_on) if self.config.confidence_threshold else deeper
+
+    def deepen(self, grown: Grown) -> Grown:
         """Run the draft over the deepest level, and choose the next one's nodes."""
         level, depth = grown.level, grown.depth
+        entry = self.position + first_node(depth, self.config.width)
         depths = jnp.broadcast_to(depth, level.tokens.shape)
-        nodes = Nodes(position + first_node(depth, width), position, depths, level.ancestors)
-        h, caches = draft(level.tokens, grown.caches, nodes, run_fuzzy)
-        below, candidates = grow(level, h, depth + 1)
-        if ends_early:
+        nodes = Nodes(entry, self.position, depths, level.ancestors)
+        h, caches = self.draft(level.tokens, grown.caches, nodes, run_fuzzy)
+        below, candidates = self.choose(level, h, depth + 1)
+        if self.config.confidence_threshold:
             below, candidates = _of_rows(grown.goes_on, below, candidates)
         return Grown(
             depth + 1,
             below,
-            goes_on(below),
+            self.goes_on(below),
             caches,
             levels=_put(grown.levels, below, depth),
             candidates=_put(grown.candidates, candidates, depth - 1),
         )
 
-    def goes_on(level: Level) -> Bool[Array, " batch"]:
-        """Return which rows draft another level; a loop of passes ends once none does."""
-        if not ends_early:
-            return needed
-        likely = jnp.exp(_likeliest(level)) >= jnp.float32(config.confidence_threshold)
-        if not draft.axes:
+    def choose(
+        self, level: Level, h: Float[Array, "batch some hidden"], depth: Array
+    ) -> tuple[Level, Candidates]:
+        """Choose the nodes of a depth from the hidden states of the level above it."""
+        config, draft, after = self.config, self.draft, self.position + depth
+        logits = draft.logits(h)
+        if self.adjustments is not None and level.drafted is not None:
+            positions = jnp.broadcast_to(after[:, None], h.shape[:2])
+            logits = adjust(
+                *(logits, positions, level.drafted, self.adjustments, config.stop_ids, draft.axes),
+                config.grammars,
+            )
+        # [batch, some, vocab_shard] -> [batch * some, vocab_shard] -> whole rows' best ids
+        rows = logits.reshape(-1, logits.shape[-1])
+        best, ids = top(rows, config.candidates, draft.axes)
+        best, ids = best.reshape(*h.shape[:2], -1), ids.reshape(*h.shape[:2], -1)
+        branches = config.verifier.branch(
+            best, ids, level.score, level.log_prob, after, self.request
+        )
+        if self.adjustments is not None and self.adjustments.grammar is not None:
+            branches = _without_dead_ends(branches, best)
+        first, above = first_node(depth, config.width), first_node(depth - 1, config.width)
+        chosen = best_branches(level, ids, branches, first, above, config.width)
+        return chosen, Candidates(ids, branches.q)
+
+    def goes_on(self, level: Level) -> Bool[Array, " batch"]:
+        """Return which rows draft another level below this one."""
+        if not self.config.confidence_threshold:
+            return self.live
+        likely = jnp.exp(_likeliest(level)) >= jnp.float32(self.config.confidence_threshold)
+        if not self.draft.axes:
             likely = from_first_device(likely, ALL_AXES)  # passes communicate: all run as many
-        return needed & likely
-
-    def is_unfinished(grown: Grown) -> Bool[Array, ""]:
-        # Unless something else ends it, XLA knows how many turns the loop has.
-        deeper = grown.depth < levels
-        return deeper & jnp.any(grown.goes_on) if ends_early else deeper
-
-    ends_early = config.confidence_threshold > 0
-    wanted = config.verifier.candidates(width)
-    if ends_early:
-        wanted = max(wanted, CANDIDATES)  # how likely a token is shows next to others only
-    needed = jnp.ones(root.shape, bool) if live is None else live
-    top_level = _root_level(root, 1 + levels * width)
-    if adjustments is not None:
-        none = jnp.full((root.shape[0], 1, levels), NO_TOKEN, jnp.int32)
-        top_level = top_level._replace(drafted=none)
-    one = jnp.ones((), jnp.int32)
-    first, of_root = grow(top_level, h[:, None], one)
-    below = [jnp.zeros((levels, *first.tokens.shape, x.shape[2]), x.dtype) for x in of_root]
-    start = Grown(
-        *(one, first, goes_on(first), caches),
-        levels=_put(_no_levels(first, levels), first, one - 1),
-        candidates=Candidates(*below),
-    )
-    # A loop, because its body compiles once however many levels there are.
-    grown = jax.lax.while_loop(is_unfinished, deepen, start)
-    tree = _assemble(top_level, of_root, grown.levels, grown.candidates, width)
-    # A replicated draft runs on every device by itself, and kernels need not round alike: let all
-    # take the first device's tree.
-    return (tree if draft.axes else from_first_device(tree, ALL_AXES)), grown.caches
+        return self.live & likely
 
 
 def _likeliest(level: Level) -> Float[Array, " batch"]:
@@ -225,7 +241,7 @@ def _no_levels(like: Level, levels: int) -> Level:
     )
 
 
-def _put(stack: Stacked, one: Stacked, index: Array) -> Stacked:
+def _put(stack: T, one: T, index: Array) -> T:
     """Put the arrays of one level at an index of those of all."""
     return jax.tree.map(
         lambda every, x: jax.lax.dynamic_update_index_in_dim(every, x, index, 0), stack, one
@@ -315,10 +331,11 @@ def best_branches(
     )
 
 
-def _root_level(tokens: Int[Array, " batch"], nodes: int) -> Level:
-    """Make level 0 of a tree of `nodes` nodes."""
+def _root_level(tokens: Int[Array, " batch"], config: RoundConfig) -> Level:
+    """Make level 0."""
     zero = jnp.zeros((tokens.shape[0], 1), jnp.int32)
     certain = zero.astype(jnp.float32)
+    nodes = 1 + config.levels * config.width
     is_root = jnp.broadcast_to(jnp.arange(nodes) == 0, (tokens.shape[0], 1, nodes))
     return Level(tokens[:, None], zero, zero, certain, certain, is_root)
 

@@ -17,6 +17,7 @@ from easyspec_jax.sampling.grammar import Grammars
 from easyspec_jax.sampling.logprobs import Logprobs
 from easyspec_jax.verify import RowSampling, Verdict, Verifier, choose
 from easyspec_jax.verify.tree import Tree
+from easyspec_jax.verify.verifier import CANDIDATES
 
 TIERS = (0, 2, 5)
 """Levels of the rounds that can take the place of one of more levels; 0 is plain decoding."""
@@ -153,6 +154,13 @@ class RoundConfig:
         """Nodes that the target verifies, the root not counted."""
         of_path = self.levels if self.grafts else 0
         return (self.nodes or self.levels * self.width) + of_path
+
+    @property
+    def candidates(self) -> int:
+        """Likeliest ids of the draft that are considered after a node."""
+        wanted = self.verifier.candidates(self.width)
+        # How likely a token is shows next to others only.
+        return max(wanted, CANDIDATES) if self.confidence_threshold else wanted
 
     @property
     def scratch(self) -> int:
