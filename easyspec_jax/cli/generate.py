@@ -61,7 +61,7 @@ LATER_FLAGS = {
     "prompt_lookup": False,
     "prompt_lookup_max": SpeculativeConfig.prompt_lookup_max,
     "prompt_lookup_min": SpeculativeConfig.prompt_lookup_min,
-    "adapt": "off",
+    "adapt": None,
     "confidence_threshold": 0.0,
 }
 """Flags that a job's settings leave out at their defaults."""
@@ -200,14 +200,20 @@ def _open_pair(args: argparse.Namespace, speculative: SpeculativeConfig, bar: "B
             choice.speculative,
             verifier=args.verifier,
             bit_stable=args.bit_stable,
-            adapt=args.adapt == "on",
-            confidence_threshold=args.confidence_threshold,
+            adapt=_adapts(args, choice.speculative),
         ),
         parse_mesh(choice.mesh),
         bar,
     )
     engine.prefix_cache = prefix_cache
     return engine
+
+
+def _adapts(args: argparse.Namespace, tuned: SpeculativeConfig) -> bool:
+    """Return whether rounds adapt: as the flags say, else as tuned if the verifier allows it."""
+    if args.adapt is not None:
+        return args.adapt == "on"
+    return tuned.adapt and args.verifier in (None, "coupled")
 
 
 def _complete(

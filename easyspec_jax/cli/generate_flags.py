@@ -14,7 +14,7 @@ AUTO = "auto"
 TUNED = (
     "--method", "--num-speculative-tokens", "--tree-width", "--tree-nodes", "--lp-size",
     "--mlp-lp-size", "--refit", "--no-refit", "--no-calibration", "--draft-tensor-parallel-size",
-    "--prompt-lookup", "--prompt-lookup-max", "--prompt-lookup-min",
+    "--prompt-lookup", "--prompt-lookup-max", "--prompt-lookup-min", "--confidence-threshold",
 )  # fmt: skip
 """Flags that --lp-strategy auto sets itself and that conflict with it."""
 
@@ -325,9 +325,8 @@ def add_speculation(parser: Parser) -> None:
     drafting.add_argument(
         "--adapt",
         choices=("on", "off"),
-        default="off",
         help="choose for every round whether to draft, and how many levels, by what was accepted "
-        "lately; samples coupled (default: %(default)s)",
+        "lately; samples coupled (default: off, or as tuned)",
     )
     drafting.add_argument(
         "--confidence-threshold",

@@ -77,6 +77,8 @@ def label(speculative: SpeculativeConfig) -> str:
     Examples:
         >>> label(SpeculativeConfig(lp_size=4, tree_width=8, refit="none"))
         'N = 4, TP all, width 8'
+        >>> label(SpeculativeConfig(method="sd", confidence_threshold=0.1, adapt=True))
+        'ordinary, TP all, chain, ends below 0.1, adapts'
     """
     if speculative.method == "vanilla":
         return "plain decoding"
@@ -86,7 +88,11 @@ def label(speculative: SpeculativeConfig) -> str:
         refit = "" if speculative.refit == "none" else " refit"
         name = f"N = {speculative.lp_size}{mlps}{refit}"
     tree = "chain" if speculative.width == 1 else f"width {speculative.width}"
-    return f"{name}, TP {speculative.draft_tensor_parallel_size}, {tree}"
+    early = speculative.confidence_threshold
+    further = {f"ends below {early:g}": early, "adapts": speculative.adapt}
+    further["looks up"] = speculative.prompt_lookup
+    words = [name, f"TP {speculative.draft_tensor_parallel_size}", tree]
+    return ", ".join(words + [word for word, holds in further.items() if holds])
 
 
 def describe(choice: Choice) -> str:

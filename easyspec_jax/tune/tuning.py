@@ -28,6 +28,7 @@ from easyspec_jax.tune import prompts
 from easyspec_jax.tune.bench import DeviceBench, Sample
 from easyspec_jax.tune.candidates import Candidate, Draft, Space, candidates
 from easyspec_jax.tune.confirm import alternate, confirmed
+from easyspec_jax.tune.extras import extras
 from easyspec_jax.tune.options import MAX_NEW_TOKENS, SECONDS, TuneConfig
 from easyspec_jax.tune.predict import Figures, Prediction, predict
 from easyspec_jax.tune.search import Clock, search, verification_sizes
@@ -226,13 +227,15 @@ def tune_over(
         best = search(found, figures, bench, finalists, clock, advance)
     # Finalists load their own drafts; the one measured last would take memory.
     bench.release()
+    further = extras(best[0]) if best else []
     with bar("Confirming") as advance:
-        speeds = confirm(bench, [prediction.candidate for prediction in best], clock, advance)
+        running = [prediction.candidate for prediction in best] + further
+        speeds = confirm(bench, running, clock, advance)
     return Tuned(
         engine=engine,
         mesh=mesh,
         figures=figures,
-        rows=rows(found, figures, speeds),
+        rows=rows([*found, *further], figures, speeds),
         not_reached=len(drafts) - len(figures.step),
         plain=speeds[None],
         choice=choose(speeds, engine),
