@@ -242,6 +242,15 @@ SCRIPTS = (
         "rounds that adapt, against plain decoding and every fixed number of levels",
     ),
     Script(
+        "early_end",
+        "ours",
+        "tokens and draft steps of rounds that end where no path is likely enough",
+        (
+            Result("early_end", "Drafts that end early: the bundled pair"),
+            Result("early_end_qwen", "Drafts that end early: Qwen2.5-Coder 1.5B and 0.5B"),
+        ),
+    ),
+    Script(
         "grammar",
         "ours",
         "what a grammar costs, and whether its texts are valid and those of plain decoding",
