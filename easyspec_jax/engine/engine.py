@@ -106,9 +106,13 @@ class Engine(Models):
     def _check(self, ids: Sequence[int]) -> None:
         """Raise EasySpecError for ids that encode() would not return."""
         if len(ids) >= self.max_length:
+            models = [self.target] if self.draft is None else [self.target, self.draft]
+            most = min(model.config.longest_text for model in models)
+            longer = f", or give a larger one, up to {most}" if most > self.max_length else ""
             raise EasySpecError(
                 f"the prompt has {len(ids)} tokens, which leaves no room within `max_length` "
-                f"{self.max_length} (by default what both models were made for); shorten it"
+                f"{self.max_length} (by default what both models were made for); shorten "
+                f"it{longer}"
             )
         if max(ids) >= self.target.config.vocab_size:
             raise EasySpecError(

@@ -177,7 +177,8 @@ def test_seed_makes_sampling_repeatable(arguments, capsys):
             f"names layer {LAYERS}; the draft has 0 to {LAYERS - 1}",
         ),
         (["--lp-strategy", "0,2-5"], "leaves out layer 1"),
-        (["--max-length", "6"], "leaves no room within --max-length 6"),
+        (["--max-length", "6"], "leaves no room within --max-length 6 (by default what both mod"),
+        (["--max-length", "6"], "made for); shorten it, or give a larger one, up to 1024"),
         (["--max-length", "1000000"], "--max-length 1000000 must be from 2 to"),
         (["--chat"], "no chat template"),
         (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
@@ -213,9 +214,9 @@ def test_bad_prompts_are_one_clear_line(arguments, capsys, tmp_path):
     assert "the prompt is empty" in refusal(capsys, *arguments, "--prompt", "fine", "--prompt", "")
     assert "no prompt" in refusal(capsys, *arguments)
     assert "not valid Unicode" in refusal(capsys, *arguments, "--prompt", "\udcff")
-    assert "leaves no room within --max-length 1024" in refusal(
-        capsys, *arguments, "--prompt", "long" * 1000
-    )
+    refused = refusal(capsys, *arguments, "--prompt", "long" * 1000)
+    assert "leaves no room within --max-length 1024" in refused
+    assert refused.rstrip().endswith("shorten it")
     assert "cannot be read" in refusal(
         capsys, *arguments, "--prompt-file", str(tmp_path / "absent")
     )
