@@ -7,13 +7,15 @@ tree.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from easyspec_jax.arithmetic import ceil_div, round_up
 from easyspec_jax.decode.drafting import draft_tree
@@ -29,10 +31,59 @@ COPIES = 4
 """Rows that work on different parts of one text at once."""
 
 
-def accepted_by_width(
+THRESHOLDS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
+"""Confidence thresholds that are compared."""
+
+
+class EarlyEnd(NamedTuple):
+    """Rounds that draft no further where no path is likely.
+
+    Attributes:
+        threshold: As SpeculativeConfig.confidence_threshold.
+        accepted: Mean accepted tokens of a round.
+        steps: Mean steps of the draft, after its first pass.
+    """
+
+    threshold: float
+    accepted: float
+    steps: float
+
+
+@dataclass(frozen=True)
+class Foresight:
+    """How far a draft sees ahead in some texts.
+
+    Attributes:
+        reached: Tokens after each spot that lie on one path of its tree.
+        likeliest: Log-probability of the likeliest path of each level there, under the draft.
+        known: How many spots of each text have `levels` tokens after them; rounds begin there.
+    """
+
+    reached: Int[np.ndarray, "texts spots"]
+    likeliest: Float[np.ndarray, "texts spots levels"]
+    known: Int[np.ndarray, " texts"]
+
+    def accepted(self) -> tuple[float, ...]:
+        """Return the mean number of tokens that rounds of 1, 2, … levels accept."""
+        levels = range(1, 1 + self.likeliest.shape[-1])
+        return tuple(mean_round(self.reached, self.known, level)[0] for level in levels)
+
+    def early_ends(self, thresholds: Sequence[float] = THRESHOLDS) -> tuple[EarlyEnd, ...]:
+        """Return what rounds do that may have all levels, and end below a threshold."""
+        found = []
+        for threshold in thresholds:
+            # The level below an unlikely one is not drafted, nor are those below that.
+            likely = np.exp(self.likeliest[..., :-1]) >= threshold
+            drafted = 1 + np.cumprod(likely, axis=-1).sum(axis=-1)
+            accepted, levels = mean_round(self.reached, self.known, drafted)
+            found.append(EarlyEnd(threshold, accepted, levels - 1))
+        return tuple(found)
+
+
+def foresee(
     programs: Programs, texts: Sequence[Text], levels: int, widths: Sequence[int]
-) -> dict[int, tuple[float, ...]]:
-    """Return the mean number of tokens that a round accepts, by tree width.
+) -> dict[int, Foresight]:
+    """Return how far a draft sees ahead, by tree width.
 
     Narrower trees are cut out of the widest one, which now and then misses a node.
 
@@ -41,9 +92,6 @@ def accepted_by_width(
         texts: At least one has more than `levels` tokens after its first root.
         levels: Depth of the deepest draft.
         widths: Tree widths.
-
-    Returns:
-        For each width, the mean for rounds of 1, 2, … `levels` levels.
     """
     firsts = np.asarray([first for first, _ in texts])
     lengths = np.asarray([len(ids) for _, ids in texts])
@@ -58,16 +106,14 @@ def accepted_by_width(
     # 0 0 2 2 4 4 6 6, the second 1 1 3 3 5 5 7 7.
     offsets = np.arange(steps)[:, None, None] + np.arange(COPIES)[:, None] * steps
     starts = np.minimum(firsts + offsets, lengths - 1).reshape(steps, -1)
-    tokens, parents = drafts(programs, ids, starts.astype(np.int32), levels, max(widths))
-    tokens, parents = (_by_text(x, len(texts)) for x in (tokens, parents))
+    grown = drafts(programs, ids, starts.astype(np.int32), levels, max(widths))
+    tokens, parents, scores = (_by_text(x, len(texts)) for x in grown)
     following = np.stack([_ahead(text[first:], tokens.shape[1], levels) for first, text in texts])
     known = lengths - firsts - levels
-    accepted = {}
-    for width in widths:
-        reached = reach(tokens, parents, following, width)
-        means = [mean_accepted(reached, known, depth + 1) for depth in range(levels)]
-        accepted[width] = tuple(means)
-    return accepted
+    return {
+        width: Foresight(*reach(tokens, parents, scores, following, width), known)
+        for width in widths
+    }
 
 
 def drafts(
@@ -76,7 +122,7 @@ def drafts(
     starts: Int[np.ndarray, "steps rows"],
     levels: int,
     width: int,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Grow a tree below the token at each of some positions.
 
     Args:
@@ -87,12 +133,13 @@ def drafts(
         width: Nodes per level.
 
     Returns:
-        Tokens and parents of the nodes, int32 [steps, rows, nodes].
+        Tokens and parents of the nodes, int32 [steps, rows, nodes], and their paths'
+        log-probabilities, float32 likewise.
     """
     nodes = 1 + levels * width
     capacity = 1 << (ids.shape[1] + nodes - 1).bit_length()
     body = partial(_drafts, levels=levels, width=width, capacity=capacity)
-    program = jax.jit(programs.mapped(body, (P(), P()), (P(), P())))
+    program = jax.jit(programs.mapped(body, (P(), P()), (P(), P(), P())))
     return jax.device_get(program(programs.leaves, ids, starts))
 
 
@@ -105,7 +152,7 @@ def _drafts(
     levels: int,
     width: int,
     capacity: int,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     rows = starts.shape[1]
     zero = jnp.zeros((ids.shape[0],), jnp.int32)
     h, caches = draft(ids, draft.init_caches(ids.shape[0], capacity), zero)
@@ -129,14 +176,15 @@ def _drafts(
         top_p=floats,
     )
 
-    config = RoundConfig(levels, calibration=True, verifier=Greedy(), stop_ids=(), width=width)
+    # With a threshold that ends nothing, chains have probabilities as well.
+    config = RoundConfig(levels, True, Greedy(), (), width, confidence_threshold=1e-30)
 
-    def at(position: Int[Array, " rows"]) -> tuple[Array, Array]:
+    def at(position: Int[Array, " rows"]) -> tuple[Array, Array, Array]:
         here = position[:, None]
         root = jnp.take_along_axis(ids, here, axis=1)[:, 0]
         state = jnp.take_along_axis(h, here[:, :, None], axis=1)[:, 0]
         tree, _ = draft_tree(draft, state, caches, root, position, request, config)
-        return tree.tokens, tree.parent
+        return tree.tokens, tree.parent, tree.score
 
     return jax.lax.map(at, starts)
 
@@ -144,16 +192,22 @@ def _drafts(
 def reach(
     tokens: Int[np.ndarray, "texts spots nodes"],
     parents: Int[np.ndarray, "texts spots nodes"],
+    scores: Float[np.ndarray, "texts spots nodes"],
     following: Int[np.ndarray, "texts spots levels"],
     width: int,
-) -> Int[np.ndarray, "texts spots"]:
-    """Return how many of the tokens after each spot lie on one path of its tree.
+) -> tuple[Int[np.ndarray, "texts spots"], Float[np.ndarray, "texts spots levels"]]:
+    """Follow each text through the trees that are grown along it.
 
     Args:
         tokens: Nodes of the trees; the root comes first, then level by level, likeliest first.
         parents: Index of each node's parent.
+        scores: Log-probability of each node's path.
         following: The tokens that the target wrote after each spot.
         width: Nodes per level that the trees are cut to.
+
+    Returns:
+        How many of the tokens after each spot lie on one path of its tree; and the
+        log-probability of the likeliest path of each level.
     """
     levels = following.shape[-1]
     widest = (tokens.shape[-1] - 1) // levels
@@ -161,7 +215,7 @@ def reach(
     kept = np.zeros(tokens.shape, bool)
     right = np.zeros(tokens.shape, bool)
     kept[..., 0] = right[..., 0] = True
-    reached = np.zeros(tokens.shape[:-1], int)
+    reached, likeliest = np.zeros(tokens.shape[:-1], int), np.zeros(following.shape)
     for level in range(levels):
         nodes = slice(1 + level * widest, 1 + (level + 1) * widest)
         above = parents[..., nodes]
@@ -171,34 +225,39 @@ def reach(
         same = tokens[..., nodes] == following[..., level, None]
         right[..., nodes] = kept[..., nodes] & same & np.take_along_axis(right, above, axis=-1)
         reached += right[..., nodes].any(axis=-1)
-    return reached
+        likeliest[..., level] = np.where(kept, scores, -np.inf)[..., nodes].max(axis=-1)
+    return reached, likeliest
 
 
-def mean_accepted(
-    reached: Int[np.ndarray, "texts spots"], known: Int[np.ndarray, " texts"], levels: int
-) -> float:
-    """Return the mean number of accepted tokens of a round.
+def mean_round(
+    reached: Int[np.ndarray, "texts spots"],
+    known: Int[np.ndarray, " texts"],
+    levels: int | Int[np.ndarray, "texts spots"],
+) -> tuple[float, float]:
+    """Return the mean number of accepted tokens of a round, and of its levels.
 
     Args:
-        reached: See reach().
-        known: How many spots of each text have `levels` tokens after them; rounds begin there.
-        levels: Depth of a round's draft.
+        reached: Tokens after each spot that lie on one path of its tree.
+        known: At how many spots of each text rounds may begin.
+        levels: Levels that a round drafts, or those of one that begins at each spot.
 
     Examples:
         Rounds of up to two levels begin at spots 0, 3 and 4, and accept 2, 0 and 1 tokens:
 
-        >>> mean_accepted(np.array([[2, 0, 1, 0, 1]]), np.array([5]), levels=2)
-        1.0
+        >>> mean_round(np.array([[2, 0, 1, 0, 1]]), np.array([5]), levels=2)
+        (1.0, 2.0)
     """
-    rounds = accepted = 0
-    for own, count in zip(reached, known, strict=True):
+    levels = np.broadcast_to(levels, reached.shape)
+    rounds = accepted = drafted = 0
+    for own, most, count in zip(reached, levels, known, strict=True):
         spot = 0
         while spot < count:
-            passed = min(int(own[spot]), levels)
+            passed = min(int(own[spot]), int(most[spot]))
             rounds += 1
             accepted += passed
+            drafted += int(most[spot])
             spot += passed + 1
-    return accepted / rounds
+    return accepted / rounds, drafted / rounds
 
 
 def _by_text(x: np.ndarray, texts: int) -> np.ndarray:

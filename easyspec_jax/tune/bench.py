@@ -16,7 +16,7 @@ from easyspec_jax.errors import EasySpecError
 from easyspec_jax.model.transformer import run_exact
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
 from easyspec_jax.tokenizer.conversation import Prompt
-from easyspec_jax.tune.acceptance import Text, accepted_by_width
+from easyspec_jax.tune.acceptance import EarlyEnd, Text, foresee
 from easyspec_jax.tune.candidates import Draft
 from easyspec_jax.tune.search import Clock
 
@@ -59,6 +59,7 @@ class DeviceBench:
         levels: The most levels that will be asked for.
         widths: The tree widths that will be asked for.
         texts: The target's continuations of the sample.
+        early_ends: What rounds do that end early, by a draft's `drafting` and the tree width.
         plain: Seconds of a step of plain decoding.
         overhead: Seconds that the host adds to a step or a round.
     """
@@ -75,6 +76,7 @@ class DeviceBench:
         self.sample = sample
         self.levels = levels
         self.widths = widths
+        self.early_ends: dict[tuple[SpeculativeConfig, int], tuple[EarlyEnd, ...]] = {}
         self._held: tuple[Draft, Engine] | None = None
         self.baseline = engine.baseline()
         # All passes are timed with the caches of the longest text, which all others fit into.
@@ -148,7 +150,10 @@ class DeviceBench:
         model = engine.load()[1]
         assert model is not None
         widths = [narrower for narrower in self.widths if narrower <= width]
-        return accepted_by_width(alone(engine.mesh, model), self.texts, self.levels, widths)
+        seen = foresee(alone(engine.mesh, model), self.texts, self.levels, widths)
+        for narrower, foresight in seen.items():
+            self.early_ends[draft.drafting, narrower] = foresight.early_ends()
+        return {narrower: foresight.accepted() for narrower, foresight in seen.items()}
 
     def with_draft(self, draft: Draft) -> Engine:
         """Return an engine whose draft is placed as asked."""

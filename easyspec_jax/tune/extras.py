@@ -1,38 +1,42 @@
-"""Ways to draft whose gain no measured pass predicts; they run next to the best prediction."""
+"""Further ways to draft as the best prediction does; they run next to it."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+from easyspec_jax.tune.acceptance import EarlyEnd
 from easyspec_jax.tune.candidates import Candidate
-from easyspec_jax.tune.predict import Prediction
-
-LEAST = 0.02
-"""Confidence threshold below which drafting would hardly ever end early."""
+from easyspec_jax.tune.predict import Figures, Prediction, predict
 
 
-def extras(best: Prediction) -> list[Candidate]:
-    """Return further ways to draft as the best prediction does.
+def extras(
+    best: Prediction, figures: Figures, early: Sequence[EarlyEnd], levels: int
+) -> list[Candidate]:
+    """Return drafts that end early, rounds that adapt, and lookups in addition.
 
-    Drafting ends early, rounds adapt, or the text is looked up as well.
+    Args:
+        best: The best prediction.
+        figures: What was measured.
+        early: What rounds of the same draft and width do that end below several thresholds.
+        levels: The most levels of these rounds.
     """
     shape, own = best.candidate.shape, best.candidate.speculative
-    ways = []
-    threshold = worth_a_step(best)
-    if own.num_speculative_tokens > 1 and threshold >= LEAST:
-        ways.append(replace(own, confidence_threshold=threshold))
-    ways += [replace(own, adapt=True), replace(own, prompt_lookup=True)]
+    ways = [replace(own, adapt=True), replace(own, prompt_lookup=True)]
+    if early and levels > 1:
+        whole = predict(
+            figures, Candidate(shape, replace(own, num_speculative_tokens=levels, tree_nodes=None))
+        )
+        end = max(early, key=lambda end: tokens_per_second(whole, end))
+        deep = whole.candidate.speculative
+        ways.insert(0, replace(deep, confidence_threshold=end.threshold))
     return [Candidate(shape, way) for way in ways]
 
 
-def worth_a_step(prediction: Prediction) -> float:
-    """Return how likely a path must be for the next step of the draft to pay.
-
-    A step adds a token with at most the probability that the path above is right, and costs the
-    tokens that could be decoded meanwhile. Where the one is less than the other, it does not pay.
+def tokens_per_second(whole: Prediction, end: EarlyEnd) -> float:
+    """Predict the speed of rounds that may end early.
 
     Args:
-        prediction: A way to draft.
-
-    Returns:
-        A threshold for SpeculativeConfig.confidence_threshold, of two digits.
+        whole: The prediction for rounds that never do.
+        end: Tokens and steps of those that do.
     """
-    return min(1.0, round(prediction.step * prediction.tokens_per_second, 2))
+    seconds = whole.first + end.steps * whole.step + whole.verification + whole.overhead
+    return (1 + end.accepted) / seconds

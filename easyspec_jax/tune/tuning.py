@@ -227,7 +227,7 @@ def tune_over(
         best = search(found, figures, bench, finalists, clock, advance)
     # Finalists load their own drafts; the one measured last would take memory.
     bench.release()
-    further = extras(best[0]) if best else []
+    further = _extras(best, figures, bench)
     with bar("Confirming") as advance:
         running = [prediction.candidate for prediction in best] + further
         speeds = confirm(bench, running, clock, advance)
@@ -241,6 +241,15 @@ def tune_over(
         choice=choose(speeds, engine),
         seconds=time.monotonic() - begun,
     )
+
+
+def _extras(best: Sequence[Prediction], figures: Figures, bench: DeviceBench) -> list[Candidate]:
+    """Return further ways to draft as the best prediction does, if there is one."""
+    if not best:
+        return []
+    own = best[0].candidate
+    early = bench.early_ends.get((own.draft.drafting, own.speculative.width), ())
+    return extras(best[0], figures, early, bench.levels)
 
 
 def confirm(
