@@ -196,12 +196,7 @@ def _open_pair(args: argparse.Namespace, speculative: SpeculativeConfig, bar: "B
     pair = open_pair(args.target, args.draft, max_length=args.max_length, **pair_options_of(args))
     choice = auto(pair, args.mesh, args.target is None, bar, print_note)
     engine = pair.variant(
-        replace(
-            choice.speculative,
-            verifier=args.verifier,
-            bit_stable=args.bit_stable,
-            adapt=_adapts(args, choice.speculative),
-        ),
+        as_tuned(args, choice.speculative),
         parse_mesh(choice.mesh),
         bar,
     )
@@ -209,11 +204,22 @@ def _open_pair(args: argparse.Namespace, speculative: SpeculativeConfig, bar: "B
     return engine
 
 
-def _adapts(args: argparse.Namespace, tuned: SpeculativeConfig) -> bool:
-    """Return whether rounds adapt: as the flags say, else as tuned if the verifier allows it."""
+def as_tuned(args: argparse.Namespace, tuned: SpeculativeConfig) -> SpeculativeConfig:
+    """Return how to draft as tuned, and to verify as the flags say.
+
+    Rounds adapt, and texts are looked up, where the way to verify allows it.
+    """
+    adapts = tuned.adapt and args.verifier in (None, "coupled")
     if args.adapt is not None:
-        return args.adapt == "on"
-    return tuned.adapt and args.verifier in (None, "coupled")
+        adapts = args.adapt == "on"
+    needs_chains = args.bit_stable or args.verifier == "block"
+    return replace(
+        tuned,
+        verifier=args.verifier,
+        bit_stable=args.bit_stable,
+        adapt=adapts,
+        prompt_lookup=tuned.prompt_lookup and not needs_chains,
+    )
 
 
 def _complete(

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from easyspec_jax.cli import generate
+from easyspec_jax.cli.generate_flags import generate_parser
 from easyspec_jax.engine import tuned_file
 from easyspec_jax.engine.tuned_file import FILE, Choice
 from easyspec_jax.options import SpeculativeConfig
@@ -191,6 +192,24 @@ def test_auto_follows_the_stored_choice(pair, model, capsys, monkeypatch):
     assert notes.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "adapts", "looks_up"),
+    [
+        ([], True, True),
+        (["--adapt", "off"], False, True),
+        (["--verifier", "rejection"], False, True),
+        (["--verifier", "block"], False, False),
+        (["--bit-stable"], True, False),
+    ],
+)
+def test_what_was_tuned_gives_way_to_the_flags(flags, adapts, looks_up):
+    tuned = SpeculativeConfig(adapt=True, prompt_lookup=True, confidence_threshold=0.1)
+    args = generate_parser("generate", "").parse_args(["--lp-strategy", "auto", *flags])
+    followed = generate.as_tuned(args, tuned)
+    assert (followed.adapt, followed.prompt_lookup) == (adapts, looks_up)
+    assert followed.confidence_threshold == 0.1
+
+
 def test_auto_measures_once_where_nothing_is_stored(pair, model, capsys, monkeypatch):
     calls = []
 
@@ -219,6 +238,7 @@ def test_auto_measures_once_where_nothing_is_stored(pair, model, capsys, monkeyp
         ["--method", "sd"],
         ["--tree-width", "4"],
         ["--no-calibration"],
+        ["--confidence-threshold", "0.1"],
     ],
 )
 def test_what_auto_chooses_nobody_else_may(pair, capsys, flags):
