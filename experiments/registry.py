@@ -228,6 +228,7 @@ SCRIPTS = (
                 "bit_stability_smollm2",
                 "Texts in bfloat16: SmolLM2-135M-Instruct as its own draft",
             ),
+            Result("bit_stability_qwen", "Texts in bfloat16: Qwen2.5-Coder 1.5B and 0.5B"),
         ),
     ),
     Script(
