@@ -122,8 +122,12 @@ def draft_tree(
         none = jnp.full((root.shape[0], 1, config.levels), NO_TOKEN, jnp.int32)
         top_level = top_level._replace(drafted=none)
     of_root, start = growth.begin(top_level, h, caches)
-    # A loop, because its body compiles once however many levels there are.
-    grown = jax.lax.while_loop(growth.is_unfinished, growth.deepen, start)
+    # A loop, because its body compiles once however many levels there are. Only if something may
+    # end it early is its length unknown to XLA, and to the planner.
+    if config.confidence_threshold:
+        grown = jax.lax.while_loop(growth.is_unfinished, growth.deepen, start)
+    else:
+        grown = jax.lax.fori_loop(1, config.levels, lambda _, g: growth.deepen(g), start)
     tree = _assemble(top_level, of_root, grown.levels, grown.candidates, config.width)
     # A replicated draft runs on every device by itself, and kernels need not round alike: let all
     # take the first device's tree.
@@ -156,9 +160,7 @@ class _Growth:
 
     def is_unfinished(self, grown: Grown) -> Bool[Array, ""]:
         """Return whether any row needs another level."""
-        deeper = grown.depth < self.config.levels
-        # Unless something else ends a loop, XLA knows how many turns it has.
-        return deeper & jnp.any(grown.goes_on) if self.config.confidence_threshold else deeper
+        return (grown.depth < self.config.levels) & jnp.any(grown.goes_on)
 
     def deepen(self, grown: Grown) -> Grown:
         """Run the draft over the deepest level, and choose the next one's nodes."""
