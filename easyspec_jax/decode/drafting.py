@@ -136,7 +136,7 @@ def draft_tree(
 
 @dataclass(frozen=True)
 class _Growth:
-    """What stays the same while a tree grows; see draft_tree()."""
+    """The arguments of draft_tree() that every level shares."""
 
     draft: Decoder
     position: Int[Array, " batch"]

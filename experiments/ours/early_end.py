@@ -11,25 +11,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig
 from easyspec_jax.cli.command import Parser, cache_compilations, read_prompts
 from easyspec_jax.progress import bar
 from experiments.lib.machine import machine
 from experiments.lib.output import (
     RESULTS,
-    align_right,
     as_json,
     check_destination,
     run_experiment,
     save,
     settings,
-    show,
 )
 from experiments.lib.pair import DATA, add_models, names, open_pair
 from experiments.lib.tables import Rows
 from experiments.ours.acceptance import complete, figures_of, texts_of
+from experiments.ours.lookup import print_table
 
 Row = dict[str, Any]
 
@@ -96,16 +93,6 @@ def speed(row: Mapping[str, Any], cost: float) -> float:
     return row["mean_acceptance_length"] / (1 + cost * row["steps"])
 
 
-def print_table(rows: Sequence[Row]) -> None:
-    """Print the rows."""
-    cells = tabulate({"results": rows})
-    table = Table(*cells[0], box=None, pad_edge=False)
-    align_right(table.columns)
-    for row in cells:
-        table.add_row(*map(str, row.values()))
-    show(table)
-
-
 def tabulate(measured: Mapping[str, Any]) -> Rows:
     """Tabulate counts, and estimated speeds over that of the best fixed number of levels."""
     table, rows = [], measured["results"]
@@ -136,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
     check_destination(args.out)
     prompts = read_prompts(args.prompt_file)[: args.prompts]
     rows = measure(args, prompts)
-    print_table(rows)
+    print_table(tabulate({"results": rows}))
     fields = settings(args) | names(args)
     save(args.out, as_json(fields | {"machine": machine(args.platform), "results": rows}))
 
