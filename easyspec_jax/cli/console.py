@@ -45,6 +45,8 @@ def print_summary(
             f"[bold]{stats.mean_acceptance_length:.2f}[/] tokens a round",
             f"acceptance rate {stats.acceptance_rate:.2f}",
         ]
+    if stats.forced:
+        fields.append(f"{stats.forced} tokens forced")
     if engine.speculative.prompt_lookup and stats.accepted:
         fields.append(f"{stats.lookup_accepted / stats.accepted:.0%} of accepted looked up")
     if stats.tiers:

@@ -54,15 +54,26 @@ def accept(
     fault = jnp.where(live, fault, Fault.NONE.value).astype(jnp.int32)
 
     count = jnp.where(ended, end + chosen.astype(jnp.int32), reach)
-    reachable = jnp.minimum(drafted.levels, jnp.where(ended, count, remaining))
+    levels_below = drafted.forced + drafted.levels
+    reachable = jnp.minimum(levels_below, jnp.where(ended, count, remaining))
     accepted = jnp.minimum(depth, count)
     counts = live & drafted.is_finite
-    count = jnp.where(counts, count, 0)
-    reachable = jnp.where(counts, reachable, 0)
-    accepted = jnp.where(counts, accepted, 0)
+    count, reachable, accepted = (jnp.where(counts, x, 0) for x in (count, reachable, accepted))
     remaining = jnp.where((live & ended) | (fault != Fault.NONE.value), 0, remaining - count)
-    looked_up = _count_lookups(tree, path, reachable, accepted, config)
-    report = Report(tokens, count, reachable, accepted, remaining == 0, fault, *looked_up)
+    lookup_drafted, lookup_accepted = _count_lookups(drafted, path, reachable, accepted, config)
+    forced = jnp.minimum(drafted.forced, accepted)
+    report = Report(
+        tokens=tokens,
+        num_tokens=count,
+        drafted=reachable - jnp.minimum(drafted.forced, reachable),
+        accepted=accepted - forced,
+        done=remaining == 0,
+        fault=fault,
+        lookup_drafted=lookup_drafted,
+        lookup_accepted=lookup_accepted,
+        forced=forced,
+        levels=jnp.asarray(config.levels, jnp.int32),
+    )
     return report, remaining, path
 
 
@@ -92,18 +103,23 @@ def followed(
 
 
 def _count_lookups(
-    tree: Tree,
+    drafted: Drafted,
     path: Int[Array, "batch levels+1"],
-    drafted: Int[Array, " batch"],
+    reachable: Int[Array, " batch"],
     accepted: Int[Array, " batch"],
     config: RoundConfig,
 ) -> tuple[Int[Array, " batch"], Int[Array, " batch"]]:
-    """Count how many of the drafted and of the accepted levels have a token from a lookup."""
+    """Count how many of the reachable and of the accepted levels have a token from a lookup."""
     if config.lookup is None:
-        return jnp.zeros_like(drafted), jnp.zeros_like(accepted)
-    # Nodes of a looked-up path are the last ones, one for each level.
-    first = max(tree.tokens.shape[1] - config.levels, 1)
-    proposed = tree.exists[:, first:] & (tree.depth[:, first:] <= drafted[:, None])
+        return jnp.zeros_like(reachable), jnp.zeros_like(accepted)
+    # Nodes of a looked-up path are the last ones, one for each level, but for those that are
+    # missing because fewer tokens are forced than could be.
+    tree = drafted.tree
+    nodes = tree.tokens.shape[1]
+    unforced = (config.forced if nodes > 1 else 0) - drafted.forced
+    first = jnp.maximum(nodes - unforced - config.levels, 1).reshape(-1, 1)
+    number = jnp.arange(nodes, dtype=jnp.int32)[None, :]
+    proposed = (number >= first) & tree.exists & (tree.depth <= reachable[:, None])
     columns = jnp.arange(path.shape[1], dtype=jnp.int32)[None, :]
     taken = (path >= first) & (columns > 0) & (columns <= accepted[:, None])
     return jnp.sum(proposed, axis=1, dtype=jnp.int32), jnp.sum(taken, axis=1, dtype=jnp.int32)
@@ -155,7 +171,7 @@ def commit(state: State, report: Report, live: Bool[Array, " batch"], config: Ro
         #   new tokens     t1   t2   t3   v
         #   draft's cache  kv   kv              kept = 2; t3 and v are pending
         # With calibration nothing is kept, and all four are pending.
-        drafted = jnp.maximum(report.drafted, 1)
+        drafted = jnp.maximum(report.forced + report.drafted, 1)
         kept = 0 if config.calibration else jnp.clip(report.num_tokens, 1, drafted) - 1
         draft_length = jnp.where(live, state.length + 1 + kept, draft_length)
     request = replace(state.request, round=state.request.round + live.astype(jnp.int32))

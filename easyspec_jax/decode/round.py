@@ -30,13 +30,15 @@ from easyspec_jax.draft.layer_group import run_fuzzy
 from easyspec_jax.model.transformer import Caches, Decoder, run_exact
 from easyspec_jax.model.windows import Nodes
 from easyspec_jax.parallel.mesh import ALL_AXES
-from easyspec_jax.sampling.adjust import RowAdjustments, adjust, whole, with_output
+from easyspec_jax.sampling.adjust import RowAdjustments, adjust, whole, with_forced, with_output
+from easyspec_jax.sampling.grammar_rows import Forced, forced_tokens
 from easyspec_jax.sampling.logprobs import logprobs_of, prompt_logprobs
 from easyspec_jax.verify.tree import (
     Tree,
     bare_root,
     drafted_tokens,
     graft,
+    hang,
     prune,
     sure_chain,
     without_nodes,
@@ -174,7 +176,7 @@ def catch_up(target: Decoder, draft: Decoder, state: State, config: RoundConfig)
 def speculative_round(
     target: Decoder, draft: Decoder | None, state: State, config: RoundConfig
 ) -> tuple[State, Report]:
-    """Run one round: draft, verify and commit up to config.levels + 1 tokens per row.
+    """Run one round: draft, verify and commit up to config.depth + 1 tokens per row.
 
     The method is EasySpec (arXiv 2502.02493). Without a draft, a round is a step of plain decoding.
 
@@ -187,17 +189,24 @@ def speculative_round(
     Returns:
         The state after the round, and what the round added to each row.
     """
-    root = state.root
     live = state.remaining > 0
     draft_caches = state.draft
+    forced = None
+    ahead = state
+    if config.forced:
+        forced = _forced(state, config)
+        ahead = _run_ahead(state, forced)
     if draft is not None and config.levels > 0:
-        drafted, draft_caches = _draft(draft, root, state, config)
+        drafted, draft_caches = _draft(draft, ahead.root, ahead, config)
     elif config.lookup is not None:
-        drafted = _draft_by_lookup(root, state, config)
+        drafted = _draft_by_lookup(ahead.root, ahead, config)
     else:
-        drafted = _nothing(bare_root(root))
+        drafted = _nothing(bare_root(ahead.root))
+    if forced is not None:
+        tree = hang(drafted.tree, state.root, forced.tokens, forced.count)
+        drafted = drafted._replace(tree=tree, forced=forced.count)
     (verdict, logprobs), target_caches = _verify(target, drafted, live, state, config)
-    report, remaining, path = accept(verdict, drafted, state, live, config, config.levels)
+    report, remaining, path = accept(verdict, drafted, state, live, config, config.depth)
     report = report._replace(logprobs=logprobs)
     verified = replace(state, target=target_caches, draft=draft_caches, remaining=remaining)
     moved = move_path(verified, drafted.tree, path, config)
@@ -208,6 +217,28 @@ def _nothing(tree: Tree) -> Drafted:
     """Return what plain decoding verifies: bare roots."""
     zero = jnp.zeros(tree.tokens.shape[:1], jnp.int32)
     return Drafted(tree, zero, jnp.ones(zero.shape, bool))
+
+
+def _forced(state: State, config: RoundConfig) -> Forced:
+    """Find what each row's grammar forces, as far as the text can take it and one token more."""
+    assert state.adjustments is not None
+    assert state.adjustments.grammar is not None
+    assert config.grammars is not None
+    found = forced_tokens(state.adjustments.grammar, config.forced, config.grammars)
+    return found._replace(count=jnp.clip(state.remaining - 1, 0, found.count))
+
+
+def _run_ahead(state: State, forced: Forced) -> State:
+    """Return the state from which a round drafts: the texts go on with what is forced.
+
+    The draft takes it in with all else that it lacks, and the target verifies it with the draft.
+    """
+    return replace(
+        state,
+        length=state.length + forced.count,
+        text=append(state.text, forced.tokens, state.length + 1, forced.count),
+        adjustments=with_forced(state.adjustments, forced),
+    )
 
 
 def _look_up(state: State, config: RoundConfig) -> Found:
@@ -235,7 +266,7 @@ def _verify(
 
     def over(tree: Tree, found: tuple[Any, Caches]) -> tuple[Verified, Caches]:
         logits, caches = _score(target, tree, found[1], state.length, config)
-        return _decide(logits, tree, state.length + 1, state, config, config.levels), caches
+        return _decide(logits, tree, state.length + 1, state, config, config.depth), caches
 
     if config.lookup is None or config.rows is not None or config.grafts:
         return over(drafted.tree, (None, state.target))
@@ -243,7 +274,7 @@ def _verify(
     found = jax.tree.map(jnp.zeros_like, shapes), state.target
     # Where no live row has a draft, a pass over the roots alone is plain decoding's, at its cost.
     # All devices agree, so the passes may communicate.
-    some = jnp.any((drafted.levels > 0) & live)
+    some = jnp.any((drafted.forced + drafted.levels > 0) & live)
     root = bare_root(drafted.tree.tokens[:, 0])
     found = run_if(some, partial(over, drafted.tree), found)
     return run_if(~some, partial(over, root), found)
@@ -285,7 +316,7 @@ def _draft(
     # Calibration is this very pass: run exactly, it replaces what drafting wrote for these tokens.
     # Without calibration it is a fuzzy pass like those of drafting, over one or two tokens.
     h, caches = draft(
-        state.pending(config.pending_size),
+        state.pending(config.pending_size + config.forced),
         state.draft,
         state.draft_length,
         run_exact if config.calibration else run_fuzzy,

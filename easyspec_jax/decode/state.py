@@ -13,7 +13,7 @@ from easyspec_jax.decode.lookup import Lookup, Text
 from easyspec_jax.model.transformer import Caches, Decoder
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
 from easyspec_jax.sampling.adjust import PLAIN, Kinds, RowAdjustments
-from easyspec_jax.sampling.grammar import Grammars
+from easyspec_jax.sampling.grammar import MOST_FORCED, Grammars
 from easyspec_jax.sampling.logprobs import Logprobs
 from easyspec_jax.verify import RowSampling, Verdict, Verifier, choose
 from easyspec_jax.verify.tree import Tree
@@ -141,8 +141,19 @@ class RoundConfig:
         if self.most_pending is not None:
             return self.most_pending
         if self.calibration or self.levels == 0:
-            return self.levels + 1  # all that the last round added
+            return self.depth + 1  # all that the last round added
         return 2  # drafting writes no KV for its last level, and none for the token after it
+
+    @property
+    def forced(self) -> int:
+        """Most tokens that a round takes before it drafts, because a grammar allows no others."""
+        # Passes of a fixed number of rows have no room for more, and plain ones are of one token.
+        return MOST_FORCED if self.kinds.grammar and self.levels and not self.rows else 0
+
+    @property
+    def depth(self) -> int:
+        """Levels of the tree that is verified: those that are drafted, below what is forced."""
+        return self.forced + self.levels
 
     @property
     def grafts(self) -> bool:
@@ -153,7 +164,7 @@ class RoundConfig:
     def verified(self) -> int:
         """Nodes that the target verifies, the root not counted."""
         of_path = self.levels if self.grafts else 0
-        return (self.nodes or self.levels * self.width) + of_path
+        return self.forced + (self.nodes or self.levels * self.width) + of_path
 
     @property
     def candidates(self) -> int:
@@ -165,8 +176,9 @@ class RoundConfig:
     @property
     def scratch(self) -> int:
         """Cache entries that a round may write behind a text's last token."""
-        drafted = max(self.levels * self.width, self.verified)
-        return max(drafted, self.pending_size, self.rows or 0, self.catch_up_size)
+        drafted = max(self.forced + self.levels * self.width, self.verified)
+        taken_in = self.pending_size + self.forced
+        return max(drafted, taken_in, self.rows or 0, self.catch_up_size)
 
 
 @partial(
@@ -246,10 +258,11 @@ class Report(NamedTuple):
     """Result of one pass for each row.
 
     Levels that the text cannot reach, past a stop token, the limit or a fault, count as neither
-    drafted nor accepted.
+    drafted nor accepted. Nor do tokens that were forced.
 
     Attributes:
-        tokens: New tokens of the text; only the first `num_tokens` count.
+        tokens: New tokens of the text; only the first `num_tokens` count. Forced ones come first,
+            then accepted levels.
         num_tokens: How many there are.
         drafted: Levels that were drafted.
         accepted: How many of them were accepted.
@@ -257,12 +270,14 @@ class Report(NamedTuple):
         fault: A Fault, which ends the row.
         lookup_drafted: Drafted levels that have a token from a lookup.
         lookup_accepted: Accepted levels whose token came from a lookup.
+        forced: New tokens that a grammar left no choice about, and that were not drafted.
+        levels: Levels that a round of this kind drafts at most.
         logprobs: Those of `tokens` under the target; None if no row asks for any.
         prompt: Those of the tokens after each token of the chunk, if some row asks for them; one
             element for each chunk of the prompt that the report is about.
     """
 
-    tokens: Int[Array, "batch levels+1"]
+    tokens: Int[Array, "batch depth+1"]
     num_tokens: Int[Array, " batch"]
     drafted: Int[Array, " batch"]
     accepted: Int[Array, " batch"]
@@ -270,6 +285,8 @@ class Report(NamedTuple):
     fault: Int[Array, " batch"]
     lookup_drafted: Int[Array, " batch"]
     lookup_accepted: Int[Array, " batch"]
+    forced: Int[Array, " batch"]
+    levels: Int[Array, ""]
     logprobs: Logprobs | None = None
     prompt: tuple[Logprobs, ...] | None = None
 
@@ -293,11 +310,13 @@ class Drafted(NamedTuple):
         tree: The tokens to verify.
         levels: Levels of each row's draft.
         is_finite: Whether the draft's probabilities are.
+        forced: How many levels above the draft's hold what a grammar forces.
     """
 
     tree: Tree
     levels: Int[Array, " batch"]
     is_finite: Bool[Array, " batch"]
+    forced: Int[Array, " batch"] | int = 0
 
 
 def init_state(

@@ -48,6 +48,7 @@ class Stats:
         lookup_drafted: Drafted positions that hold a token from a lookup in the text.
         lookup_accepted: Accepted positions whose token came from a lookup. A draft model proposed
             the others.
+        forced: Tokens that a grammar left no choice about, and that rounds took without a draft.
         cached_tokens: Prompt tokens that were not prefilled, because their keys and values were in
             the store of prefixes.
         tiers: The same figures by the levels of the round, fewest first; () where all rounds draft
@@ -74,6 +75,7 @@ class Stats:
     decoded_tokens: int = 0
     lookup_drafted: int = 0
     lookup_accepted: int = 0
+    forced: int = 0
     cached_tokens: int = 0
     tiers: tuple[TierStats, ...] = ()
 
@@ -84,8 +86,8 @@ class Stats:
 
     @property
     def mean_acceptance_length(self) -> float:
-        """Tokens that a round yields on average: accepted positions per round, plus 1."""
-        return 1.0 + (self.accepted / self.rounds if self.rounds else 0.0)
+        """Tokens that a round yields on average: accepted positions and forced ones, plus 1."""
+        return 1.0 + ((self.accepted + self.forced) / self.rounds if self.rounds else 0.0)
 
     @property
     def tokens_per_second(self) -> float:
@@ -100,6 +102,7 @@ class Stats:
         lookup_drafted: int = 0,
         lookup_accepted: int = 0,
         levels: int | None = None,
+        forced: int = 0,
     ) -> Self:
         """Add one more round, whose time is counted elsewhere.
 
@@ -110,6 +113,7 @@ class Stats:
             lookup_drafted: Drafted positions that hold a token from a lookup.
             lookup_accepted: Accepted positions whose token came from a lookup.
             levels: Levels of the round, which say whose of `tiers` it is.
+            forced: Tokens that were forced.
         """
         # A round accepts a prefix of its draft: with 2 of 3 accepted, (5, 3, 1) becomes (6, 4, 1).
         per_position = list(self.accepted_per_position)
@@ -124,6 +128,7 @@ class Stats:
             decoded_tokens=self.decoded_tokens + tokens,
             lookup_drafted=self.lookup_drafted + lookup_drafted,
             lookup_accepted=self.lookup_accepted + lookup_accepted,
+            forced=self.forced + forced,
             tiers=tuple(
                 tier + replace(tier, rounds=1, drafted=drafted, accepted=accepted)
                 if tier.num_speculative_tokens == levels
@@ -158,6 +163,7 @@ class Stats:
             decoded_tokens=self.decoded_tokens + other.decoded_tokens,
             lookup_drafted=self.lookup_drafted + other.lookup_drafted,
             lookup_accepted=self.lookup_accepted + other.lookup_accepted,
+            forced=self.forced + other.forced,
             cached_tokens=self.cached_tokens + other.cached_tokens,
             tiers=tuple(a + b for a, b in zip(self.tiers, other.tiers, strict=True)),
         )

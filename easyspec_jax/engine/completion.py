@@ -143,12 +143,14 @@ class Gain(NamedTuple):
         pieces: Text of each new token. A token can have none yet: one that ends inside a character,
             or whose text may become a stop string.
         drafted: Levels that the round drafted; 0 for the prefill.
-        accepted: How many of them were accepted. These are the first tokens.
+        accepted: How many of them were accepted. These are the first tokens behind forced ones.
+        forced: How many tokens a grammar forced. They are the very first ones.
     """
 
     pieces: list[str]
     drafted: int
     accepted: int
+    forced: int = 0
 
 
 @dataclass
@@ -224,17 +226,19 @@ class Generation:
     def _take_round(self, report: Report, row: int, seconds: float) -> Gain:
         counts = report.drafted, report.accepted, report.lookup_drafted, report.lookup_accepted
         positions = [int(count[row]) for count in counts]
+        forced = int(report.forced[row])
         pieces = self._push(report, row)
         kept = len(pieces)
         if kept < int(report.num_tokens[row]):
             # A stop string ended the text within this round. Positions past it do not count, just
             # as the devices do not count positions past a stop token.
-            positions = [min(count, kept) for count in positions]
+            forced = min(forced, kept)
+            positions = [min(count, kept - forced) for count in positions]
         self.tokens_per_round.append(kept)
-        levels = report.tokens.shape[1] - 1  # a round's report has a column more than levels
-        stats = self.stats.with_round(kept, *positions, levels=levels)
+        levels = int(report.levels)
+        stats = self.stats.with_round(kept, *positions, levels=levels, forced=forced)
         self.stats = replace(stats, decode_seconds=seconds - stats.prefill_seconds)
-        return Gain(pieces, *positions[:2])
+        return Gain(pieces, *positions[:2], forced)
 
     def _push(self, report: Report, row: int) -> list[str]:
         """Return the text of each token of a report, up to the one that completes a stop string."""

@@ -20,15 +20,12 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from easyspec_jax.arithmetic import ceil_div, power_of_two
+from easyspec_jax.arithmetic import power_of_two
 from easyspec_jax.options import MAX_STOP_TOKEN_IDS, SamplingParams
-from easyspec_jax.parallel.collectives import shard_count, shard_index
 from easyspec_jax.parallel.mesh import ALL_AXES, Axes
-from easyspec_jax.sampling.grammar import WORD, Grammars
+from easyspec_jax.sampling.grammar import Grammars
+from easyspec_jax.sampling.grammar_rows import Forced, GrammarRows, within_grammar
 from easyspec_jax.sampling.vocabulary import NO_CHOICE, NO_TOKEN, local_ids
-
-PIECE = 16384
-"""Numbers of an argument of a callback at most."""
 
 ANY_TOKEN = -2
 """Stands for whatever token comes before a bad word."""
@@ -168,24 +165,6 @@ class BadWords:
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["number", "output", "count"], meta_fields=[]
-)
-@dataclass(frozen=True)
-class GrammarRows:
-    """Each row's grammar, and what it has to go on from.
-
-    Attributes:
-        number: The grammar's number; NO_GRAMMAR for none.
-        output: Tokens of the output.
-        count: How many there are.
-    """
-
-    number: Int[Array, " batch"]
-    output: Int[Array, "batch room"]
-    count: Int[Array, " batch"]
-
-
-@partial(
     jax.tree_util.register_dataclass,
     data_fields=["bias", "stops", "penalties", "bad_words", "grammar"],
     meta_fields=[],
@@ -255,7 +234,7 @@ def row_adjustments(
     if kinds.grammar:
         empty: Any = np.full((rows, kinds.grammar), NO_TOKEN, np.int32)
         numbers: Any = np.full(rows, grammar, np.int32)
-        own = GrammarRows(numbers, empty, np.zeros_like(numbers))
+        own = GrammarRows(numbers, empty, np.zeros_like(numbers), np.zeros_like(numbers))
     return RowAdjustments(bias, stops, penalties, bad_words, own)  # pyright: ignore[reportArgumentType]
 
 
@@ -296,7 +275,7 @@ def adjustment_specs(kinds: Kinds) -> Any:
         if kinds.penalties
         else None,
         bad_words=BadWords(everywhere, everywhere, everywhere) if kinds.bad_words else None,
-        grammar=GrammarRows(everywhere, everywhere, everywhere) if kinds.grammar else None,
+        grammar=GrammarRows(*[everywhere] * 4) if kinds.grammar else None,
     )
 
 
@@ -344,7 +323,7 @@ def adjust(
         [[-inf, 0.0, 1.5, 0.0], [0.0, 0.0, 1.5, 0.0]]
     """
     if rows.grammar is not None and grammars is not None:
-        logits = _within_grammar(logits, drafted, rows.grammar, axes, grammars)
+        logits = within_grammar(logits, drafted, rows.grammar, axes, grammars)
     if rows.bad_words is not None:
         logits = _without_bad_words(logits, drafted, rows.bad_words, axes)
     if rows.stops is not None:
@@ -357,35 +336,6 @@ def adjust(
     if rows.penalties is not None:
         logits = _penalised(logits, drafted, rows.penalties, axes)
     return logits
-
-
-def _within_grammar(
-    logits: Float[Array, "batch nodes vocab_shard"],
-    drafted: Int[Array, "batch nodes levels"],
-    rows: GrammarRows,
-    axes: Axes,
-    grammars: Grammars,
-) -> Float[Array, "batch nodes vocab_shard"]:
-    """Mask the tokens that each row's grammar does not allow after each node's path."""
-    size = logits.shape[-1]
-    words = ceil_div(size * shard_count(axes), WORD)
-    batch, nodes, levels = drafted.shape
-    columns = [rows.number[:, None], rows.count[:, None], drafted.reshape(batch, -1), rows.output]
-    asked = jnp.concatenate(columns, axis=1).reshape(-1)
-    # In pieces, since JAX copies small arrays for a callback at once. For a larger one it waits for
-    # a thread of a pool, and all of them may be waiting for this answer.
-    pieces = [asked[first : first + PIECE] for first in range(0, asked.size, PIECE)]
-    # The host answers from the arguments alone, so it does not matter when, in which order or how
-    # often devices ask.
-    ask = partial(grammars.masks, words, (batch, nodes, levels))
-    masks = jax.pure_callback(ask, jax.ShapeDtypeStruct((batch, nodes, words), np.int32), *pieces)
-    # Words of 32 bits become a column for each id, of which this shard has its own:
-    #   [batch, nodes, words, 32] -> [batch, nodes, words * 32] -> [batch, nodes, vocab_shard]
-    shifts = jnp.arange(WORD, dtype=jnp.int32)[None, None, None, :]
-    bits = (masks[..., None] >> shifts) & 1
-    bits = bits.reshape(batch, nodes, words * WORD)
-    own = jax.lax.dynamic_slice_in_dim(bits, shard_index(axes) * size, size, axis=2)
-    return jnp.where(own == 1, logits, -jnp.inf)
 
 
 def _without_bad_words(
@@ -479,14 +429,16 @@ def with_output(
         output = _last_tokens(path[:, None, :], rows.bad_words.output)[:, 0]
         rows = replace(rows, bad_words=replace(rows.bad_words, output=output))
     if (own := rows.grammar) is not None:
-        # Places out of bounds are dropped: those of columns that do not count.
-        room = own.output.shape[1]
-        places = jnp.where(new != NO_TOKEN, own.count[:, None] + columns, room)
-        put = jax.vmap(lambda row, place, ids: row.at[place].set(ids, mode="drop"))
-        output = put(own.output, places, new)
-        own = replace(own, output=output, count=own.count + num_tokens)
-        rows = replace(rows, grammar=own)
+        rows = replace(rows, grammar=own.with_output(new, num_tokens))
     return rows
+
+
+def with_forced(rows: RowAdjustments | None, forced: Forced) -> RowAdjustments | None:
+    """Count forced tokens as output, though no pass of the target has verified them yet."""
+    rows = with_output(rows, forced.tokens, forced.count)
+    if rows is None or rows.grammar is None:
+        return rows
+    return replace(rows, grammar=replace(rows.grammar, ahead=forced.count))
 
 
 def _stop_mask(

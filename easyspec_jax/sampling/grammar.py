@@ -6,7 +6,7 @@ ask by itself, and a rejected draft leaves no trace. What is kept between calls 
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, TypeVar
@@ -27,6 +27,9 @@ NO_GRAMMAR = 0
 
 WORD = 32
 """Tokens whose bits are in one number of a mask."""
+
+MOST_FORCED = 4
+"""Tokens that a round takes at most before it drafts, because a grammar allows no others."""
 
 _ANSWERS = 4
 """Latest answers that are kept: devices ask the same one after the other."""
@@ -144,58 +147,94 @@ class Grammars:
             words: Words of a mask, which cover the vocabulary with its padding.
             shape: Rows, nodes of each, and tokens of a path.
             pieces: One flat array of int32, cut anywhere. Each row has its grammar's number, how
-                many tokens its output has, the tokens from each node up to the root, which is left
-                out, and then NO_TOKEN; and its output, and then anything.
+                many tokens its output has and how many of these are ahead of what is verified, the
+                tokens from each node up to the root, which is left out, and then NO_TOKEN; and its
+                output, and then anything.
 
         Returns:
             A mask for each node. All is allowed past the end of the text, and below a path that is
             forbidden itself.
         """
+        batch, nodes, levels = shape
+
+        def of_row(row: Int[np.ndarray, " columns"]) -> Int[np.ndarray, "nodes words"]:
+            number, count, ahead = row[:3].tolist()
+            found = np.full((nodes, words), -1, np.int32)
+            if number == NO_GRAMMAR:
+                return found
+            drafted, output = np.split(row[3:], [nodes * levels])
+            verified, forced = np.split(output[:count], [count - ahead])
+            place = self._place(number, verified, 2 * batch)
+            for node, path in enumerate(drafted.reshape(nodes, levels).tolist()):
+                # From the root down: [7, 6, -] -> (6, 7), behind what is forced.
+                below = (*forced.tolist(), *(x for x in reversed(path) if x != NO_TOKEN))
+                found[node, : self._everything.size] = place(below)
+            return found
+
+        return self._answer(("masks", words, shape), batch, pieces, of_row)
+
+    def forced(self, shape: tuple[int, int], *pieces: ArrayLike) -> Int[np.ndarray, "batch most"]:
+        """Return the tokens that follow because no others may. Like masks(), it does not raise.
+
+        Args:
+            shape: Rows, and tokens to find at most.
+            pieces: As for masks(). Each row has its grammar's number, how many tokens its output
+                has, and its output, and then anything.
+
+        Returns:
+            Each row's tokens, which may end its text, and then NO_TOKEN.
+        """
+        batch, most = shape
+
+        def of_row(row: Int[np.ndarray, " columns"]) -> Int[np.ndarray, " most"]:
+            number, count = row[:2].tolist()
+            path: tuple[int, ...] = ()
+            if number != NO_GRAMMAR:
+                place = self._place(number, row[2 : 2 + count], 2 * batch)
+                while len(path) < most and (only := _only(place(path))) is not None:
+                    path = (*path, only)
+            return np.asarray([*path, *[NO_TOKEN] * (most - len(path))], np.int32)
+
+        return self._answer(("forced", shape), batch, pieces, of_row)
+
+    def _answer(
+        self,
+        name: tuple[Any, ...],
+        batch: int,
+        pieces: tuple[ArrayLike, ...],
+        of_row: Callable[[np.ndarray], np.ndarray],
+    ) -> np.ndarray:
+        """Answer a question row by row, or as it was answered a moment ago."""
         asked = np.concatenate([np.asarray(piece) for piece in pieces])
-        question = words, shape, asked.tobytes()
+        question = *name, asked.tobytes()
         with self._lock:
             if question not in self._answers:
-                answer = self._answer(words, shape, asked.reshape(shape[0], -1))
+                # Rows may be alike: several texts for a prompt begin as one.
+                known: dict[bytes, np.ndarray] = {}
+                rows = asked.reshape(batch, -1)
+                for row in rows:
+                    if row.tobytes() not in known:
+                        known[row.tobytes()] = of_row(row)
+                answer = np.stack([known[row.tobytes()] for row in rows])
                 _keep(self._answers, question, answer, _ANSWERS)
             return self._answers[question]
 
-    def _answer(
-        self, words: int, shape: tuple[int, int, int], asked: Int[np.ndarray, "batch columns"]
-    ) -> Int[np.ndarray, "batch nodes words"]:
-        batch, nodes, levels = shape
-        answer = np.full((batch, nodes, words), -1, np.int32)
-        # Rows may be alike: several texts for a prompt begin as one.
-        known: dict[bytes, int] = {}
-        for index, row in enumerate(asked):
-            first = known.setdefault(row.tobytes(), index)
-            number, count = row[:2].tolist()
-            if first != index:
-                answer[index] = answer[first]
-            elif number != NO_GRAMMAR:
-                drafted, output = np.split(row[2:], [nodes * levels])
-                text = tuple(output[:count].tolist())
-                masks = self._row(number, text, drafted.reshape(nodes, levels), 2 * batch)
-                answer[index, :, : masks[0].size] = masks
-        return answer
-
-    def _row(
-        self,
-        number: int,
-        output: tuple[int, ...],
-        drafted: Int[np.ndarray, "nodes levels"],
-        most: int,
-    ) -> list[Mask]:
-        """Return the masks of a row's nodes; at most some positions are kept for later."""
+    def _place(
+        self, number: int, output: Int[np.ndarray, " tokens"], most: int
+    ) -> Callable[[tuple[int, ...]], Mask]:
+        """Return what finds masks below an output; at most some positions are kept for later."""
         grammar, ends = self._numbered[number]
         _keep(self._numbered, number, (grammar, ends), _NUMBERS)
-        position = self._position(number, output)
-        _keep(self._positions, (number, output), position, most)
-        # From the root down: [7, 6, -] -> (6, 7).
-        paths = [tuple(x for x in reversed(path) if x != NO_TOKEN) for path in drafted.tolist()]
-        for path in paths:
+        text = tuple(output.tolist())
+        position = self._position(number, text)
+        _keep(self._positions, (number, text), position, most)
+
+        def mask(path: tuple[int, ...]) -> Mask:
             if path not in position.masks:
                 position.masks[path] = self._mask(position, path, ends)
-        return [position.masks[path] for path in paths]
+            return position.masks[path]
+
+        return mask
 
     def _position(self, number: int, output: tuple[int, ...]) -> _Position:
         """Find where a text is, going on from where it was before."""
@@ -204,9 +243,10 @@ class Grammars:
         grammar, ends = self._numbered[number]
         if not set(ends).isdisjoint(output):
             return _Position(always=self._everything)
-        # A round adds at most MAX_LEVELS + 1 tokens. Without the place before them, begin anew.
+        # A round adds one token and, at most, these. Without the place before, begin anew.
+        most = MAX_LEVELS + MOST_FORCED + 1
         matcher, new = None, output
-        for count in range(1, min(MAX_LEVELS + 1, len(output)) + 1):
+        for count in range(1, min(most, len(output)) + 1):
             if earlier := self._positions.pop((number, output[:-count]), None):
                 matcher, new = earlier.matcher, output[-count:]
                 break
@@ -243,6 +283,15 @@ class Grammars:
         if known is None:
             known = compiled(grammar, self._vocabulary)
         return _keep(self._compiled, grammar, known, _COMPILED)
+
+
+def _only(mask: Mask) -> int | None:
+    """Return the only id that a mask allows; None if it allows more, or none."""
+    (words,) = np.nonzero(mask)
+    if words.size != 1:
+        return None
+    word = int(mask[words[0]]) & 0xFFFFFFFF
+    return int(words[0]) * WORD + word.bit_length() - 1 if word.bit_count() == 1 else None
 
 
 def _set(mask: np.ndarray, ids: Iterable[int], allowed: bool) -> None:

@@ -72,7 +72,7 @@ class Metrics:
             progress: What it brought.
             seconds: Time since the text's report before this one.
         """
-        pieces, drafted, accepted = progress.gain
+        pieces, drafted, accepted, _ = progress.gain
         self._tokens.inc(len(pieces))
         for _ in pieces:
             self._between.observe(seconds / len(pieces))

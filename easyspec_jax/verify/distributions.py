@@ -75,8 +75,7 @@ def target_rows(
     greatest, total = normaliser(rows, ALL_AXES)
     found = take(rows, tree.candidates.reshape(rows.shape[0], -1), ALL_AXES)
     p = (jnp.exp(found - greatest) / total).reshape(tree.q.shape)
-    if tree.sure is not None:
-        p = jnp.where(tree.candidates == NO_TOKEN, 0.0, p)
+    p = jnp.where(tree.candidates == NO_TOKEN, 0.0, p)
     return TargetRows(rows, greatest, total), p
 
 

@@ -5,6 +5,7 @@ The idea is SpecInfer's (arXiv 2305.09781). A chain is a tree of width 1.
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -263,6 +264,78 @@ def graft(tree: Tree, tokens: Int[Array, "batch levels"], exists: Bool[Array, " 
         q=q + certain[None],
         width=tree.width + 1,
         sure=joined(jnp.zeros(tree.tokens.shape, bool), new),
+    )
+
+
+def hang(
+    tree: Tree,
+    root: Int[Array, " batch"],
+    tokens: Int[Array, "batch most"],
+    count: Int[Array, " batch"],
+) -> Tree:
+    """Hang each tree below a path of tokens that were proposed with certainty.
+
+    A tree's root is the last token of its path. With the path 11, 12 below the root 10:
+
+        12 ─┬─ 13        becomes     10 ─── 11 ─── 12 ─┬─ 13
+            └─ 14                                      └─ 14
+
+    Args:
+        tree: The trees.
+        root: Each row's root.
+        tokens: The tokens below it, one a level; only the first `count` mean anything.
+        count: How many a row has. With none, the tree stays.
+
+    Returns:
+        Trees with `most` nodes more. The path comes first, and nodes that do not exist last. A node
+        lies `count` entries further in the draft's cache.
+
+    Examples:
+        >>> tree = sure_chain(jnp.array([12]), jnp.array([[13]]), jnp.array([True]))
+        >>> below = hang(tree, jnp.array([10]), jnp.array([[11, 12, 99]]), jnp.array([2]))
+        >>> below.tokens[0, :4].tolist(), below.parent[0, :4].tolist(), below.depth[0, :4].tolist()
+        ([10, 11, 12, 13], [0, 0, 1, 2], [0, 1, 2, 3])
+        >>> below.candidates[0, :, 0].tolist(), below.exists[0].tolist()
+        ([11, 12, 13, 0, -1], [True, True, True, True, False])
+    """
+    old, most = tree.tokens.shape[1], tokens.shape[1]
+    number = np.arange(old + most, dtype=np.int32)[None, :]
+    end = count[:, None]  # number of the tree's root
+    # A path of 1, and trees of 3 nodes, with room for paths of 2:
+    #   number       0     1     2     3     4
+    #   of the tree        0     1     2
+    #   on_path      yes   yes
+    #   missing                              yes
+    of_tree = jnp.clip(number - end, 0, old - 1)
+    on_path, missing = number <= end, number - end >= old
+
+    def take(x: Array, of_path: Any, nothing: Any) -> Array:
+        """Take the tree's values, and others on the path down to the tree's root and behind."""
+        values = jax.vmap(lambda row, i: row[i])(x, of_tree)
+        wide = [y.reshape(*y.shape, *[1] * (x.ndim - 2)) for y in (on_path, missing)]
+        return jnp.where(wide[0], of_path, jnp.where(wide[1], nothing, values)).astype(x.dtype)
+
+    ids = jnp.pad(jnp.concatenate([root[:, None], tokens], axis=1), ((0, 0), (0, old)))
+    # The tree's root keeps its candidates; a node above it has the next token for its only one.
+    above = (number < end)[:, :, None]
+    first = np.arange(tree.q.shape[2]) == 0
+    only = jnp.where(first, ids[:, 1:, None], NO_TOKEN)
+    at_root = tree.candidates[:, :1], tree.q[:, :1]
+    column, line = number[0][None, None, :], number[0][None, :, None]
+    taken = jax.vmap(lambda row, i: row[i][:, i])(tree.ancestors, of_tree)
+    inherited = jnp.where(column <= end[:, :, None], column <= line, taken & ~missing[:, None, :])
+    return Tree(
+        tokens=take(tree.tokens, ids[:, :-1], 0),
+        parent=take(tree.parent + end, np.maximum(number - 1, 0), 0),
+        depth=take(tree.depth + end, number, 0),
+        entry=take(tree.entry + end, number, 0),
+        score=take(tree.score, np.float32(0), -np.float32(np.inf)),
+        ancestors=jnp.where(missing[:, :, None], column == line, inherited),
+        rank=take(tree.rank, 0, 0),
+        candidates=take(tree.candidates, jnp.where(above, only, at_root[0]), NO_TOKEN),
+        q=take(tree.q, jnp.where(above, first.astype(np.float32), at_root[1]), np.float32(0)),
+        width=max(tree.width, 1),
+        sure=None if tree.sure is None else take(tree.sure, False, False),
     )
 
 

@@ -31,6 +31,7 @@ STATS = {
     "tokens_per_second",
     "lookup_drafted",
     "lookup_accepted",
+    "forced",
     "cached_tokens",
     "tiers",
 }

@@ -22,7 +22,7 @@ KEYS = {
         "accepted_per_position",
     ),
     *("prefill_seconds", "decode_seconds", "tokens_per_second", "cached_tokens"),
-    *("lookup_drafted", "lookup_accepted", "tiers"),
+    *("lookup_drafted", "lookup_accepted", "forced", "tiers"),
 }
 
 

@@ -36,7 +36,7 @@ def ask(grammars, numbers, outputs, paths, levels=3, room=8):
     for number, output, own in zip(numbers, outputs, paths, strict=True):
         drafted = [[*path[::-1], *[NO_TOKEN] * (levels - len(path))] for path in own]
         filled = [*output, *[NO_TOKEN] * (room - len(output))]
-        rows += [number, len(output), *itertools.chain(*drafted), *filled]
+        rows += [number, len(output), 0, *itertools.chain(*drafted), *filled]
     pieces = np.split(np.asarray(rows, np.int32), [5, 11])
     masks = grammars.masks(WORDS, (len(numbers), len(paths[0]), levels), *pieces)
     bits = np.unpackbits(masks.view(np.uint8), axis=-1, bitorder="little")

@@ -127,7 +127,8 @@ function grow(answer, growing, chunk) {
     return;
   }
   growing.add(gain);
-  gain.pieces.forEach((piece, i) => put(answer, piece, i < gain.accepted));
+  const { forced, accepted } = gain; // a grammar's tokens come first, then accepted ones
+  gain.pieces.forEach((piece, i) => put(answer, piece, i >= forced && i < forced + accepted));
   schedule(() => {
     showText(answer);
     growing.show();
