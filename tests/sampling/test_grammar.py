@@ -30,13 +30,13 @@ def numbered(grammars, sampling):
     return grammars.number(sampling)
 
 
-def ask(grammars, numbers, outputs, paths, levels=3, room=8):
+def ask(grammars, numbers, outputs, paths, levels=3, room=8, ahead=0):
     """Return the masks as bits: bool [rows, nodes, VOCAB]."""
     rows = []
     for number, output, own in zip(numbers, outputs, paths, strict=True):
         drafted = [[*path[::-1], *[NO_TOKEN] * (levels - len(path))] for path in own]
         filled = [*output, *[NO_TOKEN] * (room - len(output))]
-        rows += [number, len(output), 0, *itertools.chain(*drafted), *filled]
+        rows += [number, len(output), ahead, *itertools.chain(*drafted), *filled]
     pieces = np.split(np.asarray(rows, np.int32), [5, 11])
     masks = grammars.masks(WORDS, (len(numbers), len(paths[0]), levels), *pieces)
     bits = np.unpackbits(masks.view(np.uint8), axis=-1, bitorder="little")
@@ -112,6 +112,40 @@ def test_forced_text_has_its_usual_tokens(grammars):
     number = numbered(grammars, SamplingParams(choice=("abcb",)))
     (found,) = ask(grammars, [number], [()], [[(), (4,), (4, 3), (4, 3, 1)]])
     assert [np.flatnonzero(mask).tolist() for mask in found] == [[4], [3], [1], [STOP]]
+
+
+def test_tokens_are_forced_where_masks_allow_one(grammars):
+    number = numbered(grammars, SamplingParams(choice=("abcb", "cca", "ccb")))
+    # Each row: its grammar's number, how long its output is, and the output with room for 3.
+    rows = [
+        [number, 0, 9, 9, 9],  # ab or cc
+        [number, 1, 4, 9, 9],  # ab, so c, b and the end
+        [number, 1, 6, 9, 9],  # cc, so a or b
+        [number, 2, 6, 0, 9],  # cca, so the end
+        [number, 3, 6, 0, STOP],  # the end
+        [NO_GRAMMAR, 1, 4, 9, 9],
+    ]
+    pieces = np.split(np.asarray(rows, np.int32).reshape(-1), [7, 8])
+    none = [NO_TOKEN] * 4
+    assert grammars.forced((6, 4), *pieces).tolist() == [
+        none,
+        [3, 1, STOP, NO_TOKEN],
+        none,
+        [STOP, NO_TOKEN, NO_TOKEN, NO_TOKEN],
+        none,
+        none,
+    ]
+    assert grammars.forced((6, 2), *pieces)[1].tolist() == [3, 1]
+
+
+def test_masks_below_what_is_ahead_are_those_of_longer_paths(grammars):
+    """A draft runs ahead of the output by what is forced; the verifier has it in the tree."""
+    number = numbered(grammars, SamplingParams(choice=("abcb", "abcc", "b")))
+    paths = [(), (3,), (3, 1), (1,)]
+    longer = [(4, *path) for path in paths]
+    (wanted,) = ask(grammars, [number], [()], [longer])
+    (found,) = ask(grammars, [number], [(4,)], [paths], ahead=1)
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_other_tokens_can_end_a_text(grammars):

@@ -13,6 +13,7 @@ from easyspec_jax import SamplingParams, SpeculativeConfig, open_model
 from easyspec_jax.decode.tiers import TierChoice
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.sampling.adjust import Kinds
+from easyspec_jax.sampling.grammar import MOST_FORCED
 from tests.support.models import save_noisy_pair
 
 VOCAB, EOS = 260, 2
@@ -39,9 +40,9 @@ def opened(tmp_path_factory):
     )
 
     @cache
-    def open_pair(mesh="1", prefix_cache=0, **speculative):
+    def open_pair(mesh="1", prefix_cache=0, itself=False, **speculative):
         config = SpeculativeConfig(**speculative)
-        draft = directory / "draft" if config.needs_draft else None
+        draft = directory / ("target" if itself else "draft") if config.needs_draft else None
         own = {"speculative": config, "mesh": mesh, "prefix_cache": prefix_cache}
         return open_model(directory / "target", draft, **own)
 
@@ -122,13 +123,29 @@ def test_a_grammar_begins_behind_a_kept_prefix(opened, temperature):
         assert list(json.loads(found.text)) == ["name", "tags"]
 
 
-def test_what_is_forced_is_accepted(opened):
-    """The draft keeps to the grammar, so all that it drafts of a single text is right."""
-    engine = opened(method="sd")
-    (found,) = engine.generate(PROMPTS[:1], SamplingParams(choice=("only this text",)))
+def test_what_is_forced_costs_no_draft(opened):
+    """A text without a choice takes as many tokens as are forced, drafted, and one more."""
+    (found,) = opened(method="sd").generate(PROMPTS[:1], SamplingParams(choice=("only this text",)))
     assert found.text == "only this text"
     assert found.finish_reason == "stop"
+    # Of 15 tokens, with the end, the first is the prefill's.
+    assert found.tokens_per_round == [MOST_FORCED + 5 + 1, MOST_FORCED]
+    assert found.stats.forced == 2 * MOST_FORCED
+    assert found.stats.accepted == found.stats.drafted == 5
+    assert found.stats.mean_acceptance_length == 1 + (2 * MOST_FORCED + 5) / 2
+
+
+@pytest.mark.parametrize("way", [{"method": "sd"}, {"lp_size": 1}], ids=str)
+def test_a_draft_of_the_target_itself_goes_on_behind_what_is_forced(opened, way):
+    """Exact, it is accepted whole, unless it lacks keys or values of forced tokens."""
+    engine = opened(itself=True, **way)
+    (found,) = engine.generate(PROMPTS[:1], JSON)
+    assert json.loads(found.text)
+    assert found.stats.forced > 3
     assert found.stats.accepted == found.stats.drafted > 0
+    (wanted,) = opened(method="vanilla").generate(PROMPTS[:1], JSON)
+    assert found.token_ids == wanted.token_ids
+    assert wanted.stats.forced == 0
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

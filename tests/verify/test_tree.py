@@ -17,6 +17,7 @@ from easyspec_jax.verify.tree import (
     children,
     deepest,
     graft,
+    hang,
     path_to,
     prune,
     sure_chain,
@@ -242,3 +243,42 @@ def test_without_a_tree_a_grafted_path_is_a_chain():
     assert not grafted.exists[1, 1:].any()
     assert grafted.candidates[0, :, 1].tolist() == [7, 8, 9, NO_TOKEN]
     assert grafted.q[0, :, 1].tolist() == [0, 1, 1, 0]
+
+
+def test_below_a_path_a_tree_is_what_it_was():
+    """Every node keeps what it has, further down, and the path's tokens are certain."""
+    rng = np.random.default_rng(0)
+    nodes, most = 1 + LEVELS * WIDTH, 3
+    parents = np.stack([[0, *(rng.integers(0, i) for i in range(1, nodes))] for _ in range(BATCH)])
+    score = -rng.random((BATCH, nodes)).astype(np.float32)
+    score[:, 0], score[:, -2:] = 0, -np.inf  # the last two are missing
+    tree = make_tree(parents, score)
+    root, count = np.arange(BATCH, dtype=np.int32) + 5000, rng.integers(0, most + 1, BATCH)
+    path = rng.integers(6000, 7000, (BATCH, most)).astype(np.int32)
+    # A tree's root is the last token of its path.
+    ends = np.where(count > 0, path[np.arange(BATCH), count - 1], root)
+    tree = replace(tree, tokens=jnp.asarray(tree.tokens).at[:, 0].set(ends))
+    found = jax.jit(hang)(tree, root, path, count.astype(np.int32))
+    assert found.tokens.shape == (BATCH, nodes + most)
+    for row, end in enumerate(count.tolist()):
+        ids = [root[row], *path[row, :end]]
+        new = jax.tree.map(lambda x, row=row: np.asarray(x[row]), found)
+        old = jax.tree.map(lambda x, row=row: np.asarray(x[row]), tree)
+        np.testing.assert_array_equal(new.tokens[: end + 1], ids)
+        np.testing.assert_array_equal(new.parent[: end + 1], [0, *range(end)])
+        np.testing.assert_array_equal(new.depth[: end + 1], np.arange(end + 1))
+        np.testing.assert_array_equal(new.candidates[:end, 0], ids[1:])
+        np.testing.assert_array_equal(new.q[:end], np.tile([1, 0], (end, 1)))
+        assert not new.exists[end + nodes :].any()
+        own = slice(end, end + nodes)
+        for name in ("tokens", "score", "candidates", "q"):
+            np.testing.assert_array_equal(getattr(new, name)[own], getattr(old, name))
+        below = slice(end + 1, end + nodes)
+        for name, more in (("rank", 0), ("parent", end), ("depth", end), ("entry", end)):
+            np.testing.assert_array_equal(getattr(new, name)[below], getattr(old, name)[1:] + more)
+        np.testing.assert_array_equal(new.ancestors[own, own], old.ancestors)
+        assert new.ancestors[own, :end].all()
+        np.testing.assert_array_equal(new.ancestors[:end, :end], np.tri(end, dtype=bool))
+        assert not new.ancestors[: end + nodes, end + nodes :].any()
+        assert not new.ancestors[:end, end:].any()
+    assert found.exists[0].sum() == count[0] + nodes - 2
