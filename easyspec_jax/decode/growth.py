@@ -35,7 +35,7 @@ class CacheGrowth:
             limit: Tokens that may follow.
         """
         self._lengths[row] = prompt
-        self._first[row] = prompt + self.programs.ahead(limit)
+        self._first[row] = prompt + self.programs.sizes.ahead(limit)
         self._ends[row] = prompt + limit
 
     def leave(self, row: int) -> None:
@@ -52,7 +52,7 @@ class CacheGrowth:
         # round starts from there, and `capacity` adds what a round writes behind a text. A text
         # does not grow past its limit, whatever levels a round drafts.
         longest = np.maximum(self._lengths + self.programs.config.levels + 1, self._first)
-        return self.programs.capacity(max(1, int(np.minimum(longest, self._ends).max())))
+        return self.programs.sizes.capacity(max(1, int(np.minimum(longest, self._ends).max())))
 
     def grow_if_needed(self, state: State) -> State:
         """Return the state, with larger caches if the next round may need them."""

@@ -182,7 +182,7 @@ class Batch:
             own = replace(sampling, seed=wrap_seed(sampling.seed + first))
             text = prompts[first], limits[first], own, found.start, end
             self._state, _ = programs.enter(self._state, first, *text)
-            size = programs.prefix_size(end, self._growth.capacity)
+            size = programs.sizes.prefix_size(end, self._growth.capacity)
             copy = programs.copy_row(self._state, first, size)
             for row in others:
                 self._state = programs.restore(self._state, row, copy, end)
@@ -352,7 +352,9 @@ class Batch:
             return
         tokens = text.exact if tokens is None else tokens
         # Of a text that is larger than the store, as much as fits.
-        size = min(self._programs.prefix_size(tokens, self._growth.capacity), self._prefixes.most)
+        size = min(
+            self._programs.sizes.prefix_size(tokens, self._growth.capacity), self._prefixes.most
+        )
         copy = partial(self._programs.copy_row, self._state, row, size)
         self._prefixes.keep(text.ids[: min(tokens, size)], size, copy)
 

@@ -42,7 +42,7 @@ def prefill_all(
     begun = np.asarray(starts or [0] * len(prompts))
     left = np.asarray([len(prompt) for prompt in prompts]) - begun
     room = state.target[0].capacity - int(begun.max())
-    sizes, done = programs.chunks(int(left.max()), room, len(prompts)), 0
+    sizes, done = programs.sizes.chunks(int(left.max()), room, len(prompts)), 0
     chunks: list[Chunk] = []
     shown = bar if len(sizes) > FEW else no_bar
     with shown("Reading the prompt", sum(sizes)) as advance:

@@ -205,16 +205,16 @@ def prefill_sizes(
     starts = found.starts(rows)
     left = max(len(prompt) - starts[row] for row, prompt in prompts.items())
     alone = [
-        programs.chunks(repeat.end - found.start, capacity - found.start)
+        programs.sizes.chunks(repeat.end - found.start, capacity - found.start)
         for repeat in found.repeats
         if len(repeat.rows) > 1
     ]
     return PrefillSizes(
-        chunks=set(programs.chunks(left, capacity - max(starts), rows)),
+        chunks=set(programs.sizes.chunks(left, capacity - max(starts), rows)),
         alone=set().union(*alone),
         copies={
             *(prefix.size for prefix in found.prefixes.values()),
-            *(programs.prefix_size(repeat.end, capacity) for repeat in found.repeats),
+            *(programs.sizes.prefix_size(repeat.end, capacity) for repeat in found.repeats),
         },
     )
 
@@ -242,7 +242,7 @@ def spared(
     if store is not None:
         found = {row: store.find(prompt) for row, prompt in prompts.items()}
         cached, longest = min(count for count, _ in found.values()), max(map(len, prompts.values()))
-        if start := programs.prefill_from(longest, cached, capacity, rows):
+        if start := programs.sizes.prefill_from(longest, cached, capacity, rows):
             prefixes = {row: prefix for row, (_, prefix) in found.items() if prefix is not None}
     # Bit-stable texts need passes over all rows.
     shared = _repeats(programs, prompts, capacity, rows) if programs.config.rows is None else []
@@ -261,7 +261,7 @@ def _fits(
     """Whether what rows prefill by themselves fits behind what all of them hold by then."""
     starts = found.starts(1 + max(prompts))
     left = max(len(prompt) - starts[row] for row, prompt in prompts.items())
-    return max(starts) + round_up(left, programs.smallest_chunk) <= capacity
+    return max(starts) + round_up(left, programs.sizes.smallest_chunk) <= capacity
 
 
 def _repeats(
@@ -275,7 +275,7 @@ def _repeats(
         Repeat(tuple(own), end)
         for prompt, own in alike.items()
         if len(own) > 1
-        if (end := programs.prefill_from(len(prompt), len(prompt) - 1, capacity, rows))
+        if (end := programs.sizes.prefill_from(len(prompt), len(prompt) - 1, capacity, rows))
     ]
 
 

@@ -203,8 +203,8 @@ def speculative_round(
     else:
         drafted = _nothing(bare_root(ahead.root))
     if forced is not None:
-        tree = hang(drafted.tree, state.root, forced.tokens, forced.count)
-        drafted = drafted._replace(tree=tree, forced=forced.count)
+        tree = hang(drafted.tree, state.root, forced.tokens, forced.num_tokens)
+        drafted = drafted._replace(tree=tree, forced=forced.num_tokens)
     (verdict, logprobs), target_caches = _verify(target, drafted, live, state, config)
     report, remaining, path = accept(verdict, drafted, state, live, config, config.depth)
     report = report._replace(logprobs=logprobs)
@@ -225,7 +225,7 @@ def _forced(state: State, config: RoundConfig) -> Forced:
     assert state.adjustments.grammar is not None
     assert config.grammars is not None
     found = forced_tokens(state.adjustments.grammar, config.forced, config.grammars)
-    return found._replace(count=jnp.clip(state.remaining - 1, 0, found.count))
+    return found._replace(num_tokens=jnp.clip(state.remaining - 1, 0, found.num_tokens))
 
 
 def _run_ahead(state: State, forced: Forced) -> State:
@@ -235,8 +235,8 @@ def _run_ahead(state: State, forced: Forced) -> State:
     """
     return replace(
         state,
-        length=state.length + forced.count,
-        text=append(state.text, forced.tokens, state.length + 1, forced.count),
+        length=state.length + forced.num_tokens,
+        text=append(state.text, forced.tokens, state.length + 1, forced.num_tokens),
         adjustments=with_forced(state.adjustments, forced),
     )
 

@@ -238,7 +238,7 @@ class Generation:
         levels = int(report.levels)
         stats = self.stats.with_round(kept, *positions, levels=levels, forced=forced)
         self.stats = replace(stats, decode_seconds=seconds - stats.prefill_seconds)
-        return Gain(pieces, *positions[:2], forced)
+        return Gain(pieces, positions[0], positions[1], forced)
 
     def _push(self, report: Report, row: int) -> list[str]:
         """Return the text of each token of a report, up to the one that completes a stop string."""

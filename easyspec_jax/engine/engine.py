@@ -205,7 +205,9 @@ class Engine(Models):
             is_one = all(ids == batch[0] for ids in batch)
             if is_one and batch_size % sampling.n and self.prefixes is None:
                 # The next batch finds the prompt of this one; see generate().
-                end = programs.prefill_from(len(batch[0]), len(batch[0]) - 1, growth[0], batch_size)
+                end = programs.sizes.prefill_from(
+                    len(batch[0]), len(batch[0]) - 1, growth[0], batch_size
+                )
                 ways += [Spared(end, {}, [Repeat((0,), end)])] if end else []
             for found in ways:
                 sizes = prefill_sizes(programs, found, rows, growth[0], batch_size)
@@ -268,7 +270,7 @@ class Engine(Models):
         The caches of all rows have one size. A batch of two rows whose own paths would be
         (256, 512) and (512, 1024) starts at 512 and ends at 1024.
         """
-        paths = [programs.capacities(len(ids), self._limit(ids, sampling)) for ids in batch]
+        paths = [programs.sizes.capacities(len(ids), self._limit(ids, sampling)) for ids in batch]
         first = max(path[0] for path in paths)
         last = max(path[-1] for path in paths)
         return tuple(size for size in sorted(set().union(*paths)) if first <= size <= last)
@@ -404,7 +406,7 @@ class Engine(Models):
             assert programs.config == config
             # Caches start at the size that the first texts need, and grow with later ones.
             capacity = max(
-                programs.capacities(len(row.prompt_ids), row.limit)[0] for _, row in first
+                programs.sizes.capacities(len(row.prompt_ids), row.limit)[0] for _, row in first
             )
             longest = max(len(row.prompt_ids) for _, row in first)
             store = self.store_for(longest if repeats else 0)

@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 from easyspec_jax.arithmetic import ceil_div
 from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.checkpoint.quantized import Integers
-from easyspec_jax.decode.programs import CAPACITY_UNIT, Programs
+from easyspec_jax.decode.programs import Programs
+from easyspec_jax.decode.sizes import CAPACITY_UNIT
 from easyspec_jax.decode.state import RoundConfig
 from easyspec_jax.draft.grouping import Layout
 from easyspec_jax.engine.abstract import (
@@ -119,10 +120,10 @@ def needed(job: Workload) -> Need:
     programs = Programs(job.mesh, *models, job.round, job.max_length)
     # The smaller caches are still there while the larger ones are filled from them.
     # capacities() lists the sizes that a cache goes through, such as 256, 512, 1024.
-    sizes = programs.capacities(job.prompt, job.tokens - job.prompt)
+    sizes = programs.sizes.capacities(job.prompt, job.tokens - job.prompt)
     caches = job.rows * (sum(sizes[-2:]) * entry + row)
     if job.shares:
-        caches += programs.prefix_size(job.prompt, sizes[0]) * entry
+        caches += programs.sizes.prefix_size(job.prompt, sizes[0]) * entry
     working = max(_working(model, programs, job) for model in models if model is not None)
     shared = _sharing(job.mesh)
     return Need(weights, shared * caches, shared * working, job.prefixes)
@@ -186,7 +187,7 @@ def _working(model: Decoder, programs: Programs, job: Workload) -> int:
     config = model.config
     shards = axes_size(job.mesh, model.axes)
     nodes = 1 + job.round.verified
-    capacity = programs.capacity(job.tokens)
+    capacity = programs.sizes.capacity(job.tokens)
     # The exact pass over a group computes one layer at a time, split over "tensor" alone.
     head_shards = shards if model is programs.target else job.mesh.shape[TENSOR]
     heads = ceil_div(config.num_attention_heads, head_shards)
@@ -194,7 +195,7 @@ def _working(model: Decoder, programs: Programs, job: Workload) -> int:
     vocabulary = model.embedding.shape[0] // shards
     for_each_token = 4 * ((2 * heads + 1) * capacity + 3 * inner + 6 * config.hidden_size)
     # A shorter `max_length` that is only tried may be less than the prompt.
-    chunk = max(programs.chunks(min(job.prompt, job.tokens), capacity, job.rows))
+    chunk = max(programs.sizes.chunks(min(job.prompt, job.tokens), capacity, job.rows))
     of_tokens = max(chunk, nodes) * for_each_token
     of_products = max(_of_products(model, job, tokens) for tokens in (chunk, nodes))
     if config.mixture is not None:

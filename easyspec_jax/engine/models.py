@@ -13,7 +13,8 @@ from easyspec_jax.checkpoint.directory import Checkpoint
 from easyspec_jax.checkpoint.quantized import stored_integers, stored_weights
 from easyspec_jax.checkpoint.tensors import TensorSource
 from easyspec_jax.decode.prefixes import PrefixStore
-from easyspec_jax.decode.programs import CAPACITY_UNIT, Programs
+from easyspec_jax.decode.programs import Programs
+from easyspec_jax.decode.sizes import CAPACITY_UNIT
 from easyspec_jax.decode.state import RoundConfig
 from easyspec_jax.draft.grouping import Layout
 from easyspec_jax.draft.layer_group import load_draft

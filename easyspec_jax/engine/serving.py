@@ -312,7 +312,9 @@ class Scheduler:
     def _compile_restores(self, programs: Programs, most: int) -> None:
         """Compile what copies prefixes out of rows and into them, for prefixes of all sizes."""
         capacity = _capacity(programs)
-        sizes = {min(programs.prefix_size(tokens, capacity), most) for tokens in range(1, capacity)}
+        sizes = {
+            min(programs.sizes.prefix_size(tokens, capacity), most) for tokens in range(1, capacity)
+        }
         state = programs.start(SamplingParams(), [0] * self.rows, capacity)
         for size in sorted(sizes - {0}):
             kept = programs.copy_row(state, 0, size)
@@ -394,7 +396,7 @@ class Scheduler:
 def _capacity(programs: Programs) -> int:
     """Return the size of caches that the longest text needs."""
     assert programs.max_length is not None
-    return programs.capacity(programs.max_length)
+    return programs.sizes.capacity(programs.max_length)
 
 
 def _prompts_of_every_chunk(programs: Programs) -> list[int]:
@@ -403,7 +405,7 @@ def _prompts_of_every_chunk(programs: Programs) -> list[int]:
     capacity = _capacity(programs)
     lengths, seen = [], set[int]()
     for tokens in range(1, programs.max_length):
-        sizes = programs.chunks(tokens, capacity)
+        sizes = programs.sizes.chunks(tokens, capacity)
         if not seen.issuperset(sizes):
             seen.update(sizes)
             lengths.append(tokens)

@@ -133,7 +133,7 @@ def compile_round(programs: Programs, max_length: int) -> Compiled | TooLarge:
         XLA's figures, or its message if the round does not fit the devices.
     """
     # Shapes with shardings are all that JAX needs to compile; there are no arrays.
-    state = abstract_state(programs, 1, programs.capacity(max_length))
+    state = abstract_state(programs, 1, programs.sizes.capacity(max_length))
     begun = time.perf_counter()
     jitted: Any = programs._round  # declared as a mere callable
     traced = jitted.trace(programs.leaves, state)

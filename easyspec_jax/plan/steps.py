@@ -195,7 +195,7 @@ def programs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Programs:
 def costs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Costs:
     """Count the costs of a way of decoding from traces alone; nothing is compiled."""
     run = programs(pair, way, make_mesh)
-    state = abstract_state(run, 1, run.capacity(pair.max_length))
+    state = abstract_state(run, 1, run.sizes.capacity(pair.max_length))
     measure = partial(cost, mesh_shape=run.mesh.shape)
     one_pass = partial(pass_cost, run, state)
     if run.draft is None:
@@ -210,7 +210,7 @@ def costs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Costs:
     return Costs(
         way=way,
         mesh=MeshShape(run.mesh.shape["layer"], run.mesh.shape["tensor"]),
-        capacity=run.capacity(pair.max_length),
+        capacity=run.sizes.capacity(pair.max_length),
         target_bytes=bytes_per_device(run.target),
         draft_bytes=bytes_per_device(run.draft),
         cache_bytes=bytes_per_device((state.target, state.draft)),
@@ -248,7 +248,7 @@ def rounds(pair: Pair, way: Way, make_mesh: MakeMesh, deepest: int) -> list[Roun
         return replace(first, config=replace(first.config, levels=levels))
 
     def capacity(levels: int) -> int:
-        return run(levels).capacity(pair.max_length)
+        return run(levels).sizes.capacity(pair.max_length)
 
     counted = []
     for _, same in groupby(range(1, deepest + 1), capacity):
@@ -264,7 +264,7 @@ def rounds(pair: Pair, way: Way, make_mesh: MakeMesh, deepest: int) -> list[Roun
 
 
 def _round(run: Programs, pair: Pair) -> Round:
-    state = abstract_state(run, 1, run.capacity(pair.max_length))
+    state = abstract_state(run, 1, run.sizes.capacity(pair.max_length))
     counted = cost(run._round, run.leaves, state, mesh_shape=run.mesh.shape)
     return Round(counted, bytes_per_device((run.target, run.draft, state.target, state.draft)))
 
@@ -287,7 +287,7 @@ def prefill_cost(run: Programs, state: State, prompt: int) -> Cost:
     count, last = jax.ShapeDtypeStruct((1,), np.int32), jax.ShapeDtypeStruct((1,), bool)
     *others, end = (
         jax.ShapeDtypeStruct((1, size), np.int32)
-        for size in run.chunks(prompt, state.target[0].capacity)
+        for size in run.sizes.chunks(prompt, state.target[0].capacity)
     )
     total = measure(run._prefill, run.leaves, state, end, count, last)
     # Each chunk attends to the whole cache, so chunks of one size cost the same.
@@ -299,7 +299,7 @@ def prefill_cost(run: Programs, state: State, prompt: int) -> Cost:
 def verification_cost(pair: Pair, make_mesh: MakeMesh) -> Cost:
     """Count the target's pass over the text's last token and all drafted ones, logits included."""
     run = programs(pair, Way("vanilla"), make_mesh)
-    state = abstract_state(run, 1, run.capacity(pair.max_length))
+    state = abstract_state(run, 1, run.sizes.capacity(pair.max_length))
     return pass_cost(run, state, "target", 1 + pair.num_speculative_tokens * pair.tree_width)
 
 

@@ -435,10 +435,10 @@ def with_output(
 
 def with_forced(rows: RowAdjustments | None, forced: Forced) -> RowAdjustments | None:
     """Count forced tokens as output, though no pass of the target has verified them yet."""
-    rows = with_output(rows, forced.tokens, forced.count)
+    rows = with_output(rows, forced.tokens, forced.num_tokens)
     if rows is None or rows.grammar is None:
         return rows
-    return replace(rows, grammar=replace(rows.grammar, ahead=forced.count))
+    return replace(rows, grammar=replace(rows.grammar, ahead=forced.num_tokens))
 
 
 def _stop_mask(

@@ -67,12 +67,12 @@ class Forced(NamedTuple):
     """Tokens that come next in each text because its grammar allows no others.
 
     Attributes:
-        tokens: The tokens; only the first `count` mean anything.
-        count: How many there are.
+        tokens: The tokens; only the first `num_tokens` mean anything.
+        num_tokens: How many there are.
     """
 
     tokens: Int[Array, "batch most"]
-    count: Int[Array, " batch"]
+    num_tokens: Int[Array, " batch"]
 
 
 def within_grammar(

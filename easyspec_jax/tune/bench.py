@@ -89,11 +89,11 @@ class DeviceBench:
         text = self.text_length(self.longest)
         self._lengths = {
             "context": text // 2,
-            "capacity": replace(programs, config=config).capacity(text),
+            "capacity": replace(programs, config=config).sizes.capacity(text),
         }
         self._target = alone(engine.mesh, self.baseline.load()[0])
         self._plain = round_case(
-            "plain step", programs, context=text // 2, capacity=programs.capacity(text)
+            "plain step", programs, context=text // 2, capacity=programs.sizes.capacity(text)
         )
         self._plain.sample(1)
         self._calls = _calls(self._plain)

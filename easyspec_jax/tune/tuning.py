@@ -302,7 +302,7 @@ def fits(prompt: Prompt, bench: DeviceBench, engine: Engine) -> bool:
     """Return whether a prompt needs the programs of the longest one, which are compiled already."""
     programs = engine.programs(bench.sample.sampling)
     # Caches of another size would need other programs, and compiling would count as decoding.
-    sizes = {programs.capacity(bench.text_length(own)) for own in (prompt, bench.longest)}
+    sizes = {programs.sizes.capacity(bench.text_length(own)) for own in (prompt, bench.longest)}
     return len(sizes) == 1
 
 

@@ -99,7 +99,7 @@ def measure(
 ) -> dict[str, list[float]]:
     """Time passes and rounds alternately, in seconds; the first few of each are not counted."""
     bare = compiled_passes(programs)
-    capacity = programs.capacity(len(prompt) + sampling.max_new_tokens)
+    capacity = programs.sizes.capacity(len(prompt) + sampling.max_new_tokens)
     state, _ = prefill_all(
         programs, programs.start(sampling, [sampling.max_new_tokens], capacity), [prompt]
     )

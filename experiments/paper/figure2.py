@@ -123,7 +123,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     cases, length = [], 2 * args.max_new_tokens
     for way in ways:
         programs = way.engine.programs(sampling)
-        bounds = {"context": length // 2, "capacity": programs.capacity(length)}
+        bounds = {"context": length // 2, "capacity": programs.sizes.capacity(length)}
         cases.append(round_case(way.name, programs, **bounds))
     seconds = alternate(cases, args.repeats, 1)
     traces = [timeline_of(recorded(case, args.rounds)) for case in cases]

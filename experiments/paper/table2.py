@@ -171,7 +171,7 @@ def phases(engine: Engine, sampling: SamplingParams, tokens: int, repeats: int) 
     programs = engine.programs(sampling)
     config, (target, draft) = programs.config, engine.load()
     assert draft is not None
-    where = {"context": tokens // 2, "capacity": programs.capacity(tokens)}
+    where = {"context": tokens // 2, "capacity": programs.sizes.capacity(tokens)}
     of_target, of_draft = alone(engine.mesh, target), alone(engine.mesh, draft)
     nodes = 1 + (config.nodes or config.levels * config.width)
     first = run_exact if config.calibration else run_fuzzy

@@ -79,7 +79,7 @@ def step_case(way: Way, sampling: SamplingParams, tokens: int) -> Case:
         programs.config.width,
         run_fuzzy,
         context=tokens // 2,
-        capacity=programs.capacity(tokens),
+        capacity=programs.sizes.capacity(tokens),
         loops=max(1, programs.config.levels - 1),
     )
 

@@ -151,7 +151,7 @@ def step_cost(pair: Pair, way: Way, platform: Platform) -> tuple[Cost, int]:
     The step is of the target in plain decoding, else of the draft.
     """
     run = programs(pair, way, partial(absent_mesh, platform=platform))
-    state = abstract_state(run, 1, run.capacity(pair.max_length))
+    state = abstract_state(run, 1, run.sizes.capacity(pair.max_length))
     if run.draft is None:
         return pass_cost(run, state, "target", 1), bytes_per_device((run.target, state.target))
     return pass_cost(run, state, "draft", 1, fuzzy=True), bytes_per_device((run.draft, state.draft))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from easyspec_jax.decode import prefilling
 from easyspec_jax.decode.chunks import PASS_OVERHEAD, PREFILL_SIZES, chunks
-from easyspec_jax.decode.programs import CAPACITY_UNIT
+from easyspec_jax.decode.sizes import CAPACITY_UNIT
 from easyspec_jax.engine.completion import EncodedPrompt
 from easyspec_jax.engine.engine import Engine
 from easyspec_jax.engine.pair import open_model
@@ -74,9 +74,9 @@ def test_rows_share_the_working_memory_of_a_long_chunk(engine, monkeypatch):
     run = engine.programs(SamplingParams())
     monkeypatch.setitem(PREFILL_SIZES, "cpu", (128, 512))
     monkeypatch.setitem(PASS_OVERHEAD, "cpu", 256)
-    assert run.chunks(500, 1024) == (512,)
-    assert run.chunks(500, 512, rows=2) == (128,) * 4
-    assert run.chunks(500, 1024, rows=8) == (128,) * 4
+    assert run.sizes.chunks(500, 1024) == (512,)
+    assert run.sizes.chunks(500, 512, rows=2) == (128,) * 4
+    assert run.sizes.chunks(500, 1024, rows=8) == (128,) * 4
 
 
 def prompt(tokens):
@@ -89,7 +89,7 @@ def test_no_more_programs_are_compiled_than_sizes(engine, tokens):
     run = engine.programs(sampling)
     row = EncodedPrompt("", prompt(tokens))
     engine.compile([row], sampling)
-    sizes = set(run.chunks(tokens, run.capacities(tokens, 4)[0]))
+    sizes = set(run.sizes.chunks(tokens, run.sizes.capacities(tokens, 4)[0]))
     assert run._prefill._cache_size() == len(sizes)  # pyright: ignore[reportFunctionMemberAccess]
     list(engine.generate([row], sampling))
     engine.compile([row], sampling)

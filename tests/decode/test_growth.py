@@ -49,7 +49,7 @@ def rounds_with_room(levels, width, seed):
 
 @pytest.mark.parametrize("levels, width", [(0, 1), (4, 1), (5, 4), (16, 1)])
 def test_every_round_has_room(levels, width, monkeypatch):
-    monkeypatch.setattr("easyspec_jax.decode.programs.AHEAD", 1)
+    monkeypatch.setattr("easyspec_jax.decode.sizes.AHEAD", 1)
     for seed in range(20):
         rounds_with_room(levels, width, seed)
 
@@ -58,7 +58,7 @@ def test_every_round_has_room(levels, width, monkeypatch):
 def test_room_that_comes_too_late_would_be_found(levels, width, monkeypatch):
     """Plant a fault: room for what has been read, as if no report were in flight."""
     monkeypatch.setattr(
-        CacheGrowth, "needed", lambda self: self.programs.capacity(int(self._lengths.max()))
+        CacheGrowth, "needed", lambda self: self.programs.sizes.capacity(int(self._lengths.max()))
     )
     with pytest.raises(AssertionError):
         for seed in range(20):

@@ -299,7 +299,7 @@ def test_after_many_rounds_caches_equal_a_fresh_prefill(
     config = RoundConfig(4, calibration, verifier, (), width, nodes, lookup=lookup)
     run = programs(pair, config, mesh, lp_size=lp_size, refit=refit, kv_dtype=kv_dtype)
     sampling, limits = SamplingParams(temperature=0.8), [60, 9, 150]
-    state = run.start(sampling, limits, capacity := run.capacity(128 + 150))
+    state = run.start(sampling, limits, capacity := run.sizes.capacity(128 + 150))
     state, chunks = prefill_all(run, state, PROMPTS)
     report = first_tokens(chunks)
     rows = [list(prompt) for prompt in PROMPTS]
@@ -447,7 +447,7 @@ def test_caches_that_grow_change_no_token(pair, levels, width, refit, monkeypatc
     sampling, limits = SamplingParams(temperature=0.8, seed=5), [150, 300, 200]
     run = programs(pair, config, refit=refit)
     expected = texts(run, limits=limits, sampling=sampling)[0]
-    monkeypatch.setattr("easyspec_jax.decode.programs.AHEAD", 1)
+    monkeypatch.setattr("easyspec_jax.decode.sizes.AHEAD", 1)
     grown = programs(pair, config, refit=refit)
     assert texts(grown, limits=limits, sampling=sampling)[0] == expected
     assert grown._extend._cache_size() >= 1  # pyright: ignore[reportFunctionMemberAccess]
@@ -455,7 +455,7 @@ def test_caches_that_grow_change_no_token(pair, levels, width, refit, monkeypatc
 
 def test_no_cache_is_larger_than_the_longest_text_needs(pair):
     run = programs(pair, GREEDY)
-    assert run.capacity(1000) == 1024 == replace(run, max_length=1024).capacity(600)
-    assert replace(run, max_length=1024).capacity(1024) == 1152
-    assert run.capacities(100, 1000) == (512, 1024, 2048)
-    assert replace(run, max_length=1100).capacities(100, 1000) == (512, 1024, 1152)
+    assert run.sizes.capacity(1000) == 1024 == replace(run, max_length=1024).sizes.capacity(600)
+    assert replace(run, max_length=1024).sizes.capacity(1024) == 1152
+    assert run.sizes.capacities(100, 1000) == (512, 1024, 2048)
+    assert replace(run, max_length=1100).sizes.capacities(100, 1000) == (512, 1024, 1152)

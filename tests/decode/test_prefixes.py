@@ -127,12 +127,12 @@ def test_no_prefix_is_larger_than_the_store(entries, most):
 def test_what_is_left_of_a_prompt_fits_behind_its_prefix(platform, prompt, cached, spare, rows):
     run = programs_of(platform)
     capacity = -(-prompt // 128) * 128 + spare * 128
-    start = run.prefill_from(prompt, cached, capacity, rows)
+    start = run.sizes.prefill_from(prompt, cached, capacity, rows)
     assert 0 <= start <= min(cached, prompt - 1)
-    chunks = run.chunks(prompt - start, capacity - start, rows)
+    chunks = run.sizes.chunks(prompt - start, capacity - start, rows)
     assert prompt <= start + sum(chunks) <= capacity
     # A prefix is taken only if the rest costs less than the whole prompt.
-    whole, overhead = run.chunks(prompt, capacity, rows), PASS_OVERHEAD[platform] / rows
+    whole, overhead = run.sizes.chunks(prompt, capacity, rows), PASS_OVERHEAD[platform] / rows
     costs = [sum(sizes) + len(sizes) * overhead for sizes in (chunks, whole)]
     assert start == 0 or costs[0] < costs[1]
 
@@ -146,10 +146,10 @@ def programs_of(platform):
 def test_a_prefix_that_spares_nothing_is_not_taken():
     run = programs_of("gpu")
     assert PREFILL_SIZES["gpu"] == (128, 512)
-    assert run.prefill_from(120, 90, 512) == 0
-    assert run.prefill_from(150, 90, 512) == 90
+    assert run.sizes.prefill_from(120, 90, 512) == 0
+    assert run.sizes.prefill_from(150, 90, 512) == 90
     # 20 tokens are left, and no chunk of 128 fits behind the 1000 that are cached.
-    assert run.prefill_from(1020, 1000, 1024) == 896
+    assert run.sizes.prefill_from(1020, 1000, 1024) == 896
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,7 @@ def check_kept_entries(pair, config, mesh, lp_size, kv_dtype="auto"):
     batch.close()
     assert len(prefixes._held) == 3
     for prefix in prefixes._held:
-        capacity = run.capacity(prefix.size)
+        capacity = run.sizes.capacity(prefix.size)
         fresh, _ = prefill_all(run, run.start(sampling, [9], capacity), [[*prefix.ids.tolist(), 5]])
         expected = run.copy_row(fresh, 0, prefix.size)
         ours, theirs = ((kept.target, kept.draft) for kept in (prefix.caches, expected))
@@ -346,7 +346,7 @@ def test_few_programs_copy_and_restore(pair):
             pass
         batch.close()
         capacity = batch._growth.capacity
-        sizes.add((capacity, run.prefix_size(len(prompt), capacity)))
+        sizes.add((capacity, run.sizes.prefix_size(len(prompt), capacity)))
     assert prefixes.bytes
     assert run._copy_row._cache_size() <= len(sizes) == 3  # pyright: ignore[reportFunctionMemberAccess]
     found = {prefix.size for prefix in prefixes._held}

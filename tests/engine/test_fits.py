@@ -61,14 +61,14 @@ def test_the_demo_pair_takes_what_was_predicted(refit):
     arrays = jax.tree.leaves(engine.load())
     assert need.weights == sum(array.nbytes for array in arrays)
     programs = engine.programs(sampling)
-    growing = programs.capacities(PROMPT, TOKENS - PROMPT)[-2:]
+    growing = programs.sizes.capacities(PROMPT, TOKENS - PROMPT)[-2:]
     assert len(growing) == 2
     states = [programs.start(sampling, [0] * ROWS, size) for size in growing]
     caches = jax.tree.leaves([(state.target, state.draft, state.text) for state in states])
     assert need.caches == sum(
         shard.data.nbytes for array in caches for shard in array.addressable_shards
     )
-    (size,) = programs.chunks(PROMPT, growing[-1], ROWS)
+    (size,) = programs.sizes.chunks(PROMPT, growing[-1], ROWS)
     temporary = _temporary(programs, growing[-1], size)
     assert 0.75 * need.working <= engine.mesh.size * temporary <= need.working
 
@@ -93,7 +93,7 @@ def test_int8_caches_take_what_was_predicted(mesh):
         needs.append(need := needed(engine.workload(TOKENS, PROMPT, ROWS, sampling)))
         programs = engine.programs(sampling)
         held = 0
-        for size in programs.capacities(PROMPT, TOKENS - PROMPT)[-2:]:
+        for size in programs.sizes.capacities(PROMPT, TOKENS - PROMPT)[-2:]:
             state = programs.start(sampling, [0] * ROWS, size)
             for array in jax.tree.leaves((state.target, state.draft, state.text)):
                 held += sum(shard.data.nbytes for shard in array.addressable_shards)
@@ -113,8 +113,8 @@ def test_products_by_quantized_matrices_are_counted(weights, prompt):
         engine = open_model(mesh="1", platform="cpu", weights=kept, draft_weights=kept)
         needs.append(needed(engine.workload(TOKENS, prompt, ROWS, sampling)).working)
         programs = engine.programs(sampling)
-        capacity = programs.capacities(prompt, TOKENS - prompt)[-1]
-        size = max(programs.chunks(prompt, capacity, ROWS))
+        capacity = programs.sizes.capacities(prompt, TOKENS - prompt)[-1]
+        size = max(programs.sizes.chunks(prompt, capacity, ROWS))
         taken.append(_temporary(programs, capacity, size))
     more = needs[1] - needs[0]
     assert 0.75 * more < taken[1] - taken[0] <= more

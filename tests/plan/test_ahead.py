@@ -44,7 +44,7 @@ CHAINS, TREES = ways([4], 1), ways([2], 2)[-2:]
 )
 def test_the_state_is_donated_and_collectives_are_those_of_the_trace(configs, tree_width, way):
     run = programs(pair(configs, tree_width), way, lambda shape: topology_mesh(CPU, shape))
-    state = abstract_state(run, 1, run.capacity(MAX_LENGTH))
+    state = abstract_state(run, 1, run.sizes.capacity(MAX_LENGTH))
     compiled = compile_round(run, MAX_LENGTH)
     assert isinstance(compiled, Compiled)
     assert compiled.collectives == compiled.traced_collectives

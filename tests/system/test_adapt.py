@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from easyspec_jax import SamplingParams, SpeculativeConfig, open_model
-from easyspec_jax.decode import programs
+from easyspec_jax.decode import programs, sizes
 from easyspec_jax.decode.prefilling import prefill_all
 from easyspec_jax.decode.state import State
 from easyspec_jax.decode.tiers import TierChoice
@@ -103,8 +103,8 @@ def test_tiers_change_no_token(pair, plain, forced, mesh, sampling, options):
 
 @pytest.mark.exhaustive
 def test_caches_that_grow_keep_what_tiers_have_left(pair, plain, forced, monkeypatch):
-    monkeypatch.setattr(programs, "AHEAD", 1)
-    monkeypatch.setattr(programs, "CAPACITY_UNIT", 32)
+    monkeypatch.setattr(sizes, "AHEAD", 1)
+    monkeypatch.setattr(sizes, "CAPACITY_UNIT", 32)
     engine = opened(pair)
     assert refilled(engine, GREEDY) == plain["greedy"]
     assert engine.programs(GREEDY)._extend._cache_size() >= 1  # pyright: ignore[reportFunctionMemberAccess]

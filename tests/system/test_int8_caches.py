@@ -80,7 +80,7 @@ def plain(pair):
 )
 def test_speculation_changes_no_token(pair, plain, mesh, method, options, monkeypatch):
     """The greedy texts outgrow their caches."""
-    monkeypatch.setattr("easyspec_jax.decode.programs.AHEAD", 1)
+    monkeypatch.setattr("easyspec_jax.decode.sizes.AHEAD", 1)
     engine = opened(pair, mesh, method, **options)
     assert texts(engine) == plain
     assert engine.programs(GREEDY)._extend._cache_size() >= 1  # pyright: ignore[reportFunctionMemberAccess]

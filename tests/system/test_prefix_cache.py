@@ -114,7 +114,7 @@ def fresh(pair):
 )
 def test_a_conversation_is_that_of_a_fresh_run(pair, fresh, mesh, method, options, monkeypatch):
     """Its caches grow, and its turns begin at any token of a chunk."""
-    monkeypatch.setattr("easyspec_jax.decode.programs.AHEAD", 1)
+    monkeypatch.setattr("easyspec_jax.decode.sizes.AHEAD", 1)
     engine = opened(pair, mesh, method, **options)
     levels = engine.config(GREEDY).levels
     lacking = levels + 1  # tokens of the last round
@@ -189,7 +189,7 @@ def test_batches_share_a_system_message(pair, mesh, method):
 @pytest.mark.parametrize("mesh, method", [("1", "vanilla"), ("1", "easyspec"), ("8", "sd")])
 def test_rows_that_enter_share_a_system_message(pair, mesh, method, monkeypatch):
     """With running texts too, so all but the first row of the first batch find it."""
-    monkeypatch.setattr("easyspec_jax.decode.programs.AHEAD", 1)
+    monkeypatch.setattr("easyspec_jax.decode.sizes.AHEAD", 1)
     engine, alone = opened(pair, mesh, method), opened(pair, mesh, method, prefix_cache=0)
     prompts = [SYSTEM + question for question in (*QUESTIONS, some(300), QUESTIONS[0])]
     limits = (3, 40, 9, 30, 20, 5)

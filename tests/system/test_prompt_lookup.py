@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from easyspec_jax import SamplingParams, SpeculativeConfig, open_model
-from easyspec_jax.decode import programs
 from easyspec_jax.decode import round as rounds
+from easyspec_jax.decode import sizes
 from easyspec_jax.decode.lookup import Found, find
 from easyspec_jax.engine.engine import Engine
 from easyspec_jax.generate import main
@@ -52,7 +52,7 @@ def plain(target):
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "coupled"])
 def test_lookups_change_no_token(target, plain, mesh, sampling, monkeypatch):
     """Rows are refilled, and the greedy texts outgrow their caches."""
-    monkeypatch.setattr(programs, "AHEAD", 1)
+    monkeypatch.setattr(sizes, "AHEAD", 1)
     engine = opened(target, mesh)
     assert refilled(engine, sampling) == plain[sampling]
     grown = engine.programs(sampling)._extend._cache_size()  # pyright: ignore[reportFunctionMemberAccess]

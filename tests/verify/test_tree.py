@@ -249,7 +249,7 @@ def test_below_a_path_a_tree_is_what_it_was():
     """Every node keeps what it has, further down, and the path's tokens are certain."""
     rng = np.random.default_rng(0)
     nodes, most = 1 + LEVELS * WIDTH, 3
-    parents = np.stack([[0, *(rng.integers(0, i) for i in range(1, nodes))] for _ in range(BATCH)])
+    parents = [[0, *(int(rng.integers(i)) for i in range(1, nodes))] for _ in range(BATCH)]
     score = -rng.random((BATCH, nodes)).astype(np.float32)
     score[:, 0], score[:, -2:] = 0, -np.inf  # the last two are missing
     tree = make_tree(parents, score)

@@ -34,7 +34,7 @@ export class Speculation {
     write("figure-speed", this.speed, 1);
     const shares = this.accepted.map((count, i) => (this.drafted[i] ? count / this.drafted[i] : NaN));
     document.getElementById("plot-positions").replaceChildren(positionsPlot(shares));
-    document.getElementById("plot-rounds").replaceChildren(roundsPlot(this.rounds, this.levels + 1));
+    document.getElementById("plot-rounds").replaceChildren(roundsPlot(this.rounds, Math.max(this.levels + 1, ...this.rounds)));
   }
 }
 

@@ -225,7 +225,9 @@ def test_a_pass_yields_the_next_tokens(mesh, pair, tokens, loops, run):
 
 
 def test_a_round_is_sampled_from_the_same_place_every_time(programs):
-    case = round_case("round", programs, 0, context=8, capacity=programs.capacity(CONTEXT + COUNT))
+    case = round_case(
+        "round", programs, 0, context=8, capacity=programs.sizes.capacity(CONTEXT + COUNT)
+    )
     ends = []
     for _ in range(2):
         case.sample(2)
