@@ -28,7 +28,7 @@ NO_GRAMMAR = 0
 WORD = 32
 """Tokens whose bits are in one number of a mask."""
 
-MOST_FORCED = 4
+MOST_FORCED = 2
 """Tokens that a round takes at most before it drafts, because a grammar allows no others."""
 
 _ANSWERS = 4

@@ -132,18 +132,21 @@ def tasks(number: int) -> list[Task]:
 
 
 class Stopwatch:
-    """Wraps the computation of masks and sums the seconds of all calls, one for each device."""
+    """Sums the seconds of all that the host is asked, by each device."""
 
-    def __init__(self, masks: Callable[..., Any]) -> None:
-        self._masks = masks
+    def __init__(self) -> None:
         self.seconds = 0.0
 
-    def __call__(self, *args: Any) -> Any:
-        """Compute masks."""
-        begun = time.perf_counter()
-        found = self._masks(*args)
-        self.seconds += time.perf_counter() - begun
-        return found
+    def timed(self, answer: Callable[..., Any]) -> Any:
+        """Wrap what answers."""
+
+        def wrapped(*args: Any) -> Any:
+            begun = time.perf_counter()
+            found = answer(*args)
+            self.seconds += time.perf_counter() - begun
+            return found
+
+        return wrapped
 
 
 @dataclass(frozen=True)
@@ -158,10 +161,11 @@ def measure(
     engines: Mapping[str, Engine], asked: Sequence[Task], free: int, limit: int
 ) -> dict[str, list[Timed]]:
     """Complete all tasks in every way, and the first ones without a grammar too, alternating."""
-    watches = {name: Stopwatch(engine.grammars.masks) for name, engine in engines.items()}
+    watches = {name: Stopwatch() for name in engines}
     for name, engine in engines.items():
-        timed: Any = watches[name]
-        engine.grammars.masks = timed
+        watch = watches[name]
+        engine.grammars.masks = watch.timed(engine.grammars.masks)
+        engine.grammars.forced = watch.timed(engine.grammars.forced)
     chat = bool(engines[PLAIN].tokenizer.chat_template)
     made: dict[str, list[Timed]] = {name + end: [] for end in ("", FREE) for name in engines}
 
@@ -231,6 +235,8 @@ def rows_of(made: Mapping[str, Sequence[Timed]], asked: Sequence[Task]) -> list[
                 "tokens": sum(len(one.token_ids) for one in texts),
                 "tokens_per_second": stats.tokens_per_second,
                 "acceptance_rate": stats.acceptance_rate,
+                "tokens_a_round": stats.mean_acceptance_length,
+                "forced": stats.forced,
                 "seconds_a_round": median(map(_round, own)),
                 "masks_a_round": median(one.masks / one.completion.stats.rounds for one in own),
                 "over_free": median(_round(a) / _round(b) for a, b in zip(own, free, strict=False))
@@ -258,6 +264,8 @@ def tabulate(measured: Mapping[str, Any]) -> Rows:
             "same as plain": "" if row["same_tokens"] is None else row["same_tokens"],
             "tokens/s": number(row["tokens_per_second"]),
             "α": number(row["acceptance_rate"]),
+            "tokens a round": number(row["tokens_a_round"]),
+            "forced": row["forced"],
             "ms a round": number(row["seconds_a_round"], 1000, 1),
             "of which masks": number(row["masks_a_round"], 1000, 1),
             "over a round without": number(row["over_free"]),

@@ -7,6 +7,7 @@ import pytest
 
 from easyspec_jax.decode.growth import CacheGrowth
 from easyspec_jax.decode.programs import Programs
+from easyspec_jax.decode.sizes import Sizes
 from easyspec_jax.decode.state import RoundConfig
 from easyspec_jax.verify import Greedy
 
@@ -15,6 +16,10 @@ LIMITS = np.array([700, 40, 300])
 
 class Recorder(Programs):
     """Programs without models; their state is the capacity of the caches."""
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(self.config, "cpu")
 
     def extend(self, state: Any, capacity: int) -> Any:
         assert capacity > state

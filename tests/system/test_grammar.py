@@ -128,11 +128,11 @@ def test_what_is_forced_costs_no_draft(opened):
     (found,) = opened(method="sd").generate(PROMPTS[:1], SamplingParams(choice=("only this text",)))
     assert found.text == "only this text"
     assert found.finish_reason == "stop"
-    # Of 15 tokens, with the end, the first is the prefill's.
-    assert found.tokens_per_round == [MOST_FORCED + 5 + 1, MOST_FORCED]
+    # Of 15 tokens, with the end, the first is the prefill's, and one comes after the first draft.
+    assert found.tokens_per_round == [MOST_FORCED + 5 + 1, MOST_FORCED + 4]
     assert found.stats.forced == 2 * MOST_FORCED
-    assert found.stats.accepted == found.stats.drafted == 5
-    assert found.stats.mean_acceptance_length == 1 + (2 * MOST_FORCED + 5) / 2
+    assert found.stats.accepted == found.stats.drafted == 9
+    assert found.stats.mean_acceptance_length == 1 + (2 * MOST_FORCED + 9) / 2
 
 
 @pytest.mark.parametrize("way", [{"method": "sd"}, {"lp_size": 1}], ids=str)
