@@ -48,10 +48,10 @@ class CacheGrowth:
 
     def needed(self) -> int:
         """Return the capacity that the next round needs, whatever the unread report says."""
-        # levels = 5, a row known to have 200 tokens, at most 206 after the unread report. The next
+        # depth = 5, a row known to have 200 tokens, at most 206 after the unread report. The next
         # round starts from there, and `capacity` adds what a round writes behind a text. A text
         # does not grow past its limit, whatever levels a round drafts.
-        longest = np.maximum(self._lengths + self.programs.config.levels + 1, self._first)
+        longest = np.maximum(self._lengths + self.programs.config.depth + 1, self._first)
         return self.programs.sizes.capacity(max(1, int(np.minimum(longest, self._ends).max())))
 
     def grow_if_needed(self, state: State) -> State:

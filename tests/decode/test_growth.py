@@ -9,6 +9,7 @@ from easyspec_jax.decode.growth import CacheGrowth
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.sizes import Sizes
 from easyspec_jax.decode.state import RoundConfig
+from easyspec_jax.sampling.adjust import PLAIN, Kinds
 from easyspec_jax.verify import Greedy
 
 LIMITS = np.array([700, 40, 300])
@@ -26,10 +27,15 @@ class Recorder(Programs):
         return capacity
 
 
-def rounds_with_room(levels, width, seed):
+def rounds_with_room(levels, width, seed, kinds=PLAIN):
     """Simulate two texts in every row, one after the other; fail where a round has no room."""
     config = RoundConfig(
-        levels=levels, calibration=True, verifier=Greedy(), stop_ids=(), width=width
+        levels=levels,
+        calibration=True,
+        verifier=Greedy(),
+        stop_ids=(),
+        width=width,
+        kinds=kinds,
     )
     programs, random = Recorder(None, None, None, config), np.random.default_rng(seed)  # pyright: ignore[reportArgumentType]
     for prompts in random.integers(1, 200, (2, len(LIMITS))):
@@ -44,12 +50,14 @@ def rounds_with_room(levels, width, seed):
             assert (true + config.scratch + 1 <= state)[live].all()
             added = np.where(
                 live,
-                np.minimum(random.integers(1, levels + 2, len(true)), prompts + LIMITS - true),
+                np.minimum(
+                    random.integers(1, config.depth + 2, len(true)), prompts + LIMITS - true
+                ),
                 0,
             )
             books.read(unread)
             true, unread, rounds = true + added, added, rounds + 1
-        assert rounds >= LIMITS.max() // (levels + 1)
+        assert rounds >= LIMITS.max() // (config.depth + 1)
 
 
 @pytest.mark.parametrize("levels, width", [(0, 1), (4, 1), (5, 4), (16, 1)])
@@ -57,6 +65,12 @@ def test_every_round_has_room(levels, width, monkeypatch):
     monkeypatch.setattr("easyspec_jax.decode.sizes.AHEAD", 1)
     for seed in range(20):
         rounds_with_room(levels, width, seed)
+
+
+def test_a_round_has_room_for_what_is_forced_too(monkeypatch):
+    monkeypatch.setattr("easyspec_jax.decode.sizes.AHEAD", 1)
+    for seed in range(20):
+        rounds_with_room(5, 1, seed, Kinds(grammar=8))
 
 
 @pytest.mark.parametrize("levels, width", [(0, 1), (4, 1), (5, 4), (16, 1)])
