@@ -12,7 +12,7 @@ class CacheGrowth:
 
     Caches grow to their next size when some row could need it in the round to be dispatched next.
     By then, the report of the round before may be unread, so a row may be longer than the host
-    knows by up to levels + 1 tokens. A row that was left may run past the capacity; it then
+    knows by up to depth + 1 tokens. A row that was left may run past the capacity; it then
     overwrites entries of its own only.
 
     Attributes:
