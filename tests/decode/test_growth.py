@@ -1,5 +1,6 @@
 """Caches have room for the round that is dispatched, whatever the unread report says."""
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ LIMITS = np.array([700, 40, 300])
 class Recorder(Programs):
     """Programs without models; their state is the capacity of the caches."""
 
-    @property
+    @cached_property
     def sizes(self) -> Sizes:
         return Sizes(self.config, "cpu")
 
