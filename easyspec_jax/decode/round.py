@@ -220,7 +220,7 @@ def _nothing(tree: Tree) -> Drafted:
 
 
 def _forced(state: State, config: RoundConfig) -> Forced:
-    """Find what each row's grammar forces, as far as the text can take it and one token more."""
+    """Find what each row's grammar forces, up to the last token but one of the text's limit."""
     assert state.adjustments is not None
     assert state.adjustments.grammar is not None
     assert config.grammars is not None

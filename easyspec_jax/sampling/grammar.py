@@ -243,7 +243,7 @@ class Grammars:
         grammar, ends = self._numbered[number]
         if not set(ends).isdisjoint(output):
             return _Position(always=self._everything)
-        # A round adds so many tokens at most. Without the place before them, begin anew.
+        # The place before the latest round is at most this far back. If it is gone, begin anew.
         most = MAX_LEVELS + MOST_FORCED + 1
         matcher, new = None, output
         for count in range(1, min(most, len(output)) + 1):
