@@ -12,6 +12,7 @@ import numpy as np
 from convert.stores import Format, Shapes, write_json
 from easyspec_jax.checkpoint.canonical import places, stored_shapes
 from easyspec_jax.checkpoint.config import ModelConfig
+from easyspec_jax.checkpoint.families import FAMILIES
 from easyspec_jax.checkpoint.safetensors import INDEX, SAFETENSORS
 from easyspec_jax.checkpoint.tensors import read_bytes
 from easyspec_jax.errors import EasySpecError, first_line
@@ -129,6 +130,12 @@ def _grouped(shapes: Shapes, itemsize: int, largest: int) -> Iterator[list[str]]
 def _make(
     directory: Path, config: ModelConfig, shapes: Shapes, dtypes: Mapping[str, str]
 ) -> SafetensorsStore:
+    if FAMILIES[config.model_type].stacks_experts:
+        # Rows of such an expert are columns there, a few bytes at a time.
+        raise EasySpecError(
+            f"models of model_type {config.model_type!r} cannot be written as Hugging Face files; "
+            "keep those that this one came from"
+        )
     return SafetensorsStore(directory, config)
 
 

@@ -39,6 +39,7 @@ def sizes(config: ModelConfig) -> dict[str, int]:
         "keys": config.num_key_value_heads * config.head_dim,
         "vocab": config.vocab_size,
         "head_dim": config.head_dim,
+        "heads": config.num_attention_heads,
         "experts": config.mixture.num_experts if config.mixture else 0,
         "expert_inner": config.mixture.moe_intermediate_size if config.mixture else 0,
     }

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from easyspec_jax.checkpoint.families import FAMILIES, Family, QKNorm
+from easyspec_jax.checkpoint.families import FAMILIES, SINKS, Family, QKNorm
 from easyspec_jax.checkpoint.layer_kinds import LayerKind, longest_text, read_layer_kinds
 from easyspec_jax.errors import EasySpecError
 
@@ -15,6 +15,7 @@ LARGEST_JSON = 16 << 20
 
 _INT32 = 2**31
 _MOST_LAYERS = 10_000
+_MOST_EXPERTS = 1 << 20  # of all layers
 _SIZES = (
     "num_hidden_layers",
     "hidden_size",
@@ -25,8 +26,8 @@ _SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
-Activation = Literal["silu", "gelu_pytorch_tanh"]
-"""Supported functions of the gate of a feed-forward part."""
+Activation = Literal["silu", "gelu_pytorch_tanh", "clamped_swiglu"]
+"""Supported functions of the gate of a feed-forward part; the last one is gpt-oss's."""
 
 VARIATIONS: dict[str, Any] = {
     "attention_bias": False,
@@ -85,6 +86,7 @@ class ModelConfig:
         hidden_act: Function of the gate of feed-forward parts.
         attention_bias: Attention has biases where the family's table says so.
         mlp_bias: Likewise feed-forward parts.
+        attention_sinks: Each head has a score that no token belongs to.
         qk_norm: Norms of queries and keys.
         pre_norm: Attentions and feed-forward parts read normed hidden states.
         post_norm: Their outputs are normed before they are added.
@@ -115,6 +117,7 @@ class ModelConfig:
     hidden_act: Activation
     attention_bias: bool
     mlp_bias: bool
+    attention_sinks: bool
     qk_norm: QKNorm
     pre_norm: bool
     post_norm: bool
@@ -218,6 +221,7 @@ def model_config(
             hidden_act=config.get("hidden_act", "silu"),
             attention_bias=bool(config["attention_bias"]),
             mlp_bias=bool(config["mlp_bias"]),
+            attention_sinks=family.has(SINKS),
             qk_norm=family.qk_norm,
             pre_norm=family.has("input_layernorm.weight"),
             post_norm=family.has("self_attn.output_norm.weight"),
@@ -394,9 +398,15 @@ def _check_size(name: str, value: int, limit: int, origin: str) -> None:
         raise EasySpecError(f"{origin}: {name}={value} must be at least 1 and below {limit}")
 
 
-def _check_experts(mixture: MixtureConfig, origin: str) -> None:
+def _check_experts(mixture: MixtureConfig, layers: int, origin: str) -> None:
     for name in _EXPERT_SIZES:
         _check_size(name, getattr(mixture, name), _INT32, origin)
+    # Their tensors are listed one by one.
+    if layers * mixture.num_experts > _MOST_EXPERTS:
+        raise EasySpecError(
+            f"{origin}: {mixture.num_experts} experts in {layers} layers are more than "
+            f"{_MOST_EXPERTS}"
+        )
     if mixture.num_experts_per_tok > mixture.num_experts:
         raise EasySpecError(
             f"{origin}: num_experts_per_tok={mixture.num_experts_per_tok} is more than "
@@ -408,7 +418,7 @@ def _check_values(config: ModelConfig, origin: str) -> None:
     for name in _SIZES:
         _check_size(name, getattr(config, name), _INT32, origin)
     if config.mixture is not None:
-        _check_experts(config.mixture, origin)
+        _check_experts(config.mixture, config.num_hidden_layers, origin)
     if config.num_attention_heads % config.num_key_value_heads:
         raise EasySpecError(
             f"{origin}: {config.num_attention_heads} query heads do not divide into "

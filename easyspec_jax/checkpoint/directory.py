@@ -12,9 +12,11 @@ import numpy as np
 
 from easyspec_jax.checkpoint.canonical import canonical, stored_shapes
 from easyspec_jax.checkpoint.config import ModelConfig, read_json, read_model_config
+from easyspec_jax.checkpoint.families import FAMILIES
 from easyspec_jax.checkpoint.orbax import WEIGHTS, OrbaxSource
 from easyspec_jax.checkpoint.quantized_files import assembled, quantization
 from easyspec_jax.checkpoint.safetensors import SafetensorsSource
+from easyspec_jax.checkpoint.stacked_experts import stacks_of, unstacked
 from easyspec_jax.checkpoint.tensors import TensorSource
 from easyspec_jax.errors import EasySpecError
 
@@ -94,15 +96,22 @@ def open_checkpoint(directory: Path | str, *, allow_links: bool = False) -> Chec
     if (directory / WEIGHTS).is_dir():
         stored, scheme = OrbaxSource(directory / WEIGHTS), "canonical"
     else:
-        known, scheme = frozenset(stored_shapes(config, "hf")), "hf"
-        settings = quantization(read_json(directory / "config.json"), str(directory))
-        if settings is None:
-            stored = SafetensorsSource(directory, known)
-        else:
-            stored = SafetensorsSource(directory)
-            stored = assembled(stored, settings, known, str(directory))
+        stored, scheme = _huggingface(directory, config), "hf"
     config, source = canonical(config, stored, scheme, origin=str(directory))
     return Checkpoint(directory, config, source)
+
+
+def _huggingface(directory: Path, config: ModelConfig) -> TensorSource:
+    """Open the weights of a Hugging Face directory, with one tensor for each matrix."""
+    known = frozenset(stored_shapes(config, "hf"))
+    stacks = FAMILIES[config.model_type].stacks_experts
+    settings = quantization(read_json(directory / "config.json"), str(directory))
+    if settings is None:
+        wanted = known | stacks_of(known) if stacks else known
+        stored = SafetensorsSource(directory, wanted)
+    else:
+        stored = assembled(SafetensorsSource(directory), settings, known, str(directory))
+    return unstacked(stored, known) if stacks else stored
 
 
 def check_files(directory: Path, allow_links: bool = False) -> None:

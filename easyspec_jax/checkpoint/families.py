@@ -60,6 +60,7 @@ class Family:
         gguf: The architecture that GGUF files name; empty for none.
         fields: Fields that only some families know. In the `config.json` of a family that does
             not list them, they mean nothing; its reader may still add them.
+        stacks_experts: Files have one tensor for all experts of a layer, see `stacked_experts`.
     """
 
     models: str
@@ -68,6 +69,7 @@ class Family:
     class_name: str
     gguf: str = ""
     fields: tuple[str, ...] = ()
+    stacks_experts: bool = False
 
     @property
     def qk_norm(self) -> QKNorm:
@@ -99,6 +101,9 @@ class Family:
 
 ROUTER = "mlp.gate.weight"
 """The matrix that scores experts, as it is called in a layer."""
+
+SINKS = "self_attn.sinks"
+"""Each head's score that no token belongs to, likewise."""
 
 
 def _layer(name: str, shape: tuple[str, ...], gguf: str) -> Tensor:
@@ -148,21 +153,26 @@ COMMON = (*BODY, *PRE_NORMS)
 
 
 def experts(
-    module: str = "mlp", parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    module: str = "mlp",
+    parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    router: str = "gate",
+    biases: bool = False,
 ) -> tuple[Tensor, ...]:
     """Return the tensors of a mixture of experts.
 
     Args:
         module: Hugging Face's name of the mixture.
         parts: Its names of an expert's gate, up and down projections.
+        router: Its name of the matrix that scores experts.
+        biases: Whether all of them have biases.
     """
-    router = Tensor(
+    scores = Tensor(
         f"model.layers.{{}}.{ROUTER}",
         ("experts", "hidden"),
-        hf=f"model.layers.{{}}.{module}.gate.weight",
+        hf=f"model.layers.{{}}.{module}.{router}.weight",
         mixture=True,
     )
-    found = [router]
+    found = [scores]
     for tensor, part in zip(MLP, parts, strict=True):
         of_expert = Tensor(
             tensor.name.replace("mlp.", "mlp.experts.{}."),
@@ -171,7 +181,13 @@ def experts(
             mixture=True,
         )
         found.append(of_expert)
-    return tuple(found)
+    return (*found, *map(_bias_of, found)) if biases else tuple(found)
+
+
+def _bias_of(weight: Tensor) -> Tensor:
+    """Return the bias of a matrix's outputs."""
+    name, hf = (own.removesuffix("weight") + "bias" for own in (weight.name, weight.hf))
+    return replace(weight, name=name, hf=hf, shape=weight.shape[:1])
 
 
 QKV_BIASES = (
@@ -226,6 +242,16 @@ MIXTRAL = (*_BODY, *PRE_NORMS, QUERIES, KEYS, *experts("block_sparse_moe", ("w1"
 QWEN3_MOE = (
     *(replace(tensor, mixture=False) if tensor in MLP else tensor for tensor in QWEN3),
     *experts(),
+)
+
+GPT_OSS = (
+    *_BODY,
+    *PRE_NORMS,
+    QUERIES,
+    KEYS,
+    *ATTENTION_BIASES,
+    Tensor(f"model.layers.{{}}.{SINKS}", ("heads",)),
+    *experts(router="router", biases=True),
 )
 
 _JOINED = {
@@ -366,6 +392,35 @@ def read_qwen3_moe(config: dict[str, Any]) -> dict[str, Any]:
     return defaults | config | {"num_experts": count, "sliding_window": window}
 
 
+def read_gpt_oss(config: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the defaults of gpt-oss, and call its fields what Qwen's are called."""
+    for name, only in (("swiglu_limit", 7.0), ("swiglu_alpha", 1.702)):
+        if config.get(name, only) != only:
+            raise EasySpecError(f"{name}={config[name]} is not supported; only {only}")
+    layers = config["num_hidden_layers"]
+    rope: dict[str, Any] = {"rope_type": "yarn", "factor": 32.0, "truncate": False}
+    rope |= {"original_max_position_embeddings": 4096}
+    defaults = {
+        "attention_bias": True,
+        "head_dim": 64,
+        "num_key_value_heads": 8,
+        "num_experts_per_tok": 4,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150000.0,
+        "sliding_window": 128,
+    }
+    own = {
+        "hidden_act": "clamped_swiglu",
+        "layer_types": config.get("layer_types") or ([SLIDING, FULL] * layers)[:layers],
+        "rope_parameters": config.get("rope_parameters") or rope,
+        "num_experts": config.get("num_local_experts") or config.get("num_experts") or 128,
+        "moe_intermediate_size": config["intermediate_size"],
+        "norm_topk_prob": True,
+    }
+    return defaults | config | own
+
+
 def read_qwen_window(config: dict[str, Any]) -> dict[str, Any]:
     """List which layers slide: none without `use_sliding_window`."""
     window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
@@ -392,6 +447,14 @@ FAMILIES: dict[str, Family] = {
         "Gemma3ForCausalLM",
         gguf="gemma3",
         fields=("attention_bias", "attn_logit_softcapping", "final_logit_softcapping"),
+    ),
+    "gpt_oss": Family(
+        "gpt-oss",
+        GPT_OSS,
+        read_gpt_oss,
+        "GptOssForCausalLM",
+        fields=("attention_bias",),
+        stacks_experts=True,
     ),
     "granite": Family(
         "Granite 3, dense",

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from easyspec_jax.checkpoint import awq, compressed_tensors, fp8, gptq
+from easyspec_jax.checkpoint import awq, compressed_tensors, fp8, gptq, mxfp4
 from easyspec_jax.checkpoint.quantized import SCALE, scale_name, whole_window
 from easyspec_jax.checkpoint.rounding import INTEGERS
 from easyspec_jax.checkpoint.stored_matrices import Format, Matrix, Parts
@@ -19,6 +19,7 @@ METHODS: dict[str, Format] = {
     "compressed-tensors": compressed_tensors.matrices,
     "fp8": fp8.matrices,
     "gptq": gptq.matrices,
+    "mxfp4": mxfp4.matrices,
 }
 """The format of every supported `quant_method`."""
 

@@ -31,7 +31,7 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 
 # Parts of quantized matrices, which are no weights by themselves; see `stored_matrices`.
 _PARTS = {
-    **{"I8": "int8", "I32": "int32", "I64": "int64"},
+    **{"I8": "int8", "U8": "uint8", "I32": "int32", "I64": "int64"},
     "F8_E4M3": "float8_e4m3fn",
 }
 
@@ -104,16 +104,19 @@ def _read_window(file: int, place: _ByteRange, window: Slices) -> np.ndarray:
     whole = tuple(slice(0, size) for size in place.shape[len(window) :])
     slices = window + whole
     out = np.empty([part.stop - part.start for part in slices], dtype)
-    row = prod(place.shape[1:]) * dtype.itemsize
-    if out.shape[1:] == place.shape[1:]:
-        # Whole rows, and scalars, are one range of bytes.
-        read_bytes(file, out, place.offset + (slices[0].start * row if slices else 0))
-    else:
-        # Some columns: one range of bytes in each row.
-        column = slices[1].start * prod(place.shape[2:]) * dtype.itemsize
-        for number, part in enumerate(out, slices[0].start):
-            read_bytes(file, part, place.offset + number * row + column)
+    _fill(file, out, place.offset, place.shape, slices)
     return out
+
+
+def _fill(file: int, out: np.ndarray, offset: int, shape: tuple[int, ...], window: Slices) -> None:
+    """Read a window, with a slice for each dimension, of an array from some byte on."""
+    row = prod(shape[1:]) * out.itemsize
+    if out.shape[1:] == shape[1:]:
+        # Whole rows, and scalars, are one range of bytes.
+        read_bytes(file, out, offset + (window[0].start * row if window else 0))
+        return
+    for number, part in enumerate(out, window[0].start):
+        _fill(file, part, offset + number * row, shape[1:], window[1:])
 
 
 def _shards(directory: Path) -> Iterator[tuple[Path, set[str] | None]]:

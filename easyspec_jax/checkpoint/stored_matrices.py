@@ -27,6 +27,19 @@ FLOATS = ("float32", "bfloat16", "float16")
 _RANGES = {"int4": (-8, 7), "int8": (-128, 127)}
 
 
+class RowScales(Protocol):
+    """Scales of a matrix."""
+
+    @property
+    def groups(self) -> int:
+        """Scales of a row."""
+        ...
+
+    def read(self, rows: slice) -> Float[np.ndarray, "rows groups"]:
+        """Read the scales of some rows, in float32."""
+        ...
+
+
 class Matrix(Protocol):
     """A matrix in parts."""
 
@@ -41,7 +54,7 @@ class Matrix(Protocol):
         ...
 
     @property
-    def scales(self) -> "Scales":
+    def scales(self) -> RowScales:
         """Its scales."""
         ...
 

@@ -14,7 +14,8 @@ import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16)
 import numpy as np
 
 Slices = tuple[slice, ...]
-"""Slices of a tensor's first one or two dimensions; the other dimensions are read whole.
+"""Slices of a tensor's first dimensions, one or two unless a source says otherwise;
+the other dimensions are read whole.
 
 Each has a start and a stop within bounds, and no step.
 """

@@ -52,6 +52,30 @@ def soft_cap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*sha
     return x if cap is None else jnp.tanh(x / np.float32(cap)) * np.float32(cap)
 
 
+def attention_weights(
+    scores: Float[Array, "batch kv_heads group tokens size"],
+    sinks: Float[Array, "kv_heads group"] | None = None,
+) -> Float[Array, "batch kv_heads group tokens size"]:
+    """Return the softmax of scores.
+
+    Args:
+        scores: Scores of cache entries; -inf for those that are not read.
+        sinks: One more score for each head, which belongs to no entry (arXiv 2309.17453): the
+            weights then sum to less than 1.
+
+    Examples:
+        >>> scores = jnp.zeros((1, 1, 1, 1, 2))
+        >>> attention_weights(scores, jnp.log(jnp.array([[2.0]])))[0, 0, 0, 0].tolist()
+        [0.25, 0.25]
+    """
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    sinks = sinks.astype(scores.dtype)[None, :, :, None, None]
+    most = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks)
+    weights = jnp.exp(scores - most)
+    return weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - most))
+
+
 class Attention(nnx.Module):
     """One device's share of a layer's attention, its pre-norm included.
 
@@ -63,6 +87,7 @@ class Attention(nnx.Module):
         head_norms: Norms of queries and keys, in families that have them, else None.
         kv_heads: Key heads of this share; it has as many value heads.
         group: Query heads for each key head.
+        sinks: One more score for each query head, or None; see attention_weights().
         scale: Multiplies scores; None for head_dim ** -0.5.
         soft_cap: Scores stay between this and its negative; None if they are not capped.
         kv_dtype: Type of the caches; "auto" is that of the hidden states.
@@ -78,6 +103,7 @@ class Attention(nnx.Module):
         *,
         kv_heads: int,
         group: int,
+        sinks: Float[Array, "*slots heads"] | None = None,
         scale: float | None = None,
         soft_cap: float | None = None,
         kv_dtype: KVDType = "auto",
@@ -88,6 +114,7 @@ class Attention(nnx.Module):
         self.kv_heads, self.group, self.kv_dtype = kv_heads, group, kv_dtype
         self.split_keys_from, self.interpret = split_keys_from, interpret
         self.scale, self.soft_cap = scale, soft_cap
+        self.sinks = None if sinks is None else nnx.Param(sinks)
 
     def __call__(
         self,
@@ -185,7 +212,8 @@ class Attention(nnx.Module):
     @property
     def _scores_plainly(self) -> bool:
         """Whether scores are what kernels compute."""
-        return self.scale in (None, self._head_dim**-0.5) and self.soft_cap is None
+        plain = self.sinks is None and self.soft_cap is None
+        return plain and self.scale in (None, self._head_dim**-0.5)
 
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """Make this share's part of an empty cache."""
@@ -259,7 +287,10 @@ class Attention(nnx.Module):
         scale = head_dim**-0.5 if self.scale is None else self.scale
         scores = soft_cap(scores * np.float32(scale), self.soft_cap)
         scores = jnp.where(mask[:, None, None], scores, np.float32(-np.inf))
-        weights = jax.nn.softmax(scores, axis=-1)
+        sinks = None
+        if self.sinks is not None:
+            sinks = self.sinks[...].reshape(self.kv_heads, self.group)
+        weights = attention_weights(scores, sinks)
         weights = weights.reshape(batch * self.kv_heads, self.group * tokens, -1)
         if cache.v_scale is not None:
             weights = weights * jnp.swapaxes(cache.v_scale, 1, 2)

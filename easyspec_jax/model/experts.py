@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from easyspec_jax.arithmetic import ceil_div, power_of_two
 from easyspec_jax.checkpoint.config import Activation, MixtureConfig
-from easyspec_jax.model.activation import ACTIVATIONS
+from easyspec_jax.model.activation import gated
 from easyspec_jax.model.matrix import Matrix
 from easyspec_jax.model.projection import Projection
 
@@ -30,6 +30,22 @@ SORTED_FROM = 65
 
 Way = Literal["chosen", "blocks", "all", "slices"]
 """How a pass goes through the experts; see the methods of Experts of these names."""
+
+
+class FeedForward(NamedTuple):
+    """One device's share of an expert, or of all on a leading axis.
+
+    Attributes:
+        gate_up: Matrix whose outputs are [gate | up] of this share: [2 * inner, hidden].
+        down: Output matrix, [hidden, inner].
+        gate_up_bias: Added to gate and up, or None.
+        down_bias: Added to the output, or None. Zero on all devices but one.
+    """
+
+    gate_up: Matrix
+    down: Matrix
+    gate_up_bias: Float[Array, "*experts both"] | None = None
+    down_bias: Float[Array, "*experts hidden"] | None = None
 
 
 class Routes(NamedTuple):
@@ -64,9 +80,7 @@ class Experts(nnx.Module):
     Attributes:
         router: The norm and the matrix whose outputs are scores of the experts; whole on every
             device.
-        gate_up: Matrices of all experts, whose outputs are [gate | up] of this share: [experts,
-            2 * inner, hidden].
-        down: Output matrices, [experts, hidden, inner].
+        parts: The experts, on a leading axis.
         per_token: Experts that a token uses.
         normalizes: Whether the weights of a token's experts are scaled to sum to 1.
         activation: Function of the gates.
@@ -76,15 +90,14 @@ class Experts(nnx.Module):
     def __init__(
         self,
         router: Projection,
-        gate_up: Matrix,
-        down: Matrix,
+        parts: FeedForward,
         *,
         per_token: int,
         normalizes: bool,
         activation: Activation,
         sorts: bool,
     ) -> None:
-        self.router, self.gate_up, self.down = router, gate_up, down
+        self.router, self.parts = router, nnx.data(parts)
         self.per_token, self.normalizes, self.sorts = per_token, normalizes, sorts
         self.activation: Activation = activation
 
@@ -101,7 +114,7 @@ class Experts(nnx.Module):
         x = h if self.router.norm is None else self.router.norm(h)
         x = x.reshape(-1, h.shape[-1])
         routes = self.route(x)
-        number, tokens = self.gate_up.shape[0], x.shape[0]
+        number, tokens = self.parts.gate_up.shape[0], x.shape[0]
         way = way_through(tokens, self.per_token, number, self.sorts)
         if way == "chosen":
             y = self._through_chosen(x, routes)
@@ -120,6 +133,8 @@ class Experts(nnx.Module):
             x: Normed hidden states, the same on every device.
         """
         scores = self.router.weight(x[None], jnp.float32)[0]
+        if self.router.bias is not None:
+            scores = scores + self.router.bias[...].astype(jnp.float32)[None, :]
         weights, experts = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), self.per_token)
         if self.normalizes:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
@@ -130,10 +145,10 @@ class Experts(nnx.Module):
     ) -> Float[Array, "tokens hidden"]:
         """Take out the matrices of each token's experts."""
         each = routes.experts.reshape(-1)
-        gate_up, down = jax.tree.map(lambda w: w[each], (self.gate_up, self.down))
+        chosen = jax.tree.map(lambda w: w[each], self.parts)
         # One token for each of the matrices taken out: [tokens * chosen, 1, 1, hidden]
         rows = jnp.repeat(x, self.per_token, axis=0)[:, None, None]
-        y = jax.vmap(self._feed_forward)(gate_up, down, rows)[:, 0, 0]
+        y = jax.vmap(self._through)(chosen, rows)[:, 0, 0]
         weighted = y * routes.weights.reshape(-1, 1)
         return jnp.sum(weighted.reshape(*routes.experts.shape, -1), axis=1)
 
@@ -141,12 +156,11 @@ class Experts(nnx.Module):
         self, x: Float[Array, "tokens hidden"], routes: Routes
     ) -> Float[Array, "tokens hidden"]:
         """Multiply all tokens by all experts; those that a token does not use have weight 0."""
-        experts, tokens = self.gate_up.shape[0], x.shape[0]
+        experts, tokens = self.parts.gate_up.shape[0], x.shape[0]
         # [tokens, chosen] -> [experts, tokens]
         rows = jnp.arange(tokens, dtype=jnp.int32)[:, None]
         weights = jnp.zeros((experts, tokens)).at[routes.experts, rows].set(routes.weights)
-        through = jax.vmap(self._feed_forward, in_axes=(0, 0, None))
-        y = through(self.gate_up, self.down, x[None])
+        y = jax.vmap(self._through, in_axes=(0, None))(self.parts, x[None])
         return jnp.sum(y[:, 0] * weights[:, :, None], axis=0)
 
     def _through_slices(
@@ -170,18 +184,23 @@ class Experts(nnx.Module):
         """Go through blocks of tokens, each of which uses one expert."""
 
         def add(total: Array, block: Blocks) -> tuple[Array, None]:
-            gate_up, down = jax.tree.map(lambda w: w[block.expert], (self.gate_up, self.down))
-            y = self._feed_forward(gate_up, down, x[block.tokens][None])[0]
+            expert = jax.tree.map(lambda w: w[block.expert], self.parts)
+            y = self._through(expert, x[block.tokens][None])[0]
             return total.at[block.tokens].add(y * block.weights[:, None]), None
 
         return jax.lax.scan(add, jnp.zeros(x.shape, jnp.float32), blocks)[0]
 
-    def _feed_forward(
-        self, gate_up: Matrix, down: Matrix, x: Float[Array, "batch tokens hidden"]
+    def _through(
+        self, expert: FeedForward, x: Float[Array, "batch tokens hidden"]
     ) -> Float[Array, "batch tokens hidden"]:
         """Send tokens through one expert; the result is float32."""
-        gate, up = jnp.split(gate_up(x), 2, axis=-1)
-        return down(ACTIVATIONS[self.activation](gate) * up, jnp.float32)
+        both = expert.gate_up(x)
+        if expert.gate_up_bias is not None:
+            both = both + expert.gate_up_bias[None, None, :]
+        y = expert.down(gated(self.activation, *jnp.split(both, 2, axis=-1)), jnp.float32)
+        if expert.down_bias is not None:
+            y = y + expert.down_bias.astype(jnp.float32)[None, None, :]
+        return y
 
 
 def way_through(tokens: int, per_token: int, experts: int, sorts: bool) -> Way:

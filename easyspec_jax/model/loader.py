@@ -21,13 +21,13 @@ from jaxtyping import Array
 
 from easyspec_jax.arithmetic import ceil_div
 from easyspec_jax.checkpoint.config import MixtureConfig, ModelConfig
-from easyspec_jax.checkpoint.families import EMBEDDING, FINAL_NORM, HEAD, ROUTER
+from easyspec_jax.checkpoint.families import EMBEDDING, FINAL_NORM, HEAD, ROUTER, SINKS
 from easyspec_jax.checkpoint.quantized import OFFSET, Dequantized, Quantized, scale_name
 from easyspec_jax.checkpoint.rounding import INTEGERS
 from easyspec_jax.checkpoint.tensors import Slices, TensorSource, window_blocks
 from easyspec_jax.checkpoint.translated import UNKNOWN
 from easyspec_jax.model.attention import Attention
-from easyspec_jax.model.experts import Experts
+from easyspec_jax.model.experts import Experts, FeedForward
 from easyspec_jax.model.head_norms import FullNorms, HeadNorms
 from easyspec_jax.model.matrix import Matrix
 from easyspec_jax.model.norm import RMSNorm
@@ -196,10 +196,16 @@ class Loader:
         of_expert = f"{prefix}experts.{{}}."
         gate_up = matrix(_gate_and_up(of_expert, entries), hidden, self.axes, dimension=0)
         down = matrix({f"{of_expert}down_proj.weight": entries}, hidden, self.axes, dimension=1)
-        return Experts(
-            self._projection(_MLP_NORM, {f"{_LAYER}{ROUTER}": every}, (), (index,)),
+        down_bias = bias_once(f"{of_expert}down_proj.bias", hidden, self.axes, len(entries))
+        parts = FeedForward(
             self.matrix(gate_up.for_experts(index, count)),
             self.matrix(down.for_experts(index, count)),
+            self._bias(bias_of(gate_up).for_experts(index, count)),
+            self._bias(down_bias.for_experts(index, count)),
+        )
+        return Experts(
+            self._projection(_MLP_NORM, {f"{_LAYER}{ROUTER}": every}, (), (index,)),
+            parts,
             per_token=mixture.num_experts_per_tok,
             normalizes=mixture.norm_topk_prob,
             activation=self.config.hidden_act,
@@ -301,6 +307,7 @@ class Loader:
             self._head_norms(axes, layers, slots),
             kv_heads=layout.kv_heads,
             group=layout.group,
+            sinks=self._sinks(axes, layers, slots),
             scale=self.config.attention_multiplier,
             soft_cap=self.config.attn_logit_softcapping,
             kv_dtype=self.kv_dtype,
@@ -331,6 +338,13 @@ class Loader:
             axes=axes,
         )
 
+    def _sinks(self, axes: Axes, layers: Sequence[int], slots: int | None) -> Array | None:
+        """Load the sinks of a share's heads, in families that have them."""
+        if not self.config.attention_sinks:
+            return None
+        heads = self._head_layout(axes).query_index
+        return self._load(split_vector(f"{_LAYER}{SINKS}", heads, axes), layers, slots)
+
     def _output(
         self,
         name: str,
@@ -343,10 +357,9 @@ class Loader:
         hidden = self.config.hidden_size
         weight = matrix({f"{_LAYER}{name}.weight": columns}, hidden, axes, dimension=1)
         bias = bias_once(f"{_LAYER}{name}.bias", hidden, axes, shards=len(columns))
-        bias = self._of_layers(bias, layers, slots).only(self.source.shapes())
         return Output(
             self.matrix(self._of_layers(weight, layers, slots)),
-            self.load(bias) if bias.copies else None,
+            self._bias(self._of_layers(bias, layers, slots)),
             multiplier=self.config.residual_multiplier,
         )
 
@@ -372,15 +385,19 @@ class Loader:
         """Load a pre-norm and the matrix that has rows of these tensors."""
         hidden = self.config.hidden_size
         weight = matrix(tensors, hidden, axes, dimension=0)
-        # Where a layer has no bias, its part of a stack stays zero.
-        bias = self._of_layers(bias_of(weight), layers, slots).only(self.source.shapes())
         has_norm = self.config.pre_norm
         return Projection(
             self._norm(f"{_LAYER}{norm}.weight", hidden, layers, slots) if has_norm else None,
             self.matrix(self._of_layers(weight, layers, slots)),
-            self.load(bias) if bias.copies else None,
+            self._bias(self._of_layers(bias_of(weight), layers, slots)),
             dtype=self.dtype,
         )
+
+    def _bias(self, plan: ArrayPlan) -> Array | None:
+        """Carry out the plan of a bias, if the checkpoint has any of its tensors."""
+        # Where a layer of a stack has no bias, its part stays zero.
+        plan = plan.only(self.source.shapes())
+        return self.load(plan) if plan.copies else None
 
     def _norm(
         self, weight: str, size: int, layers: Sequence[int] = (0,), slots: int | None = None

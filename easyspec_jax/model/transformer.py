@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from easyspec_jax.checkpoint.config import Activation, ModelConfig
 from easyspec_jax.kernels import gate_up as kernel
-from easyspec_jax.model.activation import ACTIVATIONS
+from easyspec_jax.model.activation import gated
 from easyspec_jax.model.attention import Attention, soft_cap
 from easyspec_jax.model.cache import KVCache
 from easyspec_jax.model.experts import Experts
@@ -70,7 +70,7 @@ class MLP(nnx.Module):
         else:
             # A shard's rows are [its gate | its up], so that one product computes both.
             gate, up = jnp.split(own(h), 2, axis=-1)
-            x = ACTIVATIONS[self.activation](gate) * up
+            x = gated(self.activation, gate, up)
         return self.down(x)
 
     def _fuses(self, own: Projection) -> bool:

@@ -6,7 +6,7 @@ from statistics import fmean, median
 from typing import Any
 
 from easyspec_jax.checkpoint.config import read_json
-from easyspec_jax.checkpoint.families import FAMILIES, Family
+from easyspec_jax.checkpoint.families import FAMILIES, SINKS, Family
 from experiments.lib.sections import sections
 from experiments.lib.tables import Rows, distinct, markdown, matching
 from experiments.registry import SCRIPTS, known
@@ -77,6 +77,8 @@ def _traits(family: Family) -> Iterator[str]:
     if family.has("self_attn.output_norm.weight"):
         before = "before and after" if family.has("input_layernorm.weight") else "only after"
         yield f"norms {before} attention and MLP"
+    if family.has(SINKS):
+        yield "attention sinks"
     if family.has_experts:
         yield "mixtures of experts"
     if any(tensor.after for tensor in family.tensors):

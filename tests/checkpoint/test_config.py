@@ -1,6 +1,8 @@
 """ModelConfig reads `config.json` as transformers does, and refuses unsupported fields by name."""
 
 import json
+import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 from transformers import AutoConfig
 
 from easyspec_jax.checkpoint.config import (
+    Activation,
     MixtureConfig,
     ModelConfig,
     model_config,
@@ -17,7 +20,7 @@ from easyspec_jax.checkpoint.config import (
 )
 from easyspec_jax.checkpoint.families import FAMILIES, QKNorm
 from easyspec_jax.checkpoint.layer_kinds import LayerKind
-from easyspec_jax.checkpoint.rope import Llama3Scaling, Rope
+from easyspec_jax.checkpoint.rope import Llama3Scaling, Rope, RopeScaling, YarnScaling
 from easyspec_jax.errors import EasySpecError
 
 LLAMA3 = {
@@ -89,6 +92,7 @@ for refused in (  # by transformers
     ("qwen3_moe", "no key-value heads"),
     ("gemma2", "no key-value heads"),
     ("gemma3_text", "no key-value heads"),
+    ("gpt_oss", "no key-value heads"),
     ("gemma3_text", "both, at odds"),
     *(("phi3", spelling) for spelling in SPELLINGS if "llama3" in spelling or "by 1" in spelling),
     ("phi3", "both, at odds"),
@@ -97,6 +101,9 @@ for refused in (  # by transformers
 
 OWN = ("granite", "gemma2", "gemma3_text")
 """Families with multipliers and caps."""
+
+SLIDING = ("gemma2", "gemma3_text", "gpt_oss")
+"""Families in which some layers have a window by default."""
 
 NORMS: dict[str, QKNorm] = {
     "qwen3": "head",
@@ -107,7 +114,10 @@ NORMS: dict[str, QKNorm] = {
 """Norms of queries and keys, in families that have them."""
 
 BIASES = {
-    "attention_bias": ("llama", "qwen3", "qwen3_moe", "granite", "olmo2", "gemma2", "gemma3_text"),
+    "attention_bias": (
+        *("llama", "qwen3", "qwen3_moe", "granite", "olmo2", "gemma2", "gemma3_text"),
+        "gpt_oss",
+    ),
     "mlp_bias": ("llama", "granite"),
 }
 """Families that read these fields; others have a bias always or never."""
@@ -116,7 +126,7 @@ BIASES = {
 @pytest.mark.parametrize(("family", "spelling"), CASES)
 def test_agrees_with_transformers(family, spelling, tmp_path):
     config = {"model_type": family, "sliding_window": None} | SIZES | SPELLINGS[spelling]
-    if family.startswith("gemma"):
+    if family in SLIDING:
         config["layer_types"] = ["full_attention"] * SIZES["num_hidden_layers"]
     if family.startswith("qwen"):
         config |= {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 2}
@@ -159,7 +169,7 @@ def test_agrees_on_what_transformers_writes(family, tmp_path):
     sizes = SIZES | {"torch_dtype": None, "dtype": "bfloat16", "sliding_window": None}
     if family == "phi3":
         rope = {"rope_type": "default", "rope_theta": 5e5}
-    if family.startswith("gemma"):
+    if family in SLIDING:
         sizes["layer_types"] = ["full_attention"] * SIZES["num_hidden_layers"]
     if family == "gemma3_text":
         rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default"}}
@@ -195,9 +205,10 @@ def as_transformers_reads(directory: Path) -> ModelConfig:
         layers=tuple(layer_kind(config, head_dim, name) for name in types),
         max_position_embeddings=config.max_position_embeddings,
         tie_word_embeddings=config.tie_word_embeddings,
-        hidden_act=config.hidden_activation if is_gemma else config.hidden_act,
+        hidden_act=activation_of(config),
         attention_bias=kind in BIASES["attention_bias"] and config.attention_bias,
         mlp_bias=kind in BIASES["mlp_bias"] and config.mlp_bias,
+        attention_sinks=kind == "gpt_oss",
         qk_norm=NORMS.get(kind, "none"),
         pre_norm=kind != "olmo2",
         post_norm=kind in ("gemma2", "gemma3_text", "olmo2"),
@@ -214,6 +225,12 @@ def as_transformers_reads(directory: Path) -> ModelConfig:
         dtype=str(config.dtype).removeprefix("torch."),
         mixture=mixture_as_transformers_reads(config),
     )
+
+
+def activation_of(config: Any) -> Activation:
+    if config.model_type == "gpt_oss":
+        return "clamped_swiglu"
+    return getattr(config, "hidden_activation", None) or config.hidden_act
 
 
 def mixture_as_transformers_reads(config: Any) -> MixtureConfig | None:
@@ -253,6 +270,7 @@ def test_mixtures_agree_with_transformers(fields, tmp_path):
     [
         ({"num_experts_per_tok": 9, "num_local_experts": 8}, "is more than the 8 experts"),
         ({"num_experts_per_tok": 0}, "num_experts_per_tok=0 must be at least 1"),
+        ({"num_local_experts": 2**20}, "1048576 experts in 3 layers are more than"),
         ({"num_local_experts": "8"}, "num_local_experts='8' has the wrong type; expected int"),
     ],
 )
@@ -264,11 +282,24 @@ def test_refuses_mixtures_that_cannot_be(fields, message):
 def layer_kind(config: Any, head_dim: int, name: str) -> LayerKind:
     """Read how a type of layer rotates and how far back it reads."""
     rope = config.rope_parameters.get(name, config.rope_parameters)
-    is_scaled = rope["rope_type"] == "llama3"
-    scaling = Llama3Scaling(*(rope[field] for field in LLAMA3)) if is_scaled else None
     slides = name == "sliding_attention" and config.sliding_window < config.max_position_embeddings
     window = config.sliding_window if slides else None
-    return LayerKind(Rope(rope["rope_theta"], head_dim, scaling), window)
+    return LayerKind(Rope(rope["rope_theta"], head_dim, scaling_of(rope)), window)
+
+
+def scaling_of(rope: Mapping[str, Any]) -> RopeScaling | None:
+    if rope["rope_type"] == "llama3":
+        return Llama3Scaling(*(rope[field] for field in LLAMA3))
+    if rope["rope_type"] != "yarn" or rope["factor"] == 1:
+        return None
+    return YarnScaling(
+        factor=rope["factor"],
+        original=rope["original_max_position_embeddings"],
+        beta_fast=rope["beta_fast"],
+        beta_slow=rope["beta_slow"],
+        truncate=rope["truncate"],
+        attention_factor=0.1 * math.log(rope["factor"]) + 1,
+    )
 
 
 @pytest.mark.parametrize(
@@ -370,8 +401,8 @@ def test_generation_config_decides_what_stops(tmp_path):
         ),
         (
             {"model_type": "mamba"},
-            "model_type 'mamba' is not supported; supported: gemma2, gemma3_text, granite, llama, "
-            "mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe",
+            "model_type 'mamba' is not supported; supported: gemma2, gemma3_text, gpt_oss, "
+            "granite, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe",
         ),
         ({"model_type": None}, "model_type 'None' is not supported"),
         ({"model_type": ["llama"]}, "is not supported"),

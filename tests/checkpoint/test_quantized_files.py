@@ -64,7 +64,7 @@ def test_it_is_converted_without_a_loss(tmp_path, method):
     ("settings", "shown"),
     [
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
-        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"quant_method": "quark"}, "quark"),
         ({"quant_method": ["gptq"]}, "gptq"),
         ({"bits": 4}, "None"),
         ("int8", "int8"),

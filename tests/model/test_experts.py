@@ -9,7 +9,14 @@ import pytest
 
 from easyspec_jax.checkpoint.config import MixtureConfig
 from easyspec_jax.model import experts as module
-from easyspec_jax.model.experts import Experts, Routes, block_size, blocks_of, numbers_in_memory
+from easyspec_jax.model.experts import (
+    Experts,
+    FeedForward,
+    Routes,
+    block_size,
+    blocks_of,
+    numbers_in_memory,
+)
 from easyspec_jax.model.matrix import Matrix
 from easyspec_jax.model.norm import RMSNorm
 from easyspec_jax.model.projection import Projection
@@ -25,11 +32,10 @@ def made(normalizes: bool = True, sorts: bool = True) -> Experts:
 
     norm = RMSNorm(jnp.ones(HIDDEN), eps=1e-6)
     router = Projection(norm, matrix(EXPERTS, HIDDEN), None, dtype=jnp.float32)
-    gate_up, down = matrix(EXPERTS, 2 * INNER, HIDDEN), matrix(EXPERTS, HIDDEN, INNER)
+    parts = FeedForward(matrix(EXPERTS, 2 * INNER, HIDDEN), matrix(EXPERTS, HIDDEN, INNER))
     return Experts(
         router,
-        gate_up,
-        down,
+        parts,
         per_token=CHOSEN,
         normalizes=normalizes,
         activation="silu",
@@ -43,7 +49,7 @@ def hidden(tokens: int) -> jax.Array:
 
 def by_hand(model: Experts, h: jax.Array) -> np.ndarray:
     """Send one token at a time through one expert at a time, in NumPy."""
-    gate_up, down = np.asarray(model.gate_up.values[...]), np.asarray(model.down.values[...])
+    gate_up, down = (np.asarray(each.values[...]) for each in model.parts[:2])
     router, result = np.asarray(model.router.weight.values[...]), []
     for token in np.asarray(h[0]):
         x = token / np.sqrt(np.mean(token**2) + 1e-6)

@@ -23,6 +23,8 @@ PUBLISHED = {
     "Qwen3-32B": 32.8,
     "Qwen3-8B": 8.19,
     "Qwen3-0.6B": 0.596,
+    "gpt-oss-120b": 116.83,
+    "gpt-oss-20b": 20.91,
 }
 """Billions of parameters, from the model cards."""
 

@@ -157,6 +157,28 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
             "sliding_window_pattern": 3,
         },
     ),
+    "gpt_oss": (
+        transformers.GptOssConfig,
+        {
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "intermediate_size": 36,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "sliding_window": 20,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 128,
+            },
+        },
+    ),
     # A layer without experts, and inner channels that no mesh divides.
     "qwen3_moe": (
         transformers.Qwen3MoeConfig,
@@ -199,7 +221,7 @@ def save_model(directory: Path, family: str, seed: int = 0, **options: Any) -> A
     # Move biases and norms away from their neutral values, so that ignoring one shows.
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:
+            if name.endswith(("bias", "sinks")) or "norm" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.eval().save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)

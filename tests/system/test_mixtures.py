@@ -15,12 +15,12 @@ PROMPTS = ["a quick brown fox", "the"]
 GREEDY = SamplingParams(max_new_tokens=24)
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """A mixture and its dense sibling, and transformers' greedy tokens."""
+@pytest.fixture(scope="module", params=[("qwen3_moe", "qwen3"), ("gpt_oss", "gpt_oss")], ids=str)
+def pair(tmp_path_factory, request):
+    """A mixture, its dense sibling or another mixture, and transformers' greedy tokens."""
     target, draft = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("draft")
-    model = save_model(target, "qwen3_moe", num_hidden_layers=3)
-    save_model(draft, "qwen3", num_hidden_layers=4)
+    model = save_model(target, request.param[0], num_hidden_layers=3)
+    save_model(draft, request.param[1], num_hidden_layers=4)
     texts = []
     for prompt in PROMPTS:
         ids = open_model(target, speculative=VANILLA).tokenizer.encode(prompt)
@@ -47,7 +47,7 @@ def test_experts_are_rounded_and_the_router_is_not(pair):
         return open_model(target, speculative=VANILLA, **options).load()[0].blocks[0]
 
     experts = mixture(weights="int8").mlp
-    assert experts.gate_up.dtype == experts.down.dtype == "int8"
+    assert experts.parts.gate_up.dtype == experts.parts.down.dtype == "int8"
     assert experts.router.weight.dtype == "float32"
     assert bytes_per_device(experts) < 0.5 * bytes_per_device(mixture().mlp)
 
