@@ -329,6 +329,20 @@ SCRIPTS = (
         ),
     ),
     Script(
+        "context_length",
+        "ours",
+        "steps and rounds by the length of the text and the capacity of the caches",
+        (
+            Result(
+                "context_length",
+                "Long texts: steps by the length of the text",
+                "--repeats 5",
+                "--capacities 4096 --lengths 100 1000 --repeats 1",
+            ),
+        ),
+        draws=True,
+    ),
+    Script(
         "bench_round",
         "bench",
         "what a round takes beyond its passes",

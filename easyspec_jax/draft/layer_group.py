@@ -39,7 +39,7 @@ from easyspec_jax.model.experts import Experts
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.projection import Projection
 from easyspec_jax.model.transformer import MLP, Block, Decoder, Hidden, PostNorms, run_exact
-from easyspec_jax.model.windows import Window, Windows
+from easyspec_jax.model.windows import Window, Windows, stacked
 from easyspec_jax.parallel.collectives import all_reduce
 from easyspec_jax.parallel.mesh import ALL_AXES, LAYER, TENSOR, Axes
 
@@ -240,8 +240,8 @@ class LayerGroup(nnx.Module):
         )
         return attend(self.attention, q, cache, window), cache
 
-    def _slot_windows(self, windows: Windows) -> tuple[Window, int | None]:
-        """Return the window of this device's slots, and its axis to `vmap` over.
+    def _slot_windows(self, windows: Windows) -> tuple[Window, Window | None]:
+        """Return the window of this device's slots, and its axes to `vmap` over.
 
         Layers of different kinds have a window each, stacked on axis 0; layers of one kind share
         one.
@@ -254,8 +254,7 @@ class LayerGroup(nnx.Module):
         table = np.zeros(devices * self.slots, np.int32)
         table[: len(self.kinds)] = self.kinds
         own = jnp.asarray(table.reshape(devices, -1))[jax.lax.axis_index(LAYER)]
-        everywhere = (window.everywhere for window in windows)
-        return jax.tree.map(lambda *of_kinds: jnp.stack(of_kinds)[own], *everywhere), 0
+        return stacked(windows, own)
 
     def _through_mlps(self, first: int, inputs: Sequence[Hidden]) -> Hidden:
         """Sum this share's outputs of consecutive MLPs in the fuzzy pass, each on its own input."""

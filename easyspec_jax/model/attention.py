@@ -1,5 +1,7 @@
 """Attention of one layer: rotary embeddings, grouped queries, and a mask over a per-row cache."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +76,11 @@ def attention_weights(
     most = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks)
     weights = jnp.exp(scores - most)
     return weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - most))
+
+
+def _first(cache: KVCache, size: int, slot: int | None) -> KVCache:
+    """Take a cache's first entries, of one layer if it is a stack of several."""
+    return jax.tree.map(lambda x: x[:, :size] if slot is None else x[slot, :, :size], cache)
 
 
 class Attention(nnx.Module):
@@ -273,9 +280,34 @@ class Attention(nnx.Module):
                 q[None], k, v, window.mask, slot=slot or 0, interpret=self.interpret
             )
             return self.out(mixed[0])
-        if slot is not None:
-            cache = jax.tree.map(lambda x: x[slot], cache)
-        cache, mask = jax.tree.map(window.cut, cache), window.cut_mask
+        if window.size:
+            own = jax.tree.map(window.cut, _first(cache, cache.capacity, slot))
+            mixed = self._mix(q, own, window.cut_mask)
+        else:
+            parts = window.parts or (cache.capacity,)
+            branches = [partial(self._mix_part, size=size, slot=slot) for size in parts]
+            part = np.int32(0) if window.part is None else window.part
+            mixed = jax.lax.switch(part, branches, q, cache, window.mask)
+        # Back to one row per token, heads side by side: [batch, tokens, queries * head_dim].
+        mixed = mixed.reshape(batch, self.kv_heads * self.group, tokens, head_dim)
+        mixed = mixed.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
+        return self.out(mixed)
+
+    def _mix_part(
+        self, q: Array, cache: KVCache, mask: Array, *, size: int, slot: int | None
+    ) -> Array:
+        """Mix the values of a cache's first entries; see _mix()."""
+        # The entries are taken out within the branch, so that the others cost nothing.
+        return self._mix(q, _first(cache, size, slot), mask[..., :size])
+
+    def _mix(
+        self,
+        q: Float[Array, "batch_heads group_tokens head_dim"],
+        cache: KVCache,
+        mask: Bool[Array, "batch tokens capacity"],
+    ) -> Float[Array, "batch_heads group_tokens head_dim"]:
+        """Mix values by softmax of masked scores."""
+        (batch, tokens, _), head_dim = mask.shape, q.shape[-1]
         # int8 is exact in every float type. Scales multiply scores and weights, which are small,
         # so that no float copy of the cache is needed: (q · k_int8) * scale = q · (k_int8 * scale).
         k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
@@ -294,11 +326,7 @@ class Attention(nnx.Module):
         weights = weights.reshape(batch * self.kv_heads, self.group * tokens, -1)
         if cache.v_scale is not None:
             weights = weights * jnp.swapaxes(cache.v_scale, 1, 2)
-        mixed = jnp.einsum("kqs,ksd->kqd", weights.astype(q.dtype), v)
-        # Back to one row per token, heads side by side: [batch, tokens, queries * head_dim].
-        mixed = mixed.reshape(batch, self.kv_heads * self.group, tokens, head_dim)
-        mixed = mixed.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
-        return self.out(mixed)
+        return jnp.einsum("kqs,ksd->kqd", weights.astype(q.dtype), v)
 
     def _splits_keys(self, cache: KVCache) -> bool:
         """Return whether a kernel mixes the values of this cache."""

@@ -125,6 +125,7 @@ class Loader:
             axes=self.axes,
             num_ids=self.num_ids,
             unknown=self._unknown(),
+            parts=self.kernels.reads_parts,
         )
 
     def layer(self, index: int) -> Layer:

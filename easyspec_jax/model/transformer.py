@@ -185,6 +185,7 @@ class Decoder(nnx.Module):
         unknown: -inf at this device's further ids that get none, 0 at others; None without any.
         cuts: Whether sliding layers cut what they read out of large caches. Where a cut begins
             depends on the pass, and so do the last bits of sums over it.
+        parts: Whether other layers read only as large a part of them as texts need.
     """
 
     def __init__(
@@ -198,12 +199,13 @@ class Decoder(nnx.Module):
         axes: Axes,
         num_ids: int,
         unknown: Float[Array, " rows"] | None = None,
+        parts: bool = False,
     ) -> None:
         self.embedding, self.norm, self.head = embedding, norm, head
         self.blocks = nnx.List(blocks)
         self.config, self.axes, self.num_ids = config, axes, num_ids
         self.unknown = nnx.data(unknown)
-        self.cuts = True
+        self.cuts, self.parts = True, parts
 
     def __call__(
         self,
@@ -238,10 +240,10 @@ class Decoder(nnx.Module):
     ) -> Windows:
         """Make the windows of whatever says where the tokens are."""
         if isinstance(at, Nodes):
-            return tree_windows(at, capacity, self.config, self.cuts)
+            return tree_windows(at, capacity, self.config, self.cuts, self.parts)
         if isinstance(at, tuple):
             return at
-        return chain_windows(at, tokens, capacity, self.config, self.cuts)
+        return chain_windows(at, tokens, capacity, self.config, self.cuts, self.parts)
 
     def embed(self, tokens: Int[Array, "batch tokens"]) -> Hidden:
         """Look up embeddings; one all-reduce where the embedding is split."""

@@ -25,11 +25,17 @@ ALIGNMENT = 128
 WORTH = 3
 """How many times as many entries a cache must have, since those taken out are written and read."""
 
+SHORTEST = 512
+"""Entries of the shortest part of a cache that is read instead of all."""
+
+LARGE = 1024
+"""Entries of the smallest cache of which only a part is read."""
+
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["start", "mask", "cos", "sin", "first"],
-    meta_fields=["size"],
+    data_fields=["start", "mask", "cos", "sin", "first", "part"],
+    meta_fields=["size", "parts"],
 )
 @dataclass(frozen=True)
 class Window:
@@ -42,6 +48,9 @@ class Window:
         sin: Sines of each token's rotation, float32.
         first: Row b's tokens read no entry before first[b]; None where they may read any.
         size: They read none from first[b] + size on; 0 where they may.
+        part: Number of the shortest of `parts` that holds all entries which any row reads; None if
+            that is not known.
+        parts: Sizes of parts of the cache, each from its first entry on; the last one is all of it.
     """
 
     start: Int[Array, " batch"]
@@ -50,10 +59,12 @@ class Window:
     sin: Float[Array, "*slots batch tokens half"]
     first: Int[Array, " batch"] | None = None
     size: int = 0
+    part: Int[Array, ""] | None = None
+    parts: tuple[int, ...] = ()
 
     @property
     def everywhere(self) -> "Window":
-        """The same, without a promise about what is read."""
+        """The same, with a promise only about what no row reads."""
         return replace(self, first=None, size=0)
 
     def cut(
@@ -85,12 +96,30 @@ Windows = tuple[Window, ...]
 """One Window for each of `ModelConfig.kinds`."""
 
 
+def stacked(windows: Windows, kinds: Int[Array, " slots"]) -> tuple[Window, Window]:
+    """Return a window for each of several layers of different kinds, stacked.
+
+    Args:
+        windows: The window of every kind.
+        kinds: The kind of each layer.
+
+    Returns:
+        The stack, and the axis of each of its arrays for `vmap`: 0, or None for what all share.
+    """
+    own = ("mask", "cos", "sin")
+    stacks = {name: jnp.stack([getattr(one, name) for one in windows])[kinds] for name in own}
+    shared = windows[0].everywhere
+    axes = replace(jax.tree.map(lambda _: None, shared), **dict.fromkeys(own, 0))
+    return replace(shared, **stacks), axes
+
+
 def chain_windows(
     start: Int[Array, " batch"],
     tokens: int,
     capacity: int,
     config: ModelConfig,
     cuts: bool = True,
+    parts: bool = False,
 ) -> Windows:
     """Make the windows of consecutive tokens, each of which reads everything up to itself.
 
@@ -100,6 +129,7 @@ def chain_windows(
         capacity: Entries of the cache.
         config: The model's configuration, for its kinds of layers.
         cuts: Whether sliding layers cut what they read out of large caches.
+        parts: Whether other layers read only as large a part of them as texts need.
     """
     positions = start[:, None] + jnp.arange(tokens, dtype=start.dtype)[None, :]
     # Two tokens behind a text of three, capacity 6:
@@ -107,8 +137,22 @@ def chain_windows(
     #   token 1   1 1 1 1 1 0
     entries = jnp.arange(capacity, dtype=start.dtype)[None, None, :]
     mask = entries <= positions[:, :, None]
-    stretch = (start, tokens) if cuts else None
+    stretch = Stretch(start, tokens, parts) if cuts else None
     return make_windows(start, mask, positions, entries, config, stretch)
+
+
+class Stretch(NamedTuple):
+    """Which entries behind a text are read at all.
+
+    Attributes:
+        begin: Position, and entry, of each row's first token or root.
+        count: Entries from there on.
+        parts: Whether layers may read only a part of a large cache.
+    """
+
+    begin: Int[Array, " batch"]
+    count: int
+    parts: bool
 
 
 class Nodes(NamedTuple):
@@ -130,7 +174,9 @@ class Nodes(NamedTuple):
     ancestors: Bool[Array, "batch tokens nodes"]
 
 
-def tree_windows(nodes: Nodes, capacity: int, config: ModelConfig, cuts: bool = True) -> Windows:
+def tree_windows(
+    nodes: Nodes, capacity: int, config: ModelConfig, cuts: bool = True, parts: bool = False
+) -> Windows:
     """Make the windows of nodes, each of which reads the text and its own path (tree attention).
 
     Args:
@@ -138,6 +184,7 @@ def tree_windows(nodes: Nodes, capacity: int, config: ModelConfig, cuts: bool = 
         capacity: Entries of the cache.
         config: The model's configuration, for its kinds of layers.
         cuts: Whether sliding layers cut what they read out of large caches.
+        parts: Whether other layers read only as large a part of them as texts need.
     """
     start, root, depth, ancestors = nodes
     # A text of two tokens, then a root (node 0) with children 1 and 2, capacity 6:
@@ -157,7 +204,7 @@ def tree_windows(nodes: Nodes, capacity: int, config: ModelConfig, cuts: bool = 
         entries = jnp.broadcast_to(entries, before.shape)
         entries = put(entries, root[:, None, None] + depths, root)
     mask, positions = put(before, ancestors, root), root[:, None] + depth
-    stretch = (root, ancestors.shape[2]) if cuts else None
+    stretch = Stretch(root, ancestors.shape[2], parts) if cuts else None
     return make_windows(start, mask, positions, entries, config, stretch)
 
 
@@ -167,7 +214,7 @@ def make_windows(
     positions: Int[Array, "batch tokens"],
     entries: Int[Array | np.ndarray, "#batch #tokens capacity"],
     config: ModelConfig,
-    stretch: tuple[Int[Array, " batch"], int] | None = None,
+    stretch: Stretch | None = None,
 ) -> Windows:
     """Make the window of every kind of layer.
 
@@ -177,8 +224,7 @@ def make_windows(
         positions: Position of each token in its text.
         entries: Position of each entry in the text, right for those that the token may read.
         config: The model's configuration, for its kinds of layers.
-        stretch: Position, and entry, of each row's first token or root, and how many entries from
-            there on are read at all; None if entries are ordered otherwise.
+        stretch: Which entries behind each text are read; None if they are ordered otherwise.
     """
     rotations, masks = {}, {}
     for kind in config.kinds:
@@ -194,20 +240,24 @@ def make_windows(
     windows = []
     for kind in config.kinds:
         window = Window(start, masks[kind.window], *rotations[kind.rope])
-        windows.append(window if stretch is None else _bounded(window, kind.window, *stretch))
+        windows.append(window if stretch is None else _bounded(window, kind.window, stretch))
     return tuple(windows)
 
 
-def _bounded(window: Window, tokens: int | None, begin: Int[Array, " batch"], count: int) -> Window:
+def _bounded(window: Window, tokens: int | None, stretch: Stretch) -> Window:
     """Say which entries of a large cache are read at all.
 
     Args:
         window: The window.
         tokens: How many tokens a sliding layer reads; None if it reads all.
-        begin: Position, and entry, of each row's first token or root.
-        count: Entries from there on that are read at all.
+        stretch: Entries behind the text that are read at all.
     """
-    capacity = window.mask.shape[-1]
+    capacity, (begin, count, parts) = window.mask.shape[-1], stretch
+    if parts and capacity >= LARGE:
+        # A text that ends at entry 700 needs the second of the parts 512, 1024 and 2048.
+        sizes = np.array(_parts(capacity), begin.dtype)
+        part = jnp.sum(jnp.max(begin) + count > sizes[:-1], dtype=jnp.int32)
+        window = replace(window, part=part, parts=tuple(sizes.tolist()))
     if tokens is None:
         return window
     # A window of 4, and two tokens behind a text of ten, read entries 7 to 11.
@@ -216,6 +266,19 @@ def _bounded(window: Window, tokens: int | None, begin: Int[Array, " batch"], co
         return window
     first = jnp.clip(begin - (tokens - 1), 0, capacity - size)
     return replace(window, first=first, size=size)
+
+
+def _parts(capacity: int) -> list[int]:
+    """Return the sizes of the parts of a cache.
+
+    Examples:
+        >>> _parts(2176)
+        [512, 1024, 2048, 2176]
+    """
+    sizes = [SHORTEST]
+    while 2 * sizes[-1] < capacity:
+        sizes.append(2 * sizes[-1])
+    return [*sizes, capacity]
 
 
 def _slides(config: ModelConfig, capacity: int) -> bool:

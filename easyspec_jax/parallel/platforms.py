@@ -17,6 +17,8 @@ class PlatformSettings:
             for never.
         sorts_by_expert: Send the tokens of a long pass only through the experts that they use,
             which takes less arithmetic and many more kernels.
+        reads_parts: Let the length of the texts decide how large a part of a large cache is read,
+            by a branch in each layer. The host of a GPU would have to wait for each.
     """
 
     compiler_options: Mapping[str, bool | int | str] = field(default_factory=dict, hash=False)
@@ -24,12 +26,13 @@ class PlatformSettings:
     fused_mlp: bool = False
     split_keys_from: int | None = None
     sorts_by_expert: bool = False
+    reads_parts: bool = False
 
 
 SETTINGS: dict[str, PlatformSettings] = {
-    "cpu": PlatformSettings(sorts_by_expert=True),
+    "cpu": PlatformSettings(sorts_by_expert=True, reads_parts=True),
     "gpu": PlatformSettings(),
-    "tpu": PlatformSettings(),
+    "tpu": PlatformSettings(reads_parts=True),
 }
 """Settings of each platform.
 

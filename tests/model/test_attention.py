@@ -105,6 +105,28 @@ def test_attention_reads_a_cut_as_the_whole_cache(quantized):
         case.assert_close(own.attend(q, cache, cut, slot), own.attend(q, cache, window, slot))
 
 
+@pytest.mark.parametrize("quantized", [False, True], ids=["floats", "int8"])
+def test_attention_reads_a_part_as_the_whole_cache(quantized):
+    """What lies behind the part is scratch, and not read: it may be NaN, which 0 does not hide."""
+    case = Case(starts=(20, 7), tokens=6, tree=True, head_dim=16, capacity=64)
+    window, q, cache = case.window(), case.normal(9, *queries(case)), case.cache()
+    part = replace(window, part=jnp.array(1), parts=(16, 32, 64))
+    scratch = jax.tree.map(lambda x: x.at[..., 32:, :].set(jnp.nan), cache)
+    if quantized:
+        (k, k_scale), (v, v_scale) = map(quantize, cache[:2])
+        cache = KVCache(k, v, k_scale, v_scale)
+        scales = (x.at[..., 32:, :].set(jnp.nan) for x in (k_scale, v_scale))
+        scratch = KVCache(k, v, *scales)
+    for slot in range(case.slots):
+        own = jax.tree.map(lambda x, slot=slot: x[slot], case.attention())
+        expected = own.attend(q, cache, window, slot)
+        case.assert_close(own.attend(q, scratch, part, slot), expected)
+        alone = jax.tree.map(lambda x, slot=slot: x[slot], scratch)
+        case.assert_close(own.attend(q, alone, part), expected)
+        short = replace(part, part=jnp.array(0))
+        assert np.abs(own.attend(q, cache, short, slot) - expected).max() > 0.01
+
+
 def test_a_sink_takes_its_part_of_the_weights():
     """It is one more score in the softmax, of an entry that has no value."""
     random = np.random.default_rng(0)

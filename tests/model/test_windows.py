@@ -222,3 +222,38 @@ def test_only_large_caches_are_cut():
     uncut = chain_windows(jnp.asarray(root), 4, 512, config, cuts=False)
     assert [window.size for window in uncut] == [0, 0]
     assert large[1].everywhere.size == 0 and large[1].everywhere.cut_mask.shape[-1] == 512
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Let parts of small caches be read."""
+    monkeypatch.setattr(windows_module, "SHORTEST", 8)
+    monkeypatch.setattr(windows_module, "LARGE", 16)
+
+
+@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
+@pytest.mark.parametrize("roots", [[0, 2], [0, 5], [1, 12], [17, 3], [40, 0]], ids=str)
+def test_a_part_is_the_shortest_that_holds_what_any_row_reads(tree, roots, small_parts):
+    root, nodes = np.array(roots, np.int32), np.arange(4)
+    config = model_config(family_config("smollm2").to_dict())
+    if tree:
+        ancestors = np.broadcast_to(nodes[:, None] >= nodes, (2, 4, 4))
+        of_rows = root, root, np.broadcast_to(nodes.astype(np.int32), (2, 4)), ancestors
+        (window,) = tree_windows(Nodes(*map(jnp.asarray, of_rows)), 50, config, parts=True)
+    else:
+        (window,) = chain_windows(jnp.asarray(root), 4, 50, config, parts=True)
+    assert window.parts == (8, 16, 32, 50) and window.part is not None
+    part = int(window.part)
+    assert not window.mask[..., window.parts[part] :].any()
+    assert part == 0 or window.mask[..., window.parts[part - 1] :].any()
+
+
+def test_parts_are_known_only_where_asked_for(small_parts):
+    root, config = jnp.array([5]), model_config(family_config("smollm2").to_dict())
+    for capacity, options in (
+        (12, {"parts": True}),
+        (50, {}),
+        (50, {"parts": True, "cuts": False}),
+    ):
+        (window,) = chain_windows(root, 4, capacity, config, **options)
+        assert window.parts == () and window.part is None

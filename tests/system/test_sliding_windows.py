@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,6 +13,7 @@ from easyspec_jax import SamplingParams, SpeculativeConfig, open_model
 from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.engine.engine import Engine
 from easyspec_jax.model import transformer, windows
+from easyspec_jax.model.attention import Attention
 from easyspec_jax.model.windows import Nodes, Window, Windows, tree_windows
 from easyspec_jax.options import Method
 from tests.support.models import save_noisy_pair
@@ -119,19 +121,68 @@ def test_cuts_of_caches_change_no_token(pair, plain, monkeypatch, mesh, method, 
     assert any(cut)
 
 
-def test_bit_stable_texts_read_caches_whole(pair, monkeypatch):
+@pytest.fixture
+def parts(monkeypatch) -> set[int]:
+    """Let parts of small caches be read, and collect which."""
+    monkeypatch.setattr(windows, "SHORTEST", 16)
+    monkeypatch.setattr(windows, "LARGE", 32)
+    read, real = set(), Attention._mix_part
+
+    def noted(self: Attention, *args: Any, size: int, slot: int | None) -> jax.Array:
+        read.add(size)
+        return real(self, *args, size=size, slot=slot)
+
+    monkeypatch.setattr(Attention, "_mix_part", noted)
+    return read
+
+
+@pytest.mark.parametrize(
+    "mesh, method, options",
+    [
+        ("1", "easyspec", {"lp_strategy": FOUR, "tree_width": 3}),
+        pytest.param("1", "vanilla", {}, marks=pytest.mark.slow),
+        pytest.param("8", "sd", {}, marks=pytest.mark.slow),
+        pytest.param(
+            "layer=4,tensor=2",
+            "easyspec",
+            {"lp_strategy": FOUR, "tree_width": 3},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=str,
+)
+def test_parts_of_caches_change_no_token(pair, plain, parts, mesh, method, options):
+    assert texts(opened(pair, mesh, method, **options)) == plain
+    assert parts >= {16, 32, 64}
+
+
+def test_parts_that_are_too_short_would_be_found(pair, plain, parts, monkeypatch):
+    real = windows.make_windows
+
+    def shorter(*args: Any) -> Windows:
+        found = real(*args)
+        return tuple(
+            own if own.part is None else replace(own, part=jnp.maximum(own.part - 1, 0))
+            for own in found
+        )
+
+    monkeypatch.setattr(windows, "make_windows", shorter)
+    assert texts(opened(pair, method="easyspec", lp_strategy=FOUR, tree_width=3)) != plain
+
+
+def test_bit_stable_texts_read_caches_whole(pair, parts, monkeypatch):
     """Where a cut begins depends on the pass, and with it the last bits of sums."""
     monkeypatch.setattr(windows, "ALIGNMENT", 4)
     made, real = set(), windows.make_windows
 
     def noted(*args: Any) -> Windows:
         found = real(*args)
-        made.update(window.size for window in found)
+        made.update((window.size, window.parts) for window in found)
         return found
 
     monkeypatch.setattr(windows, "make_windows", noted)
     texts(opened(pair, method="sd", bit_stable=True))
-    assert made == {0}
+    assert made == {(0, ())}
 
 
 @pytest.mark.slow
@@ -142,9 +193,9 @@ def test_wider_windows_of_trees_would_be_found(pair, plain, monkeypatch):
     tests/model/test_windows.py: few paths are accepted that are longer than a window.
     """
 
-    def wider(nodes: Nodes, capacity: int, config: ModelConfig, cuts: bool) -> Windows:
+    def wider(nodes: Nodes, capacity: int, config: ModelConfig, *reads: bool) -> Windows:
         layers = [replace(kind, window=kind.window and kind.window + 1) for kind in config.layers]
-        return tree_windows(nodes, capacity, replace(config, layers=tuple(layers)), cuts)
+        return tree_windows(nodes, capacity, replace(config, layers=tuple(layers)), *reads)
 
     monkeypatch.setattr(transformer, "tree_windows", wider)
     assert texts(opened(pair, method="easyspec", lp_strategy=FOUR, tree_width=3)) != plain
