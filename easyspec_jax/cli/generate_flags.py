@@ -110,6 +110,7 @@ def speculative_of(args: argparse.Namespace) -> SpeculativeConfig:
         prompt_lookup=args.prompt_lookup,
         prompt_lookup_max=args.prompt_lookup_max,
         prompt_lookup_min=args.prompt_lookup_min,
+        prompt_lookup_corpus=args.prompt_lookup_corpus,
         adapt=args.adapt == "on",
         confidence_threshold=args.confidence_threshold,
     )
@@ -321,6 +322,11 @@ def add_speculation(parser: Parser) -> None:
         default=default.prompt_lookup_min,
         metavar="N",
         help="tokens that must stand there at least (default: %(default)s)",
+    )
+    drafting.add_argument(
+        "--prompt-lookup-corpus",
+        metavar="FILE",
+        help="text in which this, or --method ngram, looks as well, such as the code of a project",
     )
     drafting.add_argument(
         "--adapt",

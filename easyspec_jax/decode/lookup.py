@@ -50,9 +50,15 @@ class Found(NamedTuple):
 
 
 def find(
-    text: Int[Array, "batch capacity"], last: Int[Array, " batch"], lookup: Lookup, levels: int
+    text: Int[Array, "batch capacity"],
+    last: Int[Array, " batch"],
+    lookup: Lookup,
+    levels: int,
+    corpus: Int[Array, " tokens"] | None = None,
 ) -> Found:
     """Find the latest place where most of the last tokens of each text stood before.
+
+    A longer match in the corpus wins.
 
     A continuation that reaches the end of the text goes on with its own beginning, as if the text
     were periodic:
@@ -65,6 +71,7 @@ def find(
         last: Index of each text's last token.
         lookup: Which matches count.
         levels: Tokens to return.
+        corpus: Other tokens that are searched as well, or None.
 
     Examples:
         >>> text = jnp.array([[1, 2, 3, 4, 2, 3, 9, 9], [5, 6, 7, 8, 9, 9, 9, 9]])
@@ -72,29 +79,80 @@ def find(
         >>> found.tokens[0].tolist(), found.matched.tolist()
         ([4, 2, 3, 4, 2], [2, 0])
     """
-    capacity = text.shape[1]
-    columns = jnp.arange(capacity, dtype=jnp.int32)[None, :]
-    # matched[b, i]: how many tokens, going back from i, agree with those going back from the last
-    # one. `agrees` stays true for as long as all of them have.
-    agrees = columns < last[:, None]
-    matched = jnp.zeros_like(text)
-    front = lookup.longest
-    padded = jnp.pad(text, ((0, 0), (front, 0)), constant_values=NO_TOKEN)
-    for back in range(lookup.longest):
-        # shifted[b, i] = text[b, i - back], and nothing that agrees in front of the text. Slices of
-        # one padded array, because XLA would check each element of a text padded anew.
-        shifted = padded[:, front - back : front - back + capacity]
-        own = jnp.take_along_axis(text, jnp.maximum(last - back, 0)[:, None], axis=1)
-        agrees &= shifted == own
-        matched += agrees.astype(jnp.int32)
-    # One number for each place, so that one reduction finds the longest match and, of these, the
-    # latest.
-    worth = jnp.where(matched >= lookup.shortest, matched * capacity + columns, 0)
-    length, end = jnp.divmod(jnp.max(worth, axis=1), capacity)
+    own = _find_in_text(text, last, lookup, levels)
+    if corpus is None or corpus.shape[0] <= levels:
+        return own
+    other = _find_in_corpus(corpus, text, last, lookup, levels)
+    is_longer = other.matched > own.matched
+    return Found(
+        jnp.where(is_longer[:, None], other.tokens, own.tokens),
+        jnp.maximum(other.matched, own.matched),
+        other.is_long | own.is_long,
+    )
+
+
+def _find_in_text(text: Text, last: Int[Array, " batch"], lookup: Lookup, levels: int) -> Found:
+    """Search the texts themselves; see find()."""
+    columns = jnp.arange(text.shape[1], dtype=jnp.int32)[None, :]
+    length, end = _best(text, columns < last[:, None], text, last, lookup)
     period = jnp.maximum(last - end, 1)
     steps = jnp.arange(levels, dtype=jnp.int32)[None, :] % period[:, None]
     tokens = jnp.take_along_axis(text, end[:, None] + 1 + steps, axis=1)
     return Found(tokens, length, length == lookup.longest)
+
+
+def _find_in_corpus(
+    corpus: Int[Array, " tokens"],
+    text: Text,
+    last: Int[Array, " batch"],
+    lookup: Lookup,
+    levels: int,
+) -> Found:
+    """Search the corpus, up to the last place that has `levels` tokens behind it; see find()."""
+    columns = jnp.arange(corpus.shape[0], dtype=jnp.int32)[None, :]
+    length, end = _best(corpus[None, :], columns < corpus.shape[0] - levels, text, last, lookup)
+    steps = jnp.arange(1, levels + 1, dtype=jnp.int32)[None, :]
+    return Found(corpus[end[:, None] + steps], length, length == lookup.longest)
+
+
+def _best(
+    places: Int[Array, "#batch places"],
+    allowed: Bool[Array, "#batch places"],
+    text: Text,
+    last: Int[Array, " batch"],
+    lookup: Lookup,
+) -> tuple[Int[Array, " batch"], Int[Array, " batch"]]:
+    """Find where most of each text's last tokens stand, and of such places the latest.
+
+    Args:
+        places: Tokens to search.
+        allowed: Places where what stands may end.
+        text: The texts.
+        last: Index of each text's last token.
+        lookup: Which matches count.
+
+    Returns:
+        How many tokens agree there, 0 where fewer than Lookup.shortest do; and the place.
+    """
+    size, front = places.shape[1], lookup.longest
+    # matched[b, i]: how many tokens, going back from i, agree with those going back from the last
+    # one. `agrees` stays true for as long as all of them have.
+    agrees = jnp.broadcast_to(allowed, (text.shape[0], size))
+    matched = jnp.zeros(agrees.shape, jnp.int32)
+    padded = jnp.pad(places, ((0, 0), (front, 0)), constant_values=NO_TOKEN)
+    for back in range(front):
+        # shifted[b, i] = places[b, i - back], and nothing that agrees in front. Slices of one
+        # padded array, because XLA would check each element of a text padded anew.
+        shifted = padded[:, front - back : front - back + size]
+        own = jnp.take_along_axis(text, jnp.maximum(last - back, 0)[:, None], axis=1)
+        agrees &= (shifted == own) & (last >= back)[:, None]
+        matched += agrees.astype(jnp.int32)
+    # One number for each place, so that one reduction finds the longest match and, of these, the
+    # latest.
+    columns = jnp.arange(size, dtype=jnp.int32)[None, :]
+    worth = jnp.where(matched >= lookup.shortest, matched * size + columns, 0)
+    length, end = jnp.divmod(jnp.max(worth, axis=1), size)
+    return length, end
 
 
 def append(

@@ -5,7 +5,7 @@ The steps themselves are pure functions in `round.py` and `refill.py`. Here they
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -54,6 +54,7 @@ class Programs:
         draft: The draft, or None for plain decoding.
         config: The round's configuration.
         max_length: Length that no text exceeds, or None.
+        corpus: Tokens in which repeats are looked up besides the texts themselves, int32, or None.
         settings: Whose compiler options the steps are compiled with; None for the settings of the
             mesh's platform.
     """
@@ -63,6 +64,7 @@ class Programs:
     draft: Decoder | None
     config: RoundConfig
     max_length: int | None = None
+    corpus: np.ndarray | None = field(default=None, repr=False, compare=False)
     settings: PlatformSettings | None = None
 
     @cached_property
@@ -96,7 +98,7 @@ class Programs:
         rows = prompts or [()] * len(limits)
         request, adjustments = self._placed(self.row_arrays(sampling, rows))
         limit = self._replicated(np.asarray(limits, np.int32))
-        return self._start(self.leaves, request, limit, adjustments, capacity)
+        return self._start(self.leaves, request, limit, adjustments, self._corpus, capacity)
 
     def columns(self, size: int) -> int:
         """Return how many columns of tokens prefill() takes for a chunk of some size."""
@@ -292,7 +294,16 @@ class Programs:
             draft=() if self.draft is None else self.draft.cache_specs(),
             **dict.fromkeys(("length", "draft_length", "remaining", "request", "text"), P()),  # pyright: ignore[reportArgumentType]
             adjustments=adjustment_specs(self.config.kinds),
+            corpus=self._corpus_spec,
         )
+
+    @property
+    def _corpus_spec(self) -> Any:
+        return None if self.corpus is None else P()
+
+    @cached_property
+    def _corpus(self) -> jax.Array | None:
+        return None if self.corpus is None else self._replicated(self.corpus)
 
     @property
     def _row_spec(self) -> RowCaches:
@@ -308,13 +319,15 @@ class Programs:
             request: RowSampling,
             limit: jax.Array,
             adjustments: RowAdjustments | None,
+            corpus: jax.Array | None,
             capacity: int,
         ) -> State:
             body = partial(init_state, capacity=capacity)
-            specs = P(), P(), adjustment_specs(self.config.kinds)
-            return self.mapped(body, specs, self.state_spec)(leaves, request, limit, adjustments)
+            specs = P(), P(), adjustment_specs(self.config.kinds), self._corpus_spec
+            started = self.mapped(body, specs, self.state_spec)
+            return started(leaves, request, limit, adjustments, corpus)
 
-        return self._jit(program, static_argnums=4, out_shardings=self._shardings[0])
+        return self._jit(program, static_argnums=5, out_shardings=self._shardings[0])
 
     @cached_property
     def _prefill(self) -> Callable[..., tuple[State, Report]]:

@@ -244,7 +244,7 @@ def _run_ahead(state: State, forced: Forced) -> State:
 def _look_up(state: State, config: RoundConfig) -> Found:
     """Find what followed the last tokens of each text where they stood before."""
     assert config.lookup is not None
-    return find(state.text, state.length, config.lookup, config.levels)
+    return find(state.text, state.length, config.lookup, config.levels, state.corpus)
 
 
 def _draft_by_lookup(root: Int[Array, " batch"], state: State, config: RoundConfig) -> Drafted:

@@ -192,6 +192,7 @@ class RoundConfig:
         "request",
         "text",
         "adjustments",
+        "corpus",
     ],
     meta_fields=[],
 )
@@ -220,6 +221,7 @@ class State:
         request: Each row's noise and distribution.
         text: The text's tokens up to index `length`; those behind mean nothing.
         adjustments: Each row's changes to logits; None if no row has any.
+        corpus: Tokens in which repeats are looked up besides the texts themselves, or None.
     """
 
     target: Caches
@@ -230,6 +232,7 @@ class State:
     request: RowSampling
     text: Text
     adjustments: RowAdjustments | None = None
+    corpus: Int[Array, " tokens"] | None = None
 
     @property
     def root(self) -> Int[Array, " batch"]:
@@ -325,6 +328,7 @@ def init_state(
     request: RowSampling,
     limit: Int[Array, " batch"],
     adjustments: RowAdjustments | None = None,
+    corpus: Int[Array, " tokens"] | None = None,
     *,
     capacity: int,
 ) -> State:
@@ -336,6 +340,7 @@ def init_state(
         request: Each row's noise and distribution.
         limit: Tokens to generate in each row.
         adjustments: Each row's changes to logits.
+        corpus: Tokens in which repeats are looked up as well.
         capacity: Cache entries of each row.
     """
     batch = limit.shape[0]
@@ -349,4 +354,5 @@ def init_state(
         request=request,
         text=jnp.zeros((batch, capacity), jnp.int32),
         adjustments=adjustments,
+        corpus=corpus,
     )

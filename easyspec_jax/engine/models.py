@@ -19,6 +19,7 @@ from easyspec_jax.decode.state import RoundConfig
 from easyspec_jax.draft.grouping import Layout
 from easyspec_jax.draft.layer_group import load_draft
 from easyspec_jax.draft.refit_file import choose_layout
+from easyspec_jax.engine.corpus import corpus_of
 from easyspec_jax.engine.fits import Workload, bytes_per_entry, check_memory, free_memory
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.model.loader import Loader
@@ -60,6 +61,7 @@ class Models:
         kv_dtype: Type of the caches; "auto" is `dtype`.
         prefix_cache: Bytes that prefixes may take, on each device or of a CPU's memory; 0 keeps
             none.
+        corpus: Tokens in which repeats are looked up besides the texts themselves, or None.
     """
 
     target: Checkpoint
@@ -75,6 +77,7 @@ class Models:
     draft_weights: Weights | None = None
     kv_dtype: KVDType = "auto"
     prefix_cache: int = 0
+    corpus: np.ndarray | None = None
     _target: Decoder | None = field(default=None, init=False, repr=False)
     _draft: Decoder | None = field(default=None, init=False, repr=False)
     _programs: dict[RoundConfig, Programs] = field(default_factory=dict, init=False, repr=False)
@@ -169,8 +172,17 @@ class Models:
             draft = checked_draft(speculative, self.draft)
             layout, refit = choose_layout(speculative, draft)
         target = self._load_target(bar)
+        corpus = self.corpus
+        if speculative.prompt_lookup_corpus != self.speculative.prompt_lookup_corpus:
+            corpus = corpus_of(speculative, self.tokenizer, self.target.config.vocab_size)
         other = replace(
-            self, draft=draft, layout=layout, refit=refit, mesh=mesh, speculative=speculative
+            self,
+            draft=draft,
+            layout=layout,
+            refit=refit,
+            mesh=mesh,
+            speculative=speculative,
+            corpus=corpus,
         )
         other._target = jax.tree.map(partial(_seen_from, mesh), target)
         # The draft can be shared only if the same layers lie together on the same devices.
@@ -257,7 +269,9 @@ class Models:
         # computation itself (greedy or not, truncated or not) is in the RoundConfig.
         if config not in self._programs:
             target, draft = self.load()
-            self._programs[config] = Programs(self.mesh, target, draft, config, self.max_length)
+            self._programs[config] = Programs(
+                self.mesh, target, draft, config, self.max_length, self.corpus
+            )
         return self._programs[config]
 
     @property

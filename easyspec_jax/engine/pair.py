@@ -11,6 +11,7 @@ from easyspec_jax.checkpoint.quantized import check_narrower
 from easyspec_jax.checkpoint.translated import translated
 from easyspec_jax.draft.grouping import Layout
 from easyspec_jax.draft.refit_file import choose_layout
+from easyspec_jax.engine.corpus import corpus_of
 from easyspec_jax.engine.engine import Engine
 from easyspec_jax.engine.models import checked_draft
 from easyspec_jax.engine.tuned_file import find, key_of
@@ -122,6 +123,7 @@ def open_model(
         check_narrower(second.source, draft_weights, str(draft), "draft_weights")
         second = _speaking(opened, second, tokenizer)
         layout, refit = choose_layout(speculative, second)
+    corpus = corpus_of(speculative, tokenizer, opened.config.vocab_size)
     # As much as possible is checked before open_mesh(), which starts JAX.
     length = _checked_length(max_length, opened, second)
     opened, second = at_length(opened, length), second and at_length(second, length)
@@ -140,6 +142,7 @@ def open_model(
         draft_weights=draft_weights,
         kv_dtype=kv_dtype,
         prefix_cache=prefix_cache,
+        corpus=corpus,
     )
 
 

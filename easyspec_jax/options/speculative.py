@@ -52,6 +52,8 @@ class SpeculativeConfig:
         prompt_lookup_max: Tokens at the end of a text that are looked for at most.
         prompt_lookup_min: Tokens that must stand somewhere else at least. Where fewer do, a round
             of method "ngram" is a step of plain decoding.
+        prompt_lookup_corpus: A file of text, UTF-8, in which repeats are looked up as well. The
+            longer match counts.
         adapt: Choose for every round whether to draft, and how many levels, by what has been
             accepted and by the time that rounds take. Greedy and coupled texts do not depend on it.
             So the default verifier is then the coupled one, and the others are refused.
@@ -81,6 +83,7 @@ class SpeculativeConfig:
     prompt_lookup: bool = False
     prompt_lookup_max: int = 16
     prompt_lookup_min: int = 2
+    prompt_lookup_corpus: str | None = None
     adapt: bool = False
     confidence_threshold: float = 0.0
 
@@ -133,6 +136,10 @@ class SpeculativeConfig:
             raise EasySpecError(
                 "`prompt_lookup` needs calibration: a draft has no KV of what was looked up"
             )
+        if self.prompt_lookup_corpus is not None and not self.looks_up:
+            raise EasySpecError(
+                "`prompt_lookup_corpus` needs `prompt_lookup` or `method` ngram, which look it up"
+            )
         longest = self.prompt_lookup_max
         check_whole("prompt_lookup_max", longest, 1, MAX_LOOKUP)
         check_whole(
@@ -184,6 +191,7 @@ class SpeculativeConfig:
             prompt_lookup=False,
             prompt_lookup_max=SpeculativeConfig.prompt_lookup_max,
             prompt_lookup_min=SpeculativeConfig.prompt_lookup_min,
+            prompt_lookup_corpus=None,
             adapt=False,
         )
 

@@ -59,6 +59,35 @@ def test_tokens_behind_a_text_are_not_read():
     np.testing.assert_array_equal(again.tokens[matched], found.tokens[matched])
 
 
+@pytest.mark.parametrize("lookup", [Lookup(3, 1), Lookup(8, 2)], ids=str)
+def test_a_longer_match_in_the_corpus_wins(lookup):
+    texts, last = random_texts(lookup.longest)
+    corpus = np.random.default_rng(1).integers(0, 5, 60).astype(np.int32)
+    found = look_up(texts, last, lookup, LEVELS, corpus)
+    won = 0
+    for row, (text, end) in enumerate(zip(texts.tolist(), last.tolist(), strict=True)):
+        tokens, matched = searched(text[: end + 1], lookup)
+        for size in range(min(lookup.longest, end + 1), max(matched, lookup.shortest - 1), -1):
+            end_of_text = text[end + 1 - size : end + 1]
+            starts = range(len(corpus) - LEVELS - size, -1, -1)
+            places = [at for at in starts if corpus[at : at + size].tolist() == end_of_text]
+            if places:
+                at = places[0] + size
+                tokens, matched, won = corpus[at : at + LEVELS].tolist(), size, won + 1
+                break
+        assert found.matched[row] == matched
+        assert bool(found.is_long[row]) == (matched == lookup.longest)
+        assert not matched or found.tokens[row].tolist() == tokens
+    assert 20 < won < 180
+
+
+def test_a_corpus_shorter_than_a_draft_is_not_searched():
+    texts, last = random_texts(0)
+    corpus = np.arange(LEVELS, dtype=np.int32)
+    found, plain = (look_up(texts, last, Lookup(3, 1), LEVELS, own) for own in (corpus, None))
+    jax.tree.map(np.testing.assert_array_equal, found, plain)
+
+
 def test_what_is_appended_past_the_end_is_dropped():
     text = np.arange(8, dtype=np.int32).reshape(2, 4)
     start, count = np.array([3, 2], np.int32), np.array([3, 1], np.int32)

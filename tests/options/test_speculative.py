@@ -39,6 +39,10 @@ def test_speculative_config_names_the_flag(field, value, message):
         ({"method": "ngram"}, "which `method` ngram has not; `method` ngram looks up by itself"),
         ({"method": "vanilla"}, "which `method` vanilla has not"),
         ({"calibration": False}, "`prompt_lookup` needs calibration"),
+        (
+            {"method": "sd", "prompt_lookup": False, "prompt_lookup_corpus": "corpus.txt"},
+            "`prompt_lookup_corpus` needs `prompt_lookup` or `method` ngram",
+        ),
     ],
 )
 def test_lookups_that_cannot_be(options, message):

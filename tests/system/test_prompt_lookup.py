@@ -1,12 +1,14 @@
 """Texts whose drafts are looked up are those of plain decoding, and no draft model is needed."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from easyspec_jax import SamplingParams, SpeculativeConfig, open_model
+from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, open_model
 from easyspec_jax.decode import round as rounds
 from easyspec_jax.decode import sizes
 from easyspec_jax.decode.lookup import Found, find
@@ -78,7 +80,7 @@ def test_a_sampled_text_depends_on_its_request_alone(target, monkeypatch):
     assert refilled(engine, SAMPLED, rows=1) == together
     assert refilled(opened(target, "2", verifier="rejection"), SAMPLED) == together
 
-    def peeking(text: Any, last: Any, lookup: Any, levels: int) -> Found:
+    def peeking(text: Any, last: Any, lookup: Any, levels: int, corpus: None) -> Found:
         """Plant a fault: draft what stands behind the last token."""
         beyond = last[:, None] + 1 + jnp.arange(levels, dtype=jnp.int32)[None, :]
         found = find(text, last, lookup, levels)
@@ -120,3 +122,66 @@ def test_lookups_next_to_a_draft(target, capsys):
     share = f"{stats['lookup_accepted'] / stats['accepted']:.0%}"
     assert f"{share} of accepted looked up" in printed
     assert "easyspec, prompt lookup on" in printed
+
+
+@pytest.fixture(scope="module")
+def corpus(target, plain, tmp_path_factory):
+    """A file with the greedy texts of the first two prompts, as far as they are UTF-8."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    engine = opened(target, method="vanilla")
+    texts = [engine.tokenizer.decode(ids) for ids in plain[GREEDY][:2]]
+    path.write_text("\n\n".join([*PROMPTS, *texts]), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    [
+        ("1", {}),
+        pytest.param("layer=2,tensor=4", {"adapt": True}, marks=pytest.mark.slow),
+        pytest.param("2", {"prompt_lookup_max": 16}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_corpus_changes_no_token(target, plain, corpus, mesh, options, monkeypatch):
+    """Rows are refilled, and texts outgrow their caches."""
+    monkeypatch.setattr(sizes, "AHEAD", 1)
+    engine = opened(target, mesh, prompt_lookup_corpus=corpus, **options)
+    for sampling in (GREEDY, SAMPLED):
+        assert refilled(engine, sampling) == plain[sampling]
+
+
+def test_a_corpus_finds_what_a_text_has_not_said_yet(target, plain):
+    """It holds the text that is about to be said, not as a file: random bytes are no UTF-8."""
+    alone = opened(target, prompt_lookup_min=2)
+    said = [*alone.encode(PROMPTS[0]), *plain[GREEDY][0]]
+    counts = []
+    for engine in (alone, replace(alone, corpus=np.array(said, np.int32))):
+        (completion,) = engine.generate(PROMPTS[:1], replace(GREEDY, max_new_tokens=24))
+        assert completion.token_ids == plain[GREEDY][0][:24]
+        counts.append(completion.stats.rounds)
+    assert counts[1] <= 5 < counts[0]  # 23 tokens after the first, six a round
+
+
+def test_a_variant_has_its_own_corpus(target, corpus):
+    engine = opened(target)
+    other = engine.variant(SpeculativeConfig(method="ngram", prompt_lookup_corpus=corpus))
+    assert engine.corpus is None and other.corpus is not None
+    assert other.variant(SpeculativeConfig(method="ngram")).corpus is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read: .*No such file"),
+        (b"\xff\xfe", "cannot be read: .*utf-8"),
+        (b"", "holds no text that the target knows"),
+        (b"a" * (1 << 20) + b"b", "is too large: at most 1048576 tokens, 64 MiB"),
+    ],
+)
+def test_a_corpus_that_cannot_be_used(target, tmp_path, content, message):
+    path = tmp_path / "corpus.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(EasySpecError, match=f"`prompt_lookup_corpus` .*corpus.txt {message}"):
+        opened(target, prompt_lookup_corpus=str(path))
