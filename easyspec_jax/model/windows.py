@@ -146,12 +146,12 @@ class Stretch(NamedTuple):
 
     Attributes:
         begin: Position, and entry, of each row's first token or root.
-        count: Entries from there on.
+        entries: How many from there on.
         parts: Whether layers may read only a part of a large cache.
     """
 
     begin: Int[Array, " batch"]
-    count: int
+    entries: int
     parts: bool
 
 
@@ -252,16 +252,16 @@ def _bounded(window: Window, tokens: int | None, stretch: Stretch) -> Window:
         tokens: How many tokens a sliding layer reads; None if it reads all.
         stretch: Entries behind the text that are read at all.
     """
-    capacity, (begin, count, parts) = window.mask.shape[-1], stretch
+    capacity, (begin, entries, parts) = window.mask.shape[-1], stretch
     if parts and capacity >= LARGE:
         # A text that ends at entry 700 needs the second of the parts 512, 1024 and 2048.
         sizes = np.array(_parts(capacity), begin.dtype)
-        part = jnp.sum(jnp.max(begin) + count > sizes[:-1], dtype=jnp.int32)
+        part = jnp.sum(jnp.max(begin) + entries > sizes[:-1], dtype=jnp.int32)
         window = replace(window, part=part, parts=tuple(sizes.tolist()))
     if tokens is None:
         return window
     # A window of 4, and two tokens behind a text of ten, read entries 7 to 11.
-    size = round_up(tokens - 1 + count, ALIGNMENT)
+    size = round_up(tokens - 1 + entries, ALIGNMENT)
     if capacity < WORTH * size:
         return window
     first = jnp.clip(begin - (tokens - 1), 0, capacity - size)
