@@ -262,7 +262,7 @@ class Batch:
             # With several processes a call waits for the devices, so that the time is rather that
             # of the round just dispatched.
             alike = hosts.count() == 1 or (is_alone and levels == self._levels)
-            self._time(levels if alone and alike and len(unread) == 1 else None)
+            self._time(levels if alone and alike and len(unread) == 1 else None, report)
             if levels is not None:
                 accepted, done = np.asarray(report.accepted), np.asarray(report.done)
                 self._tiers.read(levels, accepted, current, done)
@@ -283,17 +283,20 @@ class Batch:
         self._state, report = self._programs.round(self._state, self._levels)
         return report, not lags and capacity == self._growth.capacity
 
-    def _time(self, levels: int | None) -> None:
+    def _time(self, levels: int | None, report: Report) -> None:
         """Note when a report came.
 
         Args:
             levels: Levels of the round that took the time since the report before; None if
                 something else did as well.
+            report: The report.
         """
         now, before = time.perf_counter(), self._clock
         self._clock = now
         if levels is not None and before is not None:
-            self._tiers.times.add(levels, now - before)
+            # Without a draft model, a round that looks up in vain is a step of plain decoding.
+            drafted = self._programs.draft is not None or bool(report.drafted.any())
+            self._tiers.times.add(levels, now - before, drafted=drafted or levels == 0)
 
     def reports(self) -> Iterator[Report]:
         """Run a batch that filled() made until every row is done; yield each report."""

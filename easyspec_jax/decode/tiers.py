@@ -148,12 +148,22 @@ class RoundTimes:
     def __init__(self, tiers: Sequence[int]) -> None:
         """Start with no time of any tier."""
         self._timed = {levels: deque[float](maxlen=KEPT) for levels in tiers}
+        self._share = dict.fromkeys(tiers, 1.0)  # of the rounds in which there was a draft
         self._age = dict.fromkeys(tiers, 0)
         self._speed = deque[float](maxlen=LATEST)  # seconds of a round that costs 1
         self._running, self._turn = -1, 0  # the tier, and how many of its rounds were timed since
 
-    def add(self, levels: int, seconds: float) -> None:
-        """Add the time of a round."""
+    def add(self, levels: int, seconds: float, *, drafted: bool = True) -> None:
+        """Add the time of a round.
+
+        Args:
+            levels: Its tier.
+            seconds: Its time.
+            drafted: Whether any row had a draft. A round of lookups that found nothing takes the
+                time of one without levels, and counts as such.
+        """
+        self._share[levels] += (1 - FADING) * (drafted - self._share[levels])
+        levels = levels if drafted else 0
         self._turn = self._turn + 1 if levels == self._running else 1
         self._running = levels
         timed = self._timed[levels]
@@ -168,11 +178,18 @@ class RoundTimes:
     def costs(self) -> list[float | None]:
         """Return each tier's time; None if too few of its rounds have been timed."""
         return [
-            self._cost(levels) * (1.0 - DOUBT * min(1.0, self._age[levels] / STALE))
+            self._mean(levels) * (1.0 - DOUBT * min(1.0, self._age[levels] / STALE))
             if len(timed) >= SAMPLES
             else None
             for levels, timed in self._timed.items()
         ]
+
+    def _mean(self, levels: int) -> float:
+        """Return what a round takes on average, with and without a draft."""
+        share = self._share[levels]
+        if share == 1.0 or not self._timed[0]:
+            return self._cost(levels)
+        return share * self._cost(levels) + (1 - share) * self._cost(0)
 
     def _others(self, levels: int) -> list[int]:
         return [len(timed) for tier, timed in self._timed.items() if tier != levels]

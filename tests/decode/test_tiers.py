@@ -70,6 +70,45 @@ def simulate(costs: dict[int, float], stretches: Stretches, seed: int, noisy: bo
     return spent / sum(size / speed for (size, _), speed in zip(stretches, best, strict=True))
 
 
+def simulate_lookups(share: float, acceptance: float, seed: int, told: bool = True) -> float:
+    """Write a text of 600 rounds by lookups; return its tokens per time, over the oracle's.
+
+    share: how many rounds find something. The others take as long as plain ones, whatever the tier.
+    told: whether times say which rounds these are.
+    """
+    costs, random = COSTS["dear"], np.random.default_rng(seed)
+    choice = TierChoice(TIERS, 1, RoundTimes(TIERS))
+    choice.enter(0)
+    tokens = spent = 0.0
+    for _ in range(600):
+        levels = choice.next()
+        found = bool(levels and random.random() < share)
+        missed = np.flatnonzero(random.random(levels) >= acceptance)
+        accepted = (int(missed[0]) if len(missed) else levels) if found else 0
+        seconds = costs[levels] if found else costs[0]
+        tokens, spent = tokens + accepted + 1, spent + seconds
+        choice.times.add(levels, seconds, drafted=found or levels == 0 or not told)
+        choice.read(levels, np.array([accepted]), np.ones(1, bool), np.zeros(1, bool))
+    best = max(
+        (1 + share * (tokens_of(n, acceptance) - 1)) / (1 + share * (costs[n] - 1)) for n in TIERS
+    )
+    return tokens / spent / best
+
+
+@pytest.mark.parametrize(
+    ("share", "acceptance"), [(0.2, 0.5), (0.2, 0.9), (0.6, 0.4), (0.9, 0.95), (0.05, 0.8)]
+)
+def test_lookups_that_find_nothing_hide_no_costs(share, acceptance):
+    """With a median over all rounds, drafts in a fifth of them would look free."""
+    speeds = [simulate_lookups(share, acceptance, seed) for seed in range(5)]
+    assert np.mean(speeds) > 0.95
+
+
+def test_hidden_costs_of_lookups_would_be_found():
+    speeds = [simulate_lookups(0.2, 0.5, seed, told=False) for seed in range(5)]
+    assert np.mean(speeds) < 0.9
+
+
 @pytest.mark.parametrize("costs", COSTS.values(), ids=list(COSTS))
 @pytest.mark.parametrize(
     ("stretches", "most"),
