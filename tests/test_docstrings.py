@@ -49,6 +49,7 @@ def test_examples_print_what_they_say(name):
     assert not report, report
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run_under_jaxs_own_settings_too(name):
     """A user's process promotes types and ranks as JAX does by default."""

@@ -580,7 +580,7 @@ def test_progress_and_text_share_a_terminal(arguments, terminal):
     [
         ["--method", "vanilla"],
         pytest.param(SAMPLED, marks=pytest.mark.exhaustive),
-        [*SAMPLED, "--refit"],
+        pytest.param([*SAMPLED, "--refit"], marks=pytest.mark.exhaustive),
     ],
     ids=["plain", "sampled", "refit"],
 )

@@ -105,7 +105,13 @@ def test_the_families_below_are_all_that_are_supported():
     assert {family_config(family).model_type for family in FAMILIES} == set(families.FAMILIES)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "bfloat16",
+        *(pytest.param(own, marks=pytest.mark.exhaustive) for own in ("float32", "float16")),
+    ],
+)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_orbax_restores_every_family_onto_eight_devices(tmp_path, family, dtype):
     save_model(tmp_path / "hf", family)

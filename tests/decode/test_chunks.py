@@ -83,7 +83,7 @@ def prompt(tokens):
     return np.random.default_rng(0).integers(4, 300, tokens).tolist()
 
 
-@pytest.mark.parametrize("tokens", [39, 130, 300])
+@pytest.mark.parametrize("tokens", [39, 130, pytest.param(300, marks=pytest.mark.exhaustive)])
 def test_no_more_programs_are_compiled_than_sizes(engine, tokens):
     sampling = SamplingParams(max_new_tokens=4)
     run = engine.programs(sampling)

@@ -103,7 +103,7 @@ def texts(programs, prompts=PROMPTS, limits=LIMITS, sampling=SamplingParams()): 
     "levels, calibration, lp_size, refit",
     [
         (0, False, 1, False),
-        (4, False, 1, False),
+        pytest.param(4, False, 1, False, marks=pytest.mark.exhaustive),
         (4, True, 3, False),
         pytest.param(1, False, 3, False, marks=pytest.mark.exhaustive),
         pytest.param(4, True, 3, True, marks=pytest.mark.exhaustive),
@@ -122,7 +122,7 @@ def test_greedy_text_is_plain_decoding(pair, plain, mesh, levels, calibration, l
         pytest.param(MeshShape(1, 1), 2, 5, None, False, False, marks=pytest.mark.exhaustive),
         pytest.param(MeshShape(1, 1), 16, 1, None, True, False, marks=pytest.mark.exhaustive),
         pytest.param(MeshShape(2, 4), 1, 12, None, True, False, marks=pytest.mark.exhaustive),
-        (MeshShape(2, 4), 4, 3, None, True, True),
+        pytest.param(MeshShape(2, 4), 4, 3, None, True, True, marks=pytest.mark.exhaustive),
         (MeshShape(1, 1), 3, 4, 6, False, True),
     ],
     ids=str,
@@ -136,7 +136,9 @@ def test_greedy_text_by_trees_is_plain_decoding(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("levels", [1, 4, pytest.param(16, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "levels", [4, *(pytest.param(levels, marks=pytest.mark.exhaustive) for levels in (1, 16))]
+)
 def test_greedy_text_by_lookups_is_plain_decoding(pair, plain, mesh, levels):
     rows, drafted, accepted = texts(programs(pair, replace(LOOKUP, levels=levels), mesh))
     assert rows == plain
@@ -147,7 +149,7 @@ def test_greedy_text_by_lookups_is_plain_decoding(pair, plain, mesh, levels):
 @pytest.mark.parametrize(
     "mesh, width, nodes, lp_size, axes",
     [
-        (MeshShape(1, 1), 1, None, 1, ALL_AXES),
+        pytest.param(MeshShape(1, 1), 1, None, 1, ALL_AXES, marks=pytest.mark.exhaustive),
         pytest.param(MeshShape(2, 4), 1, None, 3, ALL_AXES, marks=pytest.mark.exhaustive),
         (MeshShape(2, 2), 3, 7, 3, ()),
     ],
@@ -435,7 +437,7 @@ def test_no_round_of_one_stream_copies_a_cache(pair, config):
 @pytest.mark.parametrize(
     "levels, width, refit",
     [
-        (0, 1, False),
+        pytest.param(0, 1, False, marks=pytest.mark.exhaustive),
         pytest.param(4, 1, False, marks=pytest.mark.exhaustive),
         pytest.param(3, 3, False, marks=pytest.mark.exhaustive),
         (3, 3, True),

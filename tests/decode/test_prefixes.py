@@ -268,7 +268,7 @@ def check_kept_entries(pair, config, mesh, lp_size, kv_dtype="auto"):
         pytest.param(MeshShape(1, 1), 3, 4, 1, False, "auto", marks=pytest.mark.exhaustive),
         pytest.param(MeshShape(1, 1), 4, 1, 3, True, "auto", marks=pytest.mark.exhaustive),
         (MeshShape(2, 4), 4, 3, 3, True, "auto"),
-        (MeshShape(1, 1), 4, 3, 3, True, "int8"),
+        pytest.param(MeshShape(1, 1), 4, 3, 3, True, "int8", marks=pytest.mark.exhaustive),
         pytest.param(MeshShape(2, 1), 4, 1, 3, False, "auto", marks=pytest.mark.exhaustive),
     ],
     ids=str,
@@ -373,7 +373,7 @@ def test_rows_are_kept_when_they_are_left_and_shared_while_they_run(pair):
 
 @pytest.mark.parametrize(
     "mesh",
-    [MeshShape(1, 1), pytest.param(MeshShape(2, 4), marks=pytest.mark.slow)],
+    [MeshShape(1, 1), pytest.param(MeshShape(2, 4), marks=pytest.mark.exhaustive)],
     ids=str,
 )
 def test_rows_with_one_prompt_prefill_it_once(pair, mesh, monkeypatch):

@@ -18,7 +18,10 @@ from tests.support.models import (
     save_model,
 )
 
-MESHES = [MeshShape(1, 1), MeshShape(1, 2), MeshShape(4, 2), MeshShape(1, 8)]
+MESHES = [
+    *(MeshShape(1, 1), MeshShape(4, 2)),
+    *(pytest.param(MeshShape(1, size), marks=pytest.mark.exhaustive) for size in (2, 8)),
+]
 TOKENS = np.random.default_rng(0).integers(0, 300, (2, 90))
 
 
@@ -40,7 +43,11 @@ def test_target_logits(model, mesh):
     assert np.all(logits[..., 300:] == -np.inf)
 
 
-@pytest.mark.parametrize("axes", [ALL_AXES, ()], ids=["split", "replicated"])
+@pytest.mark.parametrize(
+    "axes",
+    [ALL_AXES, pytest.param((), marks=pytest.mark.exhaustive)],
+    ids=["split", "replicated"],
+)
 def test_exact_pass_of_layer_groups(model, axes):
     checkpoint, expected = model
     from_ = loader(checkpoint, MeshShape(4, 2), axes)

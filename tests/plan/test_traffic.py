@@ -74,9 +74,15 @@ def in_compiled(text: str) -> Counter[str]:
     "mesh, lp_size, axes, config",
     [
         (MeshShape(4, 2), 4, ALL_AXES, GREEDY),
-        (MeshShape(2, 2), 3, (), RoundConfig(3, True, Rejection(truncates=True), (), width=2)),
+        pytest.param(
+            *(MeshShape(2, 2), 3, (), RoundConfig(3, True, Rejection(truncates=True), (), width=2)),
+            marks=pytest.mark.exhaustive,
+        ),
         (MeshShape(1, 4), 1, ALL_AXES, RoundConfig(2, False, Coupled(), (), width=3, nodes=4)),
-        (MeshShape(8, 1), 1, ALL_AXES, RoundConfig(0, False, Rejection(), ())),
+        pytest.param(
+            *(MeshShape(8, 1), 1, ALL_AXES, RoundConfig(0, False, Rejection(), ())),
+            marks=pytest.mark.exhaustive,
+        ),
         (MeshShape(1, 1), 4, ALL_AXES, GREEDY),
     ],
     ids=str,

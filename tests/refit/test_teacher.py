@@ -46,7 +46,11 @@ def _drafted(draft, ids, last: int, depth: int):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [MeshShape(1, 1), MeshShape(4, 2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [pytest.param(MeshShape(1, 1), marks=pytest.mark.exhaustive), MeshShape(4, 2)],
+    ids=str,
+)
 def test_every_position_is_as_if_drafted(draft, mesh):
     from_ = loader(draft[0], mesh)
     model = load_draft(from_, Layout.uniform(paper_groups(LAYERS, 4)))

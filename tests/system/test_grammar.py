@@ -61,15 +61,13 @@ WAYS = {
     "lookups": {"method": "ngram"},
     "lookups in a tree": {"lp_size": 3, "prompt_lookup": True, "tree_width": 2},
 }
+EVERY_RUN = ("groups on 8 devices", "lookups in a tree")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "way",
-    [
-        pytest.param(way, marks=pytest.mark.exhaustive) if way in ("chain", "tree") else way
-        for way in WAYS
-    ],
+    [way if way in EVERY_RUN else pytest.param(way, marks=pytest.mark.exhaustive) for way in WAYS],
 )
 def test_texts_are_those_of_plain_decoding(opened, way):
     engine = opened(verifier="coupled", **WAYS[way])

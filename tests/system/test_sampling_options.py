@@ -223,7 +223,7 @@ def test_several_texts_for_a_prompt(opened):
     assert len({tuple(text.token_ids) for text in found}) > 3
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_several_texts_prefill_a_long_prompt_once(opened, batch_size, monkeypatch):
     """In one batch or several: compile() covers every step, and memory checks count the copy."""
     engine, prompt = opened(method="easyspec", own=True), "b" * 90

@@ -82,10 +82,10 @@ def test_plain_decoding_is_transformers(pair, plain):
             "layer=2,tensor=1",
             "easyspec",
             {"lp_strategy": FOUR, "tree_width": 3},
-            marks=pytest.mark.slow,
+            marks=pytest.mark.exhaustive,
         ),
-        pytest.param("1", "sd", {}, marks=pytest.mark.slow),
-        pytest.param("1", "tree", {"tree_nodes": 8}, marks=pytest.mark.slow),
+        pytest.param("1", "sd", {}, marks=pytest.mark.exhaustive),
+        pytest.param("1", "tree", {"tree_nodes": 8}, marks=pytest.mark.exhaustive),
         pytest.param(
             "8",
             "easyspec",
@@ -103,8 +103,8 @@ def test_speculation_changes_no_token(pair, plain, mesh, method, options):
     "mesh, method, options",
     [
         ("1", "easyspec", {"lp_strategy": FOUR, "tree_width": 3}),
-        pytest.param("1", "vanilla", {}, marks=pytest.mark.slow),
-        pytest.param("8", "sd", {}, marks=pytest.mark.slow),
+        pytest.param("1", "vanilla", {}, marks=pytest.mark.exhaustive),
+        pytest.param("8", "sd", {}, marks=pytest.mark.exhaustive),
     ],
     ids=str,
 )
@@ -140,8 +140,8 @@ def parts(monkeypatch) -> set[int]:
     "mesh, method, options",
     [
         ("1", "easyspec", {"lp_strategy": FOUR, "tree_width": 3}),
-        pytest.param("1", "vanilla", {}, marks=pytest.mark.slow),
-        pytest.param("8", "sd", {}, marks=pytest.mark.slow),
+        pytest.param("1", "vanilla", {}, marks=pytest.mark.exhaustive),
+        pytest.param("8", "sd", {}, marks=pytest.mark.exhaustive),
         pytest.param(
             "layer=4,tensor=2",
             "easyspec",

@@ -263,16 +263,9 @@ def plainly_with_every_option(checkpoint):
     return with_every_option(engine, batch_size=1)
 
 
-@pytest.mark.parametrize(
-    ("mesh", "way"),
-    [("2", "tree-4")]
-    + [
-        pytest.param(mesh, way, marks=pytest.mark.exhaustive)
-        for mesh in ("1", "2", "8")
-        for way in WAYS
-        if not WAYS[way].get("refit") and (mesh, way) != ("2", "tree-4")
-    ],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mesh", ["1", "2", "8"])
+@pytest.mark.parametrize("way", [way for way in WAYS if not WAYS[way].get("refit")])
 def test_every_option_at_once_leaves_one_seed_one_text(
     checkpoint, drafts, plainly_with_every_option, mesh, way
 ):

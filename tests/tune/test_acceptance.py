@@ -65,7 +65,7 @@ def engine(tmp_path_factory):
 
 
 @pytest.mark.parametrize("width", [1, 3])
-@pytest.mark.parametrize("tp", ["all", "1"])
+@pytest.mark.parametrize("tp", ["all", pytest.param("1", marks=pytest.mark.exhaustive)])
 def test_as_many_tokens_as_decoding_accepts(engine, width, tp):
     prompts, sampling = (
         ["Hello", "a longer one, and more of it", "x"],

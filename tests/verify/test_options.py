@@ -232,7 +232,9 @@ def test_greedy_texts_are_the_likeliest_tokens(shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chosen", [Rejection(), Coupled()], ids=repr)
+@pytest.mark.parametrize(
+    "chosen", [Rejection(), pytest.param(Coupled(), marks=pytest.mark.exhaustive)], ids=repr
+)
 def test_an_option_alone_has_the_text_that_it_has_among_neutral_ones(chosen):
     """What is neutral changes no bit, and a request does not depend on its neighbours' kinds."""
     for option, sampling in ALONE.items():
@@ -340,7 +342,7 @@ def with_faults(chosen: Any, shape: str) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("chosen", [Rejection, Coupled])
+@pytest.mark.parametrize("chosen", [Rejection, pytest.param(Coupled, marks=pytest.mark.exhaustive)])
 def test_planted_faults_are_noticed(chosen, fault):
     """In trees: in a chain, the path of another node is often the path of an ancestor."""
     option, pair = FAULTS[fault]
