@@ -163,7 +163,8 @@ class RoundTimes:
                 time of one without levels, and counts as such.
         """
         self._share[levels] += (1 - FADING) * (drafted - self._share[levels])
-        levels = levels if drafted else 0
+        if not drafted and 0 in self._timed:
+            levels = 0
         self._turn = self._turn + 1 if levels == self._running else 1
         self._running = levels
         timed = self._timed[levels]
@@ -187,7 +188,7 @@ class RoundTimes:
     def _mean(self, levels: int) -> float:
         """Return what a round takes on average, with and without a draft."""
         share = self._share[levels]
-        if share == 1.0 or not self._timed[0]:
+        if share == 1.0 or not self._timed.get(0):
             return self._cost(levels)
         return share * self._cost(levels) + (1 - share) * self._cost(0)
 
