@@ -241,6 +241,14 @@ SCRIPTS = (
         "adapt",
         "ours",
         "rounds that adapt, against plain decoding and every fixed number of levels",
+        (
+            Result("adapt_qwen", "Rounds that adapt: Qwen2.5-Coder-1.5B drafted by 0.5B"),
+            Result(
+                "adapt_qwen_sampled",
+                "Rounds that adapt, sampled: Qwen2.5-Coder-1.5B drafted by 0.5B",
+            ),
+            Result("adapt_qwen_ngram", "Rounds that adapt: Qwen2.5-Coder-1.5B with lookups"),
+        ),
     ),
     Script(
         "early_end",

@@ -52,7 +52,7 @@ def open_ways(args: argparse.Namespace) -> dict[str, Engine]:
     return {PLAIN: adaptive.baseline()} | fixed | {ADAPTIVE: adaptive}
 
 
-def table_of(measured: Mapping[str, Any]) -> Rows:
+def tabulate(measured: Mapping[str, Any]) -> Rows:
     """Tabulate speeds over plain decoding by kind of prompts, then those over the best fixed."""
     return [*speeds_by_kind(measured), over_best(measured["results"])]
 
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     engines = open_ways(args)
     _, measured = timed(args, questions, engines, args.temperature)
     rows = timed_rows(questions, measured)
-    print_table(table_of({"results": rows}))
+    print_table(tabulate({"results": rows}))
     write(args, engines[PLAIN], rows, has_draft=args.method != "ngram")
 
 
