@@ -61,6 +61,7 @@ LATER_FLAGS = {
     "prompt_lookup": False,
     "prompt_lookup_max": SpeculativeConfig.prompt_lookup_max,
     "prompt_lookup_min": SpeculativeConfig.prompt_lookup_min,
+    "prompt_lookup_corpus": None,
     "adapt": None,
     "confidence_threshold": 0.0,
 }

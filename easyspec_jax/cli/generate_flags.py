@@ -14,7 +14,8 @@ AUTO = "auto"
 TUNED = (
     "--method", "--num-speculative-tokens", "--tree-width", "--tree-nodes", "--lp-size",
     "--mlp-lp-size", "--refit", "--no-refit", "--no-calibration", "--draft-tensor-parallel-size",
-    "--prompt-lookup", "--prompt-lookup-max", "--prompt-lookup-min", "--confidence-threshold",
+    "--prompt-lookup", "--prompt-lookup-max", "--prompt-lookup-min", "--prompt-lookup-corpus",
+    "--confidence-threshold",
 )  # fmt: skip
 """Flags that --lp-strategy auto sets itself and that conflict with it."""
 
