@@ -431,6 +431,12 @@ def test_names_a_missing_field(field):
         model_config(config)
 
 
+@pytest.mark.parametrize("field", ["swiglu_limit", "swiglu_alpha"])
+def test_refuses_other_clamps_of_gpt_oss(field):
+    with pytest.raises(EasySpecError, match=f"config: {field}=5.0 is not supported; only"):
+        model_config({"model_type": "gpt_oss"} | SIZES | {field: 5.0})
+
+
 def test_names_a_missing_field_of_the_rope_scaling():
     scaling = {"rope_type": "llama3", **LLAMA3}
     del scaling["high_freq_factor"]
