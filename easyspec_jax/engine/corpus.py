@@ -34,12 +34,12 @@ def corpus_of(
     try:
         with Path(name).open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
-        text = content.decode("utf-8-sig")
+        # One byte too many may be half a character.
+        is_large = len(content) > _MOST_BYTES
+        text = "" if is_large else content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise EasySpecError(f"`prompt_lookup_corpus` {name} cannot be read: {error}") from None
-    is_large = len(content) > _MOST_BYTES
-    backend = tokenizer.backend_tokenizer
-    ids = [] if is_large else backend.encode(text, add_special_tokens=False).ids
+    ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     if is_large or len(ids) > MOST_TOKENS:
         raise EasySpecError(
             f"`prompt_lookup_corpus` {name} is too large: at most {MOST_TOKENS} tokens, "
