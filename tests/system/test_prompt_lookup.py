@@ -185,3 +185,11 @@ def test_a_corpus_that_cannot_be_used(target, tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(EasySpecError, match=f"`prompt_lookup_corpus` .*corpus.txt {message}"):
         opened(target, prompt_lookup_corpus=str(path))
+
+
+def test_a_corpus_of_too_many_bytes(target, tmp_path):
+    """What is read of it ends within a character."""
+    path = tmp_path / "corpus.txt"
+    path.write_bytes("é".encode() * (33 << 20))
+    with pytest.raises(EasySpecError, match=r"corpus.txt is too large: .*64 MiB"):
+        opened(target, prompt_lookup_corpus=str(path))
