@@ -6,8 +6,8 @@ In E = model.layers.N.mlp.experts, with the outputs of gate and up in turn (see 
     E.gate_up_proj_scales   uint8 [experts, 2 * inner, hidden / 32]
 
 and E.down_proj likewise. A byte has two floats, its lower half the first; a scale is an exponent
-plus 127. The sixteen floats of E2M1 are halves of integers up to 12, so int8 with
-half the scale holds every weight exactly (OCP Microscaling Formats, version 1.0).
+plus 127. The sixteen floats of E2M1 are halves of integers up to 12, so int8 with half the scale
+holds every weight exactly (OCP Microscaling Formats, version 1.0).
 """
 
 from collections.abc import Collection, Mapping
@@ -90,20 +90,28 @@ def matrices(
 ) -> dict[str, Matrix]:
     """Find the matrices of a checkpoint, as a stored_matrices.Format."""
     found: dict[str, Matrix] = {}
+    stored, stacks = parts.source.shapes(), dict[str, tuple[int, int, int]]()
     for name, place in places(sorted(known)):
-        if not place.is_bias and parts.has(f"{place.stack}_blocks"):
-            found[name] = _matrix(parts, place)
+        if place.is_bias or f"{place.stack}_blocks" not in stored:
+            continue
+        # Once for each stack: a model has thousands of experts, and a source lists anew each time.
+        if place.stack not in stacks:
+            stacks[place.stack] = _checked(parts, place)
+        experts, rows, groups = stacks[place.stack]
+        if place.expert >= experts:
+            raise parts.wrong(f"{place.stack}_blocks", f"more than {place.expert} experts")
+        shape = rows // place.step, groups * GROUP
+        found[name] = ExpertMatrix(ExpertScales(parts, place, groups), shape)
     return found
 
 
-def _matrix(parts: Parts, place: Place) -> ExpertMatrix:
+def _checked(parts: Parts, place: Place) -> tuple[int, int, int]:
+    """Check the parts of a stack; return its experts, rows and groups of columns."""
     blocks, scales = f"{place.stack}_blocks", f"{place.stack}_scales"
     shape = parts.take(blocks, "U8")
     if len(shape) != 4 or shape[3] != _BYTES or 0 in shape or shape[1] % place.step:
         raise parts.wrong(blocks, f"(experts, rows, columns / {GROUP}, {_BYTES})")
-    if place.expert >= shape[0]:
-        raise parts.wrong(blocks, f"more than {place.expert} experts")
     if parts.take(scales, "U8") != shape[:3]:
         raise parts.wrong(scales, str(shape[:3]))
-    _, rows, groups, _ = shape
-    return ExpertMatrix(ExpertScales(parts, place, groups), (rows // place.step, groups * GROUP))
+    experts, rows, groups, _ = shape
+    return experts, rows, groups
