@@ -294,11 +294,12 @@ class Programs:
             draft=() if self.draft is None else self.draft.cache_specs(),
             **dict.fromkeys(("length", "draft_length", "remaining", "request", "text"), P()),  # pyright: ignore[reportArgumentType]
             adjustments=adjustment_specs(self.config.kinds),
-            corpus=self._corpus_spec,
+            corpus=self.corpus_spec,
         )
 
     @property
-    def _corpus_spec(self) -> Any:
+    def corpus_spec(self) -> Any:
+        """PartitionSpec of the corpus, or None if there is none."""
         return None if self.corpus is None else P()
 
     @cached_property
@@ -323,7 +324,7 @@ class Programs:
             capacity: int,
         ) -> State:
             body = partial(init_state, capacity=capacity)
-            specs = P(), P(), adjustment_specs(self.config.kinds), self._corpus_spec
+            specs = P(), P(), adjustment_specs(self.config.kinds), self.corpus_spec
             started = self.mapped(body, specs, self.state_spec)
             return started(leaves, request, limit, adjustments, corpus)
 

@@ -203,8 +203,7 @@ def abstract_state(programs: Programs, rows: int, capacity: int) -> State:
     limits = np.zeros(rows, np.int32)
     body = partial(init_state, capacity=capacity)
     request_spec, adjustments_spec = programs.row_specs
-    corpus = programs.corpus
-    specs = request_spec, P(), adjustments_spec, None if corpus is None else P()
+    specs = request_spec, P(), adjustments_spec, programs.corpus_spec
     # Traced, not run: the caches themselves are never allocated.
     state = jax.eval_shape(
         programs.mapped(body, specs, programs.state_spec),
@@ -212,7 +211,7 @@ def abstract_state(programs: Programs, rows: int, capacity: int) -> State:
         request,
         limits,
         adjustments,
-        corpus,
+        programs.corpus,
     )
 
     def placed(sharding: NamedSharding, part: Any) -> Any:

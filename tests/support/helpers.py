@@ -1,12 +1,14 @@
-"""Shared by test modules: run a body on a mesh, and test whether counts follow a distribution."""
+"""Shared by test modules: run a body on a mesh, test counts, and see what attentions read."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from scipy import stats
 
+from easyspec_jax.model.attention import Attention
 from easyspec_jax.parallel.mesh import MeshShape, open_mesh
 
 
@@ -43,3 +45,15 @@ def goodness_of_fit(counts: np.ndarray, probabilities: np.ndarray) -> float:
             freedom += len(expected) - 1
     assert freedom > 0, "too few counts to say anything"
     return float(stats.chi2.sf(statistic, freedom))
+
+
+def sizes_read(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Collect the sizes of the parts of caches that attentions are traced to read from now on."""
+    read, real = set[int](), Attention._mix_part
+
+    def noted(self: Attention, *args: Any, size: int, slot: int | None) -> jax.Array:
+        read.add(size)
+        return real(self, *args, size=size, slot=slot)
+
+    monkeypatch.setattr(Attention, "_mix_part", noted)
+    return read

@@ -13,9 +13,9 @@ from easyspec_jax import SamplingParams, SpeculativeConfig, open_model
 from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.engine.engine import Engine
 from easyspec_jax.model import transformer, windows
-from easyspec_jax.model.attention import Attention
 from easyspec_jax.model.windows import Nodes, Window, Windows, tree_windows
 from easyspec_jax.options import Method
+from tests.support.helpers import sizes_read
 from tests.support.models import save_noisy_pair
 
 LAYERS, FOUR = 5, "0,1-4"
@@ -126,14 +126,7 @@ def parts(monkeypatch) -> set[int]:
     """Let parts of small caches be read, and collect which."""
     monkeypatch.setattr(windows, "SHORTEST", 16)
     monkeypatch.setattr(windows, "LARGE", 32)
-    read, real = set(), Attention._mix_part
-
-    def noted(self: Attention, *args: Any, size: int, slot: int | None) -> jax.Array:
-        read.add(size)
-        return real(self, *args, size=size, slot=slot)
-
-    monkeypatch.setattr(Attention, "_mix_part", noted)
-    return read
+    return sizes_read(monkeypatch)
 
 
 @pytest.mark.parametrize(

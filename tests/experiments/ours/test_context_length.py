@@ -5,25 +5,13 @@ import json
 import pytest
 
 from easyspec_jax.decode.programs import Programs
-from easyspec_jax.model.attention import Attention
 from experiments.ours import context_length
-
-
-@pytest.fixture
-def sizes(monkeypatch) -> set[int]:
-    """Collect the sizes of caches that attentions read."""
-    read, real = set(), Attention._mix_part
-
-    def noted(self: Attention, *args, size: int, slot: int | None):
-        read.add(size)
-        return real(self, *args, size=size, slot=slot)
-
-    monkeypatch.setattr(Attention, "_mix_part", noted)
-    return read
+from tests.support.helpers import sizes_read
 
 
 @pytest.mark.slow
-def test_every_length_is_timed_both_ways(tmp_path, capsys, sizes):
+def test_every_length_is_timed_both_ways(tmp_path, capsys, monkeypatch):
+    sizes = sizes_read(monkeypatch)
     out = tmp_path / "lengths.json"
     words = ["--capacities", "1024", "--lengths", "100", "5000", "--repeats", "2"]
     assert context_length.main([*words, "--out", str(out)]) == 0
