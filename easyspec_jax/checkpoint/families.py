@@ -398,8 +398,12 @@ def read_gpt_oss(config: dict[str, Any]) -> dict[str, Any]:
         if config.get(name, only) != only:
             raise EasySpecError(f"{name}={config[name]} is not supported; only {only}")
     layers = config["num_hidden_layers"]
-    rope: dict[str, Any] = {"rope_type": "yarn", "factor": 32.0, "truncate": False}
-    rope |= {"original_max_position_embeddings": 4096}
+    rope = {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    }
     defaults = {
         "attention_bias": True,
         "head_dim": 64,

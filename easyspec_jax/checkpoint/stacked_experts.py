@@ -30,7 +30,7 @@ _STACKS = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of an expert is among those of all experts.
+    """The place of one expert's tensor in the stack of all.
 
     Attributes:
         stack: Name of the stacked tensor; that of a bias ends in "_bias".
@@ -47,7 +47,7 @@ class Place:
     is_bias: bool
 
     def outputs(self, rows: slice) -> slice:
-        """Return the outputs of the stack that some rows are among, from `first` to `first`."""
+        """Return the stack's outputs that hold some rows: every `step`-th of them, from `first`."""
         return slice(rows.start * self.step, rows.stop * self.step)
 
 

@@ -26,7 +26,7 @@ def corpus_of(
         vocab_size: Number of the target's token ids.
 
     Raises:
-        EasySpecError: The file cannot be read, is no text, or is too large.
+        EasySpecError: The file cannot be read, is not text, or is too large.
     """
     name = speculative.prompt_lookup_corpus
     if name is None:

@@ -103,9 +103,11 @@ def bench(levels: int, capacity: int) -> Bench:
 def at_length(programs: Programs, capacity: int, tokens: int) -> State:
     """Make a state whose text has some tokens; what they are does not matter for time."""
     state = programs.start(SamplingParams(), [capacity], capacity)
-    # Two arrays, as a round may take over both.
-    lengths = (replicated(np.full(1, tokens, np.int32), programs.mesh) for _ in range(2))
-    return replace(state, **dict(zip(("length", "draft_length"), lengths, strict=True)))
+    # Two arrays, as a round takes over both.
+    length, draft_length = (
+        replicated(np.full(1, tokens, np.int32), programs.mesh) for _ in range(2)
+    )
+    return replace(state, length=length, draft_length=draft_length)
 
 
 def timed(programs: Programs, capacity: int, tokens: int) -> float:

@@ -77,7 +77,7 @@ def test_stacks_that_do_not_fit_are_reported(saved, tmp_path, tensors, message):
 
 
 def test_other_families_stack_nothing(tmp_path):
-    """Where others do, gate and up are halves; taken for rows in turn, they would be wrong."""
+    """Their gate and up would be halves of a stack; read as alternating rows, they are wrong."""
     save_model(tmp_path, "qwen3_moe", num_hidden_layers=1, mlp_only_layers=[])
     file = tmp_path / "model.safetensors"
     stored, prefix = load_file(file), "model.layers.0.mlp.experts."

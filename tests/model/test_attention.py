@@ -107,7 +107,7 @@ def test_attention_reads_a_cut_as_the_whole_cache(quantized):
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["floats", "int8"])
 def test_attention_reads_a_part_as_the_whole_cache(quantized):
-    """What lies behind the part is scratch, and not read: it may be NaN, which 0 does not hide."""
+    """Nothing past the part is read: a weight of 0 would not hide the NaNs there."""
     case = Case(starts=(20, 7), tokens=6, tree=True, head_dim=16, capacity=64)
     window, q, cache = case.window(), case.normal(9, *queries(case)), case.cache()
     part = replace(window, part=jnp.array(1), parts=(16, 32, 64))

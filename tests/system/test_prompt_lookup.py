@@ -188,7 +188,7 @@ def test_a_corpus_that_cannot_be_used(target, tmp_path, content, message):
 
 
 def test_a_corpus_of_too_many_bytes(target, tmp_path):
-    """What is read of it ends within a character."""
+    """The limit falls inside a character, which is not a mistake in the file."""
     path = tmp_path / "corpus.txt"
     path.write_bytes("é".encode() * (33 << 20))
     with pytest.raises(EasySpecError, match=r"corpus.txt is too large: .*64 MiB"):
