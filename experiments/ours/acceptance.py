@@ -6,8 +6,9 @@ temperatures and verifiers. Prints tables, writes JSON and draws it. None of the
 
 import argparse
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from dataclasses import fields as fields_of
 from itertools import cycle, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -15,13 +16,24 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from rich.table import Table
 
 from easyspec_jax import Completion, EasySpecError, Engine, SamplingParams, SpeculativeConfig
+from easyspec_jax.checkpoint.config import read_json
 from easyspec_jax.cli.command import Parser, cache_compilations, read_prompts
 from easyspec_jax.draft.grouping import format_layout
 from easyspec_jax.draft.refit_file import refit_sizes
 from easyspec_jax.options import Verifier
 from easyspec_jax.progress import bar
 from easyspec_jax.tune.drawing import INK, SOFT, STYLE, WHITE, png
-from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.lib.machine import machine
+from experiments.lib.output import (
+    RESULTS,
+    as_json,
+    prepare,
+    publish,
+    run_experiment,
+    save,
+    settings,
+    show,
+)
 from experiments.lib.pair import DATA, add_models, names, open_pair
 from experiments.lib.tables import Rows, distinct, matching
 
@@ -110,14 +122,23 @@ def _drafts(lp_size: int, refit_sizes: Collection[int]) -> tuple[tuple[bool, boo
     return (PLAIN, UNCALIBRATED, REFIT) if lp_size in refit_sizes else (PLAIN, UNCALIBRATED)
 
 
-def measure_grid(args: argparse.Namespace, prompts: Sequence[str]) -> list[Row]:
-    """Measure the acceptance of every variant.
+def measure_grid(
+    args: argparse.Namespace,
+    prompts: Sequence[str],
+    grid: Sequence[Variant],
+    measured: Mapping[Variant, Row],
+) -> Iterator[dict[Variant, Row]]:
+    """Measure the acceptance of every variant, and yield all rows so far, in the grid's order.
+
+    Args:
+        args: The flags.
+        prompts: What to complete.
+        grid: The variants.
+        measured: Rows of some of them that need not be measured.
 
     Raises:
         EasySpecError: A variant is impossible, which is known before any is measured.
     """
-    refits = sizes_with_refit(args)
-    grid = variants(args.temperatures, args.verifiers, args.widths, args.lp_sizes, refits)
     configs = {
         variant: variant.speculative(args.num_speculative_tokens, args.refit) for variant in grid
     }
@@ -132,26 +153,55 @@ def measure_grid(args: argparse.Namespace, prompts: Sequence[str]) -> list[Row]:
 
     for layout in layouts:
         opened(layout)  # checks the layout without reading weights
-    rows: dict[Variant, Row] = {}
-    with bar("Measuring", len(grid)) as advance:
+    rows = dict(measured)
+    missing = [variant for variant in grid if variant not in rows]
+    with bar("Measuring", len(missing)) as advance:
         # What greedy and coupled texts are compared with.
         same = replace(configs[grid[0]].weights_key, verifier="coupled")
         baseline = opened(same).baseline()
-        plain = {t: complete(baseline, sampling[t], prompts, args) for t in sampling}
+        wanted = dict.fromkeys(variant.temperature for variant in missing)
+        plain = {t: complete(baseline, sampling[t], prompts, args) for t in wanted}
         for layout in layouts:
-            alike = [variant for variant in grid if configs[variant].weights_key == layout]
+            alike = [variant for variant in missing if configs[variant].weights_key == layout]
             engine = opened(layout)
             for variant in alike:
                 engine.speculative = configs[variant]  # the weights depend on the layout alone
                 temperature = variant.temperature
                 made = complete(engine, sampling[temperature], prompts, args)
-                measured = {"draft": variant.draft} | asdict(variant) | figures_of(engine, made)
+                row = {"draft": variant.draft} | asdict(variant) | figures_of(engine, made)
                 # Otherwise every draft makes another text of the same distribution.
                 if variant.verifier in (GREEDY, "coupled"):
-                    measured["equals_plain"] = texts_of(made) == texts_of(plain[temperature])
-                rows[variant] = measured
+                    row["equals_plain"] = texts_of(made) == texts_of(plain[temperature])
+                rows[variant] = row
                 advance(1)
-    return [rows[variant] for variant in grid]
+                yield {variant: rows[variant] for variant in grid if variant in rows}
+
+
+AXES = ("widths", "lp_sizes", "temperatures", "verifiers", "command")
+"""Settings that may differ between runs whose rows are put together."""
+
+
+def measured_before(out: Path, fields: Mapping[str, Any]) -> dict[Variant, Row]:
+    """Read the rows of an earlier run with the same settings but for the axes of its grid.
+
+    Args:
+        out: The file; it may be missing.
+        fields: This run's settings, as publish() writes them.
+
+    Raises:
+        EasySpecError: The file cannot be read, or its settings are others.
+    """
+    if not out.exists():
+        return {}
+    before = read_json(out)
+    for name, value in fields.items():
+        if name not in AXES and before.get(name) != value:
+            raise EasySpecError(
+                f"--resume: {out} was measured with {name} {before.get(name)!r}, not {value!r}; "
+                "give another --out"
+            )
+    names = [field.name for field in fields_of(Variant)]
+    return {Variant(**{name: row[name] for name in names}): row for row in before["results"]}
 
 
 def sizes_with_refit(args: argparse.Namespace) -> set[int]:
@@ -377,10 +427,16 @@ def run(args: argparse.Namespace) -> None:
         args.prompt_file or DATA / ("prompts.txt" if args.target else "code_prompts.txt")
     )
     out = destination(args)
-    rows = measure_grid(args, prompts)
-    print_tables(rows)
-    fields = settings(args, "prompt_file", "refit") | names(args) | {"prompts": prompts}
-    publish(out, fields, rows, draw)
+    refits = sizes_with_refit(args)
+    grid = variants(args.temperatures, args.verifiers, args.widths, args.lp_sizes, refits)
+    fields = settings(args, "prompt_file", "refit", "resume") | names(args) | {"prompts": prompts}
+    fields["command"] = args.command.replace(" --resume", "")  # the rows are those of one run
+    before = measured_before(out, fields) if args.resume else {}
+    rows = before = {variant: before[variant] for variant in grid if variant in before}
+    for rows in measure_grid(args, prompts, grid, before):
+        save(out, as_json(fields | {"machine": machine(args.platform), "results": rows.values()}))
+    print_tables(list(rows.values()))
+    publish(out, fields, list(rows.values()), draw)
 
 
 def destination(args: argparse.Namespace) -> Path:
@@ -429,6 +485,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out",
         type=Path,
         help="default: results/acceptance.json, or …_demo.json for the bundled pair",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the rows that --out has, and measure only those of the grid that it lacks",
     )
     return run_experiment("experiments.acceptance", parser, run, argv)
 

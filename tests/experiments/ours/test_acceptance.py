@@ -1,6 +1,7 @@
 """The grid is complete, and what is written agrees with itself."""
 
 import json
+import shlex
 from dataclasses import astuple
 
 import pytest
@@ -89,6 +90,39 @@ def test_rows_agree_with_themselves(measured):
         assert row["mean_acceptance_length"] == 1 + row["accepted"] / row["rounds"]
         assert row["equals_plain"]
     assert not list(measured.glob("*.partial"))
+
+
+def test_a_run_is_resumed(measured, monkeypatch):
+    """Rows that are there stay; the others are measured, and all come in the grid's order."""
+    whole = json.loads((measured / "acceptance.json").read_text())
+    command = shlex.split(whole["command"])[3:]
+    command[command.index("model")] = command[command.index("model")] = str(measured / "model")
+    command[command.index("prompts.txt")] = str(measured / "prompts.txt")
+    command[command.index("refit")] = str(measured / "refit")
+    first, *rest = whole["results"]
+    part = measured / "part.json"
+    part.write_text(json.dumps(whole | {"results": [first | {"rounds": 1000}, *rest[1:]]}))
+    calls = []
+    completed = acceptance.complete
+    monkeypatch.setattr(
+        acceptance, "complete", lambda *args: calls.append(args) or completed(*args)
+    )
+    assert main([*command, "--resume", "--out", str(part)]) == 0
+    assert len(calls) == 2  # plain decoding, and the one variant that was missing
+    again = json.loads(part.read_text())
+    assert again["results"] == [first | {"rounds": 1000}, *rest]
+    assert again["command"] == whole["command"]
+
+
+def test_rows_of_other_settings_are_not_mixed(measured, monkeypatch, capsys):
+    monkeypatch.setattr(acceptance, "complete", lambda *_: pytest.fail("measured"))
+    pair = ["--target", str(measured / "model"), "--draft", str(measured / "model")]
+    before = (measured / "acceptance.json").read_bytes()
+    out = ["--resume", "--out", str(measured / "acceptance.json")]
+    assert main([*pair, *out, "--num-speculative-tokens", "3"]) == 2
+    error = capsys.readouterr().err
+    assert "was measured with num_speculative_tokens 2, not 3; give another --out" in error
+    assert (measured / "acceptance.json").read_bytes() == before
 
 
 def test_missing_refits_are_noticed_before_anything_is_measured(measured, monkeypatch, capsys):
