@@ -49,6 +49,7 @@ class Task:
         directory: Where exports go.
         length: Of prompt and text together.
         gguf: Another file of the target's weights, for llama.cpp.
+        gguf_draft: Another file of the draft's, to draft for that one.
         allow_links: Follow links that lead out of a checkpoint's directory.
     """
 
@@ -62,6 +63,7 @@ class Task:
     max_new_tokens: int
     length: int
     gguf: Path | None = None
+    gguf_draft: Path | None = None
     allow_links: bool = False
 
     def exported(self, name: str) -> Path:
@@ -153,17 +155,14 @@ def llama_cpp_peers(task: Task) -> dict[str, Peer]:
             str(path), n_ctx=length, verbose=False, **threads, **caches, **options
         )
 
-    second = opened(files["draft"])
+    def peer(path: Path, weights: str = EXACT, second: Any = None, **options: Any) -> Peer:
+        if second is not None:
+            options["draft_model"] = _drafts(second, levels)
+        model = opened(path, **options)
 
-    def drafted(ids: np.ndarray, /, **_: Any) -> np.ndarray:
-        return np.fromiter(
-            itertools.islice(second.generate(ids.tolist(), temp=0.0), levels), np.intc
-        )
-
-    def peer(model: Any, weights: str = EXACT) -> Peer:
         def complete(prompt: Sequence[int]) -> list[int]:
-            model.reset()  # forget the prompt's keys from the last time
-            second.reset()
+            for own in filter(None, (model, second)):
+                own.reset()  # forget the prompt's keys from the last time
             made: list[int] = []
             for token in model.generate(prompt, temp=0.0):
                 made.append(token)
@@ -173,17 +172,31 @@ def llama_cpp_peers(task: Task) -> dict[str, Peer]:
 
         return Peer(complete, f"llama-cpp-python {llama_cpp.__version__}", weights)
 
+    target, drafts = files["target"], f"drafts of {levels}"
     lookup = LlamaPromptLookupDecoding(num_pred_tokens=levels)
     peers = {
-        "llama.cpp": peer(opened(files["target"])),
-        "llama.cpp, prompt lookup": peer(opened(files["target"], draft_model=lookup)),
-        f"llama.cpp, drafts of {levels}": peer(opened(files["target"], draft_model=drafted)),
+        "llama.cpp": peer(target),
+        "llama.cpp, prompt lookup": peer(target, draft_model=lookup),
+        f"llama.cpp, {drafts}": peer(target, second=opened(files["draft"])),
     }
     if task.gguf is not None:
         own = task.gguf.name
+        name = f"llama.cpp, {own}"
         note = f"as {own} has them: the same only where the checkpoint was converted from it"
-        peers[f"llama.cpp, {own}"] = peer(opened(task.gguf), note)
+        peers[name] = peer(task.gguf, note)
+        if task.gguf_draft is not None:
+            peers[f"{name}, {drafts}"] = peer(task.gguf, note, opened(task.gguf_draft))
     return peers
+
+
+def _drafts(model: Any, levels: int) -> Callable[..., np.ndarray]:
+    """Let llama.cpp's target ask a model of llama.cpp's for that many greedy tokens."""
+
+    def drafted(ids: np.ndarray, /, **_: Any) -> np.ndarray:
+        made = model.generate(ids.tolist(), temp=0.0)
+        return np.fromiter(itertools.islice(made, levels), np.intc)
+
+    return drafted
 
 
 def vllm_peers(task: Task) -> dict[str, Peer]:
@@ -218,16 +231,17 @@ def _installed(module: str) -> Any:
         raise Missing("not installed") from None
 
 
-ENGINES: Mapping[str, Callable[[Task], dict[str, Peer]]] = {
+Open = Callable[[Task], dict[str, Peer]]
+"""Opens the ways of an engine, by name."""
+
+ENGINES: Mapping[str, Open] = {
     "transformers": transformers_peers,
     "llama.cpp": llama_cpp_peers,
     "vLLM": vllm_peers,
 }
 
 
-def open_peers(
-    task: Task, engines: Mapping[str, Callable[[Task], dict[str, Peer]]] = ENGINES
-) -> tuple[dict[str, Peer], dict[str, str]]:
+def open_peers(task: Task, engines: Mapping[str, Open]) -> tuple[dict[str, Peer], dict[str, str]]:
     """Open all that can be compared here, by name, and say why the other engines cannot."""
     found: dict[str, Peer] = {}
     missing: dict[str, str] = {}

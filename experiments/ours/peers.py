@@ -38,7 +38,7 @@ from experiments.lib.output import (
 from experiments.lib.pair import add_flags, names, open_pair, questions_of
 from experiments.lib.picture import note, pair_title
 from experiments.lib.tables import Rows, column
-from experiments.ours.peer_engines import EXACT, Complete, Peer, Task, open_peers
+from experiments.ours.peer_engines import ENGINES, EXACT, Complete, Peer, Task, open_peers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -182,9 +182,10 @@ def measure(
         max_new_tokens=args.max_new_tokens,
         length=max(map(len, prompts)) + args.max_new_tokens,
         gguf=args.gguf,
+        gguf_draft=args.gguf_draft,
         allow_links=args.allow_links,
     )
-    peers, missing = open_peers(task)
+    peers, missing = open_peers(task, {name: ENGINES[name] for name in args.engines})
     own = {
         name: Peer(ours(engine, prompts, sampling, chat), f"jax {jax.__version__}")
         for name, engine in engines.items()
@@ -325,16 +326,26 @@ def run(args: argparse.Namespace) -> None:
     """Measure, print, write the JSON and draw it."""
     if args.repeats < 1:
         raise EasySpecError(f"--repeats {args.repeats} must be at least 1")
-    if args.gguf is not None and not args.gguf.is_file():
-        raise EasySpecError(
-            f"--gguf {args.gguf} is not a file; leave it out, or give a GGUF file of the target"
-        )
+    for flag, role, path in (
+        ("--gguf", "target", args.gguf),
+        ("--gguf-draft", "draft", args.gguf_draft),
+    ):
+        if path is not None and not path.is_file():
+            raise EasySpecError(
+                f"{flag} {path} is not a file; leave it out, or give a GGUF file of the {role}"
+            )
+    if args.gguf_draft is not None and args.gguf is None:
+        raise EasySpecError("--gguf-draft drafts for the file of --gguf; give that too")
     prepare(args.out)
     cache_compilations()
     with tempfile.TemporaryDirectory() as directory:
         rows, measured = measure(args, Path(directory))
     print_table(rows)
-    fields = settings(args, "questions", "target", "draft", "gguf") | measured | names(args)
+    fields = (
+        settings(args, "questions", "target", "draft", "gguf", "gguf_draft")
+        | measured
+        | names(args)
+    )
     publish(args.out, fields, rows, draw)
 
 
@@ -347,6 +358,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--gguf",
         type=Path,
         help="also time llama.cpp on this file of the target, which may be quantized",
+    )
+    parser.add_argument(
+        "--gguf-draft", type=Path, help="a file of the draft, to draft for that of --gguf"
+    )
+    parser.add_argument(
+        "--engines",
+        nargs="+",
+        choices=list(ENGINES),
+        default=list(ENGINES),
+        help="only these next to ours: each of them keeps the pair in memory once more",
     )
     parser.add_argument(
         "--num-speculative-tokens", type=int, default=default.num_speculative_tokens

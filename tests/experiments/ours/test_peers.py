@@ -90,6 +90,9 @@ def test_transformers_completes_the_same_texts(tmp_path):
                 "8",
                 "--repeats",
                 "1",
+                "--engines",
+                "transformers",
+                "vLLM",
                 "--out",
                 str(out),
             ]
@@ -99,8 +102,15 @@ def test_transformers_completes_the_same_texts(tmp_path):
     rows = {row["name"]: row for row in json.loads(out.read_text())["results"]}
     for name in (PLAIN, "sd", "easyspec, N = 3", "transformers", "transformers, assisted"):
         assert rows[name]["identical"] == 1 and rows[name]["divergences"] == []
+    assert "llama.cpp" not in rows
     assert rows["vLLM"]["missing"] == "compared on GPUs alone"
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_draft_file_needs_a_target_file(tmp_path, capsys):
+    (tmp_path / "draft.gguf").touch()
+    assert main(["--gguf-draft", str(tmp_path / "draft.gguf")]) == 2
+    assert "--gguf-draft drafts for the file of --gguf" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -108,6 +118,8 @@ def test_transformers_completes_the_same_texts(tmp_path):
     [
         (["--repeats", "0"], "--repeats 0 must be at least 1"),
         (["--gguf", "absent.gguf"], "--gguf absent.gguf is not a file"),
+        (["--gguf-draft", "absent.gguf"], "--gguf-draft absent.gguf is not a file"),
+        (["--engines", "sglang"], "invalid choice: 'sglang'"),
         (["--out", "absent/peers.json"], "--out absent/peers.json must be a .json file"),
     ],
 )
