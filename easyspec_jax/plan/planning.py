@@ -27,6 +27,7 @@ from easyspec_jax.plan.machines import Topology, parse_topology
 from easyspec_jax.plan.measure import measured
 from easyspec_jax.plan.options import LP_SIZES, PROMPT_LENGTH, PlanConfig
 from easyspec_jax.plan.steps import Costs, Pair, Way, costs, programs, verification_cost, ways
+from easyspec_jax.plan.tiers import Tier, tiers
 from easyspec_jax.progress import Bar, no_bar
 
 
@@ -43,6 +44,7 @@ class Plan:
         compiled: That round's figures, or XLA's refusal, or one line that says why this
             installation cannot compile it, or None if it was not asked to.
         best: Choices by measured acceptance, or None without any.
+        tiers: The rounds that `compiled_way` has with `--adapt on`, fewest levels first.
     """
 
     target_name: str
@@ -54,6 +56,7 @@ class Plan:
     compiled_way: Way
     compiled: Compiled | TooLarge | str | None
     best: Best | None
+    tiers: Sequence[Tier]
 
 
 def plan(target: str | Path, draft: str | Path, config: PlanConfig, *, bar: Bar = no_bar) -> Plan:
@@ -121,7 +124,19 @@ def plan(target: str | Path, draft: str | Path, config: PlanConfig, *, bar: Bar 
     best = None
     if acceptance is not None:
         best = find_best(pair, acceptance, make_mesh, topology.machine, bar)
-    return Plan(target_name, draft_name, pair, topology, verification, counted, way, compiled, best)
+    of_way = tiers(pair, way, counted[0].round, make_mesh, topology.machine)
+    return Plan(
+        target_name,
+        draft_name,
+        pair,
+        topology,
+        verification,
+        counted,
+        way,
+        compiled,
+        best,
+        of_way,
+    )
 
 
 def _pair(config: PlanConfig, topology: Topology, target: ModelConfig, draft: ModelConfig) -> Pair:

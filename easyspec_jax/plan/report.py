@@ -62,6 +62,14 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "tree_width": pair.tree_width,
         "verification": _cost(plan.verification, machine),
         "ways": [_way(costs, plan) for costs in plan.costs],
+        "tiers": {
+            "way": plan.compiled_way.label,
+            "tiers": [
+                {"num_speculative_tokens": own.levels, "round_seconds": own.seconds}
+                | {"pays_from": own.pays_from}
+                for own in plan.tiers
+            ],
+        },
         "compiled": {"way": plan.compiled_way.label} | _compiled(plan.compiled, machine),
         "best": None if plan.best is None else _best(plan.best, plan),
     }
@@ -168,6 +176,7 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     for table in (_steps_table(plan), _memory_table(plan), _speed_table(plan)):
         console.print()
         console.print(table)
+    console.print(_tiers(plan["tiers"]))
     if plan["best"] is not None:
         console.print()
         _print_best(plan["best"], plan["num_speculative_tokens"], console)
@@ -258,6 +267,20 @@ def _speed_table(plan: dict[str, Any]) -> Table:
             cells.append(f"[bold green]*{speed:.1f}[/]" if best else f"{speed:.1f}")
         table.add_row(escape(way["label"]), *cells)
     return table
+
+
+def _tiers(found: dict[str, Any]) -> str:
+    """Say how likely a level must be for rounds that adapt to draft."""
+    parts = []
+    for tier in sorted(found["tiers"], key=lambda tier: tier["pays_from"] or 0.0):
+        levels, least = tier["num_speculative_tokens"], tier["pays_from"]
+        if least is not None:
+            name = f"{levels} levels" if levels else "plain decoding"
+            parts.append(f"{name} from {least:.2f}" if least else name)
+    return (
+        f"[bold]{escape(found['way'])}, --adapt on[/], by how likely a level is accepted after the "
+        f"one above: {', '.join(parts)}"
+    )
 
 
 def _print_best(best: dict[str, Any], levels: int, console: Console) -> None:
