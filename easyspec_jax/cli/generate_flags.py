@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from typing import get_args
+from typing import Literal, get_args
 
 from easyspec_jax import demo
 from easyspec_jax.cli.command import Parser, read_prompts
@@ -69,6 +69,16 @@ def _id_and_bias(text: str) -> tuple[int, float]:
         return int(number), float(bias)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not ID:BIAS, such as 50256:-100") from None
+
+
+def _probability_or_auto(text: str) -> float | Literal["auto"]:
+    """Read a confidence threshold."""
+    if text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
 
 
 def _schema(given: str) -> str:
@@ -337,16 +347,17 @@ def add_speculation(parser: Parser) -> None:
     )
     drafting.add_argument(
         "--confidence-threshold",
-        type=float,
+        type=_probability_or_auto,
         default=default.confidence_threshold,
         metavar="P",
-        help="draft no further where no path has this probability under the draft (default: "
-        "%(default)g, all levels)",
+        help="draft no further where no path has this probability under the draft; auto learns it "
+        "while decoding, and samples coupled (default: %(default)g, all levels)",
     )
     drafting.add_argument(
         "--verifier",
         choices=get_args(Verifier),
-        help="default: rejection for chains, coupled for trees, --method ngram and --adapt on",
+        help="default: rejection for chains, coupled for trees, --method ngram, --adapt on and "
+        "--confidence-threshold auto",
     )
     drafting.add_argument(
         "--bit-stable",

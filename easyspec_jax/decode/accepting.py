@@ -73,6 +73,7 @@ def accept(
         lookup_accepted=lookup_accepted,
         forced=forced,
         levels=jnp.asarray(config.levels, jnp.int32),
+        confidence=drafted.confidence,
     )
     return report, remaining, path
 

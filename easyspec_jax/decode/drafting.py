@@ -89,7 +89,8 @@ def draft_tree(
     config: RoundConfig,
     adjustments: RowAdjustments | None = None,
     live: Bool[Array, " batch"] | None = None,
-) -> tuple[Tree, Caches]:
+    threshold: Float[Array, ""] | None = None,
+) -> tuple[Tree, Float[Array, "batch levels"] | None, Caches]:
     """Grow a tree below each row's last token: config.levels levels at most, of config.width nodes.
 
     The hidden states of the roots decide the first level; each further level costs a fuzzy pass
@@ -110,13 +111,15 @@ def draft_tree(
         adjustments: Each row's changes to logits, over the ids that the draft has here. It proposes
             what the changed logits prefer, since the target's are changed alike.
         live: Rows that need a draft; None for all.
+        threshold: Confidence that another level needs; None for the configuration's.
 
     Returns:
-        The trees, the same on every device; and the caches, with keys and values of all nodes but
-        those of each row's last level.
+        The trees, the same on every device; as in Report, the confidence; and the caches, with keys
+        and values of all nodes but those of each row's last level.
     """
     live = jnp.ones(root.shape, bool) if live is None else live
-    growth = _Growth(draft, position, request, config, adjustments, live)
+    least = jnp.float32(config.confidence_threshold) if threshold is None else threshold
+    growth = _Growth(draft, position, request, config, adjustments, live, least)
     top_level = _root_level(root, config)
     if adjustments is not None:
         none = jnp.full((root.shape[0], 1, config.levels), NO_TOKEN, jnp.int32)
@@ -124,14 +127,17 @@ def draft_tree(
     of_root, start = growth.begin(top_level, h, caches)
     # A loop, because its body compiles once however many levels there are. Only if something may
     # end it early is its length unknown to XLA, and to the planner.
-    if config.confidence_threshold:
+    if config.ends_early:
         grown = jax.lax.while_loop(growth.is_unfinished, growth.deepen, start)
     else:
         grown = jax.lax.fori_loop(1, config.levels, lambda _, g: growth.deepen(g), start)
     tree = _assemble(top_level, of_root, grown.levels, grown.candidates, config.width)
-    # A replicated draft runs on every device by itself, and kernels need not round alike: let all
-    # take the first device's tree.
-    return (tree if draft.axes else from_first_device(tree, ALL_AXES)), grown.caches
+    confidence = jnp.exp(_likeliest(grown.levels)).T if config.learns_threshold else None
+    if not draft.axes:
+        # A replicated draft runs on every device by itself, and kernels need not round alike: let
+        # all take the first device's tree.
+        tree, confidence = from_first_device((tree, confidence), ALL_AXES)
+    return tree, confidence, grown.caches
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,7 @@ class _Growth:
     config: RoundConfig
     adjustments: RowAdjustments | None
     live: Bool[Array, " batch"]
+    threshold: Float[Array, ""]
 
     def begin(
         self, root: Level, h: Float[Array, "batch hidden"], caches: Caches
@@ -170,7 +177,7 @@ class _Growth:
         nodes = Nodes(entry, self.position, depths, level.ancestors)
         h, caches = self.draft(level.tokens, grown.caches, nodes, run_fuzzy)
         below, candidates = self.choose(level, h, depth + 1)
-        if self.config.confidence_threshold:
+        if self.config.ends_early:
             below, candidates = _of_rows(grown.goes_on, below, candidates)
         return Grown(
             depth + 1,
@@ -208,17 +215,17 @@ class _Growth:
 
     def goes_on(self, level: Level) -> Bool[Array, " batch"]:
         """Return which rows draft another level below this one."""
-        if not self.config.confidence_threshold:
+        if not self.config.ends_early:
             return self.live
-        likely = jnp.exp(_likeliest(level)) >= jnp.float32(self.config.confidence_threshold)
+        likely = jnp.exp(_likeliest(level)) >= self.threshold
         if not self.draft.axes:
             likely = from_first_device(likely, ALL_AXES)  # passes communicate: all run as many
         return self.live & likely
 
 
-def _likeliest(level: Level) -> Float[Array, " batch"]:
-    """Return the log-probability of each row's likeliest path."""
-    return jnp.max(jnp.where(level.score > -jnp.inf, level.log_prob, -jnp.inf), axis=1)
+def _likeliest(level: Level) -> Float[Array, "*levels batch"]:
+    """Return the log-probability of each row's likeliest path, for one level or a stack of them."""
+    return jnp.max(jnp.where(level.score > -jnp.inf, level.log_prob, -jnp.inf), axis=-1)
 
 
 def _of_rows(

@@ -99,6 +99,7 @@ class Batch:
         self._known: dict[int, Text] = {}  # by row, where there is a store
         self.cached = np.zeros(rows, np.int64)
         self._tiers = programs.tier_choice(rows)
+        self._thresholds = programs.threshold_choice(rows)
         self._levels = programs.config.levels  # of the round that was dispatched last
         self._clock: float | None = None  # time of the report that was read last
 
@@ -266,6 +267,9 @@ class Batch:
             if levels is not None:
                 accepted, done = np.asarray(report.accepted), np.asarray(report.done)
                 self._tiers.read(levels, accepted, current, done)
+                if self._thresholds is not None and report.confidence is not None:
+                    confidence = np.asarray(report.confidence)
+                    self._thresholds.read(confidence, accepted, current & ~done)
             yield Read(report, rows, current)
 
     def _dispatch(self) -> tuple[Report, bool]:
@@ -280,7 +284,8 @@ class Batch:
         lags = before == 0 < self._levels
         if lags:
             self._state = self._programs.catch_up(self._state)
-        self._state, report = self._programs.round(self._state, self._levels)
+        threshold = self._thresholds.next() if self._thresholds and self._levels else None
+        self._state, report = self._programs.round(self._state, self._levels, threshold)
         return report, not lags and capacity == self._growth.capacity
 
     def _time(self, levels: int | None, report: Report) -> None:
@@ -297,6 +302,8 @@ class Batch:
             # Without a draft model, a round that looks up in vain is a step of plain decoding.
             drafted = self._programs.draft is not None or bool(report.drafted.any())
             self._tiers.times.add(levels, now - before, drafted=drafted or levels == 0)
+            if self._thresholds is not None and report.confidence is not None:
+                self._thresholds.time(np.asarray(report.confidence), now - before)
 
     def reports(self) -> Iterator[Report]:
         """Run a batch that filled() made until every row is done; yield each report."""

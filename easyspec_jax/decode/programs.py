@@ -25,6 +25,7 @@ from easyspec_jax.decode.refill import (
 from easyspec_jax.decode.round import catch_up, prefill, speculative_round
 from easyspec_jax.decode.sizes import Sizes
 from easyspec_jax.decode.state import Report, RoundConfig, State, init_state
+from easyspec_jax.decode.threshold import ThresholdChoice
 from easyspec_jax.decode.tiers import RoundTimes, TierChoice
 from easyspec_jax.draft.layer_group import LayerGroup
 from easyspec_jax.model.transformer import Decoder
@@ -98,7 +99,9 @@ class Programs:
         rows = prompts or [()] * len(limits)
         request, adjustments = self._placed(self.row_arrays(sampling, rows))
         limit = self._replicated(np.asarray(limits, np.int32))
-        return self._start(self.leaves, request, limit, adjustments, self._corpus, capacity)
+        threshold = self._replicated(np.float32(0)) if self.config.learns_threshold else None
+        arrays = request, limit, adjustments, self._corpus, threshold
+        return self._start(self.leaves, *arrays, capacity)
 
     def columns(self, size: int) -> int:
         """Return how many columns of tokens prefill() takes for a chunk of some size."""
@@ -193,18 +196,24 @@ class Programs:
         """Return the state with larger caches; compiles once for each pair of sizes."""
         return self._extend(self.leaves, state, capacity)
 
-    def round(self, state: State, levels: int | None = None) -> tuple[State, Report]:
+    def round(
+        self, state: State, levels: int | None = None, threshold: float | None = None
+    ) -> tuple[State, Report]:
         """Run round.speculative_round for every row.
 
         Args:
             state: The state; donated.
             levels: Which of the tiers of `config` to run; None for `config` itself.
+            threshold: Confidence that another level needs, if `config` learns it; None for that of
+                the round before.
         """
+        if threshold is not None:
+            state = replace(state, threshold=self._replicated(np.float32(threshold)))
         if levels is None or levels == self.config.levels:
             return self._round(self.leaves, state)
         if levels == 0 and self.draft is not None:
-            after, report = self._plain.round(replace(state, draft=()))
-            return replace(after, draft=state.draft), report
+            after, report = self._plain.round(replace(state, draft=(), threshold=None))
+            return replace(after, draft=state.draft, threshold=state.threshold), report
         return self._tiers[levels](self.leaves, state)
 
     def catch_up(self, state: State) -> State:
@@ -224,6 +233,21 @@ class Programs:
         tiers = (*self.config.tiers, self.config.levels)
         times = self._times.setdefault(rows, RoundTimes(tiers))
         return TierChoice(tiers, rows, times, hosts.from_first, AGREED if hosts.count() > 1 else 1)
+
+    def threshold_choice(self, rows: int) -> ThresholdChoice | None:
+        """Return what chooses the thresholds of a new batch, if `config` learns them.
+
+        Args:
+            rows: Rows of the batch. Batches of as many share what has been learned.
+        """
+        if not self.config.learns_threshold:
+            return None
+        return self._thresholds.setdefault(rows, ThresholdChoice(hosts.from_first))
+
+    @cached_property
+    def _thresholds(self) -> dict[int, ThresholdChoice]:
+        """What chooses thresholds, by the number of rows in a batch."""
+        return {}
 
     @cached_property
     def _times(self) -> dict[int, RoundTimes]:
@@ -272,7 +296,7 @@ class Programs:
         """Put row_arrays() on the mesh."""
         return jax.tree.map(lambda x, spec: placed(x, self.mesh, spec), arrays, self.row_specs)
 
-    def _replicated(self, x: np.ndarray | np.int32) -> jax.Array:
+    def _replicated(self, x: np.ndarray | np.int32 | np.float32) -> jax.Array:
         return replicated(x, self.mesh)
 
     @cached_property
@@ -295,12 +319,18 @@ class Programs:
             **dict.fromkeys(("length", "draft_length", "remaining", "request", "text"), P()),  # pyright: ignore[reportArgumentType]
             adjustments=adjustment_specs(self.config.kinds),
             corpus=self.corpus_spec,
+            threshold=self._threshold_spec,
         )
 
     @property
     def corpus_spec(self) -> Any:
         """PartitionSpec of the corpus, or None if there is none."""
         return None if self.corpus is None else P()
+
+    @property
+    def _threshold_spec(self) -> Any:
+        """PartitionSpec of the threshold, or None if the configuration says it."""
+        return P() if self.config.learns_threshold else None
 
     @cached_property
     def _corpus(self) -> jax.Array | None:
@@ -321,14 +351,16 @@ class Programs:
             limit: jax.Array,
             adjustments: RowAdjustments | None,
             corpus: jax.Array | None,
+            threshold: jax.Array | None,
             capacity: int,
         ) -> State:
             body = partial(init_state, capacity=capacity)
-            specs = P(), P(), adjustment_specs(self.config.kinds), self.corpus_spec
+            shared = self.corpus_spec, self._threshold_spec
+            specs = P(), P(), adjustment_specs(self.config.kinds), *shared
             started = self.mapped(body, specs, self.state_spec)
-            return started(leaves, request, limit, adjustments, corpus)
+            return started(leaves, request, limit, adjustments, corpus, threshold)
 
-        return self._jit(program, static_argnums=5, out_shardings=self._shardings[0])
+        return self._jit(program, static_argnums=6, out_shardings=self._shardings[0])
 
     @cached_property
     def _prefill(self) -> Callable[..., tuple[State, Report]]:

@@ -95,15 +95,16 @@ def enter(
         adjustments=text.adjustments,
     )
     alone, report = prefill(target, draft, alone, text.tokens, text.count, text.last, config)
-    # Everything but the caches and the corpus has rows in front, so one update serves all fields.
+    # Everything but the caches and what all rows share has rows in front, so one update serves all.
     entered = jax.tree.map(
         lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, row, axis=0),
-        replace(state, target=(), draft=(), corpus=None),
+        replace(state, target=(), draft=(), corpus=None, threshold=None),
         replace(alone, target=(), draft=()),
     )
     target_caches = put(state.target, alone.target)
     draft_caches = put(state.draft, alone.draft)
-    entered = replace(entered, target=target_caches, draft=draft_caches, corpus=state.corpus)
+    entered = replace(entered, target=target_caches, draft=draft_caches)
+    entered = replace(entered, corpus=state.corpus, threshold=state.threshold)
     return entered, report
 
 

@@ -324,7 +324,9 @@ def _draft(
     # The root is the last of them: [batch, pending, hidden] -> [batch, hidden].
     h = take_each(h, state.length - state.draft_length)
 
-    def grow(caches: Caches, live: Bool[Array, " batch"]) -> tuple[Tree, Caches]:
+    def grow(
+        caches: Caches, live: Bool[Array, " batch"]
+    ) -> tuple[Tree, Float[Array, "batch levels"] | None, Caches]:
         return draft_tree(
             draft,
             h,
@@ -335,26 +337,32 @@ def _draft(
             config,
             _for_draft(draft, state),
             live,
+            state.threshold,
         )
 
     if not config.grafts:
-        tree, caches = grow(caches, state.remaining > 0)
-        is_finite = _is_finite(tree)
-        return Drafted(_pruned(tree, config), _levels(tree, config), is_finite), caches
+        tree, confidence, caches = grow(caches, state.remaining > 0)
+        levels, is_finite = _levels(tree, config), _is_finite(tree)
+        drafted = Drafted(_pruned(tree, config), levels, is_finite, confidence=confidence)
+        return drafted, caches
     # Rows that match as far as is compared need no other draft: what follows there is all but
     # certain. Passes are skipped where that holds for all rows, and a row has the same draft
     # whether or not they are.
     found = _look_up(state, config)
     wanted = ~found.is_long & (state.remaining > 0)
-    empty = without_nodes(jax.eval_shape(grow, caches, wanted)[0], root)
-    tree, caches = run_if(
-        jnp.any(wanted), lambda drafted: grow(drafted[1], wanted), (empty, caches)
+    like, confidence, _ = jax.eval_shape(grow, caches, wanted)
+    # Where nothing is drafted, nothing is confident.
+    nothing = without_nodes(like, root), jax.tree.map(jnp.zeros_like, confidence), caches
+    tree, confidence, caches = run_if(
+        jnp.any(wanted), lambda drafted: grow(drafted[-1], wanted), nothing
     )
+    if confidence is not None:
+        confidence = jnp.where(found.is_long[:, None], 0.0, confidence)
     is_finite = _is_finite(tree) | found.is_long
     tree = _pruned(tree, config)
     tree = jax.tree.map(partial(_choose, found.is_long), without_nodes(tree, root), tree)
     tree = graft(tree, found.tokens, found.matched > 0)
-    return Drafted(tree, _levels(tree, config), is_finite), caches
+    return Drafted(tree, _levels(tree, config), is_finite, confidence=confidence), caches
 
 
 def _for_draft(draft: Decoder, state: State) -> RowAdjustments | None:
@@ -366,7 +374,7 @@ def _for_draft(draft: Decoder, state: State) -> RowAdjustments | None:
 
 def _levels(tree: Tree, config: RoundConfig) -> Int[Array, " batch"]:
     """Return how many levels each row has drafted."""
-    if not config.confidence_threshold:
+    if not config.ends_early:
         return jnp.full(tree.tokens.shape[:1], config.levels, jnp.int32)
     return jnp.max(jnp.where(tree.exists, tree.depth, 0), axis=1)
 

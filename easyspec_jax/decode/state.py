@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from easyspec_jax.decode.lookup import Lookup, Text
 from easyspec_jax.model.transformer import Caches, Decoder
@@ -46,6 +46,8 @@ class RoundConfig:
         most_pending: Most tokens that rounds of other tiers leave to the draft; None without.
         grammars: What rows with a grammar ask for masks; None if kinds has none.
         confidence_threshold: Another level is drafted where some path has this probability.
+        learns_threshold: The state says which probability that is, and reports what to learn it
+            from.
 
     Examples:
         >>> config = RoundConfig.of(SpeculativeConfig(), SamplingParams(temperature=0.8), (2,))
@@ -68,6 +70,7 @@ class RoundConfig:
     most_pending: int | None = None
     grammars: Grammars | None = None
     confidence_threshold: float = 0.0
+    learns_threshold: bool = False
 
     @classmethod
     def of(
@@ -88,6 +91,10 @@ class RoundConfig:
         if speculative.looks_up:
             lookup = Lookup(speculative.prompt_lookup_max, speculative.prompt_lookup_min)
         levels = 0 if speculative.method == "vanilla" else speculative.num_speculative_tokens
+        threshold, learns = speculative.confidence_threshold, False
+        if threshold == "auto":
+            # Of a single level nothing can be left out, nor of what is looked up.
+            threshold, learns = 0.0, speculative.needs_draft and levels > 1
         return cls(
             levels=levels,
             # An exact draft's own KV is exact already: there is nothing to calibrate. But it has
@@ -102,7 +109,8 @@ class RoundConfig:
             lookup=lookup,
             kinds=Kinds.of(sampling),
             tiers=tuple(n for n in TIERS if n < levels) if speculative.adapt else (),
-            confidence_threshold=float(speculative.confidence_threshold),
+            confidence_threshold=float(threshold),
+            learns_threshold=learns,
         )
 
     def tier(self, levels: int) -> "RoundConfig":
@@ -126,6 +134,7 @@ class RoundConfig:
             lookup=self.lookup if levels else None,
             tiers=(),
             most_pending=self.pending_size,
+            learns_threshold=self.learns_threshold and levels > 0,
         )
 
     @property
@@ -151,6 +160,11 @@ class RoundConfig:
         return MOST_FORCED if self.kinds.grammar and self.levels and not self.rows else 0
 
     @property
+    def ends_early(self) -> bool:
+        """Whether a draft may end above its last level."""
+        return self.learns_threshold or self.confidence_threshold > 0
+
+    @property
     def depth(self) -> int:
         """Levels of the tree that is verified: those that are drafted, below what is forced."""
         return self.forced + self.levels
@@ -171,7 +185,7 @@ class RoundConfig:
         """Likeliest ids of the draft that are considered after a node."""
         wanted = self.verifier.candidates(self.width)
         # How likely a token is shows next to others only.
-        return max(wanted, CANDIDATES) if self.confidence_threshold else wanted
+        return max(wanted, CANDIDATES) if self.ends_early else wanted
 
     @property
     def scratch(self) -> int:
@@ -193,6 +207,7 @@ class RoundConfig:
         "text",
         "adjustments",
         "corpus",
+        "threshold",
     ],
     meta_fields=[],
 )
@@ -222,6 +237,7 @@ class State:
         text: The text's tokens up to index `length`; those behind mean nothing.
         adjustments: Each row's changes to logits; None if no row has any.
         corpus: Tokens in which repeats are looked up besides the texts themselves, or None.
+        threshold: Confidence that another level needs; None where the configuration says it.
     """
 
     target: Caches
@@ -233,6 +249,7 @@ class State:
     text: Text
     adjustments: RowAdjustments | None = None
     corpus: Int[Array, " tokens"] | None = None
+    threshold: Float[Array, ""] | None = None
 
     @property
     def root(self) -> Int[Array, " batch"]:
@@ -278,6 +295,8 @@ class Report(NamedTuple):
         logprobs: Those of `tokens` under the target; None if no row asks for any.
         prompt: Those of the tokens after each token of the chunk, if some row asks for them; one
             element for each chunk of the prompt that the report is about.
+        confidence: Probability under the draft of the likeliest path of each level, 0 where there
+            is none; None unless a threshold is learned.
     """
 
     tokens: Int[Array, "batch depth+1"]
@@ -292,6 +311,7 @@ class Report(NamedTuple):
     levels: Int[Array, ""]
     logprobs: Logprobs | None = None
     prompt: tuple[Logprobs, ...] | None = None
+    confidence: Float[Array, "batch levels"] | None = None
 
 
 class Verified(NamedTuple):
@@ -314,12 +334,14 @@ class Drafted(NamedTuple):
         levels: Levels of each row's draft.
         is_finite: Whether the draft's probabilities are.
         forced: How many levels above the draft's hold what a grammar forces.
+        confidence: As in Report.
     """
 
     tree: Tree
     levels: Int[Array, " batch"]
     is_finite: Bool[Array, " batch"]
     forced: Int[Array, " batch"] | int = 0
+    confidence: Float[Array, "batch levels"] | None = None
 
 
 def init_state(
@@ -329,6 +351,7 @@ def init_state(
     limit: Int[Array, " batch"],
     adjustments: RowAdjustments | None = None,
     corpus: Int[Array, " tokens"] | None = None,
+    threshold: Float[Array, ""] | None = None,
     *,
     capacity: int,
 ) -> State:
@@ -341,6 +364,7 @@ def init_state(
         limit: Tokens to generate in each row.
         adjustments: Each row's changes to logits.
         corpus: Tokens in which repeats are looked up as well.
+        threshold: Confidence that another level needs, if that is learned.
         capacity: Cache entries of each row.
     """
     batch = limit.shape[0]
@@ -355,4 +379,5 @@ def init_state(
         text=jnp.zeros((batch, capacity), jnp.int32),
         adjustments=adjustments,
         corpus=corpus,
+        threshold=threshold,
     )

@@ -89,7 +89,8 @@ def label(speculative: SpeculativeConfig) -> str:
         name = f"N = {speculative.lp_size}{mlps}{refit}"
     tree = "chain" if speculative.width == 1 else f"width {speculative.width}"
     early = speculative.confidence_threshold
-    further = {f"ends below {early:g}": early, "adapts": speculative.adapt}
+    ends = "ends where it is unsure" if isinstance(early, str) else f"ends below {early:g}"
+    further = {ends: early, "adapts": speculative.adapt}
     further["looks up"] = speculative.prompt_lookup
     words = [name, f"TP {speculative.draft_tensor_parallel_size}", tree]
     return ", ".join(words + [word for word, holds in further.items() if holds])

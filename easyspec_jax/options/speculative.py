@@ -58,7 +58,8 @@ class SpeculativeConfig:
             accepted and by the time that rounds take. Greedy and coupled texts do not depend on it.
             So the default verifier is then the coupled one, and the others are refused.
         confidence_threshold: Draft a level only where some path of the level above has this
-            probability under the draft, from 0 (always) to 1. The first level always is.
+            probability under the draft, from 0 (always) to 1. The first level always is. "auto"
+            learns it while decoding, and samples as `adapt` does.
 
     Raises:
         EasySpecError: A value is out of range, or two of them conflict.
@@ -85,7 +86,7 @@ class SpeculativeConfig:
     prompt_lookup_min: int = 2
     prompt_lookup_corpus: str | None = None
     adapt: bool = False
-    confidence_threshold: float = 0.0
+    confidence_threshold: float | Literal["auto"] = 0.0
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, get_args(Method))
@@ -98,11 +99,12 @@ class SpeculativeConfig:
         self._check_tree()
         self._check_lookups()
         self._check_chains()
-        if self.adapt and self.verifier in ("rejection", "block"):
+        if self.times_rounds and self.verifier in ("rejection", "block"):
             # Which round a token is drafted in decides its noise, so that such texts would depend
             # on timing and on the other texts of a batch.
+            option = "`adapt`" if self.adapt else "`confidence_threshold` auto"
             raise EasySpecError(
-                f"`adapt` cannot sample by {self.verifier}, whose texts depend on how many tokens "
+                f"{option} cannot sample by {self.verifier}, whose texts depend on how many tokens "
                 "a round drafts; leave out `verifier`, or take coupled"
             )
 
@@ -120,10 +122,11 @@ class SpeculativeConfig:
             fewest = self.num_speculative_tokens
             most = fewest * self.width
             check_whole("tree_nodes", self.tree_nodes, fewest, most, ": one node a level to all")
-        if not 0 <= self.confidence_threshold <= 1:
+        threshold = self.confidence_threshold
+        if threshold != "auto" and (isinstance(threshold, str) or not 0 <= threshold <= 1):
             raise EasySpecError(
-                f"`confidence_threshold` {self.confidence_threshold} must be a probability from 0 "
-                "(draft every level) to 1"
+                f"`confidence_threshold` {threshold} must be a probability from 0 (draft every "
+                "level) to 1, or auto"
             )
 
     def _check_lookups(self) -> None:
@@ -170,6 +173,11 @@ class SpeculativeConfig:
     def looks_up(self) -> bool:
         """Whether repeats of the text are drafts."""
         return self.method == "ngram" or self.prompt_lookup
+
+    @property
+    def times_rounds(self) -> bool:
+        """Whether rounds draft more or less by the time that earlier ones took."""
+        return self.adapt or self.confidence_threshold == "auto"
 
     @property
     def weights_key(self) -> Self:
@@ -225,7 +233,7 @@ class SpeculativeConfig:
         # A token that is proposed with certainty is accepted with its probability under the target,
         # either way; but coupled texts do not depend on the draft.
         chain = self.width == 1 and self.needs_draft
-        return "rejection" if chain and not self.adapt else "coupled"
+        return "rejection" if chain and not self.times_rounds else "coupled"
 
 
 def check_prefix_cache(prefix_cache: int, speculative: SpeculativeConfig) -> None:

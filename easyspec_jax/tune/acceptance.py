@@ -21,6 +21,7 @@ from easyspec_jax.arithmetic import ceil_div, round_up
 from easyspec_jax.decode.drafting import draft_tree
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.state import RoundConfig
+from easyspec_jax.decode.threshold import THRESHOLDS
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.verify import Greedy, RowSampling
 
@@ -29,10 +30,6 @@ Text = tuple[int, Sequence[int]]
 
 COPIES = 4
 """Rows that work on different parts of one text at once."""
-
-
-THRESHOLDS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
-"""Confidence thresholds that are compared."""
 
 
 class EarlyEnd(NamedTuple):
@@ -183,7 +180,7 @@ def _drafts(
         here = position[:, None]
         root = jnp.take_along_axis(ids, here, axis=1)[:, 0]
         state = jnp.take_along_axis(h, here[:, :, None], axis=1)[:, 0]
-        tree, _ = draft_tree(draft, state, caches, root, position, request, config)
+        tree, *_ = draft_tree(draft, state, caches, root, position, request, config)
         return tree.tokens, tree.parent, tree.score
 
     return jax.lax.map(at, starts)

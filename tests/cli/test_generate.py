@@ -186,6 +186,7 @@ def test_seed_makes_sampling_repeatable(arguments, capsys):
         (["--stop", ""], "--stop '' would end every text"),
         (["--unknown"], "unrecognized arguments: --unknown"),
         (["--min-p", "1.5"], "--min-p 1.5 must be a probability from 0 (all) to 1"),
+        (["--confidence-threshold", "low"], "'low' is neither a number nor auto"),
         (["--logit-bias", "7"], "'7' is not ID:BIAS, such as 50256:-100"),
         (["--logit-bias", "7:101"], "--logit-bias 101.0 of id 7 must be from -100 to 100"),
         (["--logit-bias", "999999:1"], "--logit-bias names id 999999, and the target has ids"),

@@ -82,6 +82,7 @@ def program(
     axes: Axes,
     disagree: bool,
     threshold: float,
+    learns: bool,
 ) -> Any:
     """Compile draft_tree on a mesh, once for all tests that need it."""
 
@@ -97,9 +98,19 @@ def program(
             draft = Table(jnp.roll(draft.table, shard_index(ALL_AXES), axis=0), draft.axes)
         h = root[:, None].astype(jnp.float32)
         config = RoundConfig(
-            levels, True, verifier, stop_ids=(), width=width, confidence_threshold=threshold
+            levels,
+            True,
+            verifier,
+            stop_ids=(),
+            width=width,
+            confidence_threshold=0.0 if learns else threshold,
+            learns_threshold=learns,
         )
-        grown = draft_tree(draft, h, cache, root, position, request, config, live=live)
+        least = jnp.float32(threshold) if learns else None
+        tree, confidence, cache = draft_tree(
+            *(draft, h, cache, root, position, request, config), live=live, threshold=least
+        )
+        grown = (tree, confidence, cache) if learns else (tree, cache)
         return jax.tree.map(lambda x: x[None], grown)
 
     split: Any = Table(P(None, axes or None), axes)
@@ -118,14 +129,16 @@ def grow(
     positions: np.ndarray = POSITIONS,
     threshold: float = 0.0,
     live: bool | np.ndarray = True,
-) -> tuple[Tree, np.ndarray]:
+    learns: bool = False,
+) -> Any:
     """Grow trees; return each device's trees and cache, on a leading axis.
 
-    disagree: all devices but the first have other tables. live: rows that need a draft.
+    disagree: all devices but the first have other tables. live: rows that need a draft. learns: the
+    threshold is an array; then the confidence is returned as well, between the two.
     """
     entries = np.full((len(roots), int(positions.max()) + 1 + levels * width), SCRATCH, np.int32)
     entries[np.arange(len(roots)), positions] = roots
-    run = program(verifier, levels, width, mesh, axes, disagree, threshold)
+    run = program(verifier, levels, width, mesh, axes, disagree, threshold, learns)
     request = make_request(np.arange(len(roots)), 0.7)
     live = np.broadcast_to(live, roots.shape)
     return jax.device_get(run(Table(table, axes), entries, roots, positions, request, live))
@@ -274,6 +287,29 @@ def test_a_row_drafts_no_further_where_no_path_is_likely(mesh, axes, width):
     longest = np.array(depths) == max(depths)
     _, own = grow(Greedy(), levels, width, mesh, axes, threshold=threshold, live=~longest)
     assert (own == SCRATCH).sum() > (cache == SCRATCH).sum(), "no pass for rows that need no draft"
+
+
+@pytest.mark.parametrize("mesh, axes", [(ONE, ALL_AXES), (EIGHT, ALL_AXES), (EIGHT, ())])
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_learned_threshold_is_an_array(mesh, axes, width):
+    """It ends drafts as a fixed one does, and the confidence is that of the likeliest paths."""
+    levels, threshold = 4, 0.2
+    fixed, entries = grow(Greedy(), levels, width, mesh, axes, threshold=threshold)
+    tree, confidence, cache = grow(
+        Greedy(), levels, width, mesh, axes, threshold=threshold, learns=True
+    )
+    jax.tree.map(np.testing.assert_array_equal, (fixed, entries), (tree, cache))
+    for row, root in enumerate(ROOTS):
+        depth = levels_above(threshold, width, int(root), levels)
+        assert not confidence[:, row, depth:].any()
+        # A chain is the likeliest path of a beam that is 1 wide.
+        nodes = beam(TABLE, int(root), depth, max(width, 2))
+        likeliest = [np.exp(level[0].score) for level in nodes[1:]]
+        if width > 1:
+            expected = np.tile(likeliest, (len(confidence), 1))
+            np.testing.assert_allclose(confidence[:, row, :depth], expected, rtol=1e-5)
+        assert np.all(confidence[:, row, : depth - 1] >= threshold)
+        assert depth == levels or np.all(confidence[:, row, depth - 1] < threshold)
 
 
 @pytest.mark.parametrize("verifier", [Greedy(), Rejection()], ids=str)

@@ -12,10 +12,12 @@ import torch
 from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.decode import programs as compiled
 from easyspec_jax.decode.lookup import Lookup
-from easyspec_jax.decode.loop import decode
+from easyspec_jax.decode.loop import Batch, decode
 from easyspec_jax.decode.prefilling import first_tokens, prefill_all
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.state import RoundConfig
+from easyspec_jax.decode.threshold import ThresholdChoice
+from easyspec_jax.decode.tiers import TierChoice
 from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.layer_group import load_draft
 from easyspec_jax.options import SamplingParams
@@ -222,6 +224,75 @@ def test_drafting_that_ends_early_loses_no_cache_entry(pair, plain, calibration)
 def test_greedy_text_is_plain_where_drafting_ends_early(pair, plain, config, mesh, axes):
     run = programs(pair, replace(config, confidence_threshold=0.05), mesh, axes=axes)
     assert texts(run)[0] == plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config, mesh, axes",
+    [
+        (GREEDY, ONE_DEVICE, ALL_AXES),
+        (replace(GREEDY, width=3, nodes=7, tiers=(0, 2)), MeshShape(2, 4), ALL_AXES),
+        (replace(JOINED, width=3), MeshShape(2, 2), ()),
+    ],
+    ids=str,
+)
+def test_greedy_text_is_plain_whatever_thresholds_are_learned(
+    pair, plain, config, mesh, axes, monkeypatch
+):
+    """Thresholds, and tiers where there are some, change at random from round to round."""
+    random = np.random.default_rng(0)
+    given: list[float] = []
+
+    def next_threshold(_):
+        given.append(float(random.choice([0.0, 0.01, 0.05, 1.0])))
+        return given[-1]
+
+    monkeypatch.setattr(ThresholdChoice, "next", next_threshold)
+    monkeypatch.setattr(
+        TierChoice, "next", lambda self: int(random.choice((*self.tiers, self.tiers[-1])))
+    )
+    run = programs(pair, replace(config, learns_threshold=True), mesh, axes=axes)
+    rows: list[list[int]] = [[] for _ in PROMPTS]
+    seen, live = [], np.ones(len(PROMPTS), bool)
+    for report in decode(run, PROMPTS, LIMITS, SamplingParams()):
+        for row, tokens in enumerate(rows):
+            tokens += report.tokens[row, : report.num_tokens[row]].tolist()
+        if report.confidence is not None:
+            seen.append(np.asarray(report.confidence)[live])
+        live = ~np.asarray(report.done)
+    assert rows == plain
+    # Reports come in the order of the rounds that drafted.
+    assert len(given) >= len(seen) > 10
+    for threshold, confidence in zip(given, seen, strict=False):
+        for own in confidence:
+            count = int((own > 0).sum())
+            assert np.all(own[: max(0, count - 1)] >= threshold)
+            assert count in (0, len(own)) or own[count - 1] < threshold
+
+
+@pytest.mark.slow
+def test_a_batch_that_is_refilled_keeps_what_it_has_learned(pair, plain):
+    """Texts enter rows that others have left; what is learned outlives a batch."""
+    run = programs(pair, replace(GREEDY, learns_threshold=True))
+    assert texts(run)[0] == plain
+    choice = run.threshold_choice(len(PROMPTS))
+    assert choice is not None
+    learned = choice._rounds
+    assert learned > 0
+    batch = Batch.empty(run, 2, capacity=512)
+    batch.enter(0, PROMPTS[1], LIMITS[1], SamplingParams())
+    text, entered = [], False
+    while len(text) < LIMITS[1]:
+        for read in batch.step():
+            if 0 in read.rows[read.current]:
+                at = read.rows.tolist().index(0)
+                text += read.report.tokens[at, : read.report.num_tokens[at]].tolist()
+        if not entered:
+            batch.enter(1, PROMPTS[2], 10, SamplingParams())
+            entered = True
+    batch.close()
+    assert text == plain[1]
+    assert run.threshold_choice(len(PROMPTS)) is choice
 
 
 @pytest.mark.parametrize("calibration, refit", [(True, False), (False, False), (True, True)])

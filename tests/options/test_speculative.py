@@ -20,6 +20,7 @@ from easyspec_jax.options import SpeculativeConfig
         ("num_speculative_tokens", 17, "`num_speculative_tokens` 17 must be"),
         ("lp_size", 0, "`lp_size` 0 must be at least 1"),
         ("tree_width", "4", "`tree_width` '4' must be a whole number"),
+        ("confidence_threshold", "always", "`confidence_threshold` always must be a probability"),
         ("confidence_threshold", 1.5, "`confidence_threshold` 1.5 must be a probability from 0"),
         ("confidence_threshold", float("nan"), "`confidence_threshold` nan must be a probabil"),
         ("prompt_lookup_max", 0, "`prompt_lookup_max` 0 must be from 1 to 32"),
@@ -55,6 +56,10 @@ def test_what_adapts_does_not_sample_by_rejection(verifier):
     with pytest.raises(EasySpecError, match=f"`adapt` cannot sample by {verifier}"):
         SpeculativeConfig(adapt=True, verifier=verifier)
     assert SpeculativeConfig(adapt=True).chosen_verifier == "coupled"
+    with pytest.raises(EasySpecError, match=f"threshold` auto cannot sample by {verifier}"):
+        SpeculativeConfig(confidence_threshold="auto", verifier=verifier)
+    assert SpeculativeConfig(confidence_threshold="auto").chosen_verifier == "coupled"
+    assert SpeculativeConfig(confidence_threshold=0.2).chosen_verifier == "rejection"
 
 
 @pytest.mark.parametrize("other", [{"prompt_lookup": True}, {"tree_width": 4}, {"method": "tree"}])

@@ -202,6 +202,24 @@ def test_kept_prefixes_hold_what_the_draft_has(pair, forced):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    [
+        ("1", {"adapt": False}),
+        ("layer=2,tensor=4", {"tree_width": 3}),
+        ("2", {"prompt_lookup": True}),
+    ],
+    ids=str,
+)
+def test_a_learned_threshold_changes_no_text(pair, plain, name, mesh, options):
+    """With tiers or without; clocks decide where drafts end, so two runs may differ there."""
+    wide = {"num_speculative_tokens": 9, "confidence_threshold": "auto"}
+    engine = opened(pair, mesh, **wide, **options)
+    assert refilled(engine, SAMPLINGS[name]) == plain[name]
+
+
 @pytest.mark.exhaustive
 def test_each_tier_is_counted(pair, capsys):
     words = ["--target", str(pair[0]), "--draft", str(pair[1]), "--prompt", PROMPTS[0]]
