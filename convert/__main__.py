@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         "--keep-blocks",
         action="store_true",
         help="keep a GGUF file's quantized matrices as integers with scales, near their size, "
-        "or in 9 bits a number where they are rounded anew, as Q4_K and Q5_K are "
+        "or in 9 bits a number where they are rounded anew, as IQ1 to IQ3 are "
         "(default: write floats)",
     )
     parser.add_argument(

@@ -23,7 +23,8 @@ def _run(args: argparse.Namespace) -> None:
     # Printed first, so that users who do not accept the licence can stop here.
     for role, model in known_pair(args.name).models.items():
         print(f"{role}: {model.name}, {model.licence}, {model.source}", flush=True)
-    fetch_pair(args.name, args.out, keep_gguf=args.keep_gguf, bar=bar)
+    kept = {"keep_gguf": args.keep_gguf, "keep_blocks": args.keep_blocks}
+    fetch_pair(args.name, args.out, **kept, bar=bar)
     target, draft = (shlex.quote(str(args.out / role)) for role in ("target", "draft"))
     print(f"python -m easyspec_jax.generate --target {target} --draft {draft}")
 
@@ -42,6 +43,12 @@ def _parser() -> argparse.ArgumentParser:
         "--keep-gguf",
         action="store_true",
         help="keep the GGUF files, which other engines read, in gguf/",
+    )
+    parser.add_argument(
+        "--keep-blocks",
+        action="store_true",
+        help="keep quantized matrices as integers with scales, near their size (default: write "
+        "floats)",
     )
     return parser
 

