@@ -21,6 +21,7 @@ from easyspec_jax.cli.command import Parser, cache_compilations, read_prompts
 from easyspec_jax.draft.grouping import format_layout
 from easyspec_jax.draft.refit_file import refit_sizes
 from easyspec_jax.options import Verifier
+from easyspec_jax.parallel.mesh import parse_mesh
 from easyspec_jax.progress import bar
 from easyspec_jax.tune.drawing import INK, SOFT, STYLE, WHITE, png
 from experiments.lib.machine import machine
@@ -157,13 +158,17 @@ def measure_grid(
     missing = [variant for variant in grid if variant not in rows]
     with bar("Measuring", len(missing)) as advance:
         # What greedy and coupled texts are compared with.
-        same = replace(configs[grid[0]].weights_key, verifier="coupled")
-        baseline = opened(same).baseline()
+        pair = opened(replace(configs[grid[0]].weights_key, verifier="coupled"))
+        baseline = pair.baseline()
         wanted = dict.fromkeys(variant.temperature for variant in missing)
         plain = {t: complete(baseline, sampling[t], prompts, args) for t in wanted}
         for layout in layouts:
             alike = [variant for variant in missing if configs[variant].weights_key == layout]
-            engine = opened(layout)
+            if not alike:
+                continue
+            # Only the draft is read anew: the target is shared.
+            shape = parse_mesh(args.mesh, group_size=layout.lp_size)
+            engine = pair.variant(layout, shape)
             for variant in alike:
                 engine.speculative = configs[variant]  # the weights depend on the layout alone
                 temperature = variant.temperature
