@@ -2,7 +2,8 @@
 
 Prompts of five kinds, whose texts are drafted well or badly, are completed plainly, by rounds of
 every fixed number of levels, and by rounds that adapt, alternating prompt by prompt. Of each kind,
-the adaptive speed is compared with plain decoding and with the best fixed number of levels.
+the adaptive speed is compared with plain decoding and with the best fixed number of levels. With
+--processes 2 each device is in a process with a core of its own, as hosts would be.
 """
 
 import argparse
@@ -12,13 +13,21 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from easyspec_jax import Engine, SpeculativeConfig
+from easyspec_jax import EasySpecError, Engine, SpeculativeConfig
 from easyspec_jax.cli.command import Parser
+from easyspec_jax.parallel.mesh import parse_mesh
 from experiments.lib.output import RESULTS, run_experiment
 from experiments.lib.pair import add_flags, open_pair
+from experiments.lib.processes import (
+    OWN_FLAGS,
+    add_process_flags,
+    be_one_process,
+    in_processes,
+)
 from experiments.lib.tables import Rows
 from experiments.ours.lookup import (
     check,
+    circumstances,
     print_table,
     speeds_by_kind,
     timed,
@@ -27,6 +36,7 @@ from experiments.ours.lookup import (
 )
 from experiments.ours.peers import PLAIN
 
+PROGRAM = "experiments.adapt"
 ADAPTIVE = "adaptive"
 
 
@@ -45,6 +55,7 @@ def open_ways(args: argparse.Namespace) -> dict[str, Engine]:
             prompt_lookup_min=args.prompt_lookup_min,
             verifier="coupled",
             adapt=adapt,
+            confidence_threshold=args.confidence_threshold if adapt else 0.0,
         )
 
     adaptive = open_pair(args, way(max(args.levels), adapt=True))
@@ -70,30 +81,58 @@ def over_best(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measure, print and write the JSON."""
-    questions = check(args)
-    engines = open_ways(args)
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the rows, and under what circumstances they were measured."""
+    questions, engines = check(args), open_ways(args)
     _, measured = timed(args, questions, engines, args.temperature)
     rows = timed_rows(questions, measured)
-    print_table(tabulate({"results": rows}))
-    write(args, engines[PLAIN], rows, has_draft=args.method != "ngram")
+    return {"results": rows, "circumstances": circumstances(engines[PLAIN])}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print and write the JSON; or be one of the processes that measure.
+
+    Raises:
+        EasySpecError: --processes does not go with --mesh.
+    """
+    if args.process_id is not None:
+        be_one_process(PROGRAM, args, measure)
+        return
+    if args.processes > 1 and args.processes != parse_mesh(args.mesh).size:
+        raise EasySpecError(
+            f"--processes {args.processes} needs --mesh {args.processes}: one device a process"
+        )
+    check(args)  # fail here once rather than in every process
+    alone = args.processes == 1
+    found = measure(args) if alone else in_processes(PROGRAM, args.words, args.processes)
+    print_table(tabulate(found))
+    write(args, found["circumstances"], found["results"], args.method != "ngram", *OWN_FLAGS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     default = SpeculativeConfig()
-    parser = Parser(prog="python -m experiments.adapt", description=__doc__)
+    parser = Parser(prog=f"python -m {PROGRAM}", description=__doc__)
     add_flags(parser)
     parser.add_argument("--method", choices=("sd", "easyspec", "ngram"), default="sd")
     parser.add_argument("--levels", type=int, nargs="+", default=[2, 5])
     parser.add_argument("--lp-size", type=int, default=default.lp_size)
     parser.add_argument("--prompt-lookup-min", type=int, default=default.prompt_lookup_min)
+    parser.add_argument(
+        "--confidence-threshold",
+        choices=("auto",),
+        default=0.0,
+        help="let rounds that adapt end early, too",
+    )
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--processes", type=int, default=1, help="as many as the mesh has devices, a core each"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "adapt.json")
-    return run_experiment("experiments.adapt", parser, run, argv)
+    add_process_flags(parser, argv)
+    return run_experiment(PROGRAM, parser, run, argv)
 
 
 if __name__ == "__main__":

@@ -330,17 +330,36 @@ def timed(
     return list(asked), alternate(ways, list(asked), args.repeats)
 
 
+def circumstances(plain: Engine) -> dict[str, Any]:
+    """Return what an engine says of its platform, its type and its prompts."""
+    return {
+        "platform": plain.mesh.devices.flat[0].platform,
+        "dtype": plain.dtype,
+        "chat": bool(plain.tokenizer.chat_template),
+    }
+
+
 def write(
-    args: argparse.Namespace, plain: Engine, rows: Sequence[Mapping[str, Any]], has_draft: bool
+    args: argparse.Namespace,
+    found: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    has_draft: bool,
+    *left_out: str,
 ) -> None:
-    """Write the rows, and what they were measured with."""
-    platform: str = plain.mesh.devices.flat[0].platform
-    fields = settings(args, "questions", "target", "draft") | names(args)
+    """Write the rows, and what they were measured with.
+
+    Args:
+        args: The flags.
+        found: What circumstances() returned.
+        rows: The rows.
+        has_draft: Whether a draft model was among the ways.
+        left_out: Flags that say nothing about what was measured.
+    """
+    fields = settings(args, *left_out, "questions", "target", "draft") | names(args)
     if not has_draft:
         del fields["draft"]
-    chat = bool(plain.tokenizer.chat_template)
-    fields |= {"platform": platform, "dtype": plain.dtype, "chat": chat}
-    save(args.out, as_json(fields | {"machine": machine(platform), "results": rows}))
+    fields |= found
+    save(args.out, as_json(fields | {"machine": machine(found["platform"]), "results": rows}))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -353,7 +372,7 @@ def run(args: argparse.Namespace) -> None:
     rows += simulated_rows(questions, prompts, texts, args.num_speculative_tokens)
     print_table(speeds_by_kind({"results": rows}))
     print_table(reached_by_kind({"results": rows}))
-    write(args, engines[PLAIN], rows, has_draft="sd" in engines)
+    write(args, circumstances(engines[PLAIN]), rows, "sd" in engines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,3 +34,23 @@ def test_every_way_gives_the_same_texts(tmp_path):
     assert [row["way"] for row in rows] == ["plain", "3 levels", "adaptive"]
     assert all(row["same_tokens"] for row in rows)
     assert main([*words, "--repeats", "0"]) == 2
+    assert main([*words, "--processes", "2"]) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_choose_alike(tmp_path):
+    """Each has its own clock; texts would part, or one would wait forever, if they did not."""
+    for role, layers in (("target", 2), ("draft", 4)):
+        save_model(tmp_path / role, "smollm2", num_hidden_layers=layers)
+    question = {"question_id": 1, "category": "copies", "turns": ["one two one two"]}
+    (tmp_path / "questions").write_text(json.dumps(question))
+    out = tmp_path / "adapt.json"
+    words = [f"--{role}={tmp_path / role}" for role in ("target", "draft")]
+    words += ["--questions", str(tmp_path / "questions"), "--method", "easyspec", "--lp-size", "2"]
+    words += ["--levels", "6", "--max-new-tokens", "60", "--confidence-threshold", "auto"]
+    words += ["--repeats", "2", "--mesh", "2", "--processes", "2", "--out", str(out)]
+    assert main(words) == 0
+    measured = json.loads(out.read_text())
+    assert all(row["same_tokens"] for row in measured["results"])
+    assert measured["processes"] == 2 and measured["confidence_threshold"] == "auto"
+    assert "core" not in measured
