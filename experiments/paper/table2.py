@@ -251,6 +251,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         sampling = SamplingParams(temperature, seed=args.seed, max_new_tokens=args.max_new_tokens)
         for name in dict.fromkeys(question.category for question in questions):
             of_set = [question for question in questions if question.category == name]
+            of_set = of_set[: args.per_set]
             rows += rows_of(name, temperature, complete(ways, of_set, sampling))
         found = {
             way.name: phases(way.engine, sampling, 2 * args.max_new_tokens, args.repeats)
@@ -417,6 +418,8 @@ def run(args: argparse.Namespace) -> None:
         raise EasySpecError(
             f"--processes {args.processes} needs --mesh {args.processes}: one device a process"
         )
+    if args.per_set is not None and args.per_set < 1:
+        raise EasySpecError(f"--per-set {args.per_set} must be at least 1")
     questions_of(args)  # fail here once rather than in every process
     prepare(args.out)
     rows = measure(args) if args.processes == 1 else measure_processes(args)
@@ -447,6 +450,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="also draft with a refit, fitted now to T tokens",
     )
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])
+    parser.add_argument(
+        "--per-set", type=int, metavar="K", help="ask only the first K questions of each set"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument(

@@ -78,13 +78,15 @@ def test_rows_agree_with_themselves(measured):
 @pytest.mark.exhaustive
 def test_a_process_for_every_device(tmp_path):
     pytest.importorskip("matplotlib")
-    assert main(command(tmp_path, "--processes", "2", "--profile-phases", "--repeats", "2")) == 0
+    words = ["--processes", "2", "--per-set", "1", "--profile-phases", "--repeats", "2"]
+    assert main(command(tmp_path, *words)) == 0
     rows = json.loads((tmp_path / "table2.json").read_text())["results"]
     ways = [ONE_DEVICE, TENSOR_PARALLEL, "+sd", "+tree", "EasySpec, N = 3"]
     assert sorted({row["way"] for row in rows}) == sorted(ways)
     assert len(rows) == 2 * len(ways)
     plain = {row["set"]: row for row in rows if row["way"] == ONE_DEVICE}
     for row in rows:
+        assert row["prompts"] == 1
         seconds = plain[row["set"]]["seconds_per_100_tokens"]
         assert row["speedup"] == seconds / row["seconds_per_100_tokens"]
         assert row["speedup_deviation"] is None
@@ -121,6 +123,7 @@ def test_the_same_results_are_the_same_picture(measured, tmp_path):
         ),
         (["--out", "absent/table2.json"], "--out absent/table2.json must be a .json file"),
         (["--processes", "2"], "--processes 2 needs --mesh 2"),
+        (["--per-set", "0"], "--per-set 0 must be at least 1"),
         (["--temperatures", "-1"], "`temperature` -1.0 must be 0 (greedy)"),
     ],
 )
