@@ -129,24 +129,25 @@ def acceptance(results: Path) -> str:
 
 def real_pair(results: Path) -> str:
     """Tabulate how fast ways of drafting are over plain decoding, with a range over questions."""
-    plain = {"table2_qwen": "one device", "table2_qwen_processes": "TP"}
-    columns = {"table2_qwen": "one device", "table2_qwen_processes": "two processes"}
+    runs = [("table2_qwen", "one device", "one device")]
+    runs += [(f"table2_qwen_processes{size}", "two processes", "TP") for size in ("", "_n7")]
     table: dict[str, dict[str, Any]] = {}
-    for name, column in columns.items():
+    for name, column, plain in runs:
         rows = read(results, name)
-        own = {
-            row["set"]: row["seconds_per_100_tokens"] for row in rows if row["way"] == plain[name]
-        }
-        for way in (way for way in distinct(rows, "way") if way not in plain.values()):
+        own = {row["set"]: row["seconds_per_100_tokens"] for row in matching(rows, way=plain)}
+        for way in (way for way in distinct(rows, "way") if way not in ("one device", "TP")):
             drafted = matching(rows, way=way)
             gains = [own[row["set"]] / row["seconds_per_100_tokens"] for row in drafted]
-            shown = table.setdefault(way, {"draft": way.removeprefix("+")})
-            shown[f"{column}, speed over plain"] = (
-                f"{fmean(gains):.2f} ({min(gains):.2f} to {max(gains):.2f})"
-            )
             share = _drafting(drafted) / _drafting(matching(rows, way="+tree"))
-            shown[f"{column}, drafting over the tree's"] = f"{share:.2f}"
-    return markdown(list(table.values()))
+            shown = table.setdefault(way, {"draft": way.removeprefix("+")})
+            # Of several runs with two processes, the first has the ordinary drafts.
+            shown.setdefault(
+                f"{column}, speed over plain",
+                f"{fmean(gains):.2f} ({min(gains):.2f} to {max(gains):.2f})",
+            )
+            shown.setdefault(f"{column}, drafting over the tree's", f"{share:.2f}")
+    names = list(dict.fromkeys(name for shown in table.values() for name in shown))
+    return markdown([{name: shown.get(name, "") for name in names} for shown in table.values()])
 
 
 def _drafting(rows: Rows) -> float:
@@ -208,7 +209,8 @@ def acceptance_qwen(results: Path) -> str:
         # "0,1-4,5-13" -> 3
         shown["turns of attention"] = rows[0]["groups"].count(",") + 1
         for row in rows:
-            shown[f"width {row['tree_width']}"] = short([row["acceptance_rate"]])
+            sampled = f", T = {row['temperature']:g}" if row["temperature"] else ""
+            shown[f"width {row['tree_width']}{sampled}"] = short([row["acceptance_rate"]])
         table.append(shown)
     return markdown(table)
 
@@ -327,6 +329,18 @@ def peers_smollm2_transformers(results: Path) -> str:
     return f"{over_plain(results, 'peers_smollm2')['transformers']:.2f}"
 
 
+def peers_qwen(results: Path) -> str:
+    """Return how fast llama.cpp is with the real pair's floats, over our plain decoding."""
+    return f"{over_plain(results, 'peers_qwen')['llama.cpp']:.2f}"
+
+
+def peers_qwen_gguf(results: Path) -> str:
+    """Return the same for the files of four bits, without and with a draft."""
+    speeds = over_plain(results, "peers_qwen_gguf").items()
+    alone, drafted = (speed for name, speed in speeds if name.startswith("llama.cpp"))
+    return f"{alone:.2f} times, and {drafted:.2f} times with a draft of four bits"
+
+
 def read(results: Path, name: str) -> Rows:
     """Read the rows of a file of results.
 
@@ -371,6 +385,8 @@ PASSAGES: dict[str, Callable[[Path], str]] = {
     "tune_share": tune_share,
     "peers_smollm2": peers_smollm2,
     "peers_smollm2_transformers": peers_smollm2_transformers,
+    "peers_qwen": peers_qwen,
+    "peers_qwen_gguf": peers_qwen_gguf,
     "models": supported_models,
     "families": families,
 }

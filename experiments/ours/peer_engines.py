@@ -136,29 +136,68 @@ def transformers_peers(task: Task) -> dict[str, Peer]:
 
 def llama_cpp_peers(task: Task) -> dict[str, Peer]:
     """Open plain decoding, prompt lookup, and drafting by the pair's draft (a Python hook)."""
-    if task.platform != "cpu":
-        raise Missing("compared on the CPU alone")
-    llama_cpp = _installed("llama_cpp")
-    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding  # pyright: ignore[reportMissingImports]
-
+    llama = LlamaCpp(task)
     files = {name: task.directory / f"{name}.gguf" for name in ("target", "draft")}
     for name, path in files.items():
         write_gguf(open_checkpoint(getattr(task, name), allow_links=task.allow_links), path)
-    levels = task.num_speculative_tokens
+    target, levels = files["target"], task.num_speculative_tokens
+    return {
+        "llama.cpp": llama.peer(target),
+        "llama.cpp, prompt lookup": llama.peer(target, draft_model=llama.lookup(levels)),
+        f"llama.cpp, drafts of {levels}": llama.peer(target, second=llama.opened(files["draft"])),
+    }
 
-    def opened(path: Path, **options: Any) -> Any:
-        float32: int = llama_cpp.GGML_TYPE_F32
+
+def gguf_peers(task: Task) -> dict[str, Peer]:
+    """Open llama.cpp on other files of the target's weights and the draft's, if there are any."""
+    if task.gguf is None:
+        return {}
+    llama, own = LlamaCpp(task), task.gguf.name
+    name, levels = f"llama.cpp, {own}", task.num_speculative_tokens
+    note = f"as {own} has them: the same only where the checkpoint was converted from it"
+    peers = {name: llama.peer(task.gguf, note)}
+    if task.gguf_draft is not None:
+        second = llama.opened(task.gguf_draft)
+        peers[f"{name}, drafts of {levels}"] = llama.peer(task.gguf, note, second)
+    return peers
+
+
+class LlamaCpp:
+    """Opens models of llama.cpp for a task, with caches in float32 and a thread for each core."""
+
+    def __init__(self, task: Task) -> None:
+        """Import llama.cpp.
+
+        Raises:
+            Missing: It is not installed, or the task is for other devices.
+        """
+        if task.platform != "cpu":
+            raise Missing("compared on the CPU alone")
+        self._task, self._module = task, _installed("llama_cpp")
+
+    def opened(self, path: Path, **options: Any) -> Any:
+        """Open a file."""
+        float32: int = self._module.GGML_TYPE_F32
         caches = {"type_k": float32, "type_v": float32}
         threads = {"n_threads": cores(), "n_threads_batch": cores()}
-        length = task.length + levels + 1  # room for drafts past the end
-        return llama_cpp.Llama(
+        # Room for drafts past the end.
+        length = self._task.length + self._task.num_speculative_tokens + 1
+        return self._module.Llama(
             str(path), n_ctx=length, verbose=False, **threads, **caches, **options
         )
 
-    def peer(path: Path, weights: str = EXACT, second: Any = None, **options: Any) -> Peer:
+    def lookup(self, levels: int) -> Any:
+        """Return llama.cpp's own prompt lookup."""
+        return import_module("llama_cpp.llama_speculative").LlamaPromptLookupDecoding(
+            num_pred_tokens=levels
+        )
+
+    def peer(self, path: Path, weights: str = EXACT, second: Any = None, **options: Any) -> Peer:
+        """Open a file as a way of decoding, drafted by a second model if there is one."""
+        task = self._task
         if second is not None:
-            options["draft_model"] = _drafts(second, levels)
-        model = opened(path, **options)
+            options["draft_model"] = _drafts(second, task.num_speculative_tokens)
+        model = self.opened(path, **options)
 
         def complete(prompt: Sequence[int]) -> list[int]:
             for own in filter(None, (model, second)):
@@ -170,23 +209,7 @@ def llama_cpp_peers(task: Task) -> dict[str, Peer]:
                     break
             return made
 
-        return Peer(complete, f"llama-cpp-python {llama_cpp.__version__}", weights)
-
-    target, drafts = files["target"], f"drafts of {levels}"
-    lookup = LlamaPromptLookupDecoding(num_pred_tokens=levels)
-    peers = {
-        "llama.cpp": peer(target),
-        "llama.cpp, prompt lookup": peer(target, draft_model=lookup),
-        f"llama.cpp, {drafts}": peer(target, second=opened(files["draft"])),
-    }
-    if task.gguf is not None:
-        own = task.gguf.name
-        name = f"llama.cpp, {own}"
-        note = f"as {own} has them: the same only where the checkpoint was converted from it"
-        peers[name] = peer(task.gguf, note)
-        if task.gguf_draft is not None:
-            peers[f"{name}, {drafts}"] = peer(task.gguf, note, opened(task.gguf_draft))
-    return peers
+        return Peer(complete, f"llama-cpp-python {self._module.__version__}", weights)
 
 
 def _drafts(model: Any, levels: int) -> Callable[..., np.ndarray]:
@@ -237,6 +260,7 @@ Open = Callable[[Task], dict[str, Peer]]
 ENGINES: Mapping[str, Open] = {
     "transformers": transformers_peers,
     "llama.cpp": llama_cpp_peers,
+    "gguf": gguf_peers,
     "vLLM": vllm_peers,
 }
 

@@ -367,7 +367,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="+",
         choices=list(ENGINES),
         default=list(ENGINES),
-        help="only these next to ours: each of them keeps the pair in memory once more",
+        help="only these next to ours: each of them keeps the pair in memory once more; gguf is "
+        "llama.cpp on the files of --gguf and --gguf-draft",
     )
     parser.add_argument(
         "--num-speculative-tokens", type=int, default=default.num_speculative_tokens
