@@ -284,7 +284,9 @@ class Batch:
         lags = before == 0 < self._levels
         if lags:
             self._state = self._programs.catch_up(self._state)
-        threshold = self._thresholds.next() if self._thresholds and self._levels else None
+        threshold = None
+        if self._thresholds is not None and self._levels:
+            threshold = self._thresholds.next()
         self._state, report = self._programs.round(self._state, self._levels, threshold)
         return report, not lags and capacity == self._growth.capacity
 
@@ -302,7 +304,9 @@ class Batch:
             # Without a draft model, a round that looks up in vain is a step of plain decoding.
             drafted = self._programs.draft is not None or bool(report.drafted.any())
             self._tiers.times.add(levels, now - before, drafted=drafted or levels == 0)
-            if self._thresholds is not None and report.confidence is not None:
+            # Rounds of other tiers differ by more than the draft's passes.
+            whole = levels == self._programs.config.levels
+            if self._thresholds is not None and whole and report.confidence is not None:
                 self._thresholds.time(np.asarray(report.confidence), now - before)
 
     def reports(self) -> Iterator[Report]:
