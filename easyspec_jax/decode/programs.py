@@ -246,7 +246,7 @@ class Programs:
 
     @cached_property
     def _thresholds(self) -> dict[int, ThresholdChoice]:
-        """What chooses thresholds, by the number of rows in a batch."""
+        """The ThresholdChoice of each number of rows."""
         return {}
 
     @cached_property

@@ -319,7 +319,7 @@ def _poster(
     """Return what puts an answer's events into an inbox, from any thread."""
 
     def post(event: Event) -> None:
-        # A closed event loop runs no callbacks, so there is no one left to tell.
+        # Once the event loop is closed, nobody waits for the answer any more.
         with suppress(RuntimeError):
             loop.call_soon_threadsafe(inbox.put_nowait, (index, event))
 

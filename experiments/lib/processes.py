@@ -15,6 +15,7 @@ from typing import Any
 from easyspec_jax import EasySpecError
 from easyspec_jax.cli.command import Parser
 from easyspec_jax.parallel.hosts import joined
+from easyspec_jax.parallel.mesh import parse_mesh
 from easyspec_jax.parallel.rendezvous import Peer
 
 OWN_FLAGS = ("words", "coordinator", "num_processes", "process_id", "core")
@@ -32,6 +33,18 @@ def add_process_flags(parser: Parser, argv: Sequence[str] | None) -> None:
     for flag, kind in kinds.items():
         parser.add_argument(flag, type=kind, help=argparse.SUPPRESS)
     parser.set_defaults(words=sys.argv[1:] if argv is None else list(argv))
+
+
+def check_processes(args: argparse.Namespace) -> None:
+    """Check that --processes goes with --mesh.
+
+    Raises:
+        EasySpecError: It does not.
+    """
+    if args.processes > 1 and args.processes != parse_mesh(args.mesh).size:
+        raise EasySpecError(
+            f"--processes {args.processes} needs --mesh {args.processes}: one device a process"
+        )
 
 
 def in_processes(program: str, words: Sequence[str], count: int) -> Any:

@@ -13,15 +13,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from easyspec_jax import EasySpecError, Engine, SpeculativeConfig
+from easyspec_jax import Engine, SpeculativeConfig
 from easyspec_jax.cli.command import Parser
-from easyspec_jax.parallel.mesh import parse_mesh
 from experiments.lib.output import RESULTS, run_experiment
 from experiments.lib.pair import add_flags, open_pair
 from experiments.lib.processes import (
     OWN_FLAGS,
     add_process_flags,
     be_one_process,
+    check_processes,
     in_processes,
 )
 from experiments.lib.tables import Rows
@@ -98,10 +98,7 @@ def run(args: argparse.Namespace) -> None:
     if args.process_id is not None:
         be_one_process(PROGRAM, args, measure)
         return
-    if args.processes > 1 and args.processes != parse_mesh(args.mesh).size:
-        raise EasySpecError(
-            f"--processes {args.processes} needs --mesh {args.processes}: one device a process"
-        )
+    check_processes(args)
     check(args)  # fail here once rather than in every process
     alone = args.processes == 1
     found = measure(args) if alone else in_processes(PROGRAM, args.words, args.processes)

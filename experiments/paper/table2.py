@@ -46,6 +46,7 @@ from experiments.lib.processes import (
     OWN_FLAGS,
     add_process_flags,
     be_one_process,
+    check_processes,
     in_processes,
 )
 from experiments.lib.questions import Question
@@ -414,10 +415,7 @@ def run(args: argparse.Namespace) -> None:
     if args.process_id is not None:
         be_one_process(PROGRAM, args, measure)
         return
-    if args.processes > 1 and args.processes != parse_mesh(args.mesh).size:
-        raise EasySpecError(
-            f"--processes {args.processes} needs --mesh {args.processes}: one device a process"
-        )
+    check_processes(args)
     if args.per_set is not None and args.per_set < 1:
         raise EasySpecError(f"--per-set {args.per_set} must be at least 1")
     questions_of(args)  # fail here once rather than in every process
