@@ -9,12 +9,9 @@ from easyspec_jax.options import MAX_LEVELS
 from easyspec_jax.plan.acceptance import Acceptance, DraftKind, MeasuredAcceptance
 from easyspec_jax.plan.best import Choice, choices, fastest, find_best
 from easyspec_jax.plan.cost import Cost
-from easyspec_jax.plan.machines import Machine, parse_topology
+from easyspec_jax.plan.machines import parse_topology
 from easyspec_jax.plan.steps import Round, Way
-from tests.plan.test_steps import absent, pair
-
-UNIT = Machine("unit", "tpu", 10, 1.0, 1.0, 1.0, 0.0, launch=1.0, dimensions=0, source="")
-"""A kernel takes a second, and there is room for ten bytes."""
+from tests.support.plans import UNIT, absent, pair
 
 HALF = Acceptance((0.5, 0.75))
 """Every level is accepted with probability 1/2 if the one above was."""

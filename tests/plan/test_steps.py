@@ -2,40 +2,14 @@
 
 from dataclasses import replace
 
-import jax
-import numpy as np
 import pytest
 
-from easyspec_jax.checkpoint.config import model_config
 from easyspec_jax.decode.chunks import PREFILL_SIZES
 from easyspec_jax.engine.abstract import absent_mesh
 from easyspec_jax.parallel.mesh import MeshShape, open_mesh
 from easyspec_jax.plan.cost import Cost
-from easyspec_jax.plan.steps import Costs, Pair, Way, costs, rounds, verification_cost, ways
-from tests.support.models import family_config
-
-TARGET_LAYERS, DRAFT_LAYERS, LEVELS = 3, 8, 4
-
-
-def pair(tree_width: int = 1) -> Pair:
-    target, draft = (
-        model_config(family_config("llama3", num_hidden_layers=layers).to_dict())
-        for layers in (TARGET_LAYERS, DRAFT_LAYERS)
-    )
-    return Pair(
-        target,
-        draft,
-        np.dtype(np.float32),
-        "8",
-        LEVELS,
-        tree_width,
-        prompt_length=300,
-        max_length=400,
-    )
-
-
-def absent(shape: MeshShape) -> jax.sharding.Mesh:
-    return absent_mesh(shape, "tpu")
+from easyspec_jax.plan.steps import Costs, Way, costs, rounds, verification_cost, ways
+from tests.support.plans import DRAFT_LAYERS, LEVELS, TARGET_LAYERS, absent, pair
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,7 @@ import pytest
 from easyspec_jax.plan.cost import Cost
 from easyspec_jax.plan.steps import Way, rounds
 from easyspec_jax.plan.tiers import tiers, tiers_of
-from tests.plan.test_best import UNIT
-from tests.plan.test_steps import absent, pair
+from tests.support.plans import UNIT, absent, pair
 
 
 def tokens(levels: int, likely: float) -> float:
