@@ -279,6 +279,8 @@ class Batch:
             Its report on the devices, and whether nothing else was dispatched.
         """
         before, capacity = self._levels, self._growth.capacity
+        # The draft reads a prompt after the report of its prefill.
+        reads = self._programs.draft is not None and any(one.levels is None for one in self._unread)
         self._levels = self._tiers.next()
         self._state = self._growth.grow_if_needed(self._state)
         lags = before == 0 < self._levels
@@ -288,7 +290,7 @@ class Batch:
         if self._thresholds is not None and self._levels:
             threshold = self._thresholds.next()
         self._state, report = self._programs.round(self._state, self._levels, threshold)
-        return report, not lags and capacity == self._growth.capacity
+        return report, not lags and not reads and capacity == self._growth.capacity
 
     def _time(self, levels: int | None, report: Report) -> None:
         """Note when a report came.
@@ -438,6 +440,8 @@ def warm_up(
         tokens = np.zeros((rows, programs.columns(size)), np.int32)
         count = np.zeros(rows, np.int32)
         state, _ = programs.prefill(state, tokens, count, np.zeros(rows, bool))
+        if programs.draft is not None:
+            state = programs.prefill_draft(state, tokens[:, :size], count)
     state = _run_rounds(programs, state)
     for capacity in capacities[1:]:
         state = _run_rounds(programs, programs.extend(state, capacity))

@@ -24,7 +24,9 @@ def prefill_all(
     bar: Bar = no_bar,
     starts: Sequence[int] | None = None,
 ) -> tuple[State, list[Chunk]]:
-    """Run prefill over all prompts, chunk by chunk.
+    """Run prefill over all prompts, chunk by chunk: the target first, and then the draft.
+
+    So first tokens do not wait for the draft.
 
     Args:
         programs: Compiled steps.
@@ -44,6 +46,7 @@ def prefill_all(
     room = state.target[0].capacity - int(begun.max())
     sizes, done = programs.sizes.chunks(int(left.max()), room, len(prompts)), 0
     chunks: list[Chunk] = []
+    read: list[tuple[np.ndarray, np.ndarray]] = []
     shown = bar if len(sizes) > FEW else no_bar
     with shown("Reading the prompt", sum(sizes)) as advance:
         for size in sizes:
@@ -61,7 +64,10 @@ def prefill_all(
                 jax.block_until_ready(chunks[-1][1])
                 advance(sizes[len(chunks) - 1])
             chunks.append((last, report))
+            read.append((tokens[:, :size], count))
             done += size
+    for tokens, count in read if programs.draft is not None else ():
+        state = programs.prefill_draft(state, tokens, count)
     return state, chunks
 
 

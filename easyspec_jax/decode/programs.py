@@ -19,10 +19,11 @@ from easyspec_jax.decode.refill import (
     RowCaches,
     copied,
     enter,
+    enter_draft,
     extended,
     restored,
 )
-from easyspec_jax.decode.round import catch_up, prefill, speculative_round
+from easyspec_jax.decode.round import catch_up, prefill, prefill_draft, speculative_round
 from easyspec_jax.decode.sizes import Sizes
 from easyspec_jax.decode.state import Report, RoundConfig, State, init_state
 from easyspec_jax.decode.threshold import ThresholdChoice
@@ -121,6 +122,16 @@ class Programs:
         arrays = map(self._replicated, (tokens, count, last))
         return self._prefill(self.leaves, state, *arrays)
 
+    def prefill_draft(self, state: State, tokens: np.ndarray, count: np.ndarray) -> State:
+        """Run round.prefill_draft: append one chunk of every row's prompt to the draft's caches.
+
+        Args:
+            state: The state; donated.
+            tokens: int32 [batch, chunk], padded with any ids.
+            count: Tokens of each row's chunk, int32 [batch].
+        """
+        return self._prefill_draft(self.leaves, state, *map(self._replicated, (tokens, count)))
+
     def enter(
         self,
         state: State,
@@ -148,26 +159,31 @@ class Programs:
         """
         report, capacity, length = None, state.target[0].capacity, len(prompt[:end])
         request, adjustments = self._placed(self.row_arrays(sampling, [prompt]))
+        place, parts = self._replicated(np.int32(row)), list[tuple[np.ndarray, ...]]()
         for size in self.sizes.chunks(length - start, capacity - start):
             tokens = np.zeros((1, self.columns(size)), np.int32)
             part = prompt[start : start + tokens.shape[1]]
             tokens[0, : len(part)] = part
-            count = min(size, length - start)
+            begin, count = (np.full(1, n, np.int32) for n in (start, min(size, length - start)))
             text = Entrance(
                 tokens=self._replicated(tokens),
-                start=self._replicated(np.full(1, start, np.int32)),
-                count=self._replicated(np.full(1, count, np.int32)),
+                start=self._replicated(begin),
+                count=self._replicated(count),
                 last=self._replicated(np.full(1, start + size >= len(prompt) == length)),
                 limit=self._replicated(np.full(1, limit, np.int32)),
                 request=request,
                 adjustments=adjustments,
             )
             earlier = report.prompt if report is not None else ()
-            state, report = self._enter(self.leaves, state, self._replicated(np.int32(row)), text)
+            state, report = self._enter(self.leaves, state, place, text)
             if report.prompt is not None:
                 report = report._replace(prompt=(earlier or ()) + report.prompt)
+            parts.append((tokens[:, :size], begin, count))
             start += size
         assert report is not None, "an empty prompt"
+        # The draft reads behind all of the target's chunks: the first token does not wait for it.
+        for part in parts if self.draft is not None else ():
+            state = self._enter_draft(self.leaves, state, place, *map(self._replicated, part))
         return state, report
 
     def copy_row(self, state: State, row: int, size: int) -> RowCaches:
@@ -370,6 +386,11 @@ class Programs:
         return self._jit(body, donate_argnums=1, out_shardings=self._shardings)
 
     @cached_property
+    def _prefill_draft(self) -> Callable[..., State]:
+        body = self.mapped(prefill_draft, (self.state_spec, P(), P()), self.state_spec)
+        return self._jit(body, donate_argnums=1, out_shardings=self._shardings[0])
+
+    @cached_property
     def _enter(self) -> Callable[..., tuple[State, Report]]:
         one = P()
         text = Entrance(one, one, one, one, one, one, adjustment_specs(self.config.kinds))  # pyright: ignore[reportArgumentType]
@@ -377,6 +398,11 @@ class Programs:
             partial(enter, config=self.config), (self.state_spec, P(), text), self._results
         )
         return self._jit(body, donate_argnums=1, out_shardings=self._shardings)
+
+    @cached_property
+    def _enter_draft(self) -> Callable[..., State]:
+        body = self.mapped(enter_draft, (self.state_spec, *[P()] * 4), self.state_spec)
+        return self._jit(body, donate_argnums=1, out_shardings=self._shardings[0])
 
     @cached_property
     def _copy_row(self) -> Callable[..., RowCaches]:

@@ -66,27 +66,12 @@ def enter(
         config: The round's configuration.
 
     Returns:
-        The new state, and a report of that one row.
+        The new state, and a report of that one row. The draft has none of the chunk yet.
     """
-    batch = state.length.shape[0]
-    is_first = text.start[0] == 0
-
-    def take(caches: Caches) -> Caches:
-        # The first chunk finds zeros, or a prefix and zeros (see restored). The mask gives old
-        # entries weight 0, but 0 times a NaN that another text left behind would be a NaN.
-        def clear(x: Array) -> Array:
-            return jnp.where(is_first, jnp.zeros_like(x), x)
-
-        return tuple(jax.tree.map(clear, take_row(cache, row, batch)) for cache in caches)
-
-    def put(caches: Caches, new: Caches) -> Caches:
-        pairs = zip(caches, new, strict=True)
-        return tuple(put_row(cache, own, row, batch) for cache, own in pairs)
-
     # A prompt of several chunks: each continues at `start`, behind what is in the caches.
     alone = State(
-        target=take(state.target),
-        draft=take(state.draft),
+        target=_taken(state.target, row, state.length.shape[0], text.start),
+        draft=(),
         length=text.start,
         draft_length=text.start,
         remaining=text.limit,
@@ -99,13 +84,62 @@ def enter(
     entered = jax.tree.map(
         lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, row, axis=0),
         replace(state, target=(), draft=(), corpus=None, threshold=None),
-        replace(alone, target=(), draft=()),
+        replace(alone, target=()),
     )
-    target_caches = put(state.target, alone.target)
-    draft_caches = put(state.draft, alone.draft)
-    entered = replace(entered, target=target_caches, draft=draft_caches)
-    entered = replace(entered, corpus=state.corpus, threshold=state.threshold)
-    return entered, report
+    caches = _put(state.target, alone.target, row, state.length.shape[0])
+    entered = replace(entered, target=caches, draft=state.draft)
+    return replace(entered, corpus=state.corpus, threshold=state.threshold), report
+
+
+def enter_draft(
+    target: Decoder,
+    draft: Decoder,
+    state: State,
+    row: Int[Array, ""],
+    tokens: Int[Array, "1 chunk"],
+    start: Int[Array, "1"],
+    count: Int[Array, "1"],
+) -> State:
+    """Run prefill_draft() for one row; the others keep their state.
+
+    Args:
+        target: The target; like the draft, given to every step and not needed here.
+        draft: The draft.
+        state: The running batch.
+        row: The row that a text has taken over.
+        tokens: A chunk of its prompt; see Entrance, like start and count.
+    """
+    batch = state.length.shape[0]
+    caches = draft(tokens, _taken(state.draft, row, batch, start), start)[1]
+    return replace(
+        state,
+        draft=_put(state.draft, caches, row, batch),
+        draft_length=state.draft_length.at[row].set((start + count)[0]),
+    )
+
+
+def _taken(caches: Caches, row: Int[Array, ""], batch: int, start: Int[Array, "1"]) -> Caches:
+    """Take out a row that a text enters, as a batch of one.
+
+    Args:
+        caches: Caches of all rows.
+        row: The row.
+        batch: How many rows there are.
+        start: Tokens of the text that are in the caches.
+    """
+
+    # The first chunk finds zeros, or a prefix and zeros (see restored). The mask gives old entries
+    # weight 0, but 0 times a NaN that another text left behind would be a NaN.
+    def clear(x: Array) -> Array:
+        return jnp.where(start[0] == 0, jnp.zeros_like(x), x)
+
+    return tuple(jax.tree.map(clear, take_row(cache, row, batch)) for cache in caches)
+
+
+def _put(caches: Caches, new: Caches, row: Int[Array, ""], batch: int) -> Caches:
+    """Put a row back that _taken() took out."""
+    pairs = zip(caches, new, strict=True)
+    return tuple(put_row(cache, own, row, batch) for cache, own in pairs)
 
 
 class RowCaches(NamedTuple):

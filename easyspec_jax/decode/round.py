@@ -46,47 +46,41 @@ from easyspec_jax.verify.tree import (
 
 
 def append_chunk(
-    target: Decoder,
-    draft: Decoder | None,
-    state: State,
-    tokens: Int[Array, "batch chunk"],
-    count: Int[Array, " batch"],
-) -> tuple[State, Float[Array, "batch hidden"]]:
-    """Append a chunk of each row's prompt to both caches, exactly.
+    target: Decoder, state: State, tokens: Int[Array, "batch chunk"], count: Int[Array, " batch"]
+) -> tuple[State, Float[Array, "batch chunk hidden"]]:
+    """Append a chunk of each row's prompt to the target's caches.
 
     Args:
         target: The target.
-        draft: The draft, or None.
         state: Rows whose earlier prompt chunks are already in the caches.
         tokens: Each row's next prompt tokens, padded to the chunk.
         count: How many of them there are; 0 for a row whose prompt has ended before.
 
     Returns:
-        The new state, and the target's hidden state after the last of the tokens.
+        The new state, and the target's hidden states after all of the tokens.
     """
-    appended, h = _append(target, draft, state, tokens, count)
-    return appended, take_each(h, _end(count))
+    h, caches = target(tokens, state.target, state.length)
+    text = append(state.text, tokens, state.length, count)
+    return replace(state, target=caches, length=state.length + count, text=text), h
 
 
-def _append(
+def prefill_draft(
     target: Decoder,
-    draft: Decoder | None,
+    draft: Decoder,
     state: State,
     tokens: Int[Array, "batch chunk"],
     count: Int[Array, " batch"],
-) -> tuple[State, Float[Array, "batch chunk hidden"]]:
-    """Do what append_chunk() does, and return the hidden states after all of the tokens."""
-    h, target_caches = target(tokens, state.target, state.length)
-    draft_caches = () if draft is None else draft(tokens, state.draft, state.draft_length)[1]
-    appended = replace(
-        state,
-        target=target_caches,
-        draft=draft_caches,
-        length=state.length + count,
-        draft_length=state.draft_length + count,
-        text=append(state.text, tokens, state.length, count),
-    )
-    return appended, h
+) -> State:
+    """Append a chunk of each row's prompt to the draft's caches, exactly.
+
+    Args:
+        target: The target; like the draft, given to every step and not needed here.
+        draft: The draft.
+        state: Rows whose earlier prompt chunks are already in the draft's caches.
+        tokens: As for append_chunk(), like count.
+    """
+    caches = draft(tokens, state.draft, state.draft_length)[1]
+    return replace(state, draft=caches, draft_length=state.draft_length + count)
 
 
 def prefill(
@@ -100,9 +94,11 @@ def prefill(
 ) -> tuple[State, Report]:
     """Append a chunk of each row's prompt, and sample the first token of rows that it ends.
 
+    The draft reads prompts by prefill_draft(), for which no first token needs to wait.
+
     Args:
         target: The target.
-        draft: The draft, or None.
+        draft: The draft or None, given to every step and not needed here.
         state: As for append_chunk().
         tokens: As for append_chunk(). If config.kinds.prompt_logprobs, one column more: each row's
             prompt token after the chunk, if there is one.
@@ -114,14 +110,13 @@ def prefill(
         The new state; and a report with the first token of rows whose prompt ends here. That token
         belongs to no round. Other rows report no token.
     """
-    of_prompt = None
+    following = of_prompt = None
     if config.kinds.prompt_logprobs:
         tokens, following = tokens[:, :-1], tokens[:, 1:]
-        appended, every_h = _append(target, draft, state, tokens, count)
+    appended, every_h = append_chunk(target, state, tokens, count)
+    if following is not None:
         of_prompt = (prompt_logprobs(target.logits, every_h, following, ALL_AXES),)
-        h = take_each(every_h, _end(count))
-    else:
-        appended, h = append_chunk(target, draft, state, tokens, count)
+    h = take_each(every_h, _end(count))
     tree = bare_root(take_each(tokens, _end(count)))
 
     def choose() -> Verified:

@@ -41,7 +41,7 @@ class Stats:
         drafted: Positions that were drafted.
         accepted: Positions that were accepted.
         accepted_per_position: For each position of a draft, the rounds that accepted it.
-        prefill_seconds: Time of prefill, in seconds.
+        prefill_seconds: Time until the first token, in seconds; a draft reads the prompt after it.
         decode_seconds: Time of all rounds, in seconds.
         decoded_tokens: Tokens that rounds added. The first token of a text comes from prefill and
             belongs to no round.
@@ -91,7 +91,7 @@ class Stats:
 
     @property
     def tokens_per_second(self) -> float:
-        """Speed of the rounds, without prefill and its token; 0 where no time was measured."""
+        """Speed of all tokens after the first; 0 where no time was measured."""
         return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     def with_round(

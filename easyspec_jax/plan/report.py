@@ -103,7 +103,7 @@ def _way(costs: Costs, plan: Plan) -> dict[str, Any]:
             "prefill": _cost(costs.prefill, machine),
             "round": _cost(costs.round, machine),
         },
-        "time_to_first_token": costs.prefill.seconds(machine),
+        "time_to_first_token": costs.first_token.seconds(machine),
         "tokens_per_second": speeds,
     }
 

@@ -142,7 +142,8 @@ class Costs:
         step: One pass of the draft over a level, fuzzy with groups, else exact. Without a draft,
             one pass of the target over a token.
         calibration: The draft's exact pass over the pending tokens, or None if there is none.
-        prefill: Both models' passes over the whole prompt.
+        first_token: The target's passes over the whole prompt.
+        prefill: Both models' passes over it; the draft's come after the first token.
         round: A whole round: calibration, steps, verification, and choosing tokens.
     """
 
@@ -154,6 +155,7 @@ class Costs:
     cache_bytes: int
     step: Cost
     calibration: Cost | None
+    first_token: Cost
     prefill: Cost
     round: Cost
 
@@ -207,6 +209,7 @@ def costs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Costs:
         # Pending: all tokens that the round before accepted, and its last one. Only what follows
         # the last token is drafted, so only that token gets logits.
         calibration = one_pass("draft", run.config.pending_size, scored=1)
+    target, draft = prefill_costs(run, state, pair.prompt_length)
     return Costs(
         way=way,
         mesh=MeshShape(run.mesh.shape["layer"], run.mesh.shape["tensor"]),
@@ -216,7 +219,8 @@ def costs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Costs:
         cache_bytes=bytes_per_device((state.target, state.draft)),
         step=step,
         calibration=calibration,
-        prefill=prefill_cost(run, state, pair.prompt_length),
+        first_token=target,
+        prefill=target if draft is None else target + draft,
         round=measure(run._round, run.leaves, state),
     )
 
@@ -269,31 +273,40 @@ def _round(run: Programs, pair: Pair) -> Round:
     return Round(counted, bytes_per_device((run.target, run.draft, state.target, state.draft)))
 
 
-def prefill_cost(run: Programs, state: State, prompt: int) -> Cost:
-    """Count all passes over a prompt; only the last one's hidden state gets logits.
+def prefill_costs(run: Programs, state: State, prompt: int) -> tuple[Cost, Cost | None]:
+    """Count each model's passes over a prompt; only the target's last hidden state gets logits.
 
     Args:
         run: The programs, which have the models and the mesh.
         state: A state of one row.
         prompt: Tokens of the prompt.
+
+    Returns:
+        The target's cost and the draft's, None without one.
     """
     measure = partial(cost, mesh_shape=run.mesh.shape)
 
-    def body(*args: Any) -> State:
-        return append_chunk(*args)[0]
+    def body(target: Decoder, draft: Decoder | None, *args: Any) -> State:
+        return append_chunk(target, *args)[0]
 
     append = run.mapped(body, (run.state_spec, P(), P()), run.state_spec)
     # One row's chunk: its ids, how many of them count, and whether the prompt ends with it.
     count, last = jax.ShapeDtypeStruct((1,), np.int32), jax.ShapeDtypeStruct((1,), bool)
-    *others, end = (
+    chunks = [
         jax.ShapeDtypeStruct((1, size), np.int32)
         for size in run.sizes.chunks(prompt, state.target[0].capacity)
-    )
-    total = measure(run._prefill, run.leaves, state, end, count, last)
+    ]
+    target = measure(run._prefill, run.leaves, state, chunks[-1], count, last)
     # Each chunk attends to the whole cache, so chunks of one size cost the same.
-    for chunk, times in Counter(others).items():
-        total += measure(append, run.leaves, state, chunk, count) * times
-    return total
+    for chunk, times in Counter(chunks[:-1]).items():
+        target += measure(append, run.leaves, state, chunk, count) * times
+    if run.draft is None:
+        return target, None
+    drafts = (
+        measure(run._prefill_draft, run.leaves, state, chunk, count) * times
+        for chunk, times in Counter(chunks).items()
+    )
+    return target, sum(drafts, Cost())
 
 
 def verification_cost(pair: Pair, make_mesh: MakeMesh) -> Cost:

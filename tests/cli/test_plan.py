@@ -80,7 +80,11 @@ def test_speeds_follow_from_rounds(printed):
             assert speed == pytest.approx(
                 (1 + float(rate) * levels) / way["steps"]["round"]["seconds"]
             )
-        assert way["time_to_first_token"] == way["steps"]["prefill"]["seconds"]
+        both = way["steps"]["prefill"]["seconds"]
+        # A first token does not wait for the draft to read the prompt.
+        assert (
+            way["time_to_first_token"] == both if levels == 0 else way["time_to_first_token"] < both
+        )
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Chunks cover a prompt, fit into its cache, and cost the least."""
 
 import itertools
+from typing import Any
 
 import jax
 import numpy as np
@@ -85,15 +86,17 @@ def prompt(tokens):
 
 @pytest.mark.parametrize("tokens", [39, 130, pytest.param(300, marks=pytest.mark.exhaustive)])
 def test_no_more_programs_are_compiled_than_sizes(engine, tokens):
+    """Of either model."""
     sampling = SamplingParams(max_new_tokens=4)
     run = engine.programs(sampling)
     row = EncodedPrompt("", prompt(tokens))
     engine.compile([row], sampling)
     sizes = set(run.sizes.chunks(tokens, run.sizes.capacities(tokens, 4)[0]))
-    assert run._prefill._cache_size() == len(sizes)  # pyright: ignore[reportFunctionMemberAccess]
+    compiled: list[Any] = [run._prefill, run._prefill_draft]
+    assert [step._cache_size() for step in compiled] == [len(sizes)] * 2
     list(engine.generate([row], sampling))
     engine.compile([row], sampling)
-    assert run._prefill._cache_size() == len(sizes)  # pyright: ignore[reportFunctionMemberAccess]
+    assert [step._cache_size() for step in compiled] == [len(sizes)] * 2
     assert run._round._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
 
 

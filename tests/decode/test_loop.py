@@ -17,7 +17,7 @@ from easyspec_jax.decode.prefilling import first_tokens, prefill_all
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.state import RoundConfig
 from easyspec_jax.decode.threshold import ThresholdChoice
-from easyspec_jax.decode.tiers import TierChoice
+from easyspec_jax.decode.tiers import RoundTimes, TierChoice
 from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.layer_group import load_draft
 from easyspec_jax.options import SamplingParams
@@ -487,8 +487,42 @@ def check_one_program(pair, config):
         accepted |= set(np.asarray(report.accepted).tolist())
     assert len(accepted) > 2
     # A batch whose longest prompt has 148 tokens is prefilled in chunks of 128 and 32.
-    for program, size in ((run._start, 1), (run._prefill, 2), (run._round, 1)):
+    steps = (run._start, 1), (run._prefill, 2), (run._prefill_draft, 2), (run._round, 1)
+    for program, size in steps:
         assert program._cache_size() == size  # pyright: ignore[reportFunctionMemberAccess]
+
+
+@pytest.mark.parametrize("refills", [False, True])
+def test_a_first_token_does_not_wait_for_the_draft(pair, refills):
+    """The target reads all chunks of a prompt before the draft reads any."""
+    run, read = programs(pair, GREEDY), []
+
+    def spied(step, own):
+        def call(*args):
+            read.append(own)
+            return step(*args)
+
+        return call
+
+    names = ("_enter", "_enter_draft") if refills else ("_prefill", "_prefill_draft")
+    for name, own in zip(names, ("target", "draft"), strict=True):
+        vars(run)[name] = spied(getattr(run, name), own)
+    if refills:
+        batch = Batch.empty(run, 2, capacity=512)
+        batch.enter(1, PROMPTS[0], LIMITS[0], SamplingParams())
+    else:
+        batch = Batch.filled(run, PROMPTS, LIMITS, SamplingParams())
+    batch.close()
+    assert read == ["target", "target", "draft", "draft"]
+
+
+@pytest.mark.parametrize(("config", "untimed"), [(PLAIN, 0), (GREEDY, 1)], ids=["plain", "draft"])
+def test_rounds_are_timed_without_the_draft_reading_a_prompt(pair, config, untimed, monkeypatch):
+    timed = []
+    monkeypatch.setattr(RoundTimes, "add", lambda *args, **_: timed.append(args[1]))
+    run = programs(pair, config)
+    reports = list(decode(run, PROMPTS[1:2], [20], SamplingParams()))
+    assert len(timed) == len(reports) - 1 - untimed > 2
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,16 @@ def test_prefill_goes_chunk_by_chunk(counted, monkeypatch):
     assert two.collectives < 2 * one.collectives
 
 
+def test_the_draft_reads_prompts_behind_the_target(counted):
+    """So a first token takes as long as without a draft, wherever that is."""
+    vanilla = counted["vanilla"]
+    assert vanilla.first_token == vanilla.prefill
+    for label in ("sd, draft TP 1", "sd, draft TP all"):
+        found = counted[label]
+        assert found.first_token == vanilla.prefill
+        assert found.prefill.flops > found.first_token.flops
+
+
 def test_a_replicated_draft_is_held_whole(counted):
     replicated, split = counted["sd, draft TP 1"], counted["sd, draft TP all"]
     assert replicated.target_bytes == split.target_bytes == counted["vanilla"].target_bytes

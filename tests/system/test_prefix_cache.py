@@ -245,7 +245,7 @@ def test_compiling_ahead_leaves_nothing_to_compile(pair):
     rows = engine.prepare([EncodedPrompt("", following)])
     engine.compile(rows, GREEDY)
     run = engine.programs(GREEDY)
-    steps: list[Any] = [run._prefill, run._restore, run._round, run._start]
+    steps: list[Any] = [run._prefill, run._prefill_draft, run._restore, run._round, run._start]
     before = [step._cache_size() for step in steps]
     assert next(engine.generate(rows, GREEDY)).stats.cached_tokens > 100
     assert [step._cache_size() for step in steps] == before
