@@ -1,31 +1,21 @@
-"""Compiled steps of one pair of models, each compiled once per cache size (and chunk size).
+"""The steps of one pair of models, called with what the host has.
 
-The steps themselves are pure functions in `round.py` and `refill.py`. Here they are wrapped in
-`shard_map` and `jit`, and their arguments are put on the mesh.
+Their arguments are put on the mesh here; compiled.py has the steps as devices run them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
-from easyspec_jax.decode.refill import (
-    Entrance,
-    RowCaches,
-    copied,
-    enter,
-    enter_draft,
-    extended,
-    restored,
-)
-from easyspec_jax.decode.round import catch_up, prefill, prefill_draft, speculative_round
+from easyspec_jax.decode.compiled import Compiled
+from easyspec_jax.decode.refill import Entrance, RowCaches
 from easyspec_jax.decode.sizes import Sizes
-from easyspec_jax.decode.state import Report, RoundConfig, State, init_state
+from easyspec_jax.decode.state import Report, RoundConfig, State
 from easyspec_jax.decode.threshold import ThresholdChoice
 from easyspec_jax.decode.tiers import RoundTimes, TierChoice
 from easyspec_jax.draft.layer_group import LayerGroup
@@ -33,9 +23,8 @@ from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.parallel import hosts
 from easyspec_jax.parallel.mesh import placed, replicated
-from easyspec_jax.parallel.platforms import PlatformSettings, settings_of
-from easyspec_jax.parallel.spmd import partition_specs, spmd
-from easyspec_jax.sampling.adjust import RowAdjustments, adjustment_specs, row_adjustments
+from easyspec_jax.parallel.platforms import PlatformSettings
+from easyspec_jax.sampling.adjust import RowAdjustments, row_adjustments
 from easyspec_jax.sampling.grammar import NO_GRAMMAR
 from easyspec_jax.verify import RowSampling
 
@@ -45,10 +34,9 @@ AGREED = 8
 
 @dataclass(frozen=True)
 class Programs:
-    """The jitted steps of one pair of models and one RoundConfig.
+    """The steps of one pair of models and one RoundConfig.
 
-    Each compiles once per cache size. Every step but `start`, `extend` and `copy_row` donates the
-    state: its buffers are reused for the new state, and the old one can no longer be read.
+    A state that a step is documented to donate can no longer be read.
 
     Attributes:
         mesh: The mesh of both models.
@@ -68,6 +56,17 @@ class Programs:
     max_length: int | None = None
     corpus: np.ndarray | None = field(default=None, repr=False, compare=False)
     settings: PlatformSettings | None = None
+
+    @cached_property
+    def compiled(self) -> Compiled:
+        """The steps as devices run them."""
+        own = self.mesh, self.target, self.draft, self.config
+        return Compiled(*own, self.corpus is not None, self.settings)
+
+    @property
+    def leaves(self) -> list[jax.Array]:
+        """Arrays of both models, which most steps take."""
+        return self.compiled.leaves
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -102,7 +101,7 @@ class Programs:
         limit = self._replicated(np.asarray(limits, np.int32))
         threshold = self._replicated(np.float32(0)) if self.config.learns_threshold else None
         arrays = request, limit, adjustments, self._corpus, threshold
-        return self._start(self.leaves, *arrays, capacity)
+        return self.compiled.start(self.leaves, *arrays, capacity)
 
     def columns(self, size: int) -> int:
         """Return how many columns of tokens prefill() takes for a chunk of some size."""
@@ -120,7 +119,7 @@ class Programs:
             last: Whether a row's prompt ends with it, bool [batch].
         """
         arrays = map(self._replicated, (tokens, count, last))
-        return self._prefill(self.leaves, state, *arrays)
+        return self.compiled.prefill(self.leaves, state, *arrays)
 
     def prefill_draft(self, state: State, tokens: np.ndarray, count: np.ndarray) -> State:
         """Run round.prefill_draft: append one chunk of every row's prompt to the draft's caches.
@@ -130,7 +129,8 @@ class Programs:
             tokens: int32 [batch, chunk], padded with any ids.
             count: Tokens of each row's chunk, int32 [batch].
         """
-        return self._prefill_draft(self.leaves, state, *map(self._replicated, (tokens, count)))
+        arrays = map(self._replicated, (tokens, count))
+        return self.compiled.prefill_draft(self.leaves, state, *arrays)
 
     def enter(
         self,
@@ -175,7 +175,7 @@ class Programs:
                 adjustments=adjustments,
             )
             earlier = report.prompt if report is not None else ()
-            state, report = self._enter(self.leaves, state, place, text)
+            state, report = self.compiled.enter(self.leaves, state, place, text)
             if report.prompt is not None:
                 report = report._replace(prompt=(earlier or ()) + report.prompt)
             parts.append((tokens[:, :size], begin, count))
@@ -183,7 +183,8 @@ class Programs:
         assert report is not None, "an empty prompt"
         # The draft reads behind all of the target's chunks: the first token does not wait for it.
         for part in parts if self.draft is not None else ():
-            state = self._enter_draft(self.leaves, state, place, *map(self._replicated, part))
+            arrays = map(self._replicated, part)
+            state = self.compiled.enter_draft(self.leaves, state, place, *arrays)
         return state, report
 
     def copy_row(self, state: State, row: int, size: int) -> RowCaches:
@@ -194,7 +195,7 @@ class Programs:
             row: The row.
             size: Entries to copy; see prefix_size.
         """
-        return self._copy_row(state, self._replicated(np.int32(row)), size)
+        return self.compiled.copy_row(state, self._replicated(np.int32(row)), size)
 
     def restore(self, state: State, row: int, kept: RowCaches, count: int) -> State:
         """Run refill.restored: begin a row's text with the first tokens of another.
@@ -206,11 +207,11 @@ class Programs:
             count: How many tokens to take.
         """
         place, shared = map(self._replicated, (np.int32(row), np.int32(count)))
-        return self._restore(state, place, kept, shared)
+        return self.compiled.restore(state, place, kept, shared)
 
     def extend(self, state: State, capacity: int) -> State:
         """Return the state with larger caches; compiles once for each pair of sizes."""
-        return self._extend(self.leaves, state, capacity)
+        return self.compiled.extend(self.leaves, state, capacity)
 
     def round(
         self, state: State, levels: int | None = None, threshold: float | None = None
@@ -226,11 +227,11 @@ class Programs:
         if threshold is not None:
             state = replace(state, threshold=self._replicated(np.float32(threshold)))
         if levels is None or levels == self.config.levels:
-            return self._round(self.leaves, state)
+            return self.compiled.round(self.leaves, state)
         if levels == 0 and self.draft is not None:
             after, report = self._plain.round(replace(state, draft=(), threshold=None))
             return replace(after, draft=state.draft, threshold=state.threshold), report
-        return self._tiers[levels](self.leaves, state)
+        return self.compiled.tiers[levels](self.leaves, state)
 
     def catch_up(self, state: State) -> State:
         """Run round.catch_up: let the draft take in what plain rounds added.
@@ -238,7 +239,7 @@ class Programs:
         Args:
             state: The state; donated.
         """
-        return state if self.draft is None else self._catch_up(self.leaves, state)
+        return state if self.draft is None else self.compiled.catch_up(self.leaves, state)
 
     def tier_choice(self, rows: int) -> TierChoice:
         """Return what chooses the tiers of a new batch.
@@ -302,207 +303,19 @@ class Programs:
         number = NO_GRAMMAR if grammars is None else grammars.number(sampling)
         return request, row_adjustments(kinds, sampling, prompts, vocab, number)
 
-    @property
-    def row_specs(self) -> Any:
-        """PartitionSpecs of row_arrays()."""
-        request = RowSampling(*[P()] * 5, min_p=P() if self.config.kinds.min_p else None)  # pyright: ignore[reportArgumentType]
-        return request, adjustment_specs(self.config.kinds)
-
     def _placed(self, arrays: Any) -> Any:
         """Put row_arrays() on the mesh."""
-        return jax.tree.map(lambda x, spec: placed(x, self.mesh, spec), arrays, self.row_specs)
+        specs = self.compiled.row_specs
+        return jax.tree.map(lambda x, spec: placed(x, self.mesh, spec), arrays, specs)
 
     def _replicated(self, x: np.ndarray | np.int32 | np.float32) -> jax.Array:
         return replicated(x, self.mesh)
 
     @cached_property
-    def leaves(self) -> list[jax.Array]:
-        """Arrays of both models, in the order of jax.tree.leaves.
-
-        Kept, because flattening the modules at every call would cost more than a small round.
-        """
-        return jax.tree.leaves((self.target, self.draft))
-
-    @property
-    def state_spec(self) -> Any:
-        """PartitionSpecs of a State.
-
-        Caches are split, and what spans the vocabulary; everything else is replicated.
-        """
-        return State(
-            target=self.target.cache_specs(),
-            draft=() if self.draft is None else self.draft.cache_specs(),
-            **dict.fromkeys(("length", "draft_length", "remaining", "request", "text"), P()),  # pyright: ignore[reportArgumentType]
-            adjustments=adjustment_specs(self.config.kinds),
-            corpus=self.corpus_spec,
-            threshold=self._threshold_spec,
-        )
-
-    @property
-    def corpus_spec(self) -> Any:
-        """PartitionSpec of the corpus, or None if there is none."""
-        return None if self.corpus is None else P()
-
-    @property
-    def _threshold_spec(self) -> Any:
-        """PartitionSpec of the threshold, or None if the configuration says it."""
-        return P() if self.config.learns_threshold else None
-
-    @cached_property
     def _corpus(self) -> jax.Array | None:
         return None if self.corpus is None else self._replicated(self.corpus)
-
-    @property
-    def _row_spec(self) -> RowCaches:
-        """PartitionSpecs of a row's caches, which are those of all rows."""
-        spec = self.state_spec
-        return RowCaches(spec.target, spec.draft, spec.text)
-
-    @cached_property
-    def _start(self) -> Callable[..., State]:
-        # The capacity is a shape, so it is static: a program for each.
-        def program(
-            leaves: list[jax.Array],
-            request: RowSampling,
-            limit: jax.Array,
-            adjustments: RowAdjustments | None,
-            corpus: jax.Array | None,
-            threshold: jax.Array | None,
-            capacity: int,
-        ) -> State:
-            body = partial(init_state, capacity=capacity)
-            shared = self.corpus_spec, self._threshold_spec
-            specs = P(), P(), adjustment_specs(self.config.kinds), *shared
-            started = self.mapped(body, specs, self.state_spec)
-            return started(leaves, request, limit, adjustments, corpus, threshold)
-
-        return self._jit(program, static_argnums=6, out_shardings=self._shardings[0])
-
-    @cached_property
-    def _prefill(self) -> Callable[..., tuple[State, Report]]:
-        body = self.mapped(
-            partial(prefill, config=self.config), (self.state_spec, P(), P(), P()), self._results
-        )
-        return self._jit(body, donate_argnums=1, out_shardings=self._shardings)
-
-    @cached_property
-    def _prefill_draft(self) -> Callable[..., State]:
-        body = self.mapped(prefill_draft, (self.state_spec, P(), P()), self.state_spec)
-        return self._jit(body, donate_argnums=1, out_shardings=self._shardings[0])
-
-    @cached_property
-    def _enter(self) -> Callable[..., tuple[State, Report]]:
-        one = P()
-        text = Entrance(one, one, one, one, one, one, adjustment_specs(self.config.kinds))  # pyright: ignore[reportArgumentType]
-        body = self.mapped(
-            partial(enter, config=self.config), (self.state_spec, P(), text), self._results
-        )
-        return self._jit(body, donate_argnums=1, out_shardings=self._shardings)
-
-    @cached_property
-    def _enter_draft(self) -> Callable[..., State]:
-        body = self.mapped(enter_draft, (self.state_spec, *[P()] * 4), self.state_spec)
-        return self._jit(body, donate_argnums=1, out_shardings=self._shardings[0])
-
-    @cached_property
-    def _copy_row(self) -> Callable[..., RowCaches]:
-        specs = self._row_spec
-
-        def program(state: State, row: jax.Array, size: int) -> RowCaches:
-            body = partial(copied, size=size)
-            return spmd(body, self.mesh, (self.state_spec, P()), specs)(state, row)
-
-        shardings = jax.tree.map(partial(NamedSharding, self.mesh), specs)
-        return self._jit(program, static_argnums=2, out_shardings=shardings)
-
-    @cached_property
-    def _restore(self) -> Callable[..., State]:
-        spec = self.state_spec
-        specs = spec, P(), self._row_spec, P()
-        program = spmd(restored, self.mesh, specs, spec)
-        return self._jit(program, donate_argnums=0, out_shardings=self._shardings[0])
-
-    @cached_property
-    def _extend(self) -> Callable[..., State]:
-        def program(leaves: list[jax.Array], state: State, capacity: int) -> State:
-            body = partial(extended, capacity=capacity)
-            return self.mapped(body, (self.state_spec,), self.state_spec)(leaves, state)
-
-        # Not donated: buffers of the old size could not hold the new caches.
-        return self._jit(program, static_argnums=2, out_shardings=self._shardings[0])
-
-    @cached_property
-    def _round(self) -> Callable[..., tuple[State, Report]]:
-        return self._round_of(self.config)
-
-    @cached_property
-    def _tiers(self) -> dict[int, Callable[..., tuple[State, Report]]]:
-        """Rounds of fewer levels than `config` has, by their levels."""
-        return {n: self._round_of(self.config.tier(n)) for n in self.config.tiers}
 
     @cached_property
     def _plain(self) -> "Programs":
         """Plain decoding: passing the draft's arrays on would cost a tenth of a small round."""
         return replace(self, draft=None, config=self.config.tier(0))
-
-    def _round_of(self, config: RoundConfig) -> Callable[..., tuple[State, Report]]:
-        body = self.mapped(
-            partial(speculative_round, config=config), (self.state_spec,), self._results
-        )
-        return self._jit(body, donate_argnums=1, out_shardings=self._shardings)
-
-    @cached_property
-    def _catch_up(self) -> Callable[..., State]:
-        body = self.mapped(
-            partial(catch_up, config=self.config), (self.state_spec,), self.state_spec
-        )
-        return self._jit(body, donate_argnums=1, out_shardings=self._shardings[0])
-
-    def _jit(self, body: Callable[..., Any], **options: Any) -> Any:
-        """Jit a step with the compiler options of the platform."""
-        settings = self.settings or settings_of(self._platform)
-        compiler_options = dict(settings.compiler_options)
-        if self.config.rows:
-            # Or XLA leaves out roundings between operations that it fuses, which differ by program.
-            compiler_options["xla_allow_excess_precision"] = False
-        return jax.jit(body, compiler_options=compiler_options or None, **options)
-
-    @property
-    def _results(self) -> Any:
-        """PartitionSpecs of a step's results, (State, Report)."""
-        return self.state_spec, P()
-
-    @property
-    def _shardings(self) -> Any:
-        """Shardings of a step's results, spelled out.
-
-        Left to itself, JAX may spell equal shardings differently, and the next step would compile
-        once for each spelling.
-        """
-        return jax.tree.map(partial(NamedSharding, self.mesh), self._results)
-
-    def mapped(
-        self, body: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any
-    ) -> Callable[..., Any]:
-        """Wrap body(target, draft, ...) in `shard_map`, as a function of `leaves` and the rest.
-
-        Args:
-            body: Computes one device's part.
-            in_specs: PartitionSpecs of the arguments after the models.
-            out_specs: PartitionSpecs of the results.
-        """
-        models = jax.tree.structure((self.target, self.draft))
-        # By default a GPU rounds the factors of float32 products to TF32, and a TPU to bfloat16.
-        precision = "highest" if self.target.norm.dtype == np.float32 else "default"
-
-        # Inside `shard_map` leaves are this device's parts; put together again they are modules.
-        def on_device(leaves: list[jax.Array], *args: Any) -> Any:
-            target, draft = jax.tree.unflatten(models, leaves)
-            for model in (target, draft):
-                if model is not None:
-                    model.cuts = self.config.rows is None
-            with jax.default_matmul_precision(precision):
-                return body(target, draft, *args)
-
-        specs = partition_specs(self.leaves)
-        return spmd(on_device, self.mesh, (specs, *in_specs), out_specs)

@@ -141,7 +141,7 @@ def pass_case(
     def start(model: Decoder, _: None) -> tuple[Caches, Array]:
         return model.init_caches(1, capacity), jnp.zeros((1, tokens), jnp.int32)
 
-    state = jax.jit(programs.mapped(start, (), spec))(programs.leaves)
+    state = jax.jit(programs.compiled.mapped(start, (), spec))(programs.leaves)
     at = replicated(np.full(1, context, np.int32), programs.mesh)
     step = pass_program(programs, tokens, run, scored=scored, loops=loops)
     return Case(name, lambda state: step(programs.leaves, state, at), state, bytes, loops)
@@ -178,7 +178,7 @@ def pass_program(
             return once(model, at, carry)
         return jax.lax.fori_loop(0, loops, lambda _, carry: once(model, at, carry), carry)
 
-    return jax.jit(programs.mapped(body, (spec, P()), spec), donate_argnums=1)
+    return jax.jit(programs.compiled.mapped(body, (spec, P()), spec), donate_argnums=1)
 
 
 def round_case(

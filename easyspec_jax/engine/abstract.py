@@ -202,11 +202,11 @@ def abstract_state(programs: Programs, rows: int, capacity: int) -> State:
     request, adjustments = programs.row_arrays(SamplingParams(), [()] * rows)
     limits = np.zeros(rows, np.int32)
     body = partial(init_state, capacity=capacity)
-    request_spec, adjustments_spec = programs.row_specs
-    specs = request_spec, P(), adjustments_spec, programs.corpus_spec
+    request_spec, adjustments_spec = programs.compiled.row_specs
+    specs = request_spec, P(), adjustments_spec, programs.compiled.corpus_spec
     # Traced, not run: the caches themselves are never allocated.
     state = jax.eval_shape(
-        programs.mapped(body, specs, programs.state_spec),
+        programs.compiled.mapped(body, specs, programs.compiled.state_spec),
         programs.leaves,
         request,
         limits,

@@ -135,7 +135,7 @@ def compile_round(programs: Programs, max_length: int) -> Compiled | TooLarge:
     # Shapes with shardings are all that JAX needs to compile; there are no arrays.
     state = abstract_state(programs, 1, programs.sizes.capacity(max_length))
     begun = time.perf_counter()
-    jitted: Any = programs._round  # declared as a mere callable
+    jitted: Any = programs.compiled.round  # declared as a mere callable
     traced = jitted.trace(programs.leaves, state)
     lowered = traced.lower()
     lowered_at = time.perf_counter()

@@ -221,7 +221,7 @@ def costs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Costs:
         calibration=calibration,
         first_token=target,
         prefill=target if draft is None else target + draft,
-        round=measure(run._round, run.leaves, state),
+        round=measure(run.compiled.round, run.leaves, state),
     )
 
 
@@ -269,7 +269,7 @@ def rounds(pair: Pair, way: Way, make_mesh: MakeMesh, deepest: int) -> list[Roun
 
 def _round(run: Programs, pair: Pair) -> Round:
     state = abstract_state(run, 1, run.sizes.capacity(pair.max_length))
-    counted = cost(run._round, run.leaves, state, mesh_shape=run.mesh.shape)
+    counted = cost(run.compiled.round, run.leaves, state, mesh_shape=run.mesh.shape)
     return Round(counted, bytes_per_device((run.target, run.draft, state.target, state.draft)))
 
 
@@ -289,21 +289,21 @@ def prefill_costs(run: Programs, state: State, prompt: int) -> tuple[Cost, Cost 
     def body(target: Decoder, draft: Decoder | None, *args: Any) -> State:
         return append_chunk(target, *args)[0]
 
-    append = run.mapped(body, (run.state_spec, P(), P()), run.state_spec)
+    append = run.compiled.mapped(body, (run.compiled.state_spec, P(), P()), run.compiled.state_spec)
     # One row's chunk: its ids, how many of them count, and whether the prompt ends with it.
     count, last = jax.ShapeDtypeStruct((1,), np.int32), jax.ShapeDtypeStruct((1,), bool)
     chunks = [
         jax.ShapeDtypeStruct((1, size), np.int32)
         for size in run.sizes.chunks(prompt, state.target[0].capacity)
     ]
-    target = measure(run._prefill, run.leaves, state, chunks[-1], count, last)
+    target = measure(run.compiled.prefill, run.leaves, state, chunks[-1], count, last)
     # Each chunk attends to the whole cache, so chunks of one size cost the same.
     for chunk, times in Counter(chunks[:-1]).items():
         target += measure(append, run.leaves, state, chunk, count) * times
     if run.draft is None:
         return target, None
     drafts = (
-        measure(run._prefill_draft, run.leaves, state, chunk, count) * times
+        measure(run.compiled.prefill_draft, run.leaves, state, chunk, count) * times
         for chunk, times in Counter(chunks).items()
     )
     return target, sum(drafts, Cost())
@@ -347,6 +347,6 @@ def pass_cost(
     model = run.target if which == "target" else run.draft
     assert model is not None
     # Logits stay split over the vocabulary, on whichever axes the model's head is.
-    specs = P(None, None, model.axes or None), getattr(run.state_spec, which)
-    program = run.mapped(body, (run.state_spec,), specs)
+    specs = P(None, None, model.axes or None), getattr(run.compiled.state_spec, which)
+    program = run.compiled.mapped(body, (run.compiled.state_spec,), specs)
     return cost(program, run.leaves, state, mesh_shape=run.mesh.shape)

@@ -136,7 +136,7 @@ def drafts(
     nodes = 1 + levels * width
     capacity = 1 << (ids.shape[1] + nodes - 1).bit_length()
     body = partial(_drafts, levels=levels, width=width, capacity=capacity)
-    program = jax.jit(programs.mapped(body, (P(), P()), (P(), P(), P())))
+    program = jax.jit(programs.compiled.mapped(body, (P(), P()), (P(), P(), P())))
     return jax.device_get(program(programs.leaves, ids, starts))
 
 

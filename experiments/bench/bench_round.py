@@ -88,9 +88,11 @@ def compiled_passes(programs: Programs) -> Any:
     """Compile passes() as a program of its own that, like a round, donates its state."""
     draft = programs.draft
     assert draft is not None, "rounds without a draft have no bookkeeping to speak of"
-    spec, split = programs.state_spec, draft.axes or None
+    spec, split = programs.compiled.state_spec, draft.axes or None
     logits = (P(None, None, split), P(None, None, None, split), P(None, None, ALL_AXES))
-    body = programs.mapped(partial(passes, config=programs.config), (spec,), (spec, logits))
+    body = programs.compiled.mapped(
+        partial(passes, config=programs.config), (spec,), (spec, logits)
+    )
     return jax.jit(body, donate_argnums=1)
 
 

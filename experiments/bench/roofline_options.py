@@ -63,6 +63,6 @@ def compiled_round(programs: Programs, state: State, options: Options) -> Callab
     Raises:
         jax.errors.JaxRuntimeError: XLA does not take these options.
     """
-    jitted: Any = programs._round  # declared as a mere callable
+    jitted: Any = programs.compiled.round  # declared as a mere callable
     compiled = jitted.lower(programs.leaves, state).compile(compiler_options=dict(options))
     return lambda state: compiled(programs.leaves, state)[0]

@@ -167,7 +167,7 @@ class AbsentPair:
         state = abstract_state(programs, 1, capacity)
 
         def lower() -> jax.stages.Lowered:
-            jitted: Any = programs._round  # declared as a mere callable
+            jitted: Any = programs.compiled.round  # declared as a mere callable
             return jitted.trace(programs.leaves, state).lower()
 
         return Task(name, lower, *self.sizes(programs, state))

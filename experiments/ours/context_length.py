@@ -145,7 +145,7 @@ def memory_of(programs: Programs, capacity: int, prompt: int) -> int:
     of_chunk = [
         jax.ShapeDtypeStruct(*one) for one in (((1, chunk), "i4"), ((1,), "i4"), ((1,), "bool"))
     ]
-    steps: Any = programs._round, programs._prefill  # declared as mere callables
+    steps: Any = programs.compiled.round, programs.compiled.prefill  # declared as mere callables
     taken = []
     for step, arguments in zip(steps, ((), of_chunk), strict=True):
         compiled = step.lower(programs.leaves, state, *arguments).compile()

@@ -92,12 +92,12 @@ def test_no_more_programs_are_compiled_than_sizes(engine, tokens):
     row = EncodedPrompt("", prompt(tokens))
     engine.compile([row], sampling)
     sizes = set(run.sizes.chunks(tokens, run.sizes.capacities(tokens, 4)[0]))
-    compiled: list[Any] = [run._prefill, run._prefill_draft]
+    compiled: list[Any] = [run.compiled.prefill, run.compiled.prefill_draft]
     assert [step._cache_size() for step in compiled] == [len(sizes)] * 2
     list(engine.generate([row], sampling))
     engine.compile([row], sampling)
     assert [step._cache_size() for step in compiled] == [len(sizes)] * 2
-    assert run._round._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
+    assert run.compiled.round._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import chex
 import jax
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from easyspec_jax.checkpoint.directory import open_checkpoint
-from easyspec_jax.decode import programs as compiled
+from easyspec_jax.decode import compiled
 from easyspec_jax.decode.lookup import Lookup
 from easyspec_jax.decode.loop import Batch, decode
 from easyspec_jax.decode.prefilling import first_tokens, prefill_all
@@ -487,9 +488,9 @@ def check_one_program(pair, config):
         accepted |= set(np.asarray(report.accepted).tolist())
     assert len(accepted) > 2
     # A batch whose longest prompt has 148 tokens is prefilled in chunks of 128 and 32.
-    steps = (run._start, 1), (run._prefill, 2), (run._prefill_draft, 2), (run._round, 1)
-    for program, size in steps:
-        assert program._cache_size() == size  # pyright: ignore[reportFunctionMemberAccess]
+    steps: Any = run.compiled
+    times = {steps.start: 1, steps.prefill: 2, steps.prefill_draft: 2, steps.round: 1}
+    assert [step._cache_size() for step in times] == list(times.values())
 
 
 @pytest.mark.parametrize("refills", [False, True])
@@ -504,9 +505,9 @@ def test_a_first_token_does_not_wait_for_the_draft(pair, refills):
 
         return call
 
-    names = ("_enter", "_enter_draft") if refills else ("_prefill", "_prefill_draft")
+    names = ("enter", "enter_draft") if refills else ("prefill", "prefill_draft")
     for name, own in zip(names, ("target", "draft"), strict=True):
-        vars(run)[name] = spied(getattr(run, name), own)
+        vars(run.compiled)[name] = spied(getattr(run.compiled, name), own)
     if refills:
         batch = Batch.empty(run, 2, capacity=512)
         batch.enter(1, PROMPTS[0], LIMITS[0], SamplingParams())
@@ -532,7 +533,7 @@ def test_no_round_of_one_stream_copies_a_cache(pair, config):
     """Entries are written into the donated buffers, so a step does not copy the text."""
     run = programs(pair, config)
     state = run.start(SamplingParams(), [9], capacity := 256)
-    text = run._round.lower(run.leaves, state).compile().as_text()  # pyright: ignore[reportFunctionMemberAccess]
+    text = run.compiled.round.lower(run.leaves, state).compile().as_text()  # pyright: ignore[reportFunctionMemberAccess]
     head_dim = pair[0].config.head_dim
     assert f",{capacity},{head_dim}]" in text
     assert re.findall(rf"= (f32\[[\d,]*,{capacity},{head_dim}\])\S* copy\(", text) == []
@@ -557,7 +558,7 @@ def test_caches_that_grow_change_no_token(pair, levels, width, refit, monkeypatc
     monkeypatch.setattr("easyspec_jax.decode.sizes.AHEAD", 1)
     grown = programs(pair, config, refit=refit)
     assert texts(grown, limits=limits, sampling=sampling)[0] == expected
-    assert grown._extend._cache_size() >= 1  # pyright: ignore[reportFunctionMemberAccess]
+    assert grown.compiled.extend._cache_size() >= 1  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def test_no_cache_is_larger_than_the_longest_text_needs(pair):

@@ -348,10 +348,10 @@ def test_few_programs_copy_and_restore(pair):
         capacity = batch._growth.capacity
         sizes.add((capacity, run.sizes.prefix_size(len(prompt), capacity)))
     assert prefixes.bytes
-    assert run._copy_row._cache_size() <= len(sizes) == 3  # pyright: ignore[reportFunctionMemberAccess]
+    assert run.compiled.copy_row._cache_size() <= len(sizes) == 3  # pyright: ignore[reportFunctionMemberAccess]
     found = {prefix.size for prefix in prefixes._held}
     capacities = {capacity for capacity, _ in sizes}
-    assert run._restore._cache_size() <= len(found) * len(capacities)  # pyright: ignore[reportFunctionMemberAccess]
+    assert run.compiled.restore._cache_size() <= len(found) * len(capacities)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def test_rows_are_kept_when_they_are_left_and_shared_while_they_run(pair):

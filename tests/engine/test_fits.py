@@ -79,7 +79,7 @@ def _temporary(programs: Programs, capacity: int, size: int) -> int:
         jax.ShapeDtypeStruct(*of)
         for of in (((ROWS, size), np.int32), ((ROWS,), np.int32), ((ROWS,), bool))
     ]
-    compiled: Any = programs._prefill
+    compiled: Any = programs.compiled.prefill
     prefill = compiled.lower(programs.leaves, abstract_state(programs, ROWS, capacity), *chunk)
     return prefill.compile().memory_analysis().temp_size_in_bytes
 

@@ -41,7 +41,7 @@ def programs(
 
 def of_round(programs: Programs) -> list[Any]:
     arguments = (programs.leaves, abstract_state(programs, rows=1, capacity=128))
-    return collectives(programs._round, *arguments, mesh_shape=programs.mesh.shape)  # pyright: ignore[reportArgumentType]
+    return collectives(programs.compiled.round, *arguments, mesh_shape=programs.mesh.shape)  # pyright: ignore[reportArgumentType]
 
 
 def in_compiled(text: str) -> Counter[str]:
@@ -89,7 +89,8 @@ def in_compiled(text: str) -> Counter[str]:
 )
 def test_the_trace_counts_what_the_compiled_program_does(mesh, lp_size, axes, config):
     run = programs(mesh, lp_size, axes, config)
-    compiled = run._round.lower(run.leaves, abstract_state(run, rows=1, capacity=128)).compile()  # pyright: ignore[reportFunctionMemberAccess]
+    jitted: Any = run.compiled.round  # declared as a mere callable
+    compiled = jitted.lower(run.leaves, abstract_state(run, rows=1, capacity=128)).compile()
     counted = Counter(collective.kind for collective in of_round(run))
     assert counted == in_compiled(compiled.as_text())
     assert bool(counted) == (mesh.size > 1)
@@ -110,7 +111,7 @@ def test_a_fuzzy_step_costs_groups_plus_layers(mesh, lp_size):
         def body(target: Decoder, draft: Decoder, state: State) -> jax.Array:
             return draft(state.pending(1), state.draft, state.length, run)[0]
 
-        mapped = made.mapped(body, (made.state_spec,), P())
+        mapped = made.compiled.mapped(body, (made.compiled.state_spec,), P())
         arguments = (made.leaves, abstract_state(made, rows=1, capacity=128))
         return len(collectives(mapped, *arguments, mesh_shape=made.mesh.shape))  # pyright: ignore[reportArgumentType]
 

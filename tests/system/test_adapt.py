@@ -107,7 +107,7 @@ def test_caches_that_grow_keep_what_tiers_have_left(pair, plain, forced, monkeyp
     monkeypatch.setattr(sizes, "CAPACITY_UNIT", 32)
     engine = opened(pair)
     assert refilled(engine, GREEDY) == plain["greedy"]
-    assert engine.programs(GREEDY)._extend._cache_size() >= 1  # pyright: ignore[reportFunctionMemberAccess]
+    assert engine.programs(GREEDY).compiled.extend._cache_size() >= 1  # pyright: ignore[reportFunctionMemberAccess]
 
 
 @pytest.mark.exhaustive

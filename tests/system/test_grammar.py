@@ -220,7 +220,7 @@ def lowered(engine, sampling):
     """Return the text of the compiled round, and whether it calls the host."""
     programs = engine.programs(sampling)
     state = programs.start(sampling, [8], 128, [[3, 4]])
-    text = programs._round.lower(programs.leaves, state).as_text()  # pyright: ignore[reportFunctionMemberAccess]
+    text = programs.compiled.round.lower(programs.leaves, state).as_text()  # pyright: ignore[reportFunctionMemberAccess]
     return text, "callback" in text
 
 

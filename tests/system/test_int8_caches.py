@@ -83,7 +83,7 @@ def test_speculation_changes_no_token(pair, plain, mesh, method, options, monkey
     monkeypatch.setattr("easyspec_jax.decode.sizes.AHEAD", 1)
     engine = opened(pair, mesh, method, **options)
     assert texts(engine) == plain
-    assert engine.programs(GREEDY)._extend._cache_size() >= 1  # pyright: ignore[reportFunctionMemberAccess]
+    assert engine.programs(GREEDY).compiled.extend._cache_size() >= 1  # pyright: ignore[reportFunctionMemberAccess]
 
 
 @pytest.mark.exhaustive

@@ -244,8 +244,8 @@ def test_compiling_ahead_leaves_nothing_to_compile(pair):
     following = first + complete(engine, first, GREEDY).token_ids + QUESTIONS[1]
     rows = engine.prepare([EncodedPrompt("", following)])
     engine.compile(rows, GREEDY)
-    run = engine.programs(GREEDY)
-    steps: list[Any] = [run._prefill, run._prefill_draft, run._restore, run._round, run._start]
+    run = engine.programs(GREEDY).compiled
+    steps: list[Any] = [run.prefill, run.prefill_draft, run.restore, run.round, run.start]
     before = [step._cache_size() for step in steps]
     assert next(engine.generate(rows, GREEDY)).stats.cached_tokens > 100
     assert [step._cache_size() for step in steps] == before

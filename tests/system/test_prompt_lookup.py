@@ -57,7 +57,7 @@ def test_lookups_change_no_token(target, plain, mesh, sampling, monkeypatch):
     monkeypatch.setattr(sizes, "AHEAD", 1)
     engine = opened(target, mesh)
     assert refilled(engine, sampling) == plain[sampling]
-    grown = engine.programs(sampling)._extend._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
+    grown = engine.programs(sampling).compiled.extend._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
     assert grown >= (sampling is GREEDY)
 
 

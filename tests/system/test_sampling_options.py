@@ -230,9 +230,8 @@ def test_several_texts_prefill_a_long_prompt_once(opened, batch_size, monkeypatc
     sampling = SamplingParams(0.9, seed=7, max_new_tokens=6, n=3)
     rows = engine.prepare([prompt])
     engine.compile(rows, sampling, batch_size=batch_size)
-    programs = engine.programs(sampling)
-    steps = [programs._enter, programs._copy_row, programs._restore, programs._prefill]
-    steps += [programs._enter_draft, programs._prefill_draft]
+    run = engine.programs(sampling).compiled
+    steps = [run.enter, run.enter_draft, run.copy_row, run.restore, run.prefill, run.prefill_draft]
     compiled = [step._cache_size() for step in steps]  # pyright: ignore[reportFunctionMemberAccess]
     found = list(engine.generate(rows, sampling, batch_size=batch_size))
     assert [step._cache_size() for step in steps] == compiled  # pyright: ignore[reportFunctionMemberAccess]
