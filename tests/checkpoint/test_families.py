@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import transformers
 
-from easyspec_jax.checkpoint import families
 from easyspec_jax.checkpoint.config import model_config
 from easyspec_jax.checkpoint.directory import open_checkpoint
+from easyspec_jax.checkpoint.families import phi
 from easyspec_jax.checkpoint.rope import LongRopeScaling
 from easyspec_jax.errors import EasySpecError
 from tests.support.models import family_config
@@ -19,7 +19,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 def test_the_page_quotes_the_code():
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(blocks) == 3
-    code = Path(families.__file__).read_text()
+    code = Path(phi.__file__).read_text()
     for block in blocks:
         assert block in code
 
