@@ -14,14 +14,13 @@ from easyspec_jax import demo
 from easyspec_jax.cli.command import cache_compilations, flags_in, flags_of, run_command, with_flags
 from easyspec_jax.cli.flags import pair_options_of
 from easyspec_jax.cli.generate_flags import (
-    AUTO,
     CONVERSATION_PREFIXES,
     check_flags,
     generate_parser,
     prompts_of,
-    sampling_of,
-    speculative_of,
 )
+from easyspec_jax.cli.sampling_flags import sampling_of
+from easyspec_jax.cli.speculation_flags import AUTO, speculative_of
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SamplingParams, SpeculativeConfig, check_prefix_cache
 from easyspec_jax.parallel import hosts

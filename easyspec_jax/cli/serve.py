@@ -12,13 +12,8 @@ from typing import TYPE_CHECKING
 from easyspec_jax import demo
 from easyspec_jax.cli.command import Parser, flags_in, run_command
 from easyspec_jax.cli.generate import open_engine
-from easyspec_jax.cli.generate_flags import (
-    CONVERSATION_PREFIXES,
-    add_models,
-    add_speculation,
-    check_tuned,
-    speculative_of,
-)
+from easyspec_jax.cli.generate_flags import CONVERSATION_PREFIXES, add_models
+from easyspec_jax.cli.speculation_flags import add_speculation, check_tuned, speculative_of
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import check_whole
 

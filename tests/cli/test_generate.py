@@ -15,7 +15,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from easyspec_jax.cli.generate_flags import generate_parser, sampling_of
+from easyspec_jax.cli.generate_flags import generate_parser
+from easyspec_jax.cli.sampling_flags import sampling_of
 from easyspec_jax.generate import main
 from tests.support.models import LAYERS, add_refit, byte_tokenizer, save_model
 

@@ -201,8 +201,8 @@ def test_mlps_at_once_and_refit_projections(pair, mesh, layout, refitted, axes):
 
 
 @pytest.mark.parametrize("run", [run_exact, run_fuzzy], ids=["exact", "fuzzy"])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama with biases", "granite"])
-def test_biases_head_norms_and_multipliers_go_with_their_layers(tmp_path, family, run):
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama with biases", "granite", "phi3"])
+def test_what_families_differ_in_goes_with_its_layers(tmp_path, family, run):
     reference = save_model(tmp_path, family, num_hidden_layers=8)
     from_ = loader(open_checkpoint(tmp_path), MeshShape(4, 2))
     logits = forward(load_draft(from_, Layout.uniform(GROUPS[0])), from_.mesh, TOKENS, run=run)
