@@ -27,7 +27,7 @@ from easyspec_jax.decode.state import Report, RoundConfig, State, init_state
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.parallel.platforms import PlatformSettings, settings_of
 from easyspec_jax.parallel.spmd import partition_specs, spmd
-from easyspec_jax.sampling.adjust import RowAdjustments, adjustment_specs
+from easyspec_jax.sampling.adjustments import RowAdjustments, adjustment_specs
 from easyspec_jax.verify import RowSampling
 
 

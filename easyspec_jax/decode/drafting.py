@@ -14,7 +14,8 @@ from easyspec_jax.model.transformer import Caches, Decoder
 from easyspec_jax.model.windows import Nodes
 from easyspec_jax.parallel.collectives import from_first_device
 from easyspec_jax.parallel.mesh import ALL_AXES
-from easyspec_jax.sampling.adjust import RowAdjustments, adjust
+from easyspec_jax.sampling.adjust import adjust
+from easyspec_jax.sampling.adjustments import RowAdjustments
 from easyspec_jax.sampling.vocabulary import NO_TOKEN, top
 from easyspec_jax.verify import Branches, RowSampling
 from easyspec_jax.verify.tree import Tree

@@ -24,7 +24,7 @@ from easyspec_jax.options import SamplingParams
 from easyspec_jax.parallel import hosts
 from easyspec_jax.parallel.mesh import placed, replicated
 from easyspec_jax.parallel.platforms import PlatformSettings
-from easyspec_jax.sampling.adjust import RowAdjustments, row_adjustments
+from easyspec_jax.sampling.adjustments import RowAdjustments, row_adjustments
 from easyspec_jax.sampling.grammar import NO_GRAMMAR
 from easyspec_jax.verify import RowSampling
 

@@ -17,7 +17,7 @@ from easyspec_jax.decode.round import prefill
 from easyspec_jax.decode.state import Report, RoundConfig, State
 from easyspec_jax.model.cache import extend, first_entries, put_row, take_row
 from easyspec_jax.model.transformer import Caches, Decoder
-from easyspec_jax.sampling.adjust import RowAdjustments
+from easyspec_jax.sampling.adjustments import RowAdjustments
 from easyspec_jax.verify import RowSampling
 
 

@@ -30,7 +30,8 @@ from easyspec_jax.draft.layer_group import run_fuzzy
 from easyspec_jax.model.transformer import Caches, Decoder, run_exact
 from easyspec_jax.model.windows import Nodes
 from easyspec_jax.parallel.mesh import ALL_AXES
-from easyspec_jax.sampling.adjust import RowAdjustments, adjust, whole, with_forced, with_output
+from easyspec_jax.sampling.adjust import adjust, whole, with_forced, with_output
+from easyspec_jax.sampling.adjustments import RowAdjustments
 from easyspec_jax.sampling.grammar_rows import Forced, forced_tokens
 from easyspec_jax.sampling.logprobs import logprobs_of, prompt_logprobs
 from easyspec_jax.verify.tree import (

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from easyspec_jax.decode.lookup import Lookup, Text
 from easyspec_jax.model.transformer import Caches, Decoder
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
-from easyspec_jax.sampling.adjust import PLAIN, Kinds, RowAdjustments
+from easyspec_jax.sampling.adjustments import PLAIN, Kinds, RowAdjustments
 from easyspec_jax.sampling.grammar import MOST_FORCED, Grammars
 from easyspec_jax.sampling.logprobs import Logprobs
 from easyspec_jax.verify import RowSampling, Verdict, Verifier, choose

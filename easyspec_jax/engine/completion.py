@@ -9,7 +9,7 @@ from easyspec_jax.decode.state import Fault, Report
 from easyspec_jax.decode.stats import Stats
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SamplingParams
-from easyspec_jax.sampling.adjust import PLAIN, Kinds
+from easyspec_jax.sampling.adjustments import PLAIN, Kinds
 from easyspec_jax.sampling.logprobs import Logprobs
 from easyspec_jax.tokenizer.conversation import Conversation, Prompt
 from easyspec_jax.tokenizer.stream import TextStream

@@ -33,7 +33,7 @@ from easyspec_jax.engine.running import RunningBatch
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.progress import Bar, no_bar
-from easyspec_jax.sampling.adjust import PLAIN, Kinds
+from easyspec_jax.sampling.adjustments import PLAIN, Kinds
 from easyspec_jax.tokenizer import encode
 from easyspec_jax.tokenizer.conversation import Prompt
 from easyspec_jax.tokenizer.stream import TextStream

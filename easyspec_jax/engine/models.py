@@ -35,7 +35,7 @@ from easyspec_jax.options import (
 from easyspec_jax.parallel import hosts
 from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape, connect
 from easyspec_jax.progress import Bar, no_bar
-from easyspec_jax.sampling.adjust import PLAIN, Kinds
+from easyspec_jax.sampling.adjustments import PLAIN, Kinds
 from easyspec_jax.sampling.grammar import Grammars
 from easyspec_jax.tokenizer import bad_words_ids
 from easyspec_jax.tokenizer.conversation import Tokenizer

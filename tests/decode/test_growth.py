@@ -10,7 +10,7 @@ from easyspec_jax.decode.growth import CacheGrowth
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.sizes import Sizes
 from easyspec_jax.decode.state import RoundConfig
-from easyspec_jax.sampling.adjust import PLAIN, Kinds
+from easyspec_jax.sampling.adjustments import PLAIN, Kinds
 from easyspec_jax.verify import Greedy
 
 LIMITS = np.array([700, 40, 300])

@@ -23,7 +23,7 @@ from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.layer_group import load_draft
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.parallel.mesh import MeshShape
-from easyspec_jax.sampling.adjust import Kinds
+from easyspec_jax.sampling.adjustments import Kinds
 from easyspec_jax.verify import Coupled, Greedy, Rejection
 from tests.support.models import LAYERS, load_target, loader, save_model
 

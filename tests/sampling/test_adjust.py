@@ -21,15 +21,12 @@ from transformers import (
 
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
-from easyspec_jax.sampling.adjust import (
+from easyspec_jax.sampling.adjust import adjust, ends_text, whole, with_output
+from easyspec_jax.sampling.adjustments import (
     Kinds,
     RowAdjustments,
-    adjust,
     adjustment_specs,
-    ends_text,
     row_adjustments,
-    whole,
-    with_output,
 )
 from easyspec_jax.sampling.vocabulary import NO_CHOICE, NO_TOKEN
 from easyspec_jax.sampling.warp import shard_cutoff, warp

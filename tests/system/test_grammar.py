@@ -12,7 +12,7 @@ pytest.importorskip("llguidance")
 from easyspec_jax import SamplingParams, SpeculativeConfig, open_model
 from easyspec_jax.decode.tiers import TierChoice
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.sampling.adjust import Kinds
+from easyspec_jax.sampling.adjustments import Kinds
 from easyspec_jax.sampling.grammar import MOST_FORCED
 from tests.support.models import save_noisy_pair
 

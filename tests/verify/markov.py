@@ -15,7 +15,7 @@ from easyspec_jax.decode.lookup import append
 from easyspec_jax.decode.round import speculative_round
 from easyspec_jax.decode.state import Report, RoundConfig, State, init_state
 from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape
-from easyspec_jax.sampling.adjust import RowAdjustments, adjustment_specs
+from easyspec_jax.sampling.adjustments import RowAdjustments, adjustment_specs
 from easyspec_jax.verify import RowSampling
 from tests.support.helpers import on_mesh
 

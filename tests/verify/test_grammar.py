@@ -15,7 +15,7 @@ pytest.importorskip("llguidance")
 from easyspec_jax.decode import round as round_
 from easyspec_jax.decode.round import RoundConfig
 from easyspec_jax.options import SamplingParams
-from easyspec_jax.sampling.adjust import Kinds, row_adjustments
+from easyspec_jax.sampling.adjustments import Kinds, row_adjustments
 from easyspec_jax.sampling.grammar import Grammars
 from easyspec_jax.sampling.vocabulary import NO_TOKEN
 from easyspec_jax.verify import Coupled, Rejection

@@ -24,11 +24,7 @@ from easyspec_jax.decode import round as round_
 from easyspec_jax.decode.state import RoundConfig
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.parallel.mesh import ALL_AXES, Axes, MeshShape
-from easyspec_jax.sampling.adjust import (
-    Kinds,
-    RowAdjustments,
-    row_adjustments,
-)
+from easyspec_jax.sampling.adjustments import Kinds, RowAdjustments, row_adjustments
 from easyspec_jax.sampling.vocabulary import NO_TOKEN
 from easyspec_jax.verify import Block, Coupled, Greedy, Rejection, RowSampling, verifier
 from easyspec_jax.verify.tree import Tree
