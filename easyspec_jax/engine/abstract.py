@@ -200,26 +200,28 @@ def abstract_state(programs: Programs, rows: int, capacity: int) -> State:
     """
     # NumPy leaves zeros to the operating system until they are touched.
     request, adjustments = programs.row_arrays(SamplingParams(), [()] * rows)
+    steps = programs.compiled
     limits = np.zeros(rows, np.int32)
     body = partial(init_state, capacity=capacity)
-    request_spec, adjustments_spec = programs.compiled.row_specs
-    specs = request_spec, P(), adjustments_spec, programs.compiled.corpus_spec
+    request_spec, adjustments_spec = steps.row_specs
+    specs = request_spec, P(), adjustments_spec, steps.corpus_spec
     # Traced, not run: the caches themselves are never allocated.
     state = jax.eval_shape(
-        programs.compiled.mapped(body, specs, programs.compiled.state_spec),
-        programs.leaves,
+        steps.mapped(body, specs, steps.state_spec),
+        steps.leaves,
         request,
         limits,
         adjustments,
         programs.corpus,
     )
 
-    def placed(sharding: NamedSharding, part: Any) -> Any:
+    def placed(spec: P, part: Any) -> Any:
+        sharding = NamedSharding(programs.mesh, spec)
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part
         )
 
-    return jax.tree.map(placed, programs._shardings[0], state)
+    return jax.tree.map(placed, steps.state_spec, state)
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -58,6 +58,8 @@ def adjust(
         The logits whose warped distribution is the target's.
 
     Examples:
+        >>> from easyspec_jax.options import SamplingParams
+        >>> from easyspec_jax.sampling.adjustments import Kinds, row_adjustments
         >>> sampling = SamplingParams(logit_bias={2: 1.5}, min_new_tokens=1)
         >>> rows = row_adjustments(Kinds.of(sampling), sampling, [[5, 6]], vocab=4)
         >>> rows = jax.tree.map(jnp.asarray, rows)

@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -70,18 +70,20 @@ def test_the_demo_pair_takes_what_was_predicted(refit):
     )
     (size,) = programs.sizes.chunks(PROMPT, growing[-1], ROWS)
     temporary = _temporary(programs, growing[-1], size)
-    assert 0.75 * need.working <= engine.mesh.size * temporary <= need.working
+    assert 0.6 * need.working <= engine.mesh.size * temporary <= need.working
 
 
 def _temporary(programs: Programs, capacity: int, size: int) -> int:
-    """Return the bytes of XLA's temporaries while a chunk of every prompt is read."""
-    chunk = [
+    """Return the bytes of XLA's temporaries while a model reads a chunk of every prompt."""
+    *chunk, last = [
         jax.ShapeDtypeStruct(*of)
         for of in (((ROWS, size), np.int32), ((ROWS,), np.int32), ((ROWS,), bool))
     ]
-    compiled: Any = programs.compiled.prefill
-    prefill = compiled.lower(programs.leaves, abstract_state(programs, ROWS, capacity), *chunk)
-    return prefill.compile().memory_analysis().temp_size_in_bytes
+    state, steps = abstract_state(programs, ROWS, capacity), cast("Any", programs.compiled)
+    target = steps.prefill.lower(programs.leaves, state, *chunk, last)
+    draft = steps.prefill_draft.lower(programs.leaves, state, *chunk)
+    compiled = [lowered.compile() for lowered in (target, draft)]
+    return max(step.memory_analysis().temp_size_in_bytes for step in compiled)
 
 
 @pytest.mark.parametrize("mesh", ["1", "4"])

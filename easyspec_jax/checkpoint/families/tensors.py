@@ -70,6 +70,7 @@ class Family:
         """Norms of queries and keys.
 
         Examples:
+            >>> from easyspec_jax.checkpoint.families import FAMILIES
             >>> FAMILIES["qwen3"].qk_norm
             'head'
         """
@@ -82,6 +83,7 @@ class Family:
         """Whether layers have this tensor.
 
         Examples:
+            >>> from easyspec_jax.checkpoint.families import FAMILIES
             >>> FAMILIES["qwen3"].has("self_attn.q_norm.weight")
             True
         """
