@@ -28,19 +28,19 @@ from jaxtyping import Bool, Float, Int
 FIRST = 0.8
 """Acceptance of the first level where nothing is known about it."""
 
-PRIOR = 0.6
+PRIOR = 1.0
 """Observations that this belief, and that of a level about the next one, are worth."""
 
-FADING = 0.92
+FADING = 0.94
 """Factor that an observation's weight takes with each newer one of the same level."""
 
 AGEING = 0.98
 """Factor that it takes with each round that did not draft that level."""
 
-INHERITED = 2.0
+INHERITED = 4.0
 """Observations, at most, that a new text begins with: those of the texts before it."""
 
-GAIN = 1.03
+GAIN = 1.01
 """How much faster another tier must look to be taken."""
 
 SAMPLES = 3
@@ -73,11 +73,11 @@ class Acceptance:
         [1.0, 1.8, 2.44, 2.95]
         >>> seen.add(levels=3, accepted=np.array([2]), rows=one)
         >>> [round(float(x), 2) for x in seen.expected()[0]]
-        [1.0, 1.92, 2.82, 3.15]
+        [1.0, 1.9, 2.75, 3.16]
         >>> for _ in range(4):
         ...     seen.add(levels=3, accepted=np.array([0]), rows=one)
         >>> [round(float(x), 2) for x in seen.expected()[0]]
-        [1.0, 1.25, 1.42, 1.47]
+        [1.0, 1.29, 1.48, 1.54]
     """
 
     def __init__(self, rows: int, levels: int) -> None:

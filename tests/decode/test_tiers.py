@@ -70,6 +70,50 @@ def simulate(costs: dict[int, float], stretches: Stretches, seed: int, noisy: bo
     return spent / sum(size / speed for (size, _), speed in zip(stretches, best, strict=True))
 
 
+KINDS = {"code": 0.78, "text": 0.65, "prose": 0.5}
+"""How likely a level is accepted on average in three kinds of texts."""
+
+
+def simulate_short_texts(
+    costs: dict[int, float], seed: int, fixed: int | None = None
+) -> list[float]:
+    """Write texts of 64 tokens, three of each kind; return the tokens per time of each kind.
+
+    fixed: levels of all rounds, by default those that are chosen.
+    """
+    random, speeds = np.random.default_rng(seed), []
+    choice, one, none = TierChoice(TIERS, 1, RoundTimes(TIERS)), np.ones(1, bool), np.zeros(1, bool)
+    for mean in KINDS.values():
+        tokens = spent = 0.0
+        for acceptance in random.uniform(mean - 0.08, mean + 0.08, 3):
+            choice.enter(0)
+            end = tokens + 64
+            while tokens < end:
+                levels = choice.next() if fixed is None else fixed
+                missed = np.flatnonzero(random.random(levels) >= acceptance)
+                accepted = int(missed[0]) if len(missed) else levels
+                tokens, spent = tokens + accepted + 1, spent + costs[levels]
+                if fixed is None:
+                    choice.times.add(levels, costs[levels])
+                    choice.read(levels, np.array([accepted]), one, none)
+            choice.leave(0)
+        speeds.append(tokens / spent)
+    return speeds
+
+
+@pytest.mark.parametrize("costs", [COSTS["usual"], COSTS["dear"]], ids=["usual", "dear"])
+def test_short_texts_of_changing_kinds_lose_little(costs):
+    """Against plain decoding, and against the best fixed levels of each kind."""
+    seeds = range(40)
+    adaptive = np.mean([simulate_short_texts(costs, seed) for seed in seeds], axis=0)
+    fixed = [
+        np.mean([simulate_short_texts(costs, seed, levels) for seed in seeds], axis=0)
+        for levels in TIERS
+    ]
+    assert (adaptive > 0.97 * fixed[0]).all()
+    assert (adaptive / np.max(fixed, axis=0)).mean() > 0.97
+
+
 def simulate_lookups(share: float, acceptance: float, seed: int, told: bool = True) -> float:
     """Write a text of 600 rounds by lookups; return its tokens per time, over the oracle's.
 
