@@ -224,9 +224,9 @@ def _of_products(model: Decoder, job: Workload, tokens: int) -> int:
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Matrix) and module.scale is not None:
             # An exact pass multiplies by one slot of a stack at a time, a fuzzy one by all of them.
-            *slots, out, groups = _shard_shape(module.scale)
-            exact = sums_in_memory(out, groups, job.rows * tokens)
-            fuzzy = prod(slots) * sums_in_memory(out, groups, job.rows * job.round.width)
+            slots = _shard_shape(module.scale)[:-2]
+            exact = _sums(module, job.rows * tokens, job.dtype)
+            fuzzy = prod(slots) * _sums(module, job.rows * job.round.width, job.dtype)
             sums = max(sums, exact, fuzzy)
     if _platform(job.mesh) == "cpu":
         # XLA's CPU backend makes floats of all matrices first; others convert as they multiply.
@@ -234,6 +234,15 @@ def _of_products(model: Decoder, job: Workload, tokens: int) -> int:
             if leaf.dtype.itemsize < np.dtype(job.dtype).itemsize:
                 floats += prod(_shard_shape(leaf))
     return 4 * sums + np.dtype(job.dtype).itemsize * floats
+
+
+def _sums(matrix: Matrix, tokens: int, dtype: str) -> int:
+    """Return how many sums of groups one slot of a quantized matrix writes on a device."""
+    *_, out, inner = _shard_shape(matrix.values)
+    groups = _shard_shape(matrix.scale)[-1]
+    if matrix.is_fused(out, inner, groups, tokens, dtype):
+        return 0
+    return sums_in_memory(out, groups, tokens)
 
 
 def _shard_shape(array: Any) -> tuple[int, ...]:

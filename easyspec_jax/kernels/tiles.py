@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from easyspec_jax.arithmetic import power_of_two
+from easyspec_jax.arithmetic import packed_width, power_of_two
 
 try:
     from jax.experimental.pallas import triton
@@ -39,8 +39,8 @@ def estimate(flops: int, *arrays: Any) -> pl.CostEstimate:
         flops: Operations of its products.
         arrays: What it reads or writes whole: arrays, or anything with a size and a dtype.
     """
-    moved = sum(x.size * x.dtype.itemsize for x in arrays)
-    return pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved)
+    moved = sum(x.size * packed_width(x.dtype) for x in arrays)
+    return pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=round(moved))
 
 
 def row_tile(rows: int, most: int) -> int:

@@ -6,6 +6,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
+from easyspec_jax.kernels import grouped
+
 FEW_TOKENS = 64
 """Up to this many tokens are multiplied by all outputs of a matrix with groups at once."""
 
@@ -27,6 +29,9 @@ class Matrix(nnx.Module):
         values: Floats, int8 or int4.
         scale: Scales of integers, or None.
         offset: Their offsets, or None.
+        fused: Whether a kernel multiplies few tokens by integers with groups, where it supports the
+            shapes.
+        interpret: Run the kernel in Pallas' interpreter, as a CPU must.
     """
 
     def __init__(
@@ -34,10 +39,14 @@ class Matrix(nnx.Module):
         values: Num[Array, "*slots out inner"],
         scale: Float[Array, "*slots out groups"] | None = None,
         offset: Float[Array, "*slots out groups"] | None = None,
+        *,
+        fused: bool = False,
+        interpret: bool = False,
     ) -> None:
         self.values = nnx.Param(values)
         self.scale = None if scale is None else nnx.Param(scale)
         self.offset = None if offset is None else nnx.Param(offset)
+        self.fused, self.interpret = fused, interpret
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,11 +73,36 @@ class Matrix(nnx.Module):
             values = values.astype(x.dtype)
             y = jnp.einsum("oi,bti->obt", values, x, preferred_element_type=dtype)
         else:
-            y = _scaled(values, self.scale[...], x)
+            y = self._scaled(values, self.scale[...], x)
             if self.offset is not None:
                 y += _of_sums(self.offset[...], x)
             y = y.astype(dtype or x.dtype)
         return jnp.moveaxis(y, 0, 2)
+
+    def _scaled(
+        self,
+        values: Int[Array, "out inner"],
+        scale: Float[Array, "out groups"],
+        x: Float[Array, "batch tokens inner"],
+    ) -> Float[Array, "out batch tokens"]:
+        """Multiply by a quantized matrix, by the kernel where it is on; the result is float32."""
+        (batch, tokens, inner), (out, groups) = x.shape, scale.shape
+        if self.is_fused(out, inner, groups, batch * tokens, x.dtype):
+            y = grouped.multiply(values, scale, x, interpret=self.interpret)
+            return jnp.moveaxis(y, 2, 0)
+        return _scaled(values, scale, x)
+
+    def is_fused(self, out: int, inner: int, groups: int, tokens: int, dtype: DTypeLike) -> bool:
+        """Return whether the kernel multiplies tokens by this matrix, or by a device's share of it.
+
+        Args:
+            out: Outputs of the share.
+            inner: Its columns.
+            groups: Scales of an output.
+            tokens: Tokens of all rows.
+            dtype: Dtype of the tokens.
+        """
+        return self.fused and grouped.supports(out, inner, groups, tokens, dtype)
 
     def rows(self, numbers: Int[Array, "batch tokens"], dtype: DTypeLike) -> Array:
         """Look up rows, as an embedding does.
@@ -92,7 +126,7 @@ class Matrix(nnx.Module):
 
 
 def sums_in_memory(out: int, groups: int, tokens: int) -> int:
-    """Count the numbers that a product by a quantized matrix writes before it scales them.
+    """Count the numbers that a plain product by a quantized matrix writes before it scales them.
 
     Args:
         out: Outputs of the matrix.

@@ -132,6 +132,14 @@ def test_sums_of_groups_are_counted_on_accelerators_too(weights, tokens, size):
         assert 0.95 * size < found <= size if kept == weights else found == 0
 
 
+def test_the_kernel_of_a_gpu_writes_no_sums_of_groups():
+    """Of a prompt's 512 tokens 64 MiB are left, as on TPUs."""
+    job = large(target_weights="int4", mesh=absent_mesh(MeshShape(4, 2), "gpu"))
+    target, _ = fits._of_models(job)[0]
+    assert fits._of_products(target, job, 21) == 0
+    assert 0.95 * 2**26 < fits._of_products(target, job, 512) <= 2**26
+
+
 def test_a_pair_of_70b_takes_what_xla_says():
     """17.09 GiB of each of 8 TPUs, in docs/architecture.md."""
     assert needed(large()).total / GIB == pytest.approx(17.09, rel=0.02)

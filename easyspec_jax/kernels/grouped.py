@@ -1,0 +1,123 @@
+"""Products of a few tokens by small integers that share a scale in groups of columns.
+
+XLA fuses no scale between partial sums: it writes the sums of every group to memory, [out, groups,
+tokens] of float32, before it scales and adds them. For six tokens and groups of 128 columns of int4
+that is more than a third of the matrix. Here each group's sum is scaled in registers.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from easyspec_jax.kernels.tiles import (
+    SMALLEST_DOT,
+    estimate,
+    row_tile,
+    span,
+    times_transposed,
+    triton,
+)
+
+MAX_TOKENS = 64
+"""Tokens of all rows of a batch that a program takes at most."""
+
+GROUPS = (32, 64, 128)
+"""Columns that share a scale, in the matrices that are supported."""
+
+PROGRAMS = 128
+"""Programs that fill a GPU; a program takes fewer outputs until there are about as many."""
+
+
+def supports(out: int, inner: int, groups: int, tokens: int, dtype: DTypeLike) -> bool:
+    """Return whether multiply() takes these shapes.
+
+    Args:
+        out: Outputs of the matrix.
+        inner: Its columns.
+        groups: Scales of an output.
+        tokens: Tokens of all rows.
+        dtype: Dtype of the tokens.
+
+    Examples:
+        Gate and up of Llama-3.1-8B, by the tokens of a round and by those of a prompt:
+
+        >>> shape = dict(out=28672, inner=4096, groups=32, dtype=jnp.bfloat16)
+        >>> supports(**shape, tokens=6), supports(**shape, tokens=512)
+        (True, False)
+    """
+    known = jnp.dtype(dtype) in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+    whole = out % SMALLEST_DOT == 0 and inner // groups in GROUPS
+    return triton is not None and known and whole and groups > 1 and tokens <= MAX_TOKENS
+
+
+def multiply(
+    values: Int[Array, "out inner"],
+    scale: Float[Array, "out groups"],
+    x: Float[Array, "batch tokens inner"],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "batch tokens out"]:
+    """Multiply tokens by values · scale of their group of columns.
+
+    Args:
+        values: int4 or int8.
+        scale: float32.
+        x: The tokens; see supports().
+        interpret: Run in Pallas' interpreter, on any platform.
+
+    Returns:
+        Products in float32.
+    """
+    (batch, tokens, inner), (out, groups) = x.shape, scale.shape
+    rows, outputs = row_tile(batch * tokens, MAX_TOKENS), output_tile(out)
+    products = jax.ShapeDtypeStruct((batch * tokens, out), jnp.float32)
+    result = pl.pallas_call(
+        partial(_kernel, rows=rows, outputs=outputs),
+        name="grouped",
+        out_shape=products,
+        cost_estimate=estimate(2 * batch * tokens * values.size, values, scale, x, products),
+        grid=(out // outputs,),
+        compiler_params=triton.CompilerParams(num_warps=outputs // SMALLEST_DOT, num_stages=4),
+        interpret=interpret,
+    )(values.reshape(out, groups, -1), scale, x.reshape(batch * tokens, inner))
+    return result.reshape(batch, tokens, out)
+
+
+def output_tile(out: int) -> int:
+    """Return how many outputs a program computes: 64, or fewer where programs would be few.
+
+    Examples:
+        Gate and up, and queries, keys and values of Llama-3.3-70B on eight devices:
+
+        >>> output_tile(7168), output_tile(1280)
+        (32, 16)
+    """
+    for outputs in (64, 32):
+        if out % outputs == 0 and out // outputs >= PROGRAMS:
+            return outputs
+    return SMALLEST_DOT
+
+
+def _kernel(values: Any, scale: Any, x: Any, out: Any, *, rows: int, outputs: int) -> None:
+    """Compute some outputs for all rows; values are [out, groups, columns of a group]."""
+    _, groups, size = values.shape
+    first, output = pl.program_id(0) * outputs, span(pl.program_id(0), outputs)
+    row = span(0, rows)
+    real = row < x.shape[0]  # others are padding
+
+    def add(group: Array, total: Float[Array, "outputs rows"]) -> Float[Array, "outputs rows"]:
+        # The columns are a whole slice, because Pallas then loads two int4 as one byte. It would
+        # load the byte of each number of an array of columns.
+        integers = values[pl.ds(first, outputs), group, :]
+        column = span(group, size)
+        token = triton.load(x.at[row[:, None], column[None, :]], mask=real[:, None], other=0)
+        part = times_transposed(integers.astype(jnp.int8).astype(token.dtype), token)
+        return total + scale[output, group][:, None] * part
+
+    total = jax.lax.fori_loop(0, groups, add, jnp.zeros((outputs, rows), jnp.float32))
+    triton.store(out.at[row[None, :], output[:, None]], total, mask=real[None, :])
