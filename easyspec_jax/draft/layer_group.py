@@ -23,6 +23,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ from easyspec_jax.model.attention import Attention
 from easyspec_jax.model.cache import KVCache, write
 from easyspec_jax.model.experts import Experts
 from easyspec_jax.model.loader import Loader
+from easyspec_jax.model.matrix import Matrix
 from easyspec_jax.model.projection import Projection
 from easyspec_jax.model.transformer import MLP, Block, Decoder, Hidden, PostNorms, run_exact
 from easyspec_jax.model.windows import Window, Windows, stacked
@@ -304,7 +306,7 @@ class LayerGroup(nnx.Module):
         # Every device takes out its own attention of that slot; only the owner's is this layer's.
         owner, slot = divmod(layer, self.slots)
         window = windows[self.kinds[layer]]
-        attention = jax.tree.map(lambda w: w[slot], self.attention)
+        attention = _of_slot(self.attention, slot)
         if jax.lax.axis_size(LAYER) == 1:
             return attention(h, cache, window, slot)
         mine = jax.lax.axis_index(LAYER) == owner
@@ -317,6 +319,18 @@ class LayerGroup(nnx.Module):
             )
         attended, cache = attention(h, cache, window, slot, mask=mine)
         return jnp.where(mine, attended, jnp.zeros_like(attended)), cache
+
+
+def _of_slot(stack: Attention, slot: int) -> Attention:
+    """Take one attention out of a stack; each matrix decides whether it has to be cut out."""
+
+    def is_matrix(leaf: Any) -> bool:
+        return isinstance(leaf, Matrix)
+
+    def own(leaf: Any) -> Any:
+        return leaf.at(slot) if is_matrix(leaf) else leaf[slot]
+
+    return jax.tree.map(own, stack, is_leaf=is_matrix)
 
 
 def run_fuzzy(block: Block, h: Hidden, cache: KVCache, windows: Windows) -> tuple[Hidden, KVCache]:

@@ -29,8 +29,8 @@ MAX_TOKENS = 64
 GROUPS = (32, 64, 128)
 """Columns that share a scale, in the matrices that are supported."""
 
-PROGRAMS = 128
-"""Programs that fill a GPU; a program takes fewer outputs until there are about as many."""
+PROGRAMS = 64
+"""Programs that a product should have at least. More of them would read all tokens more often."""
 
 
 def supports(out: int, inner: int, groups: int, tokens: int, dtype: DTypeLike) -> bool:
@@ -56,10 +56,11 @@ def supports(out: int, inner: int, groups: int, tokens: int, dtype: DTypeLike) -
 
 
 def multiply(
-    values: Int[Array, "out inner"],
-    scale: Float[Array, "out groups"],
+    values: Int[Array, "slots out inner"],
+    scale: Float[Array, "slots out groups"],
     x: Float[Array, "batch tokens inner"],
     *,
+    slot: int = 0,
     interpret: bool = False,
 ) -> Float[Array, "batch tokens out"]:
     """Multiply tokens by values · scale of their group of columns.
@@ -68,34 +69,36 @@ def multiply(
         values: int4 or int8.
         scale: float32.
         x: The tokens; see supports().
+        slot: Which matrix of the stack to multiply by, so that none has to be cut out.
         interpret: Run in Pallas' interpreter, on any platform.
 
     Returns:
         Products in float32.
     """
-    (batch, tokens, inner), (out, groups) = x.shape, scale.shape
+    (batch, tokens, inner), (slots, out, groups) = x.shape, scale.shape
     rows, outputs = row_tile(batch * tokens, MAX_TOKENS), output_tile(out)
+    own = (jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype) for stack in (values, scale))
     products = jax.ShapeDtypeStruct((batch * tokens, out), jnp.float32)
     result = pl.pallas_call(
-        partial(_kernel, rows=rows, outputs=outputs),
+        partial(_kernel, slot=slot, rows=rows, outputs=outputs),
         name="grouped",
         out_shape=products,
-        cost_estimate=estimate(2 * batch * tokens * values.size, values, scale, x, products),
+        cost_estimate=estimate(2 * batch * tokens * out * inner, *own, x, products),
         grid=(out // outputs,),
         compiler_params=triton.CompilerParams(num_warps=outputs // SMALLEST_DOT, num_stages=4),
         interpret=interpret,
-    )(values.reshape(out, groups, -1), scale, x.reshape(batch * tokens, inner))
+    )(values.reshape(slots, out, groups, -1), scale, x.reshape(batch * tokens, inner))
     return result.reshape(batch, tokens, out)
 
 
 def output_tile(out: int) -> int:
-    """Return how many outputs a program computes: 64, or fewer where programs would be few.
+    """Return how many outputs a program computes: 64, or 32 or 16 where programs would be few.
 
     Examples:
         Gate and up, and queries, keys and values of Llama-3.3-70B on eight devices:
 
         >>> output_tile(7168), output_tile(1280)
-        (32, 16)
+        (64, 16)
     """
     for outputs in (64, 32):
         if out % outputs == 0 and out // outputs >= PROGRAMS:
@@ -103,9 +106,11 @@ def output_tile(out: int) -> int:
     return SMALLEST_DOT
 
 
-def _kernel(values: Any, scale: Any, x: Any, out: Any, *, rows: int, outputs: int) -> None:
-    """Compute some outputs for all rows; values are [out, groups, columns of a group]."""
-    _, groups, size = values.shape
+def _kernel(
+    values: Any, scale: Any, x: Any, out: Any, *, slot: int, rows: int, outputs: int
+) -> None:
+    """Compute some outputs for all rows; values are [slots, out, groups, columns of a group]."""
+    _, _, groups, size = values.shape
     first, output = pl.program_id(0) * outputs, span(pl.program_id(0), outputs)
     row = span(0, rows)
     real = row < x.shape[0]  # others are padding
@@ -113,11 +118,11 @@ def _kernel(values: Any, scale: Any, x: Any, out: Any, *, rows: int, outputs: in
     def add(group: Array, total: Float[Array, "outputs rows"]) -> Float[Array, "outputs rows"]:
         # The columns are a whole slice, because Pallas then loads two int4 as one byte. It would
         # load the byte of each number of an array of columns.
-        integers = values[pl.ds(first, outputs), group, :]
+        integers = values[slot, pl.ds(first, outputs), group, :]
         column = span(group, size)
         token = triton.load(x.at[row[:, None], column[None, :]], mask=real[:, None], other=0)
         part = times_transposed(integers.astype(jnp.int8).astype(token.dtype), token)
-        return total + scale[output, group][:, None] * part
+        return total + scale[slot, output, group][:, None] * part
 
     total = jax.lax.fori_loop(0, groups, add, jnp.zeros((outputs, rows), jnp.float32))
     triton.store(out.at[row[None, :], output[:, None]], total, mask=real[None, :])

@@ -1,12 +1,14 @@
 """Matrices that tokens are multiplied by: floats, or small integers with scales."""
 
+from typing import Self
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
-from easyspec_jax.kernels import grouped
+from easyspec_jax.kernels import grouped as kernel
 
 FEW_TOKENS = 64
 """Up to this many tokens are multiplied by all outputs of a matrix with groups at once."""
@@ -32,6 +34,7 @@ class Matrix(nnx.Module):
         fused: Whether a kernel multiplies few tokens by integers with groups, where it supports the
             shapes.
         interpret: Run the kernel in Pallas' interpreter, as a CPU must.
+        slot: Which of its slots this matrix is, if the leaves are a stack; see at().
     """
 
     def __init__(
@@ -42,16 +45,17 @@ class Matrix(nnx.Module):
         *,
         fused: bool = False,
         interpret: bool = False,
+        slot: int | None = None,
     ) -> None:
         self.values = nnx.Param(values)
         self.scale = None if scale is None else nnx.Param(scale)
         self.offset = None if offset is None else nnx.Param(offset)
-        self.fused, self.interpret = fused, interpret
+        self.fused, self.interpret, self.slot = fused, interpret, slot
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the values."""
-        return self.values.shape
+        """Shape of the values, slots in front unless it is one of them."""
+        return self.values.shape if self.slot is None else self.values.shape[1:]
 
     @property
     def dtype(self) -> DTypeLike:
@@ -67,30 +71,43 @@ class Matrix(nnx.Module):
         whole stacks of matrices into this form before it multiplied them by one token. The matrix
         is also the left operand, because the CPU backend reads it faster that way.
         """
-        values = self.values[...]
         if self.scale is None:
             # [out, in] times [batch, tokens, in] -> [out, batch, tokens]
-            values = values.astype(x.dtype)
+            values = self._own(self.values).astype(x.dtype)
             y = jnp.einsum("oi,bti->obt", values, x, preferred_element_type=dtype)
         else:
-            y = self._scaled(values, self.scale[...], x)
+            y = self._of_integers(self.scale, x)
             if self.offset is not None:
-                y += _of_sums(self.offset[...], x)
+                y += _of_sums(self._own(self.offset), x)
             y = y.astype(dtype or x.dtype)
         return jnp.moveaxis(y, 0, 2)
 
-    def _scaled(
-        self,
-        values: Int[Array, "out inner"],
-        scale: Float[Array, "out groups"],
-        x: Float[Array, "batch tokens inner"],
+    def at(self, slot: int) -> Self:
+        """Return the matrix of a slot.
+
+        It keeps the whole stack where the kernel may multiply by it, because XLA fuses a slice into
+        a product but would copy it before a kernel reads it.
+        """
+        if not self.fused:
+            return jax.tree.map(lambda stack: stack[slot], self)
+        stacks = (None if leaf is None else leaf[...] for leaf in (self.scale, self.offset))
+        return type(self)(
+            self.values[...], *stacks, fused=True, interpret=self.interpret, slot=slot
+        )
+
+    def _own(self, stack: nnx.Param) -> Array:
+        return stack[...] if self.slot is None else stack[self.slot]
+
+    def _of_integers(
+        self, scale: nnx.Param, x: Float[Array, "batch tokens inner"]
     ) -> Float[Array, "out batch tokens"]:
         """Multiply by a quantized matrix, by the kernel where it is on; the result is float32."""
-        (batch, tokens, inner), (out, groups) = x.shape, scale.shape
-        if self.is_fused(out, inner, groups, batch * tokens, x.dtype):
-            y = grouped.multiply(values, scale, x, interpret=self.interpret)
-            return jnp.moveaxis(y, 2, 0)
-        return _scaled(values, scale, x)
+        (batch, tokens, inner), (out, groups) = x.shape, scale.shape[-2:]
+        if not self.is_fused(out, inner, groups, batch * tokens, x.dtype):
+            return _scaled(self._own(self.values), self._own(scale), x)
+        stacks = [leaf[None] if self.slot is None else leaf[...] for leaf in (self.values, scale)]
+        y = kernel.multiply(*stacks, x, slot=self.slot or 0, interpret=self.interpret)
+        return jnp.moveaxis(y, 2, 0)
 
     def is_fused(self, out: int, inner: int, groups: int, tokens: int, dtype: DTypeLike) -> bool:
         """Return whether the kernel multiplies tokens by this matrix, or by a device's share of it.
@@ -102,7 +119,7 @@ class Matrix(nnx.Module):
             tokens: Tokens of all rows.
             dtype: Dtype of the tokens.
         """
-        return self.fused and grouped.supports(out, inner, groups, tokens, dtype)
+        return self.fused and kernel.supports(out, inner, groups, tokens, dtype)
 
     def rows(self, numbers: Int[Array, "batch tokens"], dtype: DTypeLike) -> Array:
         """Look up rows, as an embedding does.

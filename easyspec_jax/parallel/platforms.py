@@ -39,9 +39,9 @@ SETTINGS: dict[str, PlatformSettings] = {
 }
 """Settings of each platform.
 
-All kernels agree with the plain path in Pallas' interpreter and compile for an H100, but their speed
-was not measured on a GPU. Only `fused_groups` is on: compiled for an H100, products by matrices with
-groups write no sums of groups, which are a fifth of a round's bytes in int4.
+All kernels agree with the plain path in Pallas' interpreter and compile for an H100, but their
+speed was not measured on a GPU. Only `fused_groups` is on: by the text compiled for an H100, only
+with it do products by matrices with groups write no sums of groups to memory.
 """
 
 

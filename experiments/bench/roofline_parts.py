@@ -19,6 +19,7 @@ from easyspec_jax.draft.grouping import paper_groups
 from easyspec_jax.draft.layer_group import run_fuzzy
 from easyspec_jax.errors import EasySpecError, first_line
 from easyspec_jax.model.transformer import Decoder, run_exact
+from easyspec_jax.options import Weights
 from easyspec_jax.parallel.mesh import open_mesh, parse_mesh
 from easyspec_jax.parallel.platforms import PlatformSettings
 from easyspec_jax.verify import Greedy, Verifier
@@ -37,7 +38,9 @@ LP_SIZES = (1, 2, 4, 7)
 WIDTHS = (1, 4, 8)
 LEVELS, LP_SIZE = 5, 4
 
-FUSED = PlatformSettings(fused_attention=True, fused_mlp=True, split_keys_from=4096)
+FUSED = PlatformSettings(
+    fused_attention=True, fused_mlp=True, fused_groups=True, split_keys_from=4096
+)
 """All kernels of ours."""
 PROFILED = 5
 """Rounds in a profile, of which the one of median duration counts."""
@@ -188,18 +191,26 @@ def target(bench: Bench) -> list[Row]:
 def narrow(bench: Bench) -> list[Row]:
     """Time passes of the target with matrices of int8 and int4, against floats.
 
+    On GPUs, and at the tiny shape, int4 is also multiplied without the kernel of groups.
     `over_floats` is a pass's time as a multiple of that of floats. Bytes are those of each type.
     """
+    kinds: dict[str, tuple[Weights | None, PlatformSettings | None]] = {
+        "floats": (None, None),
+        "int8": ("int8", None),
+        "int4": ("int4", None),
+    }
+    if bench.platform == "gpu" or bench.args.shape == "tiny":
+        kinds["int4 without kernel"] = "int4", PlatformSettings()
     mesh, cases = bench.mesh(), dict[str, tuple[Case, str]]()
     source = models.random_source(bench.pair[0], bench.dtype.name)
     cached = models.kv_bytes(bench.configs[0], bench.dtype, bench.args.context)
-    for weights in (None, "int8", "int4"):
-        model = models.load(source, mesh, weights=weights)
+    for kind, (weights, settings) in kinds.items():
+        model = models.load(source, mesh, settings=settings, weights=weights)
         programs, size = alone(mesh, model), models.read_bytes(model) + cached
         for n in NARROW:
-            name, floats = (f"{kind}, {n} tokens" for kind in (weights or "floats", "floats"))
+            name = f"{kind}, {n} tokens"
             case = pass_case(name, programs, n, run_exact, size, **bench.lengths)
-            cases[name] = case, floats
+            cases[name] = case, f"floats, {n} tokens"
     timings = bench.measure([case for case, _ in cases.values()])
     rows = []
     for name, (case, floats) in cases.items():

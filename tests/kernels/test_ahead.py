@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
@@ -14,11 +15,13 @@ from easyspec_jax.checkpoint.canonical import expected_shapes
 from easyspec_jax.draft.layer_group import LayerGroup, load_block
 from easyspec_jax.engine.abstract import ShapeLoader, Shapes
 from easyspec_jax.model.cache import KVCache
+from easyspec_jax.model.matrix import Matrix
 from easyspec_jax.model.windows import Window
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
 from easyspec_jax.parallel.platforms import PlatformSettings
 from easyspec_jax.parallel.spmd import partition_specs, spmd
 from easyspec_jax.plan.ahead import topology_mesh
+from easyspec_jax.plan.compiled_text import CompiledText
 from easyspec_jax.plan.configurations import bundled
 from easyspec_jax.plan.machines import parse_topology
 
@@ -103,6 +106,34 @@ def test_whole_layers():
     assert "copy" not in kernels
     without = compiled(run, PlatformSettings(fused_attention=True), 1, 512)
     assert len(kernels) <= len(launched(without.as_text())) - 2 * len(LAYERS)
+
+
+def written(fused: bool, out: int, groups: int, tokens: int) -> list[int]:
+    """List the bytes that each kernel of a product by an int4 matrix of one slot of two writes."""
+    mesh = topology_mesh(parse_topology("h100:1"), MeshShape(1, 1))
+
+    def shape(*sizes: int, dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, P()))
+
+    def product(values: jax.Array, scale: jax.Array, x: jax.Array) -> jax.Array:
+        return Matrix(values, scale, fused=fused).at(1)(x)
+
+    arguments = (
+        shape(2, out, 128 * groups, dtype=jnp.int4),
+        shape(2, out, groups, dtype=np.float32),
+        shape(1, tokens, 128 * groups, dtype=jnp.bfloat16),
+    )
+    text = jax.jit(product).trace(*arguments).lower().compile().as_text()
+    return [kernel.bytes for kernel in CompiledText.read(text).kernels]
+
+
+@pytest.mark.parametrize("out, groups", [(28672, 32), (4096, 112)], ids=["gate_up", "down"])
+@pytest.mark.parametrize("tokens", [1, 6, 21, 64])
+def test_a_product_writes_no_sums_of_groups(tokens, out, groups):
+    """Of Llama-3.1-8B in int4: nothing is written but products, neither sums nor a matrix."""
+    assert max(written(True, out, groups, tokens)) <= 4 * out * tokens
+    if tokens == 6:
+        assert max(written(False, out, groups, tokens)) >= 4 * out * groups * tokens
 
 
 @pytest.mark.parametrize("run", [LayerGroup.__call__, LayerGroup._attend_at_once])

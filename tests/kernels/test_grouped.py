@@ -47,7 +47,7 @@ def is_kernel(matrix: Matrix, x: Array) -> bool:
 def assert_same(matrix: Matrix, reference: Matrix, x: Array) -> None:
     """Compare products in float32, where both sum exact terms but in another order."""
     assert is_kernel(matrix, x) and not is_kernel(reference, x)
-    got, expected = (jax.jit(of)(x, jnp.float32) for of in (matrix, reference))
+    got, expected = (jax.jit(lambda x, of=of: of(x, jnp.float32))(x) for of in (matrix, reference))
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
@@ -97,9 +97,27 @@ def test_offsets_are_added_to_its_sums():
 
 def test_a_stack_of_matrices_is_one_for_each_slot():
     one, x = Product().matrix(True), Product().x()
-    stack = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf]), one)
+    assert one.scale is not None
+    values, scale = jnp.stack([one.values[...]] * 2), one.scale[...]
+    stack = Matrix(values, jnp.stack([scale, -scale]), fused=True, interpret=True)
+    expected = np.asarray(one(x))
     got = jax.vmap(lambda matrix: matrix(x))(stack)
-    np.testing.assert_allclose(got, jnp.stack([one(x)] * 2), rtol=1e-6)  # -values · -scale
+    np.testing.assert_allclose(got, [expected, -expected], rtol=1e-6)
+
+
+def test_a_slot_is_read_where_it_is_in_the_stack():
+    """No operation of the trace takes it out, unless the plain path multiplies by it."""
+    stack = jax.tree.map(
+        lambda leaf: jnp.stack([jnp.zeros_like(leaf), leaf]), Product().matrix(True)
+    )
+    for tokens, sliced in ((6, False), (FEW_TOKENS + 1, True)):
+        x = Product(tokens=tokens).x()
+        own = stack.at(1)
+        assert own.shape == (48, 96)
+        assert is_kernel(own, x) != sliced
+        before_kernel = str(jax.make_jaxpr(own.__call__)(x)).partition("pallas_call")[0]
+        assert ("slice" in before_kernel) == sliced
+        np.testing.assert_allclose(own(x), Product().matrix(False)(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

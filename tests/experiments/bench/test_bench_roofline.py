@@ -337,7 +337,9 @@ def test_narrower_matrices_are_compared_with_floats(tiny, capsys):
     assert code == 0
     rows = {row["name"]: row for row in results["parts"]["narrow"]["results"]}
     assert list(rows) == [
-        f"{kind}, {tokens} tokens" for kind in ("floats", "int8", "int4") for tokens in (1, 6, 21)
+        f"{kind}, {tokens} tokens"
+        for kind in ("floats", "int8", "int4", "int4 without kernel")
+        for tokens in (1, 6, 21)
     ]
     assert rows["floats, 6 tokens"]["over_floats"] == 1
     # On a CPU int4 takes a byte a number too, and has more scales.
