@@ -52,7 +52,7 @@ from easyspec_jax.model.sharding import (
 from easyspec_jax.model.transformer import MLP, Block, Decoder, Layer, PostNorms
 from easyspec_jax.options import KVDType, Weights
 from easyspec_jax.parallel.mesh import LAYER, TENSOR, Axes, axes_size
-from easyspec_jax.parallel.platforms import PlatformSettings, settings_of
+from easyspec_jax.parallel.platforms import PlatformSettings, settings_for
 
 _LAYER = "model.layers.{}."
 _MLP_NORM = "post_attention_layernorm"
@@ -73,7 +73,7 @@ class Loader:
         dtype: Type of every array but quantized matrices and their scales.
         vocab_rows: Rows of the embedding and the head after padding.
         num_ids: Number of token ids; higher ids never get probability.
-        settings: Which kernels the modules use; None for those of the mesh's platform.
+        settings: Which kernels the modules use; None for those of the mesh's devices.
         weights: Type of the matrices; None for that of the checkpoint if it is quantized, else
             `dtype`.
         kv_dtype: Type of the caches; "auto" is `dtype`.
@@ -112,7 +112,7 @@ class Loader:
     @property
     def kernels(self) -> PlatformSettings:
         """Settings that say which kernels the modules use."""
-        return self.settings or settings_of(self.platform)
+        return self.settings or settings_for(self.mesh.devices.flat[0])
 
     def decoder(self, blocks: Sequence[Block]) -> Decoder:
         """Load the embedding, final norm and head, and put them around blocks."""

@@ -85,14 +85,18 @@ class Matrix(nnx.Module):
     def at(self, slot: int) -> Self:
         """Return the matrix of a slot.
 
-        It keeps the whole stack where the kernel may multiply by it, because XLA fuses a slice into
-        a product but would copy it before a kernel reads it.
+        It keeps the whole stack where the kernel may multiply by it, because XLA would copy a slice
+        before a kernel reads it.
         """
         if not self.fused:
             return jax.tree.map(lambda stack: stack[slot], self)
-        stacks = (None if leaf is None else leaf[...] for leaf in (self.scale, self.offset))
         return type(self)(
-            self.values[...], *stacks, fused=True, interpret=self.interpret, slot=slot
+            self.values[...],
+            None if self.scale is None else self.scale[...],
+            None if self.offset is None else self.offset[...],
+            fused=True,
+            interpret=self.interpret,
+            slot=slot,
         )
 
     def _own(self, stack: nnx.Param) -> Array:
@@ -106,7 +110,7 @@ class Matrix(nnx.Module):
         if not self.is_fused(out, inner, groups, batch * tokens, x.dtype):
             return _scaled(self._own(self.values), self._own(scale), x)
         stacks = [leaf[None] if self.slot is None else leaf[...] for leaf in (self.values, scale)]
-        y = kernel.multiply(*stacks, x, slot=self.slot or 0, interpret=self.interpret)
+        y = kernel.multiply(stacks[0], stacks[1], x, slot=self.slot or 0, interpret=self.interpret)
         return jnp.moveaxis(y, 2, 0)
 
     def is_fused(self, out: int, inner: int, groups: int, tokens: int, dtype: DTypeLike) -> bool:

@@ -1,7 +1,8 @@
 """Choices that depend on the platform and that only measuring there can make."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -56,3 +57,27 @@ def settings_of(platform: str) -> PlatformSettings:
         False
     """
     return SETTINGS.get(platform, PlatformSettings())
+
+
+def settings_for(device: Any) -> PlatformSettings:
+    """Return the settings of a device's platform, without kernels where Triton knows no such GPU.
+
+    Triton compiles for NVIDIA's GPUs from Ampere on.
+
+    Args:
+        device: A jax.Device, or anything with a platform.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> of = lambda version: SimpleNamespace(platform="gpu", compute_capability=version)
+        >>> settings_for(of("7.5")).fused_groups, settings_for(of("9.0")).fused_groups
+        (False, True)
+    """
+    own = settings_of(device.platform)
+    # AMD's are named otherwise ("gfx942"), and devices that are not there have no such field.
+    major = str(getattr(device, "compute_capability", "")).partition(".")[0]
+    if not major.isdecimal() or int(major) >= 8:
+        return own
+    return replace(
+        own, fused_attention=False, fused_mlp=False, fused_groups=False, split_keys_from=None
+    )

@@ -124,6 +124,7 @@ def written(fused: bool, out: int, groups: int, tokens: int) -> list[int]:
         shape(1, tokens, 128 * groups, dtype=jnp.bfloat16),
     )
     text = jax.jit(product).trace(*arguments).lower().compile().as_text()
+    assert text is not None
     return [kernel.bytes for kernel in CompiledText.read(text).kernels]
 
 

@@ -12,7 +12,7 @@ from easyspec_jax.decode.state import RoundConfig
 from easyspec_jax.demo import DRAFT, TARGET
 from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.layer_group import LayerGroup, load_draft
-from easyspec_jax.options import SamplingParams
+from easyspec_jax.options import SamplingParams, Weights
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
 from easyspec_jax.parallel.platforms import PlatformSettings
 from easyspec_jax.verify import Greedy
@@ -23,22 +23,23 @@ pytestmark = pytest.mark.slow
 PROMPTS = [np.random.default_rng(0).integers(4, 2000, size).tolist() for size in (30, 9)]
 FUSED = PlatformSettings(fused_attention=True, fused_mlp=True)
 SPLIT = PlatformSettings(split_keys_from=128)
+GROUPED = PlatformSettings(fused_groups=True)
 
 
 def rounds(
-    mesh: MeshShape, settings: PlatformSettings, width: int
+    mesh: MeshShape, settings: PlatformSettings, width: int, weights: Weights | None
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Decode; return each row's tokens, and how many of each round's levels were accepted."""
     target, draft = (open_checkpoint(path) for path in (TARGET, DRAFT))
     load = [
-        replace(loader(of, mesh, ALL_AXES, other), settings=settings)
+        replace(loader(of, mesh, ALL_AXES, other), settings=settings, weights=weights)
         for of, other in ((target, draft), (draft, target))
     ]
     layout = Layout.uniform(paper_groups(draft.config.num_hidden_layers, 4))
     drafting = load_draft(load[1], layout)
     groups = [block for block in drafting.blocks if isinstance(block, LayerGroup)]
     assert all(group.fused == settings.fused_attention for group in groups)
-    assert all(group.attention.can_fuse() for group in groups)
+    assert all(group.attention.can_fuse() == (weights is None) for group in groups)
     config = RoundConfig(4, calibration=True, verifier=Greedy(), stop_ids=(), width=width)
     programs = Programs(load[0].mesh, load_target(load[0]), drafting, config)
     texts, accepted = [[] for _ in PROMPTS], []
@@ -50,13 +51,15 @@ def rounds(
 
 
 @pytest.mark.parametrize(
-    "mesh, settings, width",
+    "mesh, settings, width, weights",
     [
-        pytest.param(MeshShape(1, 1), FUSED, 1, marks=pytest.mark.exhaustive),
-        (MeshShape(2, 1), FUSED, 2),
-        (MeshShape(1, 1), SPLIT, 2),
+        pytest.param(MeshShape(1, 1), FUSED, 1, None, marks=pytest.mark.exhaustive),
+        (MeshShape(2, 1), FUSED, 2, None),
+        (MeshShape(1, 1), SPLIT, 2, None),
+        (MeshShape(2, 1), GROUPED, 2, "int4"),
     ],
     ids=str,
 )
-def test_the_demo_pair_drafts_and_decodes_as_without_kernels(mesh, settings, width):
-    assert rounds(mesh, settings, width) == rounds(mesh, PlatformSettings(), width)
+def test_the_demo_pair_drafts_and_decodes_as_without_kernels(mesh, settings, width, weights):
+    expected = rounds(mesh, PlatformSettings(), width, weights)
+    assert rounds(mesh, settings, width, weights) == expected
