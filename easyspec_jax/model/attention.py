@@ -260,6 +260,22 @@ class Attention(nnx.Module):
     ) -> Float[Array, "batch tokens hidden"]:
         """Mix values by softmax of masked scores, and project.
 
+        Arguments are those of mix().
+
+        Returns:
+            This share's addend of the attention output.
+        """
+        return self.out(self.mix(q, cache, window, slot))
+
+    def mix(
+        self,
+        q: Float[Array, "batch heads tokens head_dim"],
+        cache: KVCache,
+        window: Window,
+        slot: int | None = None,
+    ) -> Float[Array, "batch tokens heads_dim"]:
+        """Mix values by softmax of masked scores.
+
         Args:
             q: Rotated queries.
             cache: This layer's cache, in which the tokens' own entries are written.
@@ -267,7 +283,7 @@ class Attention(nnx.Module):
             slot: This layer's place, if the cache is a stack of several.
 
         Returns:
-            This share's addend of the attention output.
+            The input of the output product.
         """
         batch, _, tokens, head_dim = q.shape
         # A key head's queries are extra rows of one product, so its keys are read once:
@@ -279,7 +295,7 @@ class Attention(nnx.Module):
             mixed = split_attention.attend(
                 q[None], k, v, window.mask, slot=slot or 0, interpret=self.interpret
             )
-            return self.out(mixed[0])
+            return mixed[0]
         if window.size:
             own = jax.tree.map(window.cut, _first(cache, cache.capacity, slot))
             mixed = self._mix(q, own, window.cut_mask)
@@ -290,8 +306,7 @@ class Attention(nnx.Module):
             mixed = jax.lax.switch(part, branches, q, cache, window.mask)
         # Back to one row per token, heads side by side: [batch, tokens, queries * head_dim].
         mixed = mixed.reshape(batch, self.kv_heads * self.group, tokens, head_dim)
-        mixed = mixed.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
-        return self.out(mixed)
+        return mixed.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
 
     def _mix_part(
         self, q: Array, cache: KVCache, mask: Array, *, size: int, slot: int | None

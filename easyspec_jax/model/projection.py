@@ -33,8 +33,12 @@ class Projection(nnx.Module):
 
     def __call__(self, h: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens out"]:
         """Project hidden states, in their dtype."""
-        x = self.weight(h if self.norm is None else self.norm(h))
+        x = self.weight(self.normed(h))
         return x if self.bias is None else x + self.bias[...][None, None, :]
+
+    def normed(self, h: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens hidden"]:
+        """Norm hidden states where the family does: the input of the matrix."""
+        return h if self.norm is None else self.norm(h)
 
     @property
     def fusible_norm(self) -> RMSNorm | None:

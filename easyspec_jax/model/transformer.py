@@ -61,17 +61,21 @@ class MLP(nnx.Module):
             h: Hidden states.
             gate_up: A projection to use instead of the layer's own.
         """
+        return self.down(self.inner(h, gate_up))
+
+    def inner(
+        self, h: Hidden, gate_up: Projection | None = None
+    ) -> Float[Array, "batch tokens inner"]:
+        """Compute this share's input of `down`; the arguments are those of a call."""
         own = gate_up or self.gate_up
         norm = own.fusible_norm
         if norm is not None and self._fuses(own):
             bias = None if own.bias is None else own.bias[...]
             arrays = h, norm.weight[...], own.weight.values[...], bias
-            x = kernel.gate_up(*arrays, eps=norm.eps, interpret=self.interpret)
-        else:
-            # A shard's rows are [its gate | its up], so that one product computes both.
-            gate, up = jnp.split(own(h), 2, axis=-1)
-            x = gated(self.activation, gate, up)
-        return self.down(x)
+            return kernel.gate_up(*arrays, eps=norm.eps, interpret=self.interpret)
+        # A shard's rows are [its gate | its up], so that one product computes both.
+        gate, up = jnp.split(own(h), 2, axis=-1)
+        return gated(self.activation, gate, up)
 
     def _fuses(self, own: Projection) -> bool:
         """Return whether the kernel takes these shapes and types."""

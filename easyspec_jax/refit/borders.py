@@ -23,10 +23,10 @@ from jaxtyping import Array, Float, Int
 from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.draft.grouping import Group, Layout, paper_groups, runs
 from easyspec_jax.draft.layer_group import LayerGroup, load_block
+from easyspec_jax.model.device import run
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.transformer import Block, Decoder, Hidden, Layer
 from easyspec_jax.progress import Advance, Bar, no_bar
-from easyspec_jax.refit.device import run
 from easyspec_jax.refit.fidelity import DEPTHS, overlap
 from easyspec_jax.refit.fit import TEXTS_A_BATCH, embed, fit_attentions, fit_mlps
 from easyspec_jax.refit.teacher import exact_window, sampled_positions, sampled_window

@@ -40,12 +40,12 @@ from easyspec_jax.draft.sites import (
     qkv_site,
     target,
 )
+from easyspec_jax.model.device import run
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.projection import Projection
 from easyspec_jax.model.transformer import Decoder, Hidden, run_exact
 from easyspec_jax.parallel.mesh import ALL_AXES
 from easyspec_jax.progress import Bar, no_bar
-from easyspec_jax.refit.device import run
 from easyspec_jax.refit.equations import NormalEquations
 from easyspec_jax.refit.teacher import drafted_window, exact_window
 
