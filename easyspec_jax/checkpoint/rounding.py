@@ -48,9 +48,20 @@ def quantize(
 
 
 def scales_for(
-    weight: Float[np.ndarray, "out inner"], dtype: str, group: int
+    weight: Float[np.ndarray, "out inner"],
+    dtype: str,
+    group: int,
+    importance: Float[np.ndarray, " inner"] | None = None,
 ) -> Float[np.ndarray, "out groups"]:
-    """Choose the scales of quantize(); the arguments are its own."""
+    """Choose the scales of quantize().
+
+    Args:
+        weight: As for quantize().
+        dtype: As for quantize().
+        group: As for quantize().
+        importance: Weight of each column's squared errors, above 0, where int4's scales are chosen;
+            all alike by default.
+    """
     _, most = INTEGERS[dtype]
     out, inner = weight.shape
     # [out, inner] -> [out * groups, group]
@@ -63,18 +74,46 @@ def scales_for(
         # A group of zeros has no reach, and any scale would do.
         reach = np.where(reach > 0, reach, np.float32(1))
         if dtype == "int4":
-            reach *= _least_error(part / reach[:, None], *INTEGERS[dtype])
+            own = _of_groups(importance, group, range(start, start + len(part)))
+            reach *= _least_error(part / reach[:, None], own, *INTEGERS[dtype])
         scale[start : start + step] = reach
     return scale.reshape(out, inner // group)
 
 
+def _of_groups(
+    importance: Float[np.ndarray, " inner"] | None, group: int, numbers: range
+) -> Float[np.ndarray, "groups group"] | None:
+    """Return the importance of columns in some groups of a matrix, at most 1 in each.
+
+    Args:
+        importance: That of each column, or None.
+        group: Columns of a group.
+        numbers: The groups, counted row by row.
+
+    Examples:
+        Rows of two groups: the groups 1 and 2 are the second of row 0 and the first of row 1.
+
+        >>> _of_groups(np.array([1.0, 1.0, 8.0, 2.0]), 2, range(1, 3)).tolist()
+        [[1.0, 0.25], [1.0, 1.0]]
+    """
+    if importance is None:
+        return None
+    by_group = importance.reshape(-1, group)
+    by_group = (by_group / by_group.max(axis=1, keepdims=True)).astype(np.float32)
+    return by_group[np.asarray(numbers) % len(by_group)]
+
+
 def _least_error(
-    relative: Float[np.ndarray, "groups group"], least: int, most: int
+    relative: Float[np.ndarray, "groups group"],
+    importance: Float[np.ndarray, "groups group"] | None,
+    least: int,
+    most: int,
 ) -> Float[np.ndarray, " groups"]:
     """Choose each group's scale by the squared error that it leaves.
 
     Args:
         relative: The weights over the scale that reaches the largest, so that no square overflows.
+        importance: Weights of the squared errors, or None if all count alike.
         least: The least integer.
         most: The largest.
 
@@ -88,8 +127,11 @@ def _least_error(
         np.rint(tried, out=tried)
         np.clip(tried, least, most, out=tried)
         # The scale s with the least |s q - w|^2 is (q·w) / (q·q), which leaves |w|^2 less the gain.
-        along = np.einsum("ng,ng->n", tried, relative)
-        squares = np.maximum(np.einsum("ng,ng->n", tried, tried), 1)
+        weighted = tried if importance is None else tried * importance
+        along = np.einsum("ng,ng->n", weighted, relative)
+        squares = np.einsum("ng,ng->n", weighted, tried)
+        # Integers that are all zero gain nothing, and divide nothing.
+        squares = np.where(squares > 0, squares, np.float32(1))
         gain = along * along / squares
         chosen, best = np.where(gain > best, along / squares, chosen), np.maximum(gain, best)
     return chosen

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from easyspec_jax.checkpoint.rounding import quantize
+from easyspec_jax.checkpoint.rounding import quantize, scales_for
 
 
 @given(
@@ -43,6 +43,23 @@ def test_int4_uses_its_longer_side_for_numbers_of_either_sign():
     floats = values.astype(np.float32)
     lost, without = (np.linalg.norm(v * scale - weight) for v in (floats, floats.clip(min=-7)))
     assert lost < 0.92 * without
+
+
+def test_scales_fit_the_columns_that_matter():
+    random = np.random.default_rng(0)
+    weight = random.standard_t(3, size=(70, 128)).astype(np.float32)
+    importance = np.exp(random.normal(size=128, scale=2))
+
+    def lost(scale):
+        steps = np.repeat(scale, 32, axis=1)
+        error = np.clip(np.rint(weight / steps), -8, 7) * steps - weight
+        return (importance * np.square(error)).sum()
+
+    assert lost(scales_for(weight, "int4", 32, importance)) < 0.8 * lost(
+        scales_for(weight, "int4", 32)
+    )
+    alike = scales_for(weight, "int4", 32, np.full(128, 3.0))
+    np.testing.assert_allclose(alike, scales_for(weight, "int4", 32), rtol=1e-6)
 
 
 def test_zeros_stay_zeros():
