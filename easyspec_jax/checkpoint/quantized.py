@@ -188,10 +188,12 @@ class Quantized:
         below: Where the tensors come from.
         weights: Type of the values. With "int4" the embedding and the head get "int8": they are a
             small part of a large model, and the head's errors are those of the logits.
+        group: The most columns that share a scale in int4, one of INT4_GROUPS.
     """
 
     below: TensorSource
     weights: Weights
+    group: int = INT4_GROUPS[0]
     _scales: _Kept = field(default_factory=_Kept, repr=False, compare=False)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -250,7 +252,8 @@ class Quantized:
         inner = self._new[name][1]
         if self._dtype(name) == "int8":
             return inner
-        return next((group for group in INT4_GROUPS if inner % group == 0), inner)
+        fitting = (group for group in INT4_GROUPS if group <= self.group and inner % group == 0)
+        return next(fitting, inner)
 
     def _scale_of(self, name: str, rows: slice) -> Float[np.ndarray, "rows groups"]:
         """Return the scales of some rows, from the blocks that they are in."""
