@@ -1,0 +1,198 @@
+"""Round a model to int4 layer by layer, on the inputs that texts give it.
+
+Texts go through two models side by side: the model as it is, and the one that is rounded so far.
+A layer is rounded site by site (see sites.py): the sums over what both models feed a site choose
+its integers, and then both streams go on to the next site, the second one through the rounded
+matrices. Later matrices so make up for what earlier ones lose.
+
+One layer's weights are in memory at a time, and the streams lie on disk.
+"""
+
+import shutil
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Int
+
+from easyspec_jax.arithmetic import ceil_div
+from easyspec_jax.calibrate.gptq import gptq, regressed
+from easyspec_jax.calibrate.rounded_files import RoundedFiles, write_rounded
+from easyspec_jax.calibrate.sites import SITES, Site, moments, onward
+from easyspec_jax.calibrate.streams import Streams, embedded
+from easyspec_jax.checkpoint.config import ModelConfig
+from easyspec_jax.checkpoint.quantized import Dequantized, Quantized, scale_name
+from easyspec_jax.checkpoint.rounding import dequantize
+from easyspec_jax.checkpoint.tensors import Held, Overlay, TensorSource
+from easyspec_jax.model.device import run
+from easyspec_jax.model.loader import Loader
+from easyspec_jax.model.sharding import padded_vocab_size
+from easyspec_jax.model.transformer import Layer
+from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape, open_mesh
+from easyspec_jax.progress import Bar, no_bar
+
+TEXTS_A_BATCH = 8
+"""Texts that go through a site together."""
+
+_STREAMS = "streams"
+
+
+def calibrate(
+    source: TensorSource,
+    config: ModelConfig,
+    texts: Int[np.ndarray, "texts tokens"],
+    group: int,
+    directory: Path,
+    bar: Bar = no_bar,
+) -> TensorSource:
+    """Round the matrices of a dense model's layers to int4.
+
+    What is found lies in the directory. If a call is interrupted, the next one with the same
+    arguments goes on behind the last whole layer.
+
+    Args:
+        source: The model's tensors.
+        config: The model's.
+        texts: Token ids, such as those that the model will read.
+        group: The most columns that share a scale; see Quantized.
+        directory: Where to keep it. It is created if it is missing.
+        bar: Shows progress.
+
+    Returns:
+        The rounded matrices and their scales, by canonical name. Those that the source has as int4
+        already are not among them.
+    """
+    directory.mkdir(exist_ok=True)
+    layers = range(config.num_hidden_layers)
+    rounding = _Rounding(source, config, group, directory)
+    done = sum(rounding.path(layer).is_dir() for layer in layers)
+    with bar("Rounding", len(layers)) as advance:
+        advance(done)
+        if done == 0:
+            rounding.begin(texts)
+        count = ceil_div(len(texts), TEXTS_A_BATCH)
+        for layer in layers[done:]:
+            rounding.round_layer(layer, count)
+            advance(1)
+    return rounding.found()
+
+
+@dataclass(frozen=True)
+class _Rounding:
+    """A model that is being rounded.
+
+    Directory `layer-N` holds the rounded matrices of layer N and the streams behind it. It gets
+    this name once it is whole, and then the streams before it go.
+    """
+
+    source: TensorSource
+    config: ModelConfig
+    group: int
+    directory: Path
+
+    @cached_property
+    def plain(self) -> TensorSource:
+        """The model as it is, in floats."""
+        return Dequantized(self.source)
+
+    @cached_property
+    def nearest(self) -> TensorSource:
+        """The model as it would be rounded without calibration."""
+        return Quantized(self.source, "int4", self.group)
+
+    @cached_property
+    def loader(self) -> Loader:
+        mesh = open_mesh(MeshShape(1, 1))
+        return Loader(
+            source=self.plain,
+            config=self.config,
+            mesh=mesh,
+            axes=ALL_AXES,
+            dtype=np.dtype(np.float32),
+            vocab_rows=padded_vocab_size(mesh, self.config),
+            num_ids=self.config.vocab_size,
+        )
+
+    def path(self, layer: int) -> Path:
+        return self.directory / f"layer-{layer}"
+
+    def begin(self, texts: Int[np.ndarray, "texts tokens"]) -> None:
+        """Write the streams before the first layer; the rounded model has its own embedding."""
+        streams = self._new_streams(self.path(-1), ceil_div(len(texts), TEXTS_A_BATCH))
+        exact = embedded(self.plain, self.config, texts)
+        rounded = embedded(Dequantized(self.nearest), self.config, texts)
+        for number in range(streams.count):
+            batch = slice(number * TEXTS_A_BATCH, (number + 1) * TEXTS_A_BATCH)
+            streams.write(number, [exact[batch], rounded[batch]])
+
+    def round_layer(self, layer: int, count: int) -> None:
+        """Round a layer's matrices, and take the streams behind it."""
+        streams = Streams(self.path(layer - 1) / _STREAMS, count)
+        partial = self.directory / "partial"
+        onto = self._new_streams(partial, count)
+        exact = own = self.loader.layer(layer)
+        held = dict[str, np.ndarray]()
+        for site in SITES:
+            held |= self._round_site(layer, site, (exact, own), streams, partial)
+            known = Overlay(self.plain, Held(held))
+            own = replace(self.loader, source=known).layer(layer)
+            for number, arrays in enumerate(streams):
+                # Each of the two streams has as many arrays behind a site as it says.
+                specs = (P(),) * (2 * site.arrays_onward)
+                onto.write(number, run(self.loader, onward, (exact, own), arrays, specs, site))
+            streams = onto
+        partial.rename(self.path(layer))
+        shutil.rmtree(self.path(layer - 1) / _STREAMS)
+
+    def _round_site(
+        self,
+        layer: int,
+        site: Site,
+        layers: tuple[Layer, Layer],
+        streams: Streams,
+        directory: Path,
+    ) -> dict[str, np.ndarray]:
+        """Round the matrices of a site into files, and return what they stand for as floats."""
+        hessian, cross = self._moments(site, layers, streams)
+        held = {}
+        for part in site.parts:
+            name = f"model.layers.{layer}.{part}.weight"
+            if not self._is_rounded(name):
+                continue
+            weight = regressed(self.plain.read(name), hessian, cross)
+            inner = weight.shape[1]
+            group = inner // self.nearest.shapes()[scale_name(name)][1]
+            values, scale = gptq(weight, hessian, group)
+            write_rounded(directory, name, values, scale)
+            held[name] = dequantize(values, scale)
+        return held
+
+    def _moments(
+        self, site: Site, layers: tuple[Layer, Layer], streams: Streams
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return Σ x xᵀ and Σ x yᵀ over all batches; see moments()."""
+        hessian = cross = np.zeros(())
+        for arrays in streams:
+            xx, xy = run(self.loader, moments, layers, arrays, (P(), P()), site)
+            hessian = hessian + np.asarray(xx, np.float64)
+            cross = cross + np.asarray(xy, np.float64)
+        return hessian, cross
+
+    def _is_rounded(self, name: str) -> bool:
+        return self.nearest.dtypes()[name] != self.source.dtypes()[name]
+
+    def _new_streams(self, parent: Path, count: int) -> Streams:
+        shutil.rmtree(parent, ignore_errors=True)
+        (parent / _STREAMS).mkdir(parents=True)
+        return Streams(parent / _STREAMS, count)
+
+    def found(self) -> RoundedFiles:
+        """Return everything that was rounded."""
+        directories, sizes = {}, {}
+        for layer in range(self.config.num_hidden_layers):
+            for path in self.path(layer).glob("*.weight*"):
+                directories[path.name] = path.parent
+                sizes[path.name] = self.nearest.shapes()[path.name]
+        return RoundedFiles(directories, sizes)

@@ -1,0 +1,223 @@
+"""Rounding to int4 that makes up for its errors: GPTQ (arXiv 2210.17323).
+
+A matrix W is fed inputs x. Its integers Q, times their scales, are to keep the outputs rather than
+the numbers:
+
+    least  Σ |(W - Q) x|² = tr (W - Q) H (W - Q)ᵀ,   H = Σ x xᵀ
+
+Columns are rounded one after another, and each error is made up for in the columns that are still
+floats. With H = R D Rᵀ, where R is upper triangular with ones on its diagonal, the sum is
+
+    Σ_j D_j |E_j + Σ_{i<j} E_i R_ij|²,   E = W - Q
+
+so column j rounds W_j + Σ_{i<j} E_i R_ij, and D says how much an error there costs. This form needs
+no inverse of H; QuIP (arXiv 2307.13304) shows that its integers are GPTQ's.
+
+GPTQ never returns to a column. Here sweeps follow: integers move, one column at a time, to where
+the sum is least with all others as they are (as in QuantEase, arXiv 2309.01885), and scales are
+fitted to the integers by least squares.
+"""
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from easyspec_jax.checkpoint.rounding import INTEGERS, of_columns, scales_for
+
+DAMPING = 0.01
+"""Share of the mean diagonal of H that is added to its diagonal."""
+
+SWEEPS = 3
+"""Sweeps over all columns behind GPTQ's own."""
+
+_BLOCK = 128
+"""Columns that are rounded before the columns behind them, or all others, hear of it."""
+
+_FLOATS = 8 << 20
+"""Numbers of an array that is computed for as many rows at a time as fit."""
+
+_LEAST, _MOST = INTEGERS["int4"]
+
+
+def gptq(
+    weight: Float[np.ndarray, "out inner"],
+    hessian: Float[np.ndarray, "inner inner"],
+    group: int,
+    *,
+    damping: float = DAMPING,
+    sweeps: int = SWEEPS,
+) -> tuple[Int[np.ndarray, "out inner"], Float[np.ndarray, "out groups"]]:
+    """Round a matrix to int4 so that its outputs change little.
+
+    Args:
+        weight: The matrix.
+        hessian: Σ x xᵀ over inputs x, in any unit.
+        group: Columns that share a scale; divides `inner`.
+        damping: Share of the mean of the hessian's diagonal that is added to it.
+        sweeps: Sweeps behind GPTQ's own.
+
+    Returns:
+        Values of int4 and float32 scales, as from `rounding.quantize`.
+
+    Raises:
+        numpy.linalg.LinAlgError: The hessian has numbers that are not finite.
+
+    Examples:
+        Two inputs that are always equal: only the sum of a row's numbers matters. The row (1, 0.3,
+        0.3) rounds to (7, 2, 2) sevenths, and the sum's error of 0.03 is made smaller where it can.
+
+        >>> weight = np.array([[1.0, 0.3, 0.3]], np.float32)
+        >>> hessian = np.ones((3, 3)) + 0.01 * np.eye(3)
+        >>> values, scale = gptq(weight, hessian, group=3)
+        >>> abs(float((values.astype(np.float32) * scale).sum()) - 1.6) < 0.01
+        True
+    """
+    inner = weight.shape[1]
+    weight = weight.astype(np.float32, copy=False)
+    damped = damp(hessian, damping)
+    # Columns whose inputs are largest come first, while there are others to make up for them.
+    order = np.argsort(-np.diag(damped), kind="stable")
+    feedback, costs = _decomposed(damped[np.ix_(order, order)])
+    importance = np.empty(inner)
+    importance[order] = costs
+    scale = scales_for(weight, "int4", group, importance)
+    steps = of_columns(scale, slice(0, inner), group)
+    values = np.empty_like(weight)
+    values[:, order] = _rounded_in_order(weight[:, order], steps[:, order], feedback)
+    metric = damped.astype(np.float32)
+    for _ in range(sweeps):
+        scale = _fitted_scales(weight, values, scale, metric)
+        steps = of_columns(scale, slice(0, inner), group)
+        values = _descended(weight, values, steps, metric)
+    return values.astype(np.int8).astype("int4"), scale
+
+
+def regressed(
+    weight: Float[np.ndarray, "out inner"],
+    hessian: Float[np.ndarray, "inner inner"],
+    cross: Float[np.ndarray, "inner inner"],
+    damping: float = DAMPING,
+) -> Float[np.ndarray, "out inner"]:
+    """Return the matrix that on inputs x comes nearest to what `weight` gives on inputs y.
+
+    Where earlier matrices are rounded, inputs x are no longer the inputs y of the model as it was.
+    Rounding this matrix instead of `weight` makes up for that too (GPTAQ, arXiv 2504.02692, has the
+    same aim).
+
+    Args:
+        weight: The matrix W.
+        hessian: Σ x xᵀ.
+        cross: Σ x yᵀ.
+        damping: Holds the result to W, as a share of the mean of the hessian's diagonal.
+
+    Returns:
+        float32 V, with the least Σ |V x - W y|² + damping · |V - W|².
+
+    Examples:
+        >>> hessian, cross = np.array([[4.0]]), np.array([[2.0]])  # x = 2 y
+        >>> regressed(np.array([[3.0]]), hessian, cross, damping=0.0).tolist()
+        [[1.5]]
+    """
+    # Where the gradient is zero: V (H + d) = W (Cᵀ + d), so (V - W) (H + d) = W (C - H)ᵀ.
+    damped = damp(hessian, damping)
+    change = np.linalg.solve(damped, cross - hessian)  # (H + d)⁻¹ (C - H)
+    return (weight + weight @ change.T).astype(np.float32)
+
+
+def damp(
+    hessian: Float[np.ndarray, "inner inner"], damping: float
+) -> Float[np.ndarray, "inner inner"]:
+    """Add to the diagonal, in float64; inputs that are all zero leave ones there.
+
+    Examples:
+        >>> damp(np.diag([1.0, 3.0]), 0.5).tolist()
+        [[2.0, 0.0], [0.0, 4.0]]
+    """
+    mean = np.diag(hessian).mean()
+    return hessian + (damping * mean if mean > 0 else 1.0) * np.eye(len(hessian))
+
+
+def _decomposed(
+    hessian: Float[np.ndarray, "inner inner"],
+) -> tuple[Float[np.ndarray, "inner inner"], Float[np.ndarray, " inner"]]:
+    """Return R (float32) and D, where R D Rᵀ is the hessian and R is upper triangular."""
+    # Cholesky's factor is lower triangular. Of the hessian backwards, read backwards, it is upper.
+    upper = np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
+    diagonal = np.diag(upper)
+    return (upper / diagonal[None, :]).astype(np.float32), diagonal**2
+
+
+def _rounded_in_order(
+    weight: Float[np.ndarray, "out inner"],
+    steps: Float[np.ndarray, "out inner"],
+    feedback: Float[np.ndarray, "inner inner"],
+) -> Float[np.ndarray, "out inner"]:
+    """Round column by column, each with the feedback of the errors of those before it."""
+    values, errors = np.empty_like(weight), np.empty_like(weight)
+    inner = weight.shape[1]
+    for start in range(0, inner, _BLOCK):
+        stop = min(start + _BLOCK, inner)
+        wanted = weight[:, start:stop] + errors[:, :start] @ feedback[:start, start:stop]
+        for column in range(start, stop):
+            within = errors[:, start:column] @ feedback[start:column, column]
+            exact = (wanted[:, column - start] + within) / steps[:, column]
+            values[:, column] = np.clip(np.rint(exact), _LEAST, _MOST)
+            errors[:, column] = weight[:, column] - values[:, column] * steps[:, column]
+    return values
+
+
+def _descended(
+    weight: Float[np.ndarray, "out inner"],
+    values: Float[np.ndarray, "out inner"],
+    steps: Float[np.ndarray, "out inner"],
+    hessian: Float[np.ndarray, "inner inner"],
+) -> Float[np.ndarray, "out inner"]:
+    """Move each column in order to the integers that are best with the others as they are."""
+    values, inner = values.copy(), weight.shape[1]
+    # E H, which is kept up to date: along column j the least is where (E H)_j is zero.
+    slope = (weight - values * steps) @ hessian
+    for start in range(0, inner, _BLOCK):
+        stop = min(start + _BLOCK, inner)
+        own, within = slope[:, start:stop].copy(), hessian[start:stop, start:stop]
+        moved = np.empty_like(own)
+        for column in range(start, stop):
+            at = column - start
+            wanted = values[:, column] + own[:, at] / (within[at, at] * steps[:, column])
+            better = np.clip(np.rint(wanted), _LEAST, _MOST)
+            moved[:, at] = (better - values[:, column]) * steps[:, column]
+            values[:, column] = better
+            own -= moved[:, at, None] * within[None, at]
+        slope -= moved @ hessian[start:stop]
+    return values
+
+
+def _fitted_scales(
+    weight: Float[np.ndarray, "out inner"],
+    values: Float[np.ndarray, "out inner"],
+    scale: Float[np.ndarray, "out groups"],
+    hessian: Float[np.ndarray, "inner inner"],
+) -> Float[np.ndarray, "out groups"]:
+    """Fit all scales of a row at once to its integers; groups of zeros keep theirs."""
+    (out, inner), groups = weight.shape, scale.shape[1]
+    group = inner // groups
+    # Row by row, with q_g the integers of group g and zeros elsewhere: A s = b, where
+    # A_gk = q_g H q_kᵀ and b_g = q_g H wᵀ.
+    by_group = hessian.reshape(groups, group, inner)
+    wanted = (weight @ hessian).reshape(out, groups, group)
+    fitted = np.empty_like(scale)
+    rows = max(1, _FLOATS // (groups * inner))
+    for start in range(0, out, rows):
+        own = slice(start, start + rows)
+        q = values[own].reshape(-1, groups, group)
+        # [groups, rows, group] @ [groups, group, inner] -> [groups, rows, inner]
+        products = np.matmul(q.transpose(1, 0, 2), by_group)
+        products = products.reshape(groups, -1, groups, group)
+        a = np.einsum("grkj,rkj->rgk", products, q).astype(np.float64)
+        b = np.einsum("rgi,rgi->rg", q, wanted[own]).astype(np.float64)
+        empty = ~q.any(axis=2)
+        # A group of zeros has no equation: its scale stays.
+        diagonal = np.arange(groups)
+        a[:, diagonal, diagonal] += np.where(empty, 1.0, 1e-6 * a[:, diagonal, diagonal])
+        b = np.where(empty, scale[own], b)
+        fitted[own] = np.linalg.solve(a, b[:, :, None])[:, :, 0]
+    # A scale of zero would divide by zero.
+    return np.where(fitted == 0, scale, fitted)
