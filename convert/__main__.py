@@ -43,6 +43,9 @@ def _run(args: argparse.Namespace, started: float) -> None:
         revision=args.revision,
         allow_links=args.allow_links,
         weights=args.weights,
+        group_size=args.group_size,
+        calibration=args.calibration,
+        calibration_tokens=args.calibration_tokens,
     )
     if args.gguf is not None:
         model = open_gguf(args.gguf, keep_blocks=args.keep_blocks)
@@ -126,6 +129,25 @@ def _parser() -> argparse.ArgumentParser:
         choices=get_args(Weights),
         help="type to write matrices in, with scales if it is an integer; of matrices that are "
         "stored as integers, int4 rounds int8 further, and bfloat16 makes floats",
+    )
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        choices=(32, 64, 128),
+        help="the most columns of a row that share a scale in int4 (default: 128); fewer lose less",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="a text, in UTF-8: choose the integers of int4 so that the model's outputs on it "
+        "change least, which takes minutes and loses much less (default: the nearest integers)",
+    )
+    parser.add_argument(
+        "--calibration-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of that text to use at most (default: 16384)",
     )
     parser.add_argument(
         "--keep-blocks",

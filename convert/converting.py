@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from convert.calibration import LEAST_TOKENS, TOKENS, calibration_on
 from convert.gguf import open_gguf
 from convert.hub import directory_of
 from convert.huggingface import open_huggingface
@@ -11,7 +12,10 @@ from convert.orbax import ORBAX
 from convert.shards import HUGGING_FACE
 from convert.stream import DEFAULT_MEMORY, Model, Result, verify
 from convert.stream import convert as convert_model
+from easyspec_jax.checkpoint.rounding import INT4_GROUPS
+from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import Weights
+from easyspec_jax.options.checks import check_choice, check_whole
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ class ConvertConfig:
         allow_links: Follow links that lead out of a checkpoint's directory.
         weights: Type of the matrices, see `convert.stream.convert`; by default as they are.
         keep_blocks: Keep a GGUF file's quantized matrices as integers, see `convert.gguf`.
+        group_size: The most columns that share a scale in int4; by default 128.
+        calibration: A text file. The integers of int4 become those with which the model's outputs
+            on this text change least, instead of the nearest ones; see `easyspec_jax.calibrate`.
+        calibration_tokens: Tokens of it to use at most; by default TOKENS of `convert.calibration`.
     """
 
     format: Literal["orbax", "huggingface"] = "orbax"
@@ -38,6 +46,21 @@ class ConvertConfig:
     allow_links: bool = False
     weights: Weights | None = None
     keep_blocks: bool = False
+    group_size: int | None = None
+    calibration: str | Path | None = None
+    calibration_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights != "int4":
+            for name in ("group_size", "calibration", "calibration_tokens"):
+                if getattr(self, name) is not None:
+                    raise EasySpecError(f"`{name}` is for `weights` int4; leave it out")
+        if self.group_size is not None:
+            check_choice("group_size", str(self.group_size), tuple(map(str, INT4_GROUPS)))
+        if self.calibration_tokens is not None:
+            if self.calibration is None:
+                raise EasySpecError("`calibration_tokens` needs `calibration` FILE")
+            check_whole("calibration_tokens", self.calibration_tokens, LEAST_TOKENS)
 
 
 def convert(source: str | Path, out: str | Path, config: ConvertConfig | None = None) -> Result:
@@ -54,7 +77,8 @@ def convert(source: str | Path, out: str | Path, config: ConvertConfig | None = 
 
     Raises:
         EasySpecError: The model is not supported, incomplete or not finite, a value does not fit
-            the dtype, the memory is too small, or `out` exists or cannot be written.
+            the dtype, the memory is too small, the calibration's text is too short, or `out` exists
+            or cannot be written.
     """
     config = config or ConvertConfig()
     if Path(source).suffix == ".gguf" and not Path(source).is_dir():
@@ -67,8 +91,18 @@ def convert(source: str | Path, out: str | Path, config: ConvertConfig | None = 
 
 def convert_opened(model: Model, out: Path, config: ConvertConfig) -> Result:
     """Convert a model that is open already; otherwise as convert()."""
+    group = INT4_GROUPS[0] if config.group_size is None else config.group_size
     if config.verify and config.dtype is None and out.is_dir():
-        return verify(model, out, config.memory, config.weights)
+        if config.calibration is not None:
+            raise EasySpecError(
+                f"{out} exists, and `verify` does not repeat a `calibration`; "
+                "choose another directory"
+            )
+        return verify(model, out, config.memory, config.weights, group)
+    calibration = None
+    if config.calibration is not None:
+        text, tokens = Path(config.calibration), config.calibration_tokens or TOKENS
+        calibration = calibration_on(text, tokens, model, group, config.memory)
     format = ORBAX if config.format == "orbax" else HUGGING_FACE
     return convert_model(
         model,
@@ -78,4 +112,6 @@ def convert_opened(model: Model, out: Path, config: ConvertConfig) -> Result:
         memory=config.memory,
         verify=config.verify,
         weights=config.weights,
+        group=group,
+        calibration=calibration,
     )

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -34,8 +34,8 @@ from easyspec_jax.checkpoint.quantized import (
     offset_name,
     scale_name,
 )
-from easyspec_jax.checkpoint.rounding import INTEGERS
-from easyspec_jax.checkpoint.tensors import TensorSource
+from easyspec_jax.checkpoint.rounding import INT4_GROUPS, INTEGERS
+from easyspec_jax.checkpoint.tensors import Overlay, TensorSource
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import FLOAT_DTYPES, Weights
 from easyspec_jax.progress import bar
@@ -48,6 +48,7 @@ _PIECE = 8 << 20  # bytes written at a time, unless one row of chunks is more
 _COPIES = 2  # copies of a piece, both as stored and as written, that are in memory at once
 _FLOATS = 6  # copies of a quantized piece in float32, at most
 _WORKERS = 8
+_CALIBRATION = "calibration"  # the directory of a calibration, while an output grows
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,20 @@ class Model:
     has_tokenizer: bool
     write_companions: Callable[[Path], None]
     exact: TensorSource | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A search for better integers than the ones nearest to each number.
+
+    Attributes:
+        digest: Identifies what is calibrated on.
+        run: Finds them, and keeps them in a directory that it creates. Called again with the same
+            directory after an interruption, it goes on.
+    """
+
+    digest: str
+    run: Callable[[Path], TensorSource]
 
 
 @dataclass(frozen=True)
@@ -106,6 +121,8 @@ def convert(
     memory: int = DEFAULT_MEMORY,
     verify: bool = False,
     weights: Weights | None = None,
+    group: int = INT4_GROUPS[0],
+    calibration: Calibration | None = None,
 ) -> Result:
     """Write a model to a new directory.
 
@@ -121,17 +138,23 @@ def convert(
         weights: Type of the matrices. Those that are stored as integers stay as they are, except
             that "int4" rounds int8 further, "bfloat16" makes floats of them, and "int8" is refused
             for int4. None leaves all as they are.
+        group: The most columns that share a scale in int4, one of INT4_GROUPS.
+        calibration: Finds the integers of int4 where they are not to be the nearest ones.
 
     Raises:
         EasySpecError: The model is not supported, incomplete or not finite, a value does not fit
             the dtype, the memory is too small, or `out` exists or cannot be written.
     """
     config, parsed = _configuration(model, dtype)
-    job = _job(model, parsed, memory, weights, format.floats_only)
+    job = _job(model, parsed, memory, weights, format.floats_only, group)
     # Companions come first: a tokenizer that cannot be written fails before the long part.
-    with workplace(out, _task(model, job, config, format)) as place:
+    digest = "" if calibration is None else calibration.digest
+    with workplace(out, _task(model, job, config, format, digest)) as place:
         write_json(place.directory / "config.json", config)
         model.write_companions(place.directory)
+        if calibration is not None:
+            found = calibration.run(place.directory / _CALIBRATION)
+            job = replace(job, source=Overlay(job.source, found))
         store = format.make(place.directory, parsed, job.shapes, job.dtypes)
         pieces = list(job.pieces(store.rows))
         _check_space(place, pieces)
@@ -144,12 +167,17 @@ def convert(
         store.finish()
         if verify:
             _compare(job, place.directory, open_checkpoint(place.directory).source)
+        shutil.rmtree(place.directory / _CALIBRATION, ignore_errors=True)
     errors = losses.relative(job.shapes)
     return Result(job.parameters, job.dtype, job.size, reused, job.integers, errors)
 
 
 def verify(
-    model: Model, out: Path, memory: int = DEFAULT_MEMORY, weights: Weights | None = None
+    model: Model,
+    out: Path,
+    memory: int = DEFAULT_MEMORY,
+    weights: Weights | None = None,
+    group: int = INT4_GROUPS[0],
 ) -> Result:
     """Compare a converted directory with its source, in the dtype it was converted to.
 
@@ -158,6 +186,7 @@ def verify(
         out: The converted directory.
         memory: Bytes that the process may take.
         weights: Type of the matrices that it was converted with.
+        group: The most columns that share a scale in int4.
 
     Raises:
         EasySpecError: They differ; names the first tensor or field that does.
@@ -175,7 +204,7 @@ def verify(
     has_integers = not INTEGERS.keys().isdisjoint(opened.source.dtypes().values())
     is_exported = not (out / WEIGHTS).is_dir()
     floats_only = (weights is None or is_exported) and not has_integers
-    job = _job(model, parsed, memory, weights, floats_only)
+    job = _job(model, parsed, memory, weights, floats_only, group)
     _compare(job, out, opened.source)
     return Result(job.parameters, job.dtype, job.size, 0, job.integers)
 
@@ -304,6 +333,7 @@ def _job(
     memory: int,
     weights: Weights | None = None,
     floats_only: bool = False,
+    group: int = INT4_GROUPS[0],
 ) -> _Job:
     if floats_only and weights is not None:
         raise EasySpecError(
@@ -315,7 +345,7 @@ def _job(
     if floats_only or weights == "bfloat16":
         source = Dequantized(source)
     elif weights is not None:
-        source = Quantized(source, weights)
+        source = Quantized(source, weights, group)
     shapes, stored, dtypes = source.shapes(), source.dtypes(), dict[str, str]()
     for name, shape in shapes.items():
         dtypes[name] = config.dtype
@@ -475,13 +505,13 @@ def _configuration(model: Model, dtype: str | None) -> tuple[dict[str, Any], Mod
     return config, model_config(config, origin=model.origin)
 
 
-def _task(model: Model, job: _Job, config: dict[str, Any], format: Format) -> str:
+def _task(model: Model, job: _Job, config: dict[str, Any], format: Format, calibration: str) -> str:
     """Return a digest of source, settings and format; a run with the same one can be resumed."""
     files: list[tuple[str, int, int]] = []
     for path in sorted(model.files):
         files.append((str(path), path.stat().st_size, path.stat().st_mtime_ns))
     tensors = sorted((name, job.dtypes[name], shape) for name, shape in job.shapes.items())
-    described = json.dumps([config, format.name, files, tensors], sort_keys=True)
+    described = json.dumps([config, format.name, files, tensors, calibration], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()
 
 
