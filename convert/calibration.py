@@ -28,6 +28,7 @@ _BASE = 1 << 30  # bytes for the interpreter, the libraries and compiled program
 _SQUARES = 8  # float64 arrays [inputs, inputs] at once, at most
 _COPIES = 10  # float32 arrays as large as the largest matrix
 _LAYERS = 3  # copies of a layer's weights in float32
+_BATCH = 8 * LENGTH  # tokens that go through a layer together
 
 
 def calibration_on(text: Path, tokens: int, model: Model, group: int, memory: int) -> Calibration:
@@ -101,8 +102,9 @@ def memory_needed(config: ModelConfig, tokens: int) -> int:
     heads = config.num_attention_heads * config.head_dim
     inputs, largest = max(hidden, inner, heads), hidden * max(inner, heads)
     layer = hidden * (3 * inner + 4 * heads)
-    streams = tokens * hidden
-    floats = _COPIES * largest + _LAYERS * layer + 2 * streams
+    # Embeddings of all texts, and what a layer makes of a batch of them.
+    texts = tokens * hidden + _BATCH * (4 * hidden + 4 * inner)
+    floats = _COPIES * largest + _LAYERS * layer + texts
     return _BASE + _SQUARES * 8 * inputs**2 + 4 * floats
 
 

@@ -1,11 +1,10 @@
 """Round a model to int4 layer by layer, on the inputs that texts give it.
 
-Texts go through two models side by side: the model as it is, and the one that is rounded so far.
-A layer is rounded site by site (see sites.py): the sums over what both models feed a site choose
-its integers, and then both streams go on to the next site, the second one through the rounded
-matrices. Later matrices so make up for what earlier ones lose.
+Texts go through the model as far as it is rounded. A layer is rounded site by site (see sites.py):
+the sums over a site's inputs choose its integers, and then the texts go on to the next site through
+the rounded matrices. So each matrix is rounded for the inputs that it will have.
 
-One layer's weights are in memory at a time, and the streams lie on disk.
+One layer's weights are in memory at a time, and the hidden states lie on disk.
 """
 
 import shutil
@@ -18,14 +17,15 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
 from easyspec_jax.arithmetic import ceil_div
-from easyspec_jax.calibrate.gptq import gptq, regressed
+from easyspec_jax.calibrate.gptq import gptq
 from easyspec_jax.calibrate.rounded_files import RoundedFiles, write_rounded
-from easyspec_jax.calibrate.sites import SITES, Site, moments, onward
+from easyspec_jax.calibrate.sites import SITES, Site, onward, square_sums
 from easyspec_jax.calibrate.streams import Streams, embedded
 from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.checkpoint.quantized import Dequantized, Quantized, scale_name
 from easyspec_jax.checkpoint.rounding import dequantize
 from easyspec_jax.checkpoint.tensors import Held, Overlay, TensorSource
+from easyspec_jax.errors import EasySpecError
 from easyspec_jax.model.device import run
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
@@ -63,6 +63,9 @@ def calibrate(
     Returns:
         The rounded matrices and their scales, by canonical name. Those that the source has as int4
         already are not among them.
+
+    Raises:
+        EasySpecError: A matrix or its inputs are not finite.
     """
     directory.mkdir(exist_ok=True)
     layers = range(config.num_hidden_layers)
@@ -119,66 +122,57 @@ class _Rounding:
         return self.directory / f"layer-{layer}"
 
     def begin(self, texts: Int[np.ndarray, "texts tokens"]) -> None:
-        """Write the streams before the first layer; the rounded model has its own embedding."""
+        """Write the streams before the first layer, from the embedding as it will be rounded."""
         streams = self._new_streams(self.path(-1), ceil_div(len(texts), TEXTS_A_BATCH))
-        exact = embedded(self.plain, self.config, texts)
-        rounded = embedded(Dequantized(self.nearest), self.config, texts)
+        h = embedded(Dequantized(self.nearest), self.config, texts)
         for number in range(streams.count):
-            batch = slice(number * TEXTS_A_BATCH, (number + 1) * TEXTS_A_BATCH)
-            streams.write(number, [exact[batch], rounded[batch]])
+            streams.write(number, [h[number * TEXTS_A_BATCH :][:TEXTS_A_BATCH]])
 
     def round_layer(self, layer: int, count: int) -> None:
         """Round a layer's matrices, and take the streams behind it."""
         streams = Streams(self.path(layer - 1) / _STREAMS, count)
         partial = self.directory / "partial"
         onto = self._new_streams(partial, count)
-        exact = own = self.loader.layer(layer)
-        held = dict[str, np.ndarray]()
+        module, held = self.loader.layer(layer), dict[str, np.ndarray]()
         for site in SITES:
-            held |= self._round_site(layer, site, (exact, own), streams, partial)
+            held |= self._round_site(layer, site, module, streams, partial)
             known = Overlay(self.plain, Held(held))
-            own = replace(self.loader, source=known).layer(layer)
+            module = replace(self.loader, source=known).layer(layer)
             for number, arrays in enumerate(streams):
-                # Each of the two streams has as many arrays behind a site as it says.
-                specs = (P(),) * (2 * site.arrays_onward)
-                onto.write(number, run(self.loader, onward, (exact, own), arrays, specs, site))
+                specs = (P(),) * site.arrays_onward
+                onto.write(number, run(self.loader, onward, module, arrays, specs, site))
             streams = onto
         partial.rename(self.path(layer))
         shutil.rmtree(self.path(layer - 1) / _STREAMS)
 
     def _round_site(
-        self,
-        layer: int,
-        site: Site,
-        layers: tuple[Layer, Layer],
-        streams: Streams,
-        directory: Path,
+        self, layer: int, site: Site, module: Layer, streams: Streams, directory: Path
     ) -> dict[str, np.ndarray]:
         """Round the matrices of a site into files, and return what they stand for as floats."""
-        hessian, cross = self._moments(site, layers, streams)
-        held = {}
+        hessian, held = self._hessian(site, module, streams), {}
         for part in site.parts:
             name = f"model.layers.{layer}.{part}.weight"
             if not self._is_rounded(name):
                 continue
-            weight = regressed(self.plain.read(name), hessian, cross)
-            inner = weight.shape[1]
-            group = inner // self.nearest.shapes()[scale_name(name)][1]
-            values, scale = gptq(weight, hessian, group)
+            weight = self.plain.read(name).astype(np.float32)
+            # Rounded, a NaN would be an ordinary number.
+            if not (np.isfinite(weight).all() and np.isfinite(hessian).all()):
+                raise EasySpecError(
+                    f"{name} or its inputs have values that are not finite; it cannot be rounded"
+                )
+            groups = self.nearest.shapes()[scale_name(name)][1]
+            values, scale = gptq(weight, hessian, weight.shape[1] // groups)
             write_rounded(directory, name, values, scale)
             held[name] = dequantize(values, scale)
         return held
 
-    def _moments(
-        self, site: Site, layers: tuple[Layer, Layer], streams: Streams
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return Σ x xᵀ and Σ x yᵀ over all batches; see moments()."""
-        hessian = cross = np.zeros(())
+    def _hessian(self, site: Site, module: Layer, streams: Streams) -> np.ndarray:
+        """Return Σ x xᵀ over a site's inputs in all batches, in float64."""
+        hessian = np.zeros(())
         for arrays in streams:
-            xx, xy = run(self.loader, moments, layers, arrays, (P(), P()), site)
-            hessian = hessian + np.asarray(xx, np.float64)
-            cross = cross + np.asarray(xy, np.float64)
-        return hessian, cross
+            sums = run(self.loader, square_sums, module, arrays, P(), site)
+            hessian = hessian + np.asarray(sums, np.float64)
+        return hessian
 
     def _is_rounded(self, name: str) -> bool:
         return self.nearest.dtypes()[name] != self.source.dtypes()[name]

@@ -21,10 +21,12 @@ fitted to the integers by least squares.
 import numpy as np
 from jaxtyping import Float, Int
 
-from easyspec_jax.checkpoint.rounding import INTEGERS, of_columns, scales_for
+from easyspec_jax.checkpoint.rounding import INTEGERS, scales_for
 
-DAMPING = 0.01
-"""Share of the mean diagonal of H that is added to its diagonal."""
+DAMPING = 0.1
+"""Share of the mean diagonal of H that is added to its diagonal. GPTQ's authors take 0.01, but have
+more tokens; docs/conversion.md has the figures.
+"""
 
 SWEEPS = 3
 """Sweeps over all columns behind GPTQ's own."""
@@ -80,47 +82,15 @@ def gptq(
     importance = np.empty(inner)
     importance[order] = costs
     scale = scales_for(weight, "int4", group, importance)
-    steps = of_columns(scale, slice(0, inner), group)
-    values = np.empty_like(weight)
-    values[:, order] = _rounded_in_order(weight[:, order], steps[:, order], feedback)
+    # [out, inner] -> [inner, out], as the loops over columns want it.
+    columns = np.ascontiguousarray(weight.T)
+    values = np.empty_like(columns)
+    values[order] = _rounded_in_order(columns[order], _steps(scale, inner)[order], feedback)
     metric = damped.astype(np.float32)
     for _ in range(sweeps):
-        scale = _fitted_scales(weight, values, scale, metric)
-        steps = of_columns(scale, slice(0, inner), group)
-        values = _descended(weight, values, steps, metric)
-    return values.astype(np.int8).astype("int4"), scale
-
-
-def regressed(
-    weight: Float[np.ndarray, "out inner"],
-    hessian: Float[np.ndarray, "inner inner"],
-    cross: Float[np.ndarray, "inner inner"],
-    damping: float = DAMPING,
-) -> Float[np.ndarray, "out inner"]:
-    """Return the matrix that on inputs x comes nearest to what `weight` gives on inputs y.
-
-    Where earlier matrices are rounded, inputs x are no longer the inputs y of the model as it was.
-    Rounding this matrix instead of `weight` makes up for that too (GPTAQ, arXiv 2504.02692, has the
-    same aim).
-
-    Args:
-        weight: The matrix W.
-        hessian: Σ x xᵀ.
-        cross: Σ x yᵀ.
-        damping: Holds the result to W, as a share of the mean of the hessian's diagonal.
-
-    Returns:
-        float32 V, with the least Σ |V x - W y|² + damping · |V - W|².
-
-    Examples:
-        >>> hessian, cross = np.array([[4.0]]), np.array([[2.0]])  # x = 2 y
-        >>> regressed(np.array([[3.0]]), hessian, cross, damping=0.0).tolist()
-        [[1.5]]
-    """
-    # Where the gradient is zero: V (H + d) = W (Cᵀ + d), so (V - W) (H + d) = W (C - H)ᵀ.
-    damped = damp(hessian, damping)
-    change = np.linalg.solve(damped, cross - hessian)  # (H + d)⁻¹ (C - H)
-    return (weight + weight @ change.T).astype(np.float32)
+        scale = _fitted_scales(weight, values.T, scale, metric)
+        values = _descended(columns, values, _steps(scale, inner), metric)
+    return values.T.astype(np.int8, order="C").astype("int4"), scale
 
 
 def damp(
@@ -136,6 +106,11 @@ def damp(
     return hessian + (damping * mean if mean > 0 else 1.0) * np.eye(len(hessian))
 
 
+def _steps(scale: Float[np.ndarray, "out groups"], inner: int) -> Float[np.ndarray, "inner out"]:
+    """Return the scale of every number, transposed."""
+    return np.ascontiguousarray(scale.T).repeat(inner // scale.shape[1], axis=0)
+
+
 def _decomposed(
     hessian: Float[np.ndarray, "inner inner"],
 ) -> tuple[Float[np.ndarray, "inner inner"], Float[np.ndarray, " inner"]]:
@@ -147,46 +122,52 @@ def _decomposed(
 
 
 def _rounded_in_order(
-    weight: Float[np.ndarray, "out inner"],
-    steps: Float[np.ndarray, "out inner"],
+    weight: Float[np.ndarray, "inner out"],
+    steps: Float[np.ndarray, "inner out"],
     feedback: Float[np.ndarray, "inner inner"],
-) -> Float[np.ndarray, "out inner"]:
-    """Round column by column, each with the feedback of the errors of those before it."""
+) -> Float[np.ndarray, "inner out"]:
+    """Round column by column, each with the feedback of the errors of those before it.
+
+    Columns of the matrix are rows here, so that each is contiguous.
+    """
     values, errors = np.empty_like(weight), np.empty_like(weight)
-    inner = weight.shape[1]
+    inner = len(weight)
     for start in range(0, inner, _BLOCK):
         stop = min(start + _BLOCK, inner)
-        wanted = weight[:, start:stop] + errors[:, :start] @ feedback[:start, start:stop]
+        wanted = weight[start:stop] + feedback[:start, start:stop].T @ errors[:start]
         for column in range(start, stop):
-            within = errors[:, start:column] @ feedback[start:column, column]
-            exact = (wanted[:, column - start] + within) / steps[:, column]
-            values[:, column] = np.clip(np.rint(exact), _LEAST, _MOST)
-            errors[:, column] = weight[:, column] - values[:, column] * steps[:, column]
+            within = feedback[start:column, column] @ errors[start:column]
+            exact = (wanted[column - start] + within) / steps[column]
+            values[column] = np.clip(np.rint(exact), _LEAST, _MOST)
+            errors[column] = weight[column] - values[column] * steps[column]
     return values
 
 
 def _descended(
-    weight: Float[np.ndarray, "out inner"],
-    values: Float[np.ndarray, "out inner"],
-    steps: Float[np.ndarray, "out inner"],
+    weight: Float[np.ndarray, "inner out"],
+    values: Float[np.ndarray, "inner out"],
+    steps: Float[np.ndarray, "inner out"],
     hessian: Float[np.ndarray, "inner inner"],
-) -> Float[np.ndarray, "out inner"]:
-    """Move each column in order to the integers that are best with the others as they are."""
-    values, inner = values.copy(), weight.shape[1]
-    # E H, which is kept up to date: along column j the least is where (E H)_j is zero.
-    slope = (weight - values * steps) @ hessian
+) -> Float[np.ndarray, "inner out"]:
+    """Move each column in order to the integers that are best with the others as they are.
+
+    Columns of the matrix are rows here, so that each is contiguous.
+    """
+    values, inner = values.copy(), len(weight)
+    # H Eᵀ, which is kept up to date: along column j the least is where (H Eᵀ)_j is zero.
+    slope = hessian @ (weight - values * steps)
     for start in range(0, inner, _BLOCK):
         stop = min(start + _BLOCK, inner)
-        own, within = slope[:, start:stop].copy(), hessian[start:stop, start:stop]
-        moved = np.empty_like(own)
+        within, moved = hessian[start:stop, start:stop], np.zeros_like(slope[start:stop])
         for column in range(start, stop):
             at = column - start
-            wanted = values[:, column] + own[:, at] / (within[at, at] * steps[:, column])
+            # What the columns of this block that moved before have changed.
+            own = slope[column] - within[at, :at] @ moved[:at]
+            wanted = values[column] + own / (within[at, at] * steps[column])
             better = np.clip(np.rint(wanted), _LEAST, _MOST)
-            moved[:, at] = (better - values[:, column]) * steps[:, column]
-            values[:, column] = better
-            own -= moved[:, at, None] * within[None, at]
-        slope -= moved @ hessian[start:stop]
+            moved[at] = (better - values[column]) * steps[column]
+            values[column] = better
+        slope -= hessian[:, start:stop] @ moved
     return values
 
 

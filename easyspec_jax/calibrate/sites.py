@@ -2,7 +2,7 @@
 
     h ──norm──► q, k, v ──attend──► o ──add──► between ──norm──► gate, up ──gate──► down ──add──► h
 
-At each place a stream carries the arrays that the rest of the layer needs:
+At each place the stream of a batch carries the arrays that the rest of the layer needs:
 
     place       q, k, v      o            gate, up      down
     arrays      h            h, mixed     between       between, inner
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.model.cache import write
-from easyspec_jax.model.transformer import Hidden, Layer
+from easyspec_jax.model.transformer import MLP, Hidden, Layer
 from easyspec_jax.model.windows import chain_windows
 from easyspec_jax.parallel.collectives import all_reduce
 
@@ -66,18 +66,24 @@ def _add_attention(layer: Layer, config: ModelConfig, stream: Stream) -> Stream:
     return (h + layer.post_norms.after_attention(attended),)
 
 
+def _mlp(layer: Layer) -> MLP:
+    assert isinstance(layer.mlp, MLP), "mixtures of experts have other sites"
+    return layer.mlp
+
+
 def _into_mlp(layer: Layer, stream: Stream) -> Hidden:
-    return layer.mlp.gate_up.normed(stream[0])
+    return _mlp(layer).gate_up.normed(stream[0])
 
 
 def _gate(layer: Layer, config: ModelConfig, stream: Stream) -> Stream:
     (between,) = stream
-    return between, layer.mlp.inner(between)
+    return between, _mlp(layer).inner(between)
 
 
 def _add_mlp(layer: Layer, config: ModelConfig, stream: Stream) -> Stream:
     between, inner = stream
-    return (between + layer.post_norms.after_mlp(all_reduce(layer.mlp.down(inner), layer.axes)),)
+    output = all_reduce(_mlp(layer).down(inner), layer.axes)
+    return (between + layer.post_norms.after_mlp(output),)
 
 
 SITES = (
@@ -89,38 +95,22 @@ SITES = (
 """A layer's sites in order."""
 
 
-def moments(
-    layers: tuple[Layer, Layer], config: ModelConfig, *rest: Any
-) -> tuple[Float[Array, "inputs inputs"], Float[Array, "inputs inputs"]]:
-    """Return Σ x xᵀ and Σ x yᵀ of one batch.
+def square_sums(layer: Layer, config: ModelConfig, *rest: Any) -> Float[Array, "inputs inputs"]:
+    """Return Σ x xᵀ over the tokens of one batch.
 
     Args:
-        layers: The layer as it is, and with the matrices before this site rounded.
+        layer: The layer.
         config: The model's.
-        arrays: The stream through the model as it is, then that through the rounded one.
-        site: Where x and y are.
-
-    Returns:
-        Sums over tokens, where x is the site's input in the rounded model and y that in the model
-        as it is.
+        rest: The arrays of the stream, then the Site whose inputs are x.
     """
     *arrays, site = rest
-    exact, rounded = _both(layers, arrays)
-    y, x = site.inputs(*exact), site.inputs(*rounded)
+    x = site.inputs(layer, tuple(arrays))
     # [texts, tokens, inputs] -> [texts * tokens, inputs]
-    x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-    return x.T @ x, x.T @ y
+    x = x.reshape(-1, x.shape[-1])
+    return x.T @ x
 
 
-def onward(layers: tuple[Layer, Layer], config: ModelConfig, *rest: Any) -> Stream:
-    """Take both streams of one batch past a site; arguments are those of moments()."""
+def onward(layer: Layer, config: ModelConfig, *rest: Any) -> Stream:
+    """Take the stream of one batch past a site; arguments are those of square_sums()."""
     *arrays, site = rest
-    (plain, exact), (own, rounded) = _both(layers, arrays)
-    return (*site.onward(plain, config, exact), *site.onward(own, config, rounded))
-
-
-def _both(
-    layers: tuple[Layer, Layer], arrays: Stream
-) -> tuple[tuple[Layer, Stream], tuple[Layer, Stream]]:
-    half = len(arrays) // 2
-    return (layers[0], arrays[:half]), (layers[1], arrays[half:])
+    return site.onward(layer, config, tuple(arrays))

@@ -9,7 +9,8 @@ from easyspec_jax.calibrate import calibrating
 from easyspec_jax.calibrate.calibrating import calibrate
 from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.checkpoint.quantized import Dequantized, Quantized
-from easyspec_jax.checkpoint.tensors import Overlay
+from easyspec_jax.checkpoint.tensors import Held, Overlay
+from easyspec_jax.errors import EasySpecError
 from easyspec_jax.parallel.mesh import MeshShape
 from tests.support.models import forward, load_target, loader, save_model
 
@@ -102,3 +103,12 @@ def test_matrices_that_are_int4_already_stay(opened, found, tmp_path):
     assert again.shapes().keys() == found.shapes().keys() - kept
     name = "model.layers.2.mlp.up_proj.weight"
     assert Dequantized(Overlay(nearest, again)).read(name).shape == found.shapes()[name]
+
+
+def test_numbers_that_are_not_finite_are_refused(opened, tmp_path):
+    name = "model.layers.0.self_attn.o_proj.weight"
+    damaged = opened.source.read(name).copy()
+    damaged[3, 4] = np.nan
+    source = Overlay(opened.source, Held({name: damaged}))
+    with pytest.raises(EasySpecError, match=f"{name} or its inputs have values that are not"):
+        calibrate(source, opened.config, _texts(0, 30), 32, tmp_path / "new")
