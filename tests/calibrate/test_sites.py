@@ -48,7 +48,7 @@ def test_sums_are_those_of_the_inputs(tmp_path):
     found = run(from_, square_sums, layer, [h], P(), SITES[0])
     np.testing.assert_allclose(found, x.T @ x, atol=1e-2)
     # The last site's inputs are those of the down projection.
-    inner = layer.mlp.down.weight.shape[1]
+    inner = from_.config.intermediate_size
     arrays = [h, np.ones((TEXTS, TOKENS, inner), np.float32)]
     found = run(from_, square_sums, layer, arrays, P(), SITES[3])
     np.testing.assert_array_equal(found, np.full((inner, inner), TEXTS * TOKENS))
