@@ -61,7 +61,8 @@ def calibration_on(text: Path, tokens: int, model: Model, group: int, memory: in
         )
     texts = read_texts(text, tokens, model, config)
     digest = hashlib.sha256(texts.tobytes()).hexdigest()
-    return Calibration(digest, partial(_calibrated, model.source, config, texts, group))
+    run = partial(_calibrated, model.source, config, texts, group)
+    return Calibration(digest, space_needed(config, texts.size), run)
 
 
 def read_texts(
@@ -76,7 +77,8 @@ def read_texts(
         config: Its configuration.
 
     Raises:
-        EasySpecError: The file cannot be read, or has fewer than LEAST_TOKENS.
+        EasySpecError: The file cannot be read, has fewer than LEAST_TOKENS, or has some that the
+            model lacks.
     """
     try:
         content = path.read_text(encoding="utf-8-sig")
@@ -90,10 +92,18 @@ def read_texts(
         raise EasySpecError(
             f"`calibration` {path} holds {len(ids)} tokens; give at least {LEAST_TOKENS}"
         )
-    length = min(LENGTH, config.max_position_embeddings)
-    count = len(ids) // length
-    # [count * length] -> [count, length]; what is left over is too short for a text.
-    return np.asarray(ids[: count * length], np.int32).reshape(count, length)
+    if max(ids) >= config.vocab_size:
+        raise EasySpecError(
+            f"the tokenizer gives id {max(ids)}, for which {model.origin} has no embedding"
+        )
+    # What the tokenizer puts first goes first in every text: models rely on it.
+    first = encode(tokenizer, "")
+    first = first if ids[: len(first)] == first else []
+    body = ids[len(first) :]
+    length = min(LENGTH, config.max_position_embeddings) - len(first)
+    # What is left over at the end is too short for a text.
+    starts = range(0, len(body) - length + 1, length)
+    return np.asarray([first + body[start : start + length] for start in starts], np.int32)
 
 
 def memory_needed(config: ModelConfig, tokens: int) -> int:
@@ -106,6 +116,15 @@ def memory_needed(config: ModelConfig, tokens: int) -> int:
     texts = tokens * hidden + _BATCH * (4 * hidden + 4 * inner)
     floats = _COPIES * largest + _LAYERS * layer + texts
     return _BASE + _SQUARES * 8 * inputs**2 + 4 * floats
+
+
+def space_needed(config: ModelConfig, tokens: int) -> int:
+    """Return the bytes of files that calibrating a model writes at most."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    heads = config.num_attention_heads * config.head_dim
+    # A byte a number of every layer; and hidden states before and behind one, in float32.
+    layers = config.num_hidden_layers * hidden * (3 * inner + 4 * heads)
+    return layers + 2 * 4 * tokens * (hidden + max(inner, heads, hidden))
 
 
 def _calibrated(

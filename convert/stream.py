@@ -82,11 +82,13 @@ class Calibration:
 
     Attributes:
         digest: Identifies what is calibrated on.
+        size: Bytes of the files that it writes, at most.
         run: Finds them, and keeps them in a directory that it creates. Called again with the same
             directory after an interruption, it goes on.
     """
 
     digest: str
+    size: int
     run: Callable[[Path], TensorSource]
 
 
@@ -152,12 +154,13 @@ def convert(
     with workplace(out, _task(model, job, config, format, digest)) as place:
         write_json(place.directory / "config.json", config)
         model.write_companions(place.directory)
-        if calibration is not None:
-            found = calibration.run(place.directory / _CALIBRATION)
-            job = replace(job, source=Overlay(job.source, found))
         store = format.make(place.directory, parsed, job.shapes, job.dtypes)
         pieces = list(job.pieces(store.rows))
-        _check_space(place, pieces)
+        calibrated = place.directory / _CALIBRATION
+        further = 0 if calibration is None or calibrated.is_dir() else calibration.size
+        _check_space(place, pieces, further)
+        if calibration is not None:
+            job = replace(job, source=Overlay(job.source, calibration.run(calibrated)))
         reused, losses = 0, Losses()
         with bar("Converting", job.size, in_bytes=True) as advance:
             for piece, (whole, loss) in job.run(partial(_transfer, job, store, place), pieces):
@@ -167,7 +170,7 @@ def convert(
         store.finish()
         if verify:
             _compare(job, place.directory, open_checkpoint(place.directory).source)
-        shutil.rmtree(place.directory / _CALIBRATION, ignore_errors=True)
+        _remove(calibrated)
     errors = losses.relative(job.shapes)
     return Result(job.parameters, job.dtype, job.size, reused, job.integers, errors)
 
@@ -515,8 +518,19 @@ def _task(model: Model, job: _Job, config: dict[str, Any], format: Format, calib
     return hashlib.sha256(described.encode()).hexdigest()
 
 
-def _check_space(place: Workplace, pieces: Iterable[Piece]) -> None:
-    needed = sum(piece.size for piece in pieces if (piece.name, piece.start) not in place.done)
+def _remove(calibrated: Path) -> None:
+    """Remove what a calibration has found, under a name that is never read: half would mislead."""
+    gone = calibrated.with_suffix(".gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    if calibrated.is_dir():
+        calibrated.rename(gone)
+        shutil.rmtree(gone)
+
+
+def _check_space(place: Workplace, pieces: Iterable[Piece], further: int) -> None:
+    """Check the space for the pieces that are missing, and for further bytes."""
+    missing = (piece.size for piece in pieces if (piece.name, piece.start) not in place.done)
+    needed = sum(missing, further)
     free = shutil.disk_usage(place.directory).free
     if needed > free:
         raise EasySpecError(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from easyspec_jax.errors import EasySpecError
+from easyspec_jax.files import flush
 
 _JOURNAL = "journal"
 
@@ -63,7 +64,7 @@ def workplace(out: Path, task: str) -> Iterator[Workplace]:
         _refuse_existing(out)
         yield Workplace(partial, _resumed(partial, task))
         (partial / _JOURNAL).unlink()
-        _flush(partial)
+        flush(partial)
         partial.rename(out)
     except KeyboardInterrupt:
         raise
@@ -127,15 +128,3 @@ def _parsed(line: str) -> Any:
     with suppress(ValueError):
         return json.loads(line)
     return None
-
-
-def _flush(directory: Path) -> None:
-    """Force all files to the disk: after a power failure, a name must not lead to empty files."""
-    for parent, _, files in os.walk(directory):
-        # Directories have contents too, the names of their files.
-        for name in (*files, "."):
-            handle = os.open(os.path.join(parent, name), os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)

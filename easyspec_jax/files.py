@@ -29,6 +29,18 @@ def read_input(path: str | Path) -> bytes:
     return sys.stdin.buffer.read()
 
 
+def flush(directory: Path) -> None:
+    """Force all files to the disk: after a power failure, a name must not lead to empty files."""
+    for parent, _, files in os.walk(directory):
+        # Directories have contents too, the names of their files.
+        for name in (*files, "."):
+            handle = os.open(os.path.join(parent, name), os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file atomically: a reader sees the old content or the new one, never a mixture.
 

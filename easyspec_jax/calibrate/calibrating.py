@@ -26,6 +26,7 @@ from easyspec_jax.checkpoint.quantized import Dequantized, Quantized, scale_name
 from easyspec_jax.checkpoint.rounding import dequantize
 from easyspec_jax.checkpoint.tensors import Held, Overlay, TensorSource
 from easyspec_jax.errors import EasySpecError
+from easyspec_jax.files import flush
 from easyspec_jax.model.device import run
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
@@ -49,8 +50,8 @@ def calibrate(
 ) -> TensorSource:
     """Round the matrices of a dense model's layers to int4.
 
-    What is found lies in the directory. If a call is interrupted, the next one with the same
-    arguments goes on behind the last whole layer.
+    Results are kept in the directory. If a call is interrupted, the next one with the same
+    arguments continues after the last whole layer.
 
     Args:
         source: The model's tensors.
@@ -70,7 +71,7 @@ def calibrate(
     directory.mkdir(exist_ok=True)
     layers = range(config.num_hidden_layers)
     rounding = _Rounding(source, config, group, directory)
-    done = sum(rounding.path(layer).is_dir() for layer in layers)
+    done = next((layer for layer in layers if not rounding.path(layer).is_dir()), len(layers))
     with bar("Rounding", len(layers)) as advance:
         advance(done)
         if done == 0:
@@ -86,7 +87,7 @@ def calibrate(
 class _Rounding:
     """A model that is being rounded.
 
-    Directory `layer-N` holds the rounded matrices of layer N and the streams behind it. It gets
+    Directory `layer-N` holds the rounded matrices of layer N and the streams after it. It gets
     this name once it is whole, and then the streams before it go.
     """
 
@@ -129,7 +130,7 @@ class _Rounding:
             streams.write(number, [h[number * TEXTS_A_BATCH :][:TEXTS_A_BATCH]])
 
     def round_layer(self, layer: int, count: int) -> None:
-        """Round a layer's matrices, and take the streams behind it."""
+        """Round a layer's matrices, and take the streams past it."""
         streams = Streams(self.path(layer - 1) / _STREAMS, count)
         partial = self.directory / "partial"
         onto = self._new_streams(partial, count)
@@ -142,6 +143,7 @@ class _Rounding:
                 specs = (P(),) * site.arrays_onward
                 onto.write(number, run(self.loader, onward, module, arrays, specs, site))
             streams = onto
+        flush(partial)
         partial.rename(self.path(layer))
         shutil.rmtree(self.path(layer - 1) / _STREAMS)
 

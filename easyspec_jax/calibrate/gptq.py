@@ -29,10 +29,10 @@ more tokens; docs/conversion.md has the figures.
 """
 
 SWEEPS = 3
-"""Sweeps over all columns behind GPTQ's own."""
+"""Sweeps over all columns after GPTQ's own."""
 
 _BLOCK = 128
-"""Columns that are rounded before the columns behind them, or all others, hear of it."""
+"""Columns that are rounded before their errors are passed on to all others."""
 
 _FLOATS = 8 << 20
 """Numbers of an array that is computed for as many rows at a time as fit."""
@@ -55,7 +55,7 @@ def gptq(
         hessian: Σ x xᵀ over inputs x, in any unit.
         group: Columns that share a scale; divides `inner`.
         damping: Share of the mean of the hessian's diagonal that is added to it.
-        sweeps: Sweeps behind GPTQ's own.
+        sweeps: Sweeps after GPTQ's own.
 
     Returns:
         Values of int4 and float32 scales, as from `rounding.quantize`.

@@ -26,7 +26,7 @@ def prefill_all(
 ) -> tuple[State, list[Chunk]]:
     """Run prefill over all prompts, chunk by chunk: the target first, and then the draft.
 
-    So first tokens do not wait for the draft.
+    So first tokens do not wait for the draft, but with several processes, whose calls wait.
 
     Args:
         programs: Compiled steps.

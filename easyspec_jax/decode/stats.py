@@ -42,7 +42,7 @@ class Stats:
         accepted: Positions that were accepted.
         accepted_per_position: For each position of a draft, the rounds that accepted it.
         prefill_seconds: Time until the first token, in seconds; a draft reads the prompt after it.
-        decode_seconds: Time of all rounds, in seconds.
+        decode_seconds: Time from the first token to the last, in seconds.
         decoded_tokens: Tokens that rounds added. The first token of a text comes from prefill and
             belongs to no round.
         lookup_drafted: Drafted positions that hold a token from a lookup in the text.

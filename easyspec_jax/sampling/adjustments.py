@@ -1,4 +1,4 @@
-"""What the rows of a batch ask for besides temperature and truncation, as arrays.
+"""Options of the rows of a batch besides temperature and truncation, as arrays.
 
 An option that no row of a batch uses is static (`Kinds`): its arrays are None, and nothing of it is
 in the compiled programs.

@@ -145,9 +145,12 @@ def memory_of(programs: Programs, capacity: int, prompt: int) -> int:
     of_chunk = [
         jax.ShapeDtypeStruct(*one) for one in (((1, chunk), "i4"), ((1,), "i4"), ((1,), "bool"))
     ]
-    steps: Any = programs.compiled.round, programs.compiled.prefill  # declared as mere callables
+    own: Any = programs.compiled  # whose steps are declared as mere callables
+    steps = [(own.round, ()), (own.prefill, of_chunk)]
+    if programs.draft is not None:
+        steps.append((own.prefill_draft, of_chunk[:2]))
     taken = []
-    for step, arguments in zip(steps, ((), of_chunk), strict=True):
+    for step, arguments in steps:
         compiled = step.lower(programs.leaves, state, *arguments).compile()
         taken.append(compiled.memory_analysis().temp_size_in_bytes)
     held = sum(array.nbytes for array in (*programs.leaves, *jax.tree.leaves(state)))

@@ -59,7 +59,7 @@ def test_everything_is_as_it_would_be_rounded_without(opened, found):
         assert found.read(name).shape == shape
 
 
-def test_an_interrupted_call_goes_on_behind_the_last_whole_layer(
+def test_an_interrupted_call_continues_after_the_last_whole_layer(
     opened, found, tmp_path, monkeypatch
 ):
     arguments = opened.source, opened.config, _texts(0, 30), 32, tmp_path / "new"

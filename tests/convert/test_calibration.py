@@ -1,10 +1,15 @@
 """`--calibration` gives a checkpoint like any other of int4, or one line of error."""
 
+import json
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from convert import calibration as module
-from convert.__main__ import main
+from convert import stream
+from convert.__main__ import _parser, main
 from convert.calibration import memory_needed
 from convert.converting import ConvertConfig, convert
 from convert.huggingface import open_huggingface
@@ -13,6 +18,7 @@ from easyspec_jax.checkpoint.config import read_model_config
 from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.checkpoint.families import EMBEDDING
 from easyspec_jax.checkpoint.quantized import scale_name
+from easyspec_jax.checkpoint.rounding import INT4_GROUPS
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.parallel.mesh import MeshShape
 from easyspec_jax.tokenizer import encode, load_tokenizer
@@ -111,6 +117,66 @@ def test_an_interrupted_conversion_goes_on(model, text, tmp_path, monkeypatch):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_an_interrupted_removal_misleads_no_later_run(model, text, tmp_path, monkeypatch):
+    """What is half removed has a name that is not read, so all of it is found again."""
+    config = ConvertConfig(weights="int4", calibration=text, verify=True)
+    convert(model, tmp_path / "whole", config)
+    plain = shutil.rmtree
+
+    def interrupted(path, *rest, **options):
+        if path.name.endswith(".gone") and path.is_dir():
+            plain(path / "layer-0")
+            raise KeyboardInterrupt
+        plain(path, *rest, **options)
+
+    monkeypatch.setattr(stream.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(model, tmp_path / "out", config)
+    monkeypatch.setattr(stream.shutil, "rmtree", plain)
+    convert(model, tmp_path / "out", config)
+    assert open_checkpoint(tmp_path / "out").fingerprint == (
+        open_checkpoint(tmp_path / "whole").fingerprint
+    )
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
+
+
+def test_space_for_the_calibration_is_checked_before_it(model, text, tmp_path, monkeypatch):
+    """There is enough for what is written in the end."""
+    monkeypatch.setattr(calibrating, "gptq", None)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(stream.shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    with pytest.raises(EasySpecError, match=r"MB of free space and has 1\.0 MB"):
+        convert(model, tmp_path / "out", ConvertConfig(weights="int4", calibration=text))
+    convert(model, tmp_path / "plain", ConvertConfig(weights="int4"))
+
+
+def test_every_text_begins_as_the_tokenizer_begins_one(model, text):
+    opened, config = open_huggingface(model), read_model_config(model)
+    plain = module.read_texts(text, 4096, opened, config)
+    tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    one = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [one, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<bos>": {"id": "<bos>", "ids": [1], "tokens": ["<bos>"]}},
+    }
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    begun = module.read_texts(text, 4096, open_huggingface(model), config)
+    assert begun.shape[1] == plain.shape[1] == 512
+    assert (begun[:, 0] == 1).all()
+    np.testing.assert_array_equal(begun[:2, 1:].ravel(), plain.ravel()[: 2 * 511])
+
+
+def test_the_command_knows_the_sizes_and_the_default():
+    (group,) = (action for action in _parser()._actions if action.dest == "group_size")
+    assert group.choices is not None and set(group.choices) == set(INT4_GROUPS)
+    (tokens,) = (action for action in _parser()._actions if action.dest == "calibration_tokens")
+    assert f"(default: {module.TOKENS})" in str(tokens.help)
+
+
 def test_an_error_leaves_nothing_behind(model, text, tmp_path, monkeypatch):
     def fail(*given):
         raise OSError(28, "No space left on device")
@@ -159,6 +225,10 @@ def test_what_cannot_be_calibrated_is_refused_before_anything_is_read(
     refused("`calibration` .*short holds 9 tokens; give at least 2048", tmp_path / "short")
     (tmp_path / "empty").touch()
     refused("`calibration` .*empty holds 0 tokens; give at least 2048", tmp_path / "empty")
+    fewer = read_model_config(model)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "model_config", lambda *_, **__: replace(fewer, vocab_size=20))
+        refused(r"the tokenizer gives id \d+, for which .*hf has no embedding")
     refused(r"hf: `calibration` needs more memory; give `memory` of at least \d+", memory=1 << 28)
     save_model(tmp_path / "experts", "mixtral", num_hidden_layers=1)
     refused("experts is a mixture of experts, which cannot be", source=tmp_path / "experts")

@@ -86,7 +86,7 @@ def prompt(tokens):
 
 @pytest.mark.parametrize("tokens", [39, 130, pytest.param(300, marks=pytest.mark.exhaustive)])
 def test_no_more_programs_are_compiled_than_sizes(engine, tokens):
-    """Of either model."""
+    """Neither model has more."""
     sampling = SamplingParams(max_new_tokens=4)
     run = engine.programs(sampling)
     row = EncodedPrompt("", prompt(tokens))

@@ -133,7 +133,7 @@ def test_sums_of_groups_are_counted_on_accelerators_too(weights, tokens, size):
 
 
 def test_the_kernel_of_a_gpu_writes_no_sums_of_groups():
-    """Of a prompt's 512 tokens 64 MiB are left, as on TPUs."""
+    """For a prompt's 512 tokens 64 MiB remain, as on TPUs."""
     job = large(target_weights="int4", mesh=absent_mesh(MeshShape(4, 2), "gpu"))
     target, _ = fits._of_models(job)[0]
     assert fits._of_products(target, job, 21) == 0

@@ -131,7 +131,7 @@ def written(fused: bool, out: int, groups: int, tokens: int) -> list[int]:
 @pytest.mark.parametrize("out, groups", [(28672, 32), (4096, 112)], ids=["gate_up", "down"])
 @pytest.mark.parametrize("tokens", [1, 6, 21, 64])
 def test_a_product_writes_no_sums_of_groups(tokens, out, groups):
-    """Of Llama-3.1-8B in int4: nothing is written but products, neither sums nor a matrix."""
+    """Products of Llama-3.1-8B in int4 write nothing else: neither sums nor a matrix."""
     assert max(written(True, out, groups, tokens)) <= 4 * out * tokens
     if tokens == 6:
         assert max(written(False, out, groups, tokens)) >= 4 * out * groups * tokens

@@ -151,7 +151,7 @@ def test_a_fuzzy_draft_step_copies_no_matrix(request, machine, mesh, weights):
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_an_exact_pass_through_groups_cuts_no_matrix_out(request, machine, mesh, weights):
-    """The kernel is told the slot of a stack. Without one, XLA cuts out all slots at once."""
+    """The kernel gets the number of a slot. Without it, XLA cuts out all slots at once."""
     if machine.startswith("v5e"):
         pytest.skip("the kernel is for GPUs")
     if weights == "int8":

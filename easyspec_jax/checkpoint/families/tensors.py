@@ -1,4 +1,4 @@
-"""What a family is, and the tensors that several of them have."""
+"""Definition of a family, and the tensors that several of them have."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
