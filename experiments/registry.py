@@ -92,10 +92,6 @@ SCRIPTS = (
                 "Table 2: Qwen2.5-Coder-1.5B drafted by 0.5B, two processes, a core each",
             ),
             Result(
-                "table2_qwen_processes_n2",
-                "Table 2: Qwen2.5-Coder-1.5B drafted by 0.5B, two processes, N = 2",
-            ),
-            Result(
                 "table2_qwen_processes_n7",
                 "Table 2: Qwen2.5-Coder-1.5B drafted by 0.5B with N = 7, two processes",
             ),
@@ -109,7 +105,6 @@ SCRIPTS = (
         (
             Result("spec_bench", "Table 3: questions in Spec-Bench's form", "--max-new-tokens 64"),
             Result("spec_bench_smollm2", "Table 3: SmolLM2-135M-Instruct as its own draft"),
-            Result("spec_bench_qwen", "Table 3: Qwen2.5-Coder-1.5B drafted by 0.5B"),
         ),
         draws=True,
     ),
@@ -146,7 +141,6 @@ SCRIPTS = (
                 "--lp-strategies 0,1-3,4-7x4,8-10,11 --max-new-tokens 8",
             ),
             Result("frontier_smollm2", "Fidelity against collectives: SmolLM2-135M-Instruct"),
-            Result("frontier_qwen", "Fidelity against collectives: Qwen2.5-Coder-0.5B-Instruct"),
         ),
         draws=True,
     ),
@@ -161,7 +155,6 @@ SCRIPTS = (
                 "--mesh 2 --max-new-tokens 64 --repeats 9",
                 "--lp-sizes 2 --max-new-tokens 8 --repeats 2",
             ),
-            Result("table5_qwen", "Table 5: Qwen2.5-Coder-1.5B drafted by 0.5B"),
         ),
         draws=True,
     ),
@@ -210,18 +203,6 @@ SCRIPTS = (
             Result("acceptance_demo_refit", "Acceptance with a refit: the bundled pair"),
             Result("acceptance", "{subject}"),
             Result("acceptance_qwen", "Acceptance: Qwen2.5-Coder-1.5B drafted by 0.5B"),
-            Result(
-                "acceptance_qwen_sampled",
-                "Acceptance, sampled: Qwen2.5-Coder-1.5B drafted by 0.5B",
-            ),
-            Result(
-                "acceptance_qwen_code",
-                "Acceptance, functions to write: Qwen2.5-Coder-1.5B drafted by 0.5B",
-            ),
-            Result(
-                "acceptance_qwen_prose",
-                "Acceptance, prose to write: Qwen2.5-Coder-1.5B drafted by 0.5B",
-            ),
         ),
         draws=True,
     ),
@@ -343,10 +324,6 @@ SCRIPTS = (
             Result(
                 "peers_smollm2",
                 "Other engines in the same run: SmolLM2-135M-Instruct as its own draft",
-            ),
-            Result(
-                "peers_qwen_transformers",
-                "transformers in the same run: Qwen2.5-Coder-1.5B drafted by 0.5B",
             ),
             Result("peers_qwen", "llama.cpp in the same run: Qwen2.5-Coder-1.5B drafted by 0.5B"),
             Result(

@@ -59,6 +59,8 @@ class _Unread(NamedTuple):
         texts: Numbers of the texts that they had.
         levels: Levels of the round; None for a prefill.
         alone: Whether nothing else was dispatched between it and the round before it.
+        drafted: After a prefill, an array that is there once the draft has read the prompts too;
+            None if nobody needs to wait for that.
     """
 
     read: Callable[[], Report]
@@ -66,6 +68,7 @@ class _Unread(NamedTuple):
     texts: Int[np.ndarray, " some"]
     levels: int | None = None
     alone: bool = False
+    drafted: jax.Array | None = None
 
 
 class Batch:
@@ -78,6 +81,8 @@ class Batch:
     Attributes:
         cached: Prompt tokens of each row's text that came from the store of prefixes, or from
             another row.
+        read_at: When the draft had read each row's prompt, by time.perf_counter(). It is known once
+            the report of the text's first round is read; without a draft it is 0.
     """
 
     def __init__(
@@ -98,6 +103,9 @@ class Batch:
         self._prefixes = prefixes
         self._known: dict[int, Text] = {}  # by row, where there is a store
         self.cached = np.zeros(rows, np.int64)
+        self.read_at = np.zeros(rows)
+        # Rows whose first tokens are out while the draft reads, and when it has; see _Unread.
+        self._drafting: list[tuple[Int[np.ndarray, " some"], jax.Array]] = []
         self._tiers = programs.tier_choice(rows)
         self._thresholds = programs.threshold_choice(rows)
         self._levels = programs.config.levels  # of the round that was dispatched last
@@ -205,7 +213,8 @@ class Batch:
         self._texts = len(prompts)
         self._text = np.arange(self._texts)
         rows = np.arange(self._texts)
-        self._unread = [_Unread(partial(first_tokens, chunks), rows, self._text.copy())]
+        read = partial(first_tokens, chunks)
+        self._unread = [_Unread(read, rows, self._text.copy(), drafted=self._marker())]
 
     def enter(self, row: int, prompt: Sequence[int], limit: int, sampling: SamplingParams) -> None:
         """Give a free row a text.
@@ -227,7 +236,8 @@ class Batch:
         self._state, report = self._programs.enter(self._state, row, *text)
         self._began({row: prompt}, found)
         read = partial(jax.device_get, report)
-        self._unread.append(_Unread(read, np.asarray([row]), self._text[[row]]))
+        texts = self._text[[row]]
+        self._unread.append(_Unread(read, np.asarray([row]), texts, drafted=self._marker()))
 
     def leave(self, row: int) -> None:
         """Free a row. Reports still in flight for its text are dropped.
@@ -252,8 +262,13 @@ class Batch:
         rows = np.arange(len(self._text))
         read = partial(jax.device_get, ahead)
         self._unread = [_Unread(read, rows, self._text.copy(), self._levels, is_alone)]
-        for read, rows, texts, levels, alone in unread:
-            report = read()
+        for one in unread:
+            _, rows, texts, levels, alone, drafted = one
+            if levels is not None:
+                self._await_draft()
+            elif drafted is not None:
+                self._drafting.append((rows, drafted))
+            report = one.read()
             current = (texts == self._text[rows]) & (texts != FREE)
             # The report's rows may be few; CacheGrowth counts all: [some] -> [batch].
             tokens = np.zeros_like(self._text)
@@ -272,6 +287,20 @@ class Batch:
                     self._thresholds.read(confidence, accepted, current & ~done)
             yield Read(report, rows, current)
 
+    def _marker(self) -> jax.Array | None:
+        """Return an array that is there once the draft has read the prompts dispatched so far."""
+        # With several processes the calls have waited for that.
+        waits = self._programs.draft is None or hosts.count() > 1
+        return None if waits else self._state.draft_length + 0
+
+    def _await_draft(self) -> None:
+        """Note when the draft has read the prompts of texts whose first tokens are out."""
+        for rows, drafted in self._drafting:
+            jax.block_until_ready(drafted)
+            # What follows is the time of a round alone.
+            self.read_at[rows] = self._clock = time.perf_counter()
+        self._drafting = []
+
     def _dispatch(self) -> tuple[Report, bool]:
         """Dispatch a round of the tier that is chosen.
 
@@ -279,8 +308,6 @@ class Batch:
             Its report on the devices, and whether nothing else was dispatched.
         """
         before, capacity = self._levels, self._growth.capacity
-        # The draft reads a prompt after the report of its prefill.
-        reads = self._programs.draft is not None and any(one.levels is None for one in self._unread)
         self._levels = self._tiers.next()
         self._state = self._growth.grow_if_needed(self._state)
         lags = before == 0 < self._levels
@@ -290,7 +317,7 @@ class Batch:
         if self._thresholds is not None and self._levels:
             threshold = self._thresholds.next()
         self._state, report = self._programs.round(self._state, self._levels, threshold)
-        return report, not lags and not reads and capacity == self._growth.capacity
+        return report, not lags and capacity == self._growth.capacity
 
     def _time(self, levels: int | None, report: Report) -> None:
         """Note when a report came.

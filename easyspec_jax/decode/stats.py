@@ -41,8 +41,9 @@ class Stats:
         drafted: Positions that were drafted.
         accepted: Positions that were accepted.
         accepted_per_position: For each position of a draft, the rounds that accepted it.
-        prefill_seconds: Time until the first token, in seconds; a draft reads the prompt after it.
-        decode_seconds: Time from the first token to the last, in seconds.
+        prefill_seconds: Time of prefill, in seconds: by the target until the first token, and by
+            the draft after it.
+        decode_seconds: Time of all rounds, in seconds.
         decoded_tokens: Tokens that rounds added. The first token of a text comes from prefill and
             belongs to no round.
         lookup_drafted: Drafted positions that hold a token from a lookup in the text.
@@ -91,7 +92,7 @@ class Stats:
 
     @property
     def tokens_per_second(self) -> float:
-        """Speed of all tokens after the first; 0 where no time was measured."""
+        """Speed of the rounds, without prefill and its token; 0 where no time was measured."""
         return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     def with_round(

@@ -197,13 +197,20 @@ class Generation:
         """Those of the tokens that the latest report added, if the sampling asks for them."""
         return self.logprobs[max(0, len(self.logprobs) - len(self.latest.pieces)) :]
 
-    def take(self, report: Report, row: int) -> str:
+    def take(self, report: Report, row: int, read_at: float = 0.0) -> str:
         """Add what a report says about one of its rows, and return the new text.
 
         The first report is that of the prefill, every other one that of a round.
+
+        Args:
+            report: The report.
+            row: The row of it.
+            read_at: When the draft had read the prompt, by time.perf_counter(); see Batch.
         """
         seconds = time.perf_counter() - self.begun
         if self.started:
+            if not self.tokens_per_round and read_at > self.begun:
+                self.stats = replace(self.stats, prefill_seconds=read_at - self.begun)
             self.latest = self._take_round(report, row, seconds)
         else:
             self.started = True

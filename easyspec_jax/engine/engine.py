@@ -353,7 +353,7 @@ class Engine(Models):
             for report in running.reports():
                 for index, row in enumerate(rows):
                     if not row.finished:
-                        on_text(row.take(report, index))
+                        on_text(row.take(report, index, running.read_at[index]))
                 # A stop string ends a text on the host, where the devices do not see it. Once all
                 # texts have ended, whatever the devices still add is dropped.
                 if all(row.finished for row in rows):

@@ -62,7 +62,7 @@ class RunningBatch(Generic[Name]):
                 if row not in self._held:  # it left since the report was read
                     continue
                 name, text = self._held[row]
-                text.take(read.report, int(index))
+                text.take(read.report, int(index), self._batch.read_at[row])
                 if text.finished:
                     self._free(row)
                 yield name, text

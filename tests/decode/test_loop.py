@@ -1,6 +1,7 @@
 """Whole generations on tiny models: texts are those of plain decoding, caches those of prefill."""
 
 import re
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -517,13 +518,34 @@ def test_a_first_token_does_not_wait_for_the_draft(pair, refills):
     assert read == ["target", "target", "draft", "draft"]
 
 
-@pytest.mark.parametrize(("config", "untimed"), [(PLAIN, 0), (GREEDY, 1)], ids=["plain", "draft"])
-def test_rounds_are_timed_without_the_draft_reading_a_prompt(pair, config, untimed, monkeypatch):
-    timed = []
-    monkeypatch.setattr(RoundTimes, "add", lambda *args, **_: timed.append(args[1]))
-    run = programs(pair, config)
-    reports = list(decode(run, PROMPTS[1:2], [20], SamplingParams()))
-    assert len(timed) == len(reports) - 1 - untimed > 2
+@pytest.mark.parametrize("refills", [False, True])
+def test_rounds_are_timed_without_the_draft_reading_a_prompt(pair, refills, monkeypatch):
+    """The first token is out before that, and read_at says when it was done."""
+    timed, waited, run = [], [], programs(pair, GREEDY)
+    list(decode(run, PROMPTS[1:2], [20], SamplingParams()))  # compiles
+    plain = jax.block_until_ready
+
+    def slow(array):
+        if reports:
+            waited.append(time.perf_counter())
+            time.sleep(1)
+        return plain(array)
+
+    monkeypatch.setattr(RoundTimes, "add", lambda *args, **_: timed.append(args[2]))
+    if refills:
+        batch = Batch.empty(run, 1, capacity=256)
+        batch.enter(0, PROMPTS[1], 20, SamplingParams())
+    else:
+        batch = Batch.filled(run, PROMPTS[1:2], [20], SamplingParams())
+    reports: list[Any] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(jax, "block_until_ready", slow)
+        while len(reports) < 3:
+            reports += list(batch.step())
+    batch.close()
+    assert len(waited) == 1
+    assert batch.read_at[0] >= waited[0] + 1
+    assert len(timed) == 2 and max(timed) < 1
 
 
 @pytest.mark.parametrize(
