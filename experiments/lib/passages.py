@@ -378,6 +378,8 @@ PASSAGES: dict[str, Callable[[Path], str]] = {
     "quantization": tabulated("quantization"),
     "adapt_qwen": tabulated("adapt_qwen"),
     "adapt_qwen_sampled": tabulated("adapt_qwen_sampled"),
+    "adapt_qwen_processes": tabulated("adapt_qwen_processes"),
+    "bench_lookup": tabulated("bench_lookup"),
     "adapt_qwen_ngram": tabulated("adapt_qwen_ngram"),
     "context_length": tabulated("context_length"),
     "lookup_speeds": lookup_speeds,
