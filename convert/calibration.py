@@ -2,6 +2,7 @@
 
 import hashlib
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -97,8 +98,7 @@ def read_texts(
             f"the tokenizer gives id {max(ids)}, for which {model.origin} has no embedding"
         )
     # What the tokenizer puts first goes first in every text: models rely on it.
-    first = encode(tokenizer, "")
-    first = first if ids[: len(first)] == first else []
+    first = list(takewhile(lambda number: number in tokenizer.all_special_ids, ids))
     body = ids[len(first) :]
     length = min(LENGTH, config.max_position_embeddings) - len(first)
     # What is left over at the end is too short for a text.

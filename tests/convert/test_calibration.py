@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,8 +125,8 @@ def test_an_interrupted_removal_misleads_no_later_run(model, text, tmp_path, mon
     plain = shutil.rmtree
 
     def interrupted(path, *rest, **options):
-        if path.name.endswith(".gone") and path.is_dir():
-            plain(path / "layer-0")
+        if Path(path).suffix == ".gone" and Path(path).is_dir():
+            plain(Path(path) / "layer-0")
             raise KeyboardInterrupt
         plain(path, *rest, **options)
 
