@@ -60,7 +60,7 @@ class _Unread(NamedTuple):
         levels: Levels of the round; None for a prefill.
         alone: Whether nothing else was dispatched between it and the round before it.
         drafted: After a prefill, an array that is there once the draft has read the prompts too;
-            None if nobody needs to wait for that.
+            None without a draft, or where the calls have waited for it.
     """
 
     read: Callable[[], Report]

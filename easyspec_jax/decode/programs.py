@@ -181,7 +181,7 @@ class Programs:
             parts.append((tokens[:, :size], begin, count))
             start += size
         assert report is not None, "an empty prompt"
-        # The draft reads behind all of the target's chunks: the first token does not wait for it.
+        # The draft reads after all of the target's chunks: the first token does not wait for it.
         for part in parts if self.draft is not None else ():
             arrays = map(self._replicated, part)
             state = self.compiled.enter_draft(self.leaves, state, place, *arrays)

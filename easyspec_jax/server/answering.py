@@ -319,7 +319,7 @@ def _poster(
     """Return what puts an answer's events into an inbox, from any thread."""
 
     def post(event: Event) -> None:
-        # Once the event loop is closed, nobody waits for the answer any more.
+        # A closed event loop runs no callbacks, so the answer would reach no one.
         with suppress(RuntimeError):
             loop.call_soon_threadsafe(inbox.put_nowait, (index, event))
 

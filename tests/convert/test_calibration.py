@@ -119,7 +119,7 @@ def test_an_interrupted_conversion_goes_on(model, text, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_removal_misleads_no_later_run(model, text, tmp_path, monkeypatch):
-    """What is half removed has a name that is not read, so all of it is found again."""
+    """A calibration that was half removed is not read again; the next run makes a new one."""
     config = ConvertConfig(weights="int4", calibration=text, verify=True)
     convert(model, tmp_path / "whole", config)
     plain = shutil.rmtree
