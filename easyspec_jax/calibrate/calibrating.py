@@ -20,13 +20,13 @@ from easyspec_jax.arithmetic import ceil_div
 from easyspec_jax.calibrate.gptq import gptq
 from easyspec_jax.calibrate.rounded_files import RoundedFiles, write_rounded
 from easyspec_jax.calibrate.sites import SITES, Site, onward, square_sums
-from easyspec_jax.calibrate.streams import Streams, embedded
 from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.checkpoint.quantized import Dequantized, Quantized, scale_name
 from easyspec_jax.checkpoint.rounding import dequantize
 from easyspec_jax.checkpoint.tensors import Held, Overlay, TensorSource
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.files import flush
+from easyspec_jax.model.batches import Batches, embedded
 from easyspec_jax.model.device import run
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size
@@ -37,7 +37,7 @@ from easyspec_jax.progress import Bar, no_bar
 TEXTS_A_BATCH = 8
 """Texts that go through a site together."""
 
-_STREAMS = "streams"
+_BATCHES = "batches"
 
 
 def calibrate(
@@ -76,9 +76,8 @@ def calibrate(
         advance(done)
         if done == 0:
             rounding.begin(texts)
-        count = ceil_div(len(texts), TEXTS_A_BATCH)
         for layer in layers[done:]:
-            rounding.round_layer(layer, count)
+            rounding.round_layer(layer)
             advance(1)
     return rounding.found()
 
@@ -87,8 +86,8 @@ def calibrate(
 class _Rounding:
     """A model that is being rounded.
 
-    Directory `layer-N` holds the rounded matrices of layer N and the streams after it. It gets
-    this name once it is whole, and then the streams before it go.
+    Directory `layer-N` holds the rounded matrices of layer N and the hidden states after it. It
+    gets this name once it is whole, and then the hidden states before it go.
     """
 
     source: TensorSource
@@ -123,35 +122,35 @@ class _Rounding:
         return self.directory / f"layer-{layer}"
 
     def begin(self, texts: Int[np.ndarray, "texts tokens"]) -> None:
-        """Write the streams before the first layer, from the embedding as it will be rounded."""
-        streams = self._new_streams(self.path(-1), ceil_div(len(texts), TEXTS_A_BATCH))
+        """Write what the first layer is fed, from the embedding as it will be rounded."""
+        batches = self._new_batches(self.path(-1))
         h = embedded(Dequantized(self.nearest), self.config, texts)
-        for number in range(streams.count):
-            streams.write(number, [h[number * TEXTS_A_BATCH :][:TEXTS_A_BATCH]])
+        for number in range(ceil_div(len(h), TEXTS_A_BATCH)):
+            batches[number] = [h[number * TEXTS_A_BATCH :][:TEXTS_A_BATCH]]
 
-    def round_layer(self, layer: int, count: int) -> None:
-        """Round a layer's matrices, and take the streams past it."""
-        streams = Streams(self.path(layer - 1) / _STREAMS, count)
+    def round_layer(self, layer: int) -> None:
+        """Round a layer's matrices, and take the hidden states past it."""
+        batches = Batches(self.path(layer - 1) / _BATCHES)
         partial = self.directory / "partial"
-        onto = self._new_streams(partial, count)
+        onto = self._new_batches(partial)
         module, held = self.loader.layer(layer), dict[str, np.ndarray]()
         for site in SITES:
-            held |= self._round_site(layer, site, module, streams, partial)
+            held |= self._round_site(layer, site, module, batches, partial)
             known = Overlay(self.plain, Held(held))
             module = replace(self.loader, source=known).layer(layer)
-            for number, arrays in enumerate(streams):
+            for number, arrays in enumerate(batches):
                 specs = (P(),) * site.arrays_onward
-                onto.write(number, run(self.loader, onward, module, arrays, specs, site))
-            streams = onto
+                onto[number] = run(self.loader, onward, module, arrays, specs, site)
+            batches = onto
         flush(partial)
         partial.rename(self.path(layer))
-        shutil.rmtree(self.path(layer - 1) / _STREAMS)
+        shutil.rmtree(self.path(layer - 1) / _BATCHES)
 
     def _round_site(
-        self, layer: int, site: Site, module: Layer, streams: Streams, directory: Path
+        self, layer: int, site: Site, module: Layer, batches: Batches, directory: Path
     ) -> dict[str, np.ndarray]:
         """Round the matrices of a site into files, and return what they stand for as floats."""
-        hessian, held = self._hessian(site, module, streams), {}
+        hessian, held = self._hessian(site, module, batches), {}
         for part in site.parts:
             name = f"model.layers.{layer}.{part}.weight"
             if not self._is_rounded(name):
@@ -168,10 +167,10 @@ class _Rounding:
             held[name] = dequantize(values, scale)
         return held
 
-    def _hessian(self, site: Site, module: Layer, streams: Streams) -> np.ndarray:
+    def _hessian(self, site: Site, module: Layer, batches: Batches) -> np.ndarray:
         """Return Σ x xᵀ over a site's inputs in all batches, in float64."""
         hessian = np.zeros(())
-        for arrays in streams:
+        for arrays in batches:
             sums = run(self.loader, square_sums, module, arrays, P(), site)
             hessian = hessian + np.asarray(sums, np.float64)
         return hessian
@@ -179,10 +178,10 @@ class _Rounding:
     def _is_rounded(self, name: str) -> bool:
         return self.nearest.dtypes()[name] != self.source.dtypes()[name]
 
-    def _new_streams(self, parent: Path, count: int) -> Streams:
+    def _new_batches(self, parent: Path) -> Batches:
         shutil.rmtree(parent, ignore_errors=True)
-        (parent / _STREAMS).mkdir(parents=True)
-        return Streams(parent / _STREAMS, count)
+        (parent / _BATCHES).mkdir(parents=True)
+        return Batches(parent / _BATCHES)
 
     def found(self) -> RoundedFiles:
         """Return everything that was rounded."""

@@ -24,7 +24,6 @@ from typing import Any, Protocol
 import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
-from numpy.typing import ArrayLike
 
 from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.checkpoint.tensors import Held
@@ -40,6 +39,7 @@ from easyspec_jax.draft.sites import (
     qkv_site,
     target,
 )
+from easyspec_jax.model.batches import Batches
 from easyspec_jax.model.device import run
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.projection import Projection
@@ -53,32 +53,12 @@ TEXTS_A_BATCH = 8
 """Texts that go through a block together."""
 
 
-class Batches(Protocol):
+class States(Protocol):
     """Hidden states of the exact and the fuzzy pass, each [texts, tokens, hidden], by batch."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, number: int, /) -> tuple[np.ndarray, np.ndarray]: ...
-
-
-class States:
-    """Batches on disk, in float32, that can be replaced."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory, self._count = directory, 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        exact, fuzzy = np.load(self._directory / f"{number}.npy")
-        return exact, fuzzy
-
-    def __setitem__(self, number: int, states: Sequence[ArrayLike]) -> None:
-        self._count = max(self._count, number + 1)
-        # [2, texts, tokens, hidden]: the exact pass, then the fuzzy one.
-        both = np.stack([np.asarray(x, np.float32) for x in states])
-        np.save(self._directory / f"{number}.npy", both)
+    def __getitem__(self, number: int, /) -> Sequence[np.ndarray]: ...
 
 
 def fit(
@@ -105,7 +85,7 @@ def fit(
     """
     fitted: Tensors = {}
     with TemporaryDirectory() as directory, bar("Refitting", len(layout.groups)) as advance:
-        states = States(Path(directory))
+        states = Batches(Path(directory))
         for number, h in enumerate(embed(loader, texts)):
             # Nothing is fuzzy before the first layer.
             states[number] = h, h
@@ -122,7 +102,7 @@ def fit(
 
 
 def fit_attentions(
-    loader: Loader, group: Group, block: LayerGroup, states: Batches, ridge: float
+    loader: Loader, group: Group, block: LayerGroup, states: States, ridge: float
 ) -> Tensors:
     """Fit the attentions of a group that have stale inputs: all but the first.
 
@@ -143,7 +123,7 @@ def fit_mlps(
     group: Group,
     block: LayerGroup,
     attentions: Tensors,
-    states: Batches,
+    states: States,
     ridge: float,
 ) -> Tensors:
     """Fit the MLPs of a group that have stale inputs, turn by turn.
@@ -205,7 +185,7 @@ def _fit_projections(
     fed: Callable[..., list[Fed]],
     sites: Sequence[Site],
     stale: range,
-    states: Batches,
+    states: States,
     ridge: float,
 ) -> Tensors:
     """Fit some projections of a group, which `fed` traces, in one pass over all batches."""

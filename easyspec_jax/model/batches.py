@@ -14,32 +14,36 @@ from easyspec_jax.checkpoint.tensors import TensorSource, row_blocks
 
 
 @dataclass(frozen=True)
-class Streams:
-    """Arrays of every batch, which replace each other on the way through a layer.
+class Batches:
+    """Arrays of every batch, in float32, which replace each other on the way through a layer.
+
+    A directory with batches from before is continued.
 
     Attributes:
         directory: Where they are.
-        count: Number of batches.
 
     Examples:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as directory:
-        ...     streams = Streams(Path(directory), count=1)
-        ...     streams.write(0, [np.zeros(2), np.ones(1)])
-        ...     [[array.tolist() for array in batch] for batch in streams]
+        ...     batches = Batches(Path(directory))
+        ...     batches[0] = [np.zeros(2), np.ones(1)]
+        ...     [[array.tolist() for array in batch] for batch in batches]
         [[[0.0, 0.0], [1.0]]]
     """
 
     directory: Path
-    count: int
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.directory.glob("*.npz"))
 
     def __iter__(self) -> Iterator[list[np.ndarray]]:
-        for number in range(self.count):
-            with np.load(self._path(number)) as arrays:
-                yield list(arrays.values())
+        return (self[number] for number in range(len(self)))
 
-    def write(self, number: int, arrays: Sequence[ArrayLike]) -> None:
-        """Replace the arrays of a batch."""
+    def __getitem__(self, number: int, /) -> list[np.ndarray]:
+        with np.load(self._path(number)) as arrays:
+            return list(arrays.values())
+
+    def __setitem__(self, number: int, arrays: Sequence[ArrayLike], /) -> None:
         np.savez(self._path(number), *(np.asarray(array, np.float32) for array in arrays))
 
     def _path(self, number: int) -> Path:

@@ -1,10 +1,10 @@
-"""Streams begin with the embeddings that the model itself looks up."""
+"""Hidden states on disk begin with the embeddings that the model itself looks up."""
 
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from easyspec_jax.calibrate.streams import Streams, embedded
 from easyspec_jax.checkpoint.directory import open_checkpoint
+from easyspec_jax.model.batches import Batches, embedded
 from easyspec_jax.model.device import run
 from easyspec_jax.parallel.mesh import MeshShape
 from tests.support.models import loader, save_model
@@ -20,10 +20,10 @@ def test_embeddings_are_the_decoders(tmp_path):
 
 
 def test_batches_replace_each_other(tmp_path):
-    streams = Streams(tmp_path, count=2)
+    batches = Batches(tmp_path)
     for number in range(2):
-        streams.write(number, [np.full((1, 2), number)])
-    streams.write(1, [np.full((1, 3), 5), np.zeros(1)])
-    found = list(streams)
+        batches[number] = [np.full((1, 2), number)]
+    batches[1] = [np.full((1, 3), 5), np.zeros(1)]
+    found = list(batches)
     assert [[array.shape for array in batch] for batch in found] == [[(1, 2)], [(1, 3), (1,)]]
     assert found[1][0].dtype == np.float32 and (found[1][0] == 5).all()
