@@ -32,7 +32,7 @@ from easyspec_jax.engine.abstract import (
 )
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.model.experts import numbers_in_memory
-from easyspec_jax.model.matrix import Matrix, sums_in_memory
+from easyspec_jax.model.matrix import Matrix, bytes_in_memory
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.options import KVDType, Weights
 from easyspec_jax.parallel.mesh import MAX_VIRTUAL_DEVICES, TENSOR, Axes, axes_size, parse_mesh
@@ -177,39 +177,53 @@ def _of_models(job: Workload) -> tuple[tuple[Decoder, Decoder | None], int, int,
 
 
 def _working(model: Decoder, programs: Programs, job: Workload) -> int:
+    """Estimate the bytes of the largest pass on one device: over a prompt's chunk, or a round's."""
+    capacity, nodes = programs.sizes.capacity(job.tokens), 1 + job.round.verified
+    # A shorter `max_length` that is only tried may be less than the prompt.
+    chunk = max(programs.sizes.chunks(min(job.prompt, job.tokens), capacity, job.rows))
+    of_pass = partial(_of_pass, model, programs, job, capacity)
+    # Of a prompt, only the last token has logits, and only the target's.
+    return max(of_pass(chunk, int(model is programs.target)), of_pass(nodes, nodes))
+
+
+def _of_pass(
+    model: Decoder, programs: Programs, job: Workload, capacity: int, tokens: int, nodes: int
+) -> int:
     """Estimate the bytes of one pass on one device.
 
     Per token, in float32: scores and softmax of every head, and one mask, over the cache; three
     arrays of an MLP's inner size; and six of the hidden size. On top come the logits of all nodes
-    of a draft, what penalties count for each of them, and what products by quantized matrices
-    write.
+    of a draft, what penalties count for each of them, and what products by quantized matrices and
+    mixtures of experts write.
+
+    Args:
+        model: The model.
+        programs: The programs of the workload.
+        job: The workload.
+        capacity: Entries of the caches.
+        tokens: Tokens of each row.
+        nodes: Those of them that have logits.
     """
     config = model.config
     shards = axes_size(job.mesh, model.axes)
-    nodes = 1 + job.round.verified
-    capacity = programs.sizes.capacity(job.tokens)
     # The exact pass over a group computes one layer at a time, split over "tensor" alone.
     head_shards = shards if model is programs.target else job.mesh.shape[TENSOR]
     heads = ceil_div(config.num_attention_heads, head_shards)
     inner = ceil_div(config.intermediate_size, shards)
     vocabulary = model.embedding.shape[0] // shards
-    for_each_token = 4 * ((2 * heads + 1) * capacity + 3 * inner + 6 * config.hidden_size)
-    # A shorter `max_length` that is only tried may be less than the prompt.
-    chunk = max(programs.sizes.chunks(min(job.prompt, job.tokens), capacity, job.rows))
-    of_tokens = max(chunk, nodes) * for_each_token
-    of_products = max(_of_products(model, job, tokens) for tokens in (chunk, nodes))
+    of_token = 4 * ((2 * heads + 1) * capacity + 3 * inner + 6 * config.hidden_size)
+    of_products = _of_products(model, job, tokens)
     if config.mixture is not None:
-        of_mixture = partial(
-            numbers_in_memory,
+        numbers = numbers_in_memory(
             config.mixture,
             config.hidden_size,
             ceil_div(config.mixture.moe_intermediate_size, shards),
+            tokens=job.rows * tokens,
             sorts=settings_of(_platform(job.mesh)).sorts_by_expert,
         )
-        for tokens in (chunk, nodes):
-            of_products = max(of_products, 4 * of_mixture(tokens=job.rows * tokens))
+        of_products = max(of_products, 4 * numbers)
     arrays = 5 if job.round.kinds.penalties else 3
-    return job.rows * (of_tokens + arrays * 4 * nodes * vocabulary) + of_products
+    return job.rows * (tokens * of_token + arrays * 4 * nodes * vocabulary) + of_products
 
 
 def _of_products(model: Decoder, job: Workload, tokens: int) -> int:
@@ -220,29 +234,29 @@ def _of_products(model: Decoder, job: Workload, tokens: int) -> int:
         job: The workload.
         tokens: Tokens of each row in an exact pass.
     """
-    sums = floats = 0
+    written = floats = 0
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Matrix) and module.scale is not None:
             # An exact pass multiplies by one slot of a stack at a time, a fuzzy one by all of them.
             slots = _shard_shape(module.scale)[:-2]
-            exact = _sums(module, job.rows * tokens, job.dtype)
-            fuzzy = prod(slots) * _sums(module, job.rows * job.round.width, job.dtype)
-            sums = max(sums, exact, fuzzy)
+            exact = _of_product(module, job.rows * tokens, job.dtype)
+            fuzzy = prod(slots) * _of_product(module, job.rows * job.round.width, job.dtype)
+            written = max(written, exact, fuzzy)
     if _platform(job.mesh) == "cpu":
         # XLA's CPU backend makes floats of all matrices first; others convert as they multiply.
         for leaf in jax.tree.leaves(model):
             if leaf.dtype.itemsize < np.dtype(job.dtype).itemsize:
                 floats += prod(_shard_shape(leaf))
-    return 4 * sums + np.dtype(job.dtype).itemsize * floats
+    return written + np.dtype(job.dtype).itemsize * floats
 
 
-def _sums(matrix: Matrix, tokens: int, dtype: str) -> int:
-    """Return how many sums of groups one slot of a quantized matrix writes on a device."""
+def _of_product(matrix: Matrix, tokens: int, dtype: str) -> int:
+    """Return the bytes that a product by one slot of a quantized matrix writes on a device."""
     *_, out, inner = _shard_shape(matrix.values)
     groups = _shard_shape(matrix.scale)[-1]
     if matrix.is_fused(out, inner, groups, tokens, dtype):
         return 0
-    return sums_in_memory(out, groups, tokens)
+    return bytes_in_memory(out, inner, groups, tokens, dtype)
 
 
 def _shard_shape(array: Any) -> tuple[int, ...]:

@@ -3,6 +3,8 @@
 XLA fuses no scale between partial sums: it writes the sums of every group to memory, [out, groups,
 tokens] of float32, before it scales and adds them. For six tokens and groups of 128 columns of int4
 that is more than a third of the matrix. Here each group's sum is scaled in registers.
+
+Integers with one scale for all columns need this only in a stack, of which XLA would write floats.
 """
 
 from functools import partial
@@ -27,7 +29,7 @@ MAX_TOKENS = 64
 """Tokens of all rows of a batch that a program takes at most."""
 
 GROUPS = (32, 64, 128)
-"""Columns that share a scale, in the matrices that are supported."""
+"""Columns that are multiplied at a time: those that share a scale, or 128 if all do."""
 
 PROGRAMS = 64
 """Programs that a product should have at least. More of them would read all tokens more often."""
@@ -51,8 +53,14 @@ def supports(out: int, inner: int, groups: int, tokens: int, dtype: DTypeLike) -
         (True, False)
     """
     known = jnp.dtype(dtype) in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
-    whole = out % SMALLEST_DOT == 0 and inner // groups in GROUPS
-    return triton is not None and known and whole and groups > 1 and tokens <= MAX_TOKENS
+    columns = _columns(inner, groups)
+    whole = out % SMALLEST_DOT == 0 and inner % columns == 0 and columns in GROUPS
+    return triton is not None and known and whole and tokens <= MAX_TOKENS
+
+
+def _columns(inner: int, groups: int) -> int:
+    """Return how many columns are multiplied at a time."""
+    return inner // groups if groups > 1 else GROUPS[-1]
 
 
 def multiply(
@@ -87,7 +95,11 @@ def multiply(
         grid=(out // outputs,),
         compiler_params=triton.CompilerParams(num_warps=outputs // SMALLEST_DOT, num_stages=4),
         interpret=interpret,
-    )(values.reshape(slots, out, groups, -1), scale, x.reshape(batch * tokens, inner))
+    )(
+        values.reshape(slots, out, -1, _columns(inner, groups)),
+        scale,
+        x.reshape(batch * tokens, inner),
+    )
     return result.reshape(batch, tokens, out)
 
 
@@ -109,20 +121,21 @@ def output_tile(out: int) -> int:
 def _kernel(
     values: Any, scale: Any, x: Any, out: Any, *, slot: int, rows: int, outputs: int
 ) -> None:
-    """Compute some outputs for all rows; values are [slots, out, groups, columns of a group]."""
-    _, _, groups, size = values.shape
+    """Compute some outputs for all rows; values are [slots, out, parts, columns of a part]."""
+    _, _, parts, size = values.shape
+    one_scale = scale.shape[-1] == 1
     first, output = pl.program_id(0) * outputs, span(pl.program_id(0), outputs)
     row = span(0, rows)
     real = row < x.shape[0]  # others are padding
 
-    def add(group: Array, total: Float[Array, "outputs rows"]) -> Float[Array, "outputs rows"]:
+    def add(part: Array, total: Float[Array, "outputs rows"]) -> Float[Array, "outputs rows"]:
         # The columns are a whole slice, because Pallas then loads two int4 as one byte. It would
         # load the byte of each number of an array of columns.
-        integers = values[slot, pl.ds(first, outputs), group, :]
-        column = span(group, size)
+        integers = values[slot, pl.ds(first, outputs), part, :]
+        column = span(part, size)
         token = triton.load(x.at[row[:, None], column[None, :]], mask=real[:, None], other=0)
-        part = times_transposed(integers.astype(jnp.int8).astype(token.dtype), token)
-        return total + scale[slot, output, group][:, None] * part
+        product = times_transposed(integers.astype(jnp.int8).astype(token.dtype), token)
+        return total + scale[slot, output, 0 if one_scale else part][:, None] * product
 
-    total = jax.lax.fori_loop(0, groups, add, jnp.zeros((outputs, rows), jnp.float32))
+    total = jax.lax.fori_loop(0, parts, add, jnp.zeros((outputs, rows), jnp.float32))
     triton.store(out.at[row[None, :], output[:, None]], total, mask=real[None, :])

@@ -276,8 +276,14 @@ class Loader:
         # Where only some of the tensors have offsets, those of the others are zero.
         offsets = scales_of(plan, groups, OFFSET).only(self._kept.shapes())
         offset = self.load(offsets, np.dtype(np.float32)) if offsets.copies else None
-        fused, interpret = self.kernels.fused_groups, self.platform == "cpu"
-        return Matrix(values, scale, offset, fused=fused, interpret=interpret)
+        return Matrix(
+            values,
+            scale,
+            offset,
+            fused=self.kernels.fused_groups,
+            interpret=self.platform == "cpu",
+            pairs=self.kernels.pairs_tokens,
+        )
 
     def _group_of(self, tensor: str) -> int | None:
         """Return how many columns of a quantized tensor share a scale; None if all of a row do."""

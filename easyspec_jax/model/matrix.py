@@ -8,13 +8,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
+from easyspec_jax.arithmetic import ceil_div
 from easyspec_jax.kernels import grouped as kernel
 
 FEW_TOKENS = 64
-"""Up to this many tokens are multiplied by all outputs of a matrix with groups at once."""
+"""Up to this many tokens are multiplied by integers with groups as they are, more by floats."""
 
-_SUMS = 1 << 24
-"""Sums of groups that are in memory at a time for more tokens than that: 64 MiB of float32."""
+_FLOATS = 1 << 26
+"""Floats of such a matrix that are in memory at a time: 128 MiB of bfloat16."""
 
 
 class Matrix(nnx.Module):
@@ -23,7 +24,9 @@ class Matrix(nnx.Module):
     Quantized ones are as in checkpoint/quantized.py: values · scale + offset of their group of
     columns. An offset multiplies the sum of the group's inputs. With one group the scale waits
     until after the product, and no float copy of the matrix is written where the compiler fuses the
-    values' conversion into the product.
+    values' conversion into the product. With more, each group's sum is scaled where tokens are few;
+    many tokens have more sums than the matrix has numbers, so it becomes floats, a block of outputs
+    at a time.
 
     Leaves may carry a leading slot axis to `vmap` over.
 
@@ -31,9 +34,10 @@ class Matrix(nnx.Module):
         values: Floats, int8 or int4.
         scale: Scales of integers, or None.
         offset: Their offsets, or None.
-        fused: Whether a kernel multiplies few tokens by integers with groups, where it supports the
-            shapes.
+        fused: Whether a kernel multiplies few tokens by integers with groups, and by those of one
+            slot of a stack, where it supports the shapes.
         interpret: Run the kernel in Pallas' interpreter, as a CPU must.
+        pairs: Multiply a single token by integers as one of two, and look its row up likewise.
         slot: Which of its slots this matrix is, if the leaves are a stack; see at().
     """
 
@@ -45,12 +49,13 @@ class Matrix(nnx.Module):
         *,
         fused: bool = False,
         interpret: bool = False,
+        pairs: bool = False,
         slot: int | None = None,
     ) -> None:
         self.values = nnx.Param(values)
         self.scale = None if scale is None else nnx.Param(scale)
         self.offset = None if offset is None else nnx.Param(offset)
-        self.fused, self.interpret, self.slot = fused, interpret, slot
+        self.fused, self.interpret, self.pairs, self.slot = fused, interpret, pairs, slot
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -76,7 +81,9 @@ class Matrix(nnx.Module):
             values = self._own(self.values).astype(x.dtype)
             y = jnp.einsum("oi,bti->obt", values, x, preferred_element_type=dtype)
         else:
-            y = self._of_integers(self.scale, x)
+            alone = self.pairs and x.shape[0] * x.shape[1] == 1
+            y = self._of_integers(self.scale, _paired(x) if alone else x)
+            y = _first(y, axis=2) if alone else y
             if self.offset is not None:
                 y += _of_sums(self._own(self.offset), x)
             y = y.astype(dtype or x.dtype)
@@ -96,6 +103,7 @@ class Matrix(nnx.Module):
             None if self.offset is None else self.offset[...],
             fused=True,
             interpret=self.interpret,
+            pairs=self.pairs,
             slot=slot,
         )
 
@@ -123,7 +131,8 @@ class Matrix(nnx.Module):
             tokens: Tokens of all rows.
             dtype: Dtype of the tokens.
         """
-        return self.fused and kernel.supports(out, inner, groups, tokens, dtype)
+        needed = groups > 1 or self.slot is not None
+        return self.fused and needed and kernel.supports(out, inner, groups, tokens, dtype)
 
     def rows(self, numbers: Int[Array, "batch tokens"], dtype: DTypeLike) -> Array:
         """Look up rows, as an embedding does.
@@ -135,37 +144,47 @@ class Matrix(nnx.Module):
         Returns:
             [batch, tokens, in].
         """
-        found = self.values[...][numbers]
         if self.scale is None:
-            return found.astype(dtype)
-        scale = self.scale[...][numbers]  # [batch, tokens, groups]
-        grouped = found.astype(jnp.float32).reshape(*scale.shape, -1)
-        floats = grouped * scale[..., None]
-        if self.offset is not None:
-            floats += self.offset[...][numbers][..., None]
-        return floats.reshape(found.shape).astype(dtype)
+            return self.values[...][numbers].astype(dtype)
+        alone = self.pairs and numbers.size == 1
+        found = self.values[...][_paired(numbers) if alone else numbers]
+        found = _first(found, axis=1) if alone else found
+        offset = None if self.offset is None else self.offset[...][numbers]
+        return _floats(found, self.scale[...][numbers], offset).astype(dtype)
 
 
-def sums_in_memory(out: int, groups: int, tokens: int) -> int:
-    """Count the numbers that a plain product by a quantized matrix writes before it scales them.
+def bytes_in_memory(out: int, inner: int, groups: int, tokens: int, dtype: DTypeLike) -> int:
+    """Count what a plain product by a quantized matrix writes besides its result.
 
     Args:
         out: Outputs of the matrix.
+        inner: Its columns.
         groups: Scales of an output.
         tokens: Tokens of all rows.
+        dtype: Dtype of the tokens.
 
     Examples:
-        Gate and up of Llama-3.1-8B in groups of 128, by 21 and by 512 tokens:
+        Gate and up of Llama-3.1-8B in groups of 128: sums of groups for 21 tokens, and a block of
+        floats for 512.
 
-        >>> sums_in_memory(28672, 32, 21), sums_in_memory(28672, 32, 512)
-        (19267584, 16777216)
+        >>> shape = dict(out=28672, inner=4096, groups=32, dtype=jnp.bfloat16)
+        >>> bytes_in_memory(**shape, tokens=21), bytes_in_memory(**shape, tokens=512)
+        (77070336, 117440512)
     """
-    return 0 if groups == 1 else _block(out, groups, tokens) * groups * tokens
+    if groups == 1:
+        return 0
+    if tokens <= FEW_TOKENS:
+        return 4 * out * groups * tokens
+    return jnp.dtype(dtype).itemsize * _block(out, inner) * inner
 
 
-def _block(out: int, groups: int, tokens: int) -> int:
-    """Return how many outputs of a matrix with groups are computed at a time."""
-    return out if tokens <= FEW_TOKENS else min(out, max(1, _SUMS // (groups * tokens)))
+def _block(out: int, inner: int) -> int:
+    """Return how many outputs of a matrix with groups become floats at a time.
+
+    Blocks are as even as they can be, because the last one overlaps that before it.
+    """
+    blocks = ceil_div(out * inner, _FLOATS)
+    return max(1, ceil_div(out, blocks))
 
 
 def _scaled(
@@ -176,25 +195,54 @@ def _scaled(
     """Multiply by a quantized matrix; the result is float32."""
     out, groups = scale.shape
     if groups == 1:
-        values = values.astype(x.dtype)
-        y = jnp.einsum("oi,bti->obt", values, x, preferred_element_type=jnp.float32)
-        return y * scale[:, :, None]
-    x = x.reshape(*x.shape[:2], groups, -1)
-    block = _block(out, groups, x.shape[0] * x.shape[1])
-    if block == out:
+        return _product(values.astype(x.dtype), x) * scale[:, :, None]
+    if x.shape[0] * x.shape[1] <= FEW_TOKENS:
         return _sum_of_groups(values, scale, x)
+    block = _block(out, x.shape[2])
 
     def outputs(start: Int[Array, ""]) -> Float[Array, "block batch tokens"]:
         values_of, scale_of = (
             jax.lax.dynamic_slice_in_dim(whole, start, block) for whole in (values, scale)
         )
-        return _sum_of_groups(values_of, scale_of, x)
+        return _product(_floats(values_of, scale_of).astype(x.dtype), x)
 
+    if block == out:
+        return outputs(jnp.zeros((), jnp.int32))
     # 10 outputs in blocks of 4 start at 0, 4 and 6, so that the last block is a whole one too.
     starts = jnp.minimum(jnp.arange(0, out, block), out - block)
     y = jax.lax.map(outputs, starts)  # [blocks, block, batch, tokens]
     again = len(starts) * block - out  # of the last block, 2 outputs are in the one before
     return jnp.concatenate([y[:-1].reshape(-1, *y.shape[2:]), y[-1, again:]])
+
+
+def _product(
+    values: Float[Array, "out inner"], x: Float[Array, "batch tokens inner"]
+) -> Float[Array, "out batch tokens"]:
+    """Multiply floats; the result is float32."""
+    return jnp.einsum("oi,bti->obt", values, x, preferred_element_type=jnp.float32)
+
+
+def _paired(x: Num[Array, "batch 1 *rest"]) -> Num[Array, "batch 2 *rest"]:
+    """Add a second token, of zeros; a barrier keeps XLA from leaving it out."""
+    padding = [(0, 0), (0, 1), *[(0, 0)] * (x.ndim - 2)]
+    return jax.lax.optimization_barrier(jnp.pad(x, padding))
+
+
+def _first(y: Num[Array, "..."], axis: int) -> Num[Array, "..."]:
+    """Take the first token of two, behind a barrier likewise."""
+    return jax.lax.slice_in_dim(jax.lax.optimization_barrier(y), 0, 1, axis=axis)
+
+
+def _floats(
+    values: Int[Array, "*rows inner"],
+    scale: Float[Array, "*rows groups"],
+    offset: Float[Array, "*rows groups"] | None = None,
+) -> Float[Array, "*rows inner"]:
+    """Return what quantized rows stand for, in float32."""
+    floats = values.astype(jnp.float32).reshape(*scale.shape, -1) * scale[..., None]
+    if offset is not None:
+        floats += offset[..., None]
+    return floats.reshape(values.shape)
 
 
 def _of_sums(
@@ -208,10 +256,11 @@ def _of_sums(
 def _sum_of_groups(
     values: Int[Array, "out inner"],
     scale: Float[Array, "out groups"],
-    x: Float[Array, "batch tokens groups group"],
+    x: Float[Array, "batch tokens inner"],
 ) -> Float[Array, "out batch tokens"]:
-    """Multiply each group separately and add up the scaled products."""
+    """Multiply each group separately and add up the scaled products; the result is float32."""
     # [out, groups, batch, tokens] · [out, groups, 1, 1] -> [out, batch, tokens]
+    x = x.reshape(*x.shape[:2], scale.shape[1], -1)
     grouped = values.astype(x.dtype).reshape(*scale.shape, -1)
     parts = jnp.einsum("ogi,btgi->ogbt", grouped, x, preferred_element_type=jnp.float32)
     return jnp.sum(parts * scale[:, :, None, None], axis=1)

@@ -16,6 +16,8 @@ class PlatformSettings:
         fused_mlp: Compute the first half of each feed-forward part by one kernel, likewise.
         fused_groups: Multiply few tokens by quantized matrices with groups by a kernel, likewise,
             so that no sums of groups are written to memory.
+        pairs_tokens: Multiply a single token by quantized matrices as one of two, for a compiler
+            that would copy each matrix for one.
         split_keys_from: Cache entries from which an attention splits its keys among programs; None
             for never.
         sorts_by_expert: Send the tokens of a long pass only through the experts that they use,
@@ -28,6 +30,7 @@ class PlatformSettings:
     fused_attention: bool = False
     fused_mlp: bool = False
     fused_groups: bool = False
+    pairs_tokens: bool = False
     split_keys_from: int | None = None
     sorts_by_expert: bool = False
     reads_parts: bool = False
@@ -36,13 +39,15 @@ class PlatformSettings:
 SETTINGS: dict[str, PlatformSettings] = {
     "cpu": PlatformSettings(sorts_by_expert=True, reads_parts=True),
     "gpu": PlatformSettings(fused_groups=True),
-    "tpu": PlatformSettings(reads_parts=True),
+    "tpu": PlatformSettings(pairs_tokens=True, reads_parts=True),
 }
 """Settings of each platform.
 
 All kernels agree with the plain path in Pallas' interpreter and compile for an H100, but their
 speed was not measured on a GPU. Only `fused_groups` is on: by the text compiled for an H100, only
-with it do products by matrices with groups write no sums of groups to memory.
+with it do products by matrices with groups write no sums of groups to memory. `pairs_tokens` is on
+for TPUs by the text compiled for a v5e: libtpu 0.0.52 copies every quantized matrix before it
+multiplies it by one token, and none for two.
 """
 
 

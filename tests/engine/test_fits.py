@@ -54,7 +54,7 @@ def large(**options) -> Workload:
 
 @pytest.mark.parametrize("refit", ["none", "auto"])
 def test_the_demo_pair_takes_what_was_predicted(refit):
-    """Weights and caches to the byte; XLA's temporaries of a pass are 0.75 to 1 of the estimate."""
+    """Weights and caches to the byte; XLA's temporaries of a pass are 0.65 to 1 of the estimate."""
     engine = open_model(mesh="4", platform="cpu", speculative=SpeculativeConfig(refit=refit))
     sampling = SamplingParams()
     need = needed(engine.workload(TOKENS, PROMPT, ROWS, sampling))
@@ -70,7 +70,7 @@ def test_the_demo_pair_takes_what_was_predicted(refit):
     )
     (size,) = programs.sizes.chunks(PROMPT, growing[-1], ROWS)
     temporary = _temporary(programs, growing[-1], size)
-    assert 0.6 * need.working <= engine.mesh.size * temporary <= need.working
+    assert 0.65 * need.working <= engine.mesh.size * temporary <= need.working
 
 
 def _temporary(programs: Programs, capacity: int, size: int) -> int:
@@ -122,22 +122,21 @@ def test_products_by_quantized_matrices_are_counted(weights, prompt):
     assert 0.75 * more < taken[1] - taken[0] <= more
 
 
-@pytest.mark.parametrize("weights, tokens, size", [("int4", 512, 2**26), ("int4", 21, 7168 * 5376)])
-def test_sums_of_groups_are_counted_on_accelerators_too(weights, tokens, size):
-    """Of 70B, split over 8 devices: 7168 outputs of 64 groups, for many tokens 64 MiB at a time."""
-    for kept in (None, "int8", weights):
+@pytest.mark.parametrize("tokens, size", [(21, 7168 * 64 * 21 * 4), (512, 7168 * 8192 * 2)])
+def test_what_groups_take_is_counted_on_accelerators_too(tokens, size):
+    """Of 70B over 8 devices, 7168 outputs: sums of 64 groups, and bfloat16 for many tokens."""
+    for kept in (None, "int8", "int4"):
         job = large(target_weights=kept)
         target, _ = fits._of_models(job)[0]
-        found = fits._of_products(target, job, tokens)
-        assert 0.95 * size < found <= size if kept == weights else found == 0
+        assert fits._of_products(target, job, tokens) == (size if kept == "int4" else 0)
 
 
 def test_the_kernel_of_a_gpu_writes_no_sums_of_groups():
-    """For a prompt's 512 tokens 64 MiB remain, as on TPUs."""
+    """For a prompt's 512 tokens the matrix becomes floats, as on TPUs."""
     job = large(target_weights="int4", mesh=absent_mesh(MeshShape(4, 2), "gpu"))
     target, _ = fits._of_models(job)[0]
     assert fits._of_products(target, job, 21) == 0
-    assert 0.95 * 2**26 < fits._of_products(target, job, 512) <= 2**26
+    assert fits._of_products(target, job, 512) == 7168 * 8192 * 2
 
 
 def test_a_pair_of_70b_takes_what_xla_says():

@@ -1,6 +1,6 @@
 """grouped.multiply() agrees with the plain path, in Pallas' interpreter."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -105,19 +105,20 @@ def test_a_stack_of_matrices_is_one_for_each_slot():
     np.testing.assert_allclose(got, [expected, -expected], rtol=1e-6)
 
 
-def test_a_slot_is_read_where_it_is_in_the_stack():
+@pytest.mark.parametrize(
+    "product", [Product(), Product(values="int8", groups=1, group=256)], ids=str
+)
+def test_a_slot_is_read_where_it_is_in_the_stack(product):
     """No operation of the trace takes it out, unless the plain path multiplies by it."""
-    stack = jax.tree.map(
-        lambda leaf: jnp.stack([jnp.zeros_like(leaf), leaf]), Product().matrix(True)
-    )
+    stack = jax.tree.map(lambda leaf: jnp.stack([jnp.zeros_like(leaf), leaf]), product.matrix(True))
     for tokens, sliced in ((6, False), (FEW_TOKENS + 1, True)):
-        x = Product(tokens=tokens).x()
+        x = replace(product, tokens=tokens).x()
         own = stack.at(1)
-        assert own.shape == (48, 96)
+        assert own.shape == (48, product.group * product.groups)
         assert is_kernel(own, x) != sliced
         before_kernel = str(jax.make_jaxpr(own.__call__)(x)).partition("pallas_call")[0]
         assert ("slice" in before_kernel) == sliced
-        np.testing.assert_allclose(own(x), Product().matrix(False)(x), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(own(x), product.matrix(False)(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_a_slot_is_read_where_it_is_in_the_stack():
         (Product(tokens=FEW_TOKENS + 1), True),
         (Product(out=40), True),  # not whole tiles of 16
         (Product(group=16), True),
-        (Product(groups=1), True),  # its scale waits until after the product
+        (Product(group=256, groups=1), True),  # its scale waits until after the product
         (Product(dtype="float16"), True),
     ],
     ids=str,

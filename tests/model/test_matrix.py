@@ -7,7 +7,7 @@ import pytest
 
 from easyspec_jax.checkpoint.rounding import quantize
 from easyspec_jax.model import matrix as module
-from easyspec_jax.model.matrix import FEW_TOKENS, Matrix, sums_in_memory
+from easyspec_jax.model.matrix import FEW_TOKENS, Matrix, bytes_in_memory
 
 OUT, INNER = 24, 64
 
@@ -43,26 +43,34 @@ def test_offsets_are_added_to_every_column_of_a_group(dtype, group):
     np.testing.assert_allclose(found, floats[np.array([[3, 0, 23]])], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("block", [1, 7, 12, 24])
-def test_many_tokens_are_multiplied_by_a_few_outputs_at_a_time(monkeypatch, block):
-    """24 outputs are 3 blocks of 7 and 3 more, two of 12, or all at once."""
+@pytest.mark.parametrize("limit, block", [(1, 1), (7, 6), (10, 8), (12, 12), (24, 24)])
+def test_many_tokens_are_multiplied_by_even_blocks_of_outputs(monkeypatch, limit, block):
+    """Of 24 outputs at most 7 at a time are four blocks of 6."""
     matrix, floats = _case("int4", 16)
     tokens = FEW_TOKENS // 2 + 1  # in each of two rows
-    monkeypatch.setattr(module, "_SUMS", block * 4 * 2 * tokens)
+    monkeypatch.setattr(module, "_FLOATS", limit * INNER)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, tokens, INNER)), jnp.float32)
     whole = jnp.stack([matrix(x[:, token : token + 1])[:, 0] for token in range(tokens)], axis=1)
-    assert sums_in_memory(OUT, 4, 2 * tokens) == block * 4 * 2 * tokens
+    assert bytes_in_memory(OUT, INNER, 4, 2 * tokens, jnp.float32) == 4 * block * INNER
     np.testing.assert_allclose(jax.jit(matrix)(x), whole, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(whole, x @ floats.T, rtol=1e-5, atol=1e-5)
 
 
-def test_sums_of_many_tokens_are_never_all_in_memory(monkeypatch):
-    """All would be 32 MiB: 512 outputs, 64 groups, 256 tokens. A float copy would be 4 MiB."""
-    monkeypatch.setattr(module, "_SUMS", 1 << 18)
+def test_the_last_block_overlaps_the_one_before_where_blocks_are_uneven(monkeypatch):
+    """24 outputs in five blocks of 5 are one output too many."""
+    matrix, floats = _case("int8", 16)
+    monkeypatch.setattr(module, "_FLOATS", 5 * INNER)
+    x = np.random.default_rng(1).normal(size=(1, FEW_TOKENS + 1, INNER)).astype(np.float32)
+    np.testing.assert_allclose(jax.jit(matrix)(x), x @ floats.T, rtol=1e-5, atol=1e-5)
+
+
+def test_floats_of_a_matrix_are_never_all_in_memory(monkeypatch):
+    """All would be 4 MiB, and the sums of 64 groups for 256 tokens 32 MiB."""
+    monkeypatch.setattr(module, "_FLOATS", 1 << 17)
     matrix = Matrix(jnp.zeros((512, 2048), jnp.int4), jnp.zeros((512, 64)))
     compiled = jax.jit(matrix.__call__).lower(jnp.zeros((1, 256, 2048))).compile()
     memory = compiled.memory_analysis()
-    assert memory is not None and memory.temp_size_in_bytes < 6 << 20
+    assert memory is not None and memory.temp_size_in_bytes < 4 << 20
 
 
 @pytest.mark.parametrize("dtype, group", [("int8", INNER), ("int4", 16)])
@@ -90,6 +98,22 @@ def test_rows_are_those_of_the_floats(dtype, group):
     found = matrix.rows(numbers, jnp.float32)
     np.testing.assert_allclose(found, floats[np.asarray(numbers)], rtol=1e-6)
     assert matrix.rows(numbers, jnp.bfloat16).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 1)])
+@pytest.mark.parametrize("group", [INNER, 16])
+def test_a_single_token_may_be_multiplied_as_one_of_two(group, shape):
+    plain, _ = _case("int8", group)
+    assert plain.scale is not None
+    offset = jnp.ones_like(plain.scale[...])
+    arrays = plain.values[...], plain.scale[...], offset
+    plain, paired = Matrix(*arrays), Matrix(*arrays, pairs=True)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(*shape, INNER)), jnp.float32)
+    np.testing.assert_allclose(jax.jit(paired)(x), plain(x), rtol=1e-5, atol=1e-5)
+    numbers = jnp.full(shape, 3, jnp.int32)
+    found = jax.jit(lambda numbers: paired.rows(numbers, jnp.float32))(numbers)
+    np.testing.assert_array_equal(found, plain.rows(numbers, jnp.float32))
+    assert ("optimization_barrier" in str(jax.make_jaxpr(paired)(x))) == (shape == (1, 1))
 
 
 def test_a_stack_of_matrices_is_one_for_each_slot():

@@ -23,8 +23,10 @@ GROUPED = PlatformSettings(fused_groups=True)
 def test_no_kernel_is_on_before_it_is_measured():
     """Except that of matrices with groups, which GPUs need to write no sums of groups."""
     every = {*SETTINGS.values(), settings_of("unknown")}
-    plain = {replace(own, sorts_by_expert=False, reads_parts=False) for own in every}
+    others = {"sorts_by_expert": False, "reads_parts": False, "pairs_tokens": False}
+    plain = {replace(own, **others) for own in every}
     assert plain == {PlatformSettings(), GROUPED}
+    assert [name for name, own in SETTINGS.items() if own.pairs_tokens] == ["tpu"]
     for platform in ("cpu", "tpu", "unknown"):
         assert not settings_of(platform).fused_groups
     assert not settings_of("gpu").reads_parts  # its host would wait for every branch
@@ -48,14 +50,17 @@ def test_modules_get_the_kernels_of_their_platform(monkeypatch, from_table):
     assert from_.attention(0).split_keys_from == group.attention.split_keys_from == 4096
 
 
-@pytest.mark.parametrize("settings", [GROUPED, PlatformSettings()], ids=str)
-def test_only_matrices_with_groups_get_the_kernel_of_groups(settings):
+@pytest.mark.parametrize(
+    "settings", [GROUPED, PlatformSettings(pairs_tokens=True), PlatformSettings()], ids=str
+)
+def test_only_quantized_matrices_are_multiplied_otherwise(settings):
     from_ = replace(loader(open_checkpoint(DRAFT), MeshShape(1, 1)), settings=settings)
     for weights, fused in (("int4", settings.fused_groups), (None, False)):
         mlp = replace(from_, weights=weights).mlp(0)
         assert isinstance(mlp, MLP)
         for matrix in (mlp.gate_up.weight, mlp.down.weight):
             assert (matrix.fused, matrix.interpret) == (fused, weights is not None)
+            assert matrix.pairs == (settings.pairs_tokens and weights is not None)
 
 
 @pytest.mark.parametrize("from_table", [True, False])

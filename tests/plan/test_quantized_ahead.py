@@ -19,7 +19,7 @@ from easyspec_jax.decode.timing import alone, pass_program
 from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.layer_group import run_fuzzy
 from easyspec_jax.engine.abstract import abstract_pair, abstract_state
-from easyspec_jax.model.matrix import Matrix, sums_in_memory
+from easyspec_jax.model.matrix import Matrix
 from easyspec_jax.model.transformer import Decoder, run_exact
 from easyspec_jax.options import Weights
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
@@ -104,8 +104,8 @@ def sizes(model: Decoder) -> dict[int, int]:
             values, scale = (
                 array.sharding.shard_shape(array.shape) for array in (matrix.values, matrix.scale)
             )
-            one = 0 if matrix.fused else sums_in_memory(*scale[-2:], tokens=1)
-            found[prod(values)] = prod(scale[:-2]) * one
+            kept = matrix.fused or scale[-1] == 1
+            found[prod(values)] = 0 if kept else prod(scale)
     return found
 
 
@@ -123,40 +123,29 @@ def check(mesh: Any, model: Decoder, tokens: int, run: Callable[..., Any]) -> No
     program, matrices = compiled(mesh, model, tokens, run), sizes(model)
     assert not float_copies(CompiledText.read(program.as_text()), set(matrices))
     temporaries = program.memory_analysis().temp_size_in_bytes
-    assert temporaries < 2 * min(matrices) + 4 * tokens * max(matrices.values())
-
-
-def expect_copies_on_tpus(request: pytest.FixtureRequest, machine: str) -> None:
-    """Expect copies for one token on TPUs; strictly, so that a better compiler is noticed."""
-    if machine.startswith("v5e"):
-        reason = "libtpu writes floats of a matrix before it multiplies them by one token"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True, raises=AssertionError))
+    # libtpu also keeps copies of cache entries there, in bfloat16's passes too.
+    others = 1 << 20
+    assert temporaries < others + 2 * min(matrices) + 4 * tokens * max(matrices.values())
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 21])
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_a_pass_of_the_target_copies_no_matrix(request, machine, mesh, weights, tokens):
-    if tokens == 1:
-        expect_copies_on_tpus(request, machine)
+def test_a_pass_of_the_target_copies_no_matrix(machine, mesh, weights, tokens):
     target, _ = models(mesh, weights, lp_size=1)
     check(mesh, target, tokens, run_exact)
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_a_fuzzy_draft_step_copies_no_matrix(request, machine, mesh, weights):
-    expect_copies_on_tpus(request, machine)
+def test_a_fuzzy_draft_step_copies_no_matrix(machine, mesh, weights):
     _, draft = models(mesh, weights, lp_size=4)
     check(mesh, draft, 1, run_fuzzy)
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_an_exact_pass_through_groups_cuts_no_matrix_out(request, machine, mesh, weights):
+def test_an_exact_pass_through_groups_cuts_no_matrix_out(machine, mesh, weights):
     """The kernel gets the number of a slot. Without it, XLA cuts out all slots at once."""
     if machine.startswith("v5e"):
         pytest.skip("the kernel is for GPUs")
-    if weights == "int8":
-        reason = "XLA writes floats of each slot of a stack"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True, raises=AssertionError))
     _, draft = models(mesh, weights, lp_size=4)
     program = compiled(mesh, draft, 6, run_exact)
     kernels = CompiledText.read(program.as_text()).kernels
