@@ -25,6 +25,9 @@ LEAST_TOKENS = 2048
 LENGTH = 512
 """Tokens of a text, where the model takes as many."""
 
+CHARACTERS_A_TOKEN = 64
+"""Most characters of the file that are read for each token; more is not in memory."""
+
 _BASE = 1 << 30  # bytes for the interpreter, the libraries and compiled programs
 _SQUARES = 8  # float64 arrays [inputs, inputs] at once, at most
 _COPIES = 10  # float32 arrays as large as the largest matrix
@@ -82,7 +85,8 @@ def read_texts(
             model lacks.
     """
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            content = file.read(CHARACTERS_A_TOKEN * tokens)
     except (OSError, UnicodeDecodeError) as error:
         raise EasySpecError(f"`calibration` {path} cannot be read: {error}") from None
     with TemporaryDirectory() as directory:

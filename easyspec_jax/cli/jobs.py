@@ -346,7 +346,12 @@ def _rows(
             seed = wrap_seed(item.sampling.seed + number * SEED_STEP)
             rows.append(engine.row(encoded, replace(item.sampling, seed=seed), kinds=kinds))
         engine.check_memory(
-            len(row.prompt_ids) + row.limit, len(row.prompt_ids), batch_size, item.sampling, free
+            len(row.prompt_ids) + row.limit,
+            len(row.prompt_ids),
+            batch_size,
+            item.sampling,
+            free,
+            kinds,
         )
     except EasySpecError:
         raise

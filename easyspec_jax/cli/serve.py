@@ -225,11 +225,12 @@ def _prepared(args: argparse.Namespace, engine: "Engine") -> "Engine":
 
 
 def _check_memory(engine: "Engine", rows: int) -> None:
-    """Raise EasySpecError if texts of any kind of sampling would not fit."""
-    from easyspec_jax.engine.serving import KINDS
+    """Raise EasySpecError if texts of any kind of sampling and with any option would not fit."""
+    from easyspec_jax.engine.serving import KINDS, OPTIONS
 
     for sampling in KINDS:
-        engine.check_memory(engine.max_length, engine.max_length - 1, rows, sampling)
+        longest = engine.max_length
+        engine.check_memory(longest, longest - 1, rows, sampling, kinds=OPTIONS)
 
 
 def _template(path: str) -> str:

@@ -275,9 +275,9 @@ class Batch:
             tokens[rows] = report.num_tokens * current
             self._growth.read(tokens)
             self._note(report, rows[current], current, levels)
-            # With several processes a call waits for the devices, so that the time is rather that
-            # of the round just dispatched.
-            alike = hosts.count() == 1 or (is_alone and levels == self._levels)
+            # Where a call waits for the devices, the time is rather that of the round just
+            # dispatched.
+            alike = not self._calls_wait() or (is_alone and levels == self._levels)
             self._time(levels if alone and alike and len(unread) == 1 else None, report)
             if levels is not None:
                 accepted, done = np.asarray(report.accepted), np.asarray(report.done)
@@ -289,9 +289,12 @@ class Batch:
 
     def _marker(self) -> jax.Array | None:
         """Return an array that is there once the draft has read the prompts dispatched so far."""
-        # With several processes the calls have waited for that.
-        waits = self._programs.draft is None or hosts.count() > 1
-        return None if waits else self._state.draft_length + 0
+        if self._programs.draft is None or self._calls_wait():
+            return None
+        return self._state.draft_length + 0
+
+    def _calls_wait(self) -> bool:
+        return hosts.calls_wait(self._programs.mesh.devices.flat[0].platform)
 
     def _await_draft(self) -> None:
         """Note when the draft has read the prompts of texts whose first tokens are out."""
@@ -469,13 +472,13 @@ def warm_up(
         state, _ = programs.prefill(state, tokens, count, np.zeros(rows, bool))
         if programs.draft is not None:
             state = programs.prefill_draft(state, tokens[:, :size], count)
-    state = _run_rounds(programs, state)
+    state = run_rounds(programs, state)
     for capacity in capacities[1:]:
-        state = _run_rounds(programs, programs.extend(state, capacity))
+        state = run_rounds(programs, programs.extend(state, capacity))
     jax.block_until_ready(state.length)
 
 
-def _run_rounds(programs: Programs, state: State) -> State:
+def run_rounds(programs: Programs, state: State) -> State:
     """Run a round of every tier."""
     for levels in programs.config.tiers:
         state, _ = programs.round(state, levels)

@@ -242,7 +242,7 @@ class Models:
         return replace(own, kinds=kinds, grammars=self.grammars if kinds.grammar else None)
 
     def with_ids(self, sampling: SamplingParams) -> SamplingParams:
-        """Return a way of sampling with its bad words as ids.
+        """Return a way of sampling with its bad words as ids, and no more tokens than a text has.
 
         Raises:
             EasySpecError: The sampling names an id that the target lacks, or its grammar cannot be
@@ -254,7 +254,9 @@ class Models:
         sampling.check_ids(self.target.config.vocab_size)
         if sampling.grammar is not None:
             self.grammars.check(sampling)
-        return sampling
+        most = min(sampling.max_new_tokens, self.max_length)
+        least = min(sampling.min_new_tokens, most)
+        return replace(sampling, max_new_tokens=most, min_new_tokens=least)
 
     @cached_property
     def grammars(self) -> Grammars:
@@ -301,7 +303,13 @@ class Models:
         return free_memory(self.mesh)
 
     def check_memory(
-        self, tokens: int, prompt: int, rows: int, sampling: SamplingParams, free: int | None = None
+        self,
+        tokens: int,
+        prompt: int,
+        rows: int,
+        sampling: SamplingParams,
+        free: int | None = None,
+        kinds: Kinds = PLAIN,
     ) -> None:
         """Check that a batch would fit.
 
@@ -311,6 +319,7 @@ class Models:
             rows: Texts decoded together.
             sampling: How they are sampled.
             free: Bytes available; by default those that are free now.
+            kinds: Options that the programs know besides those of the sampling.
 
         Raises:
             EasySpecError: It would not fit.
@@ -319,7 +328,7 @@ class Models:
             free = self.free_memory()
             if free is not None and self._prefixes is not None:
                 free += self._prefixes.bytes  # the workload counts the whole store
-        check_memory(self.workload(tokens, prompt, rows, sampling), free)
+        check_memory(self.workload(tokens, prompt, rows, sampling, kinds), free)
 
     @property
     def kept_weights(self) -> str:
@@ -337,7 +346,14 @@ class Models:
                 kept += [f"{role} {dtype}"] if dtype not in (None, self.dtype) else []
         return ", ".join(kept)
 
-    def workload(self, tokens: int, prompt: int, rows: int, sampling: SamplingParams) -> Workload:
+    def workload(
+        self,
+        tokens: int,
+        prompt: int,
+        rows: int,
+        sampling: SamplingParams,
+        kinds: Kinds = PLAIN,
+    ) -> Workload:
         """Return the models and texts that check_memory() asks about; the arguments are its own."""
         return Workload(
             target=self.target.config,
@@ -347,7 +363,7 @@ class Models:
             draft_axes=self._draft_axes,
             mesh=self.mesh,
             dtype=self.dtype,
-            round=self.config(sampling),
+            round=self.config(sampling, kinds),
             tokens=tokens,
             prompt=prompt,
             rows=rows,

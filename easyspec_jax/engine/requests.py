@@ -67,8 +67,13 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,), "guided_grammar": (), "grammar": (),
     "max_output_tokens": (), "max_length": (), "num_beams": (1,), "use_beam_search": (False,),
     "length_penalty": (1,), "no_repeat_ngram_size": (0,),
-    "typical_p": (1,), "reasoning_effort": (), "system": (), "instructions": (),
+    "typical_p": (1,), "top_a": (0,), "tfs_z": (1,), "mirostat": (0,), "dynatemp_range": (0,),
+    "dry_multiplier": (0,), "xtc_probability": (0,), "reasoning_effort": (), "system": (),
+    "instructions": (),
     "prompt_token_ids": (), "input": (), "prefix": (), "logit_processors": ([],),
+    "logits_processors": ([],), "allowed_token_ids": (), "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,), "include_stop_str_in_output": (False,),
+    "guided_whitespace_pattern": (), "ebnf": (), "stop_regex": (), "n_predict": (),
     "truncate_prompt_tokens": (),
 }  # fmt: skip
 """Fields that are not supported, and the values with which they would have no effect."""
@@ -208,7 +213,7 @@ def _response_format(given: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if kind == "json_object":
         return {"json_schema": {"type": "object"}}
-    if kind != "json_schema" or not isinstance(own, dict) or "schema" not in own:
+    if kind != "json_schema" or not isinstance(own, dict) or own.get("schema") is None:
         raise EasySpecError(
             "response_format must have the type text, json_object, or json_schema and then an "
             "object json_schema that has the schema"
@@ -258,7 +263,9 @@ def _biases(given: Mapping[str, Any]) -> dict[int, float]:
     """Return the biases of ids, which JSON can only spell as strings."""
     biases = {}
     for number, bias in given.items():
-        if not number.isdecimal() or isinstance(bias, bool) or not isinstance(bias, (int, float)):
+        # Python reads no number of thousands of digits, and no id has more than ten.
+        is_id = number.isdecimal() and len(number) <= 10
+        if not is_id or isinstance(bias, bool) or not isinstance(bias, (int, float)):
             raise EasySpecError("logit_bias must be an object of ids and numbers")
         biases[int(number)] = _float("logit_bias", bias)
     return biases

@@ -23,7 +23,7 @@ from typing import Literal
 import jax
 
 from easyspec_jax.arithmetic import power_of_two
-from easyspec_jax.decode.loop import Batch
+from easyspec_jax.decode.loop import Batch, run_rounds
 from easyspec_jax.decode.prefixes import PrefixStore
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.state import RoundConfig
@@ -308,6 +308,9 @@ class Scheduler:
                 for _ in batch.step():
                     pass
                 batch.leave(0)
+        # Those rounds had the levels that adaptive rounds begin with.
+        state = programs.start(SamplingParams(), [0] * self.rows, _capacity(programs))
+        jax.block_until_ready(run_rounds(programs, state).length)
 
     def _compile_restores(self, programs: Programs, most: int) -> None:
         """Compile what copies prefixes out of rows and into them, for prefixes of all sizes."""

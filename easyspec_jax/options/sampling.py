@@ -160,9 +160,9 @@ class SamplingParams:
             if not -100 <= bias <= 100:
                 raise EasySpecError(f"`logit_bias` {bias} of id {number} must be from -100 to 100")
         self._keep("logit_bias", tuple(sorted(self.biases.items())))
-        self._keep("stop_token_ids", tuple(dict.fromkeys(self.stop_token_ids)))
         for number in self.stop_token_ids:
             check_whole("stop_token_ids", number, 0, note=": an id of the vocabulary")
+        self._keep("stop_token_ids", tuple(dict.fromkeys(self.stop_token_ids)))
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise EasySpecError(
                 f"`stop_token_ids` lists {len(self.stop_token_ids)} ids; the most is "

@@ -128,6 +128,15 @@ def count() -> int:
     return 1 if _joined is None else _joined[0].num_processes
 
 
+def calls_wait(platform: str) -> bool:
+    """Return whether a call waits until the devices have run it: with several processes of CPUs.
+
+    Args:
+        platform: As JAX names that of the devices.
+    """
+    return platform == "cpu" and count() > 1
+
+
 def meet() -> None:
     """Wait until all processes call this, however long that takes."""
     if _joined is not None:

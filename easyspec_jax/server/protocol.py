@@ -31,7 +31,7 @@ PromptOrIds = str | list[int] | Conversation
 
 _OWN = (
     "prompt", "messages", "tools", "tool_choice", "parallel_tool_calls", "n", "stream",
-    "stream_options", "easyspec", "logprobs", "top_logprobs",
+    "stream_options", "easyspec", "logprobs", "top_logprobs", "add_special_tokens",
 )  # fmt: skip
 _CHOICES = 64  # most answers to one request
 _STOPS = 16  # most stop strings
@@ -181,6 +181,9 @@ def _asked(fields: dict[str, Any], chat: bool) -> Asked:
     stream = own.get("stream", bool, False)
     if "stream_options" in flat and not stream:
         raise EasySpecError("stream_options goes with stream")
+    # A completion begins as the tokenizer begins a text, a conversation as its template does.
+    if own.get("add_special_tokens", bool, not chat) == chat:
+        raise EasySpecError(f"add_special_tokens {str(chat).lower()} is not supported")
     n = own.get("n", int, 1)
     several = own.get("parallel_tool_calls", bool, True)
     tools = read_tools(_Fields(flat).get("tools", list, []), flat.get("tool_choice"), several)

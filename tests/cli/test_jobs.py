@@ -304,6 +304,7 @@ HOSTILE: list[str] = [
     '{"id": ID, "prompt": "a", "top_k": 99999999999}',
     '{"id": ID, "prompt": "a", "max_tokens": 0}',
     '{"id": ID, "prompt": "a", "max_tokens": true}',
+    '{"id": ID, "prompt": "a", "stop_token_ids": [[1]]}',
     '{"id": ID, "prompt": "a", "logprobs": true}',
     '{"id": ID, "prompt": "a", "body": [1]}',
     '{"id": ID, "prompt": "a", "messages": [{"role": "user", "content": "b"}]}',

@@ -171,6 +171,21 @@ def test_every_text_begins_as_the_tokenizer_begins_one(model, text):
     np.testing.assert_array_equal(begun[:2, 1:].ravel(), plain.ravel()[: 2 * 511])
 
 
+def test_no_more_of_a_text_is_read_than_its_tokens_need(model, text, tmp_path, monkeypatch):
+    opened, config = open_huggingface(model), read_model_config(model)
+    expected = module.read_texts(text, 2048, opened, config)
+    content = text.read_text(encoding="utf-8")
+    large = tmp_path / "large.txt"
+    large.write_text(content * 200, encoding="utf-8")
+    lengths = []
+    encode = module.encode
+    monkeypatch.setattr(
+        module, "encode", lambda own, text: lengths.append(len(text)) or encode(own, text)
+    )
+    np.testing.assert_array_equal(module.read_texts(large, 2048, opened, config), expected)
+    assert lengths == [2048 * module.CHARACTERS_A_TOKEN] and lengths[0] < 100 * len(content)
+
+
 def test_the_command_knows_the_sizes_and_the_default():
     (group,) = (action for action in _parser()._actions if action.dest == "group_size")
     assert group.choices is not None and set(group.choices) == set(INT4_GROUPS)

@@ -3,6 +3,10 @@
 import pytest
 
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, open_model
+from easyspec_jax.arithmetic import power_of_two
+from easyspec_jax.engine.fits import needed
+from easyspec_jax.engine.serving import OPTIONS
+from easyspec_jax.sampling.adjustments import Kinds
 from easyspec_jax.tokenizer import encode
 from tests.support.models import save_model
 
@@ -79,6 +83,27 @@ def test_a_prompt_is_tokenised_once(engine, monkeypatch):
     assert calls == ["one", "two"]
     assert texts[0] == texts[1]
     assert [row.prompt for row in rows] == ["one", "two"]
+
+
+def test_no_more_tokens_are_asked_for_than_a_text_has(engine):
+    """What does not fit into int32 would reach the devices, and a grammar's rows are as long."""
+    least, most = (
+        engine.with_ids(SamplingParams(**own))
+        for own in (
+            {"max_new_tokens": 5, "min_new_tokens": 2},
+            {"max_new_tokens": 2**31, "min_new_tokens": 2**31 - 1, "regex": "a+"},
+        )
+    )
+    assert (least.max_new_tokens, least.min_new_tokens) == (5, 2)
+    assert most.max_new_tokens == most.min_new_tokens == engine.max_length
+    assert engine.config(most).kinds.grammar == power_of_two(engine.max_length)
+
+
+def test_options_of_neighbours_take_memory_too(engine):
+    plain, more = (
+        engine.workload(64, 32, 4, SamplingParams(), kinds) for kinds in (Kinds(), OPTIONS)
+    )
+    assert needed(more).total > needed(plain).total
 
 
 def test_rows_of_an_engine_with_more_room_are_refused(directory, engine):

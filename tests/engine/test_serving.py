@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from easyspec_jax import SamplingParams, open_model
+from easyspec_jax import SamplingParams, SpeculativeConfig, open_model
 from easyspec_jax.decode.loop import Batch
 from easyspec_jax.engine.completion import Completion
 from easyspec_jax.engine.serving import (
@@ -161,6 +161,20 @@ def another():
     """A scheduler of its own that can be ended; its one kind compiles from the cache on disk."""
     engine = open_model(platform="cpu", max_length=60)
     yield Scheduler(engine, rows=1, depth=2, seconds=60)
+
+
+def test_every_tier_is_compiled_before_the_first_request(monkeypatch):
+    monkeypatch.setattr("easyspec_jax.engine.serving.KINDS", KINDS[:1])
+    engine = open_model(platform="cpu", max_length=60, speculative=SpeculativeConfig(adapt=True))
+    scheduler = Scheduler(engine, rows=1, depth=2, seconds=60)
+    scheduler.start()
+    wait_until(lambda: scheduler.state != "loading", 300)
+    programs: Any = engine.programs(KINDS[0])
+    drafted = [step for levels, step in programs.compiled.tiers.items() if levels]
+    assert scheduler.state == "ready" and drafted
+    for step in (*drafted, programs.compiled.catch_up, programs._plain.compiled.round):
+        assert step._cache_size() == 1
+    scheduler.close(0)
 
 
 def test_before_it_is_ready_and_after_its_end_nothing_is_accepted(another, monkeypatch):
