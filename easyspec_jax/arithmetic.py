@@ -1,4 +1,4 @@
-"""Arithmetic that several rooms need."""
+"""Arithmetic helpers that several packages share."""
 
 import ml_dtypes  # noqa: F401  (teaches NumPy int4)
 import numpy as np

@@ -1,4 +1,4 @@
-"""The file in which drafts are looked up besides the text itself."""
+"""The corpus: a file in which drafts are looked up, in addition to the text itself."""
 
 from pathlib import Path
 

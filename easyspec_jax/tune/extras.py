@@ -1,4 +1,4 @@
-"""Further ways to draft as the best prediction does; they run next to it."""
+"""Variants of the best prediction (early ends, adapting, lookups), measured next to it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
