@@ -1,5 +1,7 @@
 """Matrices that tokens are multiplied by: floats, or small integers with scales."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Self
 
 import jax
@@ -81,9 +83,8 @@ class Matrix(nnx.Module):
             values = self._own(self.values).astype(x.dtype)
             y = jnp.einsum("oi,bti->obt", values, x, preferred_element_type=dtype)
         else:
-            alone = self.pairs and x.shape[0] * x.shape[1] == 1
-            y = self._of_integers(self.scale, _paired(x) if alone else x)
-            y = _first(y, axis=2) if alone else y
+            product = partial(self._of_integers, self.scale)
+            y = _as_one_of_two(product, x, axis=2) if self._is_paired(x) else product(x)
             if self.offset is not None:
                 y += _of_sums(self._own(self.offset), x)
             y = y.astype(dtype or x.dtype)
@@ -106,6 +107,9 @@ class Matrix(nnx.Module):
             pairs=self.pairs,
             slot=slot,
         )
+
+    def _is_paired(self, tokens: Num[Array, "batch tokens *rest"]) -> bool:
+        return self.pairs and tokens.shape[:2] == (1, 1)
 
     def _own(self, stack: nnx.Param) -> Array:
         return stack[...] if self.slot is None else stack[self.slot]
@@ -146,9 +150,9 @@ class Matrix(nnx.Module):
         """
         if self.scale is None:
             return self.values[...][numbers].astype(dtype)
-        alone = self.pairs and numbers.size == 1
-        found = self.values[...][_paired(numbers) if alone else numbers]
-        found = _first(found, axis=1) if alone else found
+        look_up = self.values[...].__getitem__
+        paired = self._is_paired(numbers)
+        found = _as_one_of_two(look_up, numbers, axis=1) if paired else look_up(numbers)
         offset = None if self.offset is None else self.offset[...][numbers]
         return _floats(found, self.scale[...][numbers], offset).astype(dtype)
 
@@ -222,15 +226,21 @@ def _product(
     return jnp.einsum("oi,bti->obt", values, x, preferred_element_type=jnp.float32)
 
 
-def _paired(x: Num[Array, "batch 1 *rest"]) -> Num[Array, "batch 2 *rest"]:
-    """Add a second token, of zeros; a barrier keeps XLA from leaving it out."""
-    padding = [(0, 0), (0, 1), *[(0, 0)] * (x.ndim - 2)]
-    return jax.lax.optimization_barrier(jnp.pad(x, padding))
+def _as_one_of_two(
+    operation: Callable[[Array], Array], token: Num[Array, "1 1 *rest"], axis: int
+) -> Array:
+    """Apply an operation to a token and another one of zeros, and return its own result.
 
+    Barriers keep XLA from leaving the other one out.
 
-def _first(y: Num[Array, "..."], axis: int) -> Num[Array, "..."]:
-    """Take the first token of two, behind a barrier likewise."""
-    return jax.lax.slice_in_dim(jax.lax.optimization_barrier(y), 0, 1, axis=axis)
+    Args:
+        operation: What maps tokens to results.
+        token: The token.
+        axis: The axis of tokens in the results.
+    """
+    padding = [(0, 0), (0, 1), *[(0, 0)] * (token.ndim - 2)]
+    both = operation(jax.lax.optimization_barrier(jnp.pad(token, padding)))
+    return jax.lax.slice_in_dim(jax.lax.optimization_barrier(both), 0, 1, axis=axis)
 
 
 def _floats(
