@@ -92,6 +92,10 @@ SCRIPTS = (
                 "Table 2: Qwen2.5-Coder-1.5B drafted by 0.5B, two processes, a core each",
             ),
             Result(
+                "table2_qwen_processes_n2",
+                "Table 2: Qwen2.5-Coder-1.5B drafted by 0.5B with N = 2, two processes",
+            ),
+            Result(
                 "table2_qwen_processes_n7",
                 "Table 2: Qwen2.5-Coder-1.5B drafted by 0.5B with N = 7, two processes",
             ),
@@ -203,6 +207,16 @@ SCRIPTS = (
             Result("acceptance_demo_refit", "Acceptance with a refit: the bundled pair"),
             Result("acceptance", "{subject}"),
             Result("acceptance_qwen", "Acceptance: Qwen2.5-Coder-1.5B drafted by 0.5B"),
+            Result(
+                "acceptance_qwen_sampled",
+                "Acceptance at temperature 0.8: Qwen2.5-Coder-1.5B drafted by 0.5B",
+            ),
+            Result(
+                "acceptance_qwen_code", "Acceptance on code: Qwen2.5-Coder-1.5B drafted by 0.5B"
+            ),
+            Result(
+                "acceptance_qwen_prose", "Acceptance on prose: Qwen2.5-Coder-1.5B drafted by 0.5B"
+            ),
         ),
         draws=True,
     ),
@@ -322,6 +336,10 @@ SCRIPTS = (
                 "Other engines in the same run: SmolLM2-135M-Instruct as its own draft",
             ),
             Result("peers_qwen", "llama.cpp in the same run: Qwen2.5-Coder-1.5B drafted by 0.5B"),
+            Result(
+                "peers_qwen_transformers",
+                "transformers in the same run: Qwen2.5-Coder-1.5B drafted by 0.5B",
+            ),
             Result(
                 "peers_qwen_gguf",
                 "llama.cpp on files of four bits: Qwen2.5-Coder-1.5B drafted by 0.5B",

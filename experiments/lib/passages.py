@@ -130,24 +130,30 @@ def acceptance(results: Path) -> str:
 def real_pair(results: Path) -> str:
     """Tabulate how fast ways of drafting are over plain decoding, with a range over questions."""
     runs = [("table2_qwen", "one device", "one device")]
-    runs += [(f"table2_qwen_processes{size}", "two processes", "TP") for size in ("", "_n7")]
+    runs += [(f"table2_qwen_processes{size}", "two processes", "TP") for size in ("", "_n2", "_n7")]
     table: dict[str, dict[str, Any]] = {}
     for name, column, plain in runs:
         rows = read(results, name)
-        own = {row["set"]: row["seconds_per_100_tokens"] for row in matching(rows, way=plain)}
+        tree = matching(rows, way="+tree")
         for way in (way for way in distinct(rows, "way") if way not in ("one device", "TP")):
             drafted = matching(rows, way=way)
-            gains = [own[row["set"]] / row["seconds_per_100_tokens"] for row in drafted]
-            share = _drafting(drafted) / _drafting(matching(rows, way="+tree"))
+            gains = _gains(drafted, matching(rows, way=plain))
+            figures = {
+                "over plain": f"{fmean(gains):.2f} ({min(gains):.2f} to {max(gains):.2f})",
+                "over the tree": f"{fmean(_gains(drafted, tree)):.2f}",
+                "drafting": f"{_drafting(drafted) / _drafting(tree):.2f}",
+            }
             shown = table.setdefault(way, {"draft": way.removeprefix("+")})
-            # Of several runs with two processes, the first has the ordinary drafts.
-            shown.setdefault(
-                f"{column}, speed over plain",
-                f"{fmean(gains):.2f} ({min(gains):.2f} to {max(gains):.2f})",
-            )
-            shown.setdefault(f"{column}, drafting over the tree's", f"{share:.2f}")
-    names = list(dict.fromkeys(name for shown in table.values() for name in shown))
-    return markdown([{name: shown.get(name, "") for name in names} for shown in table.values()])
+            for figure, value in figures.items():
+                # Of several runs with two processes, the first has the ordinary drafts.
+                shown.setdefault(f"{column}, {figure}", value)
+    return markdown(list(table.values()))
+
+
+def _gains(rows: Rows, others: Rows) -> list[float]:
+    """Return how fast rows are over others of the same sets of questions."""
+    seconds = {row["set"]: row["seconds_per_100_tokens"] for row in others}
+    return [seconds[row["set"]] / row["seconds_per_100_tokens"] for row in rows]
 
 
 def _drafting(rows: Rows) -> float:
@@ -203,16 +209,34 @@ def acceptance_refit(results: Path) -> str:
 
 def acceptance_qwen(results: Path) -> str:
     """Tabulate the acceptance of the real draft by the turns that its attentions take."""
+    greedy, sampled = (read(results, f"acceptance_qwen{name}") for name in ("", "_sampled"))
     table = []
-    for rows in _by_draft(read(results, "acceptance_qwen")):
-        shown: dict[str, Any] = {"draft": rows[0]["draft"]}
+    for rows in _by_draft([*greedy, *sampled]):
         # "0,1-4,5-13" -> 3
-        shown["turns of attention"] = rows[0]["groups"].count(",") + 1
-        for row in rows:
-            sampled = f", T = {row['temperature']:g}" if row["temperature"] else ""
-            shown[f"width {row['tree_width']}{sampled}"] = short([row["acceptance_rate"]])
-        table.append(shown)
+        turns = rows[0]["groups"].count(",") + 1
+        shown: dict[str, Any] = {"draft": rows[0]["draft"], "turns of attention": turns}
+        table.append(shown | _rates(rows, "width {tree_width}"))
     return markdown(table)
+
+
+def acceptance_qwen_tasks(results: Path) -> str:
+    """Tabulate the acceptance of the real draft on prompts for code and for prose."""
+    kinds = {kind: read(results, f"acceptance_qwen_{kind}") for kind in ("code", "prose")}
+    table: dict[str, dict[str, Any]] = {}
+    for kind, rows in kinds.items():
+        for own in _by_draft(rows):
+            shown = table.setdefault(own[0]["draft"], {"draft": own[0]["draft"]})
+            shown |= _rates(own, f"{kind}, width {{tree_width}}")
+    return markdown(list(table.values()))
+
+
+def _rates(rows: Rows, column: str) -> dict[str, str]:
+    """Name the acceptance of each row by its width, and its temperature if it is not 0."""
+    shown = {}
+    for row in rows:
+        sampled = f", T = {row['temperature']:g}" if row["temperature"] else ""
+        shown[column.format_map(row) + sampled] = short([row["acceptance_rate"]])
+    return shown
 
 
 def _by_draft(rows: Rows) -> Iterator[Rows]:
@@ -334,6 +358,13 @@ def peers_qwen(results: Path) -> str:
     return f"{over_plain(results, 'peers_qwen')['llama.cpp']:.2f}"
 
 
+def peers_qwen_transformers(results: Path) -> str:
+    """Return how fast transformers is with the real pair, without and with the draft."""
+    speeds = over_plain(results, "peers_qwen_transformers")
+    alone, assisted = speeds["transformers"], speeds["transformers, assisted"]
+    return f"{alone:.2f} times, and {assisted:.2f} times with assisted generation"
+
+
 def peers_qwen_gguf(results: Path) -> str:
     """Return the same for the files of four bits, without and with a draft."""
     speeds = over_plain(results, "peers_qwen_gguf").items()
@@ -370,6 +401,7 @@ PASSAGES: dict[str, Callable[[Path], str]] = {
     "kept": kept,
     "acceptance_refit": acceptance_refit,
     "acceptance_qwen": acceptance_qwen,
+    "acceptance_qwen_tasks": acceptance_qwen_tasks,
     "acceptance_demo_refit": acceptance_demo_refit,
     "trees": trees,
     "checkpoints": checkpoints,
@@ -388,6 +420,7 @@ PASSAGES: dict[str, Callable[[Path], str]] = {
     "peers_smollm2": peers_smollm2,
     "peers_smollm2_transformers": peers_smollm2_transformers,
     "peers_qwen": peers_qwen,
+    "peers_qwen_transformers": peers_qwen_transformers,
     "peers_qwen_gguf": peers_qwen_gguf,
     "models": supported_models,
     "families": families,

@@ -50,6 +50,34 @@ def test_acceptance_has_every_pair_by_size(results):
     ]
 
 
+def test_the_real_drafts_acceptance_is_by_width_and_temperature(results):
+    greedy = [row("N = 2", 2, 0.5, groups="0,1-2,3"), row("exact", 1, 0.75, groups="0,1,2,3")]
+    refit = row("N = 2, refit", 2, 0.625, groups="0-1,2-3", refit=True)
+    sampled = [
+        row("exact", 1, 0.25, groups="0,1,2,3", temperature=0.8),
+        row("N = 2, no calibration", 2, 0.125, temperature=0.8, calibration=False),
+    ]
+    directory = results(acceptance_qwen=[*greedy, refit], acceptance_qwen_sampled=sampled)
+    assert passages.acceptance_qwen(directory).split("\n") == [
+        "| draft | turns of attention | width 1 | width 1, T = 0.8 |",
+        "| - | - | - | - |",
+        "| exact | 4 | .750 | .250 |",
+        "| N = 2 | 3 | .500 |  |",
+        "| N = 2, refit | 2 | .625 |  |",
+    ]
+
+
+def test_acceptance_on_tasks_is_by_kind_and_width(results):
+    code, prose = ([row("exact", 1, rate), row("exact", 1, rate, tree_width=4)] for rate in (1, 0))
+    table = passages.acceptance_qwen_tasks(
+        results(acceptance_qwen_code=code, acceptance_qwen_prose=prose)
+    )
+    assert table.split("\n")[::2] == [
+        "| draft | code, width 1 | code, width 4 | prose, width 1 | prose, width 4 |",
+        "| exact | 1.000 | 1.000 | .000 | .000 |",
+    ]
+
+
 def test_what_groups_keep_is_by_size_and_set(results):
     def rows(first):
         return [
