@@ -6,6 +6,7 @@ with plain decoding of the same target. None of the figures is a time.
 """
 
 import argparse
+import gc
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -83,7 +84,6 @@ def measure(args: argparse.Namespace, prompts: Sequence[str]) -> Iterator[dict[s
         EasySpecError: The text is too short, or as open_model.
     """
     ids = held_out(open_as(args, Types(), "vanilla"), args.text, args.tokens)
-    sampling = SamplingParams(max_new_tokens=args.max_new_tokens)
     plain = dict[KVDType, list[Completion]]()
     chosen = [types for types in KINDS if args.only is None or types.label in args.only]
     with bar("Measuring", 2 * len(chosen)) as advance:
@@ -92,26 +92,27 @@ def measure(args: argparse.Namespace, prompts: Sequence[str]) -> Iterator[dict[s
             advance(1)
             if types.kv_dtype not in plain:
                 # No draft changes a greedy text, but caches are of one type for both models.
-                alone = open_as(args, Types(None, types.kv_dtype), "vanilla")
-                plain[types.kv_dtype] = complete(alone, sampling, prompts, args)
+                floats = Types(None, types.kv_dtype)
+                plain[types.kv_dtype], _ = complete_as(args, floats, "vanilla", prompts)
             row = asdict(types) | {"label": types.label, "perplexity": value}
             for role in ("draft", "both"):
                 if role == "both" and types.weights is None:
                     continue
-                pair = open_as(args, types, "easyspec", both=role == "both")
-                made = complete(pair, sampling, prompts, args)
-                row |= _figures(role, pair, made)
+                both = role == "both"
+                made, figures = complete_as(args, types, "easyspec", prompts, both)
+                for name in ("acceptance_rate", "mean_acceptance_length"):
+                    row[f"{role}_{name}"] = figures[name]
                 if role == "draft":
                     row["equals_plain"] = texts_of(made) == texts_of(plain[types.kv_dtype])
                 else:
-                    alone = complete(open_as(args, types, "vanilla"), sampling, prompts, args)
+                    alone, _ = complete_as(args, types, "vanilla", prompts)
                     row["both_equals_plain"] = texts_of(made) == texts_of(alone)
             yield row
             advance(1)
 
 
 def open_as(args: argparse.Namespace, types: Types, method: Any, both: bool = True) -> Engine:
-    """Open the pair, or with "vanilla" its target, in certain types.
+    """Open the pair, or with "vanilla" its target, in certain types, and no engine besides it.
 
     Args:
         args: The flags.
@@ -125,6 +126,8 @@ def open_as(args: argparse.Namespace, types: Types, method: Any, both: bool = Tr
         tree_width=None if method == "vanilla" else args.tree_width,
         refit="none",
     )
+    # One that is used no more may be part of a cycle, and its weights may fill half the memory.
+    gc.collect()
     target_weights = types.weights if both else None
     return open_pair(
         args,
@@ -134,6 +137,15 @@ def open_as(args: argparse.Namespace, types: Types, method: Any, both: bool = Tr
         draft_weights=types.weights,
         kv_dtype=types.kv_dtype,
     )
+
+
+def complete_as(
+    args: argparse.Namespace, types: Types, method: Any, prompts: Sequence[str], both: bool = True
+) -> tuple[list[Completion], dict[str, Any]]:
+    """Complete the prompts greedily with an engine of open_as(), and return its figures too."""
+    engine = open_as(args, types, method, both)
+    made = complete(engine, SamplingParams(max_new_tokens=args.max_new_tokens), prompts, args)
+    return made, figures_of(engine, made) if method == "easyspec" else {}
 
 
 def held_out(engine: Engine, text: Path, tokens: int) -> Int[np.ndarray, " tokens"]:
@@ -184,12 +196,6 @@ def perplexity(engine: Engine, ids: Int[np.ndarray, " tokens"]) -> float:
         caches, log_probabilities = program(model, caches, read[None], following, at)
         found.append(np.asarray(log_probabilities))
     return float(np.exp(-np.concatenate(found).mean()))
-
-
-def _figures(role: str, pair: Engine, completions: Sequence[Completion]) -> dict[str, Any]:
-    """Return acceptance over all completions, under names that say what was rounded."""
-    found = figures_of(pair, completions)
-    return {f"{role}_{name}": found[name] for name in ("acceptance_rate", "mean_acceptance_length")}
 
 
 def tabulate(measured: Mapping[str, Any]) -> Rows:
