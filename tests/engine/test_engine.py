@@ -87,13 +87,9 @@ def test_a_prompt_is_tokenised_once(engine, monkeypatch):
 
 def test_no_more_tokens_are_asked_for_than_a_text_has(engine):
     """What does not fit into int32 would reach the devices, and a grammar's rows are as long."""
-    least, most = (
-        engine.with_ids(SamplingParams(**own))
-        for own in (
-            {"max_new_tokens": 5, "min_new_tokens": 2},
-            {"max_new_tokens": 2**31, "min_new_tokens": 2**31 - 1, "regex": "a+"},
-        )
-    )
+    few = SamplingParams(max_new_tokens=5, min_new_tokens=2)
+    many = SamplingParams(max_new_tokens=2**31, min_new_tokens=2**31 - 1, regex="a+")
+    least, most = map(engine.with_ids, (few, many))
     assert (least.max_new_tokens, least.min_new_tokens) == (5, 2)
     assert most.max_new_tokens == most.min_new_tokens == engine.max_length
     assert engine.config(most).kinds.grammar == power_of_two(engine.max_length)
