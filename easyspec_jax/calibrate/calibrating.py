@@ -37,7 +37,7 @@ from easyspec_jax.progress import Bar, no_bar
 TEXTS_A_BATCH = 8
 """Texts that go through a site together."""
 
-_BATCHES = "batches"
+_BATCHES = "streams"  # the name in calibrations that have begun before and may go on
 
 
 def calibrate(

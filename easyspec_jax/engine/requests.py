@@ -263,7 +263,7 @@ def _biases(given: Mapping[str, Any]) -> dict[int, float]:
     """Return the biases of ids, which JSON can only spell as strings."""
     biases = {}
     for number, bias in given.items():
-        # Python reads no number of thousands of digits, and no id has more than ten.
+        # Python refuses to read thousands of digits, and no id has more than ten.
         is_id = number.isdecimal() and len(number) <= 10
         if not is_id or isinstance(bias, bool) or not isinstance(bias, (int, float)):
             raise EasySpecError("logit_bias must be an object of ids and numbers")
