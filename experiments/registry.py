@@ -231,6 +231,7 @@ SCRIPTS = (
                 "",
                 "--tokens 256 --max-new-tokens 8",
             ),
+            Result("quantization_qwen", "Narrower types: Qwen2.5-Coder-1.5B drafted by 0.5B"),
             Result(
                 "quantization_smollm2",
                 "Narrower types: SmolLM2-135M-Instruct as its own draft",

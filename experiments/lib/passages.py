@@ -408,6 +408,7 @@ PASSAGES: dict[str, Callable[[Path], str]] = {
     "roofline_terms": tabulated("roofline_terms"),
     "dry_compile": tabulated("dry_compile_h100"),
     "quantization": tabulated("quantization"),
+    "quantization_qwen": tabulated("quantization_qwen"),
     "adapt_qwen": tabulated("adapt_qwen"),
     "adapt_qwen_sampled": tabulated("adapt_qwen_sampled"),
     "adapt_qwen_processes": tabulated("adapt_qwen_processes"),
