@@ -254,9 +254,7 @@ class Models:
         sampling.check_ids(self.target.config.vocab_size)
         if sampling.grammar is not None:
             self.grammars.check(sampling)
-        most = min(sampling.max_new_tokens, self.max_length)
-        least = min(sampling.min_new_tokens, most)
-        return replace(sampling, max_new_tokens=most, min_new_tokens=least)
+        return sampling.limited(self.max_length)
 
     @cached_property
     def grammars(self) -> Grammars:

@@ -308,9 +308,10 @@ class Scheduler:
                 for _ in batch.step():
                     pass
                 batch.leave(0)
-        # Those rounds had the levels that adaptive rounds begin with.
-        state = programs.start(SamplingParams(), [0] * self.rows, _capacity(programs))
-        jax.block_until_ready(run_rounds(programs, state).length)
+        if programs.config.tiers:
+            # Those rounds had the levels that adaptive rounds begin with.
+            state = programs.start(SamplingParams(), [0] * self.rows, _capacity(programs))
+            jax.block_until_ready(run_rounds(programs, state).length)
 
     def _compile_restores(self, programs: Programs, most: int) -> None:
         """Compile what copies prefixes out of rows and into them, for prefixes of all sizes."""

@@ -188,7 +188,7 @@ def _block(out: int, inner: int) -> int:
     Blocks are as even as they can be, because the last one overlaps that before it.
     """
     blocks = ceil_div(out * inner, _FLOATS)
-    return max(1, ceil_div(out, blocks))
+    return ceil_div(out, blocks)
 
 
 def _scaled(

@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options.checks import check_whole
@@ -235,6 +235,22 @@ class SamplingParams:
             (7,)
         """
         return (*(() if self.ignore_eos else eos_ids), *self.stop_token_ids)
+
+    def limited(self, most: int) -> Self:
+        """Return the same with at most so many new tokens.
+
+        Args:
+            most: Tokens that a text may have, at least 1.
+
+        Examples:
+            >>> few = SamplingParams(max_new_tokens=1 << 40, min_new_tokens=9).limited(5)
+            >>> few.max_new_tokens, few.min_new_tokens
+            (5, 5)
+        """
+        if self.max_new_tokens <= most:
+            return self
+        least = min(self.min_new_tokens, most)
+        return replace(self, max_new_tokens=most, min_new_tokens=least)
 
     def check_ids(self, vocab_size: int) -> None:
         """Raise EasySpecError for an id that a vocabulary lacks.

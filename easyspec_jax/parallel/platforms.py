@@ -14,8 +14,8 @@ class PlatformSettings:
         fused_attention: Run the attentions of a group in fuzzy passes by fused kernels, where
             these support the shapes.
         fused_mlp: Compute the first half of each feed-forward part by one kernel, likewise.
-        fused_groups: Multiply few tokens by quantized matrices with groups by a kernel, likewise,
-            so that no sums of groups are written to memory.
+        fused_groups: Multiply few tokens by quantized matrices with groups, or in stacks, by a
+            kernel, likewise, so that neither sums of groups nor floats of a stack are written.
         pairs_tokens: Multiply a single token by quantized matrices as one of two, for a compiler
             that would copy each matrix for one.
         split_keys_from: Cache entries from which an attention splits its keys among programs; None

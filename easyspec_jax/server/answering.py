@@ -237,9 +237,7 @@ class Answering:
             for _ in range(asked.n):
                 number = len(requests)
                 sampling = seeded(asked, number)
-                most = min(sampling.max_new_tokens, self._limits.tokens)
-                least = min(sampling.min_new_tokens, most)
-                limited = replace(sampling, max_new_tokens=most, min_new_tokens=least)
+                limited = sampling.limited(self._limits.tokens)
                 row = engine.row(encoded, limited, kinds=kinds)
                 requests.append(Request(engine, row, _poster(loop, inbox, number)))
         return requests

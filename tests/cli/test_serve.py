@@ -3,11 +3,14 @@
 import json
 import socket
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from easyspec_jax.cli.serve import main
+from easyspec_jax.cli.serve import _check_memory, main
 from easyspec_jax.engine.engine import Engine
+from easyspec_jax.engine.serving import KINDS, OPTIONS
 from tests.support.models import save_model
 
 pytest.importorskip("starlette", reason="the extra `serve` is not installed")
@@ -71,6 +74,15 @@ def test_a_target_that_does_not_fit_is_refused(refused, tmp_path):
     save_model(tmp_path, "llama3", vocab_size=260)
     flags = ["--target", str(tmp_path), "--method", "vanilla", "--batch-size", "100000000"]
     assert "memory" in refused(*flags)
+
+
+def test_memory_is_checked_for_requests_with_any_option():
+    checked = []
+    engine: Any = SimpleNamespace(
+        max_length=64, check_memory=lambda *of, kinds: checked.append((of, kinds))
+    )
+    _check_memory(engine, 4)
+    assert checked == [((64, 63, 4, sampling), OPTIONS) for sampling in KINDS]
 
 
 def test_an_open_server_without_a_key_is_warned_of(monkeypatch, capsys):

@@ -86,7 +86,7 @@ def test_a_prompt_is_tokenised_once(engine, monkeypatch):
 
 
 def test_no_more_tokens_are_asked_for_than_a_text_has(engine):
-    """What does not fit into int32 would reach the devices, and a grammar's rows are as long."""
+    """Otherwise 2³¹ tokens would overflow int32 and give a grammar as many columns."""
     few = SamplingParams(max_new_tokens=5, min_new_tokens=2)
     many = SamplingParams(max_new_tokens=2**31, min_new_tokens=2**31 - 1, regex="a+")
     least, most = map(engine.with_ids, (few, many))

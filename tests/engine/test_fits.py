@@ -124,7 +124,7 @@ def test_products_by_quantized_matrices_are_counted(weights, prompt):
 
 @pytest.mark.parametrize("tokens, size", [(21, 7168 * 64 * 21 * 4), (512, 7168 * 8192 * 2)])
 def test_what_groups_take_is_counted_on_accelerators_too(tokens, size):
-    """Of 70B over 8 devices, 7168 outputs: sums of 64 groups, and bfloat16 for many tokens."""
+    """A product of 7168 outputs writes sums of 64 groups for 21 tokens, and bfloat16 for 512."""
     for kept in (None, "int8", "int4"):
         job = large(target_weights=kept)
         target, _ = fits._of_models(job)[0]

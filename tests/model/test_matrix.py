@@ -45,7 +45,7 @@ def test_offsets_are_added_to_every_column_of_a_group(dtype, group):
 
 @pytest.mark.parametrize("limit, block", [(1, 1), (7, 6), (10, 8), (12, 12), (24, 24)])
 def test_many_tokens_are_multiplied_by_even_blocks_of_outputs(monkeypatch, limit, block):
-    """Of 24 outputs at most 7 at a time are four blocks of 6."""
+    """With room for 7 of 24 outputs at a time, there are four blocks of 6."""
     matrix, floats = _case("int4", 16)
     tokens = FEW_TOKENS // 2 + 1  # in each of two rows
     monkeypatch.setattr(module, "_FLOATS", limit * INNER)

@@ -261,3 +261,11 @@ def test_all_processes_hear_what_the_first_says():
     leaving.start()
     first.meet("done")
     leaving.join()
+
+
+@pytest.mark.parametrize(
+    "processes, platform, waits", [(1, "cpu", False), (2, "cpu", True), (2, "gpu", False)]
+)
+def test_only_calls_of_several_processes_on_cpus_wait(monkeypatch, processes, platform, waits):
+    monkeypatch.setattr(hosts, "count", lambda: processes)
+    assert hosts.calls_wait(platform) == waits

@@ -123,8 +123,9 @@ def check(mesh: Any, model: Decoder, tokens: int, run: Callable[..., Any]) -> No
     program, matrices = compiled(mesh, model, tokens, run), sizes(model)
     assert not float_copies(CompiledText.read(program.as_text()), set(matrices))
     temporaries = program.memory_analysis().temp_size_in_bytes
-    # libtpu also keeps copies of cache entries there, in bfloat16's passes too.
-    others = 1 << 20
+    # In fuzzy steps libtpu also keeps cache entries there, as it does in bfloat16.
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    others = 1 << 20 if on_tpu and run is run_fuzzy else 0
     assert temporaries < others + 2 * min(matrices) + 4 * tokens * max(matrices.values())
 
 
