@@ -170,8 +170,9 @@ def test_sigterm_loses_no_answer():
         threads = [threading.Thread(target=ask) for _ in range(3)]
         for thread in threads:
             thread.start()
-        wait_until(lambda: server.metric("vllm:num_requests_waiting") == 1)
+        # In this order: before two run, one that waits may be either of those.
         wait_until(lambda: server.metric("vllm:num_requests_running") == 2)
+        wait_until(lambda: server.metric("vllm:num_requests_waiting") == 1)
         lines = server.stop()
         for thread in threads:
             thread.join(30)
