@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from jaxtyping import Int
 
-from convert.stream import Calibration, Model
+from convert.models import Calibration, Model
 from easyspec_jax.checkpoint.config import ModelConfig, model_config
 from easyspec_jax.checkpoint.tensors import TensorSource
 from easyspec_jax.errors import EasySpecError

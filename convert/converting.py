@@ -8,9 +8,11 @@ from convert.calibration import LEAST_TOKENS, TOKENS, calibration_on
 from convert.gguf import open_gguf
 from convert.hub import directory_of
 from convert.huggingface import open_huggingface
+from convert.models import Model
 from convert.orbax import ORBAX
+from convert.pieces import DEFAULT_MEMORY
 from convert.shards import HUGGING_FACE
-from convert.stream import DEFAULT_MEMORY, Model, Result, verify
+from convert.stream import Result, verify
 from convert.stream import convert as convert_model
 from easyspec_jax.checkpoint.rounding import INT4_GROUPS
 from easyspec_jax.errors import EasySpecError

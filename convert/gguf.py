@@ -24,8 +24,8 @@ from convert.gguf_fields import (
 )
 from convert.gguf_tensors import GGUFSource, KeptBlocks, shape_of
 from convert.gguf_tokenizer import build_tokenizer, check_saved
+from convert.models import Model
 from convert.stores import write_json
-from convert.stream import Model
 from easyspec_jax.checkpoint.canonical import canonical
 from easyspec_jax.checkpoint.config import VARIATIONS, ModelConfig, model_config
 from easyspec_jax.checkpoint.families import FAMILIES, Family

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from convert.stream import Model
+from convert.models import Model
 from easyspec_jax.checkpoint.config import read_json
 from easyspec_jax.checkpoint.directory import Checkpoint, open_checkpoint
 from easyspec_jax.checkpoint.families import EMBEDDING

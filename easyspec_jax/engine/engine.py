@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import jax
 
 from easyspec_jax.arithmetic import wrap_seed
-from easyspec_jax.decode.loop import Batch, warm_up
+from easyspec_jax.decode.loop import Batch
 from easyspec_jax.decode.prefixes import (
     PrefillSizes,
     PrefixStore,
@@ -21,6 +21,7 @@ from easyspec_jax.decode.prefixes import (
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.state import Fault, RoundConfig
 from easyspec_jax.decode.stats import Stats, TierStats
+from easyspec_jax.decode.warming import warm_up
 from easyspec_jax.engine.completion import (
     Completion,
     EncodedPrompt,

@@ -23,10 +23,11 @@ from typing import Literal
 import jax
 
 from easyspec_jax.arithmetic import power_of_two
-from easyspec_jax.decode.loop import Batch, run_rounds
+from easyspec_jax.decode.loop import Batch
 from easyspec_jax.decode.prefixes import PrefixStore
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.state import RoundConfig
+from easyspec_jax.decode.warming import run_rounds
 from easyspec_jax.engine.completion import Completion, Gain, Generation, TokenLogprobs
 from easyspec_jax.engine.engine import Engine
 from easyspec_jax.engine.running import RunningBatch

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from convert import stream
 from convert.__main__ import main
 from convert.huggingface import open_huggingface
+from convert.pieces import is_finite
 from convert.shards import SafetensorsStore
 from convert.stores import Format
 from convert.workplace import workplace
@@ -110,14 +111,14 @@ def test_every_pattern_of_bits_is_judged_as_numpy_judges_it(dtype):
     values = np.concatenate(
         [values, [ml_dtypes.finfo(dtype).max, ml_dtypes.finfo(dtype).min]]
     ).astype(dtype)
-    assert stream.is_finite(values)
-    assert stream.is_finite(values[:0])
+    assert is_finite(values)
+    assert is_finite(values[:0])
     for wrong in (np.nan, -np.nan, np.inf, -np.inf):
-        assert not stream.is_finite(np.append(values, wrong).astype(dtype))
+        assert not is_finite(np.append(values, wrong).astype(dtype))
     if np.dtype(dtype).itemsize == 2:
         for bits in np.arange(2**16, dtype=np.uint16):
             value = np.array([bits]).view(dtype)
-            assert stream.is_finite(value) == bool(np.isfinite(value.astype(np.float32))[0])
+            assert is_finite(value) == bool(np.isfinite(value.astype(np.float32))[0])
 
 
 def test_a_tensor_of_the_wrong_shape_or_type(source, fails):
@@ -260,9 +261,9 @@ def test_a_byte_that_flips_on_the_way_to_the_disk_is_found(source, tmp_path):
 
 SMALL_PIECES = """
 import sys
-from convert import orbax, stream
+from convert import orbax, pieces
 from convert.__main__ import main
-stream._PIECE = orbax._CHUNK = 1 << 16
+pieces._PIECE = orbax._CHUNK = 1 << 16
 orbax._TILE = (64, 512)
 sys.exit(main(sys.argv[1:]))
 """
@@ -316,7 +317,7 @@ def pieces(journal: Path) -> int:
 
 
 def test_what_an_interruption_damaged_is_written_again(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(stream, "_PIECE", 4096)
+    monkeypatch.setattr("convert.pieces._PIECE", 4096)
     model, record, count = open_huggingface(source), stream.Workplace.record, 0
 
     def interrupt(self, *piece):

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from convert.gguf import _attention_scalar, open_gguf
-from convert.stream import Model, convert
+from convert.models import Model
+from convert.stream import convert
 from easyspec_jax.checkpoint.canonical import unpermute
 from easyspec_jax.checkpoint.config import model_config, read_model_config
 from easyspec_jax.checkpoint.directory import open_checkpoint

@@ -1,0 +1,122 @@
+"""Which round a batch runs next, and how long each of them took."""
+
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Int
+
+from easyspec_jax.decode.programs import Programs
+from easyspec_jax.decode.state import Report
+from easyspec_jax.parallel import hosts
+
+
+class Chosen(NamedTuple):
+    """A round to run.
+
+    Attributes:
+        levels: Its levels.
+        lags: Whether the draft's caches lack tokens, because the round before was a plain one.
+        threshold: Confidence that another level needs; None for that of the round before.
+    """
+
+    levels: int
+    lags: bool
+    threshold: float | None
+
+
+class Pace:
+    """The tiers and thresholds of a batch, and a clock that times its rounds.
+
+    Attributes:
+        levels: Levels of the round that was chosen last.
+        read_at: When the draft had read each row's prompt, by time.perf_counter(). It is known once
+            the report of the text's first round is read; without a draft it is 0.
+    """
+
+    def __init__(self, programs: Programs, rows: int) -> None:
+        self._programs = programs
+        self._tiers = programs.tier_choice(rows)
+        self._thresholds = programs.threshold_choice(rows)
+        self._clock: float | None = None  # time of the report that was read last
+        # Rows whose first tokens are out while the draft reads, and an array that is there when it
+        # has.
+        self._drafting: list[tuple[Int[np.ndarray, " some"], jax.Array]] = []
+        self.levels = programs.config.levels
+        self.read_at = np.zeros(rows)
+
+    @property
+    def calls_wait(self) -> bool:
+        """Whether a call of a program returns only when the devices are done with it."""
+        return hosts.calls_wait(self._programs.mesh.devices.flat[0].platform)
+
+    def enter(self, row: int) -> None:
+        """Note that a text enters a row."""
+        self._tiers.enter(row)
+
+    def leave(self, row: int) -> None:
+        """Note that a row's text leaves it."""
+        self._tiers.leave(row)
+
+    def next(self) -> Chosen:
+        """Choose the next round."""
+        before, self.levels = self.levels, self._tiers.next()
+        threshold = None
+        if self._thresholds is not None and self.levels:
+            threshold = self._thresholds.next()
+        return Chosen(self.levels, before == 0 < self.levels, threshold)
+
+    def begin_drafting(self, rows: Int[np.ndarray, " some"], drafted: jax.Array) -> None:
+        """Note that rows have their first tokens, while the draft still reads their prompts.
+
+        Args:
+            rows: The rows.
+            drafted: An array that is there once the draft has read them.
+        """
+        self._drafting.append((rows, drafted))
+
+    def await_draft(self) -> None:
+        """Wait until the draft has read all prompts, and note when."""
+        for rows, drafted in self._drafting:
+            jax.block_until_ready(drafted)
+            # What follows is the time of a round alone.
+            self.read_at[rows] = self._clock = time.perf_counter()
+        self._drafting = []
+
+    def read(
+        self,
+        report: Report,
+        current: Bool[np.ndarray, " some"],
+        levels: int | None,
+        is_timed: bool,
+    ) -> None:
+        """Learn from a report that has just come.
+
+        Args:
+            report: The report.
+            current: Which of its rows still have the text that it is about.
+            levels: Levels of the round; None for a prefill.
+            is_timed: Whether nothing but this round took the time since the report before.
+        """
+        self._time(levels if is_timed else None, report)
+        if levels is None:
+            return
+        accepted, done = np.asarray(report.accepted), np.asarray(report.done)
+        self._tiers.read(levels, accepted, current, done)
+        if self._thresholds is not None and report.confidence is not None:
+            self._thresholds.read(np.asarray(report.confidence), accepted, current & ~done)
+
+    def _time(self, levels: int | None, report: Report) -> None:
+        """Note when a report came; `levels` is None if something else than the round took time."""
+        now, before = time.perf_counter(), self._clock
+        self._clock = now
+        if levels is None or before is None:
+            return
+        # Without a draft model, a round that looks up in vain is a step of plain decoding.
+        drafted = self._programs.draft is not None or bool(report.drafted.any())
+        self._tiers.times.add(levels, now - before, drafted=drafted or levels == 0)
+        # Rounds of other tiers differ by more than the draft's passes.
+        whole = levels == self._programs.config.levels
+        if self._thresholds is not None and whole and report.confidence is not None:
+            self._thresholds.time(np.asarray(report.confidence), now - before)
