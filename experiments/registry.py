@@ -109,6 +109,7 @@ SCRIPTS = (
         (
             Result("spec_bench", "Table 3: questions in Spec-Bench's form", "--max-new-tokens 64"),
             Result("spec_bench_smollm2", "Table 3: SmolLM2-135M-Instruct as its own draft"),
+            Result("spec_bench_qwen", "Table 3: Qwen2.5-Coder-1.5B drafted by 0.5B, one device"),
         ),
         draws=True,
     ),
@@ -159,6 +160,7 @@ SCRIPTS = (
                 "--mesh 2 --max-new-tokens 64 --repeats 9",
                 "--lp-sizes 2 --max-new-tokens 8 --repeats 2",
             ),
+            Result("table5_qwen", "Table 5: Qwen2.5-Coder-1.5B drafted by 0.5B, one device"),
         ),
         draws=True,
     ),
