@@ -11,7 +11,6 @@ import jax
 from easyspec_jax.arithmetic import wrap_seed
 from easyspec_jax.decode.loop import Batch
 from easyspec_jax.decode.prefixes import (
-    PrefillSizes,
     PrefixStore,
     Repeat,
     Spared,
@@ -19,9 +18,9 @@ from easyspec_jax.decode.prefixes import (
     spared,
 )
 from easyspec_jax.decode.programs import Programs
-from easyspec_jax.decode.state import Fault, RoundConfig
+from easyspec_jax.decode.state import Fault
 from easyspec_jax.decode.stats import Stats, TierStats
-from easyspec_jax.decode.warming import warm_up
+from easyspec_jax.decode.warming import Warmed
 from easyspec_jax.engine.completion import (
     Completion,
     EncodedPrompt,
@@ -59,14 +58,7 @@ class Preparation:
 class Engine(Models):
     """Models that complete prompts; see `open_model`, which makes one."""
 
-    # Round, cache sizes, chunk size and batch size of everything that XLA has compiled already.
-    _compiled: set[tuple[RoundConfig, tuple[int, ...], int, int]] = field(
-        default_factory=set, init=False, repr=False
-    )
-    # The same of what rows share: round, cache size, kind of step, its size and batch size.
-    _shared: set[tuple[RoundConfig, int, str, int, int]] = field(
-        default_factory=set, init=False, repr=False
-    )
+    _warmed: Warmed = field(default_factory=Warmed, init=False, repr=False)
 
     def prepare(
         self, prompts: Sequence[Prompt | EncodedPrompt], *, chat: bool = False
@@ -213,55 +205,10 @@ class Engine(Models):
             for found in ways:
                 sizes = prefill_sizes(programs, found, rows, growth[0], batch_size)
                 wanted.setdefault(growth, set()).update(sizes.chunks)
-                self._warm_up_sharing(programs, growth[0], sizes, batch_size)
-        self._warm_up(programs, wanted, batch_size, bar)
+                self._warmed.warm_sharing(programs, growth[0], sizes, batch_size)
+        self._warmed.warm(programs, wanted, batch_size, bar)
         capacities = sorted(set().union(*wanted))
         return Preparation(capacities, loaded - begun, time.perf_counter() - loaded)
-
-    def _warm_up(
-        self,
-        programs: Programs,
-        wanted: Mapping[tuple[int, ...], set[int]],
-        batch_size: int,
-        bar: Bar,
-    ) -> None:
-        """Compile programs for cache sizes and for chunk sizes at the first of these."""
-        missing: dict[tuple[int, ...], list[int]] = {}
-        for capacities, chunks in sorted(wanted.items()):
-            for chunk in sorted(chunks):
-                key = programs.config, capacities, chunk, batch_size
-                if key not in self._compiled:
-                    missing.setdefault(capacities, []).append(chunk)
-        if not missing:
-            return
-        with bar("Compiling", len(missing)) as advance:
-            for capacities, chunks in missing.items():
-                # Rows that are finished from the start compile everything without decoding
-                # anything.
-                warm_up(programs, capacities, chunks, batch_size)
-                for chunk in chunks:
-                    self._compiled.add((programs.config, capacities, chunk, batch_size))
-                advance(1)
-
-    def _warm_up_sharing(
-        self, programs: Programs, capacity: int, sizes: PrefillSizes, batch_size: int
-    ) -> None:
-        """Compile what prefills one row and copies it to others."""
-        steps = [("alone", size) for size in sorted(sizes.alone)]
-        steps += [("copy", size) for size in sorted(sizes.copies)]
-        for step, size in steps:
-            key = programs.config, capacity, step, size, batch_size
-            if key in self._shared:
-                continue
-            state = programs.start(SamplingParams(), [0] * batch_size, capacity)
-            if step == "alone":
-                prompt = [0] * (size + 1)
-                state, _ = programs.enter(state, 0, prompt, 0, SamplingParams(), 0, size)
-            else:
-                copy = programs.copy_row(state, 0, size)
-                state = programs.restore(state, 0, copy, 1)
-            jax.block_until_ready(state.length)
-            self._shared.add(key)
 
     def _growth(
         self, programs: Programs, batch: Sequence[Sequence[int]], sampling: SamplingParams
