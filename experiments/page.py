@@ -1,7 +1,7 @@
 """Write what documents say of results: `python -m experiments.page [--check]`.
 
 A generated passage is what stands between `<!-- generated: NAME -->` and `<!-- end -->`. NAME is
-one of lib/passages.py. A passage in lines of its own is indented like its marker; one within a line
+one of lib/passages/. A passage in lines of its own is indented like its marker; one within a line
 is a single figure. --check writes nothing, and fails if a document is not what the results make.
 """
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.lib import passages
+from experiments.lib.passages import acceptance, speeds
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_acceptance_has_every_pair_by_size(results):
     ]
     real = [row("exact", 1, 0.56), row("N = 2", 2, 0.5), row("N = 6", 6, 0.1, temperature=0.8)]
     files = {"acceptance_demo": demo, "acceptance": other, "acceptance_qwen": real}
-    lines = passages.acceptance(results(**files)).split("\n")
+    lines = acceptance.acceptance(results(**files)).split("\n")
     assert lines[2:] == [
         "| exact | 0.700 | 1.000 | 0.560 |",
         "| fuzzy, N = 2 | 0.600 | 0.550 | 0.500 |",
@@ -58,7 +58,7 @@ def test_the_real_drafts_acceptance_is_by_width_and_temperature(results):
         row("N = 2, no calibration", 2, 0.125, temperature=0.8, calibration=False),
     ]
     directory = results(acceptance_qwen=[*greedy, refit], acceptance_qwen_sampled=sampled)
-    assert passages.acceptance_qwen(directory).split("\n") == [
+    assert acceptance.acceptance_qwen(directory).split("\n") == [
         "| draft | turns of attention | width 1 | width 1, T = 0.8 |",
         "| - | - | - | - |",
         "| exact | 4 | .750 | .250 |",
@@ -69,12 +69,22 @@ def test_the_real_drafts_acceptance_is_by_width_and_temperature(results):
 
 def test_acceptance_on_tasks_is_by_kind_and_width(results):
     code, prose = ([row("exact", 1, rate), row("exact", 1, rate, tree_width=4)] for rate in (1, 0))
-    table = passages.acceptance_qwen_tasks(
+    table = acceptance.acceptance_qwen_tasks(
         results(acceptance_qwen_code=code, acceptance_qwen_prose=prose)
     )
     assert table.split("\n")[::2] == [
         "| draft | code, width 1 | code, width 4 | prose, width 1 | prose, width 4 |",
         "| exact | 1.000 | 1.000 | .000 | .000 |",
+    ]
+
+
+def test_whole_layers_stand_next_to_their_attentions(results):
+    ways = [("plain decoding", 1, None), ("in order", 1, 0.75)]
+    ways += [("attention only", 2, 0.625), ("whole layers", 2, 0.5)]
+    rows = [{"at_once": way, "lp_size": size, "acceptance_rate": rate} for way, size, rate in ways]
+    assert acceptance.table5_qwen(results(table5_qwen=rows)).split("\n")[::2] == [
+        "| N | attentions at once | whole layers at once |",
+        "| 1, in order | .750 |  |",
     ]
 
 
@@ -86,7 +96,7 @@ def test_what_groups_keep_is_by_size_and_set(results):
         ]
 
     directory = results(table4_smollm2=rows(0.5), table4_smollm2_unseen=rows(0.125))
-    lines = passages.kept(directory).split("\n")
+    lines = acceptance.kept(directory).split("\n")
     assert lines[0] == "| N | A | A, refit | unseen | unseen, refit |"
     assert lines[2:] == ["| 4 | .500 .250 | .625 .250 | .125 .250 | .250 .250 |"]
 
@@ -100,20 +110,20 @@ def test_trees_are_means_over_calibrated_groups(results):
         row("N = 3", 3, 0.1, **sampled | {"calibration": False}),
     ]
     rows += [own | {"verifier": "rejection", "acceptance_rate": 0.5} for own in rows]
-    lines = passages.trees(results(acceptance_demo=rows)).split("\n")
+    lines = acceptance.trees(results(acceptance_demo=rows)).split("\n")
     assert lines == ["|  | width 1 |", "| - | - |", "| rejection | .500 |", "| coupled | .375 |"]
 
 
 def test_speeds_are_medians_over_plain_decoding(results):
-    ways = [*passages.WAYS, "another"]
+    ways = [*speeds.WAYS, "another"]
     rows = [{"name": way, "over_plain": [1.0, 3.0, 2.0]} for way in ways]
     rows.append({"name": "vLLM", "missing": "not installed"})
-    lines = passages.peers(results(peers=rows)).split("\n")
+    lines = speeds.peers(results(peers=rows)).split("\n")
     assert lines[2] == "| easyspec, N = 4 | 2.00 |"
-    assert len(lines) == 2 + len(passages.WAYS)
+    assert len(lines) == 2 + len(speeds.WAYS)
 
 
 def test_the_least_share_counts(results):
     rows = [{"share_of_fastest": 1.0}, {"share_of_fastest": 0.954}]
     directory = results(tune_check=rows, tune_check_smollm2=[{"share_of_fastest": 0.97}])
-    assert passages.tune_share(directory) == "0.95"
+    assert speeds.tune_share(directory) == "0.95"

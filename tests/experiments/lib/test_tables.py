@@ -4,7 +4,8 @@ import doctest
 
 import pytest
 
-from experiments.lib import divergence, passages, tables
+from experiments.lib import divergence, tables
+from experiments.lib.passages import reading
 from experiments.lib.tables import flat, markdown, speeds
 
 
@@ -43,7 +44,7 @@ def test_a_table_has_the_columns_of_all_rows():
     assert lines[2:] == ["| 0.123 | 12.35 |  |", "| 123 |  | x\\|y |", "|  |  |  |"]
 
 
-@pytest.mark.parametrize("module", [divergence, passages, tables])
+@pytest.mark.parametrize("module", [divergence, reading, tables])
 def test_examples_are_true(module):
     found = doctest.testmod(module)
     assert found.attempted > 0 and found.failed == 0
