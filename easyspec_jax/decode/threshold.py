@@ -15,7 +15,8 @@ confidence:
 
 A pass's time is how much longer rounds of more passes take. Below the threshold nothing is drafted
 and nothing is seen. So what was seen there ages, which leaves the draft's own confidence; and one
-round in EVERY has the next lower threshold.
+round in EVERY has the next lower threshold. Where there is none, because all levels are drafted,
+that round drafts a single level, so that a pass's time stays known.
 
 Nothing here touches a device. All decisions come from reports that have been read.
 """
@@ -55,7 +56,7 @@ FIRST = 3
 """Rounds at first that draft all levels; as many then draft one. Only so is a pass's time known."""
 
 EVERY = 32
-"""Rounds of which one has a lower threshold."""
+"""Rounds of which one has another threshold, to see what it gains."""
 
 DECIDES = 8
 """Rounds between two decisions."""
@@ -112,7 +113,9 @@ class ThresholdChoice:
             self._agreed = self._agree(self.learned())
         if number < 2 * FIRST:
             return 0.0 if number < FIRST else NONE
-        return self._agreed if number % EVERY else _below(self._agreed)
+        if number % EVERY:
+            return self._agreed
+        return _below(self._agreed) if self._agreed > 0 else NONE
 
     def learned(self) -> float:
         """Return the lowest threshold above which every bin pays."""
@@ -179,7 +182,7 @@ def _below(threshold: float) -> float:
     """Return the next lower threshold.
 
     Examples:
-        >>> _below(0.5), _below(0.0)
-        (0.4, 0.0)
+        >>> _below(0.5)
+        0.4
     """
-    return _FALLING[min(_FALLING.index(threshold) + 1, len(_FALLING) - 1)]
+    return _FALLING[_FALLING.index(threshold) + 1]

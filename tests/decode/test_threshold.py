@@ -134,3 +134,32 @@ def test_texts_that_end_and_rows_without_a_draft_say_nothing():
     for _ in range(20):
         choice.read(confidence, np.zeros(1, int), ONE)
     assert choice.learned() > 0.8
+
+
+@pytest.mark.parametrize("cost", [0.05, 0.1])
+def test_it_follows_a_draft_that_was_never_wrong_for_long(cost):
+    """As all levels are drafted, no round says what a pass costs, unless some draft fewer."""
+    sure, bad = Texts(0, 0.01, low=0.995), Texts(1, 8.0)
+    choice = ThresholdChoice()
+    speed(choice.next, sure, cost, 400, choice)
+    speed(choice.next, bad, cost, 300, choice)
+    found = speed(choice.next, bad, cost, 700, choice)
+    fixed = [
+        speed(lambda own=own: own, Texts(1, 8.0), cost, 700) for own in (0.0, *THRESHOLDS, NONE)
+    ]
+    assert found > 0.9 * max(fixed)
+    assert fixed[0] < 0.8 * max(fixed)  # where it would stay otherwise
+
+
+def test_times_that_misled_at_first_are_seen_again():
+    """The rounds of one level at first are slow by chance, so a pass seems to cost nothing."""
+    choice, cost = ThresholdChoice(), 0.1
+    for _ in range(2 * FIRST):
+        choice.next()
+        confidence = np.full((1, LEVELS), 0.5)
+        choice.time(confidence, 1.0)
+        choice.time(confidence * (np.arange(LEVELS) < 1), 3.0)
+    assert choice.learned() == 0.0
+    bad = Texts(1, 8.0)
+    speed(choice.next, bad, cost, 400, choice)
+    assert choice.learned() >= 0.3
