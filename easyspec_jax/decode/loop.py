@@ -11,6 +11,7 @@ that gives free rows new texts (refill) steps it itself. Reuse spares it what pr
 Pace chooses and times its rounds.
 """
 
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -57,6 +58,7 @@ class _Unread(NamedTuple):
         texts: Numbers of the texts that they had.
         levels: Levels of the round; None for a prefill.
         alone: Whether nothing else was dispatched between it and the round before it.
+        seconds: How long the call of the round took, where calls wait for the devices.
         drafted: After a prefill, an array that is there once the draft has read the prompts too;
             None without a draft, or where the calls have waited for it.
     """
@@ -66,6 +68,7 @@ class _Unread(NamedTuple):
     texts: Int[np.ndarray, " some"]
     levels: int | None = None
     alone: bool = False
+    seconds: float | None = None
     drafted: jax.Array | None = None
 
 
@@ -200,30 +203,30 @@ class Batch:
 
         Rows may be left between two reports. A text's first report is that of its prefill.
         """
+        pace, begun = self._pace, time.perf_counter()
         # Unread by now: the round before this one, and the prefills of texts that entered since.
         ahead, is_alone = self._dispatch()
         unread = self._unread
         # The round's report is about the texts that rows have now: keep a copy of their numbers.
-        rows, pace = np.arange(len(self._text)), self._pace
+        rows, texts = np.arange(len(self._text)), self._text.copy()
         read = partial(jax.device_get, ahead)
-        self._unread = [_Unread(read, rows, self._text.copy(), pace.levels, is_alone)]
+        waited = time.perf_counter() - begun if pace.calls_wait else None
+        self._unread = [_Unread(read, rows, texts, pace.levels, is_alone, waited)]
         for one in unread:
-            _, rows, texts, levels, alone, drafted = one
+            rows, levels = one.rows, one.levels
             if levels is not None:
                 pace.await_draft()
-            elif drafted is not None:
-                pace.begin_drafting(rows, drafted)
+            elif one.drafted is not None:
+                pace.begin_drafting(rows, one.drafted)
             report = one.read()
-            current = (texts == self._text[rows]) & (texts != FREE)
+            current = (one.texts == self._text[rows]) & (one.texts != FREE)
             # The report's rows may be few; CacheGrowth counts all: [some] -> [batch].
             tokens = np.zeros_like(self._text)
             tokens[rows] = report.num_tokens * current
             self._growth.read(tokens)
             self._reuse.read(report, rows[current], current, levels)
-            # Where a call waits for the devices, the time is rather that of the round just
-            # dispatched.
-            alike = not pace.calls_wait or (is_alone and levels == pace.levels)
-            pace.read(report, current, levels, alone and alike and len(unread) == 1)
+            is_timed = one.alone and (one.seconds is not None or len(unread) == 1)
+            pace.read(report, current, levels, is_timed, one.seconds)
             yield Read(report, rows, current)
 
     def _marker(self) -> jax.Array | None:

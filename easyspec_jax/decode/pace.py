@@ -90,6 +90,7 @@ class Pace:
         current: Bool[np.ndarray, " some"],
         levels: int | None,
         is_timed: bool,
+        seconds: float | None = None,
     ) -> None:
         """Learn from a report that has just come.
 
@@ -97,9 +98,15 @@ class Pace:
             report: The report.
             current: Which of its rows still have the text that it is about.
             levels: Levels of the round; None for a prefill.
-            is_timed: Whether nothing but this round took the time since the report before.
+            is_timed: Whether nothing but this round took the time.
+            seconds: The time that the round took; None if it is that since the report before.
         """
-        self._time(levels if is_timed else None, report)
+        now, before = time.perf_counter(), self._clock
+        self._clock = now
+        if seconds is None and before is not None:
+            seconds = now - before
+        if is_timed and levels is not None and seconds is not None:
+            self._time(report, levels, seconds)
         if levels is None:
             return
         accepted, done = np.asarray(report.accepted), np.asarray(report.done)
@@ -107,16 +114,12 @@ class Pace:
         if self._thresholds is not None and report.confidence is not None:
             self._thresholds.read(np.asarray(report.confidence), accepted, current & ~done)
 
-    def _time(self, levels: int | None, report: Report) -> None:
-        """Note when a report came; `levels` is None if something else than the round took time."""
-        now, before = time.perf_counter(), self._clock
-        self._clock = now
-        if levels is None or before is None:
-            return
+    def _time(self, report: Report, levels: int, seconds: float) -> None:
+        """Learn how long a round of some levels takes."""
         # Without a draft model, a round that looks up in vain is a step of plain decoding.
         drafted = self._programs.draft is not None or bool(report.drafted.any())
-        self._tiers.times.add(levels, now - before, drafted=drafted or levels == 0)
+        self._tiers.times.add(levels, seconds, drafted=drafted or levels == 0)
         # Rounds of other tiers differ by more than the draft's passes.
         whole = levels == self._programs.config.levels
         if self._thresholds is not None and whole and report.confidence is not None:
-            self._thresholds.time(np.asarray(report.confidence), now - before)
+            self._thresholds.time(np.asarray(report.confidence), seconds)

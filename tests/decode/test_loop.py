@@ -589,3 +589,34 @@ def test_no_cache_is_larger_than_the_longest_text_needs(pair):
     assert replace(run, max_length=1024).sizes.capacity(1024) == 1152
     assert run.sizes.capacities(100, 1000) == (512, 1024, 2048)
     assert replace(run, max_length=1100).sizes.capacities(100, 1000) == (512, 1024, 1152)
+
+
+class Clock:
+    """Stands in for the module `time`: rounds take 1, 2, 3, … seconds, everything else none."""
+
+    def __init__(self) -> None:
+        self.now, self.rounds = 0.0, 0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def run(self, round):
+        def timed(*args):
+            self.rounds += 1
+            self.now += self.rounds
+            return round(*args)
+
+        return timed
+
+
+def test_where_calls_wait_a_round_has_its_own_time(pair, monkeypatch):
+    """The report that is read after a call is that of the round before it."""
+    run, clock, timed = programs(pair, GREEDY), Clock(), []
+    monkeypatch.setattr("easyspec_jax.decode.loop.time", clock)
+    monkeypatch.setattr("easyspec_jax.decode.pace.time", clock)
+    monkeypatch.setattr("easyspec_jax.parallel.hosts.calls_wait", lambda platform: True)
+    monkeypatch.setattr(Programs, "round", clock.run(Programs.round))
+    monkeypatch.setattr(RoundTimes, "add", lambda self, levels, took, **kind: timed.append(took))
+    texts(run)
+    assert timed == list(range(1, len(timed) + 1))
+    assert len(timed) > 5
