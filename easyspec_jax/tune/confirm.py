@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from easyspec_jax.errors import EasySpecError
 from easyspec_jax.progress import Advance
 
 Name = TypeVar("Name")
@@ -47,14 +48,28 @@ def confirmed(speeds: Mapping[Name, Sequence[float]], baseline: Name) -> dict[Na
 
     Prompts are not equally easy, and a shared machine drifts from one to the next. So a way's gain
     over the baseline is taken per prompt; its median times the median of the baseline is its speed.
+    Prompts whose text ends with its first token have no speed, and do not count.
 
     Args:
         speeds: See alternate().
         baseline: The name of the baseline among them.
+
+    Raises:
+        EasySpecError: No prompt counts.
+
+    Examples:
+        >>> confirmed({"plain": [2.0, 0.0, 4.0], "fast": [3.0, 0.0, 6.0]}, "plain")
+        {'plain': 3.0, 'fast': 4.5}
     """
     plain = np.asarray(speeds[baseline])
+    counts = plain > 0
+    if not counts.any():
+        raise EasySpecError(
+            "the target ends every text with its first token, so nothing can be timed; "
+            "give other `prompts`"
+        )
     result = {}
     for name, own in speeds.items():
-        gain = np.median(np.asarray(own) / plain)
-        result[name] = float(gain * np.median(plain))
+        gain = np.median(np.asarray(own)[counts] / plain[counts])
+        result[name] = float(gain * np.median(plain[counts]))
     return result

@@ -7,6 +7,7 @@ as good as it could be, so that no candidate is dropped for lack of a measuremen
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf, isfinite
 from typing import Literal
 
 import numpy as np
@@ -40,6 +41,10 @@ class Figures:
     step: dict[Draft, dict[int, float]] = field(default_factory=dict)
     first: dict[Draft, dict[int, float]] = field(default_factory=dict)
     acceptance: dict[SpeculativeConfig, dict[int, tuple[float, ...]]] = field(default_factory=dict)
+
+    def timed(self, draft: Draft) -> bool:
+        """Whether a step of a draft was timed. One that does not fit a device takes forever."""
+        return isfinite(self.step.get(draft, {}).get(1, inf))
 
 
 @dataclass(frozen=True)
@@ -139,9 +144,9 @@ def _verification(known: Mapping[int, float], nodes: int) -> float:
     Small passes are bound by memory and take the same time whatever their size. Larger ones are
     bound by arithmetic, so that the line gets steeper and never flatter.
     """
-    *_, second, most = sorted(known)
-    if nodes <= most:
+    if nodes <= max(known):
         return _interpolated(known, nodes)
+    *_, second, most = sorted(known)
     return known[most] + max(0.0, known[most] - known[second]) / (most - second) * (nodes - most)
 
 

@@ -75,8 +75,7 @@ def search(
         come first.
     """
     time_steps(candidates, figures, bench, clock, advance)
-    # A draft without any measurement would look infinitely fast.
-    open_ = [candidate for candidate in candidates if candidate.draft in figures.step]
+    open_ = [candidate for candidate in candidates if figures.timed(candidate.draft)]
     settled: list[Prediction] = []
     while open_ and len(settled) < finalists:
         # Out of time, what is known counts more than what might be.

@@ -333,8 +333,7 @@ def rows(
     """
     predictions: dict[tuple[Draft, int], Prediction] = {}
     for candidate in found:
-        # Drafts without a timed step were not reached; nothing can be said about them.
-        if candidate.draft in figures.step:
+        if figures.timed(candidate.draft):
             new = predict(figures, candidate)
             key = (candidate.draft, candidate.speculative.width)
             old = predictions.get(key)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from easyspec_jax.errors import EasySpecError
 from easyspec_jax.tune.confirm import alternate, confirmed
 
 
@@ -29,3 +30,11 @@ def test_out_of_time_after_the_first_prompt():
 def test_a_machine_that_slows_down_changes_no_comparison():
     speeds = {"plain": [10.0, 5.0, 1.0], "fast": [15.0, 7.5, 1.5], "slow": [100.0, 4.0, 0.8]}
     assert confirmed(speeds, "plain") == pytest.approx({"plain": 5.0, "fast": 7.5, "slow": 4.0})
+
+
+def test_texts_without_a_round_do_not_count():
+    """A text that ends with its first token has no speed: 0 tokens a second."""
+    speeds = {"plain": [0.0, 10.0], "fast": [0.0, 15.0]}
+    assert confirmed(speeds, "plain") == {"plain": 10.0, "fast": 15.0}
+    with pytest.raises(EasySpecError, match="ends every text with its first token"):
+        confirmed({"plain": [0.0, 0.0], "fast": [0.0, 0.0]}, "plain")

@@ -127,3 +127,8 @@ def test_larger_trees_take_at_least_what_a_straight_line_says(figures):
     assert "verification" not in predict(figures, fuzzy(3, 5)).missing
     flat = Figures(1.0, 0.0, {2: 5.0, 4: 4.0})
     assert predict(flat, fuzzy(5, 4)).verification == 4.0  # noise makes no pass faster
+
+
+def test_one_size_of_verification_is_enough_for_chains_of_one(figures):
+    """With `--max-levels 1 --tree-widths 1` all rounds have two nodes."""
+    assert predict(replace(figures, verification={2: 7.0}), fuzzy(1)).verification == 7.0

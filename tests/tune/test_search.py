@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from easyspec_jax.parallel.mesh import MeshShape
 from easyspec_jax.tune.candidates import Candidate, Draft, Space, candidates
 from easyspec_jax.tune.predict import SLACK, Figures, predict
 from easyspec_jax.tune.search import measure, search
+from easyspec_jax.tune.tuning import rows
 
 LEVELS, WIDTHS = 6, (1, 4)
 
@@ -128,3 +130,19 @@ def test_the_default_placements_come_first_and_then_neighbours_of_the_fastest(fo
         draft.drafting for draft in default
     }  # then other splits
     assert len(set(steps)) == len(steps) == len({candidate.draft for candidate in found})
+
+
+def test_a_draft_that_does_not_fit_is_no_candidate(found):
+    """Its steps take forever, and one level of it has none: 0 times infinity is no number."""
+
+    class Crowded(Planted):
+        def step(self, draft, width):
+            seconds = super().step(draft, width)
+            return float("inf") if draft.lp_size > 1 else seconds
+
+    known = figures()
+    best = search(found, known, Crowded(), 4, clock=lambda: 0.0)
+    assert best and all(prediction.candidate.draft.lp_size == 1 for prediction in best)
+    listed = rows(found, known, {})
+    assert {row.prediction.candidate.draft.lp_size for row in listed} == {1}
+    assert all(isfinite(row.prediction.tokens_per_second) for row in listed)
