@@ -67,7 +67,7 @@ def accept(
         num_tokens=count,
         drafted=reachable - jnp.minimum(drafted.forced, reachable),
         accepted=accepted - forced,
-        done=remaining == 0,
+        done=remaining <= 0,
         fault=fault,
         lookup_drafted=lookup_drafted,
         lookup_accepted=lookup_accepted,

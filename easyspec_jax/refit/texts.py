@@ -161,8 +161,16 @@ def write_texts(
 
     Returns:
         Token ids, int32 [count, LENGTH].
+
+    Raises:
+        EasySpecError: The chat template writes more before a question than half of a text.
     """
     start = opening(tokenizer)
+    if len(start) > LENGTH // 2:
+        raise EasySpecError(
+            f"the chat template begins with {len(start)} tokens, which leaves too little of a text "
+            f"of {LENGTH}; give `text` or `prompts`"
+        )
     texts = []
     with bar("Writing texts", count) as advance:
         for first in range(0, count, ROWS):

@@ -1,12 +1,13 @@
 """Texts to fit on: their length, their source, and how the draft's own begin."""
 
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, open_model
-from easyspec_jax.refit.texts import LENGTH, answer_prompts, opening, read_texts
+from easyspec_jax.refit.texts import LENGTH, answer_prompts, opening, read_texts, write_texts
 from easyspec_jax.tokenizer import load_tokenizer
 from tests.support.models import byte_tokenizer
 
@@ -58,3 +59,13 @@ def test_a_text_opens_where_a_question_would_stand(draft):
     tokenizer.chat_template = "{% for m in messages %}<bos>Q: {{ m['content'] }}<eos>{% endfor %}A:"
     ids = opening(tokenizer)
     assert tokenizer.decode(ids) == "<bos>Q: "
+
+
+def test_a_template_that_leaves_no_room_is_refused(draft):
+    """Rows with fewer tokens than none to write would never be done."""
+    tokenizer = load_tokenizer(draft[0].directory)
+    tokenizer.chat_template = (
+        "{{ 'x' * 5000 }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    with pytest.raises(EasySpecError, match="leaves too little of a text of 240"):
+        write_texts(mock.Mock(), tokenizer, 1, SamplingParams())
