@@ -1,7 +1,6 @@
 """`easyspec serve`: a pair behind OpenAI's protocol, with a chat page at /."""
 
 import argparse
-import ipaddress
 import os
 import socket
 import time
@@ -242,7 +241,7 @@ def _template(path: str) -> str:
 
 def _settings(args: argparse.Namespace, engine: "Engine") -> "Settings":
     from easyspec_jax.server.answering import Limits
-    from easyspec_jax.server.app import Settings
+    from easyspec_jax.server.app import Settings, is_loopback
 
     longest = engine.max_length if args.max_tokens is None else args.max_tokens
     directory = Path(engine.target.directory).resolve().name
@@ -251,15 +250,8 @@ def _settings(args: argparse.Namespace, engine: "Engine") -> "Settings":
         model=args.served_model_name or name,
         limits=Limits(args.max_body, min(longest, engine.max_length)),
         api_key=args.api_key or os.environ.get(API_KEY) or None,
-        local=_is_loopback(args.host),
+        local=is_loopback(args.host),
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _announce(args: argparse.Namespace, listener: socket.socket, settings: "Settings") -> None:

@@ -74,7 +74,9 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "logits_processors": ([],), "allowed_token_ids": (), "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,), "include_stop_str_in_output": (False,),
     "guided_whitespace_pattern": (), "ebnf": (), "stop_regex": (), "n_predict": (),
-    "truncate_prompt_tokens": (),
+    "truncate_prompt_tokens": (), "verbosity": ("medium",), "documents": ([],),
+    "return_token_ids": (False,), "return_tokens_as_token_ids": (False,), "top_n_sigma": (),
+    "do_sample": (True,),
 }  # fmt: skip
 """Fields that are not supported, and the values with which they would have no effect."""
 

@@ -6,6 +6,7 @@ connection is watched: when the client leaves, its rows are free before the next
 
 import asyncio
 import hmac
+import ipaddress
 import json
 import sys
 import time
@@ -50,9 +51,20 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
-
 Log = Callable[[Mapping[str, Any]], None]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is this machine's own, which no other machine can reach.
+
+    Examples:
+        >>> [is_loopback(host) for host in ("localhost", "127.0.0.2", "::1", "example.com")]
+        [True, True, True, False]
+    """
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def log_line(record: Mapping[str, Any]) -> None:
@@ -133,7 +145,7 @@ class _Server:
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1").lower()
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
-        if self._settings.local and name not in LOOPBACK:
+        if self._settings.local and not is_loopback(name.strip("[]")):
             return RequestError(403, "this server answers to localhost only; see --host")
         key = self._settings.api_key
         if key is None or not scope["path"].startswith("/v1"):

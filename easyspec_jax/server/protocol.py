@@ -7,7 +7,7 @@ change the text but is not supported is refused by name.
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -178,6 +178,7 @@ def _asked(fields: dict[str, Any], chat: bool) -> Asked:
     own = _Fields(flat)
     options = _Fields(own.get("stream_options", dict, {}))
     extra = _Fields(own.get("easyspec", dict, {}))
+    extra.refuse_others("easyspec", ("trace", "plain"))
     stream = own.get("stream", bool, False)
     if "stream_options" in flat and not stream:
         raise EasySpecError("stream_options goes with stream")
@@ -228,6 +229,12 @@ class _Fields:
             return default
         check_type(name, value, kind)
         return value
+
+    def refuse_others(self, name: str, known: Collection[str]) -> None:
+        """Raise EasySpecError if there is a field of another name."""
+        others = [field for field in self._fields if field not in known]
+        if others:
+            raise EasySpecError(f"{name} has no field {others[0][:40]!r}")
 
 
 def _conversations(fields: Mapping[str, Any], tools: Sequence[Any]) -> list[PromptOrIds]:

@@ -412,7 +412,8 @@ def test_names_of_other_machines_are_refused(scheduler):
     """A page's own name can be made to point to this machine, and then its scripts reach us."""
     local = build(scheduler, Settings(MODEL, LIMITS), lambda record: None)
     anywhere = build(scheduler, Settings(MODEL, LIMITS, local=False), lambda record: None)
-    for name, status in (("evil.example", 403), ("localhost:8000", 200), ("[::1]:8000", 200)):
+    own = [("localhost:8000", 200), ("[::1]:8000", 200), ("127.0.0.2:8000", 200)]
+    for name, status in (("evil.example", 403), ("127.0.0.1.evil.example", 403), *own):
         assert TestClient(local).get("/health", headers={"Host": name}).status_code == status
         assert TestClient(anywhere).get("/health", headers={"Host": name}).status_code == 200
 

@@ -152,6 +152,11 @@ def test_prompts_are_texts_or_ids(prompt, prompts):
         ({"stop_token_ids": [[1]]}, "stop_token_ids", "whole number"),
         ({"logit_bias": {"9" * 5000: 1}}, "logit_bias", "an object of ids and numbers"),
         ({"reasoning_effort": "high"}, "reasoning_effort", "not supported"),
+        ({"verbosity": "low"}, "verbosity", "not supported"),
+        ({"documents": [{"text": "a"}]}, "documents", "not supported"),
+        ({"return_token_ids": True}, "return_token_ids", "not supported"),
+        ({"do_sample": False}, "do_sample", "not supported"),
+        ({"easyspec": {"plian": True}}, "easyspec", "has no field 'plian'"),
         ({"response_format": {"type": "xml"}}, "response_format", "json_object, or json_schema"),
         ({"response_format": "json"}, "response_format", "of the wrong type"),
         (
