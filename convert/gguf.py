@@ -23,7 +23,7 @@ from convert.gguf_fields import (
     TOKEN_IDS,
 )
 from convert.gguf_tensors import GGUFSource, KeptBlocks, shape_of
-from convert.gguf_tokenizer import build_tokenizer, check_saved
+from convert.gguf_tokenizer import build_tokenizer, check_saved, further_ends
 from convert.models import Model
 from convert.stores import write_json
 from easyspec_jax.checkpoint.canonical import canonical
@@ -31,7 +31,6 @@ from easyspec_jax.checkpoint.config import VARIATIONS, ModelConfig, model_config
 from easyspec_jax.checkpoint.families import FAMILIES, Family
 from easyspec_jax.checkpoint.rope import plain_frequencies
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.tokenizer.conversation import end_of_turn_ids
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 # The dtype to write by default for a stored type. For all others it is bfloat16: they are BF16
@@ -63,7 +62,7 @@ def open_gguf(path: Path, *, keep_blocks: bool = False) -> Model:
     factors = {}
     for name in (ROPE_FACTORS, *LONGROPE_FACTORS.values()):
         if name in stored:
-            factors[name] = np.array(stored.pop(name)[1].data)
+            factors[name] = _factors(stored.pop(name)[1], origin)
     config = _config(metadata, tensors, family, origin)
     if model_type == "llama" and "sliding_window" in config:
         model_type, family = "mistral", FAMILIES["mistral"]  # a Llama that may have windows
@@ -77,7 +76,7 @@ def open_gguf(path: Path, *, keep_blocks: bool = False) -> Model:
     tokenizer = build_tokenizer(metadata, origin) if has_tokenizer else None
 
     def write_companions(directory: Path) -> None:
-        further = () if tokenizer is None else end_of_turn_ids(tokenizer)
+        further = () if tokenizer is None else further_ends(tokenizer)
         write_json(directory / "generation_config.json", _generation(metadata, further))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(directory))
@@ -237,6 +236,7 @@ def _config(
     for field in VARIATIONS.keys() - family.fields:
         config.pop(field, None)
     config["vocab_size"], *_ = shape_of(tensors[_EMBEDDING]) or (0,)
+    _check_ids(metadata, config["vocab_size"], origin)
     config["tie_word_embeddings"] = _HEAD not in tensors
     if prefix in _LAYERS_OF_27B:
         config["query_pre_attn_scalar"] = _attention_scalar(config, _LAYERS_OF_27B[prefix])
@@ -296,13 +296,43 @@ def _partial_rope(
     if type(heads) is not int or type(hidden) is not int or heads < 1:
         return {}  # the configuration is refused anyway
     whole = config.get("head_dim") or hidden // heads
-    rotated = metadata.get(f"{metadata['general.architecture']}.rope.dimension_count") or whole
-    if rotated == whole:
+    key = f"{metadata['general.architecture']}.rope.dimension_count"
+    rotated = metadata.get(key) or whole
+    if rotated == whole or type(whole) is not int:
         return {}
+    if type(rotated) is not int:
+        raise _wrong_field(origin, key, rotated)
     if any(tensor.pairs for tensor in family.tensors):
         # The order of a head's rows would depend on the part, see `canonical.unpermute`.
         raise EasySpecError(f"{origin}: RoPE over {rotated} of {whole} dimensions is not supported")
     return {"partial_rotary_factor": rotated / whole}
+
+
+def _factors(tensor: ReaderTensor, origin: str) -> np.ndarray:
+    """Return what RoPE frequencies are divided by."""
+    factors = np.array(tensor.data)
+    if factors.ndim != 1 or not factors.size or not (np.isfinite(factors) & (factors > 0)).all():
+        raise EasySpecError(
+            f"{origin}: {tensor.name} must be a vector of positive numbers; fetch the file again"
+        )
+    return factors
+
+
+def _check_ids(metadata: Mapping[str, Any], vocab_size: int, origin: str) -> None:
+    """Check that the tokens with a role are tokens of the file, or else of the model."""
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    known = len(tokens) if isinstance(tokens, list) else vocab_size
+    for key in (*TOKEN_IDS.values(), *STOP_IDS):
+        value = metadata.get(key)
+        if value is not None and (type(value) is not int or not 0 <= value < known):
+            raise _wrong_field(origin, key, value)
+
+
+def _wrong_field(origin: str, key: str, value: Any) -> EasySpecError:
+    return EasySpecError(
+        f"{origin}: the metadata field {key} is {str(value)[:40]!r}, which it cannot be; "
+        "fetch the file again"
+    )
 
 
 def _shortest(value: Any) -> Any:

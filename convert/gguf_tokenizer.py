@@ -18,6 +18,7 @@ from tokenizers import (
 from convert.gguf_fields import TOKEN_IDS
 from convert.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from easyspec_jax.errors import EasySpecError
+from easyspec_jax.tokenizer.conversation import end_of_turn_ids
 from easyspec_jax.tokenizer.loading import PROBE, load_tokenizer, quiet_transformers
 from easyspec_jax.tokenizer.stream import decode_text
 
@@ -72,6 +73,23 @@ def build_tokenizer(metadata: Mapping[str, Any], origin: str) -> Any:
         raise EasySpecError(
             f"{origin}: the tokenizer is damaged ({error}); fetch the file again"
         ) from None
+
+
+_ENDS = (
+    "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>",
+    "<end_of_turn>", "<end_of_utterance>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "</s>", "<eos>",
+)  # fmt: skip
+
+
+def further_ends(tokenizer: Any) -> list[int]:
+    """Return the ids that end a text, besides those that the file's metadata names.
+
+    These are the end of a turn in the chat template, and special tokens that are ends by their
+    names, at which llama.cpp stops as well.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    named = [number for number, token in added if token.special and token.content in _ENDS]
+    return [*end_of_turn_ids(tokenizer), *named]
 
 
 def check_saved(tokenizer: Any, directory: Path) -> None:
@@ -175,12 +193,21 @@ def _with_special_tokens(
     added: list[AddedToken] = []
     for token, kind in zip(tokens, kinds, strict=True):
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED):
-            added.append(AddedToken(token, special=kind != _USER_DEFINED, normalized=False))
+            special, strips = kind != _USER_DEFINED, _strips_blanks(metadata, token)
+            added.append(AddedToken(token, special=special, normalized=False, rstrip=strips))
     tokenizer.add_tokens(added)
     template = _template(metadata, named, add_bos)
     if template is not None:
         tokenizer.post_processor = template
     return tokenizer
+
+
+def _strips_blanks(metadata: Mapping[str, Any], token: str) -> bool:
+    """Whether a token swallows the blanks after it, which no field of a file says."""
+    # As llama.cpp does, and the models' own tokenizers.
+    name = str(metadata.get("general.name", "")).lower()
+    is_phi3 = "phi-3" in name or "phi3" in name
+    return is_phi3 and token not in ("<unk>", "<s>", "<|endoftext|>")
 
 
 def _template(metadata: Mapping[str, Any], named: Mapping[str, str], add_bos: bool) -> Any:

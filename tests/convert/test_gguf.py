@@ -91,10 +91,8 @@ def test_smollm2_has_the_tokenizer_transformers_builds(smollm2_gguf, smollm2, tm
     assert ours.chat_template == theirs.chat_template
     chat = ours.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n")
-    assert (
-        json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"]
-        == ours.eos_token_id
-    )
+    stops = json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"]
+    assert stops == [ours.eos_token_id, ours.convert_tokens_to_ids("<|endoftext|>")]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -257,14 +255,17 @@ def test_every_stop_id_of_the_metadata_is_kept(
     assert read_model_config(tmp_path / "out").stop_ids == (eos, eot)
 
 
-def test_an_end_of_turn_alone_stops(tiny_model, write_gguf, tmp_path):
+def test_an_end_of_turn_stops_without_an_end_of_text(
+    tiny_model, write_gguf, tokenizer_metadata, tmp_path
+):
     metadata = {
         "tokenizer.ggml.eos_token_id": None,
         "tokenizer.ggml.eot_token_id": 3,
         "tokenizer.chat_template": None,
     }
     convert(open_gguf(write_gguf(tiny_model(), metadata=metadata)), tmp_path / "out")
-    assert read_model_config(tmp_path / "out").stop_ids == (3,)
+    named = tokenizer_metadata["tokenizer.ggml.tokens"].index("<|end|>")
+    assert read_model_config(tmp_path / "out").stop_ids == (3, named)
 
 
 def test_the_end_of_turn_that_the_template_writes_stops(
@@ -279,6 +280,32 @@ def test_the_end_of_turn_that_the_template_writes_stops(
     convert(open_gguf(write_gguf(tiny_model(), metadata=metadata)), tmp_path / "out")
     stop_ids = tuple(tokens.index(token) for token in ("<|end|>", "<|eot|>"))
     assert read_model_config(tmp_path / "out").stop_ids == stop_ids
+
+
+def test_special_tokens_that_are_ends_by_their_names_stop(
+    tiny_model, write_gguf, tokenizer_metadata, tmp_path
+):
+    """Qwen's files name the end of a turn only, and llama.cpp stops at the end of a text, too."""
+    tokens = [*tokenizer_metadata["tokenizer.ggml.tokens"], "<|endoftext|>", "<|im_end|>"]
+    metadata = {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [*tokenizer_metadata["tokenizer.ggml.token_type"], 3, 1],
+        "tokenizer.ggml.eos_token_id": tokens.index("<|eot|>"),
+        "tokenizer.chat_template": None,
+    }
+    model = tiny_model(vocab_size=len(tokens))
+    convert(open_gguf(write_gguf(model, metadata=metadata)), tmp_path / "out")
+    # The last one is an ordinary token: a text may contain it.
+    stop_ids = tuple(tokens.index(token) for token in ("<|eot|>", "<|end|>", "<|endoftext|>"))
+    assert read_model_config(tmp_path / "out").stop_ids == stop_ids
+
+
+@pytest.mark.parametrize("value", [9999, -1, "x", [1, 2]])
+@pytest.mark.parametrize("key", ["eot_token_id", "eos_token_id"])
+def test_a_role_that_no_token_has_is_refused(tiny_model, write_gguf, key, value):
+    metadata = {f"tokenizer.ggml.{key}": value}
+    with pytest.raises(EasySpecError, match=rf"{key} is '.*', which it cannot be"):
+        open_gguf(write_gguf(tiny_model(), metadata=metadata))
 
 
 def write_parts(model, directory: Path, tokenizer: dict) -> list[Path]:
@@ -425,7 +452,8 @@ def test_rope_over_a_part_of_each_head_is_read(tiny_model, write_gguf):
 def test_other_rope_factors_are_refused(tiny_model, write_gguf):
     factors = llama3_factors(Llama3Scaling(8.0, 1.0, 2.0, 8192), head_dim=16, theta=5e5)
     model = tiny_model(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
-    for wrong in (factors, factors[:-1]):
+    two, none, zero = factors.reshape(2, -1), factors[:0], factors * (np.arange(8) > 0)
+    for wrong in (factors, factors[:-1], two, none, zero.astype(np.float32)):
         with pytest.raises(EasySpecError, match=r"rope_freqs\.weight"):
             open_gguf(write_gguf(model, tensors={"rope_freqs.weight": wrong}))
 
@@ -451,6 +479,7 @@ def test_other_rope_factors_are_refused(tiny_model, write_gguf):
             "RoPE scaling 'su' is not supported",
         ),
         ({"llama.rope.dimension_count": 8}, "8 of 16 dimensions"),
+        ({"llama.rope.dimension_count": "x"}, "dimension_count is 'x', which it cannot be"),
         ({"llama.block_count": None}, r"llama\.block_count is missing"),
         (
             {"llama.attention.head_count_kv": [2, 1]},

@@ -298,3 +298,14 @@ def test_two_ids_of_one_token_are_refused(tokenizer_metadata):
     tokens[1] = tokens[0]
     with pytest.raises(EasySpecError, match="two ids have the same token"):
         build(tokenizer_metadata | {"tokenizer.ggml.tokens": tokens})
+
+
+@pytest.mark.parametrize(("name", "strips"), [("Phi-3 mini", True), ("phi3", True), ("Phi", False)])
+def test_blanks_after_a_special_token_of_phi_3_vanish(tmp_path, name, strips):
+    """As llama.cpp does for these names, and Phi-3's own tokenizer."""
+    built = build(SENTENCEPIECE | {"general.name": name})
+    for tokenizer in (built, reopen(built, tmp_path, "llama")):
+        near, far = (tokenizer(f"<|im_end|>{blank}world").input_ids for blank in ("", " \n "))
+        assert (near == far) == strips
+        # Those that begin or end a text swallow nothing.
+        assert tokenizer("<s>world").input_ids != tokenizer("<s>\nworld").input_ids
