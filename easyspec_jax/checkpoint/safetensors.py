@@ -75,12 +75,16 @@ class SafetensorsSource:
             needed = listed is None or wanted is None or not listed.isdisjoint(wanted)
             if needed or path.is_file():
                 self._places |= _header(path)
+        places = self._places.items()
+        # Formats of quantized checkpoints ask for these once for each of thousands of matrices.
+        self._shapes = {name: place.shape for name, place in places}
+        self._dtypes = {name: _DTYPES.get(place.dtype, place.dtype) for name, place in places}
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: place.shape for name, place in self._places.items()}
+        return self._shapes
 
     def dtypes(self) -> Mapping[str, str]:
-        return {name: _DTYPES.get(place.dtype, place.dtype) for name, place in self._places.items()}
+        return self._dtypes
 
     def read(self, name: str, window: Slices = ()) -> np.ndarray:
         place = self._places[name]

@@ -179,11 +179,12 @@ def _add_declared(
         EasySpecError: A token that `tokenizer.json` lacks would get another id than is declared.
     """
     roles = set(map(str, named.values()))
+    added = _is_special(file)
     for number, token in _declared_tokens(config):
         text = str(token)
         token.special = token.special or text in roles
         lacking = file.token_to_id(text) is None
-        _add(file, token)
+        _add(file, added, token)
         # The library numbers new tokens in the order in which they are added. An id that is
         # skipped or taken would shift all later ones, and texts would come out as gibberish.
         given = file.token_to_id(text)
@@ -193,22 +194,30 @@ def _add_declared(
                 f"but {_FILE} gives it {given}; save the tokenizer again"
             )
     for token in named.values():
-        _add(file, token)
+        _add(file, added, token)
     further = config.get("extra_special_tokens") or config.get("additional_special_tokens")
-    added = _is_special(file)
     for entry in further if isinstance(further, list) else ():
         token = _token(entry)
         if token is not None and str(token) not in added:
-            _add(file, token)
+            _add(file, added, token)
 
 
-def _add(file: TokenizerFile, token: AddedToken) -> None:
-    """Split texts at a token, and make it special if it says so; known ones stay as they are."""
-    known = _is_special(file)
-    if token.special and not known.get(str(token)):
+def _add(file: TokenizerFile, added: dict[str, bool], token: AddedToken) -> None:
+    """Split texts at a token, and make it special if it says so; known ones stay as they are.
+
+    Args:
+        file: The tokenizer.
+        added: Whether each of its added tokens is special. A model may have thousands, so the
+            library is not asked again for each.
+        token: The token.
+    """
+    text = str(token)
+    if token.special and not added.get(text):
         file.add_special_tokens([token])
-    elif str(token) not in known:
+        added[text] = True
+    elif text not in added:
         file.add_tokens([token])
+        added[text] = False
 
 
 def _is_special(file: TokenizerFile) -> dict[str, bool]:
