@@ -1,12 +1,14 @@
 """Opening a directory for conversion: a Hugging Face checkpoint or a converted one."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from convert.models import Model
 from easyspec_jax.checkpoint.config import read_json
 from easyspec_jax.checkpoint.directory import Checkpoint, open_checkpoint
 from easyspec_jax.checkpoint.families import EMBEDDING
+from easyspec_jax.checkpoint.orbax import WEIGHTS
 from easyspec_jax.checkpoint.rounding import INTEGERS
 from easyspec_jax.options import FLOAT_DTYPES
 from easyspec_jax.tokenizer import load_tokenizer
@@ -54,10 +56,16 @@ def open_huggingface(directory: Path, allow_links: bool = False) -> Model:
         config=config,
         source=opened.source,
         dtype=_float_dtype(opened),
-        files=tuple(path for path in directory.rglob("*") if path.is_file()),
+        files=tuple(_files(directory)),
         has_tokenizer=has_tokenizer,
         write_companions=lambda out: _copy_companions(directory, out),
     )
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    """Return the files that make up a checkpoint, and not what else its directory may hold."""
+    for pattern in ("*.json", "*.safetensors", f"{WEIGHTS}/**/*", *COMPANIONS):
+        yield from filter(Path.is_file, directory.glob(pattern))
 
 
 def _float_dtype(opened: Checkpoint) -> str:

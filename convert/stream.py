@@ -236,7 +236,7 @@ def _configuration(model: Model, dtype: str | None) -> tuple[dict[str, Any], Mod
 def _task(model: Model, job: Job, config: dict[str, Any], format: Format, calibration: str) -> str:
     """Return a digest of source, settings and format; a run with the same one can be resumed."""
     files: list[tuple[str, int, int]] = []
-    for path in sorted(model.files):
+    for path in sorted(set(model.files)):
         files.append((str(path), path.stat().st_size, path.stat().st_mtime_ns))
     tensors = sorted((name, job.dtypes[name], shape) for name, shape in job.shapes.items())
     described = json.dumps([config, format.name, files, tensors, calibration], sort_keys=True)

@@ -7,7 +7,9 @@ from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize
 
 from convert.gguf import open_gguf
+from convert.pieces import job_of
 from convert.stream import convert
+from easyspec_jax.checkpoint.config import model_config
 from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.checkpoint.families import EMBEDDING
 from easyspec_jax.checkpoint.quantized import Dequantized, is_matrix, offset_name, scale_name
@@ -172,3 +174,14 @@ def test_scales_that_are_not_finite_are_refused(opened, kind):
     source.read(EMBEDDING, (slice(0, 2),))
     with pytest.raises(EasySpecError, match=r"token_embd\.weight has scales that are NaN or infin"):
         source.read(EMBEDDING)
+
+
+@pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_K, Type.IQ3_XXS], ids=lambda kind: kind.name)
+def test_scales_cost_what_the_matrix_that_they_come_with_does(opened, kind):
+    """A row of scales is a few bytes; reading it unpacks the whole row of the matrix."""
+    model = opened(some_blocks(kind), kind, keep_blocks=True)
+    job = job_of(model, model_config(model.config | {"dtype": "float32"}, origin="test"), 1 << 30)
+    costs = {piece.name: job.cost(piece) for piece in job.pieces()}
+    assert costs[scale_name(EMBEDDING)] == costs[EMBEDDING]
+    if kind == Type.Q4_K:
+        assert costs[offset_name(EMBEDDING)] == costs[EMBEDDING]

@@ -313,3 +313,15 @@ def test_a_changed_configuration_is_not_verified(tiny_model, save, tmp_path):
         EasySpecError, match=r"rms_norm_eps is 0\.5, but 1e-06 in .*; convert again"
     ):
         verify(open_huggingface(source), tmp_path / "out")
+
+
+def test_an_output_within_its_source_goes_on_as_well(tiny_model, save):
+    """So does one next to whatever else appears in the source's directory."""
+    source = save(tiny_model())
+    model = open_huggingface(source)
+    broken = replace(model, source=Interrupted(model.source, KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        convert(broken, source / "out")
+    (source / "log.txt").write_text("interrupted")
+    assert convert(open_huggingface(source), source / "out").reused > 0
+    assert_same(source / "out", tiny_model(), "float32")
