@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 from convert.process import leave_accelerators_alone, share_free_memory
+from easyspec_jax.checkpoint.families import FAMILIES
 from easyspec_jax.cli.command import Parser, run_command
 from easyspec_jax.cli.flags import add_shared, size_of
 from easyspec_jax.errors import EasySpecError
@@ -87,6 +88,11 @@ def rounding_line(errors: Mapping[str, float]) -> str:
     return f"relative rounding errors: {listed}; the largest is that of {worst}"
 
 
+def _architectures() -> str:
+    """List the architectures of GGUF files that can be converted."""
+    return ", ".join(sorted({family.gguf for family in FAMILIES.values() if family.gguf}))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="convert",
@@ -103,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         "--gguf",
         type=Path,
         metavar="FILE",
-        help="a GGUF file of architecture llama, qwen2 or qwen3, or one part of it",
+        help=f"a GGUF file of architecture {_architectures()}, or one part of it",
     )
     source.add_argument(
         "--to-hf",
@@ -121,8 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype",
         choices=FLOAT_DTYPES,
-        help="type to write every tensor in; by default the type the embedding is stored in, "
-        "or bfloat16 where that is quantized",
+        help="type to write every tensor in; by default the type the embedding is stored in, or "
+        "where that is quantized the one that config.json names, or bfloat16",
     )
     parser.add_argument(
         "--weights",

@@ -24,7 +24,7 @@ COMMANDS = {
     "refit": ("easyspec_jax.cli.refit", "fit a draft's projections to layers that run at once"),
     "plan": ("easyspec_jax.cli.plan", "estimate what a pair would need and gain on a topology"),
 }
-"""Module and purpose of each command, which `python -m easyspec_jax.NAME` runs as well."""
+"""Module and purpose of each command."""
 
 USAGE = "usage: easyspec COMMAND [flags] | --version; each command has --help\n" + "".join(
     f"  {name:10}{purpose}\n" for name, (_, purpose) in COMMANDS.items()
