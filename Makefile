@@ -2,11 +2,11 @@
 # pip install -e '.[test,docs]'.
 .PHONY: test-fast test lint types docs ci
 
-test-fast:  ## the tests that take seconds, in under 3 minutes on 2 cores
-	pytest -n auto -m "not slow and not exhaustive"
-
-test:  ## every test but the exhaustive ones, which take an hour
+test-fast:  ## the tests that take seconds, TIME on 2 cores
 	pytest -n auto
+
+test:  ## the slow ones too, but not the exhaustive ones, which take an hour
+	pytest -n auto -m "not exhaustive"
 
 lint:  ## style, and the arrows between packages
 	ruff check .

@@ -26,7 +26,7 @@ PROMPTS = [
 ]
 NEW_TOKENS = 64
 
-pytestmark = [pytest.mark.real, pytest.mark.slow]
+pytestmark = pytest.mark.real
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +121,7 @@ def test_greedy_tokens_are_those_of_transformers_with_a_refit(batch, plain, chec
     assert 0 < accepted < drafted
 
 
+@pytest.mark.slow
 def test_a_single_request_through_the_public_interface(open_engine, plain):
     streamed: list[str] = []
     completions = open_engine("8", "easyspec").generate(
