@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import get_args
 
 from convert.process import leave_accelerators_alone, share_free_memory
-from easyspec_jax.checkpoint.families import FAMILIES
 from easyspec_jax.cli.command import Parser, run_command
 from easyspec_jax.cli.flags import add_shared, size_of
 from easyspec_jax.errors import EasySpecError
@@ -88,11 +87,6 @@ def rounding_line(errors: Mapping[str, float]) -> str:
     return f"relative rounding errors: {listed}; the largest is that of {worst}"
 
 
-def _architectures() -> str:
-    """List the architectures of GGUF files that can be converted."""
-    return ", ".join(sorted({family.gguf for family in FAMILIES.values() if family.gguf}))
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="convert",
@@ -109,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         "--gguf",
         type=Path,
         metavar="FILE",
-        help=f"a GGUF file of architecture {_architectures()}, or one part of it",
+        help="a GGUF file of an architecture that docs/families.md lists, or one part of it",
     )
     source.add_argument(
         "--to-hf",

@@ -67,7 +67,7 @@ class ThresholdChoice:
 
     Examples:
         A draft whose confidence means nothing: it is right seven times of ten. A pass takes a
-        hundredth of a second, and the rest of a round one second. So every pass pays:
+        thousandth of a second, and the rest of a round one second. So every pass pays:
 
         >>> choice, draws = ThresholdChoice(), np.random.default_rng(0)
         >>> for _ in range(200):
@@ -76,7 +76,7 @@ class ThresholdChoice:
         ...     confidence[:, passes:] = 0
         ...     right = (draws.random(passes) < 0.7).cumprod().sum()
         ...     choice.read(confidence, np.array([right]), np.ones(1, bool))
-        ...     choice.time(confidence, 1 + 0.01 * passes)
+        ...     choice.time(confidence, 1 + 0.001 * passes)
         >>> choice.learned()
         0.0
 

@@ -103,7 +103,7 @@ def test_help_waits_for_no_heavy_library():
         f"sys.exit(', '.join({heavy!r} & set(sys.modules)) or 0)",
     )
     assert (finished.returncode, finished.stderr) == (0, "")
-    assert "bfloat16 where that is quantized" in " ".join(finished.stdout.split())
+    assert "the one that config.json names, or bfloat16" in " ".join(finished.stdout.split())
 
 
 def test_a_missing_tokenizer_is_said_in_that_line(tiny_model, tmp_path, capsys, tokenizer_metadata):
