@@ -146,6 +146,7 @@ SCRIPTS = (
                 "--lp-strategies 0,1-3,4-7x4,8-10,11 --max-new-tokens 8",
             ),
             Result("frontier_smollm2", "Fidelity against collectives: SmolLM2-135M-Instruct"),
+            Result("frontier_qwen", "Fidelity against collectives: Qwen2.5-Coder-0.5B-Instruct"),
         ),
         draws=True,
     ),
