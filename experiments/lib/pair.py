@@ -90,6 +90,11 @@ def names(args: argparse.Namespace) -> dict[str, Any]:
     return called | {"bundled": args.target is None}
 
 
+def draft_name(args: argparse.Namespace) -> dict[str, Any]:
+    """Name the draft of an experiment without a target, and say whether it is the bundled one."""
+    return {"draft": _name(Path(args.draft)), "bundled": args.draft == demo.DRAFT}
+
+
 def _name(directory: Path) -> str:
     """Return a model's name: from the pair.json that `easyspec pair` writes, or the directory's."""
     record = directory.parent / RECORD

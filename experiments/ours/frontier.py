@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from easyspec_jax import EasySpecError, SpeculativeConfig, demo
+from easyspec_jax import EasySpecError, SpeculativeConfig
 from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.draft.grouping import Layout, format_layout, layout_of, paper_groups
 from easyspec_jax.draft.refit_file import find
 from easyspec_jax.refit.fidelity import DEPTHS
 from easyspec_jax.tune.drawing import png
 from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
-from experiments.lib.pair import open_draft
+from experiments.lib.pair import draft_name, open_draft
 from experiments.lib.picture import draft_title
 from experiments.lib.tables import Rows, column, distinct, matching, overlaps
 from experiments.ours.fidelity import add_flags, measure_all
@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> None:
     print_table(rows)
     publish(
         args.out,
-        settings(args, "prompts", "refit") | {"bundled": args.draft == demo.DRAFT},
+        settings(args, "prompts", "refit") | draft_name(args),
         rows,
         draw,
     )

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from easyspec_jax import SpeculativeConfig, demo
+from easyspec_jax import SpeculativeConfig
 from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.refit.fidelity import DEPTHS
 from easyspec_jax.tune.drawing import SOFT, WHITE, png
 from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.lib.pair import draft_name
 from experiments.lib.picture import draft_title
 from experiments.lib.tables import Rows, distinct, overlaps
 from experiments.ours.fidelity import add_flags, measure_all
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
     print_table(rows)
     publish(
         args.out,
-        settings(args, "prompts", "refit") | {"bundled": args.draft == demo.DRAFT},
+        settings(args, "prompts", "refit") | draft_name(args),
         rows,
         draw,
     )

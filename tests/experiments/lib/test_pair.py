@@ -5,7 +5,7 @@ import pytest
 from easyspec_jax import EasySpecError, SpeculativeConfig, demo
 from easyspec_jax.cli.command import Parser
 from experiments.lib.output import settings
-from experiments.lib.pair import add_flags, names, open_draft, open_pair, questions_of
+from experiments.lib.pair import add_flags, draft_name, names, open_draft, open_pair, questions_of
 
 
 def flags(*words):
@@ -25,6 +25,13 @@ def test_other_pairs_are_asked_our_questions():
     args = flags("--target", "somewhere/big", "--draft", "somewhere/small")
     assert names(args) == {"target": "big", "draft": "small", "bundled": False}
     assert len(questions_of(args)) == 12
+
+
+def test_a_draft_alone_has_the_name_that_its_pair_was_fetched_by(tmp_path):
+    args = flags("--draft", str(tmp_path / "draft"))
+    assert draft_name(args) == {"draft": "draft", "bundled": False}
+    (tmp_path / "pair.json").write_text('{"draft": {"name": "Small-1B"}}')
+    assert draft_name(args) == {"draft": "Small-1B", "bundled": False}
 
 
 def test_links_are_followed_only_where_that_is_asked_for(tmp_path):
