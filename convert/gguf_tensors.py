@@ -39,7 +39,7 @@ from easyspec_jax.checkpoint.quantized import (
     whole_window,
 )
 from easyspec_jax.checkpoint.rounding import quantize
-from easyspec_jax.checkpoint.tensors import Slices, read_bytes
+from easyspec_jax.checkpoint.tensors import Slices, read_bytes, row_blocks
 from easyspec_jax.errors import EasySpecError, first_line
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -328,10 +328,17 @@ class KeptBlocks:
         matrix, matrices = name.removesuffix(SCALE).removesuffix(OFFSET), self._matrices
         if matrix not in matrices:
             return self.below.read(name, window)
-        rows, columns = whole_window(self.shapes()[name], window)
-        values, scale, *offset = self._parts(matrix, rows)
-        found = {matrix: values, scale_name(matrix): scale}
-        return (found[name] if name in found else offset[0])[:, columns]
+        shape = self.shapes()[name]
+        rows, columns = whole_window(shape, window)
+        if name == matrix:
+            return self._parts(matrix, rows)[0][:, columns]
+        part = 1 if name == scale_name(matrix) else 2
+        # Rows of scales are short, but whole rows of the matrix are unpacked for them.
+        found = [np.empty((0, shape[1]), np.float32)]
+        for block in row_blocks((rows.stop - rows.start, matrices[matrix][1])):
+            unpacked = slice(rows.start + block.start, rows.start + block.stop)
+            found.append(self._parts(matrix, unpacked)[part])
+        return np.concatenate(found)[:, columns]
 
     def _parts(self, name: str, rows: slice) -> tuple[np.ndarray, ...]:
         """Read rows as integers, scales and, if there are any, offsets."""

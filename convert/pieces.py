@@ -16,8 +16,6 @@ from convert.models import Model
 from convert.stores import Shapes
 from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.checkpoint.quantized import (
-    OFFSET,
-    SCALE,
     Dequantized,
     Quantized,
     check_narrower,
@@ -96,21 +94,15 @@ class Job:
     def pieces(self, rows: Callable[[str], int] = lambda name: 1) -> Iterator[Piece]:
         """Split all tensors into pieces that begin at multiples of rows(name)."""
         for name, shape in self.shapes.items():
-            dtype, read = self.dtypes[name], self._read_with(name)
+            row, dtype = prod(shape[1:]), self.dtypes[name]
             # Integers are several arrays of floats on their way.
-            itemsize = 8 if self.dtypes[read] in INTEGERS else np.dtype(dtype).itemsize
+            itemsize = 8 if dtype in INTEGERS else np.dtype(dtype).itemsize
             # The largest multiple of a chunk's rows that fits, so that no two threads ever write
             # to the same chunk.
-            row = prod(self.shapes[read][1:]) * itemsize
-            step = max(1, _PIECE // row // rows(name)) * rows(name)
+            step = max(1, _PIECE // (row * itemsize) // rows(name)) * rows(name)
             for start in range(0, shape[0], step):
                 stop = min(start + step, shape[0])
-                yield Piece(name, start, stop, _size(dtype, (stop - start) * prod(shape[1:])))
-
-    def _read_with(self, name: str) -> str:
-        """Return the matrix whose rows are read for a tensor: its own, or that of the scales."""
-        matrix = name.removesuffix(SCALE).removesuffix(OFFSET)
-        return matrix if self.dtypes.get(matrix) in INTEGERS else name
+                yield Piece(name, start, stop, _size(dtype, (stop - start) * row))
 
     def read(self, piece: Piece) -> np.ndarray:
         """Read a piece in the dtype to write. Raises EasySpecError if it is not finite."""
@@ -120,9 +112,8 @@ class Job:
 
     def cost(self, piece: Piece) -> int:
         """Return the bytes that working on a piece takes."""
-        read = self._read_with(piece.name)
-        count = (piece.stop - piece.start) * prod(self.shapes[read][1:])
-        if self.dtypes[read] in INTEGERS:
+        count = (piece.stop - piece.start) * prod(self.shapes[piece.name][1:])
+        if self.dtypes[piece.name] in INTEGERS:
             return _FLOATS * 4 * count
         stored = np.dtype(self.stored[piece.name]).itemsize
         return _COPIES * (piece.size + stored * count)

@@ -7,9 +7,8 @@ from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize
 
 from convert.gguf import open_gguf
-from convert.pieces import job_of
+from convert.gguf_tensors import KeptBlocks
 from convert.stream import convert
-from easyspec_jax.checkpoint.config import model_config
 from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.checkpoint.families import EMBEDDING
 from easyspec_jax.checkpoint.quantized import Dequantized, is_matrix, offset_name, scale_name
@@ -177,11 +176,16 @@ def test_scales_that_are_not_finite_are_refused(opened, kind):
 
 
 @pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_K, Type.IQ3_XXS], ids=lambda kind: kind.name)
-def test_scales_cost_what_the_matrix_that_they_come_with_does(opened, kind):
+def test_scales_are_read_a_block_of_rows_at_a_time(opened, kind, monkeypatch):
     """A row of scales is a few bytes; reading it unpacks the whole row of the matrix."""
-    model = opened(some_blocks(kind), kind, keep_blocks=True)
-    job = job_of(model, model_config(model.config | {"dtype": "float32"}, origin="test"), 1 << 30)
-    costs = {piece.name: job.cost(piece) for piece in job.pieces()}
-    assert costs[scale_name(EMBEDDING)] == costs[EMBEDDING]
-    if kind == Type.Q4_K:
-        assert costs[offset_name(EMBEDDING)] == costs[EMBEDDING]
+    source = opened(some_blocks(kind), kind, keep_blocks=True).source
+    parts = [scale_name(EMBEDDING), *([offset_name(EMBEDDING)] if kind == Type.Q4_K else [])]
+    whole = [source.read(name) for name in parts]
+    unpacked, parts_of = [], KeptBlocks._parts
+    note = lambda self, name, rows: unpacked.append(rows) or parts_of(self, name, rows)  # noqa: E731
+    monkeypatch.setattr(KeptBlocks, "_parts", note)
+    columns = source.shapes()[EMBEDDING][1]
+    monkeypatch.setattr("easyspec_jax.checkpoint.tensors._BLOCK", 2 * 4 * columns)
+    for name, expected in zip(parts, whole, strict=True):
+        np.testing.assert_array_equal(source.read(name, (slice(1, 5),)), expected[1:5])
+    assert unpacked == [slice(1, 3), slice(3, 5)] * len(parts)
