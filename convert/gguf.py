@@ -330,8 +330,7 @@ def _check_ids(metadata: Mapping[str, Any], vocab_size: int, origin: str) -> Non
 
 def _wrong_field(origin: str, key: str, value: Any) -> EasySpecError:
     return EasySpecError(
-        f"{origin}: the metadata field {key} is {str(value)[:40]!r}, which it cannot be; "
-        "fetch the file again"
+        f"{origin}: the metadata field {key} is damaged ({str(value)[:40]!r}); fetch the file again"
     )
 
 

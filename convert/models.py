@@ -1,4 +1,4 @@
-"""What a conversion starts from: an open model, and how its integers are to be found."""
+"""The inputs of a conversion: an open model and, if it is asked for, a calibration."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What the texts of a batch take from kept prefixes and from each other, and what they leave."""
+"""Reuse of cache entries: of kept prefixes, and between the texts of a batch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -237,7 +237,7 @@ class SamplingParams:
         return (*(() if self.ignore_eos else eos_ids), *self.stop_token_ids)
 
     def limited(self, most: int) -> Self:
-        """Return the same with at most so many new tokens.
+        """Return a copy that allows at most `most` new tokens.
 
         Args:
             most: Tokens that a text may have, at least 1.

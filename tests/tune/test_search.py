@@ -133,7 +133,7 @@ def test_the_default_placements_come_first_and_then_neighbours_of_the_fastest(fo
 
 
 def test_a_draft_that_does_not_fit_is_no_candidate(found):
-    """Its steps take forever, and one level of it has none: 0 times infinity is no number."""
+    """Its step time is infinite, and a round of one level has no such step: 0 * inf is NaN."""
 
     class Crowded(Planted):
         def step(self, draft, width):
