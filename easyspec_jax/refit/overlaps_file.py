@@ -5,19 +5,19 @@ search for the largest size serves all smaller ones.
 """
 
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 
-from easyspec_jax.errors import EasySpecError
-from easyspec_jax.files import write_whole
 from easyspec_jax.refit.borders import COMPARED, EVERY, FITTED, Overlaps
 from easyspec_jax.refit.fidelity import DEPTHS
+from easyspec_jax.refit.kept import read_kept, write_kept
 
-NAME = "borders.json"
+BORDERS = "borders.json"
 """Name of the file, which lies next to the refits."""
+
+_OVERLAPS = "overlaps"
 
 
 def overlaps_key(
@@ -43,15 +43,12 @@ def read_overlaps(path: Path, key: str) -> Overlaps:
         key: The result of `overlaps_key`. A file with another key is ignored.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["key"] != key:
-            return {}
-        rows = record["overlaps"]
+        rows = read_kept(path, key, _OVERLAPS) or []
         return {
             (range(int(start), int(stop)), int(mlps)): float(overlap)
             for start, stop, mlps, overlap in rows
         }
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, TypeError):
         return {}
 
 
@@ -63,7 +60,4 @@ def write_overlaps(path: Path, key: str, overlaps: Overlaps) -> None:
     """
     # Rows of [first layer, layer after the last, MLPs at a time, overlap].
     rows = [[group.start, group.stop, mlps, overlap] for (group, mlps), overlap in overlaps.items()]
-    try:
-        write_whole(path, (json.dumps({"key": key, "overlaps": rows}) + "\n").encode())
-    except OSError as error:
-        raise EasySpecError(f"{path} cannot be written: {error.strerror}") from None
+    write_kept(path, key, _OVERLAPS, rows)

@@ -33,8 +33,9 @@ from easyspec_jax.refit.distill import distill
 from easyspec_jax.refit.fidelity import fidelity
 from easyspec_jax.refit.fit import fit
 from easyspec_jax.refit.options import RefitConfig
-from easyspec_jax.refit.overlaps_file import NAME, overlaps_key, read_overlaps, write_overlaps
-from easyspec_jax.refit.texts import LENGTH, answer_prompts, read_texts, write_texts
+from easyspec_jax.refit.overlaps_file import BORDERS, overlaps_key, read_overlaps, write_overlaps
+from easyspec_jax.refit.texts import LENGTH, answer_prompts, opening, read_texts, write_texts
+from easyspec_jax.refit.texts_file import TEXTS, keep_written, read_written, texts_key
 
 HELD_OUT = 0.1
 """Share of the texts that are not fitted on, but kept to compare drafts."""
@@ -106,7 +107,7 @@ def refit(pair: Engine, config: RefitConfig, *, bar: Bar = no_bar) -> Refitted:
     if config.resume:
         resumed = _resumed(find(directory, config.speculative_config(), before), draft)
 
-    texts = _texts(pair, engine, config, bar)
+    texts = _texts(pair, engine, config, directory / TEXTS, bar)
     # Neither the fit nor the choice of borders sees the texts that drafts are compared on.
     held_out = max(1, round(HELD_OUT * len(texts)))
     compared_on, fitted_on = texts[:held_out], texts[held_out:]
@@ -114,7 +115,7 @@ def refit(pair: Engine, config: RefitConfig, *, bar: Bar = no_bar) -> Refitted:
     loader = replace(engine.loader(draft, ALL_AXES), kv_dtype="auto", weights=None)
     if resumed is None:
         key = overlaps_key(draft.fingerprint, loader.dtype.name, fitted_on, config.ridge)
-        borders = directory / NAME, key
+        borders = directory / BORDERS, key
         after, tensors = _fitted(loader, before, config, fitted_on, borders, bar)
     else:
         after, tensors = resumed
@@ -174,22 +175,33 @@ def _measured(
 
 
 def _texts(
-    pair: Engine, draft: Engine, config: RefitConfig, bar: Bar
+    pair: Engine, draft: Engine, config: RefitConfig, path: Path, bar: Bar
 ) -> Int[np.ndarray, "texts tokens"]:
-    """Read or generate the texts, whichever the config asks for."""
+    """Read the texts of a file, or let a model write them unless `path` has them already."""
     count = ceil_div(config.tokens, LENGTH)
     if config.text is not None:
         return read_texts(Path(config.text), draft.tokenizer, count)
-    sampling = config.sampling_params()
-    if config.prompts is not None:
-        answering = pair.target_alone() if config.answered_by == "target" else draft
-        vocabulary = draft.target.config.vocab_size
+    sampling, vocabulary = config.sampling_params(), draft.target.config.vocab_size
+    if config.prompts is None:
+        # Without stop ids every text reaches its full length.
+        writer, starts, stop_ids = draft, [opening(draft.tokenizer)], ()
+    else:
+        writer = pair.target_alone() if config.answered_by == "target" else draft
+        starts = [writer.encode(prompt, config.chat) for prompt in config.prompts]
+        stop_ids = writer.target.config.stop_ids
+    key = texts_key(writer, starts, stop_ids, count, sampling, vocabulary)
+    texts = read_written(path, key)
+    if texts is not None:
+        return texts
+    if config.prompts is None:
+        round_config = RoundConfig.of(draft.speculative, sampling, stop_ids)
+        programs = Programs(writer.mesh, writer.load(bar)[0], None, round_config)
+        texts = write_texts(programs, writer.tokenizer, count, sampling, bar)
+    else:
         prompts, chat = config.prompts, config.chat
-        return answer_prompts(answering, prompts, count, sampling, chat, vocabulary, bar)
-    # Without stop ids every text reaches its full length.
-    round_config = RoundConfig.of(draft.speculative, sampling, stop_ids=())
-    programs = Programs(draft.mesh, draft.load(bar)[0], None, round_config)
-    return write_texts(programs, draft.tokenizer, count, sampling, bar)
+        texts = answer_prompts(writer, prompts, count, sampling, chat, vocabulary, bar)
+    keep_written(path, key, texts)
+    return texts
 
 
 def _compared(

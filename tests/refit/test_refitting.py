@@ -76,6 +76,20 @@ def test_a_target_answers_the_prompts(pair, draft, tmp_path, monkeypatch):
     (texts,) = fitted_on
     assert len(told) > LENGTH
     assert texts.ravel()[: len(told) - LENGTH].tolist() == told[LENGTH:]
+    # Another size is fitted on the answers that are there; another seed has others.
+    answered = []
+    answer = refitting.answer_prompts
+    monkeypatch.setattr(
+        refitting, "answer_prompts", lambda *args: answered.append(args[3].seed) or answer(*args)
+    )
+    (tmp_path / "lp3.safetensors").touch()
+    refit(pair, replace(config, lp_size=3))
+    refit(pair, replace(config, seed=7))
+    refit(pair, replace(config, seed=7, lp_size=3))
+    assert answered == [7]
+    np.testing.assert_array_equal(fitted_on[1], texts)
+    np.testing.assert_array_equal(fitted_on[3], fitted_on[2])
+    assert not np.array_equal(fitted_on[2], texts)
     with pytest.raises(EasySpecError, match="`answered_by` target needs a pair"):
         refit(open_model(draft[0].directory, speculative=VANILLA), config)
 
