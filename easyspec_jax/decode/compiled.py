@@ -21,6 +21,7 @@ from easyspec_jax.decode.refill import (
     enter_draft,
     extended,
     restored,
+    stopped,
 )
 from easyspec_jax.decode.round import catch_up, prefill, prefill_draft, speculative_round
 from easyspec_jax.decode.state import Report, RoundConfig, State, init_state
@@ -35,9 +36,10 @@ from easyspec_jax.verify import RowSampling
 class Compiled:
     """The jitted steps of one pair of models and one RoundConfig.
 
-    They take `leaves` first, but for those that copy rows, and then what the function of the same
-    name takes behind the models. Every step but `start`, `extend` and `copy_row` donates the state:
-    its buffers are reused for the new state, and the old one can no longer be read.
+    They take `leaves` first, but for those that copy or stop rows, and then what the function of
+    the same name takes behind the models. Every step but `start`, `extend`, `copy_row` and `stop`
+    donates the state: its buffers are reused for the new state, and the old one can no longer be
+    read.
 
     Attributes:
         mesh: The mesh of both models.
@@ -127,6 +129,10 @@ class Compiled:
         specs = spec, P(), self._row_spec, P()
         program = spmd(restored, self.mesh, specs, spec)
         return self._jit(program, donate_argnums=0, out_shardings=self._shardings[0])
+
+    @cached_property
+    def stop(self) -> Callable[..., jax.Array]:
+        return self._jit(stopped, out_shardings=NamedSharding(self.mesh, P()))
 
     @cached_property
     def extend(self) -> Callable[..., State]:

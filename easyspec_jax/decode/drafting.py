@@ -68,8 +68,8 @@ class Grown(NamedTuple):
         caches: The draft's caches.
         levels: Levels 1, 2, ... one after the other, [levels, batch, width, ...]; those to come
             have no nodes.
-        candidates: Tokens that may follow the nodes of each of these levels, likewise; those below
-            the deepest one mean nothing.
+        candidates: Tokens that may follow the nodes of each of these levels, likewise; none below
+            the deepest one.
     """
 
     depth: Int[Array, ""]
@@ -133,7 +133,7 @@ def draft_tree(
     else:
         grown = jax.lax.fori_loop(1, config.levels, lambda _, g: growth.deepen(g), start)
     tree = _assemble(top_level, of_root, grown.levels, grown.candidates, config.width)
-    confidence = jnp.exp(_likeliest(grown.levels)).T if config.learns_threshold else None
+    confidence = jnp.exp(_confidence(grown.levels)).T if config.learns_threshold else None
     if not draft.axes:
         # A replicated draft runs on every device by itself, and kernels need not round alike: let
         # all take the first device's tree.
@@ -159,11 +159,11 @@ class _Growth:
         """Choose the first level; return what may follow the root, too."""
         levels, one = self.config.levels, jnp.ones((), jnp.int32)
         first, of_root = self.choose(root, h[:, None], one)
-        below = [jnp.zeros((levels, *first.tokens.shape, x.shape[2]), x.dtype) for x in of_root]
+        room = levels, *first.tokens.shape, of_root.ids.shape[2]
         return of_root, Grown(
             *(one, first, self.goes_on(first), caches),
             levels=_put(_no_levels(first, levels), first, one - 1),
-            candidates=Candidates(*below),
+            candidates=Candidates(jnp.full(room, NO_TOKEN, jnp.int32), jnp.zeros(room)),
         )
 
     def is_unfinished(self, grown: Grown) -> Bool[Array, ""]:
@@ -218,26 +218,32 @@ class _Growth:
         """Return which rows draft another level below this one."""
         if not self.config.ends_early:
             return self.live
-        likely = jnp.exp(_likeliest(level)) >= self.threshold
+        likely = jnp.exp(_confidence(level)) >= self.threshold
         if not self.draft.axes:
             likely = from_first_device(likely, ALL_AXES)  # passes communicate: all run as many
         return self.live & likely
 
 
-def _likeliest(level: Level) -> Float[Array, "*levels batch"]:
-    """Return the log-probability of each row's likeliest path, for one level or a stack of them."""
-    return jnp.max(jnp.where(level.score > -jnp.inf, level.log_prob, -jnp.inf), axis=-1)
+def _confidence(level: Level) -> Float[Array, "*levels batch"]:
+    """Return the log-probability of the path to each row's first node, of one level or a stack.
+
+    The first node is the likeliest but with Rejection, where nodes are drawn.
+    """
+    # Nodes of a further level push others out of a tree that is pruned. Whether one stays must not
+    # depend on its own token, or rejection would not be exact. The first node always stays.
+    return jnp.where(level.score > -jnp.inf, level.log_prob, -jnp.inf)[..., 0]
 
 
 def _of_rows(
     rows: Bool[Array, " batch"], level: Level, candidates: Candidates
 ) -> tuple[Level, Candidates]:
-    """Leave out the nodes of other rows; what would follow the nodes above has no probability."""
+    """Leave out the nodes of other rows, and what could follow the nodes above."""
     # Whether a row goes on depends on the tokens that it has drafted, never on those to come. So
     # the texts of rejection sampling keep their distribution.
     score = jnp.where(rows[:, None], level.score, -jnp.inf)
+    ids = jnp.where(rows[:, None, None], candidates.ids, NO_TOKEN)
     q = jnp.where(rows[:, None, None], candidates.q, 0.0)
-    return level._replace(score=score), candidates._replace(q=q)
+    return level._replace(score=score), Candidates(ids, q)
 
 
 def _no_levels(like: Level, levels: int) -> Level:

@@ -194,6 +194,10 @@ class Batch:
         What the row holds of the text goes to the store of prefixes.
         """
         self._reuse.leave(self._state, row, self._growth.capacity)
+        # The devices know nothing of stop strings and of requests that are cancelled. They would
+        # draft for the text until its limit. Ctrl-C may have left no state to change.
+        if not self._state.length.is_deleted():
+            self._state = self._programs.stop(self._state, row)
         self._growth.leave(row)
         self._pace.leave(row)
         self._text[row] = FREE

@@ -209,6 +209,16 @@ class Programs:
         place, shared = map(self._replicated, (np.int32(row), np.int32(count)))
         return self.compiled.restore(state, place, kept, shared)
 
+    def stop(self, state: State, row: int) -> State:
+        """Let rounds add nothing more to a row's text.
+
+        Args:
+            state: The state.
+            row: The row.
+        """
+        place = self._replicated(np.int32(row))
+        return replace(state, remaining=self.compiled.stop(state.remaining, place))
+
     def extend(self, state: State, capacity: int) -> State:
         """Return the state with larger caches; compiles once for each pair of sizes."""
         return self.compiled.extend(self.leaves, state, capacity)

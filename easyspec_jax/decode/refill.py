@@ -118,6 +118,16 @@ def enter_draft(
     )
 
 
+def stopped(remaining: Int[Array, " batch"], row: Int[Array, ""]) -> Int[Array, " batch"]:
+    """Return how many tokens each row may still generate, where one row is to generate no more.
+
+    Examples:
+        >>> stopped(jnp.array([5, 7]), jnp.array(1)).tolist()
+        [5, 0]
+    """
+    return remaining.at[row].set(0)
+
+
 def _taken(caches: Caches, row: Int[Array, ""], batch: int, start: Int[Array, "1"]) -> Caches:
     """Take out a row that a text enters, as a batch of one.
 

@@ -45,7 +45,7 @@ class RoundConfig:
         tiers: Levels of the rounds that may take this one's place, fewest first; see tier().
         most_pending: Most tokens that rounds of other tiers leave to the draft; None without.
         grammars: What rows with a grammar ask for masks; None if kinds has none.
-        confidence_threshold: Another level is drafted where some path has this probability.
+        confidence_threshold: Another level is drafted where the best path has this probability.
         learns_threshold: The state says which probability that is, and reports what to learn it
             from.
 
@@ -295,8 +295,8 @@ class Report(NamedTuple):
         logprobs: Those of `tokens` under the target; None if no row asks for any.
         prompt: Those of the tokens after each token of the chunk, if some row asks for them; one
             element for each chunk of the prompt that the report is about.
-        confidence: Probability under the draft of the likeliest path of each level, 0 where there
-            is none; None unless a threshold is learned.
+        confidence: Probability under the draft of the best path to each level, 0 where there is
+            none; None unless a threshold is learned.
     """
 
     tokens: Int[Array, "batch depth+1"]

@@ -100,7 +100,7 @@ def warm_up(
         state, _ = programs.prefill(state, tokens, count, np.zeros(rows, bool))
         if programs.draft is not None:
             state = programs.prefill_draft(state, tokens[:, :size], count)
-    state = run_rounds(programs, state)
+    state = run_rounds(programs, programs.stop(state, 0))
     for capacity in capacities[1:]:
         state = run_rounds(programs, programs.extend(state, capacity))
     jax.block_until_ready(state.length)

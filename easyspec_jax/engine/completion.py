@@ -240,7 +240,7 @@ class Generation:
             # A stop string ended the text within this round. Positions past it do not count, just
             # as the devices do not count positions past a stop token.
             forced = min(forced, kept)
-            positions = [min(count, kept - forced) for count in positions]
+            positions = _cut(*positions, room=kept - forced)
         self.tokens_per_round.append(kept)
         levels = int(report.levels)
         stats = self.stats.with_round(kept, *positions, levels=levels, forced=forced)
@@ -292,3 +292,27 @@ class Generation:
             logprobs=None if self.sampling.logprobs is None else self.logprobs,
             prompt_logprobs=None if self.sampling.prompt_logprobs is None else self.prompt_logprobs,
         )
+
+
+def _cut(
+    drafted: int, accepted: int, lookup_drafted: int, lookup_accepted: int, *, room: int
+) -> list[int]:
+    """Count the positions of a round up to where its text ends, in the order of the arguments.
+
+    Of accepted positions, looked-up ones are the last: a path that leaves what the draft model
+    drafted does not come back. Where none was accepted, those drafted count as the first.
+
+    Examples:
+        Five positions, of which three were accepted and the last two of those looked up. The text
+        ends after two:
+
+        >>> _cut(5, 3, 4, 2, room=2)
+        [2, 2, 1, 1]
+    """
+    first = accepted - lookup_accepted if lookup_accepted else 0
+    return [
+        min(drafted, room),
+        min(accepted, room),
+        min(lookup_drafted, max(0, room - first)),
+        min(lookup_accepted, max(0, room - first)),
+    ]

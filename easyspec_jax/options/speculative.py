@@ -57,7 +57,7 @@ class SpeculativeConfig:
         adapt: Choose for every round whether to draft, and how many levels, by what has been
             accepted and by the time that rounds take. Greedy and coupled texts do not depend on it.
             So the default verifier is then the coupled one, and the others are refused.
-        confidence_threshold: Draft a level only where some path of the level above has this
+        confidence_threshold: Draft a level only where the best path to the level above has this
             probability under the draft, from 0 (always) to 1. The first level always is. "auto"
             learns it while decoding, and samples as `adapt` does.
 

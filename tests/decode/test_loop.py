@@ -297,6 +297,28 @@ def test_a_batch_that_is_refilled_keeps_what_it_has_learned(pair, plain):
     assert run.threshold_choice(len(PROMPTS)) is choice
 
 
+def test_a_text_that_leaves_is_not_gone_on_with(pair, plain):
+    """No report about it counts any more, so nothing is drafted for it."""
+    run = programs(pair, replace(GREEDY, confidence_threshold=0.05))
+    batch = Batch.empty(run, 2, capacity=512)
+    for row in range(2):
+        batch.enter(row, PROMPTS[1], LIMITS[1], SamplingParams())
+    text, drafted = [], []
+    while len(text) < LIMITS[1]:
+        for read in batch.step():
+            drafted += read.report.drafted[read.rows == 0].tolist()
+            if 1 in read.rows[read.current]:
+                at = read.rows.tolist().index(1)
+                text += read.report.tokens[at, : read.report.num_tokens[at]].tolist()
+        if len(drafted) == 2:
+            batch.leave(0)
+            assert batch._state.remaining.tolist()[0] == 0
+    batch.close()
+    assert text == plain[1]
+    # One round was on its way when the text left.
+    assert len(drafted) > 4 and not any(drafted[3:])
+
+
 @pytest.mark.parametrize("calibration, refit", [(True, False), (False, False), (True, True)])
 def test_a_stop_token_ends_its_row_alone(pair, plain, calibration, refit):
     """With a token of one text as stop token, each row ends right after its first occurrence."""

@@ -52,6 +52,8 @@ LOOKUP = Lookup(longest=3, shortest=1)
 SURE = 0.3
 """Probability that a chain's first token must have to be followed by a second one, in some cases.
 About half have it."""
+NEVER = 1.0
+"""Probability that no draft reaches, so that no row of a batch drafts a second level."""
 PROMPT = make_prompt(PAIRS["good"].target)
 """Prompt of cases with lookups: the target's own words, most of which come again."""
 
@@ -154,6 +156,7 @@ def every_case() -> Iterator[Case]:
         for width, nodes, pair in ((1, None, "bad"), (1, None, "good"), (4, 5, "bad")):
             yield Case(verifier, width, temperature, truncation, pair, nodes, "joined")
         yield Case(verifier, 4, temperature, truncation, "bad", 5, "joined", SURE / 2)
+        yield Case(verifier, 1, temperature, truncation, "good", None, "joined", NEVER)
         for nodes in (None, 5):
             yield Case(verifier, 4, temperature, truncation, "bad", nodes, threshold=SURE / 2)
         for width, nodes in ((4, None), (4, 5), (8, None), (12, None)):
@@ -193,6 +196,7 @@ FEW_CASES += [
     Case(Rejection, 4, 1.0, NO_TRUNCATION, "bad", 5, threshold=SURE / 2),
     Case(Coupled, 4, 0.7, TRUNCATIONS[1], "bad", threshold=SURE / 2),
     Case(Block, 1, 0.7, NO_TRUNCATION, "bad", threshold=SURE),
+    Case(Rejection, 1, 1.0, NO_TRUNCATION, "good", None, "joined", NEVER),
 ]
 
 
@@ -517,6 +521,40 @@ def test_a_level_that_depends_on_its_own_tokens_is_noticed(verifier):
         texts = [case.texts(run, request, fault) for request in requests]
         noticed = p_value(count(np.concatenate(texts)), case.probabilities())
         assert noticed < 1e-9 if fault else noticed > ALPHA
+
+
+@contextmanager
+def planting_siblings(fault: jax.Array) -> Iterator[None]:
+    """Let drafts go on by the likeliest of a level's nodes, which is not always the first."""
+    real = drafting._confidence
+
+    def confidence(level: Level) -> jax.Array:
+        likeliest = jnp.max(jnp.where(level.score > -jnp.inf, level.log_prob, -jnp.inf), axis=-1)
+        return jnp.where(fault > 0, likeliest, real(level))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drafting, "_confidence", confidence)
+        yield
+
+
+@pytest.mark.slow
+def test_a_node_that_is_pruned_because_of_its_own_token_is_noticed():
+    """Token 3 is the only likely one: as a second sibling, it makes the draft go on.
+
+    Then the nodes of the next level push it out.
+    """
+    q = np.full(TOKENS, 0.07)
+    q[3] = 0.3
+    p = np.full(TOKENS, 1e-9)
+    p[:6], p[3] = 0.08, 0.6
+    pair = Pair(*(np.log(np.tile(x, (TOKENS, 1))) for x in (p, q)))
+    config = config_of(Rejection(), 2, 2, "", threshold=0.25)
+    run = program(config, ONE, planting=planting_siblings)
+    requests = [make_request(np.arange(i * CHUNK, (i + 1) * CHUNK), 1.0) for i in range(6)]
+    for fault in (0, 1):
+        texts = [draw_texts(run, pair, request, fault=fault) for request in requests]
+        noticed = p_value(count(np.concatenate(texts)), joint(pair, 1.0))
+        assert noticed < 1e-7 if fault else noticed > ALPHA
 
 
 def test_a_block_accepts_more_of_a_chain_than_rejection():
