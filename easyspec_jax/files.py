@@ -84,7 +84,11 @@ def check_writable(path: Path) -> None:
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        # Of the file that is wanted, not of a temporary one that no user has named.
+        raise OSError(error.errno, error.strerror, str(path)) from None
     os.close(handle)
     Path(name).unlink()
 

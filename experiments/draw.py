@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from easyspec_jax import EasySpecError
-from easyspec_jax.checkpoint.config import read_json
 from easyspec_jax.cli.command import Parser, run_command
 from easyspec_jax.files import write_whole
+from experiments.lib.output import read_results
 from experiments.registry import Script, known, named
 
 
@@ -33,7 +33,7 @@ def script_of(path: Path, measured: Mapping[str, Any]) -> Script:
 
 def run(args: argparse.Namespace) -> None:
     """Draw the picture and write it."""
-    measured = read_json(args.measured)
+    measured = read_results(args.measured)
     draw = script_of(args.measured, measured).function("draw")
     try:
         picture = draw(measured)

@@ -39,6 +39,8 @@ VARIATIONS: dict[str, Any] = {
     "residual_multiplier": 1.0,
     "logits_scaling": 1.0,
     "norm_offset": 0.0,
+    "sliding_window": None,
+    "layer_types": None,
 }
 """Fields of `config.json` in which families differ, with the values that Llama has."""
 

@@ -17,7 +17,7 @@ from easyspec_jax.checkpoint.orbax import WEIGHTS, OrbaxSource
 from easyspec_jax.checkpoint.quantized_files import assembled, quantization
 from easyspec_jax.checkpoint.safetensors import SafetensorsSource
 from easyspec_jax.checkpoint.stacked_experts import stacks_of, unstacked
-from easyspec_jax.checkpoint.tensors import TensorSource
+from easyspec_jax.checkpoint.tensors import TensorSource, row_blocks
 from easyspec_jax.errors import EasySpecError
 
 
@@ -46,9 +46,13 @@ class Checkpoint:
         source = self.original or self.source
 
         def digest(name: str) -> bytes:
-            tensor = np.ascontiguousarray(source.read(name))
-            described = f"{name} {tensor.dtype} {tensor.shape} ".encode()
-            return hashlib.sha256(described + tensor.reshape(-1).view(np.uint8).data).digest()
+            dtype, shape = source.dtypes()[name], tuple(source.shapes()[name])
+            found = hashlib.sha256(f"{name} {dtype} {shape} ".encode())
+            # In blocks: whole tensors in every thread could be gigabytes.
+            for rows in row_blocks(shape):
+                block = np.ascontiguousarray(source.read(name, (rows,)))
+                found.update(block.reshape(-1).view(np.uint8).data)
+            return found.digest()
 
         # Reading and hashing release the GIL, so tensors are hashed by threads, and their digests
         # are hashed in the order of their names, which both kinds of directory have in common.

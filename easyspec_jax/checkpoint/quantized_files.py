@@ -43,6 +43,8 @@ def quantization(config: Mapping[str, Any], origin: str) -> Mapping[str, Any] | 
             f"{origin}: quantization method {str(method)[:40]!r} is not supported; "
             f"supported: {', '.join(METHODS)}"
         )
+    if not isinstance(settings, dict):
+        raise EasySpecError(f"{origin}: quantization_config must be an object, not only a name")
     return settings
 
 

@@ -276,7 +276,9 @@ def read_rope(fields: Fields, config: Fields, head_dim: int, origin: str) -> Rop
         )
     try:
         with np.errstate(all="raise"):
-            rope = Rope(theta, dim, _READERS[kind](read, dim))
+            scaling = _READERS[kind](read, dim)
+            scaling.longest(read.positions)  # a huge factor has no number of tokens
+            rope = Rope(theta, dim, scaling)
             rope.frequencies()
     except ArithmeticError:
         raise EasySpecError(

@@ -99,18 +99,26 @@ def speedup(stats: Stats, plain: Stats) -> float:
     return stats.tokens_per_second / plain.tokens_per_second if plain.tokens_per_second else 0.0
 
 
-def print_devices(engine: "Engine", sampling: SamplingParams, prepared: "Preparation") -> None:
+def print_devices(
+    engine: "Engine", sampling: SamplingParams, prepared: "Preparation", rows: int
+) -> None:
     """Print the mesh, the groups, times, and the layers and bytes that each device holds.
 
     Nothing is allocated: caches are counted by their shapes.
+
+    Args:
+        engine: The models.
+        sampling: How texts are sampled.
+        prepared: What compiling for it has returned.
+        rows: Texts decoded together.
     """
     capacity = prepared.capacities[-1]
-    state = abstract_state(engine.programs(sampling), 1, capacity)
+    state = abstract_state(engine.programs(sampling), rows, capacity)
     target, draft = engine.load()
     columns = [_bytes_per_device(tree) for tree in (target, draft, (state.target, state.draft))]
-    table = Table(
-        "device", "grouped draft layers", "target", "draft", f"KV of {capacity} tokens", box=None
-    )
+    texts = "" if rows == 1 else f"{rows} × "
+    caches = f"KV of {texts}{capacity} tokens"
+    table = Table("device", "grouped draft layers", "target", "draft", caches, box=None)
     for column in table.columns[2:]:
         column.justify = "right"
     for place, device in enumerate(engine.mesh.devices.flat):

@@ -153,6 +153,8 @@ def _run_job(
     for later, default in LATER_FLAGS.items():
         if settings[later] == default:
             del settings[later]
+    if sampling.json_schema is not None:
+        settings["json_schema"] = sampling.json_schema  # not its file, which may change
     job, out = read_job(args.prompts, sampling, args.system), Path(args.out)
     check_results(out, describe_job(job, settings, args.chat))
     engine = open_engine(args, speculative, bar)
@@ -194,6 +196,7 @@ def _open_pair(args: argparse.Namespace, speculative: SpeculativeConfig, bar: "B
     from easyspec_jax.tune.tuning import auto, open_pair
 
     pair = open_pair(args.target, args.draft, max_length=args.max_length, **pair_options_of(args))
+    pair.target_alone().check_memory(2, 1, 1, SamplingParams())  # before weights are read
     choice = auto(pair, args.mesh, args.target is None, bar, print_note)
     engine = pair.variant(
         as_tuned(args, choice.speculative),
@@ -213,6 +216,12 @@ def as_tuned(args: argparse.Namespace, tuned: SpeculativeConfig) -> SpeculativeC
     if args.adapt is not None:
         adapts = args.adapt == "on"
     needs_chains = args.bit_stable or args.verifier == "block"
+    if needs_chains and tuned.width > 1:
+        flag = "--bit-stable" if args.bit_stable else "--verifier block"
+        raise EasySpecError(
+            f"--lp-strategy auto drafts trees for this pair, and {flag} needs a chain: leave out "
+            "one of the two"
+        )
     return replace(
         tuned,
         verifier=args.verifier,
@@ -239,7 +248,7 @@ def _complete(
     if baseline is not None:
         baseline.compile(rows, sampling, batch_size=args.batch_size, bar=bar)
     if args.verbose:
-        console.print_devices(engine, sampling, prepared)
+        console.print_devices(engine, sampling, prepared, args.batch_size)
     stream = None if args.json or args.no_stream or args.batch_size > 1 else _show
     # The example's text continues its prompt in mid-function, so show the prompt first.
     if stream and prompts == [demo.PROMPT]:
@@ -297,7 +306,7 @@ def _converse(
         engine.prefix_cache = 0
         prepared = engine.compile([GREETING], sampling, bar=bar)
     if args.verbose:
-        print_devices(engine, sampling, prepared)
+        print_devices(engine, sampling, prepared, 1)
     converse(engine, sampling, bar, system=args.system)
 
 

@@ -8,6 +8,7 @@ from easyspec_jax.cli.flags import DEVICES, TYPES, add_shared, size_of
 from easyspec_jax.cli.sampling_flags import add_sampling
 from easyspec_jax.cli.speculation_flags import AUTO, add_speculation, check_tuned
 from easyspec_jax.errors import EasySpecError
+from easyspec_jax.options import check_whole
 
 CONVERSATION_PREFIXES = 512 << 20
 """Default of --prefix-cache for a conversation."""
@@ -58,8 +59,11 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
     check_tuned(args, given)
     if (args.prompts is None) != (args.out is None):
         raise EasySpecError("--prompts FILE and --out FILE go together")
+    check_whole("batch_size", args.batch_size, 1)
     if args.system is not None and not args.chat:
         raise EasySpecError("--system needs --chat")
+    if args.system == "":
+        raise EasySpecError("--system '' is empty; leave it out")
     printing = [flag for flag in ("--compare", "--json", "--no-stream") if flag in given]
     asked = [flag for flag in ("--logprobs", "--prompt-logprobs") if flag in given]
     if asked and not args.json and args.prompts is None:

@@ -119,7 +119,10 @@ def open_results(out: Path, described: Mapping[str, Any]) -> Iterator[Results]:
         _check_same_job(out, described)
         # Before any record, so that an output never lacks its description.
         write_whole(_description(out), _serialised(described))
-        done, errors, end = _whole_records(out.read_bytes())
+        content = out.read_bytes()
+        done, errors, end = _whole_records(content)
+        if not end and b"\n" in content:
+            raise EasySpecError(f"{out} begins with no record of a job; choose another --out")
         os.ftruncate(handle, end)
         yield Results(handle, done, errors)
         os.fsync(handle)
@@ -158,10 +161,10 @@ def _lock(handle: int, out: Path) -> None:
 
 def _check_same_job(out: Path, described: Mapping[str, Any]) -> None:
     path = _description(out)
-    same = out.stat().st_size == 0
-    if path.exists():
-        same = path.read_bytes() == _serialised(described)
-    if not same:
+    if not path.exists():
+        if out.stat().st_size:
+            raise EasySpecError(f"{out} is not the output of a job; choose another --out")
+    elif path.read_bytes() != _serialised(described):
         raise EasySpecError(
             f"{out} belongs to other prompts or settings (see {path}); choose another --out"
         )

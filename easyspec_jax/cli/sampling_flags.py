@@ -61,7 +61,8 @@ def _add_choices(sampling: argparse._ArgumentGroup) -> None:
         type=int,
         default=default.n,
         metavar="N",
-        help="texts for each prompt; text j of prompt i uses seed + i * N + j",
+        help="texts for each prompt; text j of prompt i uses seed + i * N + j, but in a job seeds "
+        "that are far apart",
     )
     sampling.add_argument(
         "--max-new-tokens",
@@ -88,6 +89,7 @@ def _add_choices(sampling: argparse._ArgumentGroup) -> None:
         "--logit-bias",
         type=_id_and_bias,
         nargs="+",
+        action="extend",
         default=[],
         metavar="ID:BIAS",
         help="add this, from -100 to 100, to the logits of ids",
@@ -110,6 +112,7 @@ def _add_endings(sampling: argparse._ArgumentGroup) -> None:
         "--stop-token-ids",
         type=int,
         nargs="+",
+        action="extend",
         default=[],
         metavar="ID",
         help="end the text at these ids as well",
@@ -120,6 +123,7 @@ def _add_constraints(sampling: argparse._ArgumentGroup) -> None:
     sampling.add_argument(
         "--bad-words",
         nargs="+",
+        action="extend",
         default=[],
         metavar="TEXT",
         help="texts that the output may not contain",

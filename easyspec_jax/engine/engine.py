@@ -284,6 +284,19 @@ class Engine(Models):
         store: PrefixStore | None,
     ) -> Iterator[Completion]:
         """Complete one batch. Rows that it lacks prompts for are finished from the start."""
+        # Only the texts stay while a caller holds this iterator: the batch's caches are gone.
+        for row in self._decoded(prompts, sampling, batch_size, on_text, bar, store):
+            yield self.completion(row)
+
+    def _decoded(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        sampling: SamplingParams,
+        batch_size: int,
+        on_text: Callable[[str], None],
+        bar: Bar,
+        store: PrefixStore | None,
+    ) -> list[Generation]:
         programs = self.programs(sampling)
         rows = [self._row(prompt, sampling) for prompt in prompts]
         # Programs are compiled for a fixed number of rows. Those without a prompt get one token and
@@ -308,8 +321,7 @@ class Engine(Models):
                     break
         # Text is held back while it could be the beginning of a stop string.
         on_text(rows[0].text.rest())
-        for row in rows:
-            yield self.completion(row)
+        return rows
 
     def complete_each(
         self,

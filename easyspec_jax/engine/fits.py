@@ -31,7 +31,7 @@ from easyspec_jax.engine.abstract import (
     bytes_per_device,
 )
 from easyspec_jax.errors import EasySpecError
-from easyspec_jax.model.experts import numbers_in_memory
+from easyspec_jax.model.experts import Experts, numbers_in_memory, products_at_once
 from easyspec_jax.model.matrix import Matrix, bytes_in_memory
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.options import KVDType, Weights
@@ -213,30 +213,22 @@ def _of_pass(
     vocabulary = model.embedding.shape[0] // shards
     of_token = 4 * ((2 * heads + 1) * capacity + 3 * inner + 6 * config.hidden_size)
     of_products = _of_products(model, job, tokens)
-    if config.mixture is not None:
-        numbers = numbers_in_memory(
-            config.mixture,
-            config.hidden_size,
-            ceil_div(config.mixture.moe_intermediate_size, shards),
-            tokens=job.rows * tokens,
-            sorts=settings_of(_platform(job.mesh)).sorts_by_expert,
-        )
-        of_products = max(of_products, 4 * numbers)
     arrays = 5 if job.round.kinds.penalties else 3
     return job.rows * (tokens * of_token + arrays * 4 * nodes * vocabulary) + of_products
 
 
 def _of_products(model: Decoder, job: Workload, tokens: int) -> int:
-    """Return the most bytes that products by quantized matrices write on their way.
+    """Return the most bytes that mixtures and products by quantized matrices write on their way.
 
     Args:
         model: Its matrices.
         job: The workload.
         tokens: Tokens of each row in an exact pass.
     """
-    written = floats = 0
+    written, floats = _of_mixtures(model, job, tokens), 0
+    of_experts = {id(matrix) for matrix in _expert_matrices(model)}
     for _, module in nnx.iter_modules(model):
-        if isinstance(module, Matrix) and module.scale is not None:
+        if isinstance(module, Matrix) and module.scale is not None and id(module) not in of_experts:
             # An exact pass multiplies by one slot of a stack at a time, a fuzzy one by all of them.
             slots = _shard_shape(module.scale)[:-2]
             exact = _of_product(module, job.rows * tokens, job.dtype)
@@ -248,6 +240,29 @@ def _of_products(model: Decoder, job: Workload, tokens: int) -> int:
             if leaf.dtype.itemsize < np.dtype(job.dtype).itemsize:
                 floats += prod(_shard_shape(leaf))
     return written + np.dtype(job.dtype).itemsize * floats
+
+
+def _of_mixtures(model: Decoder, job: Workload, tokens: int) -> int:
+    """Return the bytes that a mixture of experts writes on its way; 0 without one."""
+    config = model.config
+    if config.mixture is None:
+        return 0
+    several, sorts = job.rows * tokens, settings_of(_platform(job.mesh)).sorts_by_expert
+    inner = ceil_div(config.mixture.moe_intermediate_size, axes_size(job.mesh, model.axes))
+    numbers = numbers_in_memory(config.mixture, config.hidden_size, inner, several, sorts)
+    count, each = products_at_once(config.mixture, several, sorts)
+    # On top of the results of all experts come those of each product's groups.
+    quantized = [matrix for matrix in _expert_matrices(model) if matrix.scale is not None]
+    products = (_of_product(matrix, each, job.dtype) for matrix in quantized)
+    return 4 * numbers + count * max(products, default=0)
+
+
+def _expert_matrices(model: Decoder) -> list[Matrix]:
+    found: list[Matrix] = []
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Experts):
+            found += [module.parts.gate_up, module.parts.down]
+    return found
 
 
 def _of_product(matrix: Matrix, tokens: int, dtype: str) -> int:

@@ -224,6 +224,23 @@ def way_through(tokens: int, per_token: int, experts: int, sorts: bool) -> Way:
     return "all" if tokens <= SLICE else "slices"
 
 
+def products_at_once(mixture: MixtureConfig, tokens: int, sorts: bool) -> tuple[int, int]:
+    """Return how many experts multiply at once, and the tokens of each, on the way through.
+
+    Args:
+        mixture: The experts.
+        tokens: Tokens of the pass, in all rows.
+        sorts: As in Experts.
+    """
+    experts, pairs = mixture.num_experts, tokens * mixture.num_experts_per_tok
+    way = way_through(tokens, mixture.num_experts_per_tok, experts, sorts)
+    if way == "chosen":
+        return pairs, 1
+    if way == "blocks":
+        return 1, block_size(tokens, pairs, experts)
+    return experts, min(tokens, SLICE)
+
+
 def numbers_in_memory(
     mixture: MixtureConfig, hidden: int, inner: int, tokens: int, sorts: bool
 ) -> int:
@@ -237,13 +254,10 @@ def numbers_in_memory(
         sorts: As in Experts.
     """
     matrices, results = 3 * inner * hidden, 3 * inner + hidden
-    experts, pairs = mixture.num_experts, tokens * mixture.num_experts_per_tok
-    way = way_through(tokens, mixture.num_experts_per_tok, experts, sorts)
-    if way == "chosen":
-        return pairs * (matrices + results)
-    if way == "blocks":
-        return matrices + block_size(tokens, pairs, experts) * results
-    return experts * min(tokens, SLICE) * results
+    count, each = products_at_once(mixture, tokens, sorts)
+    way = way_through(tokens, mixture.num_experts_per_tok, mixture.num_experts, sorts)
+    taken_out = count * matrices if way in ("chosen", "blocks") else 0
+    return taken_out + count * each * results
 
 
 def block_size(tokens: int, pairs: int, experts: int) -> int:

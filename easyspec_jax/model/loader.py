@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from easyspec_jax.arithmetic import ceil_div
+from easyspec_jax.arithmetic import ceil_div, round_up
 from easyspec_jax.checkpoint.config import MixtureConfig, ModelConfig
 from easyspec_jax.checkpoint.families import EMBEDDING, FINAL_NORM, HEAD, ROUTER, SINKS
 from easyspec_jax.checkpoint.quantized import OFFSET, Dequantized, Quantized, scale_name
@@ -174,7 +174,7 @@ class Loader:
         mixture = self.config.mixture
         if mixture is not None and index not in mixture.dense_layers:
             return self._experts(index, mixture)
-        entries = self._inner_entries(self.config.intermediate_size)
+        entries = self._mlp_entries(index)
         return MLP(
             self.gate_up(index),
             self._output("mlp.down_proj", entries, self.axes, (index,)),
@@ -185,16 +185,16 @@ class Loader:
 
     def gate_up(self, index: int) -> Projection:
         """Load only the projection of mlp()."""
-        entries = self._inner_entries(self.config.intermediate_size)
+        entries = self._mlp_entries(index)
         tensors = _gate_and_up(f"{_LAYER}mlp.", entries)
         return self._projection(_MLP_NORM, tensors, self.axes, (index,))
 
     def _experts(self, index: int, mixture: MixtureConfig) -> Experts:
         """Load one layer's mixture of experts."""
         hidden, count = self.config.hidden_size, mixture.num_experts
-        entries, prefix = self._inner_entries(mixture.moe_intermediate_size), f"{_LAYER}mlp."
-        every = even_entries(count, count, shards=1)
-        of_expert = f"{prefix}experts.{{}}."
+        of_expert, every = f"{_LAYER}mlp.experts.{{}}.", even_entries(count, count, shards=1)
+        down_proj = f"{of_expert}down_proj.weight".format(index, 0)
+        entries = self._inner_entries(mixture.moe_intermediate_size, down_proj)
         gate_up = matrix(_gate_and_up(of_expert, entries), hidden, self.axes, dimension=0)
         down = matrix({f"{of_expert}down_proj.weight": entries}, hidden, self.axes, dimension=1)
         down_bias = bias_once(f"{of_expert}down_proj.bias", hidden, self.axes, len(entries))
@@ -425,11 +425,25 @@ class Loader:
             return plan.for_layer(layers[0])
         return plan.stacked(layers, slots, self.mesh.shape[LAYER])
 
-    def _inner_entries(self, inner: int) -> Entries:
-        """Return a feed-forward part's inner entries, as they are dealt out to the shards."""
+    def _mlp_entries(self, index: int) -> Entries:
+        down = f"{_LAYER}mlp.down_proj.weight".format(index)
+        return self._inner_entries(self.config.intermediate_size, down)
+
+    def _inner_entries(self, inner: int, down: str) -> Entries:
+        """Deal a feed-forward part's inner entries out to the shards.
+
+        Args:
+            inner: How many there are.
+            down: Name of the matrix that has a column for each.
+        """
         # 60 entries on 8 shards: the width is 8, and the last shard has 4 of padding.
         shards = axes_size(self.mesh, self.axes)
-        return even_entries(inner, ceil_div(inner, shards), shards)
+        width = ceil_div(inner, shards)
+        group = self._group_of(down) if scale_name(down) in self._dtypes else None
+        # If a shard ended within a group of columns that share a scale, all groups would have to be
+        # as narrow as its part. But no shard should be left without any.
+        whole = round_up(width, group or 1)
+        return even_entries(inner, whole if (shards - 1) * whole < inner else width, shards)
 
     def _head_layout(self, axes: Axes) -> HeadLayout:
         shards = axes_size(self.mesh, axes)

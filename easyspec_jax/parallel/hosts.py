@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any
 
-from easyspec_jax.errors import first_line
+from easyspec_jax.errors import EasySpecError, first_line
 from easyspec_jax.parallel.rendezvous import LONGEST_LINE, START, Peer, gather, report
 
 BEAT = 5.0
@@ -213,6 +213,8 @@ def _may_be_a_peers_fault(error: BaseException) -> bool:
     """Whether a collective may have failed; JAX raises one of these types then."""
     import jax
 
+    if isinstance(error, EasySpecError):  # a ValueError, but never JAX's
+        return False
     failed = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
     return failed and "RESOURCE_EXHAUSTED" not in str(error)
 

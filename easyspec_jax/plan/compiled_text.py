@@ -253,7 +253,9 @@ def _bytes(array: tuple[str, str]) -> int:
     """Return the bytes of ("bf16", "8,64")."""
     kind, sizes = array
     # "f32" has 32 bits, "f8e4m3fn" has 8; the others are in the table.
-    width = _BYTES.get(kind) or int(re.sub(r"^\D+(\d+).*", r"\1", kind)) // 8
+    width = _BYTES.get(kind)
+    if width is None:
+        width = int(re.sub(r"^\D+(\d+).*", r"\1", kind)) // 8
     return width * prod(_dimensions(sizes))
 
 

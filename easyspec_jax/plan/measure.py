@@ -47,12 +47,13 @@ def measured(machine: Machine, mesh: Mesh, dtype: np.dtype) -> Machine:
     launch = _each(mesh, lambda x: x @ x, put(32, 32))
     latency, link = 0.0, machine.link_bandwidth
     if mesh.size > 1:
-        latency = _each(mesh, _all_reduce, put(SMALL))
-        # Bytes of a ring, see Collective.wire_bytes. The latency is charged separately by the
-        # model, so it is not part of the time on the wire.
+        small = _each(mesh, _all_reduce, put(SMALL))
+        # Bytes of a ring, see Collective.wire_bytes. The model charges launch and latency
+        # separately, so they are not part of the time on the wire, nor one of the other.
         sent = 2 * LARGE * dtype.itemsize * (mesh.size - 1) / mesh.size
         seconds = _each(mesh, _all_reduce, put(LARGE), lengths=(2, 10))
-        link = sent / max(seconds - latency, 1e-9)
+        link = sent / max(seconds - small, 1e-9)
+        latency = max(small - launch, 0.0)
     return replace(
         machine,
         bandwidth=matrix.nbytes / mesh.size / read,

@@ -120,7 +120,7 @@ def plan(target: str | Path, draft: str | Path, config: PlanConfig, *, bar: Bar 
         for candidate in candidates:
             counted.append(costs(pair, candidate, make_mesh))
             advance(1)
-    verification = verification_cost(pair, make_mesh)
+    verification = verification_cost(pair, make_mesh, counted[-1].capacity)
     best = None
     if acceptance is not None:
         best = find_best(pair, acceptance, make_mesh, topology.machine, bar)

@@ -169,7 +169,7 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     kind = "" if plan["kv_dtype"] == "auto" else f"{plan['kv_dtype']} "
     console.print(
         f"{target} with draft {draft} on {plan['topology']} ({plan['devices']} devices), "
-        f"{_types(plan)}, {kind}caches of {plan['ways'][0]['capacity']} tokens, "
+        f"{_types(plan)}, {kind}caches of {plan['ways'][-1]['capacity']} tokens, "
         f"{plan['num_speculative_tokens']} levels of {plan['tree_width']}"
     )
     console.print(f"[dim]Times and speeds are estimates, by {_parameters(plan['machine'])}[/]")
@@ -252,18 +252,20 @@ def _memory_table(plan: dict[str, Any]) -> Table:
 
 
 def _speed_table(plan: dict[str, Any]) -> Table:
-    """Make the table of speeds, in which the best of each column is marked.
+    """Make the table of speeds, in which the best of each column that fits is marked.
 
     A row is to be read at the acceptance rate that its way of decoding reaches.
     """
     rates = list(plan["ways"][0]["tokens_per_second"])
     table = _table("estimated tokens/s at acceptance rate", *rates)
-    speeds = [way["tokens_per_second"] for way in plan["ways"]]
+    fitting = [way for way in plan["ways"] if way["memory"]["fits"] is not False]
     for way in plan["ways"]:
         cells = []
         for rate in rates:
             speed = way["tokens_per_second"][rate]
-            best = speed == max(other[rate] for other in speeds)
+            best = way in fitting and speed == max(
+                other["tokens_per_second"][rate] for other in fitting
+            )
             cells.append(f"[bold green]*{speed:.1f}[/]" if best else f"{speed:.1f}")
         table.add_row(escape(way["label"]), *cells)
     return table

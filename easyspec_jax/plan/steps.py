@@ -191,7 +191,7 @@ def programs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Programs:
         weights=pair.weights,
         kv_dtype=pair.kv_dtype,
     )
-    return Programs(mesh, *models, config)
+    return Programs(mesh, *models, config, pair.max_length)
 
 
 def costs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Costs:
@@ -309,10 +309,16 @@ def prefill_costs(run: Programs, state: State, prompt: int) -> tuple[Cost, Cost 
     return target, sum(drafts, Cost())
 
 
-def verification_cost(pair: Pair, make_mesh: MakeMesh) -> Cost:
-    """Count the target's pass over the text's last token and all drafted ones, logits included."""
+def verification_cost(pair: Pair, make_mesh: MakeMesh, capacity: int) -> Cost:
+    """Count the target's pass over the text's last token and all drafted ones, logits included.
+
+    Args:
+        pair: The models and the way they are used.
+        make_mesh: Makes a mesh of the topology.
+        capacity: Entries of the caches of a way that drafts.
+    """
     run = programs(pair, Way("vanilla"), make_mesh)
-    state = abstract_state(run, 1, run.sizes.capacity(pair.max_length))
+    state = abstract_state(run, 1, capacity)
     return pass_cost(run, state, "target", 1 + pair.num_speculative_tokens * pair.tree_width)
 
 

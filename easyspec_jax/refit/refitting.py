@@ -101,13 +101,18 @@ def refit(pair: Engine, config: RefitConfig, *, bar: Bar = no_bar) -> Refitted:
     before = config.layout(draft.config.num_hidden_layers)
     directory = draft.directory / DIRECTORY if config.out is None else Path(config.out)
     path = path_of(directory, config.speculative_config(), before)
+    # Nothing is left behind if the text is bad.
+    texts = None
+    if config.text is not None:
+        texts = read_texts(Path(config.text), engine.tokenizer, ceil_div(config.tokens, LENGTH))
     path.parent.mkdir(parents=True, exist_ok=True)
     check_writable(path)
     resumed = None
     if config.resume:
         resumed = _resumed(find(directory, config.speculative_config(), before), draft)
 
-    texts = _texts(pair, engine, config, directory / TEXTS, bar)
+    if texts is None:
+        texts = _written(pair, engine, config, directory / TEXTS, bar)
     # Neither the fit nor the choice of borders sees the texts that drafts are compared on.
     held_out = max(1, round(HELD_OUT * len(texts)))
     compared_on, fitted_on = texts[:held_out], texts[held_out:]
@@ -174,13 +179,11 @@ def _measured(
     return {candidate: known[candidate] for candidate in wanted}
 
 
-def _texts(
+def _written(
     pair: Engine, draft: Engine, config: RefitConfig, path: Path, bar: Bar
 ) -> Int[np.ndarray, "texts tokens"]:
-    """Read the texts of a file, or let a model write them unless `path` has them already."""
+    """Let a model write texts or answer the prompts, unless `path` has its texts already."""
     count = ceil_div(config.tokens, LENGTH)
-    if config.text is not None:
-        return read_texts(Path(config.text), draft.tokenizer, count)
     sampling, vocabulary = config.sampling_params(), draft.target.config.vocab_size
     if config.prompts is None:
         # Without stop ids every text reaches its full length.

@@ -52,6 +52,12 @@ class TuneConfig:
     def __post_init__(self) -> None:
         check_whole("confirm", self.confirm, 1)
         check_whole("max_new_tokens", self.max_new_tokens, 1)
+        check_whole("max_levels", self.max_levels, 1)
+        if self.max_new_tokens <= self.max_levels:
+            raise EasySpecError(
+                f"`max_new_tokens` {self.max_new_tokens} must be more than `max_levels` "
+                f"{self.max_levels}, or no text has room for the deepest draft"
+            )
         if not 0 < self.seconds < float("inf"):
             raise EasySpecError(f"`seconds` {self.seconds} must be a number above 0")
         if self.prompts is not None and not self.prompts:

@@ -32,8 +32,8 @@ def as_dict(tuned: Tuned) -> dict[str, Any]:
     points = [(row.prediction.step, row.deepest_acceptance or 0.0) for row in tuned.rows]
     on_frontier = frontier(points, [row.deepest_acceptance is not None for row in tuned.rows])
     return {
-        "target": engine.target.directory.name,
-        "draft": engine.draft.directory.name,
+        "target": engine.target.directory.resolve().name,
+        "draft": engine.draft.directory.resolve().name,
         "mesh": tuned.mesh,
         "platform": device.platform,
         "device_kind": device.device_kind,
@@ -87,7 +87,7 @@ def print_tuned(found: dict[str, Any], console: Console) -> None:
     )
     candidates = found["candidates"]
     confirmed = [candidate["confirmed_tokens_per_second"] or 0 for candidate in candidates]
-    fastest = max(found["plain_tokens_per_second"], *confirmed)
+    fastest = max([found["plain_tokens_per_second"], *confirmed])
     for candidate in candidates[:SHOWN]:
         table.add_row(*_cells(candidate, fastest))
     plain = _speed(found["plain_tokens_per_second"], fastest)

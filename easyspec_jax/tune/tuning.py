@@ -151,6 +151,7 @@ def tune(pair: Engine, config: TuneConfig | None = None, *, bar: Bar = no_bar) -
     mesh = config.mesh or str(pair.mesh.size)
     if parse_mesh(mesh).size != pair.mesh.size:
         raise EasySpecError(f"`mesh` {mesh} is not a split of the pair's {pair.mesh.size} devices")
+    pair.target_alone().check_memory(2, 1, 1, SamplingParams())  # before weights are read
     ordinary = SpeculativeConfig(method="sd")
     # Measuring starts from an ordinary draft; variants of one engine share the target's weights.
     engine = pair if pair.speculative == ordinary else pair.variant(ordinary, bar=bar)

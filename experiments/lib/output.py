@@ -85,6 +85,22 @@ def settings(args: argparse.Namespace, *left_out: str) -> dict[str, Any]:
     return recorded
 
 
+def read_results(path: Path) -> dict[str, Any]:
+    """Read what an experiment has written.
+
+    Raises:
+        EasySpecError: The file cannot be read, or is none of an experiment.
+    """
+    try:
+        measured = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EasySpecError(f"{path} cannot be read: {error}") from None
+    rows = measured.get("results") if isinstance(measured, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise EasySpecError(f"{path} has no results of an experiment")
+    return measured
+
+
 def as_json(measured: Mapping[str, Any]) -> str:
     """Write results as JSON, one line for every field and every row."""
     lines = [

@@ -97,6 +97,7 @@ def draft_name(args: argparse.Namespace) -> dict[str, Any]:
 
 def _name(directory: Path) -> str:
     """Return a model's name: from the pair.json that `easyspec pair` writes, or the directory's."""
+    directory = directory.resolve()
     record = directory.parent / RECORD
     if not record.is_file():
         return directory.name

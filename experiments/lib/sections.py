@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from easyspec_jax.checkpoint.config import read_json
+from easyspec_jax.errors import EasySpecError
 from experiments.lib.tables import flat, markdown
 from experiments.paper import published
 from experiments.registry import SCRIPTS, known
@@ -44,7 +45,11 @@ def section(path: Path) -> str:
         parts += [f"*{line}*" for line in measured.get(name, [])]
     if measured.get("refit") is True:
         parts.append("*Drafted with the refit that was next to the draft.*")
-    if rows := tabulate(measured):
+    try:
+        rows = tabulate(measured)
+    except KeyError as missing:
+        raise EasySpecError(f"{path} has no {missing}") from None
+    if rows:
         parts.append(markdown(rows))
     if path.with_suffix(".png").exists():
         parts.append(f"![{title}](results/{path.stem}.png)")

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from rich.table import Table
 
 from easyspec_jax import Completion, EasySpecError, Engine, SamplingParams, SpeculativeConfig
-from easyspec_jax.checkpoint.config import read_json
 from easyspec_jax.cli.command import Parser, cache_compilations, read_prompts
 from easyspec_jax.draft.grouping import format_layout
 from easyspec_jax.draft.refit_file import refit_sizes
@@ -30,6 +29,7 @@ from experiments.lib.output import (
     as_json,
     prepare,
     publish,
+    read_results,
     run_experiment,
     save,
     settings,
@@ -198,7 +198,7 @@ def measured_before(out: Path, fields: Mapping[str, Any]) -> dict[Variant, Row]:
     """
     if not out.exists():
         return {}
-    before = read_json(out)
+    before = read_results(out)
     for name, value in fields.items():
         if name not in AXES and before.get(name) != value:
             raise EasySpecError(
@@ -206,7 +206,9 @@ def measured_before(out: Path, fields: Mapping[str, Any]) -> dict[Variant, Row]:
                 "give another --out"
             )
     names = [field.name for field in fields_of(Variant)]
-    return {Variant(**{name: row[name] for name in names}): row for row in before["results"]}
+    # Files from before there were refits do not say that a row has none.
+    rows = [{"refit": False} | row for row in before["results"]]
+    return {Variant(**{name: row[name] for name in names}): row for row in rows}
 
 
 def sizes_with_refit(args: argparse.Namespace) -> set[int]:
@@ -437,7 +439,12 @@ def run(args: argparse.Namespace) -> None:
     fields = settings(args, "prompt_file", "refit", "resume") | names(args) | {"prompts": prompts}
     fields["command"] = args.command.replace(" --resume", "")  # the rows are those of one run
     before = measured_before(out, fields) if args.resume else {}
-    rows = before = {variant: before[variant] for variant in grid if variant in before}
+    if before.keys() - set(grid):
+        raise EasySpecError(
+            f"--resume: {out} has rows of widths, sizes or ways of sampling that these flags leave "
+            "out; name all of them, or give another --out"
+        )
+    rows = before
     for rows in measure_grid(args, prompts, grid, before):
         save(out, as_json(fields | {"machine": machine(args.platform), "results": rows.values()}))
     print_tables(list(rows.values()))

@@ -308,6 +308,11 @@ def check(args: argparse.Namespace) -> list[Question]:
     """
     if args.repeats < 1:
         raise EasySpecError(f"--repeats {args.repeats} must be at least 1")
+    if args.max_new_tokens < 2:
+        raise EasySpecError(
+            f"--max-new-tokens {args.max_new_tokens} must be at least 2, as no round makes the "
+            "first token"
+        )
     check_destination(args.out)
     cache_compilations()
     return read_questions(args.questions or DATA / "lookups.jsonl")
@@ -325,6 +330,8 @@ def timed(
     asked = {
         tuple(plain.encode(question.turns[0], chat)): question.turns[0] for question in questions
     }
+    if len(asked) < len(questions):
+        raise EasySpecError("some questions have the same first turn; leave out all but one")
     sampling = SamplingParams(temperature=temperature, max_new_tokens=args.max_new_tokens)
     ways = {name: ours(engine, asked, sampling, chat) for name, engine in engines.items()}
     return list(asked), alternate(ways, list(asked), args.repeats)

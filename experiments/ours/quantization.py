@@ -22,7 +22,6 @@ from jaxtyping import Array, Float, Int
 from rich.table import Table
 
 from easyspec_jax import Completion, EasySpecError, Engine, SamplingParams, SpeculativeConfig
-from easyspec_jax.checkpoint.config import read_json
 from easyspec_jax.cli.command import Parser, cache_compilations, read_prompts
 from easyspec_jax.model.transformer import Caches, Decoder
 from easyspec_jax.options import KVDType, Weights
@@ -37,6 +36,7 @@ from experiments.lib.output import (
     align_right,
     as_json,
     check_destination,
+    read_results,
     run_experiment,
     save,
     settings,
@@ -236,7 +236,7 @@ def run(args: argparse.Namespace) -> None:
     # Rows of several runs with --only are those of one run without it.
     fields["command"] = re.sub(r" --only .*?(?= --|$)", "", args.command)
     fields |= {"text": args.text.name, "machine": machine(None)}
-    rows = {row["label"]: row for row in kept(args)}
+    rows = {row["label"]: row for row in kept(args, fields)}
     for row in measure(args, prompts):
         rows[row["label"]] = row
         found = [rows[types.label] for types in KINDS if types.label in rows]
@@ -247,15 +247,26 @@ def run(args: argparse.Namespace) -> None:
     print_table(tabulate({"results": list(rows.values())}))
 
 
-def kept(args: argparse.Namespace) -> list[dict[str, Any]]:
+def kept(args: argparse.Namespace, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the rows that --only leaves as they are.
 
+    Args:
+        args: The flags.
+        fields: This run's settings, which those rows must have been measured with.
+
     Raises:
-        EasySpecError: The file with them cannot be read.
+        EasySpecError: The file with them cannot be read, or its settings are others.
     """
     if args.only is None or not args.out.exists():
         return []
-    return read_json(args.out)["results"]
+    before = read_results(args.out)
+    for name, value in fields.items():
+        if name not in ("command", "machine") and before.get(name) != value:
+            raise EasySpecError(
+                f"--only: {args.out} was measured with {name} {before.get(name)!r}, not {value!r}; "
+                "give another --out"
+            )
+    return before["results"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

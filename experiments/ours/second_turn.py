@@ -10,6 +10,7 @@ is one text at any temperature.
 import argparse
 import itertools
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -62,10 +63,19 @@ def second_turns(
     return engine.prepare(prompts)
 
 
-def complete(engine: Engine, row: EncodedPrompt, sampling: SamplingParams) -> Completion:
-    """Complete a prompt with everything compiled before."""
+def complete(
+    engine: Engine, row: EncodedPrompt, sampling: SamplingParams
+) -> tuple[Completion, float]:
+    """Complete a prompt with everything compiled before; return the seconds to its first token."""
     engine.compile([row], sampling)
-    return next(engine.generate([row], sampling))
+    times: list[float] = []
+    begun = time.perf_counter()
+
+    # Called once for each token or round, also where no whole character is there yet.
+    def note(piece: str) -> None:
+        times.append(time.perf_counter() - begun)
+
+    return next(engine.generate([row], sampling, on_text=note)), times[0]
 
 
 def measure(
@@ -90,7 +100,7 @@ def measure(
     first = first_turn(engine, tokens - sampling.max_new_tokens)
     chat = bool(engine.tokenizer.chat_template)
     (row,) = engine.prepare([first], chat=chat)
-    answer = complete(engine, row, sampling).text
+    answer = complete(engine, row, sampling)[0].text
     # Of a question that is asked again, the store would have everything.
     count = len(temperatures) * (repeats + 1)
     questions = read_prompts(DATA / "refit_prompts.txt")[-count:]
@@ -104,14 +114,14 @@ def measure(
             for size in (STORE, 0) if repeat % 2 else (0, STORE):
                 engine.prefix_cache = size
                 completions[size] = complete(engine, turn, asked)
-            cached, whole = completions[STORE], completions[0]
+            (cached, cached_seconds), (whole, whole_seconds) = completions[STORE], completions[0]
             found.append(
                 {
                     "temperature": asked.temperature,
                     "tokens": len(turn.ids),
                     "cached_tokens": cached.stats.cached_tokens,
-                    "cached_seconds": cached.stats.prefill_seconds,
-                    "whole_seconds": whole.stats.prefill_seconds,
+                    "cached_seconds": cached_seconds,
+                    "whole_seconds": whole_seconds,
                     "same_tokens": cached.token_ids == whole.token_ids,
                 }
             )

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from easyspec_jax import Engine
 from easyspec_jax.cli.command import Parser, cache_compilations
-from easyspec_jax.draft.refit_file import refit_sizes
+from easyspec_jax.draft.refit_file import DIRECTORY, refit_sizes
 from easyspec_jax.engine.tuned_file import label
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
 from easyspec_jax.parallel.mesh import parse_mesh
@@ -97,7 +97,7 @@ def check(args: argparse.Namespace, mesh: str, engine: Engine) -> dict[str, Any]
         args.tree_widths,
         max(args.levels),
         mlp_lp_sizes=args.mlp_lp_sizes,
-        refits=refit_sizes(engine.draft.directory),
+        refits=refit_sizes(engine.draft.directory / DIRECTORY),
     )
     grid = [
         c

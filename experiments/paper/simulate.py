@@ -19,7 +19,6 @@ import numpy as np
 from rich.table import Table
 
 from easyspec_jax import EasySpecError, SpeculativeConfig
-from easyspec_jax.checkpoint.config import read_json
 from easyspec_jax.cli.command import Parser
 from easyspec_jax.engine.abstract import absent_mesh
 from easyspec_jax.options import DraftTensorParallelSize, Method, Platform
@@ -29,7 +28,15 @@ from easyspec_jax.plan.report import tokens_per_second
 from easyspec_jax.plan.steps import Costs, Pair, Way, costs, verification_cost
 from easyspec_jax.progress import bar
 from easyspec_jax.tune.drawing import INK, dress_bars, png
-from experiments.lib.output import RESULTS, prepare, publish, run_experiment, settings, show
+from experiments.lib.output import (
+    RESULTS,
+    prepare,
+    publish,
+    read_results,
+    run_experiment,
+    settings,
+    show,
+)
 from experiments.lib.picture import note
 from experiments.lib.tables import Rows, distinct, labelled, matching
 from experiments.paper import published as paper
@@ -80,7 +87,7 @@ def share_lost(
         for row in measured["results"]
         if row["temperature"] == temperature
         and row["tree_width"] == tree_width
-        and row["verifier"] != "rejection"
+        and row["verifier"] in ("greedy", "coupled")
     ]
     exact = [row["acceptance_rate"] for row in rows if row["lp_size"] == 1]
     groups = [row for row in rows if row["lp_size"] == lp_size and row["calibration"]]
@@ -178,7 +185,7 @@ def estimate(args: argparse.Namespace, topologies: Sequence[Topology]) -> list[d
     Raises:
         EasySpecError: The file of acceptance is not one.
     """
-    measured, rows = read_json(args.acceptance), []
+    measured, rows = read_results(args.acceptance), []
     with bar("Counting", len(topologies) * len(paper.pairs())) as advance:
         for topology in topologies:
             for pair in paper.pairs():

@@ -214,7 +214,10 @@ def as_transformers_reads(directory: Path) -> ModelConfig:
         post_norm=kind in ("gemma2", "gemma3_text", "olmo2"),
         norm_offset=float(is_gemma),
         attention_multiplier=scale,
-        attn_logit_softcapping=own("attn_logit_softcapping", None),
+        # Gemma 3's attention does not read it, whatever its configuration says.
+        attn_logit_softcapping=None
+        if kind == "gemma3_text"
+        else own("attn_logit_softcapping", None),
         final_logit_softcapping=own("final_logit_softcapping", None),
         embedding_multiplier=config.hidden_size**0.5
         if is_gemma
@@ -327,6 +330,29 @@ def test_flags_without_a_meaning_change_nothing(family, flags):
     assert layers == ["full_attention"] * 3
 
 
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("granite", {"sliding_window": 8}),
+        ("olmo2", {"sliding_window": 8, "layer_types": ["sliding_attention"] * 3}),
+        ("gemma3_text", {"attn_logit_softcapping": 2.0}),
+        ("gemma2", {"sliding_window_pattern": 3}),
+        ("qwen3_moe", {"layer_types": ["sliding_attention"] * 3, "sliding_window": 8}),
+    ],
+)
+def test_fields_of_other_families_change_nothing(family, fields):
+    """As in transformers, whose model of the family does not read them."""
+    plain = {"model_type": family} | SIZES
+    assert model_config(plain | fields) == model_config(plain)
+
+
+@pytest.mark.parametrize("family", ["phi3", "mixtral"])
+def test_all_layers_slide_whatever_their_types_say(family):
+    fields = {"sliding_window": 8, "layer_types": ["full_attention"] * 3}
+    layers = model_config({"model_type": family} | SIZES | fields).layers
+    assert [kind.window for kind in layers] == [8, 8, 8]
+
+
 def test_generation_config_decides_what_stops(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | SIZES))
     (tmp_path / "generation_config.json").write_text(
@@ -372,6 +398,10 @@ def test_generation_config_decides_what_stops(tmp_path):
             "RoPE scaling 'mrope' is not supported; supported: default, linear, dynamic",
         ),
         ({"partial_rotary_factor": 0.4}, "partial_rotary_factor=0.4 would rotate 3 of 8"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 1e308}},
+            "the frequencies of RoPE scaling 'dynamic' cannot be computed",
+        ),
         (
             {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
             "short_factor must be a list of 4 numbers",

@@ -28,9 +28,11 @@ def test_phi3_reads_longrope_by_its_old_name():
     config = family_config("phi3").to_dict() | {"partial_rotary_factor": 0.5, "sliding_window": 63}
     config["rope_parameters"] = None
     factors = {"short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
-    (kind,) = model_config(config | {"rope_scaling": {"type": "su", **factors}}).kinds
-    assert (kind.window, kind.rope.dim) == (63, 6)
-    assert isinstance(kind.rope.scaling, LongRopeScaling)
+    for name in ({"type": "su"}, {"type": "yarn"}, {"rope_type": "su"}):
+        (kind,) = model_config(config | {"rope_scaling": name | factors}).kinds
+        assert (kind.window, kind.rope.dim) == (63, 6)
+        assert isinstance(kind.rope.scaling, LongRopeScaling)
+        assert kind.rope.scaling.original == 4096
 
 
 def test_joined_tensors_are_checked_as_they_are_stored(tmp_path):

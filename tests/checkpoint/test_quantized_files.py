@@ -77,6 +77,11 @@ def test_other_methods_are_refused_by_name(tmp_path, settings, shown):
     assert "\n" not in str(error.value)
 
 
+def test_a_name_is_no_settings(tmp_path):
+    with pytest.raises(EasySpecError, match="quantization_config must be an object, not only"):
+        write(tmp_path, test_gptq.model()[0], "gptq")
+
+
 def test_no_settings_are_no_quantization(tmp_path):
     with pytest.raises(EasySpecError, match=r"v_proj\.weight is missing"):
         write(tmp_path, test_gptq.model()[0], None)

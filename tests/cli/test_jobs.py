@@ -215,9 +215,16 @@ def test_a_job_prefills_what_its_lines_share_once(models, tmp_path):
 def test_another_jobs_output_is_refused(engine, job):
     prompts, out = job
     out.write_bytes(b"somebody's\n")
-    with pytest.raises(EasySpecError, match="other prompts or settings"):
+    with pytest.raises(EasySpecError, match="is not the output of a job"):
         run_job(engine, read_job(prompts, PLAIN), out)
     out.unlink()
+    with open_results(out, {}):
+        pass
+    out.write_bytes(b"somebody's\n")
+    with pytest.raises(EasySpecError, match="begins with no record"), open_results(out, {}):
+        pass
+    assert out.read_bytes() == b"somebody's\n"
+    out.write_bytes(b"")
     with (
         open_results(out, {}),
         pytest.raises(EasySpecError, match="another run"),
@@ -277,6 +284,11 @@ def test_several_processes_run_no_job(capsys):
             ["--prompts", "in.jsonl", "--out", "out.jsonl", "--json"],
             "a job prints no texts: leave out --json or --prompts",
         ),
+        (
+            ["--prompts", "in.jsonl", "--out", "out.jsonl", "--batch-size", "0"],
+            "--batch-size 0 must be at least 1",
+        ),
+        (["--chat", "--system", ""], "--system '' is empty; leave it out"),
     ],
 )
 def test_flags_that_do_not_go_together_are_one_line(flags, complaint, capsys):
@@ -392,7 +404,7 @@ def test_outputs_are_looked_at_before_a_model_is_opened(tmp_path, capsys, monkey
     prompts.write_text(json.dumps({"id": 1, "prompt": "a"}))
     out.write_text("something else\n")
     for path, complaint in (
-        (out, "belongs to other prompts or settings"),
+        (out, "is not the output of a job; choose another --out"),
         (tmp_path / "absent" / "out.jsonl", "cannot be written: No such file"),
         (tmp_path, "is a directory"),
     ):
@@ -403,6 +415,28 @@ def test_outputs_are_looked_at_before_a_model_is_opened(tmp_path, capsys, monkey
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
     with open_results(tmp_path / "new", {}), pytest.raises(EasySpecError, match="another run"):
         check_results(tmp_path / "new", {})
+
+
+def test_another_schema_in_the_same_file_is_another_job(tmp_path, monkeypatch, capsys):
+    class Opened(Exception):
+        pass
+
+    def opened(*arguments):
+        raise Opened
+
+    monkeypatch.setattr("easyspec_jax.cli.generate.open_engine", opened)
+    prompts, out, schema = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "schema.json"))
+    prompts.write_text(json.dumps({"id": 1, "prompt": "a"}))
+    command = ["--prompts", str(prompts), "--out", str(out), "--json-schema", str(schema)]
+    described = []
+    monkeypatch.setattr(
+        "easyspec_jax.cli.jobs.check_results", lambda _, settings: described.append(settings)
+    )
+    for kind in ("string", "string", "number"):
+        schema.write_text(json.dumps({"type": kind}))
+        with pytest.raises(Opened):
+            main(command)
+    assert described[0] == described[1] != described[2]
 
 
 def test_a_job_out_of_standard_input(engine, tmp_path, monkeypatch):

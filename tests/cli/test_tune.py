@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from easyspec_jax import EasySpecError
 from easyspec_jax.cli import generate
 from easyspec_jax.cli.generate_flags import generate_parser
 from easyspec_jax.engine import tuned_file
+from easyspec_jax.engine.models import Models
 from easyspec_jax.engine.tuned_file import FILE, Choice
 from easyspec_jax.options import SpeculativeConfig
 from easyspec_jax.plan.acceptance import read_acceptance
@@ -157,7 +159,7 @@ def test_the_table_shows_the_object(printed):
         (["--prompt-file", "absent"], "cannot be read"),
         (["--plot", "absent/plot.png"], "No such file or directory"),
         (["--max-length", "5"], "leaves no room within --max-length 5"),
-        (["--max-new-tokens", "2"], "ends each of these texts within 8 tokens"),
+        (["--max-new-tokens", "8"], "--max-new-tokens 8 must be more than --max-levels 8"),
     ],
 )
 def test_refusals(pair, capsys, options, message):
@@ -208,6 +210,30 @@ def test_what_was_tuned_gives_way_to_the_flags(flags, adapts, looks_up):
     followed = generate.as_tuned(args, tuned)
     assert (followed.adapt, followed.prompt_lookup) == (adapts, looks_up)
     assert followed.confidence_threshold == 0.1
+
+
+@pytest.mark.parametrize("flags", [["--bit-stable"], ["--verifier", "block"]])
+def test_a_tuned_tree_is_no_chain(flags):
+    args = generate_parser("generate", "").parse_args(["--lp-strategy", "auto", *flags])
+    message = f"auto drafts trees for this pair, and {' '.join(flags)} needs a chain"
+    with pytest.raises(EasySpecError, match=message):
+        generate.as_tuned(args, SpeculativeConfig(tree_width=4))
+
+
+def test_auto_asks_for_memory_before_it_reads_weights(pair, capsys, monkeypatch):
+    monkeypatch.setattr(Models, "free_memory", lambda self: 1000)
+    monkeypatch.setattr(Models, "_load_target", lambda *_: pytest.fail("weights were read"))
+    assert generate.main([*pair, "--lp-strategy", "auto", "--prompt", "x"]) == 2
+    assert "GB" in capsys.readouterr().err
+    assert main(pair) == 2
+    assert "GB" in capsys.readouterr().err
+
+
+def test_a_pair_whose_drafts_never_fit_has_a_table(printed):
+    found, _ = printed
+    stream = io.StringIO()
+    print_tuned(found | {"candidates": []}, Console(file=stream, width=160, highlight=False))
+    assert "plain decoding" in stream.getvalue()
 
 
 def test_auto_measures_once_where_nothing_is_stored(pair, model, capsys, monkeypatch):

@@ -131,6 +131,16 @@ def test_what_groups_take_is_counted_on_accelerators_too(tokens, size):
         assert fits._of_products(target, job, tokens) == (size if kept == "int4" else 0)
 
 
+def test_sums_of_all_experts_are_counted():
+    """Of 128 experts, 21 tokens go through all: gate and up, 192 columns each, have 64 groups."""
+    job = large(target=bundled()["Qwen3-235B-A22B"], target_weights="int4")
+    target, _ = fits._of_models(job)[0]
+    floats, _ = fits._of_models(replace(job, target_weights=None))[0]
+    more = fits._of_products(target, job, 21) - fits._of_products(floats, job, 21)
+    inner, groups = 2 * 192, 4096 // 128
+    assert more == 128 * inner * groups * 21 * 4
+
+
 def test_the_kernel_of_a_gpu_writes_no_sums_of_groups():
     """For a prompt's 512 tokens the matrix becomes floats, as on TPUs."""
     job = large(target_weights="int4", mesh=absent_mesh(MeshShape(4, 2), "gpu"))

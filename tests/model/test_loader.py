@@ -1,6 +1,7 @@
 """Each shard is read by itself: no tensor whole, nothing twice, into memory the device keeps."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -13,6 +14,7 @@ from easyspec_jax.checkpoint.directory import Checkpoint, open_checkpoint
 from easyspec_jax.checkpoint.tensors import Slices, TensorSource
 from easyspec_jax.model import loader as module
 from easyspec_jax.model.shard_plan import Copy
+from easyspec_jax.model.transformer import MLP
 from easyspec_jax.parallel.mesh import MeshShape
 from tests.support.models import FAMILIES, load_target, loader, save_model
 
@@ -147,3 +149,20 @@ def test_blocks_fill_any_layout(monkeypatch):
     np.testing.assert_array_equal(shards[1], whole[200:240])
     np.testing.assert_array_equal(shards[2][2:6, 6:8], whole[5:9, 3:5])
     assert shards[2].sum() == whole[5:9, 3:5].sum()
+
+
+@pytest.mark.parametrize(
+    ("inner", "devices", "width", "groups"),
+    # Whole groups of 128, but no device without any, nor groups where a row has one scale.
+    [(640, 2, 384, 3), (640, 4, 160, 5), (384, 8, 48, 3), (96, 2, 64, 2), (80, 2, 40, 1)],
+)
+def test_shards_end_where_groups_of_columns_end(tmp_path, inner, devices, width, groups):
+    save_model(tmp_path, "llama3", intermediate_size=inner, num_hidden_layers=1)
+    whole = loader(open_checkpoint(tmp_path), MeshShape(1, devices))
+    mlp, floats = replace(whole, weights="int4").mlp(0), whole.mlp(0)
+    assert isinstance(mlp, MLP) and isinstance(floats, MLP) and mlp.down.weight.scale is not None
+    assert mlp.down.weight.shape[1] == devices * width
+    assert mlp.gate_up.weight.shape[0] == 2 * devices * width
+    assert mlp.down.weight.scale.shape[1] == devices * groups
+    # Floats have no groups.
+    assert floats.down.weight.shape[1] == devices * -(-inner // devices)

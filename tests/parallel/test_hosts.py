@@ -115,8 +115,13 @@ def test_a_killed_process_ends_the_others_with_one_line(model, victim):
     )
 
 
-def test_what_jax_says_while_the_watch_is_waited_for_is_not_heard(monkeypatch, capfd):
+@pytest.mark.parametrize(
+    ("error", "waits"),
+    [(ValueError("Gloo: connection closed by peer"), True), (EasySpecError("no such file"), False)],
+)
+def test_what_jax_says_while_the_watch_is_waited_for_is_not_heard(monkeypatch, capfd, error, waits):
     # A collective can fail before the watch sees that a process has died. JAX complains meanwhile.
+    # What a user did wrong is no such failure.
     waited, stopped = [], []
     monkeypatch.setattr(hosts, "_joined", None)
     monkeypatch.setattr(hosts, "report", lambda peer, digest: ({}, "localhost:1"))
@@ -130,12 +135,12 @@ def test_what_jax_says_while_the_watch_is_waited_for_is_not_heard(monkeypatch, c
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
     with (
-        pytest.raises(ValueError, match="Gloo"),
+        pytest.raises(type(error), match=str(error)),
         hosts.joined("program", Peer("localhost:1", 2, 1), None),
     ):
-        raise ValueError("Gloo: connection closed by peer")
+        raise error
     os.write(2, b"afterwards")
-    assert waited and stopped == [("Gloo: connection closed by peer", 2)]
+    assert bool(waited) == waits and stopped == [(str(error), 2)]
     assert capfd.readouterr().err == "afterwards"
 
 

@@ -37,7 +37,7 @@ def test_ways_compare_both_placements_of_everything(counted):
 @pytest.mark.slow
 def test_collectives_by_formula(counted):
     assert counted["vanilla"].step.collectives == 2 * TARGET_LAYERS + 1
-    assert verification_cost(pair(), absent).collectives == 2 * TARGET_LAYERS + 1
+    assert verification_cost(pair(), absent, 512).collectives == 2 * TARGET_LAYERS + 1
     assert counted["sd, draft TP 1"].step.collectives == 0
     assert counted["sd, draft TP all"].step.collectives == 2 * DRAFT_LAYERS + 1
     for size in (2, 4, 7):
@@ -79,7 +79,7 @@ def test_a_refit_is_held_beside_the_drafts_own_projections():
 
 
 def test_a_round_is_its_steps_and_a_little_choosing(counted):
-    verification = verification_cost(pair(), absent)
+    verification = verification_cost(pair(), absent, counted["sd, draft TP all"].capacity)
     for found in counted.values():
         if found.calibration is None:
             continue
@@ -154,11 +154,19 @@ def test_absent_devices_count_as_present_ones():
 
 
 @pytest.mark.slow
+def test_caches_are_as_large_as_the_engine_makes_them():
+    """No larger than `max_length` asks for, though sizes otherwise are powers of two."""
+    short = replace(pair(), max_length=300)
+    assert costs(short, Way("sd"), absent).capacity == 384
+
+
+@pytest.mark.slow
 def test_trees_widen_steps_and_verification():
     chain, tree = (costs(pair(width), Way("easyspec", 4), absent) for width in (1, 3))
     assert tree.step.flops > 2.5 * chain.step.flops
     assert tree.step.collectives == chain.step.collectives
-    assert verification_cost(pair(3), absent).flops > 2 * verification_cost(pair(), absent).flops
+    three, one = (verification_cost(pair(width), absent, 512) for width in (3, 1))
+    assert three.flops > 2 * one.flops
 
 
 @pytest.mark.slow

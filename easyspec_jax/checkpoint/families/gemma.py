@@ -37,7 +37,7 @@ GEMMA3 = _gemma(*COMMON, *POST_NORMS, QUERIES, KEYS, *HEAD_NORMS, *ATTENTION_BIA
 def read_gemma2(config: dict[str, Any]) -> dict[str, Any]:
     """Translate the fields of Gemma 2, with its soft caps and a window in every other layer."""
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-    return _read_gemma(caps | {"sliding_window_pattern": 2} | config)
+    return _read_gemma(caps | config | {"sliding_window_pattern": 2})
 
 
 def read_gemma3(config: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +77,13 @@ FAMILIES = {
         read_gemma2,
         "Gemma2ForCausalLM",
         gguf="gemma2",
-        fields=("attention_bias", "attn_logit_softcapping", "final_logit_softcapping"),
+        fields=(
+            "attention_bias",
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+            "sliding_window",
+            "layer_types",
+        ),
     ),
     "gemma3_text": Family(
         "Gemma 3, text (270M, 1B)",
@@ -85,6 +91,6 @@ FAMILIES = {
         read_gemma3,
         "Gemma3ForCausalLM",
         gguf="gemma3",
-        fields=("attention_bias", "attn_logit_softcapping", "final_logit_softcapping"),
+        fields=("attention_bias", "final_logit_softcapping", "sliding_window", "layer_types"),
     ),
 }

@@ -66,7 +66,7 @@ FAMILIES = {
         GPT_OSS,
         read_gpt_oss,
         "GptOssForCausalLM",
-        fields=("attention_bias",),
+        fields=("attention_bias", "sliding_window", "layer_types"),
         stacks_experts=True,
     ),
 }

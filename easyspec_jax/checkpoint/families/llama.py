@@ -69,9 +69,15 @@ FAMILIES = {
         read_llama,
         "LlamaForCausalLM",
         gguf="llama",
-        fields=("attention_bias", "mlp_bias"),
+        # A window is refused, see checkpoint/config.py.
+        fields=("attention_bias", "mlp_bias", "sliding_window"),
     ),
     # GGUF files of Mistral models say that their architecture is llama.
-    # GGUF files of Mistral models say that their architecture is llama.
-    "mistral": Family("Mistral, Nemo", MISTRAL, read_mistral, "MistralForCausalLM"),
+    "mistral": Family(
+        "Mistral, Nemo",
+        MISTRAL,
+        read_mistral,
+        "MistralForCausalLM",
+        fields=("sliding_window", "layer_types"),
+    ),
 }

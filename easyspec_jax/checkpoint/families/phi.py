@@ -28,13 +28,25 @@ PHI3 = tuple(map(_joined, (*COMMON, QUERIES, KEYS)))
 
 
 def read_phi3(config: dict[str, Any]) -> dict[str, Any]:
-    """Fill in Phi-3's defaults, and call longrope by its name: old files have "su"."""
+    """Fill in Phi-3's defaults, and call longrope by its name: old files have "su" or "yarn"."""
     scaling = config.get("rope_scaling") or {}
-    if scaling.get("type") == "su":
-        config = config | {"rope_scaling": scaling | {"type": "longrope"}}
-    return {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096} | config
+    if scaling.get("rope_type", scaling.get("type")) in ("su", "yarn"):
+        config = config | {"rope_scaling": scaling | {"rope_type": "longrope"}}
+    defaults = {
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+    }
+    return defaults | config
 
 
 FAMILIES = {
-    "phi3": Family("Phi-3, Phi-3.5, Phi-4", PHI3, read_phi3, "Phi3ForCausalLM", gguf="phi3"),
+    "phi3": Family(
+        "Phi-3, Phi-3.5, Phi-4",
+        PHI3,
+        read_phi3,
+        "Phi3ForCausalLM",
+        gguf="phi3",
+        fields=("sliding_window",),
+    ),
 }

@@ -56,6 +56,7 @@ FAMILIES = {
         read_qwen_window,
         "Qwen2ForCausalLM",
         gguf="qwen2",
+        fields=("sliding_window", "layer_types"),
     ),
     "qwen3": Family(
         "Qwen3, dense",
@@ -63,13 +64,13 @@ FAMILIES = {
         read_qwen3,
         "Qwen3ForCausalLM",
         gguf="qwen3",
-        fields=("attention_bias",),
+        fields=("attention_bias", "sliding_window", "layer_types"),
     ),
     "qwen3_moe": Family(
         "Qwen3, mixtures of experts",
         QWEN3_MOE,
         read_qwen3_moe,
         "Qwen3MoeForCausalLM",
-        fields=("attention_bias",),
+        fields=("attention_bias", "sliding_window"),
     ),
 }

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from easyspec_jax.checkpoint.config import read_json
+from experiments.lib.output import read_results
 from experiments.lib.tables import Rows, markdown
 from experiments.registry import known
 
@@ -14,7 +14,7 @@ def read(results: Path, name: str) -> Rows:
     Raises:
         EasySpecError: It is missing, or is not JSON.
     """
-    return read_json(results / f"{name}.json")["results"]
+    return read_results(results / f"{name}.json")["results"]
 
 
 def short(values: Iterable[float]) -> str:
@@ -33,7 +33,7 @@ def tabulated(name: str) -> Callable[[Path], str]:
     def passage(results: Path) -> str:
         about = known(name)
         assert about is not None, f"the registry lists {name}"
-        measured = read_json(results / f"{name}.json")
+        measured = read_results(results / f"{name}.json")
         return markdown(about[0].function("tabulate")(measured))
 
     return passage

@@ -5,6 +5,7 @@ from statistics import fmean, median
 from typing import Any
 
 from easyspec_jax.checkpoint.config import read_json
+from experiments.lib.output import read_results
 from experiments.lib.passages.reading import read
 from experiments.lib.tables import Rows, distinct, markdown, matching
 from experiments.registry import known
@@ -103,7 +104,7 @@ def lookup_finders(results: Path) -> str:
 def _of_lookup(results: Path, function: str) -> str:
     about = known("lookup_smollm2")
     assert about is not None
-    return markdown(about[0].function(function)(read_json(results / "lookup_smollm2.json")))
+    return markdown(about[0].function(function)(read_results(results / "lookup_smollm2.json")))
 
 
 def tune_share(results: Path) -> str:

@@ -122,6 +122,12 @@ def test_rows_of_other_settings_are_not_mixed(measured, monkeypatch, capsys):
     assert main([*pair, *out, "--num-speculative-tokens", "3"]) == 2
     error = capsys.readouterr().err
     assert "was measured with num_speculative_tokens 2, not 3; give another --out" in error
+    texts = ["--prompt-file", str(measured / "prompts.txt"), "--num-speculative-tokens", "2"]
+    command = shlex.split(json.loads(before)["command"])
+    length = ["--max-new-tokens", command[command.index("--max-new-tokens") + 1]]
+    assert main([*pair, *out, *texts, *length, "--widths", "1", "--lp-sizes", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "these flags leave out; name all of them, or give another --out" in error
     assert (measured / "acceptance.json").read_bytes() == before
 
 
@@ -161,7 +167,12 @@ def test_bad_arguments_are_one_line(arguments, complaint, capsys):
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"), [("{}", "has no 'results'"), ("nothing", "cannot be read as JSON")]
+    ("content", "complaint"),
+    [
+        ("{}", "has no results of an experiment"),
+        ('{"results": 1}', "has no results of an experiment"),
+        ("nothing", "cannot be read"),
+    ],
 )
 def test_what_is_no_result_is_not_drawn(content, complaint, tmp_path, capsys):
     path = tmp_path / "acceptance.json"

@@ -81,4 +81,7 @@ def test_simulated_rounds_are_those_of_decoding(tmp_path):
     assert [row["way"] for row in ways] == ["plain", "ngram", "sd", "sd, prompt lookup"]
     assert all(row["same_tokens"] and row["kind"] == "copies" for row in ways)
     assert {row["finder"] for row in rows if "finder" in row} == set(FINDERS)
+    (tmp_path / "questions").write_text(2 * (json.dumps(question) + "\n"))
+    assert main(words) == 2
+    assert main([*words, "--max-new-tokens", "1"]) == 2
     assert main([*words, "--repeats", "0"]) == 2

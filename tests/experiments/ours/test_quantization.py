@@ -48,5 +48,7 @@ def test_every_kind_of_types_has_a_row(tmp_path, monkeypatch, capsys):
     again = json.loads(out.read_text())["results"]
     assert [row["label"] for row in again] == [row["label"] for row in rows]
     assert again[0] == rows[0] and again[1]["over_floats"] == pytest.approx(rows[1]["over_floats"])
+    assert main([*words, "--out", str(out), "--lp-size", "1", "--only", "int4"]) == 2
+    assert "was measured with lp_size 2, not 1; give another --out" in capsys.readouterr().err
     assert main([*words, "--out", str(out), "--tokens", "5"]) == 2
     assert "give more than 128" in capsys.readouterr().err
