@@ -64,8 +64,6 @@ def open_gguf(path: Path, *, keep_blocks: bool = False) -> Model:
         if name in stored:
             factors[name] = _factors(stored.pop(name)[1], origin)
     config = _config(metadata, tensors, family, origin)
-    if model_type == "llama" and "sliding_window" in config:
-        model_type, family = "mistral", FAMILIES["mistral"]  # a Llama that may have windows
     config |= {"architectures": [family.class_name], "model_type": model_type}
     config |= _partial_rope(metadata, config, family, origin)
     config |= _rope_scaling(metadata, factors, origin)
@@ -215,6 +213,8 @@ def _family(metadata: Mapping[str, Any], origin: str) -> tuple[str, Family]:
         raise EasySpecError(
             f"{origin}: GGUF architecture {name!r} is not supported; supported: {names}"
         )
+    if name == "llama" and f"llama.{OPTIONAL_FIELDS['sliding_window']}" in metadata:
+        return "mistral", FAMILIES["mistral"]  # a Llama that may have windows
     return supported[name]
 
 

@@ -202,8 +202,9 @@ def model_config(
         _check_types(config, origin)
         # Before a list of them is made.
         _check_size("num_hidden_layers", config["num_hidden_layers"], _MOST_LAYERS, origin)
+        _refuse_window_of_llama(config, model_type, origin)
         config = _in_terms_of_llama(config, family, origin)
-        _refuse_unsupported(config, model_type, origin)
+        _refuse_activation(config, origin)
         heads = int(config["num_attention_heads"])
         head_dim = _head_dim(config, origin)
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
@@ -307,15 +308,18 @@ def _in_terms_of_llama(config: dict[str, Any], family: Family, origin: str) -> d
         raise EasySpecError(f"{origin}: {error}") from None
 
 
-def _refuse_unsupported(config: dict[str, Any], model_type: str, origin: str) -> None:
-    """Raise EasySpecError for fields that change a text; config is in Llama's terms."""
-    window = config.get("sliding_window") or config["max_position_embeddings"]
-    if model_type == "llama" and window < config["max_position_embeddings"]:
-        # transformers and llama.cpp ignore it; Mistral is the same model with windows.
+def _refuse_window_of_llama(config: dict[str, Any], model_type: str, origin: str) -> None:
+    """Raise EasySpecError for a window that transformers and llama.cpp ignore."""
+    window = config.get("sliding_window")
+    if model_type == "llama" and window and window < config["max_position_embeddings"]:
+        # It may have a meaning all the same: Mistral is the same model with windows.
         raise EasySpecError(
             f"{origin}: sliding_window={window} has no meaning for model_type 'llama'; "
             "set model_type to 'mistral', or remove it"
         )
+
+
+def _refuse_activation(config: dict[str, Any], origin: str) -> None:
     if (activation := config.get("hidden_act", "silu")) not in get_args(Activation):
         supported = ", ".join(get_args(Activation))
         raise EasySpecError(

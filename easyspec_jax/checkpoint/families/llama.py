@@ -69,8 +69,7 @@ FAMILIES = {
         read_llama,
         "LlamaForCausalLM",
         gguf="llama",
-        # A window is refused, see checkpoint/config.py.
-        fields=("attention_bias", "mlp_bias", "sliding_window"),
+        fields=("attention_bias", "mlp_bias"),
     ),
     # GGUF files of Mistral models say that their architecture is llama.
     "mistral": Family(
