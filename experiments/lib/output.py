@@ -52,7 +52,8 @@ def command_line(program: str, words: Sequence[str]) -> str:
     kept, skip = [], False
     for word in words:
         if not skip and word != "--out" and not word.startswith("--out="):
-            kept.append(Path(word).name if Path(word).is_absolute() else word)
+            flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+            kept.append(flag + equals + (Path(value).name if Path(value).is_absolute() else value))
         skip = word == "--out"
     return shlex.join(["python", "-m", program, *kept])
 

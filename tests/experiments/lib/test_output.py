@@ -35,6 +35,7 @@ def test_commands_say_nothing_of_a_machines_paths():
     words = [
         "--target",
         "/somewhere/model",
+        "--draft=/somewhere/small",
         "--out",
         "/tmp/x.json",
         "--mesh",
@@ -43,7 +44,7 @@ def test_commands_say_nothing_of_a_machines_paths():
     ]
     assert (
         command_line("experiments.table5", words)
-        == "python -m experiments.table5 --target model --mesh 2"
+        == "python -m experiments.table5 --target model --draft=small --mesh 2"
     )
 
 
