@@ -167,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read everything again and compare it with the source; "
+        help="read every tensor and the configuration again and compare them with the source; "
         "if --out already exists, only do this",
     )
     return parser

@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -30,6 +30,7 @@ from easyspec_jax.checkpoint.quantized import offset_name, scale_name
 from easyspec_jax.checkpoint.rounding import INT4_GROUPS, INTEGERS
 from easyspec_jax.checkpoint.tensors import Overlay, TensorSource
 from easyspec_jax.errors import EasySpecError
+from easyspec_jax.files import flush
 from easyspec_jax.options import FLOAT_DTYPES, Weights
 from easyspec_jax.progress import bar
 
@@ -95,7 +96,9 @@ def convert(
     job = job_of(model, parsed, memory, weights, format.floats_only, group)
     # Companions come first: a tokenizer that cannot be written fails before the long part.
     digest = "" if calibration is None else calibration.digest
-    with workplace(out, _task(model, job, config, format, digest)) as place:
+    # What decides the values, but for the files and the types.
+    settings = weights, group, model.exact is None, digest
+    with workplace(out, _task(model, job, config, format, settings)) as place:
         write_json(place.directory / "config.json", config)
         model.write_companions(place.directory)
         store = format.make(place.directory, parsed, job.shapes, job.dtypes)
@@ -114,7 +117,9 @@ def convert(
         store.finish()
         if verify:
             _compare(job, place.directory, open_checkpoint(place.directory).source)
-        _remove(calibrated)
+        if calibrated.is_dir():
+            flush(place.directory)  # the long part: interrupted, it must not cost the calibration
+            _remove(calibrated)
     errors = losses.relative(job.shapes)
     return Result(job.parameters, job.dtype, job.size, reused, job.integers, errors)
 
@@ -233,13 +238,15 @@ def _configuration(model: Model, dtype: str | None) -> tuple[dict[str, Any], Mod
     return config, model_config(config, origin=model.origin)
 
 
-def _task(model: Model, job: Job, config: dict[str, Any], format: Format, calibration: str) -> str:
+def _task(
+    model: Model, job: Job, config: dict[str, Any], format: Format, settings: Sequence[Any]
+) -> str:
     """Return a digest of source, settings and format; a run with the same one can be resumed."""
     files: list[tuple[str, int, int]] = []
     for path in sorted(set(model.files)):
         files.append((str(path), path.stat().st_size, path.stat().st_mtime_ns))
     tensors = sorted((name, job.dtypes[name], shape) for name, shape in job.shapes.items())
-    described = json.dumps([config, format.name, files, tensors, calibration], sort_keys=True)
+    described = json.dumps([config, format.name, files, tensors, list(settings)], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()
 
 
@@ -247,9 +254,8 @@ def _remove(calibrated: Path) -> None:
     """Remove what a calibration has found, under a name that is never read: half would mislead."""
     gone = calibrated.with_suffix(".gone")
     shutil.rmtree(gone, ignore_errors=True)
-    if calibrated.is_dir():
-        calibrated.rename(gone)
-        shutil.rmtree(gone)
+    calibrated.rename(gone)
+    shutil.rmtree(gone)
 
 
 def _check_space(place: Workplace, pieces: Iterable[Piece], further: int) -> None:

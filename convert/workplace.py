@@ -63,8 +63,9 @@ def workplace(out: Path, task: str) -> Iterator[Workplace]:
         # Another process may have finished between the first check and the lock.
         _refuse_existing(out)
         yield Workplace(partial, _resumed(partial, task))
-        (partial / _JOURNAL).unlink()
+        # Flushing may take minutes. If it is interrupted, the journal says that all is written.
         flush(partial)
+        (partial / _JOURNAL).unlink()
         partial.rename(out)
     except KeyboardInterrupt:
         raise

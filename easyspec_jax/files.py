@@ -87,7 +87,7 @@ def check_writable(path: Path) -> None:
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
-        # Of the file that is wanted, not of a temporary one that no user has named.
+        # Name the user's file, not our temporary one.
         raise OSError(error.errno, error.strerror, str(path)) from None
     os.close(handle)
     Path(name).unlink()

@@ -44,12 +44,12 @@ class Checkpoint:
         A converted copy in the same dtype has the same fingerprint.
         """
         source = self.original or self.source
+        dtypes, shapes = source.dtypes(), source.shapes()  # some sources make them anew each time
 
         def digest(name: str) -> bytes:
-            dtype, shape = source.dtypes()[name], tuple(source.shapes()[name])
-            found = hashlib.sha256(f"{name} {dtype} {shape} ".encode())
+            found = hashlib.sha256(f"{name} {dtypes[name]} {tuple(shapes[name])} ".encode())
             # In blocks: whole tensors in every thread could be gigabytes.
-            for rows in row_blocks(shape):
+            for rows in row_blocks(shapes[name]):
                 block = np.ascontiguousarray(source.read(name, (rows,)))
                 found.update(block.reshape(-1).view(np.uint8).data)
             return found.digest()
@@ -57,7 +57,7 @@ class Checkpoint:
         # Reading and hashing release the GIL, so tensors are hashed by threads, and their digests
         # are hashed in the order of their names, which both kinds of directory have in common.
         with ThreadPoolExecutor() as pool:
-            digests = pool.map(digest, sorted(source.shapes()))
+            digests = pool.map(digest, sorted(shapes))
             return hashlib.sha256(b"".join(digests)).hexdigest()
 
 

@@ -109,7 +109,7 @@ def print_devices(
     Args:
         engine: The models.
         sampling: How texts are sampled.
-        prepared: What compiling for it has returned.
+        prepared: The result of Engine.compile().
         rows: Texts decoded together.
     """
     capacity = prepared.capacities[-1]

@@ -196,7 +196,6 @@ def _open_pair(args: argparse.Namespace, speculative: SpeculativeConfig, bar: "B
     from easyspec_jax.tune.tuning import auto, open_pair
 
     pair = open_pair(args.target, args.draft, max_length=args.max_length, **pair_options_of(args))
-    pair.target_alone().check_memory(2, 1, 1, SamplingParams())  # before weights are read
     choice = auto(pair, args.mesh, args.target is None, bar, print_note)
     engine = pair.variant(
         as_tuned(args, choice.speculative),

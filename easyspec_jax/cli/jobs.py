@@ -122,7 +122,7 @@ def open_results(out: Path, described: Mapping[str, Any]) -> Iterator[Results]:
         content = out.read_bytes()
         done, errors, end = _whole_records(content)
         if not end and b"\n" in content:
-            raise EasySpecError(f"{out} begins with no record of a job; choose another --out")
+            raise EasySpecError(f"{out} does not begin with a job's record; choose another --out")
         os.ftruncate(handle, end)
         yield Results(handle, done, errors)
         os.fsync(handle)
@@ -163,7 +163,10 @@ def _check_same_job(out: Path, described: Mapping[str, Any]) -> None:
     path = _description(out)
     if not path.exists():
         if out.stat().st_size:
-            raise EasySpecError(f"{out} is not the output of a job; choose another --out")
+            raise EasySpecError(
+                f"{out} is not empty and has no {path.name} that describes a job; choose another "
+                "--out"
+            )
     elif path.read_bytes() != _serialised(described):
         raise EasySpecError(
             f"{out} belongs to other prompts or settings (see {path}); choose another --out"

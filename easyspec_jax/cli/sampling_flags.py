@@ -61,8 +61,8 @@ def _add_choices(sampling: argparse._ArgumentGroup) -> None:
         type=int,
         default=default.n,
         metavar="N",
-        help="texts for each prompt; text j of prompt i uses seed + i * N + j, but in a job seeds "
-        "that are far apart",
+        help="texts for each prompt; text j of prompt i uses seed + i * N + j (in a job, seeds "
+        "that are far apart)",
     )
     sampling.add_argument(
         "--max-new-tokens",

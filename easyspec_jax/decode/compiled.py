@@ -36,10 +36,10 @@ from easyspec_jax.verify import RowSampling
 class Compiled:
     """The jitted steps of one pair of models and one RoundConfig.
 
-    They take `leaves` first, but for those that copy or stop rows, and then what the function of
-    the same name takes behind the models. Every step but `start`, `extend`, `copy_row` and `stop`
-    donates the state: its buffers are reused for the new state, and the old one can no longer be
-    read.
+    Except for those that copy or stop rows, they take `leaves` first, and then the arguments that
+    the function of the same name takes after the models. Every step but `start`, `extend`,
+    `copy_row` and `stop` donates the state: its buffers are reused for the new state, and the old
+    one can no longer be read.
 
     Attributes:
         mesh: The mesh of both models.

@@ -227,10 +227,10 @@ class _Growth:
 def _confidence(level: Level) -> Float[Array, "*levels batch"]:
     """Return the log-probability of the path to each row's first node, of one level or a stack.
 
-    The first node is the likeliest but with Rejection, where nodes are drawn.
+    The first node is the likeliest, except with Rejection, where nodes are drawn.
     """
     # Nodes of a further level push others out of a tree that is pruned. Whether one stays must not
-    # depend on its own token, or rejection would not be exact. The first node always stays.
+    # depend on its own token, or rejection would not be exact. None can push out the first one.
     return jnp.where(level.score > -jnp.inf, level.log_prob, -jnp.inf)[..., 0]
 
 

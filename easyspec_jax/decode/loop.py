@@ -194,13 +194,20 @@ class Batch:
         What the row holds of the text goes to the store of prefixes.
         """
         self._reuse.leave(self._state, row, self._growth.capacity)
-        # The devices know nothing of stop strings and of requests that are cancelled. They would
-        # draft for the text until its limit. Ctrl-C may have left no state to change.
-        if not self._state.length.is_deleted():
-            self._state = self._programs.stop(self._state, row)
+        self.stop(row)
         self._growth.leave(row)
         self._pace.leave(row)
         self._text[row] = FREE
+
+    def stop(self, row: int) -> None:
+        """End a row's text where it is: rounds in flight may still add to it, later ones do not.
+
+        Only the host knows of stop strings and cancelled requests. Without this the devices would
+        draft for the row until its limit.
+        """
+        # After Ctrl-C there may be no state left.
+        if not self._state.length.is_deleted():
+            self._state = self._programs.stop(self._state, row)
 
     def step(self) -> Iterator[Read]:
         """Dispatch a round, then read the reports of what came before it.

@@ -210,7 +210,7 @@ class Programs:
         return self.compiled.restore(state, place, kept, shared)
 
     def stop(self, state: State, row: int) -> State:
-        """Let rounds add nothing more to a row's text.
+        """Return the state with a row stopped: rounds add nothing more to its text.
 
         Args:
             state: The state.

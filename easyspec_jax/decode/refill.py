@@ -119,7 +119,7 @@ def enter_draft(
 
 
 def stopped(remaining: Int[Array, " batch"], row: Int[Array, ""]) -> Int[Array, " batch"]:
-    """Return how many tokens each row may still generate, where one row is to generate no more.
+    """Return how many tokens each row may still generate, with 0 for one row.
 
     Examples:
         >>> stopped(jnp.array([5, 7]), jnp.array(1)).tolist()

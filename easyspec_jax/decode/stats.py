@@ -50,8 +50,8 @@ class Stats:
         lookup_accepted: Accepted positions whose token came from a lookup. A draft model proposed
             the others.
         forced: Tokens that a grammar left no choice about, and that rounds took without a draft.
-        cached_tokens: Prompt tokens that were not prefilled, because their keys and values were in
-            the store of prefixes or came from another text for the same prompt.
+        cached_tokens: Prompt tokens that were not prefilled, because their keys and values were
+            copied from the store of prefixes or from another text with the same prompt.
         tiers: The same figures by the levels of the round, fewest first; () where all rounds draft
             alike.
 

@@ -299,8 +299,8 @@ def _cut(
 ) -> list[int]:
     """Count the positions of a round up to where its text ends, in the order of the arguments.
 
-    Of accepted positions, looked-up ones are the last: a path that leaves what the draft model
-    drafted does not come back. Where none was accepted, those drafted count as the first.
+    Looked-up positions are the last ones: a path that leaves what the draft model drafted does not
+    come back.
 
     Examples:
         Five positions, of which three were accepted and the last two of those looked up. The text
@@ -309,7 +309,7 @@ def _cut(
         >>> _cut(5, 3, 4, 2, room=2)
         [2, 2, 1, 1]
     """
-    first = accepted - lookup_accepted if lookup_accepted else 0
+    first = accepted - lookup_accepted if lookup_accepted else drafted - lookup_drafted
     return [
         min(drafted, room),
         min(accepted, room),

@@ -284,7 +284,8 @@ class Engine(Models):
         store: PrefixStore | None,
     ) -> Iterator[Completion]:
         """Complete one batch. Rows that it lacks prompts for are finished from the start."""
-        # Only the texts stay while a caller holds this iterator: the batch's caches are gone.
+        # All is decoded before anything is yielded: a caller that holds this iterator must not keep
+        # the batch's caches alive.
         for row in self._decoded(prompts, sampling, batch_size, on_text, bar, store):
             yield self.completion(row)
 
@@ -297,6 +298,7 @@ class Engine(Models):
         bar: Bar,
         store: PrefixStore | None,
     ) -> list[Generation]:
+        """Decode one batch; see _complete()."""
         programs = self.programs(sampling)
         rows = [self._row(prompt, sampling) for prompt in prompts]
         # Programs are compiled for a fixed number of rows. Those without a prompt get one token and
@@ -313,10 +315,12 @@ class Engine(Models):
                 row.stats = replace(row.stats, cached_tokens=int(running.cached[index]))
             for report in running.reports():
                 for index, row in enumerate(rows):
-                    if not row.finished:
-                        on_text(row.take(report, index, running.read_at[index]))
-                # A stop string ends a text on the host, where the devices do not see it. Once all
-                # texts have ended, whatever the devices still add is dropped.
+                    if row.finished:
+                        continue
+                    on_text(row.take(report, index, running.read_at[index]))
+                    if row.finished and not report.done[index]:
+                        running.stop(index)
+                # Whatever the devices still add is dropped.
                 if all(row.finished for row in rows):
                     break
         # Text is held back while it could be the beginning of a stop string.

@@ -248,11 +248,12 @@ def _of_mixtures(model: Decoder, job: Workload, tokens: int) -> int:
     if config.mixture is None:
         return 0
     several, sorts = job.rows * tokens, settings_of(_platform(job.mesh)).sorts_by_expert
-    inner = ceil_div(config.mixture.moe_intermediate_size, axes_size(job.mesh, model.axes))
+    matrices = _expert_matrices(model)
+    inner = _shard_shape(matrices[1].values)[-1]  # columns of the first mixture's output matrices
     numbers = numbers_in_memory(config.mixture, config.hidden_size, inner, several, sorts)
     count, each = products_at_once(config.mixture, several, sorts)
     # On top of the results of all experts come those of each product's groups.
-    quantized = [matrix for matrix in _expert_matrices(model) if matrix.scale is not None]
+    quantized = [matrix for matrix in matrices if matrix.scale is not None]
     products = (_of_product(matrix, each, job.dtype) for matrix in quantized)
     return 4 * numbers + count * max(products, default=0)
 

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from easyspec_jax.arithmetic import wrap_seed
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.tokenizer.conversation import Conversation, conversation_of
@@ -76,7 +77,9 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "guided_whitespace_pattern": (), "ebnf": (), "stop_regex": (), "n_predict": (),
     "truncate_prompt_tokens": (), "verbosity": ("medium",), "documents": ([],),
     "return_token_ids": (False,), "return_tokens_as_token_ids": (False,), "top_n_sigma": (),
-    "do_sample": (True,),
+    "do_sample": (True,), "modalities": (["text"],), "audio": (), "web_search_options": (),
+    "structural_tag": (), "guided_json_object": (False,), "thinking_token_budget": (),
+    "repetition_detection": (), "logit_processor": ([],),
 }  # fmt: skip
 """Fields that are not supported, and the values with which they would have no effect."""
 
@@ -159,6 +162,10 @@ def sampling_in(fields: Mapping[str, Any], default: SamplingParams) -> SamplingP
     for name, value in own.items():
         if value is not None:
             check_type(name, value, *SAMPLING[name])
+    if own.get("seed") is not None:
+        own["seed"] = wrap_seed(own["seed"])  # OpenAI's have 64 bits and a sign
+    if own.get("top_k") == -1:
+        own["top_k"] = 0  # all, as vLLM spells it
     if "stop" in own:
         stop = [own["stop"]] if isinstance(own["stop"], str) else own["stop"]
         if not all(isinstance(text, str) for text in stop):

@@ -143,6 +143,8 @@ class Request:
             cancelled request has none after its cancellation was noticed.
         cancelled: Whether it was given up.
         entered: When it got a row, by time.perf_counter(); 0 before.
+        config: The round that its programs are specialised to. It is made at once, because a
+            grammar may take long, and the engine's thread must not wait for it.
     """
 
     engine: Engine
@@ -150,11 +152,10 @@ class Request:
     listener: Callable[[Event], None]
     cancelled: bool = field(default=False, init=False)
     entered: float = field(default=0.0, init=False)
+    config: RoundConfig = field(init=False)
 
-    @property
-    def config(self) -> RoundConfig:
-        """The round that its programs are specialised to."""
-        return self.engine.config(self.text.sampling, self.text.kinds)
+    def __post_init__(self) -> None:
+        self.config = self.engine.config(self.text.sampling, self.text.kinds)
 
 
 class Scheduler:

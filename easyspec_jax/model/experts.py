@@ -225,7 +225,7 @@ def way_through(tokens: int, per_token: int, experts: int, sorts: bool) -> Way:
 
 
 def products_at_once(mixture: MixtureConfig, tokens: int, sorts: bool) -> tuple[int, int]:
-    """Return how many experts multiply at once, and the tokens of each, on the way through.
+    """Return how many experts are multiplied at once, and by how many tokens each.
 
     Args:
         mixture: The experts.

@@ -57,6 +57,8 @@ from easyspec_jax.parallel.platforms import PlatformSettings, settings_for
 _LAYER = "model.layers.{}."
 _MLP_NORM = "post_attention_layernorm"
 _READERS = 8
+# How much wider than its share a device's part may be, so that it ends where a group ends.
+_MOST_PADDED = 9 / 8
 # Bytes. On a CPU, XLA takes over memory that starts at a multiple of this, and copies any other.
 _ALIGNMENT = 64
 
@@ -440,10 +442,12 @@ class Loader:
         shards = axes_size(self.mesh, self.axes)
         width = ceil_div(inner, shards)
         group = self._group_of(down) if scale_name(down) in self._dtypes else None
-        # If a shard ended within a group of columns that share a scale, all groups would have to be
-        # as narrow as its part. But no shard should be left without any.
+        # A shard that ends within a group of columns that share a scale makes all groups as narrow
+        # as its part. So round up to whole groups, unless that is much, or leaves a shard empty.
         whole = round_up(width, group or 1)
-        return even_entries(inner, whole if (shards - 1) * whole < inner else width, shards)
+        if whole <= _MOST_PADDED * width and (shards - 1) * whole < inner:
+            width = whole
+        return even_entries(inner, width, shards)
 
     def _head_layout(self, axes: Axes) -> HeadLayout:
         shards = axes_size(self.mesh, axes)

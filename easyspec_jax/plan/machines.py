@@ -20,7 +20,7 @@ class Machine:
         bandwidth: Of the memory, bytes per second.
         flops: Peak, per second, in bfloat16 (on a CPU in float32).
         link_bandwidth: Bytes per second that a device sends to all its neighbours together.
-        latency: Seconds of an all-reduce of next to nothing.
+        latency: Seconds of an all-reduce of next to nothing, beyond its launch.
         launch: Seconds that a kernel costs in addition to its work.
         dimensions: Of the torus that names a TPU topology; 0 for other devices.
         source: Where the figures are from.

@@ -49,7 +49,7 @@ def measured(machine: Machine, mesh: Mesh, dtype: np.dtype) -> Machine:
     if mesh.size > 1:
         small = _each(mesh, _all_reduce, put(SMALL))
         # Bytes of a ring, see Collective.wire_bytes. The model charges launch and latency
-        # separately, so they are not part of the time on the wire, nor one of the other.
+        # separately, so neither is part of the time on the wire, and the latency has no launch.
         sent = 2 * LARGE * dtype.itemsize * (mesh.size - 1) / mesh.size
         seconds = _each(mesh, _all_reduce, put(LARGE), lengths=(2, 10))
         link = sent / max(seconds - small, 1e-9)

@@ -1,7 +1,7 @@
-"""What a refit has worked out, on disk next to it, so that the next one need not do it again.
+"""Intermediate results of a refit, kept next to it for the next one.
 
-A file holds one value and a key: a hash of whatever that value depends on. Nobody writes such a
-file by hand, so one that is damaged, or has another key, counts as none.
+A file holds one value and a key: a hash of whatever that value depends on. A file that is damaged,
+or has another key, is treated as missing.
 """
 
 import json
@@ -26,7 +26,7 @@ def read_kept(path: Path, key: str, name: str) -> Any:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return record[name] if record["key"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

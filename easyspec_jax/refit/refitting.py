@@ -34,7 +34,14 @@ from easyspec_jax.refit.fidelity import fidelity
 from easyspec_jax.refit.fit import fit
 from easyspec_jax.refit.options import RefitConfig
 from easyspec_jax.refit.overlaps_file import BORDERS, overlaps_key, read_overlaps, write_overlaps
-from easyspec_jax.refit.texts import LENGTH, answer_prompts, opening, read_texts, write_texts
+from easyspec_jax.refit.texts import (
+    LENGTH,
+    answer_prompts,
+    check_answers,
+    opening,
+    read_texts,
+    write_texts,
+)
 from easyspec_jax.refit.texts_file import TEXTS, keep_written, read_written, texts_key
 
 HELD_OUT = 0.1
@@ -101,7 +108,7 @@ def refit(pair: Engine, config: RefitConfig, *, bar: Bar = no_bar) -> Refitted:
     before = config.layout(draft.config.num_hidden_layers)
     directory = draft.directory / DIRECTORY if config.out is None else Path(config.out)
     path = path_of(directory, config.speculative_config(), before)
-    # Nothing is left behind if the text is bad.
+    # Read before anything is created, so that a bad text leaves nothing behind.
     texts = None
     if config.text is not None:
         texts = read_texts(Path(config.text), engine.tokenizer, ceil_div(config.tokens, LENGTH))
@@ -125,11 +132,16 @@ def refit(pair: Engine, config: RefitConfig, *, bar: Bar = no_bar) -> Refitted:
     else:
         after, tensors = resumed
     drafts: Drafts = {"as it was": (before, None), "refit": (after, Held(tensors))}
+    # Saved before anything else takes time: what is interrupted then does not lose the fit.
+    save(path, tensors, after, draft)
     if config.distill:
         tensors = distill(loader, after, tensors, fitted_on, config.distill, bar)
+        if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
+            raise EasySpecError(
+                f"distillation has diverged; {path} holds the refit that it began with"
+            )
         drafts["distilled"] = after, Held(tensors)
-    # Saved before anything is compared, so an interrupted comparison does not lose the fit.
-    save(path, tensors, after, draft)
+        save(path, tensors, after, draft)
     overlaps = _compared(loader, drafts, compared_on, bar)
     return Refitted(path, before, after, overlaps, path.stat().st_size)
 
@@ -192,6 +204,8 @@ def _written(
         writer = pair.target_alone() if config.answered_by == "target" else draft
         starts = [writer.encode(prompt, config.chat) for prompt in config.prompts]
         stop_ids = writer.target.config.stop_ids
+        check_answers(writer, starts, sampling)
+    # Reads all weights, so nothing that can be checked before comes after.
     key = texts_key(writer, starts, stop_ids, count, sampling, vocabulary)
     texts = read_written(path, key)
     if texts is not None:

@@ -57,6 +57,23 @@ def read_texts(path: Path, tokenizer: Tokenizer, count: int) -> Int[np.ndarray, 
     return _cut(ids, count)
 
 
+def check_answers(
+    engine: Engine, prompts: Sequence[Sequence[int]], sampling: SamplingParams
+) -> None:
+    """Check that answer_prompts() has the memory it needs.
+
+    Args:
+        engine: The draft or its target, opened by itself.
+        prompts: Token ids of each prompt, at least one.
+        sampling: As for answer_prompts().
+
+    Raises:
+        EasySpecError: Memory will not suffice.
+    """
+    longest, rows = max(map(len, prompts)), min(ROWS, len(prompts))
+    engine.check_memory(longest + LENGTH, longest, rows, replace(sampling, max_new_tokens=LENGTH))
+
+
 def answer_prompts(
     engine: Engine,
     prompts: Sequence[str],
@@ -83,13 +100,10 @@ def answer_prompts(
         Token ids, int32 [texts, LENGTH].
 
     Raises:
-        EasySpecError: A prompt is unfit or memory will not suffice, before anything is generated;
-            or prompts and answers come to fewer than FEWEST texts.
+        EasySpecError: A prompt is unfit, before anything is generated; or prompts and answers come
+            to fewer than FEWEST texts. Memory is not checked, see check_answers().
     """
-    sampling = replace(sampling, max_new_tokens=LENGTH)
-    rows = min(ROWS, len(prompts))
-    longest = max(len(engine.encode(prompt, chat)) for prompt in prompts)
-    engine.check_memory(longest + LENGTH, longest, rows, sampling)
+    sampling, rows = replace(sampling, max_new_tokens=LENGTH), min(ROWS, len(prompts))
     engine.load(bar)
     ids: list[int] = []
     with bar("Answering", count) as advance:

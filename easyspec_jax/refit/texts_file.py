@@ -1,4 +1,4 @@
-"""Texts that a model has written on disk: a refit of another size is fitted on the same ones.
+"""Generated texts, kept on disk so that a refit of another size is fitted on the same ones.
 
 A target takes minutes to answer the prompts, and its answers depend on nothing that differs between
 refits of one draft.
@@ -30,11 +30,11 @@ def texts_key(
     sampling: SamplingParams,
     vocabulary: int,
 ) -> str:
-    """Hash whatever the texts depend on that a model writes: 64 hexadecimal digits.
+    """Hash everything that generated texts depend on: 64 hexadecimal digits.
 
     Args:
         writer: The model, opened by itself. The whole checkpoint is read once.
-        starts: Ids that it goes on from: its prompts, or those after which it writes by itself.
+        starts: Token ids to continue: the prompts, or what a text without one begins with.
         stop_ids: Ids that end its answers.
         count: Most texts.
         sampling: Temperature and seed.

@@ -89,6 +89,7 @@ class Grammars:
         self._lock, self._opening = Lock(), Lock()
         self._vocabulary: Any = None  # llguidance's tokenizer
         self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
+        self._tried: OrderedDict[Grammar, None] = OrderedDict()
         self._numbered: OrderedDict[int, tuple[Grammar, tuple[int, ...]]] = OrderedDict()
         self._latest = NO_GRAMMAR
         self._positions: OrderedDict[tuple[int, tuple[int, ...]], _Position] = OrderedDict()
@@ -118,9 +119,11 @@ class Grammars:
         with self._lock:
             known = self._compiled.get(grammar)
         if known is None:
-            known = compiled(grammar, self._vocabulary, trial=True)
+            # Once is enough: a request that waits must not be refused later.
+            known = compiled(grammar, self._vocabulary, trial=grammar not in self._tried)
         with self._lock:
             _keep(self._compiled, grammar, known, _COMPILED)
+            _keep(self._tried, grammar, None, _NUMBERS)
 
     def number(self, sampling: SamplingParams) -> int:
         """Return the number of the grammar of a way of sampling; NO_GRAMMAR for none.

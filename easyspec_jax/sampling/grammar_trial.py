@@ -44,7 +44,7 @@ def complaint(grammar: str, limits: Mapping[str, Any]) -> str | None:
             timeout=SECONDS * _PATIENCE,
             check=True,
         )
-    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError, OSError):
         return None
     return done.stdout.decode()
 

@@ -100,7 +100,7 @@ class Running:
     def _end(self, index: int, event: Ended) -> None:
         completion = event.completion
         if completion.error is not None:
-            raise _failed(Failed(completion.error))
+            raise _faulty(self.requests[index].text.sampling)
         self.completions[index] = completion
         self.timed_out += event.timed_out
         self.metrics.ended(completion, time.perf_counter() - self.begun)
@@ -158,6 +158,7 @@ class Answering:
         self.contents: Contents = {}
         self._takes_tools = takes_tools(self._tokenizer)
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encoding")
+        self._encoded_now = 0  # answers whose prompts are being encoded, or wait for that
 
     async def submit(self, asked: Asked, begun: float) -> Running:
         """Encode a request's prompts and put its answers into the queue.
@@ -193,8 +194,15 @@ class Answering:
         if count > places:
             raise RequestError(400, f"{count} answers are more than the {places} places", param="n")
         self._check_ready()
-        make = loop.run_in_executor(self._encoding, self._requests, asked, loop, inbox)
-        running = Running(await make, begun, inbox, self._metrics)
+        taken = self._scheduler.running + self._scheduler.waiting + self._encoded_now
+        if taken + count > places:
+            raise _later(429, "all places are taken", "rate_limit_exceeded")
+        self._encoded_now += count
+        try:
+            make = loop.run_in_executor(self._encoding, self._requests, asked, loop, inbox)
+            running = Running(await make, begun, inbox, self._metrics)
+        finally:
+            self._encoded_now -= count
         try:
             self._scheduler.submit(running.requests)
         except QueueFull as error:
@@ -302,6 +310,17 @@ def _failed(event: Failed) -> RequestError:
     if event.again:
         return _later(503, event.reason, "unavailable")
     return RequestError(500, event.reason, "server_error")
+
+
+def _faulty(sampling: SamplingParams) -> RequestError:
+    """Say why an answer has failed, without the paths that the command's messages name."""
+    if (grammar := sampling.grammar) is None:
+        return RequestError(500, "the model's logits are not finite", "server_error")
+    return RequestError(
+        400,
+        f"no token may follow here by {grammar.kind} and the other options, or the model's logits "
+        "are not finite",
+    )
 
 
 def _later(status: int, message: str, code: str) -> RequestError:

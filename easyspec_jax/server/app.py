@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -70,7 +71,9 @@ def is_loopback(host: str) -> bool:
 def log_line(record: Mapping[str, Any]) -> None:
     """Print a record as one line of JSON on stderr."""
     stamp = datetime.now(UTC).isoformat(timespec="milliseconds")
-    print(json.dumps({"time": stamp} | dict(record)), file=sys.stderr, flush=True)
+    # A log that cannot be written, on a full disk or into a closed pipe, must cost no answer.
+    with suppress(OSError, ValueError):
+        print(json.dumps({"time": stamp} | dict(record)), file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

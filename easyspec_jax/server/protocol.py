@@ -174,9 +174,12 @@ def _refuse_constant(name: str) -> None:
 
 
 def _asked(fields: dict[str, Any], chat: bool) -> Asked:
+    if fields.get("best_of") == fields.get("n"):
+        fields = {name: value for name, value in fields.items() if name != "best_of"}
     flat, _ = known_fields(fields.items(), _OWN)
     own = _Fields(flat)
     options = _Fields(own.get("stream_options", dict, {}))
+    options.refuse_others("stream_options", ("include_usage", "include_obfuscation"))
     extra = _Fields(own.get("easyspec", dict, {}))
     extra.refuse_others("easyspec", ("trace", "plain"))
     stream = own.get("stream", bool, False)

@@ -97,12 +97,13 @@ def _message(turn: Any) -> Message:
     calls = fields.get("tool_calls")
     if isinstance(calls, list) and calls:
         fields["tool_calls"] = [_tool_call(call) for call in calls]
-    # An assistant's turn that calls tools may have no content; every other turn needs one.
+    # An assistant's turn that calls tools may lack its content; every other turn needs one.
     content = _content(fields["content"]) if "content" in fields else "" if calls else None
     if not isinstance(fields.get("role"), str) or content is None:
         raise EasySpecError("every message of a conversation needs a role and a content, both text")
     check_text(fields["role"])
-    if content or not calls:
+    # What a model has said may be empty, and so may a tool's result or a system message.
+    if content or fields["role"] == "user":
         check_text(content)
     return fields | {"content": content}
 

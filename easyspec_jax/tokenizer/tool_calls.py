@@ -17,9 +17,9 @@ from easyspec_jax.tokenizer.stream import Tokenizer
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 
-# A string of JSON, which may itself hold the end of a call, or else that end. The text may stop
-# inside a string, even right after a backslash.
-_STRING_OR_END = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|' + END, re.DOTALL)
+# A string of JSON may itself hold the end of a call, so strings are followed to their ends.
+_QUOTE_OR_END = re.compile('"|' + END)
+_ESCAPE_OR_QUOTE = re.compile(r'\\.|"', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class ToolCallParser:
 
     def __init__(self) -> None:
         self._held = ""  # text that may be part of a call
+        self._scan = _Scan()  # how far its end has been looked for
         self._blanks = ""  # blanks since the beginning or the latest call
         self._silent = True  # whether there were only blanks since then
         self._called = False
@@ -71,21 +72,28 @@ class ToolCallParser:
             if begin < 0:
                 begin = len(self._held) - (0 if final else _length_of_open_tag(self._held))
             yield from self._say(begin)
-            end = _end_of_call(self._held)
+            inner = self._held.removeprefix(BEGIN).lstrip()
+            if len(inner) < len(self._held) and inner and inner[0] != "{":
+                yield from self._say(len(BEGIN))  # no call begins so
+                continue
+            end = self._scan.end_of_call(self._held)
             if end is None and not final:
                 return
             end = len(self._held) if end is None else end
             call = _read_call(self._held[:end].removeprefix(BEGIN).removesuffix(END))
             if call is None:
-                yield from self._say(end)
+                # A quote that is never closed swallows ends: a call may follow all the same.
+                following = self._held.find(BEGIN, 1)
+                yield from self._say(end if following < 0 else min(end, following))
             else:
-                self._held, self._blanks = self._held[end:], ""
+                self._held, self._blanks, self._scan = self._held[end:], "", _Scan()
                 self._silent, self._called = True, True
                 yield call
 
     def _say(self, length: int) -> Iterator[str]:
         """Yield the first characters of the held text, unless blanks are all that was said."""
         text, self._held = self._blanks + self._held[:length], self._held[length:]
+        self._scan = _Scan() if length else self._scan
         self._silent = self._silent and not text.strip()
         self._blanks = text if self._silent else ""
         if text and not self._silent:
@@ -98,10 +106,27 @@ def _length_of_open_tag(text: str) -> int:
     return next((length for length in lengths if text.endswith(BEGIN[:length])), 0)
 
 
-def _end_of_call(text: str) -> int | None:
-    """Return where the call ends with which a text begins; None if it goes on."""
-    found = _STRING_OR_END.finditer(text)
-    return next((match.end() for match in found if match[0] == END), None)
+class _Scan:
+    """A search for the end of a call, which goes on where it stopped when there is more text."""
+
+    def __init__(self) -> None:
+        self._at, self._quoted = 0, False  # all before is scanned; whether a string goes on there
+
+    def end_of_call(self, text: str) -> int | None:
+        """Return where the call ends with which a text begins; None if it goes on."""
+        while True:
+            pattern = _ESCAPE_OR_QUOTE if self._quoted else _QUOTE_OR_END
+            found = pattern.search(text, self._at)
+            if found is None:
+                # What may be the beginning of a match is looked at again.
+                open_end = 1 if text.endswith("\\") else 0
+                open_end = open_end if self._quoted else len(END) - 1
+                self._at = max(self._at, len(text) - open_end)
+                return None
+            if found[0] == END:
+                return found.end()
+            self._at = found.end()
+            self._quoted ^= found[0] == '"'
 
 
 def _read_call(text: str) -> ToolCall | None:

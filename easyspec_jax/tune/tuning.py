@@ -151,7 +151,7 @@ def tune(pair: Engine, config: TuneConfig | None = None, *, bar: Bar = no_bar) -
     mesh = config.mesh or str(pair.mesh.size)
     if parse_mesh(mesh).size != pair.mesh.size:
         raise EasySpecError(f"`mesh` {mesh} is not a split of the pair's {pair.mesh.size} devices")
-    pair.target_alone().check_memory(2, 1, 1, SamplingParams())  # before weights are read
+    _check_target(pair)
     ordinary = SpeculativeConfig(method="sd")
     # Measuring starts from an ordinary draft; variants of one engine share the target's weights.
     engine = pair if pair.speculative == ordinary else pair.variant(ordinary, bar=bar)
@@ -369,6 +369,7 @@ def auto(engine: Engine, mesh: str, bundled: bool, bar: Bar, note: Callable[[str
         note: Called with a line about what is done.
     """
     assert engine.draft is not None
+    _check_target(engine)
     directory = engine.draft.directory
     # A choice holds for one pair, mesh, type and kind of device.
     choice = tuned_file.find(tuned_file.key_of(engine, mesh), directory)
@@ -383,6 +384,14 @@ def auto(engine: Engine, mesh: str, bundled: bool, bar: Bar, note: Callable[[str
         choice = tuned.choice
     note(f"tuned: {describe(choice)}")
     return choice
+
+
+def _check_target(engine: Engine) -> None:
+    """Raise EasySpecError if the target alone does not fit, before any of it is read.
+
+    A draft that does not fit leaves plain decoding as the choice.
+    """
+    engine.target_alone().check_memory(2, 1, 1, SamplingParams())
 
 
 def store(tuned: Tuned, note: Callable[[str], None]) -> None:

@@ -58,8 +58,8 @@ class Branches(NamedTuple):
     Attributes:
         score: Decides which tokens become nodes and which nodes are verified, the best first. Never
             above the parent's score; -inf for a token that must not become a node.
-        log_prob: Log-probability of the path from the root under the draft, which Greedy and
-            Coupled take for the score too. Drafts that may end early end by it.
+        log_prob: Log-probability of the path from the root under the draft; Greedy and Coupled use
+            it as the score, too. It decides where a draft ends early.
         q: The draft's probability of the token after its parent.
     """
 

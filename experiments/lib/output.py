@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from easyspec_jax import EasySpecError
+from easyspec_jax.checkpoint.config import read_json
 from easyspec_jax.cli.command import run_command
 from easyspec_jax.files import check_writable, write_whole
 from easyspec_jax.progress import progress_lines
@@ -90,15 +91,14 @@ def read_results(path: Path) -> dict[str, Any]:
     """Read what an experiment has written.
 
     Raises:
-        EasySpecError: The file cannot be read, or is none of an experiment.
+        EasySpecError: The file cannot be read, or was not written by an experiment.
     """
-    try:
-        measured = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EasySpecError(f"{path} cannot be read: {error}") from None
-    rows = measured.get("results") if isinstance(measured, dict) else None
+    if not path.is_file():
+        raise EasySpecError(f"{path} is missing; name a file that an experiment has written")
+    measured = read_json(path)
+    rows = measured.get("results")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise EasySpecError(f"{path} has no results of an experiment")
+        raise EasySpecError(f"{path} is not a results file of an experiment")
     return measured
 
 

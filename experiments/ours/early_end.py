@@ -92,7 +92,7 @@ def steps(row: Mapping[str, Any]) -> float:
     """Return the draft steps of a round on average; the first level needs none.
 
     Without a threshold all levels are drafted, though those past the end of a text do not count as
-    drafted. With one they are missing here, so that there are slightly too few.
+    drafted. With one, those positions are missing, so the figure is slightly low.
     """
     if not row["confidence_threshold"]:
         return row["levels"] - 1

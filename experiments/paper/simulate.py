@@ -225,7 +225,10 @@ def _speeds(pair: Pair, counted: Costs, rate: float | None, machine: Machine) ->
         "verification": None,
     }
     if rate is not None:
-        share = verification(pair, absent(machine.platform)).seconds(machine) / seconds
+        share = (
+            verification(pair, absent(machine.platform), counted.capacity).seconds(machine)
+            / seconds
+        )
         fields |= {"drafting": (1 - share) * 100 / speed, "verification": share * 100 / speed}
     held = {
         "collectives": counted.round.collectives,

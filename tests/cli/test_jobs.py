@@ -215,13 +215,16 @@ def test_a_job_prefills_what_its_lines_share_once(models, tmp_path):
 def test_another_jobs_output_is_refused(engine, job):
     prompts, out = job
     out.write_bytes(b"somebody's\n")
-    with pytest.raises(EasySpecError, match="is not the output of a job"):
+    with pytest.raises(EasySpecError, match=r"is not empty and has no out\.jsonl\.job"):
         run_job(engine, read_job(prompts, PLAIN), out)
     out.unlink()
     with open_results(out, {}):
         pass
     out.write_bytes(b"somebody's\n")
-    with pytest.raises(EasySpecError, match="begins with no record"), open_results(out, {}):
+    with (
+        pytest.raises(EasySpecError, match="does not begin with a job's record"),
+        open_results(out, {}),
+    ):
         pass
     assert out.read_bytes() == b"somebody's\n"
     out.write_bytes(b"")
@@ -404,7 +407,7 @@ def test_outputs_are_looked_at_before_a_model_is_opened(tmp_path, capsys, monkey
     prompts.write_text(json.dumps({"id": 1, "prompt": "a"}))
     out.write_text("something else\n")
     for path, complaint in (
-        (out, "is not the output of a job; choose another --out"),
+        (out, "is not empty and has no out.jsonl.job that describes a job; choose another --out"),
         (tmp_path / "absent" / "out.jsonl", "cannot be written: No such file"),
         (tmp_path, "is a directory"),
     ):

@@ -224,9 +224,9 @@ def test_auto_asks_for_memory_before_it_reads_weights(pair, capsys, monkeypatch)
     monkeypatch.setattr(Models, "free_memory", lambda self: 1000)
     monkeypatch.setattr(Models, "_load_target", lambda *_: pytest.fail("weights were read"))
     assert generate.main([*pair, "--lp-strategy", "auto", "--prompt", "x"]) == 2
-    assert "GB" in capsys.readouterr().err
+    assert "GiB" in capsys.readouterr().err
     assert main(pair) == 2
-    assert "GB" in capsys.readouterr().err
+    assert "GiB" in capsys.readouterr().err
 
 
 def test_a_pair_whose_drafts_never_fit_has_a_table(printed):

@@ -24,7 +24,11 @@ def test_a_picture_is_drawn_again(name, tmp_path):
     [
         ("other", {"results": []}, "no script draws such results"),
         ("kill_check", {"results": []}, "no script draws such results"),
-        ("any", {"command": "python -m experiments.soak"}, "has no results of an experiment"),
+        (
+            "any",
+            {"command": "python -m experiments.soak"},
+            "is not a results file of an experiment",
+        ),
     ],
 )
 def test_what_cannot_be_drawn_is_one_line(name, held, complaint, tmp_path, capsys):

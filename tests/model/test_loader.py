@@ -153,8 +153,9 @@ def test_blocks_fill_any_layout(monkeypatch):
 
 @pytest.mark.parametrize(
     ("inner", "devices", "width", "groups"),
-    # Whole groups of 128, but no device without any, nor groups where a row has one scale.
-    [(640, 2, 384, 3), (640, 4, 160, 5), (384, 8, 48, 3), (96, 2, 64, 2), (80, 2, 40, 1)],
+    # Whole groups of 128, unless that pads much or leaves a device without any; in the last case a
+    # row has one scale.
+    [(1920, 2, 1024, 8), (640, 2, 320, 5), (640, 4, 160, 5), (384, 8, 48, 3), (80, 2, 40, 1)],
 )
 def test_shards_end_where_groups_of_columns_end(tmp_path, inner, devices, width, groups):
     save_model(tmp_path, "llama3", intermediate_size=inner, num_hidden_layers=1)

@@ -191,7 +191,7 @@ def test_rounds_of_every_depth_lie_on_a_line(way, width):
 
 @pytest.mark.slow
 def test_a_line_ends_where_caches_grow():
-    """Texts of 508 tokens and rounds of up to 3 levels need 512 entries, deeper ones 1024."""
+    """Texts of 508 tokens and rounds of up to 3 levels need 512 entries, deeper ones 640."""
     tight = replace(pair(), max_length=508)
     lines = rounds(tight, Way("sd"), absent, deepest=6)
     capacities = []
@@ -201,4 +201,4 @@ def test_a_line_ends_where_caches_grow():
         assert found.cost.kernels == traced.round.kernels
         assert found.cost.bytes == pytest.approx(traced.round.bytes, rel=2e-3)
         capacities.append(traced.capacity)
-    assert capacities == [512, 512, 512, 1024, 1024, 1024]
+    assert capacities == [512, 512, 512, 640, 640, 640]

@@ -30,14 +30,10 @@ PHI3 = tuple(map(_joined, (*COMMON, QUERIES, KEYS)))
 def read_phi3(config: dict[str, Any]) -> dict[str, Any]:
     """Fill in Phi-3's defaults, and call longrope by its name: old files have "su" or "yarn"."""
     scaling = config.get("rope_scaling") or {}
-    if scaling.get("rope_type", scaling.get("type")) in ("su", "yarn"):
-        config = config | {"rope_scaling": scaling | {"rope_type": "longrope"}}
-    defaults = {
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 4096,
-        "original_max_position_embeddings": 4096,
-    }
-    return defaults | config
+    if "short_factor" in scaling:
+        scaling = {"original_max_position_embeddings": 4096} | scaling | {"rope_type": "longrope"}
+        config = config | {"rope_scaling": scaling}
+    return {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096} | config
 
 
 FAMILIES = {

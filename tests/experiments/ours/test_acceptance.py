@@ -124,7 +124,7 @@ def test_rows_of_other_settings_are_not_mixed(measured, monkeypatch, capsys):
     assert "was measured with num_speculative_tokens 2, not 3; give another --out" in error
     texts = ["--prompt-file", str(measured / "prompts.txt"), "--num-speculative-tokens", "2"]
     command = shlex.split(json.loads(before)["command"])
-    length = ["--max-new-tokens", command[command.index("--max-new-tokens") + 1]]
+    length = [*command[command.index("--max-new-tokens") :][:2], "--batch-size", "2"]
     assert main([*pair, *out, *texts, *length, "--widths", "1", "--lp-sizes", "1"]) == 2
     error = capsys.readouterr().err
     assert "these flags leave out; name all of them, or give another --out" in error
@@ -169,9 +169,9 @@ def test_bad_arguments_are_one_line(arguments, complaint, capsys):
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ("{}", "has no results of an experiment"),
-        ('{"results": 1}', "has no results of an experiment"),
-        ("nothing", "cannot be read"),
+        ("{}", "is not a results file of an experiment"),
+        ('{"results": 1}', "is not a results file of an experiment"),
+        ("nothing", "cannot be read as JSON"),
     ],
 )
 def test_what_is_no_result_is_not_drawn(content, complaint, tmp_path, capsys):
