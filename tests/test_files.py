@@ -29,7 +29,7 @@ def test_what_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_written_is_told_before(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="absent/file'"):
         check_writable(tmp_path / "absent" / "file")
     with pytest.raises(IsADirectoryError):
         check_writable(tmp_path)

@@ -10,7 +10,6 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from easyspec_jax.arithmetic import wrap_seed
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.tokenizer.conversation import Conversation, conversation_of
@@ -162,10 +161,6 @@ def sampling_in(fields: Mapping[str, Any], default: SamplingParams) -> SamplingP
     for name, value in own.items():
         if value is not None:
             check_type(name, value, *SAMPLING[name])
-    if own.get("seed") is not None:
-        own["seed"] = wrap_seed(own["seed"])  # OpenAI's have 64 bits and a sign
-    if own.get("top_k") == -1:
-        own["top_k"] = 0  # all, as vLLM spells it
     if "stop" in own:
         stop = [own["stop"]] if isinstance(own["stop"], str) else own["stop"]
         if not all(isinstance(text, str) for text in stop):

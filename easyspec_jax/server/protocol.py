@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from easyspec_jax.arithmetic import wrap_seed
 from easyspec_jax.engine.requests import (
     GRAMMAR_FIELDS,
     GRAMMARS,
@@ -177,6 +178,10 @@ def _asked(fields: dict[str, Any], chat: bool) -> Asked:
     if fields.get("best_of") == fields.get("n"):
         fields = {name: value for name, value in fields.items() if name != "best_of"}
     flat, _ = known_fields(fields.items(), _OWN)
+    if type(flat.get("seed")) is int:
+        flat["seed"] = wrap_seed(flat["seed"])  # OpenAI's have 64 bits and a sign
+    if flat.get("top_k") == -1:
+        flat["top_k"] = 0  # all, as vLLM spells it
     own = _Fields(flat)
     options = _Fields(own.get("stream_options", dict, {}))
     options.refuse_others("stream_options", ("include_usage", "include_obfuscation"))

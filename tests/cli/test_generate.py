@@ -437,6 +437,14 @@ def test_a_stop_string_ends_the_text_the_same_way_for_every_method(
     assert capsys.readouterr().out == plain["text"] + "\n"
 
 
+def test_lists_may_be_given_in_parts(arguments):
+    flags = ["--bad-words", "a", "--bad-words", "b", "c", "--stop-token-ids", "3"]
+    flags += ["--stop-token-ids", "4", "--logit-bias", "5:1", "--logit-bias", "6:2"]
+    found = sampling_of(generate_parser("test", "").parse_args([*arguments, *flags]))
+    assert found.bad_words == ("a", "b", "c") and found.stop_token_ids == (3, 4)
+    assert dict(found.logit_bias) == {5: 1.0, 6: 2.0}
+
+
 def test_escapes_in_a_stop_string(arguments):
     def stop(*texts):
         flags = [word for text in texts for word in ("--stop", text)]
@@ -552,6 +560,12 @@ def test_verbose_shows_which_layers_live_where(arguments, capsys):
         ["–", rows[5].split()[2]]
     ] * 2
     assert all(row.count("MiB") == 3 for row in rows)
+    sizes = float(rows[0].split()[-2])
+    flags = ["--verbose", "--mesh", "layer=3,tensor=2", "--json", "--prompt", "a", "--prompt", "b"]
+    assert main([*arguments, *flags, "--batch-size", "2"]) == 0
+    _, _, columns, *rows = capsys.readouterr().err.splitlines()
+    assert "KV of 2 × 128 tokens" in columns
+    assert float(rows[0].split()[-2]) == pytest.approx(2 * sizes, abs=0.1)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from convert import workplace as module
 from convert.workplace import workplace
 from easyspec_jax.errors import EasySpecError
 
@@ -40,6 +41,18 @@ def test_what_is_recorded_is_known_to_the_next_run(tmp_path):
         assert place.done == {("a", 0): 17, ("b", 8): 2**32 - 1}
         assert (place.directory / "file").exists()
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
+
+
+def test_what_is_written_survives_an_interrupted_flush(tmp_path, monkeypatch):
+    def interrupt(directory):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "flush", interrupt)
+        with pytest.raises(KeyboardInterrupt), workplace(tmp_path / "new", "task") as place:
+            place.record("a", 0, 17)
+    with workplace(tmp_path / "new", "task") as place:
+        assert place.done == {("a", 0): 17}
 
 
 def test_another_task_starts_anew(tmp_path):

@@ -1,5 +1,6 @@
 """Logits are those of transformers, for every family, on meshes that the heads do not divide."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -7,6 +8,8 @@ import torch
 from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.layer_group import load_draft
+from easyspec_jax.model.matrix import Matrix
+from easyspec_jax.model.projection import Output
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
 from tests.support.models import (
     FAMILIES,
@@ -55,6 +58,14 @@ def test_exact_pass_of_layer_groups(model, axes):
     np.testing.assert_allclose(
         forward(draft, from_.mesh, TOKENS)[..., :300], expected, atol=1e-4, rtol=0
     )
+
+
+def test_a_multiplier_is_not_rounded_to_bfloat16():
+    weight = Matrix(jnp.eye(8, dtype=jnp.bfloat16))
+    x = jnp.linspace(1, 2, 8, dtype=jnp.bfloat16)[None, None]
+    found = Output(weight, multiplier=0.22)(x)
+    exact = np.asarray(x, np.float32) * np.float32(0.22)
+    np.testing.assert_array_equal(found, jnp.asarray(exact).astype(jnp.bfloat16))
 
 
 def test_rows_of_different_lengths_continue_where_each_one_is(tmp_path):

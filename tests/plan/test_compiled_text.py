@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from easyspec_jax.plan.compiled_text import CompiledText
+from easyspec_jax.plan.compiled_text import CompiledText, _bytes
 
 LOOP = """\
 HloModule jit_round, is_scheduled=true
@@ -81,6 +81,11 @@ def test_waits_for_the_host_are_named(text):
     unknown = CompiledText.read(LOOP.replace("TRIPS", "frontend_attributes={}"))
     assert unknown.host_waits[1:] == ("while w without a known number of iterations",)
     assert unknown.launches == 3 + 2
+
+
+def test_tokens_have_no_bytes():
+    assert _bytes(("token", "")) == 0
+    assert _bytes(("bf16", "8,64")) == 1024
 
 
 def test_programs_that_jax_compiles_can_be_read():

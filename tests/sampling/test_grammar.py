@@ -11,6 +11,7 @@ pytest.importorskip("llguidance")
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.options import SamplingParams
 from easyspec_jax.parallel import hosts
+from easyspec_jax.sampling import grammar_compiler
 from easyspec_jax.sampling.grammar import NO_GRAMMAR, Grammars
 from easyspec_jax.sampling.vocabulary import NO_TOKEN
 from tests.support.grammar import END, tokenizer_of
@@ -61,6 +62,14 @@ GRAMMARS = {
     "regex": ({"regex": "(ab|c){1,2}"}, {"ab", "c", "abab", "abc", "cab", "cc"}),
     "nothing": ({"regex": ""}, {""}),
 }
+
+
+def test_a_grammar_is_tried_once(grammars, monkeypatch):
+    """Others may push it out of what is kept compiled, but it is never refused later."""
+    grammars.check(SamplingParams(regex="a{7}"))
+    grammars._compiled.clear()
+    monkeypatch.setattr(grammar_compiler, "complaint", lambda *_: pytest.fail("tried again"))
+    grammars.check(SamplingParams(regex="a{7}"))
 
 
 @pytest.mark.parametrize("case", GRAMMARS)

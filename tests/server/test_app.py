@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from functools import partial
 
 import pytest
@@ -12,8 +13,8 @@ from starlette.testclient import TestClient
 
 from easyspec_jax import SamplingParams
 from easyspec_jax.engine.serving import Request
-from easyspec_jax.server.answering import Limits
-from easyspec_jax.server.app import PAGE, Settings, build
+from easyspec_jax.server.answering import Answering, Limits
+from easyspec_jax.server.app import PAGE, Settings, build, log_line
 from tests.support.serving import DEPTH, LENGTH, ROWS, wait_until
 from tests.tokenizer.test_tool_calls import HERMES
 
@@ -369,6 +370,40 @@ def test_bodies_have_a_limit_and_a_type(client):
     form = client.post("/v1/completions", content=b"{}", headers={"Content-Type": "text/plain"})
     assert form.status_code == 415
     assert "Content-Type" in form.json()["error"]["message"]
+
+
+def test_a_request_that_allows_no_token_is_its_clients_fault(client):
+    """The grammar wants the end where `min_tokens` forbids it."""
+    pytest.importorskip("llguidance")
+    response = complete(client, guided_regex="a", min_tokens=5, max_tokens=8)
+    assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    assert message.startswith("no token may follow here by regex and the other options")
+    assert "demo" not in message
+
+
+def test_a_log_that_cannot_be_written_costs_no_answer(monkeypatch):
+    class Full:
+        def write(self, text):
+            raise OSError("no space left")
+
+    monkeypatch.setattr("sys.stderr", Full())
+    log_line({"event": "request"})
+
+
+def test_prompts_that_are_being_encoded_take_places(client, scheduler, monkeypatch):
+    encoding, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(
+        Answering, "_encoded", lambda *_: encoding.set() or go_on.wait(30) or pytest.fail("late")
+    )
+    monkeypatch.setattr(scheduler, "depth", 0)
+    waiting = threading.Thread(target=complete, args=(client,), kwargs={"n": ROWS})
+    waiting.start()
+    assert encoding.wait(30)
+    assert complete(client).status_code == 429
+    monkeypatch.undo()
+    go_on.set()
+    waiting.join(30)
 
 
 def test_a_full_queue_says_when_to_come_again(client, scheduler):

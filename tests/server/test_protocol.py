@@ -113,6 +113,12 @@ def test_grammars_have_openais_and_vllms_names(fields, kind, text):
         assert grammar.text == text
 
 
+def test_values_that_openai_and_vllm_take():
+    fields = {"seed": -1, "top_k": -1, "n": 2, "best_of": 2, "modalities": ["text"]}
+    found = read_request(json.dumps({"messages": [USER]} | fields).encode(), chat=True)
+    assert (found.sampling.seed, found.sampling.top_k, found.n) == (2**32 - 1, 0, 2)
+
+
 def test_answers_have_seeds_of_their_own():
     asked = read(seed=2**32 - 1)
     assert [seeded(asked, number).seed for number in range(2)] == [2**32 - 1, 0]
@@ -136,7 +142,6 @@ def test_prompts_are_texts_or_ids(prompt, prompts):
         ({"top_p": 0}, "top_p", "a probability"),
         ({"max_tokens": 0}, "max_tokens", "max_tokens 0 must be at least 1"),
         ({"max_completion_tokens": True}, None, "of the wrong type"),
-        ({"seed": -1}, "seed", "from 0 to"),
         ({"n": 0}, "n", "at least 1"),
         ({"n": 65}, "n", "at most 64 answers"),
         ({"n": True}, "n", "of the wrong type"),
@@ -157,6 +162,13 @@ def test_prompts_are_texts_or_ids(prompt, prompts):
         ({"return_token_ids": True}, "return_token_ids", "not supported"),
         ({"do_sample": False}, "do_sample", "not supported"),
         ({"easyspec": {"plian": True}}, "easyspec", "has no field 'plian'"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options",
+            "has no field 'continuous_usage_stats'",
+        ),
+        ({"modalities": ["audio"]}, "modalities", "not supported"),
+        ({"structural_tag": "{}"}, "structural_tag", "not supported"),
         ({"response_format": {"type": "xml"}}, "response_format", "json_object, or json_schema"),
         ({"response_format": "json"}, "response_format", "of the wrong type"),
         (

@@ -12,6 +12,7 @@ from easyspec_jax.tokenizer import load_tokenizer
 from easyspec_jax.tokenizer.tool_calls import (
     ToolCall,
     ToolCallParser,
+    _Scan,
     takes_tools,
     writes_tool_calls,
 )
@@ -77,6 +78,25 @@ def test_what_is_no_call_stays_text(inside):
 def test_a_call_after_one_that_is_none():
     broken = "<tool_call>add(1)</tool_call>"
     assert parsed(broken + NOW) == [broken, ToolCall("now", "{}")]
+
+
+def test_a_quote_that_is_never_closed_swallows_no_call():
+    broken = '<tool_call>{"name": "f, "arguments": {}}</tool_call> or '
+    assert parsed(broken + NOW) == [broken, ToolCall("now", "{}")]
+    assert parsed("<tool_call>\n" + NOW) == ["<tool_call>\n", ToolCall("now", "{}")]
+
+
+def test_a_tag_that_begins_no_call_holds_nothing_back():
+    parser = ToolCallParser()
+    assert "".join(map(str, parser.feed('Use <tool_call> tags like "this'))).endswith('"this')
+
+
+def test_the_end_of_a_long_call_is_looked_for_once():
+    """Not from its beginning for each token, which would take seconds."""
+    scan = _Scan()
+    for length in (100, 1000, 10_000):
+        assert scan.end_of_call('<tool_call>{"name": "' + "a" * length) is None
+        assert scan._at >= length
 
 
 PIECES = st.sampled_from(
