@@ -17,6 +17,7 @@ PASSAGES: dict[str, Callable[[Path], str]] = {
     "kept": acceptance.kept,
     "acceptance_refit": acceptance.acceptance_refit,
     "acceptance_qwen": acceptance.acceptance_qwen,
+    "losses_qwen": acceptance.losses_qwen,
     "acceptance_qwen_tasks": acceptance.acceptance_qwen_tasks,
     "table5_qwen": acceptance.table5_qwen,
     "acceptance_demo_refit": acceptance.acceptance_demo_refit,

@@ -98,6 +98,27 @@ def acceptance_qwen(results: Path) -> str:
     return markdown(table)
 
 
+def losses_qwen(results: Path) -> str:
+    """Tabulate what groups lose of the real draft's acceptance, by widths, with and without refits.
+
+    Sizes without a refit are left out.
+    """
+    table: dict[int, dict[str, Any]] = {}
+    for column, name in {"greedy": "", "T = 0.8": "_sampled"}.items():
+        exact, *drafts = _by_draft(read(results, f"acceptance_qwen{name}"))
+        whole = {row["tree_width"]: row["acceptance_rate"] for row in exact}
+        refits = {rows[0]["lp_size"] for rows in drafts if rows[0]["refit"]}
+        for rows in drafts:
+            size, groups = rows[0]["lp_size"], rows[0]["groups"]
+            if size not in refits:
+                continue
+            turns = groups.count(",") + 1
+            shown = table.setdefault(size, {"N": size, "turns of attention": f"{turns} of 24"})
+            lost = [whole[row["tree_width"]] - row["acceptance_rate"] for row in rows]
+            shown[f"{column}, refit" if rows[0]["refit"] else column] = short(lost)
+    return markdown(list(table.values()))
+
+
 def acceptance_qwen_tasks(results: Path) -> str:
     """Tabulate the acceptance of the real draft on prompts for code and for prose."""
     kinds = {kind: read(results, f"acceptance_qwen_{kind}") for kind in ("code", "prose")}
