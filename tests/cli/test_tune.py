@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from typing import Any
@@ -168,6 +169,14 @@ def test_refusals(pair, capsys, options, message):
     assert output.out == ""
     assert output.err.count("\n") == 1
     assert re.match(rf"easyspec_jax\.tune: error: .*{message}", output.err), output.err
+
+
+def test_texts_that_end_at_once_are_no_measure(model, tmp_path, capsys):
+    ended = tmp_path / "ended"
+    shutil.copytree(model, ended)
+    (ended / "generation_config.json").write_text(json.dumps({"eos_token_id": [*range(260)]}))
+    assert main(["--target", str(ended), "--draft", str(ended), *FEW]) == 2
+    assert "ends each of these texts within 2 tokens; give other" in capsys.readouterr().err
 
 
 def test_a_draft_is_needed(pair, capsys):

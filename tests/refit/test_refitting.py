@@ -116,6 +116,29 @@ def test_a_smaller_size_takes_the_overlaps_that_are_there(pair, tmp_path, monkey
     assert measured == [2, 3, 2, 2]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["interrupted", "diverged"])
+def test_a_fit_outlives_its_distillation(draft, tmp_path, monkeypatch, fault):
+    def distil(loader, layout, tensors, *_):
+        if fault == "interrupted":
+            raise KeyboardInterrupt
+        return {name: np.full_like(tensor, np.nan) for name, tensor in tensors.items()}
+
+    monkeypatch.setattr(refitting, "distill", distil)
+    text = tmp_path / "text"
+    text.write_text("a quick brown fox jumps over the lazy dog " * 60)
+    config = RefitConfig(lp_size=2, borders="paper", text=text, tokens=1000, out=tmp_path / "out")
+    alone = open_model(draft[0].directory, mesh=MESH, speculative=VANILLA)
+    message = "has diverged" if fault == "diverged" else None
+    with pytest.raises((KeyboardInterrupt, EasySpecError), match=message):
+        refit(alone, replace(config, distill=1))
+    held = load_file(tmp_path / "out" / "lp2.safetensors")
+    assert all(np.isfinite(tensor.astype(np.float32)).all() for tensor in held.values())
+    with pytest.raises(EasySpecError, match=r"`text` .* cannot be read"):
+        refit(alone, replace(config, text=tmp_path / "absent", out=tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_search_makes_no_more_collectives_than_the_size_asked_for(pair, tmp_path, monkeypatch):
     """Of 8 layers the rule forms 0,1-6,7 at size 7: its largest group would allow four groups."""
 
