@@ -9,7 +9,7 @@ from typing import Any
 
 from easyspec_jax.engine.completion import Completion, TokenLogprobs
 from easyspec_jax.engine.serving import Progress
-from easyspec_jax.server.logprobs import Contents, of_chat, of_completion
+from easyspec_jax.server.logprobs import Contents, TextOffsets, of_chat, of_completion
 from easyspec_jax.server.protocol import Asked
 from easyspec_jax.tokenizer.tool_calls import ToolCall, ToolCallParser
 
@@ -91,23 +91,23 @@ class Answer:
             message = {"content": None if message.get("tool_calls") else "", **message}
             text = {"message": {"role": "assistant"} | message}
             reason = said.reason(completion)
-        logprobs = self.logprobs(completion.logprobs, 0)
+        logprobs = self.logprobs(completion.logprobs, TextOffsets())
         return {"index": index, **text, "logprobs": logprobs, "finish_reason": reason}
 
     def logprobs(
-        self, listed: Sequence[TokenLogprobs] | None, offset: int
+        self, listed: Sequence[TokenLogprobs] | None, offsets: TextOffsets
     ) -> dict[str, Any] | None:
         """Return the `logprobs` of a choice or of a chunk; None if there are none.
 
         Args:
             listed: Those of its tokens.
-            offset: Characters of the tokens before.
+            offsets: Has counted the tokens before.
         """
         if not listed:
             return None
         if self.asked.chat:
             return of_chat(listed, self.contents)
-        return of_completion(listed, self.contents, offset)
+        return of_completion(listed, self.contents, offsets)
 
 
 class Said:
@@ -159,7 +159,7 @@ class Streamed:
         self._answer, self._index = answer, index
         self._chat, self._trace = answer.asked.chat, answer.asked.trace
         self._said = Said(answer)
-        self._offset = 0  # characters of the tokens whose log-probabilities were sent
+        self._offsets = TextOffsets()
 
     def first(self) -> list[dict[str, Any]]:
         """Return the chunk that begins an answer of a chat."""
@@ -171,12 +171,10 @@ class Streamed:
         """Return the chunk of a round, if there is something to say."""
         gain = progress.gain
         part = self._part("".join(gain.pieces))
-        logprobs = self._answer.logprobs(progress.logprobs, self._offset)
+        logprobs = self._answer.logprobs(progress.logprobs, self._offsets)
         if part is None and logprobs is None and not self._trace:
             return []
         part = part or ({"delta": {"content": ""}} if self._chat else {"text": ""})
-        if logprobs is not None:
-            self._offset += sum(map(len, logprobs.get("tokens", ())))
         chunk = self._chunk(part, logprobs=logprobs)
         if self._trace:
             chunk["easyspec"] = gain._asdict()

@@ -1,5 +1,6 @@
 """Log-probabilities of an answer's tokens in OpenAI's two forms."""
 
+from codecs import getincrementaldecoder
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,27 +30,42 @@ def of_chat(listed: Sequence[TokenLogprobs], contents: Contents) -> dict[str, An
     return {"content": tokens, "refusal": None}
 
 
+class TextOffsets:
+    """Counts the characters of a text, token by token; one may end within a character.
+
+    Examples:
+        >>> offsets = TextOffsets()
+        >>> [offsets.begin(spelled) for spelled in (b"\\xe2\\x82", b"\\xac", b" a", b"b")]
+        [0, 0, 1, 3]
+    """
+
+    def __init__(self) -> None:
+        self._decoder, self._characters = getincrementaldecoder("utf-8")("replace"), 0
+
+    def begin(self, spelled: bytes) -> int:
+        """Return where the next token, with these bytes, begins in the text."""
+        begin = self._characters
+        self._characters += len(self._decoder.decode(spelled))
+        return begin
+
+
 def of_completion(
-    listed: Sequence[TokenLogprobs], contents: Contents, offset: int = 0
+    listed: Sequence[TokenLogprobs], contents: Contents, offsets: TextOffsets
 ) -> dict[str, Any]:
     """Return the `logprobs` of a completion's choice.
 
     Args:
         listed: Those of its tokens, or of a chunk's.
         contents: Content of each token id.
-        offset: Characters of the tokens before.
+        offsets: Has counted the tokens before, and counts these.
 
     Examples:
         >>> tokens = [TokenLogprobs(7, -0.5, []), TokenLogprobs(8, -0.1, [(9, -0.09)])]
-        >>> found = of_completion(tokens, {7: b" a", 8: b"b", 9: b"c"}, offset=3)
+        >>> found = of_completion(tokens, {7: b" a", 8: b"b", 9: b"c"}, TextOffsets())
         >>> found["tokens"], found["text_offset"], found["top_logprobs"][1]
-        ([' a', 'b'], [3, 5], {'c': -0.09, 'b': -0.1})
+        ([' a', 'b'], [0, 2], {'c': -0.09, 'b': -0.1})
     """
     tokens = [_text(one.token_id, contents) for one in listed]
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token)
     best = []
     for token, one in zip(tokens, listed, strict=True):
         own = {_text(number, contents): logprob for number, logprob in one.top}
@@ -58,7 +74,7 @@ def of_completion(
         "tokens": tokens,
         "token_logprobs": [one.logprob for one in listed],
         "top_logprobs": best,
-        "text_offset": offsets,
+        "text_offset": [offsets.begin(_bytes(one.token_id, contents)) for one in listed],
     }
 
 
