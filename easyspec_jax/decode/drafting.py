@@ -163,7 +163,9 @@ class _Growth:
         return of_root, Grown(
             *(one, first, self.goes_on(first), caches),
             levels=_put(_no_levels(first, levels), first, one - 1),
-            candidates=Candidates(jnp.full(room, NO_TOKEN, jnp.int32), jnp.zeros(room)),
+            candidates=Candidates(
+                jnp.full(room, NO_TOKEN, jnp.int32), jnp.zeros(room, of_root.q.dtype)
+            ),
         )
 
     def is_unfinished(self, grown: Grown) -> Bool[Array, ""]:
