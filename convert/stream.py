@@ -96,7 +96,7 @@ def convert(
     job = job_of(model, parsed, memory, weights, format.floats_only, group)
     # Companions come first: a tokenizer that cannot be written fails before the long part.
     digest = "" if calibration is None else calibration.digest
-    # What decides the values, but for the files and the types.
+    # Besides files and types, these decide the values.
     settings = weights, group, model.exact is None, digest
     with workplace(out, _task(model, job, config, format, settings)) as place:
         write_json(place.directory / "config.json", config)
