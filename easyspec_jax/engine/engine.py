@@ -282,23 +282,10 @@ class Engine(Models):
         on_text: Callable[[str], None],
         bar: Bar,
         store: PrefixStore | None,
-    ) -> Iterator[Completion]:
+    ) -> list[Completion]:
         """Complete one batch. Rows that it lacks prompts for are finished from the start."""
-        # All is decoded before anything is yielded: a caller that holds this iterator must not keep
-        # the batch's caches alive.
-        for row in self._decoded(prompts, sampling, batch_size, on_text, bar, store):
-            yield self.completion(row)
-
-    def _decoded(
-        self,
-        prompts: Sequence[EncodedPrompt],
-        sampling: SamplingParams,
-        batch_size: int,
-        on_text: Callable[[str], None],
-        bar: Bar,
-        store: PrefixStore | None,
-    ) -> list[Generation]:
-        """Decode one batch; see _complete()."""
+        # Not a generator, which would keep the batch's caches alive for as long as a caller holds
+        # it.
         programs = self.programs(sampling)
         rows = [self._row(prompt, sampling) for prompt in prompts]
         # Programs are compiled for a fixed number of rows. Those without a prompt get one token and
@@ -325,7 +312,7 @@ class Engine(Models):
                     break
         # Text is held back while it could be the beginning of a stop string.
         on_text(rows[0].text.rest())
-        return rows
+        return [self.completion(row) for row in rows]
 
     def complete_each(
         self,

@@ -259,14 +259,14 @@ def _speed_table(plan: dict[str, Any]) -> Table:
     rates = list(plan["ways"][0]["tokens_per_second"])
     table = _table("estimated tokens/s at acceptance rate", *rates)
     fitting = [way for way in plan["ways"] if way["memory"]["fits"] is not False]
+    speeds = [way["tokens_per_second"] for way in fitting]
+    best = {rate: max((own[rate] for own in speeds), default=None) for rate in rates}
     for way in plan["ways"]:
-        cells = []
+        cells, fits = [], way["memory"]["fits"] is not False
         for rate in rates:
             speed = way["tokens_per_second"][rate]
-            best = way in fitting and speed == max(
-                other["tokens_per_second"][rate] for other in fitting
-            )
-            cells.append(f"[bold green]*{speed:.1f}[/]" if best else f"{speed:.1f}")
+            is_best = fits and speed == best[rate]
+            cells.append(f"[bold green]*{speed:.1f}[/]" if is_best else f"{speed:.1f}")
         table.add_row(escape(way["label"]), *cells)
     return table
 

@@ -4,7 +4,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +100,32 @@ def read_results(path: Path) -> dict[str, Any]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise EasySpecError(f"{path} is not a results file of an experiment")
     return measured
+
+
+def measured_before(
+    out: Path, fields: Mapping[str, Any], flag: str, may_differ: Collection[str]
+) -> list[dict[str, Any]]:
+    """Read the rows of an earlier run with the same settings, to put others beside them.
+
+    Args:
+        out: The file; it may be missing.
+        fields: This run's settings, as publish() writes them.
+        flag: The flag that asks for this.
+        may_differ: Settings that may be others.
+
+    Raises:
+        EasySpecError: The file cannot be read, or its settings are others.
+    """
+    if not out.exists():
+        return []
+    before = read_results(out)
+    for name, value in fields.items():
+        if name not in may_differ and before.get(name) != value:
+            raise EasySpecError(
+                f"{flag}: {out} was measured with {name} {before.get(name)!r}, not {value!r}; "
+                "give another --out"
+            )
+    return before["results"]
 
 
 def as_json(measured: Mapping[str, Any]) -> str:

@@ -27,9 +27,9 @@ from experiments.lib.machine import machine
 from experiments.lib.output import (
     RESULTS,
     as_json,
+    measured_before,
     prepare,
     publish,
-    read_results,
     run_experiment,
     save,
     settings,
@@ -186,29 +186,12 @@ AXES = ("widths", "lp_sizes", "temperatures", "verifiers", "command")
 """Settings that may differ between runs whose rows are put together."""
 
 
-def measured_before(out: Path, fields: Mapping[str, Any]) -> dict[Variant, Row]:
-    """Read the rows of an earlier run with the same settings but for the axes of its grid.
-
-    Args:
-        out: The file; it may be missing.
-        fields: This run's settings, as publish() writes them.
-
-    Raises:
-        EasySpecError: The file cannot be read, or its settings are others.
-    """
-    if not out.exists():
-        return {}
-    before = read_results(out)
-    for name, value in fields.items():
-        if name not in AXES and before.get(name) != value:
-            raise EasySpecError(
-                f"--resume: {out} was measured with {name} {before.get(name)!r}, not {value!r}; "
-                "give another --out"
-            )
+def by_variant(rows: Sequence[Row]) -> dict[Variant, Row]:
+    """Find the variant of each row of a file."""
     names = [field.name for field in fields_of(Variant)]
     # Files from before there were refits do not say that a row has none.
-    rows = [{"refit": False} | row for row in before["results"]]
-    return {Variant(**{name: row[name] for name in names}): row for row in rows}
+    whole: list[Row] = [{"refit": False} | row for row in rows]
+    return {Variant(**{name: row[name] for name in names}): row for row in whole}
 
 
 def sizes_with_refit(args: argparse.Namespace) -> set[int]:
@@ -438,7 +421,9 @@ def run(args: argparse.Namespace) -> None:
     grid = variants(args.temperatures, args.verifiers, args.widths, args.lp_sizes, refits)
     fields = settings(args, "prompt_file", "refit", "resume") | names(args) | {"prompts": prompts}
     fields["command"] = args.command.replace(" --resume", "")  # the rows are those of one run
-    before = measured_before(out, fields) if args.resume else {}
+    before = {}
+    if args.resume:
+        before = by_variant(measured_before(out, fields, "--resume", AXES))
     if before.keys() - set(grid):
         raise EasySpecError(
             f"--resume: {out} has rows of widths, sizes or ways of sampling that these flags leave "

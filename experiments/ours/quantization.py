@@ -36,7 +36,7 @@ from experiments.lib.output import (
     align_right,
     as_json,
     check_destination,
-    read_results,
+    measured_before,
     run_experiment,
     save,
     settings,
@@ -236,7 +236,10 @@ def run(args: argparse.Namespace) -> None:
     # Rows of several runs with --only are those of one run without it.
     fields["command"] = re.sub(r" --only .*?(?= --|$)", "", args.command)
     fields |= {"text": args.text.name, "machine": machine(None)}
-    rows = {row["label"]: row for row in kept(args, fields)}
+    before = []
+    if args.only is not None:
+        before = measured_before(args.out, fields, "--only", ("command", "machine"))
+    rows = {row["label"]: row for row in before}
     for row in measure(args, prompts):
         rows[row["label"]] = row
         found = [rows[types.label] for types in KINDS if types.label in rows]
@@ -245,28 +248,6 @@ def run(args: argparse.Namespace) -> None:
             each["over_floats"] = floats and each["perplexity"] / floats
         save(args.out, as_json(fields | {"results": found}))
     print_table(tabulate({"results": list(rows.values())}))
-
-
-def kept(args: argparse.Namespace, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows that --only leaves as they are.
-
-    Args:
-        args: The flags.
-        fields: This run's settings, which those rows must have been measured with.
-
-    Raises:
-        EasySpecError: The file with them cannot be read, or its settings are others.
-    """
-    if args.only is None or not args.out.exists():
-        return []
-    before = read_results(args.out)
-    for name, value in fields.items():
-        if name not in ("command", "machine") and before.get(name) != value:
-            raise EasySpecError(
-                f"--only: {args.out} was measured with {name} {before.get(name)!r}, not {value!r}; "
-                "give another --out"
-            )
-    return before["results"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -345,32 +345,30 @@ def test_what_an_interruption_damaged_is_written_again(source, tmp_path, monkeyp
     assert 0 < result.reused < result.size
 
 
-def test_another_conversion_of_the_same_files_begins_anew(source, tmp_path):
-    """Even where types and shapes are the same, the numbers may not be."""
+def interrupt_at_the_end(model, out: Path) -> None:
+    """Convert a model, but for the last step."""
 
     def interrupt(self) -> None:
         raise KeyboardInterrupt
 
-    model = open_huggingface(source)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("convert.orbax.OrbaxStore.finish", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            stream.convert(model, tmp_path / "out")
+            stream.convert(model, out)
+
+
+def test_another_conversion_of_the_same_files_begins_anew(source, tmp_path):
+    """Even where types and shapes are the same, the numbers may not be."""
+    model = open_huggingface(source)
+    interrupt_at_the_end(model, tmp_path / "out")
     assert stream.convert(model, tmp_path / "out", weights="bfloat16").reused == 0
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove"])
 def test_what_cannot_be_gone_on_with_is_begun_anew(source, tmp_path, damage):
     """After a power failure, files of the interrupted run may be there but empty."""
-
-    def interrupt(self) -> None:
-        raise KeyboardInterrupt
-
     model = open_huggingface(source)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("convert.orbax.OrbaxStore.finish", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            stream.convert(model, tmp_path / "out")
+    interrupt_at_the_end(model, tmp_path / "out")
     for path in (tmp_path / ".out.partial" / "ocdbt.process_0").rglob("d/*"):
         os.truncate(path, 0) if damage == "truncate" else path.unlink()
     assert stream.convert(model, tmp_path / "out", verify=True).reused == 0

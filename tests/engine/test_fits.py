@@ -132,7 +132,7 @@ def test_what_groups_take_is_counted_on_accelerators_too(tokens, size):
 
 
 def test_sums_of_all_experts_are_counted():
-    """Of 128 experts, 21 tokens go through all: gate and up, 192 columns each, have 64 groups."""
+    """21 tokens go through all 128 experts; gate and up have 192 outputs each, in 32 groups."""
     job = large(target=bundled()["Qwen3-235B-A22B"], target_weights="int4")
     target, _ = fits._of_models(job)[0]
     floats, _ = fits._of_models(replace(job, target_weights=None))[0]

@@ -121,7 +121,7 @@ def test_a_killed_process_ends_the_others_with_one_line(model, victim):
 )
 def test_what_jax_says_while_the_watch_is_waited_for_is_not_heard(monkeypatch, capfd, error, waits):
     # A collective can fail before the watch sees that a process has died. JAX complains meanwhile.
-    # What a user did wrong is no such failure.
+    # A user's mistake is not such a failure.
     waited, stopped = [], []
     monkeypatch.setattr(hosts, "_joined", None)
     monkeypatch.setattr(hosts, "report", lambda peer, digest: ({}, "localhost:1"))

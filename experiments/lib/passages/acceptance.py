@@ -91,9 +91,7 @@ def acceptance_qwen(results: Path) -> str:
     greedy, sampled = (read(results, f"acceptance_qwen{name}") for name in ("", "_sampled"))
     table = []
     for rows in _by_draft([*greedy, *sampled]):
-        # "0,1-4,5-13" -> 3
-        turns = rows[0]["groups"].count(",") + 1
-        shown: dict[str, Any] = {"draft": rows[0]["draft"], "turns of attention": turns}
+        shown: dict[str, Any] = {"draft": rows[0]["draft"], "turns of attention": _turns(rows)}
         table.append(shown | _rates(rows, "width {tree_width}"))
     return markdown(table)
 
@@ -109,11 +107,11 @@ def losses_qwen(results: Path) -> str:
         whole = {row["tree_width"]: row["acceptance_rate"] for row in exact}
         refits = {rows[0]["lp_size"] for rows in drafts if rows[0]["refit"]}
         for rows in drafts:
-            size, groups = rows[0]["lp_size"], rows[0]["groups"]
+            size = rows[0]["lp_size"]
             if size not in refits:
                 continue
-            turns = groups.count(",") + 1
-            shown = table.setdefault(size, {"N": size, "turns of attention": f"{turns} of 24"})
+            turns = f"{_turns(rows)} of {_turns(exact)}"
+            shown = table.setdefault(size, {"N": size, "turns of attention": turns})
             lost = [whole[row["tree_width"]] - row["acceptance_rate"] for row in rows]
             shown[f"{column}, refit" if rows[0]["refit"] else column] = short(lost)
     return markdown(list(table.values()))
@@ -141,6 +139,11 @@ def table5_qwen(results: Path) -> str:
         column = "whole layers at once" if way == "whole layers" else "attentions at once"
         shown[column] = short([row["acceptance_rate"]])
     return markdown(list(table.values()))
+
+
+def _turns(rows: Rows) -> int:
+    """Count the turns that a draft's attentions take: "0,1-4,5-13" are 3."""
+    return rows[0]["groups"].count(",") + 1
 
 
 def _rates(rows: Rows, column: str) -> dict[str, str]:
