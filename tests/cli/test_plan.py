@@ -5,6 +5,7 @@ import json
 import os
 import re
 from contextlib import redirect_stdout
+from copy import deepcopy
 from unittest import mock
 
 import pytest
@@ -71,6 +72,15 @@ def test_the_best_of_every_column_is_marked(printed):
     ]
     best = [max(way["tokens_per_second"][str(rate)] for way in printed["ways"]) for rate in RATES]
     assert [column[0] for column in marked] == [float(f"{speed:.1f}") for speed in best]
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_not_the_best(printed):
+    found = deepcopy(printed)
+    best = max(found["ways"], key=lambda way: way["tokens_per_second"][str(RATES[0])])
+    best["memory"]["fits"] = False
+    marked = [line[0] for line in rows(found) if any(cell.startswith("*") for cell in line[1:])]
+    assert marked and best["label"] not in marked
 
 
 def test_speeds_follow_from_rounds(printed):
