@@ -143,6 +143,11 @@ class ModelConfig:
         """Return the number of a layer's kind among `kinds`."""
         return self.kinds.index(self.layers[layer])
 
+    @property
+    def has_windows(self) -> bool:
+        """Whether some layers read only the last tokens."""
+        return any(kind.window is not None for kind in self.kinds)
+
     def at_length(self, tokens: int) -> Self:
         """Return the model for texts of up to some tokens; see `checkpoint.rope`."""
         return replace(

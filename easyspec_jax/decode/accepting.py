@@ -8,7 +8,8 @@ from jaxtyping import Array, Bool, Int
 
 from easyspec_jax.decode.lookup import append
 from easyspec_jax.decode.state import Drafted, Fault, Report, RoundConfig, State
-from easyspec_jax.model.cache import move
+from easyspec_jax.decode.window_caches import move_entries, move_on
+from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.sampling.adjust import ends_text, with_output
 from easyspec_jax.sampling.vocabulary import NO_CHOICE
 from easyspec_jax.verify import Verdict
@@ -127,7 +128,12 @@ def _count_lookups(
 
 
 def move_path(
-    state: State, tree: Tree, path: Int[Array, "batch levels+1"], config: RoundConfig
+    target: Decoder,
+    draft: Decoder | None,
+    state: State,
+    tree: Tree,
+    path: Int[Array, "batch levels+1"],
+    config: RoundConfig,
 ) -> State:
     """Move the accepted path's cache entries right behind the text; a chain's are there already.
 
@@ -138,6 +144,8 @@ def move_path(
         after    0    2    5    ...
 
     Args:
+        target: The target.
+        draft: The draft, or None.
         state: The state; its caches hold all nodes.
         tree: The verified tree.
         path: The accepted path's nodes.
@@ -145,26 +153,35 @@ def move_path(
     """
     if config.width == 1 and not config.grafts:
         return state
-    draft, start = state.draft, state.length
-    if not config.calibration:
+    draft_caches, start = state.draft, state.length
+    if draft is not None and not config.calibration:
         # The draft's entries have the numbers that nodes had before pruning. Calibration rebuilds
         # them, so they need not move then.
         entries = start[:, None] + jnp.take_along_axis(tree.entry, path, axis=1)
-        draft = tuple(move(cache, entries, start) for cache in draft)
-    target = tuple(move(cache, start[:, None] + path, start) for cache in state.target)
-    return replace(state, target=target, draft=draft)
+        draft_caches = move_entries(draft, draft_caches, entries, start, state.draft_length)
+    caches = move_entries(target, state.target, start[:, None] + path, start, start)
+    return replace(state, target=caches, draft=draft_caches)
 
 
-def commit(state: State, report: Report, live: Bool[Array, " batch"], config: RoundConfig) -> State:
+def commit(
+    target: Decoder,
+    draft: Decoder | None,
+    state: State,
+    report: Report,
+    live: Bool[Array, " batch"],
+    config: RoundConfig,
+) -> State:
     """Append the new tokens to the texts, and advance the lengths past what the caches now hold.
 
     Args:
+        target: The target.
+        draft: The draft, or None.
         state: The state after move_path().
         report: What the round adds to each row.
         live: Rows that were not finished before it.
         config: The round's configuration.
     """
-    draft_length = state.draft_length
+    draft_length, draft_caches = state.draft_length, state.draft
     if config.levels > 0:
         # A round that drafts takes in all of the text. New tokens whose draft KV is kept as
         # drafting wrote it are, without calibration, those of all levels but the last. Three
@@ -175,10 +192,15 @@ def commit(state: State, report: Report, live: Bool[Array, " batch"], config: Ro
         drafted = jnp.maximum(report.forced + report.drafted, 1)
         kept = 0 if config.calibration else jnp.clip(report.num_tokens, 1, drafted) - 1
         draft_length = jnp.where(live, state.length + 1 + kept, draft_length)
+        if draft is not None:
+            draft_caches = move_on(draft, draft_caches, state.draft_length, draft_length)
+    length = state.length + report.num_tokens
     request = replace(state.request, round=state.request.round + live.astype(jnp.int32))
     return replace(
         state,
-        length=state.length + report.num_tokens,
+        target=move_on(target, state.target, state.length, length),
+        draft=draft_caches,
+        length=length,
         draft_length=draft_length,
         request=request,
         text=append(state.text, report.tokens, state.length + 1, report.num_tokens),

@@ -24,6 +24,7 @@ from easyspec_jax.decode.refill import (
     stopped,
 )
 from easyspec_jax.decode.round import catch_up, prefill, prefill_draft, speculative_round
+from easyspec_jax.decode.sizes import Sizes
 from easyspec_jax.decode.state import Report, RoundConfig, State, init_state
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.parallel.platforms import PlatformSettings, settings_of
@@ -125,10 +126,9 @@ class Compiled:
 
     @cached_property
     def restore(self) -> Callable[..., State]:
-        spec = self.state_spec
-        specs = spec, P(), self._row_spec, P()
-        program = spmd(restored, self.mesh, specs, spec)
-        return self._jit(program, donate_argnums=0, out_shardings=self._shardings[0])
+        specs = self.state_spec, P(), self._row_spec, P()
+        body = self.mapped(restored, specs, self.state_spec)
+        return self._jit(body, donate_argnums=1, out_shardings=self._shardings[0])
 
     @cached_property
     def stop(self) -> Callable[..., jax.Array]:
@@ -207,12 +207,18 @@ class Compiled:
             target, draft = jax.tree.unflatten(models, leaves)
             for model in (target, draft):
                 if model is not None:
-                    model.cuts = self.config.rows is None
+                    model.cuts, model.reach = self.config.rows is None, self._reach
             with jax.default_matmul_precision(precision):
                 return body(target, draft, *args)
 
         specs = partition_specs(self.leaves)
         return spmd(on_device, self.mesh, (specs, *in_specs), out_specs)
+
+    @property
+    def _reach(self) -> int | None:
+        """See Decoder."""
+        platform = self.mesh.devices.flat[0].platform
+        return Sizes(self.config, platform).reach if self.config.keeps_windows else None
 
     @property
     def state_spec(self) -> Any:

@@ -91,6 +91,7 @@ def draft_tree(
     adjustments: RowAdjustments | None = None,
     live: Bool[Array, " batch"] | None = None,
     threshold: Float[Array, ""] | None = None,
+    committed: Int[Array, " batch"] | None = None,
 ) -> tuple[Tree, Float[Array, "batch levels"] | None, Caches]:
     """Grow a tree below each row's last token: config.levels levels at most, of config.width nodes.
 
@@ -113,6 +114,8 @@ def draft_tree(
             what the changed logits prefer, since the target's are changed alike.
         live: Rows that need a draft; None for all.
         threshold: Confidence that another level needs; None for the configuration's.
+        committed: Committed entries of each row in the draft's caches; None for all before the
+            root.
 
     Returns:
         The trees, the same on every device; as in Report, the confidence; and the caches, with keys
@@ -120,7 +123,7 @@ def draft_tree(
     """
     live = jnp.ones(root.shape, bool) if live is None else live
     least = jnp.float32(config.confidence_threshold) if threshold is None else threshold
-    growth = _Growth(draft, position, request, config, adjustments, live, least)
+    growth = _Growth(draft, position, request, config, adjustments, live, least, committed)
     top_level = _root_level(root, config)
     if adjustments is not None:
         none = jnp.full((root.shape[0], 1, config.levels), NO_TOKEN, jnp.int32)
@@ -152,6 +155,7 @@ class _Growth:
     adjustments: RowAdjustments | None
     live: Bool[Array, " batch"]
     threshold: Float[Array, ""]
+    committed: Int[Array, " batch"] | None
 
     def begin(
         self, root: Level, h: Float[Array, "batch hidden"], caches: Caches
@@ -178,7 +182,8 @@ class _Growth:
         entry = self.position + first_node(depth, self.config.width)
         depths = jnp.broadcast_to(depth, level.tokens.shape)
         nodes = Nodes(entry, self.position, depths, level.ancestors)
-        h, caches = self.draft(level.tokens, grown.caches, nodes, run_fuzzy)
+        own = level.tokens, grown.caches, nodes
+        h, caches = self.draft(*own, run_fuzzy, self.committed)
         below, candidates = self.choose(level, h, depth + 1)
         if self.config.ends_early:
             below, candidates = _of_rows(grown.goes_on, below, candidates)

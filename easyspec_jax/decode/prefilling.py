@@ -43,7 +43,7 @@ def prefill_all(
     # and last [False, True] and [True, False].
     begun = np.asarray(starts or [0] * len(prompts))
     left = np.asarray([len(prompt) for prompt in prompts]) - begun
-    room = state.target[0].capacity - int(begun.max())
+    room = state.capacity - int(begun.max())
     sizes, done = programs.sizes.chunks(int(left.max()), room, len(prompts)), 0
     chunks: list[Chunk] = []
     read: list[tuple[np.ndarray, np.ndarray]] = []

@@ -157,7 +157,7 @@ class Programs:
             The new state; and a report of this one row, with the text's first token if no token of
             the prompt was left.
         """
-        report, capacity, length = None, state.target[0].capacity, len(prompt[:end])
+        report, capacity, length = None, state.capacity, len(prompt[:end])
         request, adjustments = self._placed(self.row_arrays(sampling, [prompt]))
         place, parts = self._replicated(np.int32(row)), list[tuple[np.ndarray, ...]]()
         for size in self.sizes.chunks(length - start, capacity - start):
@@ -207,7 +207,7 @@ class Programs:
             count: How many tokens to take.
         """
         place, shared = map(self._replicated, (np.int32(row), np.int32(count)))
-        return self.compiled.restore(state, place, kept, shared)
+        return self.compiled.restore(self.leaves, state, place, kept, shared)
 
     def stop(self, state: State, row: int) -> State:
         """Return the state with a row stopped: rounds add nothing more to its text.

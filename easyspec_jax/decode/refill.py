@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Int
 from easyspec_jax.decode.lookup import Text
 from easyspec_jax.decode.round import prefill
 from easyspec_jax.decode.state import Report, RoundConfig, State
-from easyspec_jax.model.cache import extend, first_entries, put_row, take_row
+from easyspec_jax.decode.window_caches import beginning, move_on
+from easyspec_jax.model.cache import extend, put_row, take_row
 from easyspec_jax.model.transformer import Caches, Decoder
 from easyspec_jax.sampling.adjustments import RowAdjustments
 from easyspec_jax.verify import RowSampling
@@ -111,6 +112,7 @@ def enter_draft(
     """
     batch = state.length.shape[0]
     caches = draft(tokens, _taken(state.draft, row, batch, start), start)[1]
+    caches = move_on(draft, caches, start, start + count)
     return replace(
         state,
         draft=_put(state.draft, caches, row, batch),
@@ -183,33 +185,43 @@ def copied(state: State, row: Int[Array, ""], size: int) -> RowCaches:
     return RowCaches(copy(state.target), copy(state.draft), _row(state.text, row)[:, :size])
 
 
-def restored(state: State, row: Int[Array, ""], kept: RowCaches, count: Int[Array, ""]) -> State:
+def restored(
+    target: Decoder,
+    draft: Decoder | None,
+    state: State,
+    row: Int[Array, ""],
+    kept: RowCaches,
+    count: Int[Array, ""],
+) -> State:
     """Return the state with a row whose text begins with the first tokens of another.
 
     The row holds these tokens and is to prefill the rest; everything else of it stays.
 
     Args:
+        target: The target.
+        draft: The draft, or None.
         state: The state; its caches have room for the tokens.
         row: The row.
         kept: What copied() returned of the other text.
-        count: How many tokens they share.
+        count: How many tokens they share. Where caches keep only a window, those are all tokens
+            that the other text had when it was copied.
     """
     batch = state.length.shape[0]
 
-    def put(caches: Caches, kept: Caches) -> Caches:
+    def put(model: Decoder | None, caches: Caches, kept: Caches) -> Caches:
+        if model is None:
+            return caches
         # Zeros behind the shared tokens take the place of whatever the row had there.
-        return tuple(
-            put_row(cache, first_entries(own, count, cache.capacity), row, batch)
-            for cache, own in zip(caches, kept, strict=True)
-        )
+        own = beginning(model, kept, count, [cache.capacity for cache in caches])
+        return _put(caches, own, row, batch)
 
     capacity = state.text.shape[1]
     # Tokens behind `length` mean nothing, so as many as there are may come back.
     text = _padded(kept.text[:, :capacity], capacity)
     return replace(
         state,
-        target=put(state.target, kept.target),
-        draft=put(state.draft, kept.draft),
+        target=put(target, state.target, kept.target),
+        draft=put(draft, state.draft, kept.draft),
         length=state.length.at[row].set(count),
         draft_length=state.draft_length.at[row].set(count),
         text=jax.lax.dynamic_update_slice_in_dim(state.text, text, row, axis=0),
@@ -220,15 +232,15 @@ def extended(target: Decoder, draft: Decoder | None, state: State, capacity: int
     """Return the state with larger caches.
 
     Args:
-        target: The target; like the draft, given to every step and not needed here.
-        draft: The draft.
+        target: The target.
+        draft: The draft, or None.
         state: The state.
-        capacity: The new capacity.
+        capacity: The new capacity, where caches keep everything.
     """
     return replace(
         state,
-        target=tuple(extend(cache, capacity) for cache in state.target),
-        draft=tuple(extend(cache, capacity) for cache in state.draft),
+        target=tuple(map(extend, state.target, target.capacities(capacity))),
+        draft=() if draft is None else tuple(map(extend, state.draft, draft.capacities(capacity))),
         text=_padded(state.text, capacity),
     )
 

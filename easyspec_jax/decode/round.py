@@ -26,6 +26,7 @@ from easyspec_jax.decode.branch import run_if
 from easyspec_jax.decode.drafting import draft_tree
 from easyspec_jax.decode.lookup import Found, append, find
 from easyspec_jax.decode.state import Drafted, Report, RoundConfig, State, Verified
+from easyspec_jax.decode.window_caches import move_on
 from easyspec_jax.draft.layer_group import run_fuzzy
 from easyspec_jax.model.transformer import Caches, Decoder, run_exact
 from easyspec_jax.model.windows import Nodes
@@ -61,8 +62,9 @@ def append_chunk(
         The new state, and the target's hidden states after all of the tokens.
     """
     h, caches = target(tokens, state.target, state.length)
-    text = append(state.text, tokens, state.length, count)
-    return replace(state, target=caches, length=state.length + count, text=text), h
+    text, length = append(state.text, tokens, state.length, count), state.length + count
+    caches = move_on(target, caches, state.length, length)
+    return replace(state, target=caches, length=length, text=text), h
 
 
 def prefill_draft(
@@ -80,8 +82,10 @@ def prefill_draft(
         state: Rows whose earlier prompt chunks are already in the draft's caches.
         tokens: As for append_chunk(), like count.
     """
+    draft_length = state.draft_length + count
     caches = draft(tokens, state.draft, state.draft_length)[1]
-    return replace(state, draft=caches, draft_length=state.draft_length + count)
+    caches = move_on(draft, caches, state.draft_length, draft_length)
+    return replace(state, draft=caches, draft_length=draft_length)
 
 
 def prefill(
@@ -161,7 +165,8 @@ def catch_up(target: Decoder, draft: Decoder, state: State, config: RoundConfig)
         caches = draft(tokens, caches, draft_length)[1]
         # The root is left to the round, which needs the draft's hidden state there.
         end = jnp.minimum(draft_length + config.catch_up_size, state.length)
-        return caches, jnp.where(behind(draft_length), end, draft_length)
+        end = jnp.where(behind(draft_length), end, draft_length)
+        return move_on(draft, caches, draft_length, end), end
 
     caches, draft_length = jax.lax.while_loop(
         lambda carry: jnp.any(behind(carry[1])), run_chunk, (state.draft, state.draft_length)
@@ -205,8 +210,8 @@ def speculative_round(
     report, remaining, path = accept(verdict, drafted, state, live, config, config.depth)
     report = report._replace(logprobs=logprobs)
     verified = replace(state, target=target_caches, draft=draft_caches, remaining=remaining)
-    moved = move_path(verified, drafted.tree, path, config)
-    return commit(moved, report, live, config), report
+    moved = move_path(target, draft, verified, drafted.tree, path, config)
+    return commit(target, draft, moved, report, live, config), report
 
 
 def _nothing(tree: Tree) -> Drafted:
@@ -334,6 +339,7 @@ def _draft(
             _for_draft(draft, state),
             live,
             state.threshold,
+            state.draft_length,
         )
 
     if not config.grafts:

@@ -121,6 +121,11 @@ class Sizes:
         return min(power_of_two(max(tokens, CAPACITY_UNIT)), capacity)
 
     @property
+    def reach(self) -> int:
+        """Most entries that are written behind committed ones before these become more."""
+        return max(self._chunk_sizes[-1], self.config.taken_in + self.config.scratch)
+
+    @property
     def _chunk_sizes(self) -> tuple[int, ...]:
         return PREFILL_SIZES.get(self.platform, PREFILL_SIZES["gpu"])
 

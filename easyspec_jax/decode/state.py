@@ -48,6 +48,8 @@ class RoundConfig:
         confidence_threshold: Another level is drafted where the best path has this probability.
         learns_threshold: The state says which probability that is, and reports what to learn it
             from.
+        keeps_windows: Caches of sliding layers keep only what may still be read. Then no beginning
+            of a text can be taken out of them later.
 
     Examples:
         >>> config = RoundConfig.of(SpeculativeConfig(), SamplingParams(temperature=0.8), (2,))
@@ -71,6 +73,7 @@ class RoundConfig:
     grammars: Grammars | None = None
     confidence_threshold: float = 0.0
     learns_threshold: bool = False
+    keeps_windows: bool = False
 
     @classmethod
     def of(
@@ -191,8 +194,12 @@ class RoundConfig:
     def scratch(self) -> int:
         """Cache entries that a round may write behind a text's last token."""
         drafted = max(self.forced + self.levels * self.width, self.verified)
-        taken_in = self.pending_size + self.forced
-        return max(drafted, taken_in, self.rows or 0, self.catch_up_size)
+        return max(drafted, self.taken_in, self.rows or 0, self.catch_up_size)
+
+    @property
+    def taken_in(self) -> int:
+        """Most tokens that the draft takes in before it drafts."""
+        return self.pending_size + self.forced
 
 
 @partial(
@@ -226,7 +233,8 @@ class State:
     takes from the text.
 
     Attributes:
-        target: The target's caches; the first `length` entries of a row are committed.
+        target: The target's caches; the first `length` entries of a row are committed. Some keep
+            only the last of them; see model/kept_window.py.
         draft: The draft's caches, likewise up to `draft_length`; () without a draft.
         length: Committed entries of the target's caches.
         draft_length: Committed entries of the draft's caches, likewise; it means nothing without a
@@ -250,6 +258,11 @@ class State:
     adjustments: RowAdjustments | None = None
     corpus: Int[Array, " tokens"] | None = None
     threshold: Float[Array, ""] | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Entries that each row of a cache has which keeps everything."""
+        return self.text.shape[1]
 
     @property
     def root(self) -> Int[Array, " batch"]:

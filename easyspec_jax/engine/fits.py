@@ -5,6 +5,7 @@ that the count cannot drift away from what is allocated.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -22,7 +23,7 @@ from easyspec_jax.checkpoint.config import ModelConfig
 from easyspec_jax.checkpoint.quantized import Integers
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.sizes import CAPACITY_UNIT
-from easyspec_jax.decode.state import RoundConfig
+from easyspec_jax.decode.state import RoundConfig, State
 from easyspec_jax.draft.grouping import Layout
 from easyspec_jax.engine.abstract import (
     absent_mesh,
@@ -39,6 +40,9 @@ from easyspec_jax.parallel.mesh import MAX_VIRTUAL_DEVICES, TENSOR, Axes, axes_s
 from easyspec_jax.parallel.platforms import settings_of
 
 GIB = 2**30
+
+_LARGEST = 2**30
+"""More entries than a text has tokens."""
 
 
 @dataclass(frozen=True)
@@ -114,16 +118,38 @@ class Need:
         return self.weights + self.caches + self.working + self.prefixes
 
 
+@dataclass(frozen=True)
+class Entries:
+    """Cache entries of one row.
+
+    Attributes:
+        kinds: Of arrays that grow alike, the most entries that they have, and the bytes of one.
+    """
+
+    kinds: tuple[tuple[int, int], ...]
+
+    def bytes(self, capacity: int) -> int:
+        """Return the bytes of a row whose caches have a capacity.
+
+        Examples:
+            Layers that read everything, and others that keep 768 entries:
+
+            >>> Entries(((2**30, 100), (768, 500))).bytes(2048)
+            588800
+        """
+        return sum(min(capacity, most) * each for most, each in self.kinds)
+
+
 def needed(job: Workload) -> Need:
     """Return the most that a workload will take."""
-    models, weights, entry, row = _of_models(_without_texts(job))
+    models, weights, entries, row = _of_models(_without_texts(job))
     programs = Programs(job.mesh, *models, job.round, job.max_length)
     # The smaller caches are still there while the larger ones are filled from them.
     # capacities() lists the sizes that a cache goes through, such as 256, 512, 1024.
     sizes = programs.sizes.capacities(job.prompt, job.tokens - job.prompt)
-    caches = job.rows * (sum(sizes[-2:]) * entry + row)
+    caches = job.rows * (sum(map(entries.bytes, sizes[-2:])) + row)
     if job.shares:
-        caches += programs.sizes.prefix_size(job.prompt, sizes[0]) * entry
+        caches += entries.bytes(programs.sizes.prefix_size(job.prompt, sizes[0]))
     working = max(_working(model, programs, job) for model in models if model is not None)
     shared = _sharing(job.mesh)
     return Need(weights, shared * caches, shared * working, job.prefixes)
@@ -131,7 +157,7 @@ def needed(job: Workload) -> Need:
 
 def bytes_per_entry(job: Workload) -> int:
     """Return the bytes of one cache entry of one row in both models, as Need counts them."""
-    return _sharing(job.mesh) * _of_models(_without_texts(job))[2]
+    return _sharing(job.mesh) * _of_models(_without_texts(job))[2].bytes(1)
 
 
 def _sharing(mesh: Mesh) -> int:
@@ -145,12 +171,12 @@ def _without_texts(job: Workload) -> Workload:
 
 
 @lru_cache(maxsize=64)  # the flags that would help are found by trying many
-def _of_models(job: Workload) -> tuple[tuple[Decoder, Decoder | None], int, int, int]:
+def _of_models(job: Workload) -> tuple[tuple[Decoder, Decoder | None], int, Entries, int]:
     """Return what does not depend on the texts.
 
     Returns:
-        The models, the bytes of weights to be read, the bytes of one cache entry of one row, and
-        those that a row's biases and counts of tokens take.
+        The models, the bytes of weights to be read, those of cache entries of one row, and those
+        that a row's biases and counts of tokens take.
     """
     models = abstract_pair(
         job.target,
@@ -166,14 +192,24 @@ def _of_models(job: Workload) -> tuple[tuple[Decoder, Decoder | None], int, int,
     )
     target, draft = models
     missing = (None if job.target_held else target, None if job.draft_held else draft)
-    state = abstract_state(Programs(job.mesh, *models, job.round), 1, CAPACITY_UNIT)
-    entry = bytes_per_device((state.target, state.draft, state.text)) // CAPACITY_UNIT
+    programs = Programs(job.mesh, *models, job.round)
+    state = abstract_state(programs, 1, CAPACITY_UNIT)
+    entries = Entries(_growing(state, abstract_state(programs, 1, _LARGEST)))
     row = bytes_per_device(state.adjustments)
     if _platform(job.mesh) != "cpu":
-        return models, bytes_per_device(missing), entry, row
+        return models, bytes_per_device(missing), entries, row
     # All virtual devices of a CPU share one array of a replicated weight.
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(missing))
-    return models, weights, entry, row
+    return models, weights, entries, row
+
+
+def _growing(small: State, large: State) -> tuple[tuple[int, int], ...]:
+    """Tell arrays apart by the most entries that they have; see Entries."""
+    each = Counter({_LARGEST: bytes_per_device(small.text) // CAPACITY_UNIT})
+    caches = zip((*small.target, *small.draft), (*large.target, *large.draft), strict=True)
+    for cache, largest in caches:
+        each[largest.capacity] += bytes_per_device(cache) // CAPACITY_UNIT
+    return tuple(each.items())
 
 
 def _working(model: Decoder, programs: Programs, job: Workload) -> int:

@@ -239,7 +239,21 @@ class Models:
         sampling = self.with_ids(sampling)
         own = RoundConfig.of(self.speculative, sampling, self.target.config.stop_ids)
         kinds = own.kinds | kinds
-        return replace(own, kinds=kinds, grammars=self.grammars if kinds.grammar else None)
+        return replace(
+            own,
+            kinds=kinds,
+            grammars=self.grammars if kinds.grammar else None,
+            keeps_windows=self.keeps_windows,
+        )
+
+    @property
+    def keeps_windows(self) -> bool:
+        """Whether caches of sliding layers keep only what may still be read.
+
+        Kept prefixes need all of a text, and bit-stable texts read it from its beginning.
+        """
+        slide = any(c is not None and c.config.has_windows for c in (self.target, self.draft))
+        return slide and not self.prefix_cache and not self.speculative.bit_stable
 
     def with_ids(self, sampling: SamplingParams) -> SamplingParams:
         """Return a way of sampling with its bad words as ids, and no more tokens than a text has.
@@ -284,10 +298,13 @@ class Models:
     def store_for(self, prompt: int) -> PrefixStore | None:
         """Return the store of prefixes, or a new one for a single prompt if there is none.
 
+        There is no new one where nothing can be taken out of caches later.
+
         Args:
             prompt: Tokens of the longest prompt that several texts have; 0 if none has.
         """
-        if self.prefixes is not None or not prompt or self.speculative.bit_stable:
+        alone = self.speculative.bit_stable or self.keeps_windows
+        if self.prefixes is not None or not prompt or alone:
             return self.prefixes
         size = power_of_two(max(prompt, CAPACITY_UNIT))
         return PrefixStore(self._entry_bytes * size, self._entry_bytes)

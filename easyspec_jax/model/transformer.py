@@ -18,6 +18,7 @@ from easyspec_jax.model.activation import gated
 from easyspec_jax.model.attention import Attention, soft_cap
 from easyspec_jax.model.cache import KVCache
 from easyspec_jax.model.experts import Experts
+from easyspec_jax.model.kept_window import first_kept, kept_entries
 from easyspec_jax.model.matrix import Matrix
 from easyspec_jax.model.norm import RMSNorm
 from easyspec_jax.model.projection import Output, Projection
@@ -135,6 +136,11 @@ class Layer(nnx.Module):
         h = h + self.post_norms.after_attention(all_reduce(attended, self.axes))
         return h + self.post_norms.after_mlp(all_reduce(self.mlp(h), self.axes)), cache
 
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """Its kind, as of a block of one layer."""
+        return (self.kind,)
+
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """Make this device's part of an empty cache."""
         return self.attention.init_cache(batch, capacity)
@@ -146,6 +152,11 @@ class Layer(nnx.Module):
 
 class Block(Protocol):
     """One or more layers that share a cache."""
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """Number of each layer's kind among `ModelConfig.kinds`."""
+        ...
 
     def __call__(self, h: Hidden, cache: KVCache, windows: Windows) -> tuple[Hidden, KVCache]:
         """Run the exact pass.
@@ -190,6 +201,8 @@ class Decoder(nnx.Module):
         cuts: Whether sliding layers cut what they read out of large caches. Where a cut begins
             depends on the pass, and so do the last bits of sums over it.
         parts: Whether other layers read only as large a part of them as texts need.
+        reach: Most entries that are written behind the committed ones before the caches of sliding
+            layers move on, which then keep only what may be read; None if they keep everything.
     """
 
     def __init__(
@@ -210,6 +223,7 @@ class Decoder(nnx.Module):
         self.config, self.axes, self.num_ids = config, axes, num_ids
         self.unknown = nnx.data(unknown)
         self.cuts, self.parts = True, parts
+        self.reach: int | None = None
 
     def __call__(
         self,
@@ -217,6 +231,7 @@ class Decoder(nnx.Module):
         caches: Caches,
         at: Int[Array, " batch"] | Nodes | Windows,
         run: Callable[[Block, Hidden, KVCache, Windows], tuple[Hidden, KVCache]] = run_exact,
+        committed: Int[Array, " batch"] | None = None,
     ) -> tuple[Hidden, Caches]:
         """Run the model over some tokens.
 
@@ -226,28 +241,61 @@ class Decoder(nnx.Module):
             at: Position, and cache entry, of each row's first token, if they are consecutive; or
                 nodes of token trees; or any windows.
             run: How to run a block: run_exact, or a draft's run_fuzzy.
+            committed: Committed entries of each row, where those are not all that come before the
+                tokens, or before the root of their tree.
 
         Returns:
             Final hidden states, normed; and the caches with the tokens' entries written.
         """
         # Masks and rotations are the same for all layers of a kind, so they are computed once.
-        windows = self._windows(at, tokens.shape[1], caches[0].capacity)
+        made: dict[tuple[int, int | None], Windows] = {}
         h = self.embed(tokens)
         written = []
-        for block, cache in zip(self.blocks, caches, strict=True):
-            h, cache = run(block, h, cache, windows)
+        for block, cache, kept in zip(self.blocks, caches, self.kept_windows, strict=True):
+            key = cache.capacity, kept
+            if key not in made:
+                made[key] = self._windows(at, tokens.shape[1], *key, committed)
+            h, cache = run(block, h, cache, made[key])
             written.append(cache)
         return self.norm(h), tuple(written)
 
     def _windows(
-        self, at: Int[Array, " batch"] | Nodes | Windows, tokens: int, capacity: int
+        self,
+        at: Int[Array, " batch"] | Nodes | Windows,
+        tokens: int,
+        capacity: int,
+        kept: int | None,
+        committed: Int[Array, " batch"] | None,
     ) -> Windows:
-        """Make the windows of whatever says where the tokens are."""
-        if isinstance(at, Nodes):
-            return tree_windows(at, capacity, self.config, self.cuts, self.parts)
-        if isinstance(at, tuple):
+        """Make the windows of whatever says where the tokens are, for caches that keep a window."""
+        first, options = None, (self.config, self.cuts, self.parts)
+        if isinstance(at, tuple) and not isinstance(at, Nodes):
             return at
-        return chain_windows(at, tokens, capacity, self.config, self.cuts, self.parts)
+        if kept is not None:
+            before = at.root if isinstance(at, Nodes) else at
+            first = first_kept(before if committed is None else committed, kept)
+        if isinstance(at, Nodes):
+            return tree_windows(at, capacity, *options, first)
+        return chain_windows(at, tokens, capacity, *options, first)
+
+    @property
+    def kept_windows(self) -> tuple[int | None, ...]:
+        """Tokens that each block's cache keeps besides those to come; None for all."""
+        return tuple(map(self._kept, self.blocks))
+
+    def _kept(self, block: Block) -> int | None:
+        # Slots of a group share an array, so its layers keep everything if one of them does.
+        kinds = set(block.kinds)
+        if self.reach is None or len(kinds) > 1:
+            return None
+        return self.config.kinds[kinds.pop()].window
+
+    def capacities(self, capacity: int) -> tuple[int, ...]:
+        """Return the entries of each block's cache, where others have `capacity` of them."""
+        return tuple(
+            capacity if kept is None else min(capacity, kept_entries(kept, self.reach or 0))
+            for kept in self.kept_windows
+        )
 
     def embed(self, tokens: Int[Array, "batch tokens"]) -> Hidden:
         """Look up embeddings; one all-reduce where the embedding is split."""
@@ -284,9 +332,12 @@ class Decoder(nnx.Module):
 
         Args:
             batch: Rows.
-            capacity: Entries of each row.
+            capacity: Entries of each row, where caches keep everything.
         """
-        return tuple(block.init_cache(batch, capacity) for block in self.blocks)
+        sizes = self.capacities(capacity)
+        return tuple(
+            block.init_cache(batch, size) for block, size in zip(self.blocks, sizes, strict=True)
+        )
 
     def cache_specs(self) -> Caches:
         """Return the PartitionSpec of every cache array."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from easyspec_jax.arithmetic import round_up
@@ -42,7 +43,7 @@ class Window:
     """Positions of the tokens of one pass, as layers of one kind see them.
 
     Attributes:
-        start: Row b's tokens take the cache entries from start[b] on.
+        start: Row b's tokens are written from start[b] of the cache on.
         mask: `mask[b, t, s]` says that token t may read entry s.
         cos: Cosines of each token's rotation, float32.
         sin: Sines of each token's rotation, float32.
@@ -120,32 +121,44 @@ def chain_windows(
     config: ModelConfig,
     cuts: bool = True,
     parts: bool = False,
+    first: Int[Array, " batch"] | None = None,
 ) -> Windows:
     """Make the windows of consecutive tokens, each of which reads everything up to itself.
 
     Args:
-        start: Position, and cache entry, of each row's first token.
+        start: Position, and entry, of each row's first token.
         tokens: Tokens of each row.
         capacity: Entries of the cache.
         config: The model's configuration, for its kinds of layers.
         cuts: Whether sliding layers cut what they read out of large caches.
         parts: Whether other layers read only as large a part of them as texts need.
+        first: First entry that each row's cache has; None for 0. The windows are then right for
+            sliding layers only.
     """
     positions = start[:, None] + jnp.arange(tokens, dtype=start.dtype)[None, :]
     # Two tokens behind a text of three, capacity 6:
     #   token 0   1 1 1 1 0 0
     #   token 1   1 1 1 1 1 0
-    entries = jnp.arange(capacity, dtype=start.dtype)[None, None, :]
+    entries = _entries(capacity, first, start.dtype)
     mask = entries <= positions[:, :, None]
+    start = start if first is None else start - first
     stretch = Stretch(start, tokens, parts) if cuts else None
     return make_windows(start, mask, positions, entries, config, stretch)
+
+
+def _entries(
+    capacity: int, first: Int[Array, " batch"] | None, dtype: DTypeLike
+) -> Int[Array, "#batch 1 capacity"]:
+    """Number the entries of a cache."""
+    entries = jnp.arange(capacity, dtype=dtype)[None, None, :]
+    return entries if first is None else first[:, None, None] + entries
 
 
 class Stretch(NamedTuple):
     """Which entries behind a text are read at all.
 
     Attributes:
-        begin: Position, and entry, of each row's first token or root.
+        begin: Where each row's first token or root is in the cache.
         entries: How many from there on.
         parts: Whether layers may read only a part of a large cache.
     """
@@ -175,7 +188,12 @@ class Nodes(NamedTuple):
 
 
 def tree_windows(
-    nodes: Nodes, capacity: int, config: ModelConfig, cuts: bool = True, parts: bool = False
+    nodes: Nodes,
+    capacity: int,
+    config: ModelConfig,
+    cuts: bool = True,
+    parts: bool = False,
+    first: Int[Array, " batch"] | None = None,
 ) -> Windows:
     """Make the windows of nodes, each of which reads the text and its own path (tree attention).
 
@@ -185,6 +203,7 @@ def tree_windows(
         config: The model's configuration, for its kinds of layers.
         cuts: Whether sliding layers cut what they read out of large caches.
         parts: Whether other layers read only as large a part of them as texts need.
+        first: As for chain_windows().
     """
     start, root, depth, ancestors = nodes
     # A text of two tokens, then a root (node 0) with children 1 and 2, capacity 6:
@@ -192,8 +211,11 @@ def tree_windows(
     #   node 0   1 1   1 0 0   0
     #   node 1   1 1   1 1 0   0
     #   node 2   1 1   1 0 1   0
-    entries = jnp.arange(capacity, dtype=root.dtype)[None, None, :]
+    entries = _entries(capacity, first, root.dtype)
     before = jnp.broadcast_to(entries < root[:, None, None], (*depth.shape, capacity))
+    begin = root
+    if first is not None:
+        start, begin = start - first, root - first
     put = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
     if _slides(config, capacity):
         # Entries of nodes have the positions of their depths. Parents have lower numbers than
@@ -202,9 +224,9 @@ def tree_windows(
         #   node 2   1 0 1       0 . 1
         depths = jnp.cumsum(ancestors, axis=2, dtype=root.dtype) - 1
         entries = jnp.broadcast_to(entries, before.shape)
-        entries = put(entries, root[:, None, None] + depths, root)
-    mask, positions = put(before, ancestors, root), root[:, None] + depth
-    stretch = Stretch(root, ancestors.shape[2], parts) if cuts else None
+        entries = put(entries, root[:, None, None] + depths, begin)
+    mask, positions = put(before, ancestors, begin), root[:, None] + depth
+    stretch = Stretch(begin, ancestors.shape[2], parts) if cuts else None
     return make_windows(start, mask, positions, entries, config, stretch)
 
 
@@ -219,7 +241,7 @@ def make_windows(
     """Make the window of every kind of layer.
 
     Args:
-        start: First entry that each row's tokens take.
+        start: Where each row's tokens are written in the cache.
         mask: Which entries each token may read where no window hides them.
         positions: Position of each token in its text.
         entries: Position of each entry in the text, right for those that the token may read.

@@ -26,7 +26,16 @@ from easyspec_jax.plan.cost import Cost
 from easyspec_jax.plan.machines import Topology, parse_topology
 from easyspec_jax.plan.measure import measured
 from easyspec_jax.plan.options import LP_SIZES, PROMPT_LENGTH, PlanConfig
-from easyspec_jax.plan.steps import Costs, Pair, Way, costs, programs, verification_cost, ways
+from easyspec_jax.plan.steps import (
+    Costs,
+    Pair,
+    Way,
+    costs,
+    keeping_windows,
+    programs,
+    verification_cost,
+    ways,
+)
 from easyspec_jax.plan.tiers import Tier, tiers
 from easyspec_jax.progress import Bar, no_bar
 
@@ -183,6 +192,6 @@ def _compile(pair: Pair, way: Way, topology: Topology) -> Compiled | TooLarge | 
     try:
         # Tracing needs no real devices, so only this makes a mesh of those that XLA describes.
         run = programs(pair, way, partial(topology_mesh, topology))
-        return compile_round(run, pair.max_length)
+        return compile_round(keeping_windows(run), pair.max_length)
     except CannotCompile as reason:
         return str(reason)

@@ -194,6 +194,23 @@ def programs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Programs:
     return Programs(mesh, *models, config, pair.max_length)
 
 
+def keeping_windows(run: Programs) -> Programs:
+    """Return the programs with caches as the engine makes them without a store of prefixes.
+
+    Sliding layers keep only what may still be read. Moving on is a loop, which cost() cannot count;
+    it is for one step in a hundred.
+    """
+    models = (run.target, run.draft)
+    slides = any(model is not None and model.config.has_windows for model in models)
+    return replace(run, config=replace(run.config, keeps_windows=slides))
+
+
+def _bytes_of_caches(run: Programs, capacity: int) -> int:
+    """Return the bytes of one row's caches on a device."""
+    state = abstract_state(keeping_windows(run), 1, capacity)
+    return bytes_per_device((state.target, state.draft))
+
+
 def costs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Costs:
     """Count the costs of a way of decoding from traces alone; nothing is compiled."""
     run = programs(pair, way, make_mesh)
@@ -216,7 +233,7 @@ def costs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Costs:
         capacity=run.sizes.capacity(pair.max_length),
         target_bytes=bytes_per_device(run.target),
         draft_bytes=bytes_per_device(run.draft),
-        cache_bytes=bytes_per_device((state.target, state.draft)),
+        cache_bytes=_bytes_of_caches(run, state.capacity),
         step=step,
         calibration=calibration,
         first_token=target,
@@ -270,7 +287,8 @@ def rounds(pair: Pair, way: Way, make_mesh: MakeMesh, deepest: int) -> list[Roun
 def _round(run: Programs, pair: Pair) -> Round:
     state = abstract_state(run, 1, run.sizes.capacity(pair.max_length))
     counted = cost(run.compiled.round, run.leaves, state, mesh_shape=run.mesh.shape)
-    return Round(counted, bytes_per_device((run.target, run.draft, state.target, state.draft)))
+    caches = _bytes_of_caches(run, state.capacity)
+    return Round(counted, bytes_per_device((run.target, run.draft)) + caches)
 
 
 def prefill_costs(run: Programs, state: State, prompt: int) -> tuple[Cost, Cost | None]:
@@ -294,7 +312,7 @@ def prefill_costs(run: Programs, state: State, prompt: int) -> tuple[Cost, Cost 
     count, last = jax.ShapeDtypeStruct((1,), np.int32), jax.ShapeDtypeStruct((1,), bool)
     chunks = [
         jax.ShapeDtypeStruct((1, size), np.int32)
-        for size in run.sizes.chunks(prompt, state.target[0].capacity)
+        for size in run.sizes.chunks(prompt, state.capacity)
     ]
     target = measure(run.compiled.prefill, run.leaves, state, chunks[-1], count, last)
     # Each chunk attends to the whole cache, so chunks of one size cost the same.

@@ -11,14 +11,19 @@ from transformers import AutoModelForCausalLM
 
 from easyspec_jax import SamplingParams, SpeculativeConfig, open_model
 from easyspec_jax.checkpoint.config import ModelConfig
+from easyspec_jax.decode import accepting
+from easyspec_jax.decode.chunks import PREFILL_SIZES
+from easyspec_jax.decode.window_caches import move_on
+from easyspec_jax.draft.layer_group import LayerGroup
 from easyspec_jax.engine.engine import Engine
-from easyspec_jax.model import transformer, windows
+from easyspec_jax.model import kept_window, transformer, windows
+from easyspec_jax.model.transformer import Caches, Decoder
 from easyspec_jax.model.windows import Nodes, Window, Windows, tree_windows
 from easyspec_jax.options import Method
 from tests.support.helpers import sizes_read
 from tests.support.models import save_noisy_pair
 
-LAYERS, FOUR = 5, "0,1-4"
+LAYERS, FOUR, GROUPS = 5, "0,1-4", "0,1,2-4"
 PROMPTS = ["def add(a, b):", "one two three four five six seven"]
 GREEDY = SamplingParams(max_new_tokens=40)
 OPTIONS: dict[str, Any] = {
@@ -163,6 +168,111 @@ def test_parts_that_are_too_short_would_be_found(pair, plain, parts, monkeypatch
     assert texts(opened(pair, method="easyspec", lp_strategy=FOUR, tree_width=3)) != plain
 
 
+@pytest.fixture
+def small_windows(monkeypatch):
+    """Let caches of a few entries keep only a window, and move on every four tokens."""
+    monkeypatch.setattr(kept_window, "STEP", 4)
+    monkeypatch.setattr(kept_window, "ALIGNMENT", 4)
+    monkeypatch.setitem(PREFILL_SIZES, "cpu", (16,))
+
+
+@pytest.mark.parametrize(
+    "mesh, method, options",
+    [
+        ("1", "easyspec", {"lp_strategy": FOUR, "tree_width": 3, "adapt": True}),
+        ("1", "vanilla", {}),
+        pytest.param("1", "ngram", {}, marks=pytest.mark.slow),
+        pytest.param("1", "sd", {"prompt_lookup": True}, marks=pytest.mark.slow),
+        pytest.param("8", "tree", {"tree_nodes": 8}, marks=pytest.mark.slow),
+        pytest.param(
+            "layer=2,tensor=1",
+            "easyspec",
+            {"lp_strategy": GROUPS, "tree_width": 3, "calibration": False},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "8",
+            "easyspec",
+            {"lp_strategy": GROUPS, "prompt_lookup": True},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=str,
+)
+def test_caches_that_keep_a_window_change_no_token(
+    pair, plain, small_windows, mesh, method, options
+):
+    engine = opened(pair, mesh, method, **options)
+    assert engine.keeps_windows
+    assert texts(engine) == plain
+    programs = engine.programs(GREEDY)
+    state = programs.start(GREEDY, [1], 128)
+    sizes = [cache.capacity for cache in state.target]
+    assert sizes[1] == 128 and {*sizes[:1], *sizes[2:]} <= set(range(20, 60))
+
+
+@pytest.mark.parametrize(
+    "method, options",
+    [("easyspec", {"lp_strategy": GROUPS, "tree_width": 3}), ("sd", {"adapt": True})],
+    ids=str,
+)
+def test_rows_that_texts_take_over_keep_a_window(pair, plain, small_windows, method, options):
+    """Texts of several lengths in two rows; later ones find caches that have moved on."""
+    engine, again = opened(pair, method=method, **options), [*PROMPTS, *PROMPTS, *PROMPTS]
+    rows = [
+        engine.row(prompt, replace(GREEDY, max_new_tokens=40 - 7 * (number // 2)))
+        for number, prompt in enumerate(again)
+    ]
+    found = dict(engine.complete_each(rows, batch_size=2))
+    for number in range(len(again)):
+        expected = plain[number % 2][: 40 - 7 * (number // 2)]
+        assert found[number].token_ids == expected
+
+
+def test_texts_of_one_prompt_share_what_keeps_a_window(pair, plain, small_windows):
+    engine = opened(pair, method="easyspec", lp_strategy=FOUR)
+    prompt = PROMPTS[1] * 4  # longer than the caches of sliding layers
+    (alone,) = engine.generate([prompt], GREEDY)
+    several = list(engine.generate([prompt] * 3, GREEDY, batch_size=3))
+    assert [found.token_ids for found in several] == [alone.token_ids] * 3
+    assert several[2].stats.cached_tokens > 20
+
+
+def test_a_store_of_prefixes_keeps_everything(pair, small_windows):
+    engine = opened(pair)
+    assert engine.keeps_windows
+    engine.prefix_cache = 1 << 24
+    assert not engine.keeps_windows and not opened(pair, method="sd", bit_stable=True).keeps_windows
+    (first,), (second,) = (engine.generate(PROMPTS[1:], GREEDY) for _ in range(2))
+    assert first.token_ids == second.token_ids and second.stats.cached_tokens > 0
+
+
+@pytest.mark.parametrize("forgotten", ["target", "draft"])
+def test_caches_that_do_not_move_on_would_be_found(
+    pair, plain, small_windows, monkeypatch, forgotten
+):
+    """A planted fault: one model's entries stay where they are."""
+
+    def found() -> tuple[list[list[int]], list[int]]:
+        engine = opened(pair, method="easyspec", lp_strategy=GROUPS)
+        completions = list(engine.generate(PROMPTS, GREEDY, batch_size=2))
+        return [c.token_ids for c in completions], [c.stats.accepted for c in completions]
+
+    def late(model: Decoder, caches: Caches, *lengths: jax.Array) -> Caches:
+        groups = any(isinstance(block, LayerGroup) for block in model.blocks)
+        which = "draft" if groups else "target"
+        return caches if which == forgotten else move_on(model, caches, *lengths)
+
+    right = found()
+    assert right[0] == plain
+    with monkeypatch.context() as whole:
+        whole.setattr(Engine, "keeps_windows", False)
+        assert found() == right
+    monkeypatch.setattr(accepting, "move_on", late)
+    wrong = found()
+    assert right[forgotten == "draft"] != wrong[forgotten == "draft"]
+
+
 def test_bit_stable_texts_read_caches_whole(pair, parts, monkeypatch):
     """Where a cut begins depends on the pass, and with it the last bits of sums."""
     monkeypatch.setattr(windows, "ALIGNMENT", 4)
@@ -186,7 +296,7 @@ def test_wider_windows_of_trees_would_be_found(pair, plain, monkeypatch):
     tests/model/test_windows.py: few paths are accepted that are longer than a window.
     """
 
-    def wider(nodes: Nodes, capacity: int, config: ModelConfig, *reads: bool) -> Windows:
+    def wider(nodes: Nodes, capacity: int, config: ModelConfig, *reads: Any) -> Windows:
         layers = [replace(kind, window=kind.window and kind.window + 1) for kind in config.layers]
         return tree_windows(nodes, capacity, replace(config, layers=tuple(layers)), *reads)
 
