@@ -219,10 +219,13 @@ def tree_windows(
     put = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
     if _slides(config, capacity):
         # Entries of nodes have the positions of their depths. Parents have lower numbers than
-        # children, so an ancestor's depth is the number of ancestors before it:
+        # children, so an ancestor's depth is the node's own less the ancestors that come after it:
         #            ancestors   depths, where they are ancestors
         #   node 2   1 0 1       0 . 1
-        depths = jnp.cumsum(ancestors, axis=2, dtype=root.dtype) - 1
+        # Counted so, a missing node whose parents are missing too still reads itself: without
+        # anything to read it would be NaN, and so would be all that has weight 0 for it.
+        until = jnp.cumsum(ancestors, axis=2, dtype=root.dtype)
+        depths = depth[:, :, None] - (until[:, :, -1:] - until)
         entries = jnp.broadcast_to(entries, before.shape)
         entries = put(entries, root[:, None, None] + depths, begin)
     mask, positions = put(before, ancestors, begin), root[:, None] + depth

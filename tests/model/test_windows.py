@@ -193,6 +193,19 @@ def small_cuts(monkeypatch):
     monkeypatch.setattr(windows_module, "ALIGNMENT", 4)
 
 
+def test_missing_nodes_of_trees_read_themselves():
+    """Or their keys and values would be NaN, which a weight of 0 does not hide."""
+    config = model_config(family_config("qwen3", **SLIDING).to_dict())
+    # A path of four, of which all nodes but the first are missing; each has the root and itself.
+    depth, ancestors = np.arange(5, dtype=np.int32)[None], np.eye(5, dtype=bool)[None]
+    ancestors[:, :, 0] = True
+    root = jnp.array([3])
+    nodes = Nodes(root, root, jnp.asarray(depth), jnp.asarray(ancestors))
+    for window in tree_windows(nodes, CAPACITY, config):
+        own = np.asarray(window.mask)[0, np.arange(5), 3 + np.arange(5)]
+        assert own.all()
+
+
 @pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
 def test_a_cut_holds_all_that_may_be_read(tree, small_cuts):
     root = np.array([0, 1, 2, 17, 40, CAPACITY - 7], np.int32)
