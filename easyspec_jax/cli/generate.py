@@ -1,10 +1,12 @@
 """`python -m easyspec_jax.generate`: text from a target model, drafted on a device mesh."""
 
 import argparse
+import hashlib
 import io
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -96,9 +98,19 @@ def _run(args: argparse.Namespace, given: set[str], wording: Callable[[str], str
         return _speak(args, speculative, sampling, prompts)
     # All processes must decode the same, so they compare their flags and prompts.
     peer = _peer(args, prompts)
-    command = [{name: value for name, value in vars(args).items() if name != "process_id"}, prompts]
+    flags = {name: value for name, value in vars(args).items() if name != "process_id"}
+    command = [flags, prompts, _digest(args.prompt_lookup_corpus)]
     with hosts.joined(PROGRAM, peer, command, wording):
         return _speak(args, speculative, sampling, prompts)
+
+
+def _digest(path: str | None) -> str | None:
+    """Return a digest of a file, whose name says little about another host's; None if it is not."""
+    if path is None:
+        return None
+    with suppress(OSError):  # open_model() says what is wrong
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return None
 
 
 def _peer(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Peer:

@@ -188,11 +188,10 @@ def _bound(host: str, port: int) -> socket.socket:
         # A server that has just ended leaves its port in a state that blocks others for a minute.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-    except OSError as error:
+    except (OSError, TypeError) as error:  # the latter for a name that has no encoding
         listener.close()
-        raise EasySpecError(
-            f"--host {host} --port {port} cannot be bound: {error.strerror or error}"
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise EasySpecError(f"--host {host} --port {port} cannot be bound: {reason}") from None
     return listener
 
 

@@ -268,7 +268,11 @@ class Models:
         sampling.check_ids(self.target.config.vocab_size)
         if sampling.grammar is not None:
             self.grammars.check(sampling)
-        return sampling.limited(self.max_length)
+        sampling = sampling.limited(self.max_length)
+        # A sequence longer than the text cannot be in it, but would enlarge the programs' arrays.
+        most = sampling.max_new_tokens
+        ids = tuple(word for word in sampling.bad_words_ids if len(word) <= most)
+        return sampling if ids == sampling.bad_words_ids else replace(sampling, bad_words_ids=ids)
 
     @cached_property
     def grammars(self) -> Grammars:

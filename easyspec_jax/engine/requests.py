@@ -83,6 +83,10 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 """Fields that are not supported, and the values with which they would have no effect."""
 
 
+_MOST_UNKNOWN = 64
+"""Fields that are unknown of one object; each is compared with all known ones."""
+
+
 def known_fields(
     given: Iterable[tuple[str, Any]], own: Collection[str], names: Mapping[str, str] = OTHER_NAMES
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -103,6 +107,9 @@ def known_fields(
     used = {*own, *SAMPLING, *GRAMMARS, *names}
     known = {*used, *DESCRIPTIVE, *_WITHOUT_EFFECT}
     flat: dict[str, Any] = {}
+    given = list(given)
+    if sum(name not in known for name, _ in given) > _MOST_UNKNOWN:
+        raise EasySpecError(f"there are more than {_MOST_UNKNOWN} unknown fields")
     for name, value in given:
         # A null means that the field is not given, as in OpenAI's API.
         if value is None:
@@ -177,6 +184,8 @@ def sampling_in(fields: Mapping[str, Any], default: SamplingParams) -> SamplingP
     if "logit_bias" in own:
         own["logit_bias"] = _biases(own["logit_bias"])
     if "stop_token_ids" in own:
+        if any(isinstance(number, bool) for number in own["stop_token_ids"]):
+            raise EasySpecError("stop_token_ids must be a list of whole numbers")
         own["stop_token_ids"] = tuple(own["stop_token_ids"])
     return replace(default, **own)
 

@@ -26,7 +26,8 @@ def check_whole(
     Raises:
         EasySpecError: The value is not a whole number, or out of bounds.
     """
-    if not isinstance(value, SupportsIndex):
+    # isinstance() with a protocol takes microseconds, and logit_bias may have 100,000 ids.
+    if type(value) is not int and not isinstance(value, SupportsIndex):
         raise EasySpecError(f"`{field}` {value!r} must be a whole number")
     if value.__index__() < least or (most is not None and value.__index__() > most):
         limits = f"at least {least}" if most is None else f"from {least} to {most}"

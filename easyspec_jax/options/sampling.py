@@ -1,5 +1,6 @@
 """How tokens are chosen."""
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -261,7 +262,7 @@ class SamplingParams:
         named = {
             "logit_bias": tuple(self.biases),
             "stop_token_ids": self.stop_token_ids,
-            "bad_words_ids": sum(self.bad_words_ids, ()),
+            "bad_words_ids": itertools.chain.from_iterable(self.bad_words_ids),
         }
         for field, ids in named.items():
             for number in ids:

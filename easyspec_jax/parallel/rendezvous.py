@@ -52,7 +52,8 @@ class Peer:
 
     def __post_init__(self) -> None:
         _, _, port = self.coordinator.rpartition(":")
-        if not (self.host and port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+        is_port = port.isascii() and port.isdigit() and 0 < int(port) < 2**16
+        if not (is_port and self.host and _is_encodable(self.host)):
             raise EasySpecError(f"`coordinator` {self.coordinator[:80]!r} is not HOST:PORT")
         if self.num_processes < 1:
             raise EasySpecError(f"`num_processes` {self.num_processes} must be at least 1")
@@ -101,6 +102,15 @@ def find_peer(coordinator: str | None, num_processes: int | None, process_id: in
     return Peer(address, processes, own, None if devices is None else list(devices))
 
 
+def _is_encodable(host: str) -> bool:
+    """Whether sockets can look a name up; a part of it may be too long for that."""
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        return False
+    return True
+
+
 def gather(peer: Peer, digest: str) -> tuple[Links, str]:
     """Wait as process 0 until all others have come.
 
@@ -142,23 +152,23 @@ def gather(peer: Peer, digest: str) -> tuple[Links, str]:
 def _accept(server: socket.socket, peer: Peer, digest: str, links: Links, deadline: float) -> None:
     """Add the next process that comes to the links; ignore what is not one."""
     server.settimeout(max(0.01, deadline - time.monotonic()))
+    link = None
     try:
         link, _ = server.accept()
-        link.settimeout(HELLO)
         # Anyone can connect to an open port; what does not speak JSON like us is ignored below.
-        hello = json.loads(_line(link))
+        hello = json.loads(_line(link, time.monotonic() + HELLO))
         number = hello["process"]
         complaint = _complaint(hello, peer, digest, links)
-    except TimeoutError:
-        if time.monotonic() < deadline:
-            return  # a connection that said nothing
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if link is not None:
+            link.close()
+        if not isinstance(error, TimeoutError) or time.monotonic() < deadline:
+            return  # not one of our processes, or it said nothing
         missing = min(set(range(1, peer.num_processes)) - links.keys())
         _refuse(
             links,
             f"process {missing} did not come to {peer.coordinator} within {START:.0f} s",
         )
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # not one of our processes
     if complaint is not None:
         _refuse({**links, -1: link}, complaint)
     links[number] = link
@@ -197,10 +207,10 @@ def report(peer: Peer, digest: str) -> tuple[Links, str]:
     link.settimeout(START + HELLO)
     try:
         link.sendall(json.dumps(hello).encode() + b"\n")
-        answer = json.loads(_line(link))
+        answer = json.loads(_line(link, time.monotonic() + START + HELLO))
         if "refused" not in answer:
             return {0: link}, answer["address"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         link.close()
         raise EasySpecError(
             f"`coordinator` {peer.coordinator} did not answer like process 0; is another "
@@ -227,14 +237,19 @@ def _connected(peer: Peer) -> socket.socket:
             time.sleep(0.2)
 
 
-def _line(link: socket.socket) -> bytes:
+def _line(link: socket.socket, deadline: float) -> bytes:
     """Read one line, byte by byte, because the watch reads what follows it.
 
     Raises:
         ValueError: The connection ends, or the line is too long.
+        TimeoutError: It is not there by the deadline, by time.monotonic().
     """
     line = bytearray()
     while not line.endswith(b"\n"):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        link.settimeout(left)
         byte = link.recv(1)
         if not byte or len(line) > LONGEST_LINE:
             raise ValueError("no line")

@@ -6,7 +6,7 @@ from typing import Any
 from easyspec_jax.errors import EasySpecError, first_line
 from easyspec_jax.options import Grammar, GrammarKind
 from easyspec_jax.sampling.grammar_trial import MEMORY, SECONDS, complaint
-from easyspec_jax.sampling.tool_grammar import ToolGrammar
+from easyspec_jax.sampling.tool_grammar import ToolGrammar, quoted
 from easyspec_jax.tokenizer.tool_calls import BEGIN, END
 
 _LIMITS: dict[str, Any] = {"max_lexer_states": 50_000, "verbose_errors": False}
@@ -117,5 +117,5 @@ def _llguidance_text(grammar: Grammar, tags_are_tokens: bool) -> str:
     if grammar.kind == "regex":
         return LLMatcher.grammar_from_regex(grammar.text)
     # One terminal, which becomes a regular expression. Thousands of rules would break a limit.
-    texts = [json.dumps(text, ensure_ascii=False) for text in json.loads(grammar.text)]
+    texts = [quoted(text) for text in json.loads(grammar.text)]
     return LLMatcher.grammar_from_lark(f"start: TEXT\nTEXT: {' | '.join(texts)}")

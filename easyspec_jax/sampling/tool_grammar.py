@@ -48,14 +48,14 @@ class ToolGrammar:
                 tokens for special ones, which no text matches.
         """
         names = [f"tool_{number}" for number in range(len(self.arguments))]
-        begin, end = (BEGIN, END) if tags_are_tokens else (_quoted(BEGIN), _quoted(END))
+        begin, end = (BEGIN, END) if tags_are_tokens else (quoted(BEGIN), quoted(END))
         rules = [
             f"start: {self._start(tags_are_tokens)}",
             f"call: {begin} rest",
             f'rest: "\\n" ({" | ".join(names)}) "\\n" {end}',
         ]
         for name, (tool, schema) in zip(names, self.arguments.items(), strict=True):
-            head = _quoted(f'{{"name": {_quoted(tool)}, "arguments": ')
+            head = quoted(f'{{"name": {json.dumps(tool, ensure_ascii=False)}, "arguments": ')
             rules.append(f'{name}: {head} arguments_{name} "}}"')
             rules.append(f"arguments_{name}: %json {json.dumps({'x-guidance': options, **schema})}")
         return "\n".join(rules + self._terminals(tags_are_tokens))
@@ -78,6 +78,7 @@ class ToolGrammar:
         ]
 
 
-def _quoted(text: str) -> str:
-    """Return a string as both JSON and Lark write it."""
-    return json.dumps(text, ensure_ascii=False)
+def quoted(text: str) -> str:
+    """Return a string as Lark writes it."""
+    # llguidance takes no DEL within a string.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

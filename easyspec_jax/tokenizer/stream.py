@@ -47,6 +47,7 @@ class Detokenizer:
         is_anchor: Whether no earlier token can change how this id and later ones are spelled.
         is_byte: Whether this id is a single byte, which is decoded together with its neighbours.
         is_hidden: Whether the decoder never sees this id: it is special or unknown.
+        has_bytes: Whether some ids are single bytes.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -59,7 +60,7 @@ class Detokenizer:
         # Sentencepiece spells an unknown character as byte tokens "<0xE4>", "<0xB8>", "<0xAD>",
         # which its ByteFallback decoder joins. ByteLevel has no such tokens: each of its letters
         # stands for a byte ("Ġ" for a space), and any token may begin or end inside a character.
-        self._has_bytes = any(part["type"] == "ByteFallback" for part in parts)
+        self.has_bytes = any(part["type"] == "ByteFallback" for part in parts)
         # Asked for every token of every text: each instance remembers its own answers.
         self.is_anchor = cache(self._is_anchor)
         self.is_byte = cache(self._is_byte)
@@ -69,14 +70,18 @@ class Detokenizer:
         """Decode ids to text, without special tokens."""
         return decode_text(self._tokenizer, ids)
 
+    def is_whole(self, ids: Sequence[int]) -> bool:
+        """Whether ids spell whole, visible characters on their own."""
+        text = self.decode(ids)
+        return text != "" and _HALF not in text
+
     def _is_anchor(self, number: int) -> bool:
-        text = self.decode([number])
-        return text != "" and _HALF not in text and not self.is_byte(number)
+        return self.is_whole([number]) and not self.is_byte(number)
 
     def _is_byte(self, number: int) -> bool:
         token = self._backend.id_to_token(number) or ""
         looks_so = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-        return self._has_bytes and looks_so
+        return self.has_bytes and looks_so
 
     def _is_hidden(self, number: int) -> bool:
         return number in self._special or self._backend.id_to_token(number) is None
@@ -148,10 +153,17 @@ class TextStream:
         self.stopped = False
         self._decoder = _detokenizer(tokenizer)
         self._stop, self._stop_ids = stop, frozenset(stop_ids)
+        self._overlaps = [_Overlap(one) for one in stop]
         # Prompt and text, without the ids that the decoder never sees.
         self._all = [number for number in prompt_ids if not self._decoder.is_hidden(number)]
         self._certain = ""  # text that no further id can change
         self._shown = 0  # characters of it that push() has returned
+        self._anchor = self._read = 0  # where decoding starts, and up to where _known goes
+        self._open = 0  # byte tokens at the end; a further one may change their text
+        for number in reversed(self._all):
+            if not self._decoder.is_byte(number):
+                break
+            self._open += 1
         self._read_to(len(self._all), "")
 
     @property
@@ -177,15 +189,18 @@ class TextStream:
         if number in self._stop_ids or self._decoder.is_hidden(number):
             return
         self._all.append(number)
-        if not self._decoder.piecewise and not self._stop:
+        self._open = self._open + 1 if self._decoder.is_byte(number) else 0
+        if not self._stop and (self._open or not self._decoder.piecewise):
             return
-        text, end = self._spelled(len(self._all)), self._start_of_open_bytes()
+        text, end = self._spelled(len(self._all)), len(self._all) - self._open
         stop = self._first_stop(text.rstrip(_HALF))
         if stop is not None:
             self.stopped, self._certain, self._shown = True, text[:stop], stop
         elif self._decoder.piecewise:
             closed = text if end == len(self._all) else self._spelled(end)
             self._certain = closed.rstrip(_HALF)
+            for overlap in self._overlaps:
+                overlap.follow(self._certain)
             # A push never takes back what an earlier one returned, hence the max().
             self._shown = max(self._shown, len(self._certain) - self._withheld())
             if end == len(self._all) and self._certain == text:
@@ -195,27 +210,22 @@ class TextStream:
         """Record that the ids up to `end` spell `text`, and move the anchor towards it."""
         # With ids [.., A, x, y | z] and A the last anchor before end, _known is "Axy". When z
         # comes, "Axyz" is decoded, and the text grows by what follows "Axy" in it.
-        self._anchor = 0
-        for place in range(end - 1, -1, -1):
-            if self._decoder.is_anchor(self._all[place]):
-                self._anchor = place
-                break
+        places = range(end - 1, self._read - 1, -1)
+        is_anchor = self._decoder.is_anchor
+        anchor = next((place for place in places if is_anchor(self._all[place])), None)
+        # Characters that the vocabulary lacks have several tokens, none of them an anchor. Together
+        # they are one.
+        new = self._all[self._read : end]
+        if anchor is None and not self._decoder.has_bytes and self._decoder.is_whole(new):
+            anchor = self._read
+        self._anchor = self._anchor if anchor is None else anchor
+        self._read = end
         self._known, self._text = self._decoder.decode(self._all[self._anchor : end]), text
 
     def _spelled(self, end: int) -> str:
         """Return the text of the ids up to `end`, decoding only those from the anchor on."""
         spelled = self._decoder.decode(self._all[self._anchor : end])
         return self._text + spelled[_common_length(self._known, spelled) :]
-
-    def _start_of_open_bytes(self) -> int:
-        """Return where the byte tokens at the end begin; a further byte may change their text."""
-        start = place = len(self._all)
-        while place > self._anchor:
-            place -= 1
-            if not self._decoder.is_byte(self._all[place]):
-                break
-            start = place
-        return start
 
     def _first_stop(self, text: str) -> int | None:
         """Return where the stop string begins that ends first in the text not shown yet."""
@@ -228,14 +238,40 @@ class TextStream:
 
     def _withheld(self) -> int:
         """Return the length of the longest end of the text that may become a stop string."""
-        shown = self._certain[self._shown :]
-        longest = 0
-        for stop in self._stop:
-            for length in range(min(len(stop) - 1, len(shown)), longest, -1):
-                if shown.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest
+        longest = max((overlap.length for overlap in self._overlaps), default=0)
+        return min(longest, len(self._certain) - self._shown)
+
+
+class _Overlap:
+    """The longest end of a growing text with which a stop string may begin (Knuth-Morris-Pratt).
+
+    Attributes:
+        length: Its length.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self.length = 0
+        self._stop, self._read = stop, 0
+        # Entry n: the longest end of the first n characters with which they begin as well. It is
+        # found as far as is needed: a stop string may be long.
+        self._borders = [0, 0]
+
+    def follow(self, text: str) -> None:
+        """Take in what a text has grown by."""
+        for character in text[self._read :]:
+            self.length = self._next(self.length, character)
+        self._read = max(self._read, len(text))
+
+    def _next(self, length: int, character: str) -> int:
+        while length and (length == len(self._stop) or self._stop[length] != character):
+            length = self._border(length)
+        return length + (self._stop[length] == character)
+
+    def _border(self, length: int) -> int:
+        while len(self._borders) <= length:
+            last = self._borders[-1]
+            self._borders.append(self._next(last, self._stop[len(self._borders) - 1]))
+        return self._borders[length]
 
 
 def _common_length(first: str, second: str) -> int:

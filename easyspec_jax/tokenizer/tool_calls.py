@@ -17,6 +17,9 @@ from easyspec_jax.tokenizer.stream import Tokenizer
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 
+_MOST_BROKEN = 64
+"""Beginnings without a call after which a text is read no further: each is searched to its end."""
+
 # A string of JSON may itself hold the end of a call, so strings are followed to their ends.
 _QUOTE_OR_END = re.compile('"|' + END)
 _ESCAPE_OR_QUOTE = re.compile(r'\\.|"', re.DOTALL)
@@ -53,6 +56,7 @@ class ToolCallParser:
         self._held = ""  # text that may be part of a call
         self._scan = _Scan()  # how far its end has been looked for
         self._blanks = ""  # blanks since the beginning or the latest call
+        self._broken = 0  # beginnings of calls that were none
         self._silent = True  # whether there were only blanks since then
         self._called = False
 
@@ -68,9 +72,10 @@ class ToolCallParser:
 
     def _split(self, final: bool) -> Iterator[str | ToolCall]:
         while self._held:
-            begin = self._held.find(BEGIN)
+            begin = self._held.find(BEGIN) if self._broken < _MOST_BROKEN else -1
             if begin < 0:
-                begin = len(self._held) - (0 if final else _length_of_open_tag(self._held))
+                is_open = not final and self._broken < _MOST_BROKEN
+                begin = len(self._held) - (_length_of_open_tag(self._held) if is_open else 0)
             yield from self._say(begin)
             inner = self._held.removeprefix(BEGIN).lstrip()
             if len(inner) < len(self._held) and inner and inner[0] != "{":
@@ -83,6 +88,7 @@ class ToolCallParser:
             call = _read_call(self._held[:end].removeprefix(BEGIN).removesuffix(END))
             if call is None:
                 # A quote that is never closed swallows ends: a call may follow all the same.
+                self._broken += 1
                 following = self._held.find(BEGIN, 1)
                 yield from self._say(end if following < 0 else min(end, following))
             else:

@@ -85,9 +85,11 @@ def _question(line: str, place: str) -> Question:
     try:
         fields = json.loads(line)
         question = Question(fields["question_id"], fields["category"], tuple(fields["turns"]))
+        is_list = isinstance(fields["turns"], list)
     except (ValueError, TypeError, KeyError) as error:
         raise EasySpecError(f"{place} is not a question in Spec-Bench's form: {error!r}") from None
-    if not question.turns or not all(isinstance(turn, str) and turn for turn in question.turns):
+    are_texts = all(isinstance(turn, str) and turn for turn in question.turns)
+    if not (is_list and question.turns and are_texts):
         raise EasySpecError(f'{place}: "turns" must be a list of texts')
     if not isinstance(question.category, str):
         raise EasySpecError(f'{place}: "category" must be a text')

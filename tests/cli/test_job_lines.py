@@ -171,6 +171,8 @@ def test_fields_that_only_describe_a_line_are_not_used():
         ({"prompt": "a", "n": 2}, "`n` 2 texts would be equal at `temperature` 0"),
         ({"prompt": "a", "best_of": 2}, "best_of '2' is not supported"),
         ({"prompt": "a", "stop_token_ids": ["x"]}, "`stop_token_ids` 'x' must be a whole number"),
+        ({"prompt": "a", "stop_token_ids": [True]}, "stop_token_ids must be a list of whole"),
+        ({"prompt": "a"} | {f"x{i}": 1 for i in range(65)}, "more than 64 unknown fields"),
         (
             {"messages": [USER], "chat_template_kwargs": {"enable_thinking": False}},
             "is not supported",

@@ -44,6 +44,7 @@ def refused(monkeypatch, capsys):
         (["--max-seconds", "-1"], "--max-seconds -1.0 must be a time"),
         (["--api-key", ""], "--api-key '' is empty; leave it out to serve without a key"),
         (["--host", "192.0.2.1"], "--host 192.0.2.1 --port 0 cannot be bound"),
+        (["--host", "ü" * 70], "--port 0 cannot be bound"),
         (["--chat-template", "/nowhere"], "--chat-template /nowhere cannot be read"),
         (["--lp-strategy", "auto", "--lp-size", "2"], "--lp-strategy auto chooses --lp-size"),
         (["--max-length", "1"], "--max-length 1 must be from 2"),

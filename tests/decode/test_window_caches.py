@@ -29,11 +29,11 @@ def caches_of(committed: np.ndarray, slots: tuple[int, ...] = ()) -> tuple[KVCac
         first = np.zeros_like(committed)
         if window is not None:
             first = np.asarray(first_kept(jnp.asarray(committed), window))
-        entries = (
-            first[:, None] + np.arange(CAPACITY)[None, :] + 100 * np.arange(len(first))[:, None]
-        )
+        begin = first + 100 * np.arange(len(first))
+        entries = begin[:, None] + np.arange(CAPACITY)[None, :]
         entries = np.repeat(entries, 2, axis=0)[..., None].astype(np.float32)  # two heads
-        made.append(KVCache(*[jnp.asarray(np.broadcast_to(entries, (*slots, *entries.shape)))] * 2))
+        k = jnp.asarray(np.broadcast_to(entries, (*slots, *entries.shape)))
+        made.append(KVCache(k, k))
     return tuple(made)
 
 
@@ -69,22 +69,21 @@ def test_models_without_windows_move_nothing():
 
 def test_paths_move_to_the_same_entries_of_a_text():
     committed = np.array([9, 11], np.int32)
-    source, start = jnp.asarray(committed)[:, None] + jnp.array([0, 2, 3]), jnp.asarray(committed)
+    source, start = jnp.asarray(committed[:, None] + np.array([[0, 2, 3]])), jnp.asarray(committed)
     moved = move_entries(MODEL, caches_of(committed), source, start, start)
     for cache, window in zip(moved, WINDOWS, strict=True):
         for row, end in enumerate(committed.tolist()):
             first = 0 if window is None else int(first_kept(jnp.asarray(end), window))
             own = np.asarray(cache.k[2 * row, end - first :, 0])[:4] - 100 * row
-            assert own.tolist() == [end, end + 2, end + 3, end + 3]
+            assert own[:3].tolist() == [end, end + 2, end + 3]
 
 
 def test_a_beginning_has_what_may_be_read_and_zeros_behind():
     committed = np.array([11], np.int32)
-    found = beginning(MODEL, caches_of(committed), jnp.array(11), [20, 16, 12])
+    caches = caches_of(committed)
+    found = beginning(MODEL, caches, jnp.array(11), [20, 16, 12])
     assert [cache.capacity for cache in found] == [20, 16, 12]
-    for own, right in zip(
-        kept(found, committed), kept(caches_of(committed), committed), strict=True
-    ):
+    for own, right in zip(kept(found, committed), kept(caches, committed), strict=True):
         np.testing.assert_array_equal(own, right)
     for cache, window in zip(found, WINDOWS, strict=True):
         first = 0 if window is None else int(first_kept(jnp.array(11), window))

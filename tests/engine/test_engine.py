@@ -39,6 +39,13 @@ def test_bit_stable_texts_reuse_nothing(directory):
         open_model(directory, speculative=PLAIN, prefix_cache=1 << 20).variant(stable)
 
 
+def test_bad_words_longer_than_a_text_take_no_room(engine):
+    """All texts of a job would have arrays of that length."""
+    sampling = SamplingParams(max_new_tokens=4, bad_words_ids=((1, 2, 3, 4), (1,) * 5000))
+    assert engine.with_ids(sampling).bad_words_ids == ((1, 2, 3, 4),)
+    assert engine.config(sampling).kinds.bad_word_length == 4
+
+
 def test_speculation_needs_a_draft(directory, engine):
     with pytest.raises(EasySpecError, match="`method` tree needs `draft` DIR"):
         open_model(directory, speculative=SpeculativeConfig(method="tree"))

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -172,6 +174,7 @@ def test_the_layer_axis_stays_inside_a_process_as_far_as_it_fits():
         (["--distributed", "localhost:1", "2", "2"], "--process-id 2 must be from 0 to 1"),
         (["--distributed", "localhost:1", "0", "0"], "--num-processes 0 must be at least 1"),
         (["--distributed", "localhost", "2", "0"], "--coordinator 'localhost' is not HOST:PORT"),
+        (["--distributed", "x" * 70 + ":9", "2", "0"], "is not HOST:PORT"),
     ],
 )
 def test_bad_flags_are_one_line(flags, words, capsys):
@@ -203,6 +206,30 @@ def test_nobody_waits_for_ever(monkeypatch):
         rendezvous.gather(Peer(address, 2, 0), "")
     with pytest.raises(EasySpecError, match="cannot be reached within"):
         rendezvous.report(Peer(address, 2, 1), "")
+
+
+@pytest.mark.parametrize("says", ["[" * 4000 + "\n", "{"], ids=["nested", "slow"])
+def test_strangers_are_ignored(monkeypatch, says):
+    """What they say is no JSON that can be read, or comes a letter at a time."""
+    monkeypatch.setattr(rendezvous, "START", 1.5)
+    monkeypatch.setattr(rendezvous, "HELLO", 0.5)
+    address, told = free_address(), threading.Event()
+    host, _, port = address.rpartition(":")
+
+    def stranger() -> None:
+        time.sleep(0.3)  # until the port is open
+        with socket.create_connection((host, int(port))) as link, suppress(OSError):
+            while not told.wait(0.1):
+                link.sendall(says.encode())
+
+    thread = threading.Thread(target=stranger)
+    thread.start()
+    begun = time.monotonic()
+    with pytest.raises(EasySpecError, match="process 1 did not come"):
+        rendezvous.gather(Peer(address, 2, 0), "")
+    told.set()
+    thread.join()
+    assert time.monotonic() - begun < 10
 
 
 @pytest.mark.parametrize(

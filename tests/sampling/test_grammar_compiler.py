@@ -73,6 +73,11 @@ CATASTROPHIC = {
 }
 
 
+def test_a_choice_may_hold_any_character():
+    """llguidance takes no DEL within a string."""
+    check(choice=("a\x7fb", '"', "\\", "\n"))
+
+
 @pytest.mark.parametrize("case", CATASTROPHIC)
 def test_what_other_engines_choke_on_compiles(case):
     check(**CATASTROPHIC[case])

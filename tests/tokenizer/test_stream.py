@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from easyspec_jax.tokenizer import encode
-from easyspec_jax.tokenizer.stream import TextStream, decode_text
-from tests.support.models import TEXTS, trained_tokenizer
+from easyspec_jax.tokenizer.stream import TextStream, _Overlap, decode_text
+from tests.support.models import TEXTS, byte_tokenizer, trained_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -237,17 +237,50 @@ def test_what_a_stop_id_would_say_is_not_shown():
     assert stream.ids == [x, a]
 
 
-def test_a_text_of_many_tokens_is_decoded_once():
-    """Each step decodes a few tokens, not all of them."""
-    decoded = []
-    stream = TextStream(TOKENIZERS["llama"], prompt_ids=[PIECES.index("▁Hello")] * 1000)
+def most_decoded(
+    tokenizer: PreTrainedTokenizerFast, prompt: list[int], ids: list[int], monkeypatch
+) -> int:
+    """Push ids one by one, and return how many are decoded at once at most."""
+    stream, decoded = TextStream(tokenizer, prompt_ids=prompt), []
     decode = stream._decoder.decode
-    stream._decoder.decode = lambda ids: (decoded.append(len(ids)), decode(ids))[1]  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        stream.push([PIECES.index("▁world"), PIECES.index("</s>")] * 500)
-    finally:
-        stream._decoder.decode = decode  # pyright: ignore[reportAttributeAccessIssue]
-    assert max(decoded) <= 4
+    monkeypatch.setattr(
+        stream._decoder, "decode", lambda ids: (decoded.append(len(ids)), decode(ids))[1]
+    )
+    for number in ids:
+        stream.push([number])
+    assert stream.text.strip() == decode(ids).strip()
+    return max(decoded[:-1])
+
+
+def test_a_text_of_many_tokens_is_decoded_once(monkeypatch):
+    """Each step decodes a few tokens, not all of them."""
+    prompt = [PIECES.index("▁Hello")] * 1000
+    ids = [PIECES.index("▁world"), PIECES.index("▁Hello")] * 500
+    assert most_decoded(TOKENIZERS["llama"], prompt, ids, monkeypatch) <= 4
+
+
+def test_characters_of_several_tokens_are_decoded_once(monkeypatch):
+    """No token by itself spells such a character."""
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("😀ж", add_special_tokens=False).input_ids * 300
+    assert len(ids) == 6 * 300
+    assert most_decoded(tokenizer, [], ids, monkeypatch) <= 8
+
+
+def test_stop_strings_that_nearly_match_are_compared_once():
+    """The letters of a text decide one after the other how much of it may become a stop string."""
+    overlap = _Overlap("aab" * 1000)
+    read = []
+    following = overlap._next
+    overlap._next = lambda length, letter: (read.append(letter), following(length, letter))[1]  # pyright: ignore[reportAttributeAccessIssue]
+    text = ""
+    for _ in range(500):
+        text += "aab"
+        overlap.follow(text)
+        assert overlap.length == len(text)
+    overlap.follow(text + "aa")
+    overlap.follow(text + "aaa")
+    assert overlap.length == 2 and len(read) < 4 * len(text)
 
 
 def test_a_very_long_stop_string_costs_no_time():

@@ -99,6 +99,19 @@ def test_the_end_of_a_long_call_is_looked_for_once():
         assert scan._at >= length
 
 
+def test_calls_are_no_longer_looked_for_after_many_that_are_none(monkeypatch):
+    """Each is searched to the end of the text, which would take minutes for a long one."""
+    searched, real = [], _Scan.end_of_call
+    monkeypatch.setattr(
+        _Scan, "end_of_call", lambda self, text: (searched.append(text), real(self, text))[1]
+    )
+    text = '<tool_call>{"a":"b",' * 1000
+    assert "".join(map(str, parsed(text))) == text
+    assert len(searched) < 200
+    few = "<tool_call>{1}</tool_call>" * 9
+    assert parsed(few + NOW)[-1] == ToolCall("now", "{}")
+
+
 PIECES = st.sampled_from(
     [ADD, NOW, "<tool_call>", "</tool_call>", "{", '"', "\\", " ", "\n", "a", '{"name": "f"}', "<"]
 )
