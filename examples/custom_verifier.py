@@ -2,7 +2,7 @@
 
     python examples/custom_verifier.py [TARGET DRAFT]
 
-A verifier says how the draft proposes tokens and which of them the target accepts. The three that
+A verifier says how the draft proposes tokens and which of them the target accepts. The ones that
 come with the package keep the target's distribution. This one gives up some of it for speed: it
 accepts a drafted token that the target likes *almost* as well as its favourite, as in typical
 acceptance (Medusa, arXiv 2401.10774).

@@ -231,7 +231,8 @@ def run_job(
         out: The file of records.
         chat: Put prompts that are text as a user's message.
         batch_size: Lines decoded together.
-        settings: Other settings that change the texts.
+        settings: What else changes the texts, such as the models' names and the defaults of
+            sampling, as JSON. A job goes on only with the same.
         bar: Shows the progress.
         note: Called with each line's error, and with the names of fields that are not used.
 

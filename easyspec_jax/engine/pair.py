@@ -56,7 +56,7 @@ def open_model(
         target: Checkpoint directory, as converted or as from Hugging Face. None opens the bundled
             demo pair, which runs on virtual CPU devices if there are too few accelerators.
         draft: Directory of a smaller model of the same family.
-        mesh: Devices: "8" or "layer=4,tensor=2".
+        mesh: Devices: "8" or "layer=4,tensor=2", as a string.
         platform: "cpu", "gpu" or "tpu"; by default the fastest one present.
         speculative: How to draft and verify; by default groups of four layers and chains of five
             tokens. "tuned" is the way that `easyspec_jax.tune` found fastest and stored.

@@ -79,7 +79,7 @@ class PlanConfig:
     )
     refit: bool = False
     measure: bool = False
-    acceptance: Path | None = None
+    acceptance: str | Path | None = None
     compile: bool = True
 
     def __post_init__(self) -> None:

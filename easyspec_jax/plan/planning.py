@@ -108,7 +108,7 @@ def plan(target: str | Path, draft: str | Path, config: PlanConfig, *, bar: Bar 
     # Before anything that takes time.
     acceptance = None
     if config.acceptance is not None:
-        acceptance = read_acceptance(config.acceptance, draft_config.num_hidden_layers)
+        acceptance = read_acceptance(Path(config.acceptance), draft_config.num_hidden_layers)
     if config.measure:
         # Only the figures change. The programs are traced for absent devices all the same.
         topology = _measured(topology, pair)

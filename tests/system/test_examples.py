@@ -28,10 +28,13 @@ def run(capsys, monkeypatch):
     return run
 
 
-def test_every_example_has_a_test():
+def test_every_example_has_a_test_and_is_on_the_site():
     source = Path(__file__).read_text(encoding="utf-8")
+    page = (EXAMPLES.parent / "docs" / "examples.md").read_text(encoding="utf-8")
     for path in EXAMPLES.glob("*.py"):
         assert f'run("{path.name}"' in source
+        # Formatters of code within documents have rewritten these lines before.
+        assert f'```{{.python}}\n--8<-- "examples/{path.name}"\n```' in page
 
 
 def test_a_conversation_is_answered_line_by_line(run, monkeypatch):
