@@ -1,7 +1,8 @@
 """Verifiers: how a draft proposes tokens and how the target's distribution decides about them.
 
 A new verifier is one class with the methods of `Verifier`, passed as `SpeculativeConfig.verifier`.
-To give it a name on the command line, add it to `choose` and to the type `Verifier` of options/speculative.py.
+To give it a name on the command line, add it to `choose` and to the type `Verifier` of
+options/speculative.py.
 """
 
 from typing import Any
