@@ -48,6 +48,12 @@ def test_every_kind_of_types_has_a_row(tmp_path, monkeypatch, capsys):
     again = json.loads(out.read_text())["results"]
     assert [row["label"] for row in again] == [row["label"] for row in rows]
     assert again[0] == rows[0] and again[1]["over_floats"] == pytest.approx(rows[1]["over_floats"])
+    floats = tmp_path / "floats.json"
+    own = ["--out", str(floats), "--lp-size", "2", "--dequantize", "--only", "int4"]
+    assert main([*words, *own]) == 0
+    (row,) = json.loads(floats.read_text())["results"]
+    assert row["perplexity"] == pytest.approx(rows[1]["perplexity"], rel=1e-4)
+    assert row["both_acceptance_rate"] == rows[1]["both_acceptance_rate"]
     assert main([*words, "--out", str(out), "--lp-size", "1", "--only", "int4"]) == 2
     assert "was measured with lp_size 2, not 1; give another --out" in capsys.readouterr().err
     assert main([*words, "--out", str(out), "--tokens", "5"]) == 2
