@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,11 +16,12 @@ from jax.sharding import PartitionSpec as P
 from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.checkpoint.tensors import Held
 from easyspec_jax.draft.grouping import Layout, format_layout, paper_groups
-from easyspec_jax.draft.layer_group import LayerGroup, load_draft, run_fuzzy
+from easyspec_jax.draft.layer_group import LayerGroup, load_block, load_draft, run_fuzzy
 from easyspec_jax.draft.refit_file import refit_shapes
 from easyspec_jax.draft.sites import named, prior, stale_sites
 from easyspec_jax.model.transformer import run_exact
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
+from easyspec_jax.parallel.platforms import PlatformSettings
 from tests.support.models import (
     forward,
     load_target,
@@ -387,3 +389,12 @@ def test_single_layers_are_ordinary_layers(pair):
     singles = load_draft(from_, Layout.uniform(paper_groups(8, 1)))
     fuzzy = forward(singles, from_.mesh, TOKENS, run=run_fuzzy)
     np.testing.assert_array_equal(fuzzy, forward(load_target(from_), from_.mesh, TOKENS))
+
+
+@pytest.mark.parametrize("part", [1.0, 0.5])
+def test_a_group_is_fused_where_whole_heads_are_rotated(tmp_path, part):
+    save_model(tmp_path, "phi3", num_hidden_layers=3, partial_rotary_factor=part)
+    from_ = loader(open_checkpoint(tmp_path), MeshShape(1, 1))
+    from_ = replace(from_, settings=PlatformSettings(fused_attention=True))
+    group = load_block(from_, range(3))
+    assert isinstance(group, LayerGroup) and group.fused == (part == 1)

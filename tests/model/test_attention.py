@@ -1,6 +1,7 @@
 """Each part of attention agrees with transformers' module of the same name."""
 
 from dataclasses import replace
+from operator import attrgetter
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply
 from easyspec_jax.checkpoint.config import model_config
 from easyspec_jax.model.attention import Attention, attention_weights, rotate
 from easyspec_jax.model.cache import KVCache, quantize
+from easyspec_jax.model.matrix import Matrix
 from easyspec_jax.model.norm import rms_norm
 from easyspec_jax.model.windows import chain_windows
 from tests.kernels.cases import Case
@@ -159,9 +161,43 @@ def test_kernels_take_no_quantized_cache():
         assert attention._splits_keys(attention.init_cache(1, 512)) == splits
 
 
-def test_kernels_know_no_sinks():
-    attention = Case(hidden=128, capacity=512).attention()
-    attention.split_keys_from = 256
-    attention.sinks = nnx.data(nnx.Param(jnp.zeros(4)))
+@pytest.mark.parametrize(
+    "name, value",
+    [("sinks", nnx.data(nnx.Param(jnp.zeros(4)))), ("scale", 0.2), ("soft_cap", 30.0)],
+)
+def test_kernels_know_only_plain_scores(name, value):
+    attention = attention_of_kernels()
+    setattr(attention, name, value)
     assert not attention.can_fuse()
     assert not attention._splits_keys(attention.init_cache(1, 512))
+
+
+@pytest.mark.parametrize(
+    "part, name, value",
+    [
+        ("qkv.norm", "offset", 1.0),
+        ("head_norms.query", "offset", 1.0),
+        ("head_norms.key", "offset", 1.0),
+        ("out", "multiplier", 0.2),
+    ],
+)
+def test_kernels_know_no_offsets_and_no_multiplier(part, name, value):
+    attention = attention_of_kernels()
+    setattr(attrgetter(part)(attention), name, value)
+    assert not attention.can_fuse()
+
+
+@pytest.mark.parametrize("name", ["qkv", "out"])
+def test_kernels_take_matrices_of_one_type(name):
+    attention = attention_of_kernels()
+    product = getattr(attention, name)
+    product.weight = Matrix(product.weight.values[...].astype(jnp.bfloat16))
+    assert not attention.can_fuse()
+
+
+def attention_of_kernels() -> Attention:
+    """Return an attention that is fused and whose keys are split."""
+    attention = Case(hidden=128, capacity=512, head_norms=True).attention()
+    attention.split_keys_from = 256
+    assert attention.can_fuse() and attention._splits_keys(attention.init_cache(1, 512))
+    return attention

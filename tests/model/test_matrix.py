@@ -122,3 +122,15 @@ def test_a_stack_of_matrices_is_one_for_each_slot():
     x = jnp.ones((2, 1, 3, INNER))
     got = jax.vmap(lambda matrix, x: matrix(x))(stack, x)
     np.testing.assert_allclose(got[1], other(x[1]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_slot_of_a_stack_keeps_its_offsets(fused):
+    matrix, _ = _case("int8", 16)
+    assert matrix.scale is not None
+    offset = np.random.default_rng(2).normal(size=matrix.scale.shape).astype(np.float32)
+    arrays = matrix.values[...], matrix.scale[...], jnp.asarray(offset)
+    stacks = [jnp.stack([jnp.zeros_like(x), x]) for x in arrays]
+    stack = Matrix(*stacks, fused=fused, interpret=True)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, INNER)), jnp.float32)
+    np.testing.assert_allclose(stack.at(1)(x), Matrix(*arrays)(x), rtol=1e-5, atol=1e-5)

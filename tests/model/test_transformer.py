@@ -1,16 +1,23 @@
 """Logits are those of transformers, for every family, on meshes that the heads do not divide."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import PartitionSpec as P
 
 from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.layer_group import load_draft
 from easyspec_jax.model.matrix import Matrix
-from easyspec_jax.model.projection import Output
+from easyspec_jax.model.norm import RMSNorm
+from easyspec_jax.model.projection import Output, Projection
+from easyspec_jax.model.transformer import MLP
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
+from tests.kernels.cases import EPS, Case
 from tests.support.models import (
     FAMILIES,
     LAYERS,
@@ -68,14 +75,25 @@ def test_a_multiplier_is_not_rounded_to_bfloat16():
     np.testing.assert_array_equal(found, jnp.asarray(exact).astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize(
+    "activation, offset, fused",
+    [("silu", 0.0, True), ("gelu_pytorch_tanh", 0.0, False), ("silu", 1.0, False)],
+)
+def test_an_mlp_is_fused_where_the_kernel_knows_its_activation_and_norm(activation, offset, fused):
+    case, hidden, inner = Case(), 96, 64
+    norm = RMSNorm(case.normal(0, hidden, scale=0.1), eps=EPS, offset=offset)
+    matrix = Matrix(case.normal(1, 2 * inner, hidden, scale=hidden**-0.5))
+    parts = Projection(norm, matrix, None, dtype=case.dtype), Output(Matrix(jnp.eye(inner)))
+    plain, asked = (
+        MLP(*parts, activation=activation, fused=on, interpret=True) for on in (False, True)
+    )
+    h = case.normal(2, 1, 3, hidden)
+    assert ("pallas_call" in str(jax.make_jaxpr(asked)(h))) == fused
+    case.assert_close(asked(h), plain(h))
+
+
 def test_rows_of_different_lengths_continue_where_each_one_is(tmp_path):
     """A chunk appended after different lengths gives the logits of the whole text."""
-    from functools import partial
-
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import PartitionSpec as P
-
     save_model(tmp_path, "smollm2")
     from_ = loader(open_checkpoint(tmp_path), MeshShape(2, 4))
     target = load_target(from_)
