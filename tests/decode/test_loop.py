@@ -214,6 +214,22 @@ def test_drafting_that_ends_early_loses_no_cache_entry(pair, plain, calibration)
     assert texts(run)[1] > drafted == accepted > 0
 
 
+@pytest.mark.parametrize("rounds", [6, 40])
+def test_a_draft_that_has_caught_up_goes_on_from_the_root(pair, rounds):
+    """An exact draft of the target itself: all is accepted after any number of plain rounds.
+
+    The draft takes in what 6 rounds add in one pass, and what 40 add in two.
+    """
+    run = programs(pair, replace(GREEDY, tiers=(0, 2)), own_draft=True, lp_size=1)
+    state = run.start(SamplingParams(), [200] * 3, run.sizes.capacity(400))
+    state, _ = prefill_all(run, state, PROMPTS)
+    for levels in (4, *[0] * rounds, 4, 2):
+        if levels == 4:
+            state = run.catch_up(state)
+        state, report = run.round(state, levels)
+        assert report.accepted.tolist() == [levels] * 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "config, mesh, axes",

@@ -146,6 +146,14 @@ def test_a_draft_of_the_target_itself_goes_on_behind_what_is_forced(opened, way)
     assert wanted.stats.forced == 0
 
 
+def test_a_draft_keeps_what_it_wrote_behind_forced_tokens(opened):
+    """Without calibration, an exact draft that lacked some of it would not be accepted whole."""
+    sampling = SamplingParams(regex="(ab[0-9]{5}x){6}", max_new_tokens=48)
+    (found,) = opened(itself=True, method="sd").generate(PROMPTS[:1], sampling)
+    assert found.stats.forced >= 10
+    assert found.stats.accepted == found.stats.drafted >= 25
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_rows_with_and_without_a_grammar(opened, temperature):
     """Each row is what it is alone, and a row without a grammar is free."""
