@@ -135,6 +135,12 @@ def test_sampling_options_of_a_line():
     assert not read.unused
 
 
+def test_a_grammar_of_a_line_replaces_the_default():
+    default = SamplingParams(json_schema={"type": "object"})
+    (read,) = read_items(b'{"id": "a", "prompt": "a", "regex": "a+"}', default)
+    assert read.sampling == SamplingParams(regex="a+")
+
+
 @pytest.mark.parametrize(
     ("fields", "logprobs"),
     [

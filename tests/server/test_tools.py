@@ -33,7 +33,8 @@ CALLS = (
     "Let me add.\n",
     '<tool_call>\n{"name": "add", "argu',
     'ments": {"x": [2, 3]}}\n</tool',
-    '_call>\n<tool_call>{"name": "add", "arguments": {"x": [4]}}</tool_call>',
+    "_call>\n",
+    '<tool_call>{"name": "add", "arguments": {"x": [4]}}</tool_call>',
 )
 AS_JSON = "{{ tools | tojson }}{{ messages | tojson }}"
 ADDED = [("add", {"x": [2, 3]}), ("add", {"x": [4]})]

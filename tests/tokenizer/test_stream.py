@@ -59,7 +59,15 @@ def test_spaces_are_left_as_they_are(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "stop", [["mat"], ["cat", "on the"], ["t s", "at sat on"], ["the mat."], ["\n", "mat"]]
+    "stop",
+    [
+        ["mat"],
+        ["cat", "on the"],
+        ["t s", "at sat on"],
+        ["the mat."],
+        ["\n", "mat"],
+        ["a", "cat"],  # one token completes both
+    ],
 )
 @pytest.mark.parametrize("longest", [1, 3, 1000])
 def test_a_stream_ends_before_the_first_stop_string(tokenizer, stop, longest):
@@ -110,6 +118,13 @@ def test_a_stop_string_across_characters_of_many_bytes(tokenizer):
             if not stream.stopped
         )
         assert shown + stream.rest() == text[:5]
+
+
+def test_half_a_character_completes_no_stop_string(tokenizer):
+    stream = TextStream(tokenizer, ["\ufffd"])
+    ids = encode(tokenizer, "ab👍 c", chat=False)
+    assert "".join(stream.push([number]) for number in ids) == stream.text == "ab👍 c"
+    assert not stream.stopped
 
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_end|>"]

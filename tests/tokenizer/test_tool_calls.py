@@ -20,6 +20,7 @@ from easyspec_jax.tokenizer.tool_calls import (
 ADD = '<tool_call>\n{"name": "add", "arguments": {"x": 1, "to": "</tool_call>\\""}}\n</tool_call>'
 ADDED = ToolCall("add", '{"x": 1, "to": "</tool_call>\\""}')
 NOW = '<tool_call>{"name": "now"}</tool_call>'
+ESCAPED = '<tool_call>{"name": "f", "arguments": {"x": "\\"</tool_call>"}}</tool_call>'
 
 HERMES = (
     "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}"
@@ -75,9 +76,10 @@ def test_what_is_no_call_stays_text(inside):
     assert parsed(text) == [text]
 
 
-def test_a_call_after_one_that_is_none():
-    broken = "<tool_call>add(1)</tool_call>"
-    assert parsed(broken + NOW) == [broken, ToolCall("now", "{}")]
+@pytest.mark.parametrize("inside", ["add(1)", '{"name": 5, "arguments": {}}'])
+def test_a_call_after_one_that_is_none(inside):
+    broken = f"<tool_call>{inside}</tool_call>"
+    assert parsed(broken + NOW + " done") == [broken, ToolCall("now", "{}"), " done"]
 
 
 def test_a_quote_that_is_never_closed_swallows_no_call():
@@ -123,6 +125,18 @@ def test_it_does_not_matter_how_a_text_is_divided(text, data):
     cuts = data.draw(st.lists(st.integers(0, len(text)), max_size=12).map(sorted))
     parts = [text[begin:end] for begin, end in pairwise([0, *cuts, len(text)])]
     assert parsed(*parts) == parsed(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (ESCAPED, [ToolCall("f", '{"x": "\\"</tool_call>"}')]),
+        (NOW + " x", [ToolCall("now", "{}"), " x"]),
+    ],
+)
+def test_a_text_may_be_cut_anywhere(text, expected):
+    for cut in range(len(text)):
+        assert parsed(text[:cut], text[cut:]) == expected
 
 
 @given(st.lists(PIECES, max_size=6).map("".join))
