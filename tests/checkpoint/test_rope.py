@@ -34,6 +34,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "yarn, amplitude": YARN | {"attention_factor": 0.5},
     "yarn, scales": YARN | {"mscale": 0.7, "mscale_all_dim": 0.4},
     "yarn, from lengths": YARN | {"factor": None},
+    "yarn, long original": YARN | {"original_max_position_embeddings": 2**17},
     "yarn, no original length": {k: v for k, v in YARN.items() if k[0] != "o"},
     "longrope": LONGROPE,
     "longrope, amplitude": LONGROPE | {"attention_factor": 1.25},
@@ -64,7 +65,7 @@ def test_frequencies_of_each_type_of_layer():
 @pytest.mark.parametrize("tokens", [40, 64, 1024, 1500])
 @pytest.mark.parametrize("name", SCALINGS)
 def test_scalings_at_a_length(name, tokens):
-    """Lengths are below, at and beyond the original one: 64, or 1024 for scalings without any."""
+    """Lengths are below, at and beyond most original ones: 64, or 1024 for scalings without any."""
     reference = family_config("llama3", rope_parameters=dict(SCALINGS[name]))
     rotary = LlamaRotaryEmbedding(reference)
     rotary(torch.zeros(1), torch.arange(tokens)[None])  # updates what depends on the length

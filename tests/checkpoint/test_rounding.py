@@ -1,9 +1,11 @@
 """Rounding to integers: errors within half a step, and in int4 no more than they have to be."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from easyspec_jax.checkpoint import rounding as module
 from easyspec_jax.checkpoint.rounding import quantize, scales_for
 
 
@@ -60,6 +62,16 @@ def test_scales_fit_the_columns_that_matter():
     )
     alike = scales_for(weight, "int4", 32, np.full(128, 3.0))
     np.testing.assert_allclose(alike, scales_for(weight, "int4", 32), rtol=1e-6)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_scales_do_not_depend_on_how_many_are_tried_at_a_time(weighted, monkeypatch):
+    random = np.random.default_rng(0)
+    weight = random.standard_t(5, size=(48, 192)).astype(np.float32)
+    importance = random.uniform(0.01, 1, 192) if weighted else None
+    whole = scales_for(weight, "int4", 64, importance)
+    monkeypatch.setattr(module, "_CACHED", 4 * 64)  # four groups, while a row has three
+    np.testing.assert_array_equal(scales_for(weight, "int4", 64, importance), whole)
 
 
 def test_zeros_stay_zeros():
