@@ -149,6 +149,30 @@ def test_the_kernel_of_a_gpu_writes_no_sums_of_groups():
     assert fits._of_products(target, job, 512) == 7168 * 8192 * 2
 
 
+def test_a_fuzzy_pass_multiplies_by_all_slots_at_once():
+    """Sums for eight tokens: 384 outputs of a device, in 16 groups, in each of seven slots."""
+    job = large(
+        mesh=absent_mesh(MeshShape(1, 8), "tpu"),
+        layout=Layout.uniform(paper_groups(16, 8)),
+        draft_weights="int4",
+        rows=8,
+    )
+    _, draft = fits._of_models(job)[0]
+    assert draft is not None and fits._of_products(draft, job, 1) == 7 * 384 * 16 * 8 * 4
+
+
+def test_penalties_count_tokens_for_every_node():
+    """In two more arrays of float32, as wide as a device's padded share of the logits."""
+    speculative = SpeculativeConfig(tree_width=8, num_speculative_tokens=16)
+    plain, penalized = (
+        large(prompt=1, tokens=200, round=RoundConfig.of(speculative, sampling, ()))
+        for sampling in (SamplingParams(), SamplingParams(frequency_penalty=1.0))
+    )
+    nodes, vocabulary = 1 + plain.round.verified, 16128
+    more = needed(penalized).working - needed(plain).working
+    assert more == 2 * 4 * nodes * vocabulary
+
+
 def test_a_pair_of_70b_takes_what_xla_says():
     """17.09 GiB of each of 8 TPUs, in docs/architecture.md."""
     assert needed(large()).total / GIB == pytest.approx(17.09, rel=0.02)

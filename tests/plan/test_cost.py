@@ -121,6 +121,21 @@ def test_loops_count_as_often_as_they_run_and_branches_by_the_costliest():
     assert of(branches, X, W).bytes == PRODUCT
 
 
+def test_of_branches_the_one_that_moves_most_counts_however_few_its_kernels():
+    def many(x: jax.Array) -> jax.Array:
+        for _ in range(8):
+            x = jnp.cumsum(x, axis=0)
+        return x
+
+    def large(x: jax.Array) -> jax.Array:
+        return x @ jnp.ones((16, 64)) @ jnp.ones((64, 16))
+
+    assert of(many, X).kernels > of(large, X).kernels
+    for branches in ((many, large), (large, many)):
+        found = of(lambda x, branches=branches: jax.lax.cond(x[0, 0] > 0, *branches, x), X)
+        assert found.bytes == of(large, X).bytes > of(many, X).bytes
+
+
 def test_a_product_in_a_loop_of_unknown_length_is_refused():
     def body(x: jax.Array) -> jax.Array:
         return jax.lax.while_loop(lambda y: y[0, 0] < 9, lambda y: y @ jnp.ones((16, 16)), x)

@@ -50,6 +50,15 @@ def test_collectives_by_formula(counted):
         assert replicated.calibration.collectives == sum(map(len, grouped))
 
 
+def test_verification_reads_the_root_and_every_drafted_token():
+    one, two, three = (
+        verification_cost(replace(pair(), num_speculative_tokens=drafted), absent, 512).flops
+        for drafted in (1, 2, 3)
+    )
+    of_token = one // 2
+    assert (two, three) == (3 * of_token, 4 * of_token)
+
+
 def test_mlps_at_once_save_collectives(counted):
     paired = costs(pair(), Way("easyspec", 4, mlp_lp_size=2), absent)
     assert paired.way.label == "easyspec N=4 M=2, draft TP all"
