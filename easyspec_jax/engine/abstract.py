@@ -143,6 +143,7 @@ def abstract_pair(
     weights: tuple[Weights | None, Weights | None] = (None, None),
     kv_dtype: KVDType = "auto",
     stored: tuple[Integers, Integers] = ((), ()),
+    tokens: int | None = None,
 ) -> tuple[Decoder, Decoder | None]:
     """Return target and draft as the engine would load them.
 
@@ -159,6 +160,7 @@ def abstract_pair(
             in if they are quantized, else `dtype`.
         kv_dtype: Type of the caches; "auto" is `dtype`.
         stored: How the target's and the draft's quantized matrices are stored.
+        tokens: Tokens that a round verifies; see Loader.
 
     Returns:
         The modules, with a jax.ShapeDtypeStruct for every array.
@@ -179,6 +181,7 @@ def abstract_pair(
             settings=settings,
             weights=kept,
             kv_dtype=kv_dtype,
+            tokens=tokens if config is target else None,
         )
 
     of_target = loader(target, ALL_AXES, weights[0], stored[0])

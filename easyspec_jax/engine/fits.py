@@ -189,6 +189,7 @@ def _of_models(job: Workload) -> tuple[tuple[Decoder, Decoder | None], int, Entr
         weights=(job.target_weights, job.draft_weights),
         kv_dtype=job.kv_dtype,
         stored=(job.target_stored, job.draft_stored),
+        tokens=1 + job.round.verified,
     )
     target, draft = models
     missing = (None if job.target_held else target, None if job.draft_held else draft)
@@ -285,9 +286,11 @@ def _of_mixtures(model: Decoder, job: Workload, tokens: int) -> int:
         return 0
     several, sorts = job.rows * tokens, settings_of(_platform(job.mesh)).sorts_by_expert
     matrices = _expert_matrices(model)
-    inner = _shard_shape(matrices[1].values)[-1]  # columns of the first mixture's output matrices
-    numbers = numbers_in_memory(config.mixture, config.hidden_size, inner, several, sorts)
-    count, each = products_at_once(config.mixture, several, sorts)
+    # The first mixture's output matrices: experts, and columns of each.
+    held, _, inner = _shard_shape(matrices[1].values)
+    whole = held if held < config.mixture.num_experts else None
+    numbers = numbers_in_memory(config.mixture, config.hidden_size, inner, several, sorts, whole)
+    count, each = products_at_once(config.mixture, several, sorts, whole)
     # On top of the results of all experts come those of each product's groups.
     quantized = [matrix for matrix in matrices if matrix.scale is not None]
     products = (_of_product(matrix, each, job.dtype) for matrix in quantized)

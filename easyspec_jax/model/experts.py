@@ -1,10 +1,13 @@
 """Mixtures of experts: a router sends each token through a few feed-forward parts of many.
 
 Every device has a share of each expert's inner channels, as of an ordinary MLP's, so that the work
-is even whichever experts are chosen. A pass over few tokens takes out the experts that they use;
-one over more tokens sends them through all experts, which reads each expert once. A chunk of a
-prompt goes through all experts in slices, or on a CPU, where arithmetic is dear, in blocks of
-tokens that use the same expert.
+is even whichever experts are chosen. Where that would pad the shares, as it does where few groups
+of quantized columns are dealt out to many devices, devices have whole experts instead, if rounds
+read all of them anyway; see reads().
+
+A pass over few tokens takes out the experts that they use; one over more tokens sends them through
+all experts, which reads each expert once. A chunk of a prompt goes through all experts in slices,
+or on a CPU, where arithmetic is dear, in blocks of tokens that use the same expert.
 """
 
 from typing import Literal, NamedTuple
@@ -20,6 +23,8 @@ from easyspec_jax.checkpoint.config import Activation, MixtureConfig
 from easyspec_jax.model.activation import gated
 from easyspec_jax.model.matrix import Matrix
 from easyspec_jax.model.projection import Projection
+from easyspec_jax.parallel.collectives import shard_index
+from easyspec_jax.parallel.mesh import Axes
 
 SLICE = 512
 """Most tokens that go through all experts at once: each token's results of all are in memory."""
@@ -85,6 +90,8 @@ class Experts(nnx.Module):
         normalizes: Whether the weights of a token's experts are scaled to sum to 1.
         activation: Function of the gates.
         sorts: Whether a pass over many tokens sorts them by expert.
+        axes: Mesh axes over which whole experts are dealt out; () if this device has a share of
+            each.
     """
 
     def __init__(
@@ -96,10 +103,12 @@ class Experts(nnx.Module):
         normalizes: bool,
         activation: Activation,
         sorts: bool,
+        axes: Axes = (),
     ) -> None:
         self.router, self.parts = router, nnx.data(parts)
         self.per_token, self.normalizes, self.sorts = per_token, normalizes, sorts
         self.activation: Activation = activation
+        self.axes = axes
 
     def __call__(
         self, h: Float[Array, "batch tokens hidden"], gate_up: Projection | None = None
@@ -115,7 +124,9 @@ class Experts(nnx.Module):
         x = x.reshape(-1, h.shape[-1])
         routes = self.route(x)
         number, tokens = self.parts.gate_up.shape[0], x.shape[0]
-        way = way_through(tokens, self.per_token, number, self.sorts)
+        if self.axes:
+            routes = _of_device(routes, shard_index(self.axes) * number, number)
+        way = way_through(tokens, self.per_token, number, self.sorts, whole=bool(self.axes))
         if way == "chosen":
             y = self._through_chosen(x, routes)
         elif way == "blocks":
@@ -159,7 +170,8 @@ class Experts(nnx.Module):
         experts, tokens = self.parts.gate_up.shape[0], x.shape[0]
         # [tokens, chosen] -> [experts, tokens]
         rows = jnp.arange(tokens, dtype=jnp.int32)[:, None]
-        weights = jnp.zeros((experts, tokens)).at[routes.experts, rows].set(routes.weights)
+        weights = jnp.zeros((experts, tokens))
+        weights = weights.at[routes.experts, rows].set(routes.weights, mode="drop")
         y = jax.vmap(self._through, in_axes=(0, None))(self.parts, x[None])
         return jnp.sum(y[:, 0] * weights[:, :, None], axis=0)
 
@@ -203,37 +215,84 @@ class Experts(nnx.Module):
         return y
 
 
-def way_through(tokens: int, per_token: int, experts: int, sorts: bool) -> Way:
+def _of_device(routes: Routes, first: Int[Array, ""], count: int) -> Routes:
+    """Number the experts of a device from 0; those of others all get the number after the last.
+
+    Args:
+        routes: Each token's experts.
+        first: The device's first expert.
+        count: How many it has.
+
+    Examples:
+        >>> routes = Routes(jnp.array([[0, 4, 3]]), jnp.ones((1, 3)))
+        >>> _of_device(routes, jnp.array(2), count=2).experts.tolist()
+        [[2, 2, 1]]
+    """
+    own = routes.experts - first
+    return routes._replace(experts=jnp.where((own >= 0) & (own < count), own, count))
+
+
+def way_through(tokens: int, per_token: int, experts: int, sorts: bool, whole: bool = False) -> Way:
     """Choose how a pass goes through the experts.
 
     Args:
         tokens: Tokens of the pass, in all rows.
         per_token: Experts that a token uses.
-        experts: How many there are.
+        experts: How many a device has, or has shares of.
         sorts: As in Experts.
+        whole: Whether these are whole experts, of which it is not known how many are chosen.
 
     Examples:
         >>> [way_through(tokens, 8, 128, sorts=False) for tokens in (5, 6, 513)]
         ['chosen', 'all', 'slices']
     """
     # Taken out, an expert is read, written and read again.
-    if 3 * tokens * per_token <= experts:
+    if 3 * tokens * per_token <= experts and not whole:
         return "chosen"
     if sorts and tokens >= SORTED_FROM:
         return "blocks"
     return "all" if tokens <= SLICE else "slices"
 
 
-def products_at_once(mixture: MixtureConfig, tokens: int, sorts: bool) -> tuple[int, int]:
+def reads(tokens: int, mixture: MixtureConfig, width: int, whole: int | None = None) -> int:
+    """Count the inner channels that a device reads in a pass over few tokens.
+
+    Args:
+        tokens: Tokens of the pass.
+        mixture: The experts.
+        width: Channels that a device has of each.
+        whole: How many experts a device has, if it has whole ones.
+
+    Examples:
+        Qwen3-30B-A3B in int4 on eight devices: six groups of 128 channels make shares of 128.
+        Verifying six tokens, whole experts are less; a plain step reads less of shares.
+
+        >>> mixture = MixtureConfig(128, 8, 768, True, ())
+        >>> reads(6, mixture, 128), reads(6, mixture, 768, whole=16)
+        (16384, 12288)
+        >>> reads(1, mixture, 128), reads(1, mixture, 768, whole=16)
+        (3072, 12288)
+    """
+    held = mixture.num_experts if whole is None else whole
+    way = way_through(tokens, mixture.num_experts_per_tok, held, False, whole is not None)
+    if way == "chosen":
+        return 3 * tokens * mixture.num_experts_per_tok * width
+    return held * width
+
+
+def products_at_once(
+    mixture: MixtureConfig, tokens: int, sorts: bool, held: int | None = None
+) -> tuple[int, int]:
     """Return how many experts are multiplied at once, and by how many tokens each.
 
     Args:
         mixture: The experts.
         tokens: Tokens of the pass, in all rows.
         sorts: As in Experts.
+        held: How many experts a device has, if it has whole ones.
     """
-    experts, pairs = mixture.num_experts, tokens * mixture.num_experts_per_tok
-    way = way_through(tokens, mixture.num_experts_per_tok, experts, sorts)
+    experts, pairs = held or mixture.num_experts, tokens * mixture.num_experts_per_tok
+    way = way_through(tokens, mixture.num_experts_per_tok, experts, sorts, held is not None)
     if way == "chosen":
         return pairs, 1
     if way == "blocks":
@@ -242,7 +301,12 @@ def products_at_once(mixture: MixtureConfig, tokens: int, sorts: bool) -> tuple[
 
 
 def numbers_in_memory(
-    mixture: MixtureConfig, hidden: int, inner: int, tokens: int, sorts: bool
+    mixture: MixtureConfig,
+    hidden: int,
+    inner: int,
+    tokens: int,
+    sorts: bool,
+    held: int | None = None,
 ) -> int:
     """Estimate how many numbers a mixture of experts writes on its way.
 
@@ -252,10 +316,12 @@ def numbers_in_memory(
         inner: Inner channels of an expert on a device.
         tokens: Tokens of the pass, in all rows.
         sorts: As in Experts.
+        held: How many experts a device has, if it has whole ones.
     """
     matrices, results = 3 * inner * hidden, 3 * inner + hidden
-    count, each = products_at_once(mixture, tokens, sorts)
-    way = way_through(tokens, mixture.num_experts_per_tok, mixture.num_experts, sorts)
+    count, each = products_at_once(mixture, tokens, sorts, held)
+    experts = held or mixture.num_experts
+    way = way_through(tokens, mixture.num_experts_per_tok, experts, sorts, held is not None)
     taken_out = count * matrices if way in ("chosen", "blocks") else 0
     return taken_out + count * each * results
 

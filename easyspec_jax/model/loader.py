@@ -27,7 +27,7 @@ from easyspec_jax.checkpoint.rounding import INTEGERS
 from easyspec_jax.checkpoint.tensors import Slices, TensorSource, window_blocks
 from easyspec_jax.checkpoint.translated import UNKNOWN
 from easyspec_jax.model.attention import Attention
-from easyspec_jax.model.experts import Experts, FeedForward
+from easyspec_jax.model.experts import Experts, FeedForward, reads
 from easyspec_jax.model.head_norms import FullNorms, HeadNorms
 from easyspec_jax.model.matrix import Matrix
 from easyspec_jax.model.norm import RMSNorm
@@ -79,6 +79,8 @@ class Loader:
         weights: Type of the matrices; None for that of the checkpoint if it is quantized, else
             `dtype`.
         kv_dtype: Type of the caches; "auto" is `dtype`.
+        tokens: Tokens of the passes that experts are split for; None if devices always have shares
+            of all.
     """
 
     source: TensorSource
@@ -91,6 +93,7 @@ class Loader:
     settings: PlatformSettings | None = None
     weights: Weights | None = None
     kv_dtype: KVDType = "auto"
+    tokens: int | None = None
 
     @cached_property
     def _kept(self) -> TensorSource:
@@ -196,15 +199,21 @@ class Loader:
         hidden, count = self.config.hidden_size, mixture.num_experts
         of_expert, every = f"{_LAYER}mlp.experts.{{}}.", even_entries(count, count, shards=1)
         down_proj = f"{of_expert}down_proj.weight".format(index, 0)
-        entries = self._inner_entries(mixture.moe_intermediate_size, down_proj)
-        gate_up = matrix(_gate_and_up(of_expert, entries), hidden, self.axes, dimension=0)
-        down = matrix({f"{of_expert}down_proj.weight": entries}, hidden, self.axes, dimension=1)
-        down_bias = bias_once(f"{of_expert}down_proj.bias", hidden, self.axes, len(entries))
+        inner, devices = mixture.moe_intermediate_size, axes_size(self.mesh, self.axes)
+        entries = self._inner_entries(inner, down_proj)
+        whole = self._deals_out_experts(mixture, entries.shape[1])
+        axes = () if whole else self.axes
+        if whole:
+            entries = even_entries(inner, inner, shards=1)
+        gate_up = matrix(_gate_and_up(of_expert, entries), hidden, axes, dimension=0)
+        down = matrix({f"{of_expert}down_proj.weight": entries}, hidden, axes, dimension=1)
+        down_bias = bias_once(f"{of_expert}down_proj.bias", hidden, axes, len(entries))
+        dealt = (index, count, self.axes, devices) if whole else (index, count)
         parts = FeedForward(
-            self.matrix(gate_up.for_experts(index, count)),
-            self.matrix(down.for_experts(index, count)),
-            self._bias(bias_of(gate_up).for_experts(index, count)),
-            self._bias(down_bias.for_experts(index, count)),
+            self.matrix(gate_up.for_experts(*dealt)),
+            self.matrix(down.for_experts(*dealt)),
+            self._bias(bias_of(gate_up).for_experts(*dealt)),
+            self._bias(down_bias.for_experts(*dealt)),
         )
         return Experts(
             self._projection(_MLP_NORM, {f"{_LAYER}{ROUTER}": every}, (), (index,)),
@@ -213,7 +222,16 @@ class Loader:
             normalizes=mixture.norm_topk_prob,
             activation=self.config.hidden_act,
             sorts=self.kernels.sorts_by_expert,
+            axes=self.axes if whole else (),
         )
+
+    def _deals_out_experts(self, mixture: MixtureConfig, width: int) -> bool:
+        """Return whether devices read less if they have whole experts, not shares of some width."""
+        if self.tokens is None:
+            return False
+        held = ceil_div(mixture.num_experts, axes_size(self.mesh, self.axes))
+        whole = reads(self.tokens, mixture, mixture.moe_intermediate_size, held)
+        return whole < reads(self.tokens, mixture, width)
 
     def place(self, array: np.ndarray, spec: P) -> Array:
         """Put a host array on the mesh, in the loader's type.

@@ -100,20 +100,34 @@ class ArrayPlan:
             named.append(replace(copy, tensor=copy.tensor.format(layer)))
         return replace(self, copies=tuple(named))
 
-    def for_experts(self, layer: int, experts: int) -> "ArrayPlan":
-        """Return the plan of one array for all experts of a layer, which every device has.
+    def for_experts(
+        self, layer: int, experts: int, axes: Axes = (), devices: int = 1
+    ) -> "ArrayPlan":
+        """Return the plan of one array for all experts of a layer.
 
         A tensor's second {} stands for the expert's number.
+
+        Args:
+            layer: The layer's number.
+            experts: How many there are.
+            axes: Mesh axes over which whole experts are dealt out; () if every device has its share
+                of all.
+            devices: How many devices that is.
         """
+        # 5 experts on 2 devices: [[0, 1, 2], [3, 4, zeros]]
+        each = ceil_div(experts, devices)
         copies = []
         for expert in range(experts):
+            device, place = divmod(expert, each)
+            first_shard = device * prod(self.grid)
             for copy in self.copies:
-                tensor, target = copy.tensor.format(layer, expert), (expert, *copy.target)
-                copies.append(replace(copy, tensor=tensor, target=target))
+                tensor, target = copy.tensor.format(layer, expert), (place, *copy.target)
+                shard = first_shard + copy.shard
+                copies.append(replace(copy, tensor=tensor, shard=shard, target=target))
         return ArrayPlan(
-            shard_shape=(experts, *self.shard_shape),
-            grid=(1, *self.grid),
-            spec=P(None, *self.spec),
+            shard_shape=(each, *self.shard_shape),
+            grid=(devices, *self.grid),
+            spec=P(axes or None, *self.spec),
             copies=tuple(copies),
         )
 

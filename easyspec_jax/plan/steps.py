@@ -190,6 +190,7 @@ def programs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Programs:
         pair.dtype,
         weights=pair.weights,
         kv_dtype=pair.kv_dtype,
+        tokens=1 + config.verified,
     )
     return Programs(mesh, *models, config, pair.max_length)
 
@@ -262,11 +263,11 @@ def rounds(pair: Pair, way: Way, make_mesh: MakeMesh, deepest: int) -> list[Roun
     a little of the choosing: each level adds one pass of the draft, `tree_width` tokens to the
     target's pass and one to the calibration's. So only the ends of a line are traced.
     """
-    first = programs(replace(pair, num_speculative_tokens=1), way, make_mesh)
+    deep = programs(replace(pair, num_speculative_tokens=deepest), way, make_mesh)
 
     def run(levels: int) -> Programs:
         # Another depth drafts with the same models, so they are made once.
-        return replace(first, config=replace(first.config, levels=levels))
+        return replace(deep, config=replace(deep.config, levels=levels))
 
     def capacity(levels: int) -> int:
         return run(levels).sizes.capacity(pair.max_length)

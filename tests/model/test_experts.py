@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from easyspec_jax.checkpoint.config import MixtureConfig
 from easyspec_jax.model import experts as module
@@ -73,6 +74,22 @@ def by_hand(model: Experts, h: jax.Array) -> np.ndarray:
 def test_every_way_sends_each_token_through_its_experts(tokens, sorts, normalizes):
     model, h = made(normalizes, sorts), hidden(tokens)
     np.testing.assert_allclose(model(h)[0], by_hand(model, h), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 150, 600])
+@pytest.mark.parametrize("sorts", [True, False])
+def test_whole_experts_of_all_devices_add_up(monkeypatch, tokens, sorts):
+    """Two devices have four experts each, and add what their own say."""
+    model, h = made(sorts=sorts), hidden(tokens)
+    found = np.zeros((tokens, HIDDEN))
+    for device in range(2):
+        own = slice(4 * device, 4 * device + 4)
+        part = made(sorts=sorts)
+        part.parts = nnx.data(jax.tree.map(lambda w, own=own: w[own], model.parts))
+        part.axes = ("tensor",)
+        monkeypatch.setattr(module, "shard_index", lambda _, device=device: jnp.array(device))
+        found += np.asarray(part(h)[0])
+    np.testing.assert_allclose(found, by_hand(model, h), atol=2e-4, rtol=1e-4)
 
 
 def test_the_number_of_tokens_decides_the_way(monkeypatch):

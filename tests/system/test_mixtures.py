@@ -1,5 +1,6 @@
 """A mixture of experts under speculation says what it says alone, and what transformers says."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,6 +39,49 @@ def test_texts_are_those_of_transformers(pair, method, mesh):
     engine = open_model(*models, mesh=mesh, speculative=speculative)
     done = engine.generate(PROMPTS, GREEDY, batch_size=2)
     assert [text.token_ids for text in done] == expected
+
+
+@pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss"])
+def uneven(tmp_path_factory, request):
+    """A mixture of ten experts of four channels each, and transformers' greedy tokens."""
+    directory = tmp_path_factory.mktemp("uneven")
+    sizes = {"num_experts_per_tok": 2}
+    if request.param == "gpt_oss":
+        sizes |= {"intermediate_size": 4, "num_local_experts": 10}
+    else:
+        sizes |= {"moe_intermediate_size": 4, "num_experts": 10}
+    model = save_model(directory, request.param, num_hidden_layers=2, **sizes)
+    prompts, texts = ["a quick brown fox " * 9, "the"], []
+    for prompt in prompts:
+        ids = open_model(directory, speculative=VANILLA).tokenizer.encode(prompt)
+        made = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
+        texts.append(made[0, len(ids) :].tolist())
+    return directory, prompts, texts
+
+
+@pytest.mark.parametrize("mesh", ["8", "layer=2,tensor=4"])
+def test_devices_have_whole_experts_where_shares_would_be_padded(uneven, mesh):
+    """Of eight devices three have none at all. The longer prompt is sorted by expert."""
+    directory, prompts, expected = uneven
+    speculative = SpeculativeConfig(method="ngram", num_speculative_tokens=3)
+    engine = open_model(directory, mesh=mesh, speculative=speculative)
+    experts = engine.load()[0].blocks[0].mlp
+    assert experts.axes and experts.parts.down.shape[2] == 4
+    options = replace(GREEDY, max_new_tokens=12)
+    done = engine.generate(prompts, options, batch_size=2)
+    assert [text.token_ids for text in done] == expected
+    rounded = [
+        [
+            text.token_ids
+            for text in open_model(
+                directory, mesh=devices, speculative=speculative, weights="int4"
+            ).generate(prompts, options, batch_size=2)
+        ]
+        for devices in (mesh, "1")
+    ]
+    assert rounded[0] == rounded[1]
+    # A plain step reads less of shares.
+    assert not open_model(directory, mesh=mesh, speculative=VANILLA).load()[0].blocks[0].mlp.axes
 
 
 def test_experts_are_rounded_and_the_router_is_not(pair):
