@@ -263,11 +263,11 @@ def rounds(pair: Pair, way: Way, make_mesh: MakeMesh, deepest: int) -> list[Roun
     a little of the choosing: each level adds one pass of the draft, `tree_width` tokens to the
     target's pass and one to the calibration's. So only the ends of a line are traced.
     """
-    deep = programs(replace(pair, num_speculative_tokens=deepest), way, make_mesh)
+    made = programs(replace(pair, num_speculative_tokens=deepest), way, make_mesh)
 
     def run(levels: int) -> Programs:
         # Another depth drafts with the same models, so they are made once.
-        return replace(deep, config=replace(deep.config, levels=levels))
+        return replace(made, config=replace(made.config, levels=levels))
 
     def capacity(levels: int) -> int:
         return run(levels).sizes.capacity(pair.max_length)
