@@ -1,9 +1,9 @@
 """Mixtures of experts: a router sends each token through a few feed-forward parts of many.
 
 Every device has a share of each expert's inner channels, as of an ordinary MLP's, so that the work
-is even whichever experts are chosen. Where that would pad the shares, as it does where few groups
-of quantized columns are dealt out to many devices, devices have whole experts instead, if rounds
-read all of them anyway; see reads().
+is even whichever experts are chosen. Where that would pad the shares, or cut groups of quantized
+columns so that there are more scales, devices have whole experts instead, if rounds read all of
+them anyway; see reads().
 
 A pass over few tokens takes out the experts that they use; one over more tokens sends them through
 all experts, which reads each expert once. A chunk of a prompt goes through all experts in slices,
@@ -264,14 +264,14 @@ def reads(tokens: int, mixture: MixtureConfig, width: int, whole: int | None = N
         whole: How many experts a device has, if it has whole ones.
 
     Examples:
-        Qwen3-30B-A3B in int4 on eight devices: six groups of 128 channels make shares of 128.
-        Verifying six tokens, whole experts are less; a plain step reads less of shares.
+        Qwen3-30B-A3B on eight devices. Verifying six tokens reads as much of whole experts as of
+        shares, and a plain step more.
 
         >>> mixture = MixtureConfig(128, 8, 768, True, ())
-        >>> reads(6, mixture, 128), reads(6, mixture, 768, whole=16)
-        (16384, 12288)
-        >>> reads(1, mixture, 128), reads(1, mixture, 768, whole=16)
-        (3072, 12288)
+        >>> reads(6, mixture, 96), reads(6, mixture, 768, whole=16)
+        (12288, 12288)
+        >>> reads(1, mixture, 96), reads(1, mixture, 768, whole=16)
+        (2304, 12288)
     """
     held = mixture.num_experts if whole is None else whole
     way = way_through(tokens, mixture.num_experts_per_tok, held, False, whole is not None)

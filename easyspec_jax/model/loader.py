@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from easyspec_jax.arithmetic import ceil_div, round_up
+from easyspec_jax.arithmetic import ceil_div, packed_width, round_up
 from easyspec_jax.checkpoint.config import MixtureConfig, ModelConfig
 from easyspec_jax.checkpoint.families import EMBEDDING, FINAL_NORM, HEAD, ROUTER, SINKS
 from easyspec_jax.checkpoint.quantized import OFFSET, Dequantized, Quantized, scale_name
@@ -199,21 +199,24 @@ class Loader:
         hidden, count = self.config.hidden_size, mixture.num_experts
         of_expert, every = f"{_LAYER}mlp.experts.{{}}.", even_entries(count, count, shards=1)
         down_proj = f"{of_expert}down_proj.weight".format(index, 0)
-        inner, devices = mixture.moe_intermediate_size, axes_size(self.mesh, self.axes)
+        inner = mixture.moe_intermediate_size
         entries = self._inner_entries(inner, down_proj)
-        whole = self._deals_out_experts(mixture, entries.shape[1])
-        axes = () if whole else self.axes
+        whole = self._deals_out_experts(mixture, down_proj, entries.shape[1])
+        dealt, axes = (self.axes, ()) if whole else ((), self.axes)
         if whole:
             entries = even_entries(inner, inner, shards=1)
         gate_up = matrix(_gate_and_up(of_expert, entries), hidden, axes, dimension=0)
         down = matrix({f"{of_expert}down_proj.weight": entries}, hidden, axes, dimension=1)
         down_bias = bias_once(f"{of_expert}down_proj.bias", hidden, axes, len(entries))
-        dealt = (index, count, self.axes, devices) if whole else (index, count)
+
+        def every_expert(plan: ArrayPlan) -> ArrayPlan:
+            return plan.for_experts(index, count, dealt, axes_size(self.mesh, dealt))
+
         parts = FeedForward(
-            self.matrix(gate_up.for_experts(*dealt)),
-            self.matrix(down.for_experts(*dealt)),
-            self._bias(bias_of(gate_up).for_experts(*dealt)),
-            self._bias(down_bias.for_experts(*dealt)),
+            self.matrix(every_expert(gate_up)),
+            self.matrix(every_expert(down)),
+            self._bias(every_expert(bias_of(gate_up))),
+            self._bias(every_expert(down_bias)),
         )
         return Experts(
             self._projection(_MLP_NORM, {f"{_LAYER}{ROUTER}": every}, (), (index,)),
@@ -222,16 +225,30 @@ class Loader:
             normalizes=mixture.norm_topk_prob,
             activation=self.config.hidden_act,
             sorts=self.kernels.sorts_by_expert,
-            axes=self.axes if whole else (),
+            axes=dealt,
         )
 
-    def _deals_out_experts(self, mixture: MixtureConfig, width: int) -> bool:
-        """Return whether devices read less if they have whole experts, not shares of some width."""
+    def _deals_out_experts(self, mixture: MixtureConfig, down: str, width: int) -> bool:
+        """Return whether devices read less if they have whole experts, not shares of all.
+
+        Args:
+            mixture: The experts.
+            down: Name of an expert's output matrix.
+            width: Inner channels of a share.
+        """
         if self.tokens is None:
             return False
+        inner = mixture.moe_intermediate_size
         held = ceil_div(mixture.num_experts, axes_size(self.mesh, self.axes))
-        whole = reads(self.tokens, mixture, mixture.moe_intermediate_size, held)
-        return whole < reads(self.tokens, mixture, width)
+        whole = reads(self.tokens, mixture, inner, held) * self._bits(down, inner)
+        return whole < reads(self.tokens, mixture, width) * self._bits(down, width)
+
+    def _bits(self, down: str, width: int) -> float:
+        """Count the bits of an inner channel for each hidden one, in shares of some width."""
+        bits = 8 * packed_width(np.dtype(self._dtypes[down]))
+        group = self._group_of(down) if scale_name(down) in self._dtypes else None
+        # A row of gate, one of up and a column of down. Only down's groups are cut by shares.
+        return 3 * bits + (32 / gcd(group, width) if group else 0)
 
     def place(self, array: np.ndarray, spec: P) -> Array:
         """Put a host array on the mesh, in the loader's type.

@@ -263,10 +263,6 @@ def test_a_part_is_the_shortest_that_holds_what_any_row_reads(tree, roots, small
 
 def test_parts_are_known_only_where_asked_for(small_parts):
     root, config = jnp.array([5]), model_config(family_config("smollm2").to_dict())
-    for capacity, options in (
-        (12, {"parts": True}),
-        (50, {}),
-        (50, {"parts": True, "cuts": False}),
-    ):
-        (window,) = chain_windows(root, 4, capacity, config, **options)
+    for capacity, cuts, parts in ((12, True, True), (50, True, False), (50, False, True)):
+        (window,) = chain_windows(root, 4, capacity, config, cuts, parts)
         assert window.parts == () and window.part is None

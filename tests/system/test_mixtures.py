@@ -8,6 +8,8 @@ import torch
 
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, open_model
 from easyspec_jax.engine.abstract import bytes_per_device
+from easyspec_jax.engine.engine import Engine
+from easyspec_jax.model.experts import Experts
 from easyspec_jax.refit import RefitConfig, refit
 from tests.support.models import save_model
 
@@ -41,11 +43,16 @@ def test_texts_are_those_of_transformers(pair, method, mesh):
     assert [text.token_ids for text in done] == expected
 
 
+def first_mixture(engine: Engine) -> Experts:
+    block: Any = engine.load()[0].blocks[0]
+    return block.mlp
+
+
 @pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss"])
 def uneven(tmp_path_factory, request):
     """A mixture of ten experts of four channels each, and transformers' greedy tokens."""
     directory = tmp_path_factory.mktemp("uneven")
-    sizes = {"num_experts_per_tok": 2}
+    sizes: dict[str, Any] = {"num_experts_per_tok": 2}
     if request.param == "gpt_oss":
         sizes |= {"intermediate_size": 4, "num_local_experts": 10}
     else:
@@ -65,7 +72,7 @@ def test_devices_have_whole_experts_where_shares_would_be_padded(uneven, mesh):
     directory, prompts, expected = uneven
     speculative = SpeculativeConfig(method="ngram", num_speculative_tokens=3)
     engine = open_model(directory, mesh=mesh, speculative=speculative)
-    experts = engine.load()[0].blocks[0].mlp
+    experts = first_mixture(engine)
     assert experts.axes and experts.parts.down.shape[2] == 4
     options = replace(GREEDY, max_new_tokens=12)
     done = engine.generate(prompts, options, batch_size=2)
@@ -81,7 +88,7 @@ def test_devices_have_whole_experts_where_shares_would_be_padded(uneven, mesh):
     ]
     assert rounded[0] == rounded[1]
     # A plain step reads less of shares.
-    assert not open_model(directory, mesh=mesh, speculative=VANILLA).load()[0].blocks[0].mlp.axes
+    assert not first_mixture(open_model(directory, mesh=mesh, speculative=VANILLA)).axes
 
 
 def test_experts_are_rounded_and_the_router_is_not(pair):
