@@ -336,7 +336,8 @@ def verification_cost(pair: Pair, make_mesh: MakeMesh, capacity: int) -> Cost:
         make_mesh: Makes a mesh of the topology.
         capacity: Entries of the caches of a way that drafts.
     """
-    run = programs(pair, Way("vanilla"), make_mesh)
+    # With a draft, because a target's experts are split for what its rounds verify.
+    run = programs(pair, Way("sd"), make_mesh)
     state = abstract_state(run, 1, capacity)
     return pass_cost(run, state, "target", 1 + pair.num_speculative_tokens * pair.tree_width)
 

@@ -10,12 +10,17 @@ import jax
 import numpy as np
 import pytest
 
+from easyspec_jax.checkpoint.canonical import expected_shapes
 from easyspec_jax.checkpoint.directory import Checkpoint, open_checkpoint
 from easyspec_jax.checkpoint.tensors import Slices, TensorSource
+from easyspec_jax.engine.abstract import ShapeLoader, Shapes, absent_mesh
 from easyspec_jax.model import loader as module
+from easyspec_jax.model.experts import Experts
 from easyspec_jax.model.shard_plan import Copy
+from easyspec_jax.model.sharding import padded_vocab_size
 from easyspec_jax.model.transformer import MLP
-from easyspec_jax.parallel.mesh import MeshShape
+from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
+from easyspec_jax.plan.configurations import bundled
 from tests.support.models import FAMILIES, load_target, loader, save_model
 
 
@@ -167,3 +172,29 @@ def test_shards_end_where_groups_of_columns_end(tmp_path, inner, devices, width,
     assert mlp.down.weight.scale.shape[1] == devices * groups
     # Floats have no groups.
     assert floats.down.weight.shape[1] == devices * -(-inner // devices)
+
+
+@pytest.mark.parametrize(
+    ("weights", "tokens", "dealt"),
+    [("int4", 6, True), ("int4", 1, False), ("int4", None, False), (None, 6, False)],
+)
+def test_whole_experts_are_dealt_out_where_shares_would_take_more(weights, tokens, dealt):
+    """Qwen3-30B-A3B on eight devices: shares of 96 channels cut groups of 128 into parts of 32."""
+    config, mesh = bundled()["Qwen3-30B-A3B"], absent_mesh(MeshShape(1, 8), "gpu")
+    shapes = Shapes(expected_shapes(config), ())
+    from_ = ShapeLoader(
+        shapes,
+        config,
+        mesh,
+        ALL_AXES,
+        np.dtype("bfloat16"),
+        vocab_rows=padded_vocab_size(mesh, config),
+        num_ids=config.vocab_size,
+        weights=weights,
+        tokens=tokens,
+    )
+    experts = from_.mlp(0)
+    assert isinstance(experts, Experts)
+    down: Any = experts.parts.down.values.get_value()
+    shard = (16, 2048, 768) if dealt else (128, 2048, 96)
+    assert bool(experts.axes) == dealt and down.sharding.shard_shape(down.shape) == shard
