@@ -156,7 +156,7 @@ def _run(args: argparse.Namespace, given: set[str]) -> int:
 
         scheduler.start(bar, changed)
         server.run(listener)
-    return _ended(scheduler)
+    return _ended(scheduler, at_once=server.force_exit)
 
 
 def _check(args: argparse.Namespace, given: set[str]) -> None:
@@ -278,16 +278,21 @@ def _ready(scheduler: "Scheduler", seconds: float) -> dict[str, str | float]:
     }
 
 
-def _ended(scheduler: "Scheduler") -> int:
-    """Wait for the engine's thread, and raise what ended it, if anything did."""
+def _ended(scheduler: "Scheduler", at_once: bool) -> int:
+    """Wait for the engine's thread, and raise what ended it, if anything did.
+
+    Args:
+        scheduler: The scheduler.
+        at_once: End the process even if threads are still at work.
+    """
     from easyspec_jax.server.app import log_line
 
     scheduler.close(0)
-    ended = scheduler.join(_SLACK)
+    ended = scheduler.join(0 if at_once else _SLACK)
     log_line({"event": "stopped"})
-    if not ended:
-        # It is compiling, which cannot be interrupted, and the interpreter would wait for it.
-        os._exit(0)
     if scheduler.failure is not None:
         raise scheduler.failure
+    if at_once or not ended:
+        # A thread compiles, which cannot be interrupted, and the interpreter would wait for it.
+        os._exit(0)
     return 0

@@ -162,13 +162,17 @@ def _types(plan: dict[str, Any]) -> str:
     return plan["dtype"] + (f" ({', '.join(named)})" if named else "")
 
 
+def _devices(count: int) -> str:
+    return "1 device" if count == 1 else f"{count} devices"
+
+
 def print_plan(plan: dict[str, Any], console: Console) -> None:
     """Print the result of `as_dict` as tables."""
     # Names come from files, and rich would take their brackets for markup.
     target, draft = (f"[bold]{escape(plan[model]['name'])}[/]" for model in ("target", "draft"))
     kind = "" if plan["kv_dtype"] == "auto" else f"{plan['kv_dtype']} "
     console.print(
-        f"{target} with draft {draft} on {plan['topology']} ({plan['devices']} devices), "
+        f"{target} with draft {draft} on {plan['topology']} ({_devices(plan['devices'])}), "
         f"{_types(plan)}, {kind}caches of {plan['ways'][-1]['capacity']} tokens, "
         f"{plan['num_speculative_tokens']} levels of {plan['tree_width']}"
     )

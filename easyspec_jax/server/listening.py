@@ -58,4 +58,7 @@ class Server(uvicorn.Server):
         Args:
             listener: The socket.
         """
-        asyncio.run(self.serve(sockets=[listener]))
+        runner = asyncio.Runner()
+        runner.run(self.serve(sockets=[listener]))
+        if not self.force_exit:
+            runner.close()  # waits for threads that still encode prompts or try grammars

@@ -1,13 +1,17 @@
 """A server in a process of its own, and the clients that people use."""
 
 import asyncio
+import http.client
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import threading
+import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 
 import pytest
 
@@ -152,6 +156,31 @@ def test_a_key_from_the_environment_and_what_is_not_served_yet():
         client = openai.OpenAI(base_url=address, api_key="wrong")
         with client, pytest.raises(openai.AuthenticationError):
             client.models.list()
+
+
+def test_a_second_signal_does_not_wait_for_a_grammar():
+    """Trying this one takes all the ten seconds that a grammar gets."""
+    patterns = [f"(a|b)*{c}(a|b){{{n}}}" for n in range(3, 20) for c in "ab"]
+    schema = {"allOf": [{"type": "string", "pattern": pattern} for pattern in patterns]}
+    body = json.dumps({"model": MODEL, "prompt": PROMPT, "json_schema": schema}).encode()
+    with live() as server:
+        server.read_until("ready")
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{server.url}/v1/completions", body, headers)
+
+        def ask() -> None:
+            with suppress(OSError, http.client.HTTPException):
+                urllib.request.urlopen(request)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        time.sleep(1)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert server.process.poll() is None
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(5) == 0
+        thread.join(30)
 
 
 def test_sigterm_loses_no_answer():
