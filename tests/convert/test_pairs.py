@@ -47,7 +47,7 @@ def test_the_command_makes_a_pair_and_says_how_to_use_it(pair, tmp_path, capsys)
     assert first == f"target: Tiny-2, Apache-2.0, {SOURCE}"
     assert second == f"draft: Tiny-1, Apache-2.0, {SOURCE}"
     assert last == (
-        f"python -m easyspec_jax.generate --target '{out}/target' --draft '{out}/draft'"
+        f"python -m easyspec_jax.generate --target '{out}/target' --draft '{out}/draft' --chat"
     )
     record = json.loads((out / "pair.json").read_text())
     assert record["pair"] == "tiny"

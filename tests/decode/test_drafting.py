@@ -43,7 +43,7 @@ class Table:
     axes: Axes = ALL_AXES
 
     def __call__(
-        self, tokens: jax.Array, caches: Any, where: Nodes, run: Any
+        self, tokens: jax.Array, caches: Any, where: Nodes, run: Any, committed: Any
     ) -> tuple[jax.Array, Any]:
         cache = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))(
             caches, tokens, where.start

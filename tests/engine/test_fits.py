@@ -133,12 +133,21 @@ def test_what_groups_take_is_counted_on_accelerators_too(tokens, size):
 
 def test_sums_of_all_experts_are_counted():
     """21 tokens go through all 128 experts; gate and up have 192 outputs each, in 32 groups."""
-    job = large(target=bundled()["Qwen3-235B-A22B"], target_weights="int4")
+    plain = RoundConfig.of(SpeculativeConfig(method="vanilla"), SamplingParams(), ())
+    job = large(target=bundled()["Qwen3-235B-A22B"], target_weights="int4", round=plain)
     target, _ = fits._of_models(job)[0]
     floats, _ = fits._of_models(replace(job, target_weights=None))[0]
     more = fits._of_products(target, job, 21) - fits._of_products(floats, job, 21)
     inner, groups = 2 * 192, 4096 // 128
     assert more == 128 * inner * groups * 21 * 4
+
+
+def test_sums_of_whole_experts_are_counted():
+    """Rounds that verify six tokens are split so that a device has 16 experts of 1,536 channels."""
+    job = large(target=bundled()["Qwen3-235B-A22B"], target_weights="int4")
+    target, _ = fits._of_models(job)[0]
+    sums, results = 2 * 1536 * (4096 // 128), 3 * 1536 + 4096
+    assert fits._of_products(target, job, 21) == 16 * (sums + results) * 21 * 4
 
 
 def test_the_kernel_of_a_gpu_writes_no_sums_of_groups():

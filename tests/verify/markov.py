@@ -32,7 +32,12 @@ class Markov:
     axes: Axes = ALL_AXES
 
     def __call__(
-        self, tokens: jax.Array, caches: tuple[()], where: Any, run: Any = None
+        self,
+        tokens: jax.Array,
+        caches: tuple[()],
+        where: Any,
+        run: Any = None,
+        committed: Any = None,
     ) -> tuple[jax.Array, tuple[()]]:
         return tokens[..., None].astype(jnp.float32), caches
 
@@ -40,6 +45,10 @@ class Markov:
         return self.logits_after[h[..., 0].astype(jnp.int32)]
 
     def init_caches(self, batch: int, capacity: int) -> tuple[()]:
+        return ()
+
+    @property
+    def kept_windows(self) -> tuple[()]:
         return ()
 
 
