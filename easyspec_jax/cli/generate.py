@@ -98,19 +98,19 @@ def _run(args: argparse.Namespace, given: set[str], wording: Callable[[str], str
         return _speak(args, speculative, sampling, prompts)
     # All processes must decode the same, so they compare their flags and prompts.
     peer = _peer(args, prompts)
-    flags = {name: value for name, value in vars(args).items() if name != "process_id"}
+    own = ("process_id", "prompt_lookup_corpus")  # of the latter, the contents must be the same
+    flags = {name: value for name, value in vars(args).items() if name not in own}
     command = [flags, prompts, _digest(args.prompt_lookup_corpus)]
     with hosts.joined(PROGRAM, peer, command, wording):
         return _speak(args, speculative, sampling, prompts)
 
 
 def _digest(path: str | None) -> str | None:
-    """Return a digest of a file, whose name says little about another host's; None if it is not."""
-    if path is None:
-        return None
+    """Return a digest of a file, or its name if it is none that can be read twice."""
     with suppress(OSError):  # open_model() says what is wrong
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return None
+        if path is not None and Path(path).is_file():
+            return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return path
 
 
 def _peer(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Peer:

@@ -290,9 +290,9 @@ def _ended(scheduler: "Scheduler", at_once: bool) -> int:
     scheduler.close(0)
     ended = scheduler.join(0 if at_once else _SLACK)
     log_line({"event": "stopped"})
-    if scheduler.failure is not None:
+    if scheduler.failure is not None and not at_once:
         raise scheduler.failure
     if at_once or not ended:
-        # A thread compiles, which cannot be interrupted, and the interpreter would wait for it.
+        # A thread may be at work that cannot be interrupted, and the interpreter would wait for it.
         os._exit(0)
     return 0

@@ -95,7 +95,9 @@ class Batch:
         self._text = np.full(rows, FREE)  # number of each row's text
         self._texts = 0  # texts that have entered
         self._unread: list[_Unread] = []
-        self._reuse = Reuse(programs, rows, prefixes)
+        # Caches that keep only a window neither give nor take beginnings of texts.
+        store = None if programs.config.keeps_windows else prefixes
+        self._reuse = Reuse(programs, rows, store)
         self._pace = Pace(programs, rows)
 
     @classmethod

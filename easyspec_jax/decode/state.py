@@ -184,6 +184,18 @@ class RoundConfig:
         return self.forced + (self.nodes or self.levels * self.width) + of_path
 
     @property
+    def split_for(self) -> int:
+        """Tokens of the target's passes that its experts are split for; see Loader.
+
+        Options of single texts do not count, because all share the weights. Nor does how bit-stable
+        rounds draft: texts of every method have the same bits.
+        """
+        # Rounds that may be plain steps read few experts, of which whole ones would be more.
+        if not self.rows and (0 in self.tiers or (self.lookup is not None and not self.grafts)):
+            return 1
+        return self.rows or 1 + replace(self, kinds=PLAIN).verified
+
+    @property
     def candidates(self) -> int:
         """Likeliest ids of the draft that are considered after a node."""
         wanted = self.verifier.candidates(self.width)
@@ -261,7 +273,7 @@ class State:
 
     @property
     def capacity(self) -> int:
-        """Entries that each row of a cache has which keeps everything."""
+        """Entries of each row in caches that keep everything."""
         return self.text.shape[1]
 
     @property

@@ -196,7 +196,8 @@ class Engine(Models):
             growth, rows = self._growth(programs, batch, sampling), dict(enumerate(batch))
             ways = [spared(programs, self.prefixes, rows, growth[0], batch_size)]
             is_one = all(ids == batch[0] for ids in batch)
-            if is_one and batch_size % sampling.n and self.prefixes is None:
+            is_new = self.prefixes is None and self.store_for(len(batch[0])) is not None
+            if is_one and batch_size % sampling.n and is_new:
                 # The next batch finds the prompt of this one; see generate().
                 end = programs.sizes.prefill_from(
                     len(batch[0]), len(batch[0]) - 1, growth[0], batch_size

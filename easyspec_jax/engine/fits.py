@@ -189,7 +189,7 @@ def _of_models(job: Workload) -> tuple[tuple[Decoder, Decoder | None], int, Entr
         weights=(job.target_weights, job.draft_weights),
         kv_dtype=job.kv_dtype,
         stored=(job.target_stored, job.draft_stored),
-        tokens=1 + job.round.verified,
+        tokens=job.round.split_for,
     )
     target, draft = models
     missing = (None if job.target_held else target, None if job.draft_held else draft)
@@ -400,7 +400,9 @@ def _options_that_help(job: Workload, free: int) -> Iterator[str]:
     )
     if tokens > job.prompt:
         yield f"`max_length` {tokens}"
-    if job.prefixes and fits(replace(job, prefixes=0)):
+    slides = any(config is not None and config.has_windows for config in (job.target, job.draft))
+    without = replace(job.round, keeps_windows=slides and not job.round.rows)
+    if job.prefixes and fits(replace(job, prefixes=0, round=without)):
         yield "`prefix_cache` 0"
     if rows := _largest(lambda rows: fits(replace(job, rows=rows)), job.rows):
         yield f"`batch_size` {rows}"

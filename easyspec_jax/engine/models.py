@@ -129,13 +129,13 @@ class Models:
             num_ids=min(self.target.config.vocab_size, checkpoint.config.vocab_size),
             weights=self.draft_weights if checkpoint is self.draft else self.weights,
             kv_dtype=self.kv_dtype,
-            tokens=None if checkpoint is self.draft else 1 + self._verified,
+            tokens=None if checkpoint is self.draft else self._split_for,
         )
 
     @property
-    def _verified(self) -> int:
-        """Nodes that a round verifies."""
-        return RoundConfig.of(self.speculative, SamplingParams(), ()).verified
+    def _split_for(self) -> int:
+        """Tokens of the passes that the target's experts are split for."""
+        return RoundConfig.of(self.speculative, SamplingParams(), ()).split_for
 
     def baseline(self) -> Self:
         """Return plain decoding of the same target on the same mesh. The weights are shared.

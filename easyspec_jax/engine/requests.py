@@ -82,9 +82,8 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 """Fields that are not supported, and the values with which they would have no effect."""
 
-
 _MOST_UNKNOWN = 64
-"""Fields that are unknown of one object; each is compared with all known ones."""
+"""Most unknown fields of one object; each is compared with all known ones."""
 
 
 def known_fields(
@@ -98,7 +97,8 @@ def known_fields(
         names: Other names of fields, and ours.
 
     Raises:
-        EasySpecError: A field is misspelt or not supported, or given twice with two values.
+        EasySpecError: A field is misspelt or not supported, or given twice with two values, or too
+            many are unknown.
 
     Examples:
         >>> known_fields([("max_tokens", 7), ("seed", None), ("level", 3)], {"prompt"})

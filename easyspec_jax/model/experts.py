@@ -23,7 +23,7 @@ from easyspec_jax.checkpoint.config import Activation, MixtureConfig
 from easyspec_jax.model.activation import gated
 from easyspec_jax.model.matrix import Matrix
 from easyspec_jax.model.projection import Projection
-from easyspec_jax.parallel.collectives import shard_index
+from easyspec_jax.parallel.collectives import shard_count, shard_index
 from easyspec_jax.parallel.mesh import Axes
 
 SLICE = 512
@@ -130,7 +130,8 @@ class Experts(nnx.Module):
         if way == "chosen":
             y = self._through_chosen(x, routes)
         elif way == "blocks":
-            y = self._through_blocks(x, blocks_of(routes, number))
+            every = number * shard_count(self.axes)
+            y = self._through_blocks(x, blocks_of(routes, number, every))
         elif way == "all":
             y = self._through_all(x, routes)
         else:
@@ -296,7 +297,7 @@ def products_at_once(
     if way == "chosen":
         return pairs, 1
     if way == "blocks":
-        return 1, block_size(tokens, pairs, experts)
+        return 1, block_size(tokens, pairs, mixture.num_experts)
     return experts, min(tokens, SLICE)
 
 
@@ -339,12 +340,13 @@ def block_size(tokens: int, pairs: int, experts: int) -> int:
     return min(tokens, power_of_two(ceil_div(pairs, experts)))
 
 
-def blocks_of(routes: Routes, experts: int) -> Blocks:
+def blocks_of(routes: Routes, experts: int, every: int | None = None) -> Blocks:
     """Sort tokens by the experts that they use, in blocks of one size.
 
     Args:
         routes: Each token's experts.
-        experts: How many there are.
+        experts: How many there are here.
+        every: How many there are in all, if that is more.
 
     Examples:
         Three tokens use experts 0, 2 and 0 of three:
@@ -356,7 +358,7 @@ def blocks_of(routes: Routes, experts: int) -> Blocks:
     """
     tokens, chosen = routes.experts.shape
     pairs = tokens * chosen
-    size = block_size(tokens, pairs, experts)
+    size = block_size(tokens, pairs, every or experts)
     used = routes.experts.reshape(-1)
     order = jnp.argsort(used, stable=True)
     counts = jnp.sum(jax.nn.one_hot(used, experts, dtype=jnp.int32), axis=0)

@@ -284,7 +284,7 @@ class Decoder(nnx.Module):
         return tuple(map(self._kept, self.blocks))
 
     def _kept(self, block: Block) -> int | None:
-        # Slots of a group share an array, so its layers keep everything if one of them does.
+        # Layers of a group share an array, so a group of several kinds keeps everything.
         kinds = set(block.kinds)
         if self.reach is None or len(kinds) > 1:
             return None
@@ -293,7 +293,9 @@ class Decoder(nnx.Module):
     def capacities(self, capacity: int) -> tuple[int, ...]:
         """Return the entries of each block's cache, where others have `capacity` of them."""
         return tuple(
-            capacity if kept is None else min(capacity, kept_entries(kept, self.reach or 0))
+            capacity
+            if kept is None or self.reach is None
+            else min(capacity, kept_entries(kept, self.reach))
             for kept in self.kept_windows
         )
 

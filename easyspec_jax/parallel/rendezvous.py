@@ -159,10 +159,10 @@ def _accept(server: socket.socket, peer: Peer, digest: str, links: Links, deadli
         hello = json.loads(_line(link, time.monotonic() + HELLO))
         number = hello["process"]
         complaint = _complaint(hello, peer, digest, links)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         if link is not None:
             link.close()
-        if not isinstance(error, TimeoutError) or time.monotonic() < deadline:
+        if time.monotonic() < deadline:
             return  # not one of our processes, or it said nothing
         missing = min(set(range(1, peer.num_processes)) - links.keys())
         _refuse(

@@ -190,7 +190,7 @@ def programs(pair: Pair, way: Way, make_mesh: MakeMesh) -> Programs:
         pair.dtype,
         weights=pair.weights,
         kv_dtype=pair.kv_dtype,
-        tokens=1 + config.verified,
+        tokens=config.split_for,
     )
     return Programs(mesh, *models, config, pair.max_length)
 

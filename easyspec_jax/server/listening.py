@@ -59,6 +59,8 @@ class Server(uvicorn.Server):
             listener: The socket.
         """
         runner = asyncio.Runner()
-        runner.run(self.serve(sockets=[listener]))
-        if not self.force_exit:
-            runner.close()  # waits for threads that still encode prompts or try grammars
+        try:
+            runner.run(self.serve(sockets=[listener]))
+        finally:
+            if not self.force_exit:
+                runner.close()  # waits for threads that still encode prompts or try grammars

@@ -18,7 +18,7 @@ from easyspec_jax.tokenizer.stream import Tokenizer
 BEGIN, END = "<tool_call>", "</tool_call>"
 
 _MOST_BROKEN = 64
-"""Beginnings without a call after which a text is read no further: each is searched to its end."""
+"""Calls that are none after which no more are looked for: each is searched to the text's end."""
 
 # A string of JSON may itself hold the end of a call, so strings are followed to their ends.
 _QUOTE_OR_END = re.compile('"|' + END)

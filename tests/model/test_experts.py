@@ -88,6 +88,7 @@ def test_whole_experts_of_all_devices_add_up(monkeypatch, tokens, sorts):
         part.parts = nnx.data(jax.tree.map(lambda w, own=own: w[own], model.parts))
         part.axes = ("tensor",)
         monkeypatch.setattr(module, "shard_index", lambda _, device=device: jnp.array(device))
+        monkeypatch.setattr(module, "shard_count", lambda _: 2)
         found += np.asarray(part(h)[0])
     np.testing.assert_allclose(found, by_hand(model, h), atol=2e-4, rtol=1e-4)
 
@@ -129,8 +130,8 @@ def test_blocks_hold_every_choice_once(tokens):
 def test_a_block_too_few_is_noticed(monkeypatch):
     model, h = made(), hidden(150)
 
-    def all_but_the_last(routes: Routes, experts: int) -> module.Blocks:
-        blocks = blocks_of(routes, experts)
+    def all_but_the_last(routes: Routes, experts: int, every: int) -> module.Blocks:
+        blocks = blocks_of(routes, experts, every)
         used = int(np.flatnonzero(np.asarray(blocks.weights).any(axis=1))[-1])
         return blocks._replace(weights=blocks.weights.at[used].set(0))
 

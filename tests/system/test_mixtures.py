@@ -70,8 +70,8 @@ def uneven(tmp_path_factory, request):
 def test_devices_have_whole_experts_where_shares_would_be_padded(uneven, mesh):
     """Of eight devices three have none at all. The longer prompt is sorted by expert."""
     directory, prompts, expected = uneven
-    speculative = SpeculativeConfig(method="ngram", num_speculative_tokens=3)
-    engine = open_model(directory, mesh=mesh, speculative=speculative)
+    pair, speculative = (directory, directory), SpeculativeConfig(method="sd")
+    engine = open_model(*pair, mesh=mesh, speculative=speculative)
     experts = first_mixture(engine)
     assert experts.axes and experts.parts.down.shape[2] == 4
     options = replace(GREEDY, max_new_tokens=12)
@@ -81,14 +81,29 @@ def test_devices_have_whole_experts_where_shares_would_be_padded(uneven, mesh):
         [
             text.token_ids
             for text in open_model(
-                directory, mesh=devices, speculative=speculative, weights="int4"
+                *pair, mesh=devices, speculative=speculative, weights="int4"
             ).generate(prompts, options, batch_size=2)
         ]
         for devices in (mesh, "1")
     ]
     assert rounded[0] == rounded[1]
-    # A plain step reads less of shares.
-    assert not first_mixture(open_model(directory, mesh=mesh, speculative=VANILLA)).axes
+    # Plain steps read less of shares, and rounds that adapt or look up may be plain steps.
+    for other in (VANILLA, replace(speculative, adapt=True), SpeculativeConfig(method="ngram")):
+        assert not first_mixture(open_model(*pair, mesh=mesh, speculative=other)).axes
+
+
+@pytest.mark.slow
+def test_bit_stable_texts_have_the_same_bits_however_they_are_drafted(uneven):
+    directory, prompts, _ = uneven
+    made = []
+    for method in ("vanilla", "sd"):
+        speculative = SpeculativeConfig(
+            method=method, num_speculative_tokens=3, bit_stable=True, verifier="coupled"
+        )
+        engine = open_model(directory, directory, mesh="8", speculative=speculative)
+        options = SamplingParams(max_new_tokens=12, logprobs=2)
+        made.append([text.logprobs for text in engine.generate(prompts, options, batch_size=2)])
+    assert made[0] == made[1]
 
 
 def test_experts_are_rounded_and_the_router_is_not(pair):
