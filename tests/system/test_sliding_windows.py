@@ -245,6 +245,10 @@ def test_a_store_of_prefixes_keeps_everything(pair, small_windows):
     assert not engine.keeps_windows and not opened(pair, method="sd", bit_stable=True).keeps_windows
     (first,), (second,) = (engine.generate(PROMPTS[1:], GREEDY) for _ in range(2))
     assert first.token_ids == second.token_ids and second.stats.cached_tokens > 0
+    # Batches are decoded as they are asked for, by which time the store may be unwanted.
+    later = engine.generate(PROMPTS[1:] * 3, GREEDY, batch_size=1)
+    engine.prefix_cache = 0
+    assert [found.token_ids for found in later] == [first.token_ids] * 3
 
 
 @pytest.mark.parametrize("forgotten", ["target", "draft"])
