@@ -236,6 +236,10 @@ SCRIPTS = (
             ),
             Result("quantization_qwen", "Narrower types: Qwen2.5-Coder-1.5B drafted by 0.5B"),
             Result(
+                "quantization_qwen_code",
+                "Narrower types: Qwen2.5-Coder-1.5B drafted by 0.5B, eight tasks of code",
+            ),
+            Result(
                 "quantization_smollm2",
                 "Narrower types: SmolLM2-135M-Instruct as its own draft",
             ),

@@ -27,6 +27,7 @@ PASSAGES: dict[str, Callable[[Path], str]] = {
     "dry_compile": tabulated("dry_compile_h100"),
     "quantization": tabulated("quantization"),
     "quantization_qwen": tabulated("quantization_qwen"),
+    "quantization_qwen_code": tabulated("quantization_qwen_code"),
     "adapt_qwen": tabulated("adapt_qwen"),
     "adapt_qwen_sampled": tabulated("adapt_qwen_sampled"),
     "adapt_qwen_processes": tabulated("adapt_qwen_processes"),
