@@ -337,7 +337,7 @@ def verification_cost(pair: Pair, make_mesh: MakeMesh, capacity: int) -> Cost:
         capacity: Entries of the caches of a way that drafts.
     """
     # With a draft, because a target's experts are split for what its rounds verify.
-    run = programs(pair, Way("sd"), make_mesh)
+    run = programs(pair, Way("sd" if pair.tree_width == 1 else "tree"), make_mesh)
     state = abstract_state(run, 1, capacity)
     return pass_cost(run, state, "target", 1 + pair.num_speculative_tokens * pair.tree_width)
 
