@@ -182,8 +182,7 @@ class _Growth:
         entry = self.position + first_node(depth, self.config.width)
         depths = jnp.broadcast_to(depth, level.tokens.shape)
         nodes = Nodes(entry, self.position, depths, level.ancestors)
-        own = level.tokens, grown.caches, nodes
-        h, caches = self.draft(*own, run_fuzzy, self.committed)
+        h, caches = self.draft(level.tokens, grown.caches, nodes, run_fuzzy, self.committed)
         below, candidates = self.choose(level, h, depth + 1)
         if self.config.ends_early:
             below, candidates = _of_rows(grown.goes_on, below, candidates)

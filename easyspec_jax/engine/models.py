@@ -308,7 +308,7 @@ class Models:
     def store_for(self, prompt: int) -> PrefixStore | None:
         """Return the store of prefixes, or a new one for a single prompt if there is none.
 
-        There is no new one where nothing can be taken out of caches later.
+        No new one is made where caches keep only a window, or texts are bit-stable.
 
         Args:
             prompt: Tokens of the longest prompt that several texts have; 0 if none has.

@@ -22,13 +22,16 @@ def small_steps(monkeypatch):
     monkeypatch.setattr(kept_window, "STEP", 4)
 
 
+def first_of(window: int | None, committed: int) -> int:
+    """Return the first entry that a cache has."""
+    return 0 if window is None else int(first_kept(jnp.asarray(committed), window))
+
+
 def caches_of(committed: np.ndarray, slots: tuple[int, ...] = ()) -> tuple[KVCache, ...]:
     """Make caches whose numbers are those of their entries; entries 100 apart are other rows'."""
     made = []
     for window in WINDOWS:
-        first = np.zeros_like(committed)
-        if window is not None:
-            first = np.asarray(first_kept(jnp.asarray(committed), window))
+        first = np.array([first_of(window, end) for end in committed.tolist()])
         begin = first + 100 * np.arange(len(first))
         entries = begin[:, None] + np.arange(CAPACITY)[None, :]
         entries = np.repeat(entries, 2, axis=0)[..., None].astype(np.float32)  # two heads
@@ -43,7 +46,7 @@ def kept(caches: tuple[KVCache, ...], committed: np.ndarray) -> list[np.ndarray]
     for cache, window in zip(caches, WINDOWS, strict=True):
         for row, end in enumerate(committed.tolist()):
             begin = 0 if window is None else max(end - window + 1, 0)
-            first = 0 if window is None else int(first_kept(jnp.asarray(end), window))
+            first = first_of(window, end)
             found.append(np.asarray(cache.k[..., 2 * row, begin - first : end - first, 0]))
     return found
 
@@ -73,7 +76,7 @@ def test_paths_move_to_the_same_entries_of_a_text():
     moved = move_entries(MODEL, caches_of(committed), source, start, start)
     for cache, window in zip(moved, WINDOWS, strict=True):
         for row, end in enumerate(committed.tolist()):
-            first = 0 if window is None else int(first_kept(jnp.asarray(end), window))
+            first = first_of(window, end)
             own = np.asarray(cache.k[2 * row, end - first :, 0])[:4] - 100 * row
             assert own[:3].tolist() == [end, end + 2, end + 3]
 
@@ -86,5 +89,4 @@ def test_a_beginning_has_what_may_be_read_and_zeros_behind():
     for own, right in zip(kept(found, committed), kept(caches, committed), strict=True):
         np.testing.assert_array_equal(own, right)
     for cache, window in zip(found, WINDOWS, strict=True):
-        first = 0 if window is None else int(first_kept(jnp.array(11), window))
-        assert not cache.k[:, 11 - first :].any()
+        assert not cache.k[:, 11 - first_of(window, 11) :].any()

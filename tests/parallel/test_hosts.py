@@ -210,7 +210,7 @@ def test_nobody_waits_for_ever(monkeypatch):
 
 @pytest.mark.parametrize("says", ["[" * 4000 + "\n", "{"], ids=["nested", "slow"])
 def test_strangers_are_ignored(monkeypatch, says):
-    """What they say is no JSON that can be read, or comes a letter at a time."""
+    """They send JSON that is nested too deeply, or one letter at a time."""
     monkeypatch.setattr(rendezvous, "START", 1.5)
     monkeypatch.setattr(rendezvous, "HELLO", 0.5)
     address, told = free_address(), threading.Event()

@@ -1,4 +1,4 @@
-"""What rows with grammars ask the host."""
+"""Questions about grammars that a compiled round asks the host."""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,7 @@
 """A mixture of experts under speculation says what it says alone, and what transformers says."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,12 +25,17 @@ def pair(tmp_path_factory, request):
     target, draft = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("draft")
     model = save_model(target, request.param[0], num_hidden_layers=3)
     save_model(draft, request.param[1], num_hidden_layers=4)
-    texts = []
-    for prompt in PROMPTS:
-        ids = open_model(target, speculative=VANILLA).tokenizer.encode(prompt)
-        made = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)
+    return target, draft, greedy_texts(model, target, PROMPTS, tokens=24)
+
+
+def greedy_texts(model: Any, directory: Path, prompts: list[str], tokens: int) -> list[list[int]]:
+    """Return what transformers says after each prompt."""
+    tokenizer, texts = open_model(directory, speculative=VANILLA).tokenizer, []
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt)
+        made = model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False)
         texts.append(made[0, len(ids) :].tolist())
-    return target, draft, texts
+    return texts
 
 
 @pytest.mark.parametrize("mesh", ["1", "layer=2,tensor=4"])
@@ -58,17 +64,13 @@ def uneven(tmp_path_factory, request):
     else:
         sizes |= {"moe_intermediate_size": 4, "num_experts": 10}
     model = save_model(directory, request.param, num_hidden_layers=2, **sizes)
-    prompts, texts = ["a quick brown fox " * 9, "the"], []
-    for prompt in prompts:
-        ids = open_model(directory, speculative=VANILLA).tokenizer.encode(prompt)
-        made = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
-        texts.append(made[0, len(ids) :].tolist())
-    return directory, prompts, texts
+    prompts = ["a quick brown fox " * 9, "the"]
+    return directory, prompts, greedy_texts(model, directory, prompts, tokens=12)
 
 
 @pytest.mark.parametrize("mesh", ["8", "layer=2,tensor=4"])
 def test_devices_have_whole_experts_where_shares_would_be_padded(uneven, mesh):
-    """Of eight devices three have none at all. The longer prompt is sorted by expert."""
+    """Three of the eight devices get no expert. The longer prompt is sorted by expert."""
     directory, prompts, expected = uneven
     pair, speculative = (directory, directory), SpeculativeConfig(method="sd")
     engine = open_model(*pair, mesh=mesh, speculative=speculative)
