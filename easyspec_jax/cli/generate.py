@@ -98,9 +98,10 @@ def _run(args: argparse.Namespace, given: set[str], wording: Callable[[str], str
         return _speak(args, speculative, sampling, prompts)
     # All processes must decode the same, so they compare their flags and prompts.
     peer = _peer(args, prompts)
-    own = ("process_id", "prompt_lookup_corpus")  # of the latter, the contents must be the same
+    # Of files the contents must be the same, wherever a host has them.
+    own = ("process_id", "json_schema", "prompt_lookup_corpus")
     flags = {name: value for name, value in vars(args).items() if name not in own}
-    command = [flags, prompts, _digest(args.prompt_lookup_corpus)]
+    command = [flags, prompts, sampling.json_schema, _digest(args.prompt_lookup_corpus)]
     with hosts.joined(PROGRAM, peer, command, wording):
         return _speak(args, speculative, sampling, prompts)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from easyspec_jax.cli.generate_flags import generate_parser
 from easyspec_jax.cli.sampling_flags import sampling_of
+from easyspec_jax.errors import EasySpecError
 from easyspec_jax.generate import main
 from tests.support.models import LAYERS, add_refit, byte_tokenizer, save_model
 
@@ -631,3 +633,25 @@ def test_a_batch_is_printed_in_order_and_timed_once(arguments, capsys):
     output = capsys.readouterr()
     assert output.out == texts
     assert "24 tokens" in output.err
+
+
+def test_hosts_compare_the_contents_of_files(tmp_path, monkeypatch):
+    """Not their names, which may be the same for other contents."""
+    commands = []
+
+    def noted(program: str, peer: Any, command: Any, wording: Any) -> Any:
+        commands.append(command)
+        raise EasySpecError("noted")
+
+    monkeypatch.setattr("easyspec_jax.cli.generate.hosts.joined", noted)
+    files = {"a": '{"type": "object"}', "b": '{"type": "object"}', "c": '{"type": "array"}'}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    for flag in ("--json-schema", "--prompt-lookup-corpus"):
+        method = ["--method", "ngram"] if flag == "--prompt-lookup-corpus" else []
+        for name in files:
+            words = ["--mesh", "2", "--distributed", "--coordinator", "127.0.0.1:9"]
+            words += ["--num-processes", "2", "--process-id", "0", "--prompt", "a", *method]
+            assert main([*words, flag, str(tmp_path / name)]) == 2
+        first, same, other = commands[-3:]
+        assert first == same != other
