@@ -171,11 +171,11 @@ def abstract_pair(
     ) -> ShapeLoader:
         configs = [c for c in (target, draft) if c is not None]
         return ShapeLoader(
-            Shapes(expected_shapes(config), integers),
-            config,
-            mesh,
-            axes,
-            dtype,
+            source=Shapes(expected_shapes(config), integers),
+            config=config,
+            mesh=mesh,
+            axes=axes,
+            dtype=dtype,
             vocab_rows=padded_vocab_size(mesh, *configs),
             num_ids=config.vocab_size,
             settings=settings,

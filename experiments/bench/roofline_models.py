@@ -240,13 +240,13 @@ def load(
     config = source.config
     rows = padded_vocab_size(mesh, config)
     loader = AlikeLoader(
-        source,
-        config,
-        mesh,
-        ALL_AXES,
-        source.dtype,
-        rows,
-        config.vocab_size,
+        source=source,
+        config=config,
+        mesh=mesh,
+        axes=ALL_AXES,
+        dtype=source.dtype,
+        vocab_rows=rows,
+        num_ids=config.vocab_size,
         settings=settings,
         weights=weights,
     )

@@ -32,7 +32,15 @@ def resident(field):
 
 opened, mesh = open_checkpoint(sys.argv[1]), open_mesh(MeshShape(4, 2), "cpu")
 rows, ids = padded_vocab_size(mesh, opened.config), opened.config.vocab_size
-loader = Loader(opened.source, opened.config, mesh, ALL_AXES, np.dtype("bfloat16"), rows, ids)
+loader = Loader(
+    source=opened.source,
+    config=opened.config,
+    mesh=mesh,
+    axes=ALL_AXES,
+    dtype=np.dtype("bfloat16"),
+    vocab_rows=rows,
+    num_ids=ids,
+)
 jax.block_until_ready(loader.place(np.zeros(8), jax.sharding.PartitionSpec(ALL_AXES)))
 before = resident("VmRSS")
 model = loader.decoder([loader.layer(index) for index in range(opened.config.num_hidden_layers)])

@@ -46,8 +46,16 @@ def compiled(run: Any, settings: PlatformSettings, tokens: int, capacity: int) -
     mesh = topology_mesh(parse_topology("h100:1"), MeshShape(1, 1))
     shapes = Shapes(expected_shapes(LLAMA))
     dtype = np.dtype("bfloat16")
-    sizes = LLAMA.vocab_size, LLAMA.vocab_size
-    loader = ShapeLoader(shapes, LLAMA, mesh, ALL_AXES, dtype, *sizes, settings)  # pyright: ignore[reportArgumentType]
+    loader = ShapeLoader(
+        source=shapes,
+        config=LLAMA,
+        mesh=mesh,  # pyright: ignore[reportArgumentType]
+        axes=ALL_AXES,
+        dtype=dtype,
+        vocab_rows=LLAMA.vocab_size,
+        num_ids=LLAMA.vocab_size,
+        settings=settings,
+    )
     group = load_block(loader, LAYERS)
     assert isinstance(group, LayerGroup)
 

@@ -71,7 +71,15 @@ def recorder(config: ModelConfig, shape: MeshShape, axes: Axes = ALL_AXES) -> Re
     mesh = absent_mesh(shape, "cpu")
     rows = padded_vocab_size(mesh, config)
     source = Shapes(expected_shapes(config))
-    return Recorder(source, config, mesh, axes, np.dtype(np.float32), rows, config.vocab_size)
+    return Recorder(
+        source=source,
+        config=config,
+        mesh=mesh,
+        axes=axes,
+        dtype=np.dtype(np.float32),
+        vocab_rows=rows,
+        num_ids=config.vocab_size,
+    )
 
 
 def read_config(family: str, **options: Any) -> ModelConfig:

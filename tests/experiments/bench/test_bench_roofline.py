@@ -155,7 +155,15 @@ def test_copied_layers_are_those_that_would_be_read(shape):
     source, mesh = models.random_source(DRAFT, "float32"), open_mesh(shape)
     groups = paper_groups(4, 3)
     rows = padded_vocab_size(mesh, source.config)
-    loader = Loader(source, source.config, mesh, ALL_AXES, source.dtype, rows, VOCAB)
+    loader = Loader(
+        source=source,
+        config=source.config,
+        mesh=mesh,
+        axes=ALL_AXES,
+        dtype=source.dtype,
+        vocab_rows=rows,
+        num_ids=VOCAB,
+    )
     read, copied = (
         models.load_draft(loader, Layout.uniform(groups)),
         models.load(source, mesh, groups),
