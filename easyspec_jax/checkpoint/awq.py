@@ -57,7 +57,7 @@ def _matrix(parts: Parts, module: str, group: int) -> Matrix:
         words = parts.source.read(module + "qzeros", (slice(0, scales.groups), of_words))
         return _in_order(words)[:, within].T.astype(np.int16)
 
-    return Coded(module + "weight", (out, inner), "int8", scales, codes, zeros)
+    return Coded(module + "weight", (out, inner), "int4", scales, codes, 8, zeros)
 
 
 def _in_order(words: Int32[np.ndarray, "n words"]) -> UInt8[np.ndarray, "n codes"]:

@@ -115,12 +115,9 @@ def _packed(parts: Parts, weight: str, schemes: list[Mapping[str, Any]]) -> Matr
         of_words, within = covering(columns, 32 // bits)
         return fields(parts.source.read(packed, (rows, of_words)), bits)[:, within]
 
-    offset = 1 << (bits - 1)
-    zeros = _zeros(parts, weight + "_zero_point", shape, scales, bits, schemes)
-    if zeros is None:
-        return Coded(weight, shape, "int4" if bits == 4 else "int8", scales, codes, offset)
-    # Codes of 4 bits differ by 15 at most, those of 8 bits by more than int8 holds.
-    return Coded(weight, shape, "int8" if bits == 4 else "bfloat16", scales, codes, zeros)
+    middle = 1 << (bits - 1)
+    zeros = _zeros(parts, weight + "_zero_point", shape, scales, bits, schemes, middle)
+    return Coded(weight, shape, f"int{bits}", scales, codes, middle, zeros)
 
 
 def _plain(parts: Parts, weight: str, dtype: str, schemes: list[Mapping[str, Any]]) -> Matrix:
@@ -130,8 +127,8 @@ def _plain(parts: Parts, weight: str, dtype: str, schemes: list[Mapping[str, Any
         parts.drop(weight + "_zero_point")
         return unpacked(parts, weight, "bfloat16", scales)
     scales = _whole_groups(parts, scales, shape)
-    zeros = _zeros(parts, weight + "_zero_point", shape, scales, 8, schemes, offset=0)
-    return unpacked(parts, weight, "int8" if zeros is None else "bfloat16", scales, zeros or 0)
+    zeros = _zeros(parts, weight + "_zero_point", shape, scales, 8, schemes, middle=0)
+    return unpacked(parts, weight, "int8", scales, zeros)
 
 
 def _blocks(schemes: list[Mapping[str, Any]]) -> tuple[int, int] | None:
@@ -159,15 +156,14 @@ def _zeros(
     scales: Scales,
     bits: int,
     schemes: list[Mapping[str, Any]],
-    offset: int | None = None,
+    middle: int,
 ) -> Zeros | None:
-    """Return how to read zero points, as codes; None if all integers are symmetric."""
+    """Return how to read zero points, as codes; None if all are the middle code."""
     symmetric = all(scheme.get("symmetric", True) for scheme in schemes)
     if not parts.has(name):
         if symmetric or any(scheme.get("symmetric", True) for scheme in schemes):
             return None
         raise EasySpecError(f"{parts.origin}: {name} is missing; fetch the whole checkpoint")
-    offset = 1 << (bits - 1) if offset is None else offset
     shape, count = parts.take(name, "I32", "I8"), 32 // bits
     rows, groups = matrix[0], scales.groups
     is_packed = parts.source.dtypes()[name] == "I32"
@@ -175,13 +171,13 @@ def _zeros(
         # Early versions stored zero points all the same, each of them zero.
         stored = parts.source.read(name)
         if is_packed and len(shape) == 2:
-            stored = fields(stored.T, bits)[:, :rows] != offset
+            stored = fields(stored.T, bits)[:, :rows] != middle
         if stored.any():
             raise EasySpecError(
                 f"{parts.origin}: {name} is not zero, though the format is symmetric"
             )
         return None
-    blocks = -(-rows // scales.block)
+    blocks, half = -(-rows // scales.block), 1 << (bits - 1)
     if is_packed and shape == (-(-rows // count), groups) and scales.block == 1:
 
         def packed(rows: slice) -> Int[np.ndarray, "rows groups"]:
@@ -194,7 +190,11 @@ def _zeros(
         raise parts.wrong(name, f"zero points of {groups} groups in {rows} rows")
 
     def plain(rows: slice) -> Int[np.ndarray, "rows groups"]:
-        zeros = parts.source.read(name).astype(np.int16).reshape(blocks, groups) + offset
-        return zeros[np.arange(rows.start, rows.stop) // scales.block]
+        zeros = parts.source.read(name).astype(np.int16).reshape(blocks, groups)
+        if (zeros != zeros.clip(-half, half - 1)).any():
+            raise EasySpecError(
+                f"{parts.origin}: {name} holds more than {bits} bits; fetch it again"
+            )
+        return zeros[np.arange(rows.start, rows.stop) // scales.block] + np.int16(middle)
 
     return plain

@@ -56,7 +56,7 @@ def matrices(
 
 
 def _matrix(parts: Parts, module: str, bits: int, group: int, symmetric: bool, less: int) -> Matrix:
-    weight, count = module + "qweight", 32 // bits
+    weight, count, middle = module + "qweight", 32 // bits, 1 << (bits - 1)
     words, out = parts.matrix(weight, "I32")
     inner = words * count
     scales = transposed_scales(parts, module, (out, inner), group)
@@ -72,23 +72,20 @@ def _matrix(parts: Parts, module: str, bits: int, group: int, symmetric: bool, l
 
     def codes(rows: slice, columns: slice) -> np.ndarray:
         of_words, within = covering(columns, count)
+        if symmetric and (zeros(rows) != middle).any():
+            raise EasySpecError(
+                f"{parts.origin}: {module}qzeros is not symmetric, though the format says so"
+            )
         # [words, rows] -> [rows, words] -> [rows, codes]
         return fields(parts.source.read(weight, (of_words, rows)).T, bits)[:, within]
 
     def zeros(rows: slice) -> Int[np.ndarray, "rows groups"]:
         of_words, within = covering(rows, count)
         words = parts.source.read(module + "qzeros", (slice(0, scales.groups), of_words))
-        zeros = fields(words, bits)[:, within].T.astype(np.int16) + np.int16(less)
-        if symmetric and (zeros != 1 << (bits - 1)).any():
-            raise EasySpecError(
-                f"{parts.origin}: {module}qzeros is not symmetric, though the format says so"
-            )
-        return zeros
+        return fields(words, bits)[:, within].T.astype(np.int16) + np.int16(less)
 
-    # Differences of 4-bit codes are 16 at most; those of 8-bit codes may be more than int8 holds.
-    dtypes = {4: ("int4", "int8"), 8: ("int8", "bfloat16")}
-    dtype = dtypes[bits][0 if symmetric else 1]
-    return Coded(module + "weight", (out, inner), dtype, scales, codes, zeros)
+    given = None if symmetric else zeros
+    return Coded(module + "weight", (out, inner), f"int{bits}", scales, codes, middle, given)
 
 
 def transposed_scales(parts: Parts, module: str, matrix: tuple[int, int], group: int) -> Scales:

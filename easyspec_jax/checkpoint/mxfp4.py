@@ -74,6 +74,10 @@ class ExpertMatrix:
     def dtype(self) -> str:
         return "int8"
 
+    @property
+    def offsets(self) -> None:
+        return None
+
     def read(self, rows: slice, columns: slice) -> Int8[np.ndarray, "rows columns"]:
         place, source = self.scales.place, self.scales.parts.source
         blocks = slice(columns.start // GROUP, ceil_div(columns.stop, GROUP))

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from easyspec_jax.checkpoint import awq, compressed_tensors, fp8, gptq, mxfp4
-from easyspec_jax.checkpoint.quantized import SCALE, scale_name, whole_window
+from easyspec_jax.checkpoint.quantized import offset_name, scale_name, whole_window
 from easyspec_jax.checkpoint.rounding import INTEGERS
-from easyspec_jax.checkpoint.stored_matrices import Format, Matrix, Parts
+from easyspec_jax.checkpoint.stored_matrices import ByGroup, Format, Matrix, Parts
 from easyspec_jax.checkpoint.tensors import Slices, TensorSource
 from easyspec_jax.errors import EasySpecError
 
@@ -90,30 +90,36 @@ class Assembled:
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = self._others(self.below.shapes())
-        for name, matrix in self.matrices.items():
-            shapes[name] = matrix.shape
-            if matrix.dtype in INTEGERS:
-                shapes[scale_name(name)] = matrix.shape[0], matrix.scales.groups
-        return shapes
+        shapes |= {name: matrix.shape for name, matrix in self.matrices.items()}
+        return shapes | {name: (rows, each.groups) for name, (rows, each) in self._by_group.items()}
 
     @cached_property
     def _dtypes(self) -> dict[str, str]:
         dtypes = self._others(self.below.dtypes())
+        dtypes |= {name: matrix.dtype for name, matrix in self.matrices.items()}
+        return dtypes | dict.fromkeys(self._by_group, "float32")
+
+    @cached_property
+    def _by_group(self) -> dict[str, tuple[int, ByGroup]]:
+        """Scales and offsets by name, and the rows of their matrix."""
+        found: dict[str, tuple[int, ByGroup]] = {}
         for name, matrix in self.matrices.items():
-            dtypes[name] = matrix.dtype
-            if matrix.dtype in INTEGERS:
-                dtypes[scale_name(name)] = "float32"
-        return dtypes
+            if matrix.dtype not in INTEGERS:
+                continue
+            found[scale_name(name)] = matrix.shape[0], matrix.scales
+            if matrix.offsets is not None:
+                found[offset_name(name)] = matrix.shape[0], matrix.offsets
+        return found
 
     def read(self, name: str, window: Slices = ()) -> np.ndarray:
         if name in self.matrices:
             matrix = self.matrices[name]
             return matrix.read(*whole_window(matrix.shape, window))
-        matrix = self.matrices.get(name.removesuffix(SCALE))
-        if matrix is None:
+        if name not in self._by_group:
             return self.below.read(name, window)
-        rows, groups = whole_window((matrix.shape[0], matrix.scales.groups), window)
-        return matrix.scales.read(rows)[:, groups]
+        _, by_group = self._by_group[name]
+        rows, groups = whole_window(self._shapes[name], window)
+        return by_group.read(rows)[:, groups]
 
     def _others(self, of_all: Mapping[str, Any]) -> dict[str, Any]:
         return {name: each for name, each in of_all.items() if name not in self.used}

@@ -6,7 +6,9 @@ finds these parts; here they become
 
     weight[o, i] = (code[o, i] - zero[o, i // group]) · scale[o, i // group]
 
-with the difference as the integer of `quantized`. Only the bytes of a window are read.
+The integer of `quantized` is the code less the middle of all codes. Where zero points are not
+there, the rest is the group's offset, so a code of 4 bits stays an integer of 4 bits. Only the
+bytes of a window are read.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -17,26 +19,24 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int, Int32, UInt8
 
-from easyspec_jax.checkpoint.rounding import of_columns
+from easyspec_jax.checkpoint.rounding import INTEGERS, of_columns
 from easyspec_jax.checkpoint.tensors import TensorSource
 from easyspec_jax.errors import EasySpecError
 
 FLOATS = ("float32", "bfloat16", "float16")
 """Types of scales."""
 
-_RANGES = {"int4": (-8, 7), "int8": (-128, 127)}
 
-
-class RowScales(Protocol):
-    """Scales of a matrix."""
+class ByGroup(Protocol):
+    """Scales or offsets of a matrix."""
 
     @property
     def groups(self) -> int:
-        """Scales of a row."""
+        """How many a row has."""
         ...
 
     def read(self, rows: slice) -> Float[np.ndarray, "rows groups"]:
-        """Read the scales of some rows, in float32."""
+        """Read those of some rows, in float32."""
         ...
 
 
@@ -54,8 +54,13 @@ class Matrix(Protocol):
         ...
 
     @property
-    def scales(self) -> RowScales:
+    def scales(self) -> ByGroup:
         """Its scales."""
+        ...
+
+    @property
+    def offsets(self) -> ByGroup | None:
+        """Its offsets, if it has any."""
         ...
 
     def read(self, rows: slice, columns: slice) -> np.ndarray:
@@ -204,7 +209,35 @@ Codes = Callable[[slice, slice], np.ndarray]
 """Reads the codes of a window: some rows and columns."""
 
 Zeros = Callable[[slice], Int[np.ndarray, "rows groups"]]
-"""Reads the zero points of some rows."""
+"""Reads the zero points of some rows, as codes."""
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """Offsets of groups whose zero points are not in the middle of all codes.
+
+    Attributes:
+        scales: Scales of the groups.
+        zeros: Reads their zero points.
+        middle: The code that becomes the integer 0.
+    """
+
+    scales: Scales
+    zeros: Zeros
+    middle: int
+
+    @property
+    def groups(self) -> int:
+        return self.scales.groups
+
+    def read(self, rows: slice) -> Float[np.ndarray, "rows groups"]:
+        scales = self.scales.read(rows)
+        with np.errstate(over="ignore"):  # reported below, with a name
+            offsets = (self.middle - self.zeros(rows)).astype(np.float32) * scales
+        if not np.isfinite(offsets).all():
+            origin, name = self.scales.parts.origin, self.scales.name
+            raise EasySpecError(f"{origin}: {name} holds values that overflow; fetch it again")
+        return offsets
 
 
 @dataclass(frozen=True)
@@ -214,10 +247,11 @@ class Coded:
     Attributes:
         name: Names it in error messages.
         shape: Its rows and columns.
-        dtype: "int8" or "int4", or "bfloat16" if no integer can hold the differences.
+        dtype: "int8" or "int4", or "bfloat16" if the codes are floats.
         scales: Its scales.
         codes: Reads its codes.
-        zeros: One zero point for all, or reads those of every group.
+        middle: The code that becomes the integer 0.
+        zeros: Reads the zero points of every group; None if they are all the middle.
     """
 
     name: str
@@ -225,38 +259,32 @@ class Coded:
     dtype: str
     scales: Scales
     codes: Codes
-    zeros: Zeros | int = 0
+    middle: int = 0
+    zeros: Zeros | None = None
+
+    @property
+    def offsets(self) -> Offsets | None:
+        return None if self.zeros is None else Offsets(self.scales, self.zeros, self.middle)
 
     def read(self, rows: slice, columns: slice) -> np.ndarray:
         codes = self.codes(rows, columns)
-        group = self.scales.group
-        if callable(self.zeros):
-            codes = codes.astype(np.int16) - of_columns(self.zeros(rows), columns, group)
-        elif self.zeros:
-            codes = codes.astype(np.int16) - np.int16(self.zeros)
-        if self.dtype in _RANGES:
-            return self._integers(codes)
+        if self.dtype in INTEGERS:
+            return (codes.astype(np.int16) - self.middle).astype(self.dtype)
         with np.errstate(over="ignore", invalid="ignore"):  # reported below, with a name
-            weight = codes.astype(np.float32) * of_columns(self.scales.read(rows), columns, group)
-            weight = weight.astype(ml_dtypes.bfloat16)
+            scales = of_columns(self.scales.read(rows), columns, self.scales.group)
+            weight = (codes.astype(np.float32) * scales).astype(ml_dtypes.bfloat16)
         if not np.isfinite(weight).all():
-            raise self._damaged("holds NaN or values that overflow")
+            origin = self.scales.parts.origin
+            raise EasySpecError(
+                f"{origin}: {self.name} holds NaN or values that overflow; fetch it again"
+            )
         return weight
-
-    def _integers(self, values: np.ndarray) -> np.ndarray:
-        least, most = _RANGES[self.dtype]
-        if values.size and (values.min() < least or values.max() > most):
-            raise self._damaged(f"has zero points that leave {self.dtype}")
-        return values.astype(self.dtype)
-
-    def _damaged(self, what: str) -> EasySpecError:
-        return EasySpecError(f"{self.scales.parts.origin}: {self.name} {what}; fetch it again")
 
 
 def unpacked(
-    parts: Parts, weight: str, dtype: str, scales: Scales, zeros: Zeros | int = 0
+    parts: Parts, weight: str, dtype: str, scales: Scales, zeros: Zeros | None = None
 ) -> Coded:
-    """Return a matrix whose codes are a tensor of its own shape, one number each.
+    """Return a matrix whose codes are a tensor of its own shape, one number around 0 each.
 
     Args:
         parts: Where it is.
@@ -270,7 +298,7 @@ def unpacked(
     def codes(rows: slice, columns: slice) -> np.ndarray:
         return parts.source.read(weight, (rows, columns))
 
-    return Coded(weight, (shape[0], shape[1]), dtype, scales, codes, zeros)
+    return Coded(weight, (shape[0], shape[1]), dtype, scales, codes, zeros=zeros)
 
 
 def fields(words: Int32[np.ndarray, "*rest words"], bits: int) -> UInt8[np.ndarray, "*rest codes"]:

@@ -64,19 +64,21 @@ def _columns(inner: int, groups: int) -> int:
 
 
 def multiply(
+    x: Float[Array, "batch tokens inner"],
     values: Int[Array, "slots out inner"],
     scale: Float[Array, "slots out groups"],
-    x: Float[Array, "batch tokens inner"],
+    offset: Float[Array, "slots out groups"] | None = None,
     *,
     slot: int = 0,
     interpret: bool = False,
 ) -> Float[Array, "batch tokens out"]:
-    """Multiply tokens by values · scale of their group of columns.
+    """Multiply tokens by values · scale + offset of their group of columns.
 
     Args:
+        x: The tokens; see supports().
         values: int4 or int8.
         scale: float32.
-        x: The tokens; see supports().
+        offset: float32, or None for zeros.
         slot: Which matrix of the stack to multiply by, so that none has to be cut out.
         interpret: Run in Pallas' interpreter, on any platform.
 
@@ -85,7 +87,8 @@ def multiply(
     """
     (batch, tokens, inner), (slots, out, groups) = x.shape, scale.shape
     rows, outputs = row_tile(batch * tokens, MAX_TOKENS), output_tile(out)
-    own = (jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype) for stack in (values, scale))
+    by_group = (scale,) if offset is None else (scale, offset)
+    own = (jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype) for stack in (values, *by_group))
     products = jax.ShapeDtypeStruct((batch * tokens, out), jnp.float32)
     result = pl.pallas_call(
         partial(_kernel, slot=slot, rows=rows, outputs=outputs),
@@ -96,9 +99,9 @@ def multiply(
         compiler_params=triton.CompilerParams(num_warps=outputs // SMALLEST_DOT, num_stages=4),
         interpret=interpret,
     )(
-        values.reshape(slots, out, -1, _columns(inner, groups)),
-        scale,
         x.reshape(batch * tokens, inner),
+        values.reshape(slots, out, -1, _columns(inner, groups)),
+        *by_group,
     )
     return result.reshape(batch, tokens, out)
 
@@ -119,11 +122,12 @@ def output_tile(out: int) -> int:
 
 
 def _kernel(
-    values: Any, scale: Any, x: Any, out: Any, *, slot: int, rows: int, outputs: int
+    x: Any, values: Any, scale: Any, *others: Any, slot: int, rows: int, outputs: int
 ) -> None:
     """Compute some outputs for all rows; values are [slots, out, parts, columns of a part]."""
+    *offsets, out = others
     _, _, parts, size = values.shape
-    one_scale = scale.shape[-1] == 1
+    has_one_group = scale.shape[-1] == 1
     first, output = pl.program_id(0) * outputs, span(pl.program_id(0), outputs)
     row = span(0, rows)
     real = row < x.shape[0]  # others are padding
@@ -135,7 +139,12 @@ def _kernel(
         column = span(part, size)
         token = triton.load(x.at[row[:, None], column[None, :]], mask=real[:, None], other=0)
         product = times_transposed(integers.astype(jnp.int8).astype(token.dtype), token)
-        return total + scale[slot, output, 0 if one_scale else part][:, None] * product
+        group = 0 if has_one_group else part
+        total += scale[slot, output, group][:, None] * product
+        for offset in offsets:
+            inputs = jnp.sum(token.astype(jnp.float32), axis=1)
+            total += offset[slot, output, group][:, None] * inputs[None, :]
+        return total
 
     total = jax.lax.fori_loop(0, parts, add, jnp.zeros((outputs, rows), jnp.float32))
     triton.store(out.at[row[None, :], output[:, None]], total, mask=real[None, :])

@@ -85,8 +85,6 @@ class Matrix(nnx.Module):
         else:
             product = partial(self._of_integers, self.scale)
             y = _as_one_of_two(product, x, axis=2) if self._is_paired(x) else product(x)
-            if self.offset is not None:
-                y += _of_sums(self._own(self.offset), x)
             y = y.astype(dtype or x.dtype)
         return jnp.moveaxis(y, 0, 2)
 
@@ -120,9 +118,11 @@ class Matrix(nnx.Module):
         """Multiply by a quantized matrix, by the kernel where it is on; the result is float32."""
         (batch, tokens, inner), (out, groups) = x.shape, scale.shape[-2:]
         if not self.is_fused(out, inner, groups, batch * tokens, x.dtype):
-            return _scaled(self._own(self.values), self._own(scale), x)
-        stacks = [leaf[None] if self.slot is None else leaf[...] for leaf in (self.values, scale)]
-        y = kernel.multiply(stacks[0], stacks[1], x, slot=self.slot or 0, interpret=self.interpret)
+            y = _scaled(self._own(self.values), self._own(scale), x)
+            return y if self.offset is None else y + _of_sums(self._own(self.offset), x)
+        leaves = [leaf for leaf in (self.values, scale, self.offset) if leaf is not None]
+        stacks = [leaf[None] if self.slot is None else leaf[...] for leaf in leaves]
+        y = kernel.multiply(x, *stacks, slot=self.slot or 0, interpret=self.interpret)
         return jnp.moveaxis(y, 2, 0)
 
     def is_fused(self, out: int, inner: int, groups: int, tokens: int, dtype: DTypeLike) -> bool:

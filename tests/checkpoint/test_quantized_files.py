@@ -20,7 +20,7 @@ from tests.checkpoint import test_awq, test_compressed_tensors, test_fp8, test_g
 from tests.support.quantized_files import UP, words, write
 
 MODELS = {
-    "awq": (test_awq.model, test_awq.SETTINGS, ("int8",)),
+    "awq": (test_awq.model, test_awq.SETTINGS, ("int4",)),
     "compressed-tensors": (
         test_compressed_tensors.model,
         test_compressed_tensors.settings(),
@@ -85,6 +85,17 @@ def test_a_name_is_no_settings(tmp_path):
 def test_no_settings_are_no_quantization(tmp_path):
     with pytest.raises(EasySpecError, match=r"v_proj\.weight is missing"):
         write(tmp_path, test_gptq.model()[0], None)
+
+
+def test_offsets_that_overflow_are_refused_when_reading(tmp_path):
+    stored, _ = test_awq.model()
+    scales = stored[UP + "scales"].astype(np.float32)
+    scales[0, 3] = 3e38
+    stored[UP + "scales"], stored[UP + "qzeros"] = scales, np.zeros((2, 12), np.int32)
+    source = write(tmp_path, stored, test_awq.SETTINGS)
+    source.read(UP + "weight_offset", (slice(4, 9),))
+    with pytest.raises(EasySpecError, match=r"up_proj\.scales holds values that overflow; fetch"):
+        source.read(UP + "weight_offset")
 
 
 @pytest.mark.parametrize("method", MODELS)

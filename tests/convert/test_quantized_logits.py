@@ -42,9 +42,12 @@ STORED = {
 """Tensors to store, those that the format's formula makes of them, and the file's settings."""
 
 
-def logits_of(directory: Path, ids: np.ndarray) -> np.ndarray:
-    """Compute logits on one device in float32."""
-    from_ = loader(open_checkpoint(directory), MeshShape(1, 1))
+ONE = MeshShape(1, 1)
+
+
+def logits_of(directory: Path, ids: np.ndarray, shape: MeshShape = ONE) -> np.ndarray:
+    """Compute logits in float32."""
+    from_ = loader(open_checkpoint(directory), shape)
     return forward(load_target(from_), from_.mesh, ids)
 
 
@@ -73,6 +76,17 @@ def test_hugging_face_directories(tmp_path, kind, converted):
     ids = np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (2, 20))
     found = logits_of(tmp_path / ("out" if converted else "hf"), ids)
     assert_close(found, reference_logits(reference, ids), 1e-3)
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("kind", ["awq", "gptq, zero points", "w4a16, zero points"])
+def test_offsets_on_several_devices(tmp_path, kind, devices):
+    """Shares of 12 columns cut groups of 32, whose offsets then come several times."""
+    (stored, _), settings = STORED[kind]
+    write(tmp_path, stored, settings)
+    ids = np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (2, 20))
+    one = logits_of(tmp_path, ids)[..., : CONFIG["vocab_size"]]
+    assert_close(logits_of(tmp_path, ids, MeshShape(1, devices)), one, 1e-4)
 
 
 @pytest.mark.parametrize("keep_blocks", [False, True], ids=["floats", "kept"])

@@ -25,14 +25,15 @@ class Product:
     tokens: int = 6
     values: str = "int4"
     dtype: str = "float32"
+    has_offsets: bool = False
 
     def matrix(self, fused: bool) -> Matrix:
         random, most = np.random.default_rng(0), {"int4": 8, "int8": 128}[self.values]
         values = random.integers(-most, most, (self.out, self.group * self.groups))
         scale = random.normal(size=(self.out, self.groups)).astype(np.float32) / most
-        return Matrix(
-            jnp.asarray(values, self.values), jnp.asarray(scale), fused=fused, interpret=True
-        )
+        offset = random.normal(size=scale.shape).astype(np.float32) if self.has_offsets else None
+        arrays = jnp.asarray(values, self.values), *jax.tree.map(jnp.asarray, (scale, offset))
+        return Matrix(*arrays, fused=fused, interpret=True)
 
     def x(self) -> Float[Array, "batch tokens inner"]:
         shape = self.batch, self.tokens, self.group * self.groups
@@ -62,6 +63,8 @@ def assert_same(matrix: Matrix, reference: Matrix, x: Array) -> None:
         {"tokens": 64, "out": 16},
         {"batch": 3, "tokens": 5, "out": 80},  # neither divides a tile of 64
         {"tokens": 6, "values": "int8"},
+        {"tokens": 6, "has_offsets": True},
+        {"batch": 3, "tokens": 5, "out": 80, "has_offsets": True},
     ],
     ids=str,
 )
@@ -88,11 +91,14 @@ def test_scales_of_another_group_are_noticed():
         assert_same(wrong, product.matrix(False), product.x())
 
 
-def test_offsets_are_added_to_its_sums():
-    product = Product()
-    offset = jnp.asarray(np.random.default_rng(2).normal(size=(48, 3)), jnp.float32)
-    arrays = product.matrix(False).values[...], jnp.ones((48, 3)), offset
-    assert_same(Matrix(*arrays, fused=True, interpret=True), Matrix(*arrays), product.x())
+def test_offsets_of_another_group_are_noticed():
+    product = Product(has_offsets=True)
+    matrix = product.matrix(True)
+    assert matrix.scale is not None and matrix.offset is not None
+    rolled = jnp.roll(matrix.offset[...], 1, axis=1)
+    wrong = Matrix(matrix.values[...], matrix.scale[...], rolled, fused=True, interpret=True)
+    with pytest.raises(AssertionError, match="Mismatched"):
+        assert_same(wrong, product.matrix(False), product.x())
 
 
 def test_a_stack_of_matrices_is_one_for_each_slot():
@@ -106,7 +112,14 @@ def test_a_stack_of_matrices_is_one_for_each_slot():
 
 
 @pytest.mark.parametrize(
-    "product", [Product(), Product(values="int8", groups=1, group=256)], ids=str
+    "product",
+    [
+        Product(),
+        Product(has_offsets=True),
+        Product(values="int8", groups=1, group=256),
+        Product(values="int8", groups=1, group=256, has_offsets=True),
+    ],
+    ids=str,
 )
 def test_a_slot_is_read_where_it_is_in_the_stack(product):
     """No operation of the trace takes it out, unless the plain path multiplies by it."""

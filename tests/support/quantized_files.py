@@ -10,7 +10,7 @@ import numpy as np
 from easyspec_jax.checkpoint.canonical import expected_shapes
 from easyspec_jax.checkpoint.config import model_config
 from easyspec_jax.checkpoint.directory import open_checkpoint
-from easyspec_jax.checkpoint.quantized import Dequantized, scale_name
+from easyspec_jax.checkpoint.quantized import Dequantized, offset_name, scale_name
 from easyspec_jax.checkpoint.safetensors import SAFETENSORS, write_safetensors
 from easyspec_jax.checkpoint.tensors import TensorSource
 
@@ -72,7 +72,9 @@ def write(directory: Path, tensors: Mapping[str, np.ndarray], settings: Any) -> 
     return open_checkpoint(directory).source
 
 
-def assert_stands_for(source: TensorSource, exact: Tensors, dtype: str) -> None:
+def assert_stands_for(
+    source: TensorSource, exact: Tensors, dtype: str, *, has_offsets: bool = False
+) -> None:
     """Check the type of a source's matrices, and every number, whole and window by window."""
     floats = Dequantized(source)
     assert floats.shapes() == {name: values.shape for name, values in exact.items()}
@@ -82,7 +84,9 @@ def assert_stands_for(source: TensorSource, exact: Tensors, dtype: str) -> None:
             continue
         assert source.dtypes()[name] == dtype
         assert source.read(name).dtype == dtype
-        for each in (name, scale_name(name)) if dtype != "bfloat16" else (name,):
+        parts = {name, scale_name(name), offset_name(name)} & source.shapes().keys()
+        assert (offset_name(name) in parts) == has_offsets
+        for each in parts:
             assert_windows(source, each)
 
 
