@@ -15,13 +15,15 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from easyspec_jax.checkpoint.canonical import expected_shapes
+from easyspec_jax.checkpoint.config import ModelConfig
+from easyspec_jax.checkpoint.quantized import Integers, is_matrix
 from easyspec_jax.decode.timing import alone, pass_program
 from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.layer_group import run_fuzzy
 from easyspec_jax.engine.abstract import abstract_pair, abstract_state
 from easyspec_jax.model.matrix import Matrix
 from easyspec_jax.model.transformer import Decoder, run_exact
-from easyspec_jax.options import Weights
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape
 from easyspec_jax.plan.ahead import topology_mesh
 from easyspec_jax.plan.compiled_text import LARGE, CompiledText, Kernel
@@ -55,6 +57,8 @@ pytestmark = [
 TARGET = replace(bundled()["Llama-3.1-8B"], num_hidden_layers=2)
 DRAFT = replace(bundled()["Llama-3.2-1B"], num_hidden_layers=6)
 CAPACITY = 512
+KINDS = ("int8", "int4", "int4 with offsets")
+"""Types of the matrices; the last is that of AWQ files and the like."""
 
 
 @pytest.fixture
@@ -63,9 +67,22 @@ def mesh(machine, monkeypatch):
     return topology_mesh(parse_topology(machine), MESHES[machine][0])
 
 
-def models(mesh: Any, weights: Weights, lp_size: int) -> tuple[Decoder, Decoder]:
+def with_offsets(config: ModelConfig) -> Integers:
+    """Say that a checkpoint has int4 in groups of 128 with offsets, and an int8 embedding."""
+    found = []
+    for name, shape in expected_shapes(config).items():
+        if is_matrix(name, shape):
+            of_layer = ".layers." in name
+            dtype, groups = ("int4", shape[1] // 128) if of_layer else ("int8", 1)
+            found.append((name, dtype, groups, of_layer))
+    return tuple(found)
+
+
+def models(mesh: Any, kind: str, lp_size: int) -> tuple[Decoder, Decoder]:
     """Return target and draft without weights, in bfloat16 but for their matrices."""
     layout = Layout.uniform(paper_groups(DRAFT.num_hidden_layers, lp_size))
+    weights: Any = None if kind == KINDS[2] else kind
+    stored = (with_offsets(TARGET), with_offsets(DRAFT)) if weights is None else ((), ())
     pair = abstract_pair(
         TARGET,
         DRAFT,
@@ -75,6 +92,7 @@ def models(mesh: Any, weights: Weights, lp_size: int) -> tuple[Decoder, Decoder]
         ALL_AXES,
         np.dtype("bfloat16"),
         weights=(weights, weights),
+        stored=stored,
     )
     assert pair[1] is not None
     return pair[0], pair[1]
@@ -95,7 +113,8 @@ def compiled(mesh: Any, model: Decoder, tokens: int, run: Any) -> Any:
 def sizes(model: Decoder) -> dict[int, int]:
     """Return the sums of groups that a product writes for one token, by a matrix's numbers.
 
-    Both are those of one device. On a GPU a kernel keeps the sums in registers.
+    Both are those of one device. Offsets have sums of their own. On a GPU a kernel keeps them all
+    in registers.
     """
     found = {}
     for _, matrix in nnx.iter_modules(model):
@@ -105,7 +124,8 @@ def sizes(model: Decoder) -> dict[int, int]:
                 array.sharding.shard_shape(array.shape) for array in (matrix.values, matrix.scale)
             )
             kept = matrix.fused or scale[-1] == 1
-            found[prod(values)] = 0 if kept else prod(scale)
+            sums = 1 if matrix.offset is None else 2
+            found[prod(values)] = 0 if kept else sums * prod(scale)
     return found
 
 
@@ -130,24 +150,24 @@ def check(mesh: Any, model: Decoder, tokens: int, run: Callable[..., Any]) -> No
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 21])
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_a_pass_of_the_target_copies_no_matrix(machine, mesh, weights, tokens):
-    target, _ = models(mesh, weights, lp_size=1)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pass_of_the_target_copies_no_matrix(machine, mesh, kind, tokens):
+    target, _ = models(mesh, kind, lp_size=1)
     check(mesh, target, tokens, run_exact)
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_a_fuzzy_draft_step_copies_no_matrix(machine, mesh, weights):
-    _, draft = models(mesh, weights, lp_size=4)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fuzzy_draft_step_copies_no_matrix(machine, mesh, kind):
+    _, draft = models(mesh, kind, lp_size=4)
     check(mesh, draft, 1, run_fuzzy)
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_an_exact_pass_through_groups_cuts_no_matrix_out(machine, mesh, weights):
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exact_pass_through_groups_cuts_no_matrix_out(machine, mesh, kind):
     """The kernel gets the number of a slot. Without it, XLA cuts out all slots at once."""
     if machine.startswith("v5e"):
         pytest.skip("the kernel is for GPUs")
-    _, draft = models(mesh, weights, lp_size=4)
+    _, draft = models(mesh, kind, lp_size=4)
     program = compiled(mesh, draft, 6, run_exact)
     kernels = CompiledText.read(program.as_text()).kernels
     slots = [kernel for kernel in kernels if re.search(r"(s4|s8|bf16)\[1,\d+,\d+\]", kernel.shape)]
