@@ -154,7 +154,8 @@ def _descended(
     Columns of the matrix are rows here, so that each is contiguous.
     """
     values, inner = values.copy(), len(weight)
-    # H Eᵀ, which is kept up to date: along column j the least is where (H Eᵀ)_j is zero.
+    # H Eᵀ, kept up to date for the columns to come: the least along column j is where (H Eᵀ)_j is
+    # zero.
     slope = hessian @ (weight - values * steps)
     for start in range(0, inner, _BLOCK):
         stop = min(start + _BLOCK, inner)
@@ -167,7 +168,7 @@ def _descended(
             better = np.clip(np.rint(wanted), _LEAST, _MOST)
             moved[at] = (better - values[column]) * steps[column]
             values[column] = better
-        slope -= hessian[:, start:stop] @ moved
+        slope[stop:] -= hessian[stop:, start:stop] @ moved
     return values
 
 
@@ -182,17 +183,20 @@ def _fitted_scales(
     group = inner // groups
     # Row by row, with q_g the integers of group g and zeros elsewhere: A s = b, where
     # A_gk = q_g H q_kᵀ and b_g = q_g H wᵀ.
-    by_group = hessian.reshape(groups, group, inner)
     wanted = (weight @ hessian).reshape(out, groups, group)
     fitted = np.empty_like(scale)
-    rows = max(1, _FLOATS // (groups * inner))
+    rows = max(1, _FLOATS // max(groups * groups, inner))
     for start in range(0, out, rows):
         own = slice(start, start + rows)
         q = values[own].reshape(-1, groups, group)
-        # [groups, rows, group] @ [groups, group, inner] -> [groups, rows, inner]
-        products = np.matmul(q.transpose(1, 0, 2), by_group)
-        products = products.reshape(groups, -1, groups, group)
-        a = np.einsum("grkj,rkj->rgk", products, q).astype(np.float64)
+        a = np.empty((len(q), groups, groups))
+        for number in range(groups):
+            # [rows, group] @ [group, columns from this group on] -> [rows, groups left, group]
+            columns = slice(number * group, inner)
+            products = q[:, number] @ hessian[columns.start : columns.start + group, columns]
+            products = products.reshape(len(q), -1, group)
+            a[:, number, number:] = np.einsum("rkj,rkj->rk", products, q[:, number:])
+            a[:, number:, number] = a[:, number, number:]
         b = np.einsum("rgi,rgi->rg", q, wanted[own]).astype(np.float64)
         empty = ~q.any(axis=2)
         # A group of zeros has no equation: its scale stays.
