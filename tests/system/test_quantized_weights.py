@@ -4,13 +4,19 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from convert.converting import ConvertConfig, convert
 from convert.huggingface import open_huggingface
 from convert.stream import convert as convert_model
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, open_model
-from easyspec_jax.checkpoint.quantized import Quantized
+from easyspec_jax.checkpoint.quantized import (
+    Quantized,
+    offset_name,
+    scale_name,
+    stored_integers,
+)
 from easyspec_jax.checkpoint.tensors import Held, Overlay
 from easyspec_jax.engine.fits import needed
 from tests.support.models import save_model
@@ -127,6 +133,42 @@ def test_each_matrix_counts_as_it_is_stored(directories, tmp_path):
     dtypes = [str(block.mlp.down.weight.dtype) for block in target.blocks]
     assert dtypes == ["float32", "int4", "int8", *dtypes[3:]] and set(dtypes[3:]) == {"float32"}
     assert needed(workload).weights == sum(array.nbytes for array in jax.tree.leaves(target))
+
+
+@pytest.fixture(scope="module")
+def with_offsets(tmp_path_factory):
+    """A pair in int4 whose groups have offsets, as zero points of AWQ's make them."""
+    random, found = np.random.default_rng(0), []
+    sizes = {"hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 8}
+    for layers in (6, 4):
+        directory = tmp_path_factory.mktemp("floats")
+        save_model(directory, "qwen2", seed=1, num_hidden_layers=layers, **sizes)
+        model = open_huggingface(directory)
+        int4, held = Quantized(model.source, "int4", 32), {}
+        for name, dtype, _, _ in stored_integers(int4):
+            if dtype == "int4":
+                scale = int4.read(scale_name(name))
+                offset = (scale * random.integers(-2, 3, scale.shape)).astype(np.float32)
+                held |= {name: int4.read(name), scale_name(name): scale, offset_name(name): offset}
+        found.append(tmp_path_factory.mktemp("offsets") / directory.name)
+        convert_model(replace(model, source=Overlay(model.source, Held(held))), found[-1])
+    return found
+
+
+@pytest.mark.parametrize("mesh", ["1", "layer=2,tensor=4"])
+def test_a_pair_with_offsets_says_what_its_target_says_alone(with_offsets, mesh):
+    vanilla = SpeculativeConfig(method="vanilla", verifier="coupled")
+    target = with_offsets[0]
+    for sampling in (GREEDY, SAMPLED):
+        alone = _texts((target,), sampling, speculative=vanilla)
+        assert _texts(with_offsets, sampling, mesh=mesh, speculative=WAYS["easyspec"]) == alone
+
+
+def test_offsets_take_memory(with_offsets):
+    engine = open_model(*with_offsets, speculative=WAYS["easyspec"])
+    workload = engine.workload(256, 16, 1, GREEDY)
+    held = sum(array.nbytes for array in jax.tree.leaves(engine.load()))
+    assert needed(workload).weights == held
 
 
 def test_an_unknown_type_is_one_line(directories):
