@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from rich.table import Table
 
 from easyspec_jax import Completion, EasySpecError, Engine, SamplingParams, SpeculativeConfig
-from easyspec_jax.checkpoint.directory import Checkpoint
+from easyspec_jax.checkpoint.directory import Checkpoint, open_checkpoint
 from easyspec_jax.checkpoint.quantized import Dequantized, Quantized
 from easyspec_jax.checkpoint.rounding import INTEGERS
 from easyspec_jax.cli.command import Parser, cache_compilations, read_prompts
@@ -58,15 +58,23 @@ HELD_OUT = DATA / "held_out.txt"
 
 @dataclass(frozen=True)
 class Types:
-    """Types that a model keeps its matrices and caches in; None and "auto" are float32's."""
+    """Types that a model keeps its matrices and caches in.
+
+    Attributes:
+        weights: Type of the matrices; None is float32.
+        kv_dtype: Type of the caches; "auto" is float32.
+        calibrated: Whether matrices are those of `--calibrated`.
+    """
 
     weights: Weights | None = None
     kv_dtype: KVDType = "auto"
+    calibrated: bool = False
 
     @property
     def label(self) -> str:
+        calibrated = ", calibrated" if self.calibrated else ""
         caches = "" if self.kv_dtype == "auto" else f", {self.kv_dtype} caches"
-        return f"{self.weights or 'as they are'}{caches}"
+        return f"{self.weights or 'as they are'}{calibrated}{caches}"
 
 
 KINDS = (
@@ -74,6 +82,7 @@ KINDS = (
     Types("bfloat16"),
     Types("int8"),
     Types("int4"),
+    Types("int4", calibrated=True),
     Types(None, "int8"),
     Types("int8", "int8"),
     Types("int4", "int8"),
@@ -89,6 +98,8 @@ def measure(args: argparse.Namespace, prompts: Sequence[str]) -> Iterator[dict[s
     ids = held_out(open_as(args, Types(), "vanilla"), args.text, args.tokens)
     plain = dict[KVDType, list[Completion]]()
     chosen = [types for types in KINDS if args.only is None or types.label in args.only]
+    if args.calibrated is None:
+        chosen = [types for types in chosen if not types.calibrated]
     with bar("Measuring", 2 * len(chosen)) as advance:
         for types in chosen:
             value = perplexity(open_as(args, types, "vanilla"), ids)
@@ -132,7 +143,8 @@ def open_as(args: argparse.Namespace, types: Types, method: Any, both: bool = Tr
     # One that is used no more may be part of a cycle, and its weights may fill half the memory.
     gc.collect()
     weights = types.weights if both else None, types.weights
-    kept = [None if args.dequantize and kind in INTEGERS else kind for kind in weights]
+    as_stored = args.dequantize or types.calibrated
+    kept = [None if as_stored and kind in INTEGERS else kind for kind in weights]
     engine = open_pair(
         args,
         speculative,
@@ -141,6 +153,12 @@ def open_as(args: argparse.Namespace, types: Types, method: Any, both: bool = Tr
         draft_weights=kept[1],
         kv_dtype=types.kv_dtype,
     )
+    if types.calibrated:
+        target, draft = (
+            open_checkpoint(path, allow_links=args.allow_links) for path in args.calibrated
+        )
+        engine.target = target if both else engine.target
+        engine.draft = engine.draft and draft
     if args.dequantize:
         engine.target = _as_floats(engine.target, weights[0])
         engine.draft = engine.draft and _as_floats(engine.draft, weights[1])
@@ -151,7 +169,7 @@ def _as_floats(checkpoint: Checkpoint, weights: Weights | None) -> Checkpoint:
     """Return a checkpoint whose matrices are rounded and are floats again."""
     source = checkpoint.source
     if weights in INTEGERS:
-        source = Quantized(source, weights)
+        source = Quantized(source, weights)  # integers that are stored stay
     return replace(checkpoint, source=Dequantized(source))
 
 
@@ -248,7 +266,10 @@ def run(args: argparse.Namespace) -> None:
         args.prompt_file or DATA / ("prompts.txt" if args.target else "code_prompts.txt")
     )
     check_destination(args.out)
-    fields = settings(args, "prompt_file", "text", "only") | names(args)
+    for types in KINDS:
+        if types.calibrated and args.calibrated is None and types.label in (args.only or ()):
+            raise EasySpecError(f"--only {types.label!r} needs --calibrated")
+    fields = settings(args, "prompt_file", "text", "only", "calibrated") | names(args)
     # Rows of several runs with --only are those of one run without it.
     fields["command"] = re.sub(r" --only .*?(?= --|$)", "", args.command)
     fields |= {"text": args.text.name, "machine": machine(None)}
@@ -285,6 +306,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="round matrices and multiply them as floats: the same but for float32's rounding, and "
         "several times as fast on a CPU",
+    )
+    parser.add_argument(
+        "--calibrated",
+        nargs=2,
+        type=Path,
+        metavar=("TARGET", "DRAFT"),
+        help="the pair as `convert --weights int4 --calibration` wrote it, for a row of its own",
     )
     parser.add_argument(
         "--only",

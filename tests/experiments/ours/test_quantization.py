@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from convert.converting import ConvertConfig, convert
 from easyspec_jax import SpeculativeConfig, open_model
 from experiments.ours import quantization
-from experiments.ours.quantization import CHUNK, main, perplexity
+from experiments.ours.quantization import CHUNK, Types, main, perplexity
 from tests.support.models import save_model
 
 VANILLA = SpeculativeConfig(method="vanilla")
@@ -31,7 +32,8 @@ def test_every_kind_of_types_has_a_row(tmp_path, monkeypatch, capsys):
     save_model(tmp_path / "model", "smollm2")
     (tmp_path / "text").write_text("a quick brown fox " * 20)
     (tmp_path / "prompts").write_text("a fox\nthe\n")
-    monkeypatch.setattr(quantization, "KINDS", quantization.KINDS[::3])
+    kinds = [Types(), Types("int4"), Types("int4", calibrated=True), Types("int4", "int8")]
+    monkeypatch.setattr(quantization, "KINDS", kinds)
     model = str(tmp_path / "model")
     words = ["--target", model, "--draft", model, "--text", str(tmp_path / "text")]
     words += ["--prompt-file", str(tmp_path / "prompts"), "--max-new-tokens", "8"]
@@ -54,6 +56,17 @@ def test_every_kind_of_types_has_a_row(tmp_path, monkeypatch, capsys):
     (row,) = json.loads(floats.read_text())["results"]
     assert row["perplexity"] == pytest.approx(rows[1]["perplexity"], rel=1e-4)
     assert row["both_acceptance_rate"] == rows[1]["both_acceptance_rate"]
+    convert(tmp_path / "model", tmp_path / "int4", ConvertConfig(weights="int4"))
+    calibrated = ["--calibrated", *2 * [str(tmp_path / "int4")], "--lp-size", "2"]
+    assert main([*words, "--out", str(out), *calibrated, "--only", "int4, calibrated"]) == 0
+    again = {row["label"]: row for row in json.loads(out.read_text())["results"]}
+    assert list(again) == ["as they are", "int4", "int4, calibrated", "int4, int8 caches"]
+    found, plain = again["int4, calibrated"], again["int4"]
+    assert found["perplexity"] == pytest.approx(plain["perplexity"], rel=1e-4)
+    assert found["both_acceptance_rate"] == plain["both_acceptance_rate"]
+    assert found["draft_acceptance_rate"] == plain["draft_acceptance_rate"]
+    assert main([*words, "--out", str(out), "--only", "int4, calibrated"]) == 2
+    assert "--only 'int4, calibrated' needs --calibrated" in capsys.readouterr().err
     assert main([*words, "--out", str(out), "--lp-size", "1", "--only", "int4"]) == 2
     assert "was measured with lp_size 2, not 1; give another --out" in capsys.readouterr().err
     assert main([*words, "--out", str(out), "--tokens", "5"]) == 2
