@@ -20,7 +20,8 @@ from easyspec_jax.draft.grouping import Layout
 from easyspec_jax.draft.layer_group import load_draft
 from easyspec_jax.draft.refit_file import choose_layout
 from easyspec_jax.engine.corpus import corpus_of
-from easyspec_jax.engine.fits import Workload, bytes_per_entry, check_memory, free_memory
+from easyspec_jax.engine.fits import check_memory, free_memory
+from easyspec_jax.engine.needs import Workload, bytes_per_entry
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.model.loader import Loader
 from easyspec_jax.model.sharding import padded_vocab_size

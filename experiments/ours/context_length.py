@@ -25,7 +25,7 @@ from easyspec_jax.cli.command import Parser, cache_compilations
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.state import RoundConfig, State
 from easyspec_jax.draft.grouping import Layout, paper_groups
-from easyspec_jax.engine.fits import Workload, needed
+from easyspec_jax.engine.needs import Workload, needed
 from easyspec_jax.parallel.mesh import ALL_AXES, MeshShape, open_mesh, replicated
 from easyspec_jax.parallel.platforms import settings_of
 from easyspec_jax.progress import bar

@@ -4,7 +4,7 @@ import pytest
 
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, open_model
 from easyspec_jax.arithmetic import power_of_two
-from easyspec_jax.engine.fits import needed
+from easyspec_jax.engine.needs import needed
 from easyspec_jax.engine.serving import OPTIONS
 from easyspec_jax.sampling.adjustments import Kinds
 from easyspec_jax.tokenizer import encode

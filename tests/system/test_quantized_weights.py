@@ -18,7 +18,7 @@ from easyspec_jax.checkpoint.quantized import (
     stored_integers,
 )
 from easyspec_jax.checkpoint.tensors import Held, Overlay
-from easyspec_jax.engine.fits import needed
+from easyspec_jax.engine.needs import needed
 from tests.support.models import save_model
 
 PROMPTS = ["a quick brown fox", "the"]

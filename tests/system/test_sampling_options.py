@@ -11,7 +11,7 @@ from scipy.special import log_softmax
 
 from easyspec_jax import SamplingParams, SpeculativeConfig, open_model
 from easyspec_jax.arithmetic import power_of_two
-from easyspec_jax.engine.fits import bytes_per_entry, needed
+from easyspec_jax.engine.needs import bytes_per_entry, needed
 from easyspec_jax.sampling.adjustments import Kinds
 from tests.support.models import save_model
 
