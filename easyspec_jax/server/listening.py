@@ -8,6 +8,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from easyspec_jax.engine.serving import Scheduler
+from easyspec_jax.server.connections import Connection
 
 
 class Server(uvicorn.Server):
@@ -32,7 +33,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             application,
             loop="asyncio",
-            http="h11",
+            http=Connection,
             ws="none",
             lifespan="off",
             log_config=None,
