@@ -11,6 +11,7 @@ from jaxtyping import Int
 
 from convert.models import Calibration, Model
 from easyspec_jax.checkpoint.config import ModelConfig, model_config
+from easyspec_jax.checkpoint.quantized import is_matrix
 from easyspec_jax.checkpoint.tensors import TensorSource
 from easyspec_jax.errors import EasySpecError
 from easyspec_jax.progress import bar
@@ -47,7 +48,7 @@ def calibration_on(text: Path, tokens: int, model: Model, group: int, memory: in
 
     Raises:
         EasySpecError: The file cannot be read or is too short, or the model is a mixture of
-            experts, has no tokenizer, or needs more memory.
+            experts, is int4 already, has no tokenizer, or needs more memory.
     """
     config = model_config(model.config | {"dtype": "float32"}, origin=model.origin)
     if config.mixture is not None:
@@ -55,6 +56,8 @@ def calibration_on(text: Path, tokens: int, model: Model, group: int, memory: in
             f"{model.origin} is a mixture of experts, which cannot be calibrated; "
             "leave out `calibration`"
         )
+    if _has_int4_layers(model.source):
+        raise EasySpecError(f"{model.origin} has layers of int4 already; leave out `calibration`")
     if not model.has_tokenizer:
         raise EasySpecError(f"{model.origin} has no tokenizer, which `calibration` needs")
     needed = memory_needed(config, tokens)
@@ -67,6 +70,16 @@ def calibration_on(text: Path, tokens: int, model: Model, group: int, memory: in
     digest = hashlib.sha256(texts.tobytes()).hexdigest()
     run = partial(_calibrated, model.source, config, texts, group)
     return Calibration(digest, space_needed(config, texts.size), run)
+
+
+def _has_int4_layers(source: TensorSource) -> bool:
+    """Return whether there is nothing to round in any layer."""
+    dtypes = source.dtypes()
+    return all(
+        dtypes[name] == "int4"
+        for name, shape in source.shapes().items()
+        if ".layers." in name and is_matrix(name, shape)
+    )
 
 
 def read_texts(

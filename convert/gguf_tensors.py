@@ -10,9 +10,9 @@ are kept. The others are dequantized and rounded anew, to int8 with a scale for 
 | Q4_0 | int4 | 32 | exact: 4 bits less 8 |
 | Q5_0 | int8 | 32 | exact: 5 bits less 16 |
 | Q6_K | int8 | 16 | exact: 6 bits less 32, and the product of two scales |
-| Q4_1, Q4_K | int4 | 32 | exact but for the last bit: 4 bits less 8, and an offset |
-| Q5_1, Q5_K | int8 | 32 | exact but for the last bit: 5 bits, and an offset |
-| Q2_K | int4 | 16 | exact but for the last bit: 2 bits, and an offset |
+| Q4_1, Q4_K | int4 | 32 | exact but for float32's rounding: 4 bits less 8, and an offset |
+| Q5_1, Q5_K | int8 | 32 | exact but for float32's rounding: 5 bits, and an offset |
+| Q2_K | int4 | 16 | exact but for float32's rounding: 2 bits, and an offset |
 | Q3_K | int4 | 16 | exact: 3 bits less 4, and the product of two scales |
 | IQ4_NL | int8 | 32 | exact: 16 integers in a table |
 | IQ4_XS | int8 | 32 | exact: the same, and the product of two scales |

@@ -150,11 +150,10 @@ class _Rounding:
         self, layer: int, site: Site, module: Layer, batches: Batches, directory: Path
     ) -> dict[str, np.ndarray]:
         """Round the matrices of a site into files, and return what they stand for as floats."""
-        hessian, held = self._hessian(site, module, batches), {}
-        for part in site.parts:
-            name = f"model.layers.{layer}.{part}.weight"
-            if not self._is_rounded(name):
-                continue
+        every = (f"model.layers.{layer}.{part}.weight" for part in site.parts)
+        names, held = list(filter(self._is_rounded, every)), {}
+        hessian = self._hessian(site, module, batches) if names else np.zeros(())
+        for name in names:
             weight = self.plain.read(name).astype(np.float32)
             # Rounded, a NaN would be an ordinary number.
             if not (np.isfinite(weight).all() and np.isfinite(hessian).all()):

@@ -164,7 +164,8 @@ def _zeros(
         if symmetric or any(scheme.get("symmetric", True) for scheme in schemes):
             return None
         raise EasySpecError(f"{parts.origin}: {name} is missing; fetch the whole checkpoint")
-    shape, count = parts.take(name, "I32", "I8"), 32 // bits
+    # Only codes that are packed have packed zero points.
+    shape, count = parts.take(name, *(("I32", "I8") if middle else ("I8",))), 32 // bits
     rows, groups = matrix[0], scales.groups
     is_packed = parts.source.dtypes()[name] == "I32"
     if symmetric:
@@ -190,11 +191,13 @@ def _zeros(
         raise parts.wrong(name, f"zero points of {groups} groups in {rows} rows")
 
     def plain(rows: slice) -> Int[np.ndarray, "rows groups"]:
-        zeros = parts.source.read(name).astype(np.int16).reshape(blocks, groups)
+        first, last = rows.start // scales.block, -(-rows.stop // scales.block)
+        zeros = parts.source.read(name, (slice(first, last),)).astype(np.int16)
         if (zeros != zeros.clip(-half, half - 1)).any():
             raise EasySpecError(
-                f"{parts.origin}: {name} holds more than {bits} bits; fetch it again"
+                f"{parts.origin}: {name} holds numbers of more than {bits} bits; fetch it again"
             )
-        return zeros[np.arange(rows.start, rows.stop) // scales.block] + np.int16(middle)
+        of_rows = np.arange(rows.start, rows.stop) // scales.block - first
+        return zeros.reshape(last - first, groups)[of_rows] + np.int16(middle)
 
     return plain

@@ -3,8 +3,9 @@
     weight[o, i] ≈ values[o, i] · scale[o, i // group] + offset[o, i // group]
 
 A matrix N.weight of int8 or int4 has its scales in N.weight_scale, float32 [out, in / group], and
-the offsets in N.weight_offset, of the same shape and type, if it has any. Those that we round have
-none; formats with zero points or least numbers of groups take them. One scale a row, [out, 1], is
+the offsets in N.weight_offset, of the same shape and type, if it has any. Matrices that are
+rounded here have none; formats with zero points, or with a least number in each group, need them.
+One scale a row, [out, 1], is
 quantization by channel; it can wait until after the product. Whatever else is in a checkpoint stays
 as it is: norms and biases are too small to matter.
 

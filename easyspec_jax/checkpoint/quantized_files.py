@@ -64,6 +64,11 @@ def assembled(
     """
     parts = Parts(source, origin)
     matrices = METHODS[settings["quant_method"]](parts, settings, known)
+    for name in matrices:
+        for part in (scale_name(name), offset_name(name)):
+            # It would hide the one that is made here, or be added to a matrix without offsets.
+            if parts.has(part) and part not in parts.used:
+                raise EasySpecError(f"{origin}: {part} is no part of its format; remove it")
     return Assembled(source, matrices, frozenset(parts.used))
 
 

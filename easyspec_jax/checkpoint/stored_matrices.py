@@ -6,9 +6,9 @@ finds these parts; here they become
 
     weight[o, i] = (code[o, i] - zero[o, i // group]) · scale[o, i // group]
 
-The integer of `quantized` is the code less the middle of all codes. Where zero points are not
-there, the rest is the group's offset, so a code of 4 bits stays an integer of 4 bits. Only the
-bytes of a window are read.
+The integer of `quantized` is the code less the middle of all codes. Where a zero point is another
+code, their difference times the scale becomes the group's offset, so that codes of 4 bits stay
+integers of 4 bits. Only the bytes of a window are read.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -284,7 +284,7 @@ class Coded:
 def unpacked(
     parts: Parts, weight: str, dtype: str, scales: Scales, zeros: Zeros | None = None
 ) -> Coded:
-    """Return a matrix whose codes are a tensor of its own shape, one number around 0 each.
+    """Return a matrix whose codes are a tensor of its own shape, one signed number each.
 
     Args:
         parts: Where it is.

@@ -2,7 +2,8 @@
 
 XLA fuses no scale between partial sums: it writes the sums of every group to memory, [out, groups,
 tokens] of float32, before it scales and adds them. For six tokens and groups of 128 columns of int4
-that is more than a third of the matrix. Here each group's sum is scaled in registers.
+that is more than a third of the matrix. Here each group's sum is scaled in registers, and its
+offset, if it has one, is added there.
 
 Integers with one scale for all columns need this only in a stack, of which XLA would write floats.
 """

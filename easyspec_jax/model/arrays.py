@@ -39,7 +39,7 @@ class ArrayLoader:
     Attributes:
         source: Tensors of the checkpoint.
         mesh: Devices.
-        dtype: Type of every array but quantized matrices and their scales.
+        dtype: Type of every array but quantized matrices, their scales and offsets.
         settings: Which kernels the modules use; None for those of the mesh's devices.
         weights: Type of the matrices; None for that of the checkpoint if it is quantized, else
             `dtype`.

@@ -13,6 +13,7 @@ from jaxtyping import Array
 from easyspec_jax.arithmetic import ceil_div, packed_width, round_up
 from easyspec_jax.checkpoint.config import MixtureConfig, ModelConfig
 from easyspec_jax.checkpoint.families import EMBEDDING, FINAL_NORM, HEAD, ROUTER, SINKS
+from easyspec_jax.checkpoint.quantized import offset_name
 from easyspec_jax.checkpoint.translated import UNKNOWN
 from easyspec_jax.model.arrays import ArrayLoader
 from easyspec_jax.model.attention import Attention
@@ -195,8 +196,9 @@ class Loader(ArrayLoader):
         """Count the bits of an inner channel for each hidden one, in shares of some width."""
         bits = 8 * packed_width(np.dtype(self._dtypes[down]))
         group = self._group_of(down)
+        by_group = 32 * (1 + (offset_name(down) in self._dtypes))
         # A row of gate, one of up and a column of down. Only down's groups are cut by shares.
-        return 3 * bits + (32 / gcd(group, width) if group else 0)
+        return 3 * bits + (by_group / gcd(group, width) if group else 0)
 
     def _vocabulary(self, tensor: str) -> Matrix:
         shards = axes_size(self.mesh, self.axes)

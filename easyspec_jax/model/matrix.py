@@ -260,7 +260,9 @@ def _of_sums(
 ) -> Float[Array, "out batch tokens"]:
     """Multiply the sum of each group of inputs by its offset; the result is float32."""
     grouped = x.astype(jnp.float32).reshape(*x.shape[:2], offset.shape[1], -1)
-    return jnp.einsum("og,btg->obt", offset, jnp.sum(grouped, axis=-1))
+    sums = jnp.sum(grouped, axis=-1)
+    # Scales are not rounded either, and a sum stands for many numbers.
+    return jnp.einsum("og,btg->obt", offset, sums, precision=jax.lax.Precision.HIGHEST)
 
 
 def _sum_of_groups(

@@ -1,6 +1,6 @@
 """Shard plans: which windows of which stored tensors make up the shards of an array, as plain data.
 
-Plans follow from sizes alone. Making one reads nothing and needs no devices; `model/loader.py`
+Plans follow from sizes alone. Making one reads nothing and needs no devices; `model/arrays.py`
 carries it out. In a tensor's name, {} stands for a layer's number: all layers have the same plan.
 """
 

@@ -88,6 +88,20 @@ def test_in_the_end_no_single_integer_can_be_better():
             assert output_error((other, scale), hessian, weight) > least * (1 - 1e-5)
 
 
+def test_scales_are_the_best_for_their_integers():
+    """Of 48 groups, which have more pairs than a row has numbers."""
+    values, scale = quantize(WEIGHT[:9], "int4", 4)
+    hessian, weight = damp(HESSIAN, DAMPING), WEIGHT[:9]
+    fitted = module._fitted_scales(weight, values.astype(np.float32), scale, hessian)
+    least = output_error((values, fitted), hessian, weight)
+    assert least < output_error((values, scale), hessian, weight)
+    for row, number in zip(*RNG.integers([[9], [48]], size=(2, 60), dtype=int), strict=True):
+        for factor in (0.97, 1.03):
+            other = fitted.copy()
+            other[row, number] *= factor
+            assert output_error((values, other), hessian, weight) > least
+
+
 @pytest.mark.parametrize("fault", ["no feedback", "feedback of other columns", "wrong sign"])
 def test_faults_would_be_noticed(monkeypatch, fault):
     plain = module._decomposed

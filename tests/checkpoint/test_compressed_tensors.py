@@ -90,7 +90,7 @@ def test_zero_points_that_are_not_packed(tmp_path):
     points[1, 5] = 8
     stored[UP + "weight_zero_point"] = points.T
     source = write(tmp_path, stored, settings(symmetric=False))
-    with pytest.raises(EasySpecError, match=r"weight_zero_point holds more than 4 bits; fetch it"):
+    with pytest.raises(EasySpecError, match=r"weight_zero_point holds numbers of more than 4 bits"):
         source.read(UP + "weight_offset")
 
 

@@ -1,7 +1,7 @@
 """Quantized checkpoints of Hugging Face are opened, converted, or refused by name."""
 
 import json
-from functools import cache
+from functools import cache, partial
 
 import ml_dtypes
 import numpy as np
@@ -27,6 +27,16 @@ MODELS = {
         ("int4",),
     ),
     "gptq": (test_gptq.model, test_gptq.SETTINGS, ("int4",)),
+    "gptq with zero points": (
+        partial(test_gptq.model, symmetric=False),
+        test_gptq.SETTINGS | {"sym": False},
+        ("int4",),
+    ),
+    "compressed-tensors with zero points": (
+        partial(test_compressed_tensors.model, symmetric=False),
+        test_compressed_tensors.settings(symmetric=False),
+        ("int4",),
+    ),
 }
 EVERY = MODELS | {"fp8": (test_fp8.model, test_fp8.SETTINGS, ())}
 
@@ -85,6 +95,17 @@ def test_a_name_is_no_settings(tmp_path):
 def test_no_settings_are_no_quantization(tmp_path):
     with pytest.raises(EasySpecError, match=r"v_proj\.weight is missing"):
         write(tmp_path, test_gptq.model()[0], None)
+
+
+@pytest.mark.parametrize("part", ["weight_scale", "weight_offset"])
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_parts_of_no_format_are_refused(tmp_path, method, part):
+    make, settings, _ = MODELS[method]
+    stored = make()[0] | {UP + part: np.ones((96, 2), np.float32)}
+    with pytest.raises(
+        EasySpecError, match=rf"up_proj\.{part} is no part of its format; remove it"
+    ):
+        write(tmp_path, stored, settings)
 
 
 def test_offsets_that_overflow_are_refused_when_reading(tmp_path):
@@ -165,9 +186,10 @@ def read_everything(stored, settings):
 def test_settings_of_any_kind_are_read_or_refused(data):
     method = data.draw(st.sampled_from(sorted(EVERY)))
     make, settings, _ = EVERY[method]
-    field, value = data.draw(st.sampled_from(FIELDS[method])), data.draw(JUNK)
+    format = settings["quant_method"]
+    field, value = data.draw(st.sampled_from(FIELDS[format])), data.draw(JUNK)
     changed = settings | {field: value}
-    if method == "compressed-tensors" and data.draw(st.booleans()):
+    if format == "compressed-tensors" and data.draw(st.booleans()):
         changed = test_compressed_tensors.settings(**{data.draw(st.sampled_from(SCHEME)): value})
     read_everything(cached(make)[0], changed)
 

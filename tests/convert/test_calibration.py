@@ -248,6 +248,8 @@ def test_what_cannot_be_calibrated_is_refused_before_anything_is_read(
     refused(r"hf: `calibration` needs more memory; give `memory` of at least \d+", memory=1 << 28)
     save_model(tmp_path / "experts", "mixtral", num_hidden_layers=1)
     refused("experts is a mixture of experts, which cannot be", source=tmp_path / "experts")
+    convert(model, tmp_path / "int4", ConvertConfig(weights="int4"))
+    refused("int4 has layers of int4 already; leave out `calib", source=tmp_path / "int4")
     (tmp_path / "out").mkdir()
     refused("out exists, and `verify` does not repeat a `calibration`", verify=True)
     (model / "tokenizer.json").unlink()

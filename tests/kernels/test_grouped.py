@@ -102,10 +102,12 @@ def test_offsets_of_another_group_are_noticed():
 
 
 def test_a_stack_of_matrices_is_one_for_each_slot():
-    one, x = Product().matrix(True), Product().x()
-    assert one.scale is not None
-    values, scale = jnp.stack([one.values[...]] * 2), one.scale[...]
-    stack = Matrix(values, jnp.stack([scale, -scale]), fused=True, interpret=True)
+    product = Product(has_offsets=True)
+    one, x = product.matrix(True), product.x()
+    assert one.scale is not None and one.offset is not None
+    values = jnp.stack([one.values[...]] * 2)
+    by_group = (jnp.stack([each, -each]) for each in (one.scale[...], one.offset[...]))
+    stack = Matrix(values, *by_group, fused=True, interpret=True)
     expected = np.asarray(one(x))
     got = jax.vmap(lambda matrix: matrix(x))(stack)
     np.testing.assert_allclose(got, [expected, -expected], rtol=1e-6)

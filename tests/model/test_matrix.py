@@ -117,11 +117,28 @@ def test_a_single_token_may_be_multiplied_as_one_of_two(group, shape):
 
 
 def test_a_stack_of_matrices_is_one_for_each_slot():
-    one, other = _case("int8", INNER)[0], _case("int8", INNER)[0]
+    plain = _case("int8", INNER)[0]
+    assert plain.scale is not None
+    scale = plain.scale[...]
+    one, other = (Matrix(plain.values[...], scale, offset) for offset in (scale, -3 * scale))
     stack = jax.tree.map(lambda a, b: jnp.stack([a, b]), one, other)
     x = jnp.ones((2, 1, 3, INNER))
     got = jax.vmap(lambda matrix, x: matrix(x))(stack, x)
     np.testing.assert_allclose(got[1], other(x[1]), rtol=1e-6)
+    assert np.abs(got[1] - got[0]).max() > 1
+
+
+@pytest.mark.parametrize("tokens", [3, 100])
+def test_offsets_are_not_rounded_where_products_are(tokens):
+    """ "default" would round both factors to bfloat16 on a TPU, as it may for integers."""
+    matrix, _ = _case("int8", 16)
+    assert matrix.scale is not None
+    own = Matrix(matrix.values[...], matrix.scale[...], matrix.scale[...])
+    with jax.default_matmul_precision("default"):
+        jaxpr = str(jax.make_jaxpr(own.__call__)(jnp.ones((1, tokens, INNER), jnp.bfloat16)))
+    products = [line for line in jaxpr.splitlines() if "dot_general" in line]
+    assert len(products) == 2
+    assert jaxpr.count("HIGHEST") == 2  # of both factors of one
 
 
 @pytest.mark.parametrize("fused", [False, True])

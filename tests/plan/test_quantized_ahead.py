@@ -113,8 +113,7 @@ def compiled(mesh: Any, model: Decoder, tokens: int, run: Any) -> Any:
 def sizes(model: Decoder) -> dict[int, int]:
     """Return the sums of groups that a product writes for one token, by a matrix's numbers.
 
-    Both are those of one device. Offsets have sums of their own. On a GPU a kernel keeps them all
-    in registers.
+    Both are those of one device. On a GPU a kernel keeps the sums in registers.
     """
     found = {}
     for _, matrix in nnx.iter_modules(model):
@@ -124,9 +123,14 @@ def sizes(model: Decoder) -> dict[int, int]:
                 array.sharding.shard_shape(array.shape) for array in (matrix.values, matrix.scale)
             )
             kept = matrix.fused or scale[-1] == 1
-            sums = 1 if matrix.offset is None else 2
-            found[prod(values)] = 0 if kept else sums * prod(scale)
+            found[prod(values)] = 0 if kept else prod(scale)
     return found
+
+
+def has_offsets(model: Decoder) -> bool:
+    """Return whether any matrix has offsets."""
+    matrices = (module for _, module in nnx.iter_modules(model) if isinstance(module, Matrix))
+    return any(matrix.offset is not None for matrix in matrices)
 
 
 def float_copies(text: CompiledText, matrices: set[int]) -> list[Kernel]:
@@ -146,6 +150,8 @@ def check(mesh: Any, model: Decoder, tokens: int, run: Callable[..., Any]) -> No
     # In fuzzy steps libtpu also keeps cache entries there, as it does in bfloat16.
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     others = 1 << 20 if on_tpu and run is run_fuzzy else 0
+    # And it writes inputs as floats of 32 bits, whose sums multiply offsets.
+    others += 1 << 19 if on_tpu and has_offsets(model) else 0
     assert temporaries < others + 2 * min(matrices) + 4 * tokens * max(matrices.values())
 
 
@@ -172,6 +178,16 @@ def test_an_exact_pass_through_groups_cuts_no_matrix_out(machine, mesh, kind):
     kernels = CompiledText.read(program.as_text()).kernels
     slots = [kernel for kernel in kernels if re.search(r"(s4|s8|bf16)\[1,\d+,\d+\]", kernel.shape)]
     assert not [kernel for kernel in slots if kernel.bytes >= LARGE]
+
+
+def test_offsets_take_no_kernels_of_their_own(machine, mesh):
+    if machine.startswith("v5e"):
+        pytest.skip("the kernel is for GPUs")
+    counts = []
+    for kind in KINDS[1:]:
+        text = compiled(mesh, models(mesh, kind, lp_size=1)[0], 6, run_exact).as_text()
+        counts.append(len(CompiledText.read(text).kernels))
+    assert counts[0] == counts[1]
 
 
 def test_a_copy_would_be_found(mesh):

@@ -12,6 +12,7 @@ from convert.huggingface import open_huggingface
 from convert.stream import convert as convert_model
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, open_model
 from easyspec_jax.checkpoint.quantized import (
+    Dequantized,
     Quantized,
     offset_name,
     scale_name,
@@ -162,6 +163,27 @@ def test_a_pair_with_offsets_says_what_its_target_says_alone(with_offsets, mesh)
     for sampling in (GREEDY, SAMPLED):
         alone = _texts((target,), sampling, speculative=vanilla)
         assert _texts(with_offsets, sampling, mesh=mesh, speculative=WAYS["easyspec"]) == alone
+
+
+@pytest.mark.parametrize("mesh", ["1", "layer=2,tensor=4"])
+def test_offsets_are_a_part_of_both_models(with_offsets, mesh):
+    """Models of floats write the same texts after the same drafts; without offsets, others."""
+
+    def made(change):
+        engine = open_model(*with_offsets, mesh=mesh, speculative=WAYS["easyspec"])
+        assert engine.draft is not None
+        engine.target = replace(engine.target, source=change(engine.target.source))
+        engine.draft = replace(engine.draft, source=change(engine.draft.source))
+        done = list(engine.generate(PROMPTS, GREEDY))
+        return [(each.token_ids, each.stats.accepted) for each in done]
+
+    def without(source):
+        kept = {name: source.read(name) for name in source.shapes() if "offset" not in name}
+        return Held(kept)
+
+    found = made(lambda source: source)
+    assert found == made(Dequantized)
+    assert found != made(without)
 
 
 def test_offsets_take_memory(with_offsets):
