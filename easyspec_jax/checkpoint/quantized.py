@@ -5,9 +5,8 @@
 A matrix N.weight of int8 or int4 has its scales in N.weight_scale, float32 [out, in / group], and
 the offsets in N.weight_offset, of the same shape and type, if it has any. Matrices that are
 rounded here have none; formats with zero points, or with a least number in each group, need them.
-One scale a row, [out, 1], is
-quantization by channel; it can wait until after the product. Whatever else is in a checkpoint stays
-as it is: norms and biases are too small to matter.
+One scale a row, [out, 1], is quantization by channel; it can wait until after the product. Whatever
+else is in a checkpoint stays as it is: norms and biases are too small to matter.
 
 `Quantized` makes such tensors out of any others while they are read, so a checkpoint is quantized
 the same way when it is opened and when it is converted.
