@@ -28,6 +28,7 @@ PASSAGES: dict[str, Callable[[Path], str]] = {
     "quantization": tabulated("quantization"),
     "quantization_qwen": tabulated("quantization_qwen"),
     "quantization_qwen_code": tabulated("quantization_qwen_code"),
+    "quantization_smollm2": tabulated("quantization_smollm2"),
     "adapt_qwen": tabulated("adapt_qwen"),
     "adapt_qwen_sampled": tabulated("adapt_qwen_sampled"),
     "adapt_qwen_processes": tabulated("adapt_qwen_processes"),
