@@ -282,6 +282,10 @@ SCRIPTS = (
                 "adapt_qwen_processes_sampled",
                 "Rounds that adapt, sampled: Qwen2.5-Coder-1.5B drafted by 0.5B, two processes",
             ),
+            Result(
+                "adapt_qwen_auto",
+                "Rounds that adapt and end early: Qwen2.5-Coder-1.5B drafted by 0.5B",
+            ),
             Result("adapt_qwen_ngram", "Rounds that adapt: Qwen2.5-Coder-1.5B with lookups"),
         ),
     ),

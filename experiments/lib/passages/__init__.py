@@ -31,6 +31,7 @@ PASSAGES: dict[str, Callable[[Path], str]] = {
     "quantization_smollm2": tabulated("quantization_smollm2"),
     "adapt_qwen": tabulated("adapt_qwen"),
     "adapt_qwen_sampled": tabulated("adapt_qwen_sampled"),
+    "adapt_qwen_auto": tabulated("adapt_qwen_auto"),
     "adapt_qwen_processes": tabulated("adapt_qwen_processes"),
     "adapt_qwen_processes_sampled": tabulated("adapt_qwen_processes_sampled"),
     "bench_lookup": tabulated("bench_lookup"),
