@@ -240,6 +240,10 @@ SCRIPTS = (
                 "Narrower types: Qwen2.5-Coder-1.5B drafted by 0.5B, eight tasks of code",
             ),
             Result(
+                "quantization_qwen_openings",
+                "Narrower types: Qwen2.5-Coder-1.5B drafted by 0.5B, 48 openings of code",
+            ),
+            Result(
                 "quantization_smollm2",
                 "Narrower types: SmolLM2-135M-Instruct as its own draft",
             ),
