@@ -151,8 +151,10 @@ class _Rounding:
     ) -> dict[str, np.ndarray]:
         """Round the matrices of a site into files, and return what they stand for as floats."""
         every = (f"model.layers.{layer}.{part}.weight" for part in site.parts)
-        names, held = list(filter(self._is_rounded, every)), {}
-        hessian = self._hessian(site, module, batches) if names else np.zeros(())
+        names = list(filter(self._is_rounded, every))
+        if not names:
+            return {}
+        hessian, held = self._hessian(site, module, batches), {}
         for name in names:
             weight = self.plain.read(name).astype(np.float32)
             # Rounded, a NaN would be an ordinary number.

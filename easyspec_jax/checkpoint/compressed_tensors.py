@@ -24,6 +24,7 @@ from easyspec_jax.checkpoint.stored_matrices import (
     Parts,
     Scales,
     Zeros,
+    blocks_of,
     covering,
     fields,
     is_in_order,
@@ -191,13 +192,12 @@ def _zeros(
         raise parts.wrong(name, f"zero points of {groups} groups in {rows} rows")
 
     def plain(rows: slice) -> Int[np.ndarray, "rows groups"]:
-        first, last = rows.start // scales.block, -(-rows.stop // scales.block)
-        zeros = parts.source.read(name, (slice(first, last),)).astype(np.int16)
+        of_blocks, of_rows = blocks_of(rows, scales.block)
+        zeros = parts.source.read(name, (of_blocks,)).astype(np.int16)
         if (zeros != zeros.clip(-half, half - 1)).any():
             raise EasySpecError(
                 f"{parts.origin}: {name} holds numbers of more than {bits} bits; fetch it again"
             )
-        of_rows = np.arange(rows.start, rows.stop) // scales.block - first
-        return zeros.reshape(last - first, groups)[of_rows] + np.int16(middle)
+        return zeros.reshape(-1, groups)[of_rows] + np.int16(middle)
 
     return plain

@@ -68,7 +68,7 @@ def assembled(
         for part in (scale_name(name), offset_name(name)):
             # It would hide the one that is made here, or be added to a matrix without offsets.
             if parts.has(part) and part not in parts.used:
-                raise EasySpecError(f"{origin}: {part} is no part of its format; remove it")
+                raise EasySpecError(f"{origin}: {part} does not belong to its format; remove it")
     return Assembled(source, matrices, frozenset(parts.used))
 
 

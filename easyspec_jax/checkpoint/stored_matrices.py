@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int, Int32, UInt8
 
+from easyspec_jax.arithmetic import ceil_div
 from easyspec_jax.checkpoint.rounding import INTEGERS, of_columns
 from easyspec_jax.checkpoint.tensors import TensorSource
 from easyspec_jax.errors import EasySpecError
@@ -140,6 +141,22 @@ class Format(Protocol):
         ...
 
 
+def blocks_of(rows: slice, block: int) -> tuple[slice, Int[np.ndarray, " rows"]]:
+    """Return the blocks that hold some rows, and which of these blocks each row is in.
+
+    Args:
+        rows: The rows.
+        block: Rows of a block.
+
+    Examples:
+        >>> blocks, of_rows = blocks_of(slice(3, 9), block=4)
+        >>> blocks, of_rows.tolist()
+        (slice(0, 3, None), [0, 1, 1, 1, 1, 2])
+    """
+    blocks = slice(rows.start // block, ceil_div(rows.stop, block))
+    return blocks, np.arange(rows.start, rows.stop) // block - blocks.start
+
+
 @dataclass(frozen=True)
 class Scales:
     """Scales of blocks of a matrix.
@@ -162,20 +179,20 @@ class Scales:
 
     def read(self, rows: slice) -> Float[np.ndarray, "rows groups"]:
         """Read the scales of some rows, in float32."""
-        first, last = rows.start // self.block, -(-rows.stop // self.block)
+        blocks, of_rows = blocks_of(rows, self.block)
         source = self.parts.source
         if self.transposed:
-            stored = source.read(self.name, (slice(0, self.groups), slice(first, last))).T
+            stored = source.read(self.name, (slice(0, self.groups), blocks)).T
         elif source.shapes()[self.name] in ((), (1,), (1, 1)):
-            first, last, stored = 0, 1, source.read(self.name)
+            of_rows, stored = np.zeros_like(of_rows), source.read(self.name)
         else:
-            stored = source.read(self.name, (slice(first, last),))
-        scales = stored.astype(np.float32).reshape(last - first, self.groups)
+            stored = source.read(self.name, (blocks,))
+        scales = stored.astype(np.float32).reshape(-1, self.groups)
         if not np.isfinite(scales).all():
             raise EasySpecError(
                 f"{self.parts.origin}: {self.name} holds NaN or infinity; fetch it again"
             )
-        return scales[np.arange(rows.start, rows.stop) // self.block - first]
+        return scales[of_rows]
 
 
 def scales_of(

@@ -89,7 +89,7 @@ def test_in_the_end_no_single_integer_can_be_better():
 
 
 def test_scales_are_the_best_for_their_integers():
-    """Of 48 groups, which have more pairs than a row has numbers."""
+    """48 groups make more pairs than a row has numbers."""
     values, scale = quantize(WEIGHT[:9], "int4", 4)
     hessian, weight = damp(HESSIAN, DAMPING), WEIGHT[:9]
     fitted = module._fitted_scales(weight, values.astype(np.float32), scale, hessian)

@@ -99,11 +99,11 @@ def test_no_settings_are_no_quantization(tmp_path):
 
 @pytest.mark.parametrize("part", ["weight_scale", "weight_offset"])
 @pytest.mark.parametrize("method", ["awq", "gptq"])
-def test_parts_of_no_format_are_refused(tmp_path, method, part):
+def test_parts_that_do_not_belong_to_a_format_are_refused(tmp_path, method, part):
     make, settings, _ = MODELS[method]
     stored = make()[0] | {UP + part: np.ones((96, 2), np.float32)}
     with pytest.raises(
-        EasySpecError, match=rf"up_proj\.{part} is no part of its format; remove it"
+        EasySpecError, match=rf"up_proj\.{part} does not belong to its format; remove it"
     ):
         write(tmp_path, stored, settings)
 

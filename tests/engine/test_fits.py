@@ -1,4 +1,4 @@
-"""What will not fit is refused before anything is read, with what would help."""
+"""A pair that does not fit is refused before anything is read, with options that would help."""
 
 import re
 from dataclasses import replace

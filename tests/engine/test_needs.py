@@ -1,4 +1,4 @@
-"""What a pair will need is told, and is what it then takes."""
+"""A pair takes the memory that was predicted."""
 
 from dataclasses import replace
 from typing import Any, cast
@@ -10,7 +10,7 @@ import pytest
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.state import RoundConfig
 from easyspec_jax.draft.grouping import Layout, paper_groups
-from easyspec_jax.engine import needs
+from easyspec_jax.engine import needs as module
 from easyspec_jax.engine.abstract import absent_mesh, abstract_state
 from easyspec_jax.engine.fits import GIB
 from easyspec_jax.engine.needs import needed
@@ -98,17 +98,17 @@ def test_what_groups_take_is_counted_on_accelerators_too(tokens, size):
     """A product of 7168 outputs writes sums of 64 groups for 21 tokens, and bfloat16 for 512."""
     for kept in (None, "int8", "int4"):
         job = large(target_weights=kept)
-        target, _ = needs._of_models(job)[0]
-        assert needs._of_products(target, job, tokens) == (size if kept == "int4" else 0)
+        target, _ = module._of_models(job)[0]
+        assert module._of_products(target, job, tokens) == (size if kept == "int4" else 0)
 
 
 def test_sums_of_all_experts_are_counted():
     """21 tokens go through all 128 experts; gate and up have 192 outputs each, in 32 groups."""
     plain = RoundConfig.of(SpeculativeConfig(method="vanilla"), SamplingParams(), ())
     job = large(target=bundled()["Qwen3-235B-A22B"], target_weights="int4", round=plain)
-    target, _ = needs._of_models(job)[0]
-    floats, _ = needs._of_models(replace(job, target_weights=None))[0]
-    more = needs._of_products(target, job, 21) - needs._of_products(floats, job, 21)
+    target, _ = module._of_models(job)[0]
+    floats, _ = module._of_models(replace(job, target_weights=None))[0]
+    more = module._of_products(target, job, 21) - module._of_products(floats, job, 21)
     inner, groups = 2 * 192, 4096 // 128
     assert more == 128 * inner * groups * 21 * 4
 
@@ -116,17 +116,17 @@ def test_sums_of_all_experts_are_counted():
 def test_sums_of_whole_experts_are_counted():
     """Rounds that verify six tokens are split so that a device has 16 experts of 1,536 channels."""
     job = large(target=bundled()["Qwen3-235B-A22B"], target_weights="int4")
-    target, _ = needs._of_models(job)[0]
+    target, _ = module._of_models(job)[0]
     sums, results = 2 * 1536 * (4096 // 128), 3 * 1536 + 4096
-    assert needs._of_products(target, job, 21) == 16 * (sums + results) * 21 * 4
+    assert module._of_products(target, job, 21) == 16 * (sums + results) * 21 * 4
 
 
 def test_the_kernel_of_a_gpu_writes_no_sums_of_groups():
     """For a prompt's 512 tokens the matrix becomes floats, as on TPUs."""
     job = large(target_weights="int4", mesh=absent_mesh(MeshShape(4, 2), "gpu"))
-    target, _ = needs._of_models(job)[0]
-    assert needs._of_products(target, job, 21) == 0
-    assert needs._of_products(target, job, 512) == 7168 * 8192 * 2
+    target, _ = module._of_models(job)[0]
+    assert module._of_products(target, job, 21) == 0
+    assert module._of_products(target, job, 512) == 7168 * 8192 * 2
 
 
 def test_a_fuzzy_pass_multiplies_by_all_slots_at_once():
@@ -137,8 +137,8 @@ def test_a_fuzzy_pass_multiplies_by_all_slots_at_once():
         draft_weights="int4",
         rows=8,
     )
-    _, draft = needs._of_models(job)[0]
-    assert draft is not None and needs._of_products(draft, job, 1) == 7 * 384 * 16 * 8 * 4
+    _, draft = module._of_models(job)[0]
+    assert draft is not None and module._of_products(draft, job, 1) == 7 * 384 * 16 * 8 * 4
 
 
 def test_penalties_count_tokens_for_every_node():
