@@ -226,7 +226,7 @@ def as_tuned(args: argparse.Namespace, tuned: SpeculativeConfig) -> SpeculativeC
     """
     adapts = tuned.adapt and args.verifier in (None, "coupled")
     if args.adapt is not None:
-        adapts = args.adapt == "on"
+        adapts = speculative_of(args).adapt
     needs_chains = args.bit_stable or args.verifier == "block"
     if needs_chains and tuned.width > 1:
         flag = "--bit-stable" if args.bit_stable else "--verifier block"

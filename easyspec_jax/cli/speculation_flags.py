@@ -37,7 +37,7 @@ def speculative_of(args: argparse.Namespace) -> SpeculativeConfig:
         prompt_lookup_max=args.prompt_lookup_max,
         prompt_lookup_min=args.prompt_lookup_min,
         prompt_lookup_corpus=args.prompt_lookup_corpus,
-        adapt=args.adapt == "on",
+        adapt={"on": True, "off": False}.get(args.adapt, "auto"),
         confidence_threshold=args.confidence_threshold,
     )
 
@@ -123,9 +123,9 @@ def add_speculation(parser: Parser) -> None:
     )
     drafting.add_argument(
         "--adapt",
-        choices=("on", "off"),
+        choices=("auto", "on", "off"),
         help="choose for every round whether to draft, and how many levels, by what was accepted "
-        "lately; samples coupled (default: off, or as tuned)",
+        "lately; on samples coupled (default: auto, on for texts that stay the same, or as tuned)",
     )
     drafting.add_argument(
         "--confidence-threshold",

@@ -15,7 +15,7 @@ from easyspec_jax.options import SamplingParams, SpeculativeConfig
 from easyspec_jax.sampling.adjustments import PLAIN, Kinds, RowAdjustments
 from easyspec_jax.sampling.grammar import MOST_FORCED, Grammars
 from easyspec_jax.sampling.logprobs import Logprobs
-from easyspec_jax.verify import RowSampling, Verdict, Verifier, choose
+from easyspec_jax.verify import Coupled, Greedy, RowSampling, Verdict, Verifier, choose
 from easyspec_jax.verify.tree import Tree
 from easyspec_jax.verify.verifier import CANDIDATES
 
@@ -94,6 +94,11 @@ class RoundConfig:
         if speculative.looks_up:
             lookup = Lookup(speculative.prompt_lookup_max, speculative.prompt_lookup_min)
         levels = 0 if speculative.method == "vanilla" else speculative.num_speculative_tokens
+        verifier = choose(speculative.chosen_verifier, sampling)
+        adapts = speculative.adapt
+        if adapts == "auto":
+            # The noise of other verifiers depends on the round that drafts a token.
+            adapts = isinstance(verifier, Greedy | Coupled)
         threshold, learns = speculative.confidence_threshold, False
         if threshold == "auto":
             # Of a single level nothing can be left out, nor of what is looked up.
@@ -104,14 +109,14 @@ class RoundConfig:
             # none for what was looked up.
             calibration=speculative.calibration
             and (speculative.method == "easyspec" or speculative.prompt_lookup),
-            verifier=choose(speculative.chosen_verifier, sampling),
+            verifier=verifier,
             stop_ids=stop_ids,
             width=speculative.width,
             nodes=speculative.tree_nodes,
             rows=speculative.stable_rows,
             lookup=lookup,
             kinds=Kinds.of(sampling),
-            tiers=tuple(n for n in TIERS if n < levels) if speculative.adapt else (),
+            tiers=tuple(n for n in TIERS if n < levels) if adapts else (),
             confidence_threshold=float(threshold),
             learns_threshold=learns,
         )

@@ -136,7 +136,14 @@ class Models:
     @property
     def _split_for(self) -> int:
         """Tokens of the passes that the target's experts are split for."""
-        return RoundConfig.of(self.speculative, SamplingParams(), ()).split_for
+        return self._round(SamplingParams(), ()).split_for
+
+    def _round(self, sampling: SamplingParams, stop_ids: tuple[int, ...]) -> RoundConfig:
+        speculative = self.speculative
+        # In other types passes of more tokens round differently, so that the clock would enter.
+        if speculative.adapt == "auto" and self.dtype != "float32" and not speculative.bit_stable:
+            speculative = replace(speculative, adapt=False)
+        return RoundConfig.of(speculative, sampling, stop_ids)
 
     def baseline(self) -> Self:
         """Return plain decoding of the same target on the same mesh. The weights are shared.
@@ -244,7 +251,7 @@ class Models:
             EasySpecError: The sampling names an id that the target lacks.
         """
         sampling = self.with_ids(sampling)
-        own = RoundConfig.of(self.speculative, sampling, self.target.config.stop_ids)
+        own = self._round(sampling, self.target.config.stop_ids)
         kinds = own.kinds | kinds
         return replace(
             own,

@@ -56,7 +56,9 @@ class SpeculativeConfig:
             longer match counts.
         adapt: Choose for every round whether to draft, and how many levels, by what has been
             accepted and by the time that rounds take. Greedy and coupled texts do not depend on it.
-            So the default verifier is then the coupled one, and the others are refused.
+            So with True the default verifier is the coupled one, and the others are refused. "auto"
+            adapts just those texts that stay the same: greedy and coupled ones, in float32 or
+            bit-stable.
         confidence_threshold: Draft a level only where the best path to the level above has this
             probability under the draft, from 0 (always) to 1. The first level always is. "auto"
             learns it while decoding, and samples as `adapt` does.
@@ -85,7 +87,7 @@ class SpeculativeConfig:
     prompt_lookup_max: int = 16
     prompt_lookup_min: int = 2
     prompt_lookup_corpus: str | None = None
-    adapt: bool = False
+    adapt: bool | Literal["auto"] = False
     confidence_threshold: float | Literal["auto"] = 0.0
 
     def __post_init__(self) -> None:
@@ -99,10 +101,12 @@ class SpeculativeConfig:
         self._check_tree()
         self._check_lookups()
         self._check_chains()
+        if self.adapt not in (True, False, "auto"):
+            raise EasySpecError(f"`adapt` {self.adapt!r} is not one of True, False, auto")
         if self.times_rounds and self.verifier in ("rejection", "block"):
             # Which round a token is drafted in decides its noise, so that such texts would depend
             # on timing and on the other texts of a batch.
-            option = "`adapt`" if self.adapt else "`confidence_threshold` auto"
+            option = "`adapt`" if self.always_adapts else "`confidence_threshold` auto"
             raise EasySpecError(
                 f"{option} cannot sample by {self.verifier}, whose texts depend on how many tokens "
                 "a round drafts; leave out `verifier`, or take coupled"
@@ -176,8 +180,13 @@ class SpeculativeConfig:
 
     @property
     def times_rounds(self) -> bool:
-        """Whether rounds draft more or less by the time that earlier ones took."""
-        return self.adapt or self.confidence_threshold == "auto"
+        """Whether rounds draft more or less by the time that earlier ones took, in any text."""
+        return self.always_adapts or self.confidence_threshold == "auto"
+
+    @property
+    def always_adapts(self) -> bool:
+        """Whether rounds adapt in texts that would have been others without."""
+        return bool(self.adapt) and self.adapt != "auto"
 
     @property
     def weights_key(self) -> Self:

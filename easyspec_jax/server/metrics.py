@@ -1,9 +1,10 @@
-"""Prometheus metrics under vLLM's names, so that its dashboards work."""
+"""Prometheus metrics under vLLM's names, so that its dashboards work, and some of our own."""
 
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from easyspec_jax.decode.stats import TierStats
 from easyspec_jax.engine.completion import Completion
 from easyspec_jax.engine.serving import Progress, Scheduler
 
@@ -44,6 +45,25 @@ class Metrics:
             registry=self._registry,
         )
         self._accepted_at = [accepted_at.labels(model, str(level)) for level in range(levels)]
+        by_tier = ["model_name", "num_speculative_tokens"]
+        self._rounds = Counter(
+            "easyspec:rounds",
+            "Rounds of finished texts, by the most positions that they draft.",
+            by_tier,
+            registry=self._registry,
+        )
+        self._accepted_by_tier = Counter(
+            "easyspec:accepted_tokens",
+            "Positions that such rounds accepted.",
+            by_tier,
+            registry=self._registry,
+        )
+        self._looked_up = Counter(
+            "easyspec:lookup_accepted_tokens",
+            "Positions accepted in finished texts whose token was looked up.",
+            ["model_name"],
+            registry=self._registry,
+        ).labels(model)
         self._first = self._histogram(
             "time_to_first_token_seconds", "Time to the first token, queueing included.", _SECONDS
         )
@@ -93,6 +113,13 @@ class Metrics:
         self._prompt_tokens.inc(len(completion.prompt_ids))
         self._ended.labels(self._model, completion.finish_reason).inc()
         self._total.observe(seconds)
+        stats = completion.stats
+        levels = len(stats.accepted_per_position)
+        for tier in stats.tiers or (TierStats(levels, stats.rounds, accepted=stats.accepted),):
+            labels = self._model, str(tier.num_speculative_tokens)
+            self._rounds.labels(*labels).inc(tier.rounds)
+            self._accepted_by_tier.labels(*labels).inc(tier.accepted)
+        self._looked_up.inc(stats.lookup_accepted)
 
     def exposition(self) -> bytes:
         """Return all metrics in Prometheus's text format."""

@@ -101,6 +101,9 @@ class Job:
             "cpu",
             "--batch-size",
             str(batch_size),
+            # Counts of rounds are compared, too, and must not depend on the clock.
+            "--adapt",
+            "off",
         ]
         self._command = [*program, "--prompts", str(prompts), "--out", str(out)]
 

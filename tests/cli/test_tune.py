@@ -208,6 +208,7 @@ def test_auto_follows_the_stored_choice(pair, model, capsys, monkeypatch):
     [
         ([], True, True),
         (["--adapt", "off"], False, True),
+        (["--adapt", "auto", "--verifier", "rejection"], "auto", True),
         (["--verifier", "rejection"], False, True),
         (["--verifier", "block"], False, False),
         (["--bit-stable"], True, False),

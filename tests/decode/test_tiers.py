@@ -1,12 +1,14 @@
 """The tier that is chosen is near the best one, in simulated texts whose best tier is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from easyspec_jax.decode.state import RoundConfig
 from easyspec_jax.decode.tiers import SAMPLES, Acceptance, RoundTimes, TierChoice
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
-from easyspec_jax.verify import Coupled, Greedy
+from easyspec_jax.verify import Coupled, Greedy, Rejection
 
 TIERS = (0, 2, 5)
 COSTS = {
@@ -279,6 +281,33 @@ def test_samples_are_coupled():
     adapting, sampling = SpeculativeConfig(adapt=True), SamplingParams(temperature=0.8)
     assert RoundConfig.of(adapting, sampling, ()).verifier == Coupled()
     assert RoundConfig.of(adapting, SamplingParams(), ()).verifier == Greedy()
+
+
+@pytest.mark.parametrize(
+    ("options", "temperature", "tiers"),
+    [
+        ({}, 0.0, (0, 2)),
+        ({}, 0.8, ()),
+        ({"verifier": "block"}, 0.0, (0, 2)),
+        ({"verifier": "block"}, 0.8, ()),
+        ({"verifier": "coupled"}, 0.8, (0, 2)),
+        ({"method": "tree"}, 0.8, (0, 2)),
+        ({"method": "tree", "verifier": "rejection"}, 0.8, ()),
+        ({"method": "ngram"}, 0.8, (0, 2)),
+        ({"method": "vanilla"}, 0.8, ()),
+        ({"verifier": Coupled()}, 0.8, (0, 2)),
+        ({"verifier": Rejection()}, 0.8, ()),
+    ],
+    ids=str,
+)
+def test_only_texts_that_stay_the_same_adapt_by_themselves(options, temperature, tiers):
+    speculative = SpeculativeConfig(**options, adapt="auto")
+    sampling = SamplingParams(temperature=temperature)
+    config, fixed = (
+        RoundConfig.of(own, sampling, ()) for own in (speculative, replace(speculative, adapt=False))
+    )
+    assert config.tiers == tiers
+    assert config.verifier == fixed.verifier
 
 
 def test_fixed_rows_leave_caches_their_size():

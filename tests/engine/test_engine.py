@@ -1,5 +1,7 @@
 """What an engine is asked for and cannot do is refused before it does anything."""
 
+from dataclasses import replace
+
 import pytest
 
 from easyspec_jax import EasySpecError, SamplingParams, SpeculativeConfig, open_model
@@ -128,3 +130,24 @@ def test_a_token_that_the_target_does_not_know(tmp_path):
         EasySpecError, match=r"the tokenizer gives id \d+, for which the target has no embedding"
     ):
         engine.encode("one")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "adapts"),
+    [
+        ("float32", {}, True),
+        ("bfloat16", {}, False),
+        ("bfloat16", {"bit_stable": True}, True),
+        ("bfloat16", {"adapt": True}, True),
+        ("float32", {"adapt": False}, False),
+    ],
+    ids=str,
+)
+def test_rounds_adapt_by_themselves_where_passes_of_all_sizes_round_alike(
+    directory, dtype, options, adapts
+):
+    speculative = SpeculativeConfig(**{"method": "ngram", "adapt": "auto"} | options)
+    engine = open_model(directory, speculative=speculative, dtype=dtype)
+    assert bool(engine.config(SamplingParams()).tiers) == adapts
+    other = engine.variant(replace(speculative, num_speculative_tokens=1))
+    assert bool(other.config(SamplingParams()).tiers) == adapts

@@ -62,6 +62,19 @@ def test_what_adapts_does_not_sample_by_rejection(verifier):
     assert SpeculativeConfig(confidence_threshold=0.2).chosen_verifier == "rejection"
 
 
+def test_adapting_where_texts_stay_the_same_leaves_the_verifier():
+    for verifier in ("rejection", "block", "coupled"):
+        assert SpeculativeConfig(adapt="auto", verifier=verifier).chosen_verifier == verifier
+    assert SpeculativeConfig(adapt="auto").chosen_verifier == "rejection"
+    assert SpeculativeConfig(adapt="auto", method="tree").chosen_verifier == "coupled"
+
+
+@pytest.mark.parametrize("adapt", ["on", None, 2])
+def test_rounds_adapt_always_never_or_where_texts_stay_the_same(adapt):
+    with pytest.raises(EasySpecError, match=f"`adapt` {adapt!r} is not one of True, False, auto"):
+        SpeculativeConfig(adapt=adapt)
+
+
 @pytest.mark.parametrize("other", [{"prompt_lookup": True}, {"tree_width": 4}, {"method": "tree"}])
 def test_blocks_are_chains(other):
     with pytest.raises(EasySpecError, match="`verifier` block is for chains"):

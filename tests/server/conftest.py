@@ -62,7 +62,7 @@ def live(*flags: str, **environment: str) -> Iterator[Live]:
     command = [sys.executable, "-m", "easyspec_jax.serve", "--platform", "cpu", "--port", "0"]
     # The same programs as those of tests/support/serving.py, which are compiled already.
     command += ["--max-length", str(LENGTH), "--batch-size", str(ROWS), "--queue", str(DEPTH)]
-    command += ["--num-speculative-tokens", "3", "--verifier", "coupled"]
+    command += ["--num-speculative-tokens", "3", "--verifier", "coupled", "--adapt", "off"]
     process = subprocess.Popen(
         [*command, *flags],
         stderr=subprocess.PIPE,

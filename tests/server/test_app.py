@@ -488,6 +488,10 @@ def test_metrics_have_vllms_names(client):
         for name, value in values.items()
         if name.startswith("vllm:spec_decode_num_accepted_tokens_per_pos_total")
     )
+    by_tier = f'{{model_name="{MODEL}",num_speculative_tokens="3"}}'
+    assert values[f"easyspec:rounds_total{by_tier}"] >= drafts
+    assert values[f"easyspec:accepted_tokens_total{by_tier}"] == accepted
+    assert values[f"easyspec:lookup_accepted_tokens_total{label}"] == 0
     assert values[f"vllm:time_to_first_token_seconds_count{label}"] == 1
     assert values[f"vllm:inter_token_latency_seconds_count{label}"] == 29
     assert values[f"vllm:num_requests_running{label}"] == 0
