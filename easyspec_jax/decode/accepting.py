@@ -75,6 +75,7 @@ def accept(
         forced=forced,
         levels=jnp.asarray(config.levels, jnp.int32),
         confidence=drafted.confidence,
+        repeated=_count_repeated(drafted, tokens, accepted - forced),
     )
     return report, remaining, path
 
@@ -125,6 +126,19 @@ def _count_lookups(
     columns = jnp.arange(path.shape[1], dtype=jnp.int32)[None, :]
     taken = (path >= first) & (columns > 0) & (columns <= accepted[:, None])
     return jnp.sum(proposed, axis=1, dtype=jnp.int32), jnp.sum(taken, axis=1, dtype=jnp.int32)
+
+
+def _count_repeated(
+    drafted: Drafted, tokens: Int[Array, "batch levels+1"], accepted: Int[Array, " batch"]
+) -> Int[Array, " batch"] | None:
+    """Count how many of the accepted levels a lookup found, from the first one on."""
+    if drafted.looked_up is None:
+        return None
+    columns = jnp.arange(drafted.looked_up.shape[1], dtype=jnp.int32)[None, :]
+    below = columns + jnp.broadcast_to(drafted.forced, accepted.shape)[:, None]
+    agrees = jnp.take_along_axis(tokens, below, axis=1) == drafted.looked_up
+    agrees &= columns < accepted[:, None]
+    return jnp.sum(jnp.cumprod(agrees.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
 
 
 def move_path(
@@ -182,8 +196,8 @@ def commit(
         config: The round's configuration.
     """
     draft_length, draft_caches = state.draft_length, state.draft
-    if config.levels > 0:
-        # A round that drafts takes in all of the text. New tokens whose draft KV is kept as
+    if draft is not None and config.levels > 0:
+        # A draft model that drafts takes in all of the text. New tokens whose draft KV is kept as
         # drafting wrote it are, without calibration, those of all levels but the last. Three
         # levels, all accepted, and one token more:
         #   new tokens     t1   t2   t3   v
@@ -192,8 +206,7 @@ def commit(
         drafted = jnp.maximum(report.forced + report.drafted, 1)
         kept = 0 if config.calibration else jnp.clip(report.num_tokens, 1, drafted) - 1
         draft_length = jnp.where(live, state.length + 1 + kept, draft_length)
-        if draft is not None:
-            draft_caches = move_on(draft, draft_caches, state.draft_length, draft_length)
+        draft_caches = move_on(draft, draft_caches, state.draft_length, draft_length)
     length = state.length + report.num_tokens
     request = replace(state.request, round=state.request.round + live.astype(jnp.int32))
     return replace(

@@ -110,15 +110,21 @@ class Pace:
         if levels is None:
             return
         accepted, done = np.asarray(report.accepted), np.asarray(report.done)
-        self._tiers.read(levels, accepted, current, done)
+        # Of a draft that is looked up alone, it says nothing that `accepted` does not.
+        repeated = None
+        if self._programs.draft is not None and report.repeated is not None:
+            repeated = np.asarray(report.repeated)
+        self._tiers.read(levels, accepted, current, done, repeated)
         if self._thresholds is not None and report.confidence is not None:
             self._thresholds.read(np.asarray(report.confidence), accepted, current & ~done)
 
     def _time(self, report: Report, levels: int, seconds: float) -> None:
         """Learn how long a round of some levels takes."""
+        found = None
         # Without a draft model, a round that looks up in vain is a step of plain decoding.
-        drafted = self._programs.draft is not None or bool(report.drafted.any())
-        self._tiers.times.add(levels, seconds, drafted=drafted or levels == 0)
+        if report.repeated is not None and (self._programs.draft is None or levels == 0):
+            found = bool(report.drafted.any())
+        self._tiers.times.add(levels, seconds, found=found)
         # Rounds of other tiers differ by more than the draft's passes.
         whole = levels == self._programs.config.levels
         if self._thresholds is not None and whole and report.confidence is not None:

@@ -239,7 +239,9 @@ class Programs:
         if levels is None or levels == self.config.levels:
             return self.compiled.round(self.leaves, state)
         if levels == 0 and self.draft is not None:
-            after, report = self._plain.round(replace(state, draft=(), threshold=None))
+            after, report = self._undrafted.round(replace(state, draft=(), threshold=None))
+            # Lookups may have levels, but the round is that of the lowest tier.
+            report = report._replace(levels=self._no_levels)
             return replace(after, draft=state.draft, threshold=state.threshold), report
         return self.compiled.tiers[levels](self.leaves, state)
 
@@ -326,6 +328,10 @@ class Programs:
         return None if self.corpus is None else self._replicated(self.corpus)
 
     @cached_property
-    def _plain(self) -> "Programs":
-        """Plain decoding: passing the draft's arrays on would cost a tenth of a small round."""
+    def _undrafted(self) -> "Programs":
+        """The lowest tier: passing the draft's arrays on would cost a tenth of a small round."""
         return replace(self, draft=None, config=self.config.tier(0))
+
+    @cached_property
+    def _no_levels(self) -> jax.Array:
+        return self._replicated(np.int32(0))

@@ -35,6 +35,7 @@ from easyspec_jax.sampling.adjust import adjust, whole, with_forced, with_output
 from easyspec_jax.sampling.adjustments import RowAdjustments
 from easyspec_jax.sampling.grammar_rows import Forced, forced_tokens
 from easyspec_jax.sampling.logprobs import logprobs_of, prompt_logprobs
+from easyspec_jax.sampling.vocabulary import NO_TOKEN
 from easyspec_jax.verify.tree import (
     Tree,
     bare_root,
@@ -253,7 +254,13 @@ def _draft_by_lookup(root: Int[Array, " batch"], state: State, config: RoundConf
     found = _look_up(state, config)
     exists = found.matched > 0
     tree = sure_chain(root, found.tokens, exists)
-    return Drafted(tree, jnp.where(exists, config.levels, 0), jnp.ones(root.shape, bool))
+    levels = jnp.where(exists, config.levels, 0)
+    return Drafted(tree, levels, jnp.ones(root.shape, bool), looked_up=_tokens(found))
+
+
+def _tokens(found: Found) -> Int[Array, "batch levels"]:
+    """Return what was found, and NO_TOKEN elsewhere."""
+    return jnp.where(found.matched[:, None] > 0, found.tokens, NO_TOKEN)
 
 
 def _verify(
@@ -364,7 +371,8 @@ def _draft(
     tree = _pruned(tree, config)
     tree = jax.tree.map(partial(_choose, found.is_long), without_nodes(tree, root), tree)
     tree = graft(tree, found.tokens, found.matched > 0)
-    return Drafted(tree, _levels(tree, config), is_finite, confidence=confidence), caches
+    levels, tokens = _levels(tree, config), _tokens(found)
+    return Drafted(tree, levels, is_finite, confidence=confidence, looked_up=tokens), caches
 
 
 def _for_draft(draft: Decoder, state: State) -> RowAdjustments | None:

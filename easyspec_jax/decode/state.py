@@ -20,7 +20,7 @@ from easyspec_jax.verify.tree import Tree
 from easyspec_jax.verify.verifier import CANDIDATES
 
 TIERS = (0, 2, 5)
-"""Levels of the rounds that can take the place of one of more levels; 0 is plain decoding."""
+"""Levels of the rounds that can take the place of one of more levels; 0 has no draft model."""
 
 CATCH_UP = 32
 """Tokens of a pass by which a draft catches up on what plain rounds added."""
@@ -124,7 +124,8 @@ class RoundConfig:
     def tier(self, levels: int) -> "RoundConfig":
         """Return the round of fewer levels, or of as many, that works on the same state.
 
-        It drafts as this one does, up to its last level. Without levels it is plain decoding.
+        It drafts as this one does, up to its last level. Without levels it is plain decoding, or,
+        where lookups join the drafts of a model, a round of lookups alone.
 
         Examples:
             >>> tree = SpeculativeConfig(method="tree", tree_nodes=12, adapt=True)
@@ -132,6 +133,9 @@ class RoundConfig:
             >>> [(config.tier(n).levels, config.tier(n).verified) for n in (*config.tiers, 5)]
             [(0, 0), (2, 8), (5, 12)]
         """
+        if levels == 0 and self.grafts:
+            alone = replace(self, calibration=False, width=1, nodes=None, learns_threshold=False)
+            return replace(alone, tiers=(), most_pending=self.pending_size)
         width = self.width if levels else 1
         nodes = None if self.nodes is None or not levels else min(self.nodes, levels * width)
         return replace(
@@ -327,6 +331,8 @@ class Report(NamedTuple):
             element for each chunk of the prompt that the report is about.
         confidence: Probability under the draft of the best path to each level, 0 where there is
             none; None unless a threshold is learned.
+        repeated: Accepted levels whose tokens a lookup found, whether or not a draft model proposed
+            them, too; None without lookups.
     """
 
     tokens: Int[Array, "batch depth+1"]
@@ -342,6 +348,7 @@ class Report(NamedTuple):
     logprobs: Logprobs | None = None
     prompt: tuple[Logprobs, ...] | None = None
     confidence: Float[Array, "batch levels"] | None = None
+    repeated: Int[Array, " batch"] | None = None
 
 
 class Verified(NamedTuple):
@@ -365,6 +372,8 @@ class Drafted(NamedTuple):
         is_finite: Whether the draft's probabilities are.
         forced: How many levels above the draft's hold what a grammar forces.
         confidence: As in Report.
+        looked_up: Tokens that a lookup found below the forced ones, NO_TOKEN where it found none;
+            None without lookups.
     """
 
     tree: Tree
@@ -372,6 +381,7 @@ class Drafted(NamedTuple):
     is_finite: Bool[Array, " batch"]
     forced: Int[Array, " batch"] | int = 0
     confidence: Float[Array, "batch levels"] | None = None
+    looked_up: Int[Array, "batch levels"] | None = None
 
 
 def init_state(

@@ -9,7 +9,8 @@ class TierStats:
     """Rounds of one number of levels, where that is chosen round by round.
 
     Attributes:
-        num_speculative_tokens: The levels; 0 for plain decoding.
+        num_speculative_tokens: The levels; 0 for plain decoding, or with `prompt_lookup` for
+            lookups without a draft model.
         rounds: Rounds that were run.
         drafted: Positions that they drafted.
         accepted: Positions that they accepted.

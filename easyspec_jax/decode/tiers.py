@@ -37,6 +37,9 @@ FADING = 0.94
 AGEING = 0.98
 """Factor that it takes with each round that did not draft that level."""
 
+REPEATING = 0.3
+"""Weight of the latest round in the estimate of what lookups alone would add."""
+
 INHERITED = 4.0
 """Observations, at most, that a new text begins with: those of the texts before it."""
 
@@ -62,6 +65,7 @@ class Acceptance:
     Attributes:
         tried: Observations of each level, faded: [rows, levels].
         accepted: How many of them were acceptances.
+        repeated: Tokens that lookups alone would add to a round, on average: [rows].
 
     Examples:
         A text whose first two levels were accepted, and then one where none was:
@@ -83,6 +87,7 @@ class Acceptance:
     def __init__(self, rows: int, levels: int) -> None:
         self.tried = np.zeros((rows, levels))
         self.accepted = np.zeros((rows, levels))
+        self.repeated = np.zeros(rows)
         # The same of all texts together, which new ones begin with.
         self._common = np.zeros((2, levels))
 
@@ -91,21 +96,32 @@ class Acceptance:
         tried, accepted = self._common
         share = np.minimum(1.0, INHERITED / np.maximum(tried, 1e-9))
         self.tried[row], self.accepted[row] = tried * share, accepted * share
+        self.repeated[row] = 0.0
 
     def add(
-        self, levels: int, accepted: Int[np.ndarray, " rows"], rows: Bool[np.ndarray, " rows"]
+        self,
+        levels: int,
+        accepted: Int[np.ndarray, " rows"],
+        rows: Bool[np.ndarray, " rows"],
+        repeated: Int[np.ndarray, " rows"] | None = None,
     ) -> None:
         """Add what a round has shown.
 
         Args:
-            levels: Levels that it drafted.
+            levels: Levels that a model drafted.
             accepted: How many were accepted in each row.
             rows: Rows whose texts go on. The last round of a text ends with the text, whatever it
                 would have accepted.
+            repeated: How many lookups alone would have added; None where nothing is looked up.
         """
         if not rows.any():
             return
         depth = np.arange(self.tried.shape[1])
+        if repeated is not None:
+            # A repeat that is as long as a round could tell may be as long as any.
+            is_cut = (levels > 0) & (repeated[rows] == levels)
+            tokens = np.where(is_cut, len(depth), repeated[rows])
+            self.repeated[rows] += REPEATING * (tokens - self.repeated[rows])
         # With 1 of 3 accepted, levels 1 and 2 were observed; level 3 had no chance.
         accepted = accepted[rows, None]
         observed = (depth <= accepted) & (depth < levels)
@@ -116,7 +132,10 @@ class Acceptance:
         self._common = np.stack([self.tried[rows].mean(axis=0), self.accepted[rows].mean(axis=0)])
 
     def expected(self) -> Float[np.ndarray, "rows levels+1"]:
-        """Return each row's expected tokens from a round of 0, 1, 2, … levels."""
+        """Return each row's expected tokens from a round of 0, 1, 2, … levels.
+
+        That of 0 has no draft model, but may have lookups.
+        """
         rows, levels = self.tried.shape
         likely, reached = np.full(rows, FIRST), np.ones(rows)
         tokens = [reached]
@@ -125,7 +144,12 @@ class Acceptance:
             likely = known / (self.tried[:, level] + PRIOR)
             reached = reached * likely
             tokens.append(tokens[-1] + reached)
+        tokens[0] = 1.0 + self.repeated
         return np.stack(tokens, axis=1)
+
+
+LOOKUP = -1
+"""Kind of a round without a draft model that has found something by lookups."""
 
 
 class RoundTimes:
@@ -147,56 +171,73 @@ class RoundTimes:
 
     def __init__(self, tiers: Sequence[int]) -> None:
         """Start with no time of any tier."""
-        self._timed = {levels: deque[float](maxlen=KEPT) for levels in tiers}
+        self._tiers = tuple(tiers)
+        self._timed = {kind: deque[float](maxlen=KEPT) for kind in (LOOKUP, *tiers)}
         self._share = dict.fromkeys(tiers, 1.0)  # of the rounds in which there was a draft
-        self._age = dict.fromkeys(tiers, 0)
+        self._age = dict.fromkeys(self._timed, 0)
         self._speed = deque[float](maxlen=LATEST)  # seconds of a round that costs 1
-        self._running, self._turn = -1, 0  # the tier, and how many of its rounds were timed since
+        # What kind of round ran last, and how many such rounds were timed since another one.
+        self._running: int | None = None
+        self._turn = 0
 
-    def add(self, levels: int, seconds: float, *, drafted: bool = True) -> None:
+    def add(self, levels: int, seconds: float, *, found: bool | None = None) -> None:
         """Add the time of a round.
 
         Args:
             levels: Its tier.
             seconds: Its time.
-            drafted: Whether any row had a draft. A round of lookups that found nothing takes the
-                time of one without levels, and counts as such.
+            found: Whether lookups alone drafted anything for any row; None in rounds without
+                lookups or with a draft model. Where they found nothing, the round took the time of
+                plain decoding, and counts as such.
         """
-        self._share[levels] += (1 - FADING) * (drafted - self._share[levels])
-        if not drafted and 0 in self._timed:
-            levels = 0
-        self._turn = self._turn + 1 if levels == self._running else 1
-        self._running = levels
-        timed = self._timed[levels]
-        # Later in its turn, a tier would be compared with itself.
+        kind = levels
+        if found is not None:
+            rate = 1 - FADING if levels else REPEATING
+            self._share[levels] += rate * (found - self._share[levels])
+            kind = _drafting(levels) if found or 0 not in self._tiers else 0
+        self._turn = self._turn + 1 if kind == self._running else 1
+        self._running = kind
+        timed = self._timed[kind]
+        # Later in its turn, a kind would be compared with itself.
         if self._turn <= SAMPLES or len(timed) < SAMPLES:
-            timed.append(seconds / median(self._speed) if any(self._others(levels)) else 1.0)
-        for tier in self._age:
-            self._age[tier] += 1
-        self._age[levels] = 0
-        self._speed.append(seconds / self._cost(levels))
+            timed.append(seconds / median(self._speed) if self._others(kind) else 1.0)
+        for other in self._age:
+            self._age[other] += 1
+        self._age[kind] = 0
+        self._speed.append(seconds / self._cost(kind))
 
     def costs(self) -> list[float | None]:
         """Return each tier's time; None if too few of its rounds have been timed."""
         return [
-            self._mean(levels) * (1.0 - DOUBT * min(1.0, self._age[levels] / STALE))
-            if len(timed) >= SAMPLES
+            self._mean(levels) * (1.0 - DOUBT * min(1.0, self._unseen(levels) / STALE))
+            if sum(len(self._timed[kind]) for kind in {levels, _drafting(levels)}) >= SAMPLES
             else None
-            for levels, timed in self._timed.items()
+            for levels in self._tiers
         ]
 
     def _mean(self, levels: int) -> float:
         """Return what a round takes on average, with and without a draft."""
-        share = self._share[levels]
-        if share == 1.0 or not self._timed.get(0):
-            return self._cost(levels)
-        return share * self._cost(levels) + (1 - share) * self._cost(0)
+        drafting, share = _drafting(levels), self._share[levels]
+        if not self._timed.get(0) or (share == 1.0 and self._timed[drafting]):
+            return self._cost(drafting)
+        if not self._timed[drafting]:
+            return self._cost(0)
+        return share * self._cost(drafting) + (1 - share) * self._cost(0)
 
-    def _others(self, levels: int) -> list[int]:
-        return [len(timed) for tier, timed in self._timed.items() if tier != levels]
+    def _unseen(self, levels: int) -> int:
+        """Return how many rounds ago the tier was timed."""
+        return min(self._age[levels], self._age[_drafting(levels)])
 
-    def _cost(self, levels: int) -> float:
-        return median(self._timed[levels])
+    def _others(self, kind: int) -> bool:
+        return any(timed for other, timed in self._timed.items() if other != kind)
+
+    def _cost(self, kind: int) -> float:
+        return median(self._timed[kind])
+
+
+def _drafting(levels: int) -> int:
+    """Return the kind of a tier's rounds that have a draft."""
+    return levels or LOOKUP
 
 
 class TierChoice:
@@ -250,6 +291,7 @@ class TierChoice:
         accepted: Int[np.ndarray, " rows"],
         current: Bool[np.ndarray, " rows"],
         done: Bool[np.ndarray, " rows"],
+        repeated: Int[np.ndarray, " rows"] | None = None,
     ) -> None:
         """Take in the report of a round.
 
@@ -258,9 +300,10 @@ class TierChoice:
             accepted: Levels that each row accepted.
             current: Rows that still have the text it is about.
             done: Rows whose texts are finished.
+            repeated: Levels that lookups alone would have added, where the lowest tier has them.
         """
         if len(self.tiers) > 1:
-            self._acceptance.add(levels, accepted, current & ~done)
+            self._acceptance.add(levels, accepted, current & ~done, repeated)
         self._live &= ~(current & done)
 
     def next(self) -> int:

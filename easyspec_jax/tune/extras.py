@@ -11,7 +11,7 @@ from easyspec_jax.tune.predict import Figures, Prediction, predict
 def extras(
     best: Prediction, figures: Figures, early: Sequence[EarlyEnd], levels: int
 ) -> list[Candidate]:
-    """Return drafts that end early, rounds that adapt, and lookups in addition.
+    """Return drafts that end early, rounds that adapt, lookups in addition, and both of these.
 
     Args:
         best: The best prediction.
@@ -20,7 +20,8 @@ def extras(
         levels: The most levels of these rounds.
     """
     shape, own = best.candidate.shape, best.candidate.speculative
-    ways = [replace(own, adapt=True), replace(own, prompt_lookup=True)]
+    looking_up = replace(own, prompt_lookup=True)
+    ways = [replace(own, adapt=True), looking_up, replace(looking_up, adapt=True)]
     if early and levels > 1:
         whole = predict(
             figures, Candidate(shape, replace(own, num_speculative_tokens=levels, tree_nodes=None))

@@ -9,6 +9,7 @@ the adaptive speed is compared with plain decoding and with the best fixed numbe
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,8 +44,10 @@ ADAPTIVE = "adaptive"
 def open_ways(args: argparse.Namespace) -> dict[str, Engine]:
     """Open plain decoding, every fixed number of levels, and rounds that adapt up to the most.
 
+    With --prompt-lookup lookups alone are one of the fixed ways, too.
+
     Raises:
-        EasySpecError: As open_model.
+        EasySpecError: As open_model, or nothing drafts besides lookups.
     """
 
     def way(levels: int, adapt: bool = False) -> SpeculativeConfig:
@@ -52,15 +55,20 @@ def open_ways(args: argparse.Namespace) -> dict[str, Engine]:
             method=args.method,
             num_speculative_tokens=levels,
             lp_size=args.lp_size,
+            prompt_lookup=args.prompt_lookup,
             prompt_lookup_min=args.prompt_lookup_min,
             verifier="coupled",
             adapt=adapt,
             confidence_threshold=args.confidence_threshold if adapt else 0.0,
         )
 
-    adaptive = open_pair(args, way(max(args.levels), adapt=True))
-    fixed = {f"{levels} levels": adaptive.variant(way(levels)) for levels in args.levels}
-    return {PLAIN: adaptive.baseline()} | fixed | {ADAPTIVE: adaptive}
+    most = max(args.levels)
+    adaptive = open_pair(args, way(most, adapt=True))
+    fixed = {f"{levels} levels": way(levels) for levels in args.levels}
+    if args.prompt_lookup:
+        fixed["lookups alone"] = replace(way(most), method="ngram", prompt_lookup=False)
+    opened = {name: adaptive.variant(own) for name, own in fixed.items()}
+    return {PLAIN: adaptive.baseline()} | opened | {ADAPTIVE: adaptive}
 
 
 def tabulate(measured: Mapping[str, Any]) -> Rows:
@@ -114,6 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--method", choices=("sd", "easyspec", "ngram"), default="sd")
     parser.add_argument("--levels", type=int, nargs="+", default=[2, 5])
     parser.add_argument("--lp-size", type=int, default=default.lp_size)
+    parser.add_argument(
+        "--prompt-lookup", action="store_true", help="look up repeats besides drafting, too"
+    )
     parser.add_argument("--prompt-lookup-min", type=int, default=default.prompt_lookup_min)
     parser.add_argument(
         "--confidence-threshold",

@@ -133,7 +133,7 @@ def simulate_lookups(share: float, acceptance: float, seed: int, told: bool = Tr
         accepted = (int(missed[0]) if len(missed) else levels) if found else 0
         seconds = costs[levels] if found else costs[0]
         tokens, spent = tokens + accepted + 1, spent + seconds
-        choice.times.add(levels, seconds, drafted=found or levels == 0 or not told)
+        choice.times.add(levels, seconds, found=found if levels and told else None)
         choice.read(levels, np.array([accepted]), np.ones(1, bool), np.zeros(1, bool))
     best = max(
         (1 + share * (tokens_of(n, acceptance) - 1)) / (1 + share * (costs[n] - 1)) for n in TIERS
@@ -153,6 +153,65 @@ def test_lookups_that_find_nothing_hide_no_costs(share, acceptance):
 def test_hidden_costs_of_lookups_would_be_found():
     speeds = [simulate_lookups(0.2, 0.5, seed, told=False) for seed in range(5)]
     assert np.mean(speeds) < 0.9
+
+
+COPIED = 0.97
+"""How likely a looked-up token is accepted where a text repeats."""
+
+
+def simulate_both(
+    costs: dict[int, float], looked_up: float, acceptance: float, seed: int, told: bool = True
+) -> float:
+    """Write a text that repeats every other 300 tokens, with a draft model and with lookups.
+
+    Where it does not repeat, one lookup in five finds something, which is never right.
+
+    Args:
+        costs: Times of rounds by the levels that the model drafts.
+        looked_up: The time of one whose tokens are all looked up.
+        acceptance: That of the model's tokens.
+        seed: Of the text.
+        told: Whether reports say what lookups alone would have added.
+
+    Returns:
+        The tokens per time, over those of an oracle that knows which tier is best for each stretch.
+    """
+    random, choice = np.random.default_rng(seed), TierChoice(TIERS, 1, RoundTimes(TIERS))
+    choice.enter(0)
+
+    def accepted(levels: int, likely: float) -> int:
+        missed = np.flatnonzero(random.random(levels) >= likely)
+        return int(missed[0]) if len(missed) else levels
+
+    tokens, spent = 0, 0.0
+    while tokens < 3000:
+        levels, repeats = choice.next(), tokens // 300 % 2 == 1
+        found = repeats or random.random() < 0.2
+        repeated = accepted(levels or TIERS[-1], COPIED) if repeats else 0
+        gained = max(repeated, accepted(levels, acceptance))
+        seconds = looked_up if found and levels == 0 else costs[levels]
+        tokens, spent = tokens + gained + 1, spent + seconds
+        choice.times.add(levels, seconds, found=None if levels else found)
+        telling = np.array([repeated]) if told else None
+        choice.read(levels, np.array([gained]), np.ones(1, bool), np.zeros(1, bool), telling)
+    plain = 0.8 * costs[0] + 0.2 * looked_up
+    free = max(1 / plain, *(tokens_of(n, acceptance) / costs[n] for n in TIERS[1:]))
+    copying = max(tokens_of(TIERS[-1], COPIED) / looked_up, tokens_of(5, COPIED) / costs[5])
+    return tokens / spent / (2 / (1 / free + 1 / copying))
+
+
+@pytest.mark.parametrize("acceptance", [0.1, 0.5, 0.8])
+@pytest.mark.parametrize(
+    ("costs", "looked_up"), [(COSTS["cheap"], 1.1), (COSTS["usual"], 1.3), (COSTS["dear"], 1.6)]
+)
+def test_where_a_text_repeats_lookups_need_no_draft_model(costs, looked_up, acceptance):
+    speeds = [simulate_both(costs, looked_up, acceptance, seed) for seed in range(5)]
+    assert np.mean(speeds) > 0.9
+
+
+def test_repeats_that_are_not_reported_would_cost():
+    speeds = [simulate_both(COSTS["dear"], 1.6, 0.5, seed, told=False) for seed in range(5)]
+    assert np.mean(speeds) < 0.85
 
 
 @pytest.mark.parametrize("costs", COSTS.values(), ids=list(COSTS))
@@ -276,6 +335,15 @@ def test_tiers_draft_less_than_what_was_configured(options, tiers):
         assert (tier.lookup is None) == (levels == 0 or config.lookup is None)
 
 
+def test_where_lookups_join_a_draft_the_lowest_tier_has_them_alone():
+    options = {"prompt_lookup": True, "tree_width": 4, "tree_nodes": 12, "adapt": True}
+    config = RoundConfig.of(SpeculativeConfig(**options), SamplingParams(), ())
+    alone = config.tier(0)
+    assert (alone.levels, alone.width, alone.nodes) == (config.levels, 1, None)
+    assert alone.lookup == config.lookup and not alone.calibration and not alone.tiers
+    assert alone.scratch <= config.scratch and alone.pending_size == config.pending_size
+
+
 def test_samples_are_coupled():
     """Then texts do not depend on the tier."""
     adapting, sampling = SpeculativeConfig(adapt=True), SamplingParams(temperature=0.8)
@@ -304,7 +372,8 @@ def test_only_texts_that_stay_the_same_adapt_by_themselves(options, temperature,
     speculative = SpeculativeConfig(**options, adapt="auto")
     sampling = SamplingParams(temperature=temperature)
     config, fixed = (
-        RoundConfig.of(own, sampling, ()) for own in (speculative, replace(speculative, adapt=False))
+        RoundConfig.of(own, sampling, ())
+        for own in (speculative, replace(speculative, adapt=False))
     )
     assert config.tiers == tiers
     assert config.verifier == fixed.verifier

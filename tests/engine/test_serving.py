@@ -172,7 +172,7 @@ def test_every_tier_is_compiled_before_the_first_request(monkeypatch):
     programs: Any = engine.programs(KINDS[0])
     drafted = [step for levels, step in programs.compiled.tiers.items() if levels]
     assert scheduler.state == "ready" and drafted
-    for step in (*drafted, programs.compiled.catch_up, programs._plain.compiled.round):
+    for step in (*drafted, programs.compiled.catch_up, programs._undrafted.compiled.round):
         assert step._cache_size() == 1
     scheduler.close(0)
 

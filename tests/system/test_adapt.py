@@ -25,6 +25,7 @@ PROMPTS = ["one two three one two", "x", "def add(a, b): return a + b", "to be o
 GREEDY = SamplingParams(max_new_tokens=60)
 SAMPLED = SamplingParams(max_new_tokens=60, temperature=0.7, seed=3)
 SAMPLINGS = {"greedy": GREEDY, "coupled": SAMPLED}
+LOOKING_UP = {"prompt_lookup": True, "prompt_lookup_min": 1}
 STRETCH = 12
 """Most rounds of one tier. Plain ones then leave the draft more behind than a round takes in."""
 
@@ -90,7 +91,8 @@ def forced(monkeypatch):
         ("layer=2,tensor=2", "greedy", {"tree_width": 3, "tree_nodes": 9}),
         ("1", "coupled", {"tree_width": 3, "calibration": False}),
         ("1", "greedy", {"method": "sd"}),
-        ("1", "greedy", {"prompt_lookup": True, "prompt_lookup_min": 1}),
+        ("1", "greedy", LOOKING_UP),
+        ("2", "coupled", LOOKING_UP | {"tree_width": 3}),
         ("2", "coupled", {"method": "ngram", "prompt_lookup_min": 1}),
     ],
     ids=str,
@@ -121,20 +123,21 @@ def test_bit_stable_texts_stay_those_of_plain_decoding(pair, forced):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("options", [{}, {"method": "tree"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"method": "tree"}, LOOKING_UP], ids=str)
 def test_after_any_tiers_caches_equal_a_fresh_prefill(pair, options):
     assert max(differences(opened(pair, **options))) < 1e-4
 
 
 @pytest.mark.exhaustive
-def test_a_draft_that_does_not_catch_up_would_be_found(pair, monkeypatch):
-    """A planted fault: plain rounds count as if the draft had run."""
+@pytest.mark.parametrize("options", [{}, LOOKING_UP], ids=str)
+def test_a_draft_that_does_not_catch_up_would_be_found(pair, monkeypatch, options):
+    """A planted fault: rounds without the draft count as if it had run."""
 
     def stale(target: Any, draft: Any, state: State, config: Any) -> State:
         return replace(state, draft_length=jnp.where(state.remaining > 0, state.length, 0))
 
     monkeypatch.setattr(programs, "catch_up", stale)
-    of_target, of_draft = differences(opened(pair))
+    of_target, of_draft = differences(opened(pair, **options))
     assert of_target < 1e-4 < of_draft
 
 
@@ -159,6 +162,8 @@ def differences(engine: Engine) -> tuple[float, float]:
     while int(state.remaining.min()) > 12:  # so all rows go on
         levels = drawn.choice((0, 0, 2, 5))
         for _ in range(drawn.randint(1, STRETCH) if levels == 0 else 1):
+            if int(state.remaining.min()) <= 12:
+                break
             if before == 0 < levels:
                 state = run.catch_up(state)
             state, _ = run.round(state, levels)
@@ -183,6 +188,28 @@ def differences(engine: Engine) -> tuple[float, float]:
                 worst = max(worst, float(np.abs(both[0] - both[1]).max()))
         found.append(worst)
     return found[0], found[1]
+
+
+def test_lookups_alone_add_what_repeats_and_leave_the_draft_alone(pair):
+    run = opened(pair, **LOOKING_UP).programs(GREEDY)
+    # Whatever the target writes, it has been in this text before.
+    ids = [list(range(3, 120)) * 2]
+    state, _ = prefill_all(run, run.start(GREEDY, [60], 512, ids), ids)
+    before, counts = int(state.draft_length[0]), []
+    for _ in range(6):
+        state, report = run.round(state, levels=0)
+        assert int(report.levels) == 0
+        assert int(report.repeated[0]) == int(report.accepted[0])  # pyright: ignore[reportOptionalSubscript]
+        counts.append(int(report.lookup_drafted[0]))
+    assert max(counts) == 5
+    assert int(state.draft_length[0]) == before
+    # With the draft, reports say what the lookups would have added without it.
+    repeated = []
+    state = run.catch_up(state)
+    for _ in range(4):
+        state, report = run.round(state)
+        assert int(report.lookup_accepted[0]) <= int(report.repeated[0]) <= int(report.accepted[0])  # pyright: ignore[reportOptionalSubscript]
+        repeated.append(int(report.repeated[0]))  # pyright: ignore[reportOptionalSubscript]
 
 
 @pytest.mark.exhaustive

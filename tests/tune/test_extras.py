@@ -32,6 +32,7 @@ def test_the_dearer_a_step_the_sooner_a_draft_ends(step, threshold):
         replace(OWN, num_speculative_tokens=8, confidence_threshold=threshold),
         replace(OWN, adapt=True),
         replace(OWN, prompt_lookup=True),
+        replace(OWN, adapt=True, prompt_lookup=True),
     ]
 
 

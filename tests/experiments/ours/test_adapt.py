@@ -35,6 +35,7 @@ def test_every_way_gives_the_same_texts(tmp_path):
     assert all(row["same_tokens"] for row in rows)
     assert main([*words, "--repeats", "0"]) == 2
     assert main([*words, "--processes", "2"]) == 2
+    assert main([*words, "--prompt-lookup"]) == 2
 
 
 @pytest.mark.slow
@@ -48,9 +49,12 @@ def test_two_processes_choose_alike(tmp_path):
     words = [f"--{role}={tmp_path / role}" for role in ("target", "draft")]
     words += ["--questions", str(tmp_path / "questions"), "--method", "easyspec", "--lp-size", "2"]
     words += ["--levels", "6", "--max-new-tokens", "60", "--confidence-threshold", "auto"]
+    words += ["--prompt-lookup", "--prompt-lookup-min", "1"]
     words += ["--repeats", "2", "--mesh", "2", "--processes", "2", "--out", str(out)]
     assert main(words) == 0
     measured = json.loads(out.read_text())
     assert all(row["same_tokens"] for row in measured["results"])
+    ways = [row["way"] for row in measured["results"]]
+    assert ways == ["plain", "6 levels", "lookups alone", "adaptive"]
     assert measured["processes"] == 2 and measured["confidence_threshold"] == "auto"
     assert "core" not in measured
