@@ -195,6 +195,7 @@ class Batch:
 
         What the row holds of the text goes to the store of prefixes.
         """
+        self._catch_up()
         self._reuse.leave(self._state, row, self._growth.capacity)
         self.stop(row)
         self._growth.leave(row)
@@ -262,6 +263,14 @@ class Batch:
         self._state, report = self._programs.round(self._state, levels, threshold)
         return report, not lags and capacity == self._growth.capacity
 
+    def _catch_up(self) -> None:
+        """Let the draft take in what plain rounds added, if the store is to have it."""
+        lags = self._pace.levels == 0 and self._reuse.keeps_any
+        # After Ctrl-C there may be no state left.
+        if lags and not self._state.length.is_deleted():
+            self._state = self._programs.catch_up(self._state)
+            self._reuse.caught_up()
+
     def reports(self) -> Iterator[Report]:
         """Run a batch that filled() made until every row is done; yield each report."""
         done = False
@@ -274,6 +283,7 @@ class Batch:
     def close(self) -> None:
         """Wait for the devices, and hand what rows still hold to the store of prefixes."""
         try:
+            self._catch_up()
             settle(self._state)
         except Exception:
             self._reuse.fail()

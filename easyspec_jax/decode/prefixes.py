@@ -303,6 +303,11 @@ class Text:
             self.exact = len(self.ids)
         self.ids += tokens
 
+    def catch_up(self, pending: int) -> None:
+        """Note that both caches hold all but the last `pending` tokens exactly, if not more."""
+        if self.exact:
+            self.exact = max(self.exact, len(self.ids) - pending)
+
     def spoil(self) -> None:
         """Note that a model's logits were not finite: nothing of this text can be kept."""
         self.exact = 0

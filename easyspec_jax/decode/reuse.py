@@ -118,6 +118,17 @@ class Reuse:
             if report.fault[index]:
                 text.spoil()
 
+    @property
+    def keeps_any(self) -> bool:
+        """Whether the store will be handed what some row holds."""
+        return bool(self._known)
+
+    def caught_up(self) -> None:
+        """Note that the draft has taken in what plain rounds added, but for pending tokens."""
+        if self._programs.keeps_exact_draft:
+            for text in self._known.values():
+                text.catch_up(self._programs.config.pending_size)
+
     def keep_shared(self, state: State, prompt: Sequence[int], capacity: int) -> None:
         """Keep what a prompt shares with a running text, if that is more than the store has."""
         if self._store is None:

@@ -157,8 +157,8 @@ def catch_up(target: Decoder, draft: Decoder, state: State, config: RoundConfig)
     """
 
     def behind(draft_length: Int[Array, " batch"]) -> Bool[Array, " batch"]:
-        lacking = state.length + 1 - draft_length
-        return (state.remaining > 0) & (lacking > config.pending_size)
+        # Rows that are finished catch up, too: what they hold may be kept for other texts.
+        return state.length + 1 - draft_length > config.pending_size
 
     def run_chunk(carry: tuple[Caches, Array]) -> tuple[Caches, Array]:
         caches, draft_length = carry

@@ -229,6 +229,19 @@ def test_kept_prefixes_hold_what_the_draft_has(pair, forced):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_plain_rounds_write_is_kept_for_both_models(pair, monkeypatch, rows):
+    """The draft catches up first, whether or not a batch goes on with other texts."""
+    monkeypatch.setattr(TierChoice, "next", lambda choice: 0)
+    engine = opened(pair, prefix_cache=1 << 26)
+    waiting = [engine.row(prompt, GREEDY) for prompt in PROMPTS]
+    completions = dict(engine.complete_each(waiting, rows))
+    for number, prompt in enumerate(PROMPTS):
+        text = [*engine.encode(prompt), *completions[number].token_ids]
+        found, _ = engine.prefixes.find(text)  # pyright: ignore[reportOptionalMemberAccess]
+        assert len(text) - engine.config(GREEDY).pending_size <= found < len(text)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLINGS)
 @pytest.mark.parametrize(
