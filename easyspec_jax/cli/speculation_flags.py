@@ -125,7 +125,8 @@ def add_speculation(parser: Parser) -> None:
         "--adapt",
         choices=("auto", "on", "off"),
         help="choose for every round whether to draft, and how many levels, by what was accepted "
-        "lately; on samples coupled (default: auto, on for texts that stay the same, or as tuned)",
+        "lately; on also samples coupled (default: auto, where the text stays the same, or as "
+        "tuned)",
     )
     drafting.add_argument(
         "--confidence-threshold",

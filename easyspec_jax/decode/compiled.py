@@ -161,7 +161,7 @@ class Compiled:
     @cached_property
     def catch_up(self) -> Callable[..., State]:
         body = self.mapped(
-            partial(catch_up, config=self.config), (self.state_spec,), self.state_spec
+            partial(catch_up, config=self.config), (self.state_spec, P()), self.state_spec
         )
         return self._jit(body, donate_argnums=1, out_shardings=self._shardings[0])
 

@@ -99,6 +99,7 @@ class Batch:
         store = None if programs.config.keeps_windows else prefixes
         self._reuse = Reuse(programs, rows, store)
         self._pace = Pace(programs, rows)
+        self._is_alone = True  # whether nothing was dispatched since the round before
 
     @classmethod
     def empty(
@@ -260,16 +261,22 @@ class Batch:
         self._state = self._growth.grow_if_needed(self._state)
         if lags:
             self._state = self._programs.catch_up(self._state)
+            self._reuse.caught_up()
         self._state, report = self._programs.round(self._state, levels, threshold)
-        return report, not lags and capacity == self._growth.capacity
+        is_alone = self._is_alone and not lags and capacity == self._growth.capacity
+        self._is_alone = True
+        return report, is_alone
 
     def _catch_up(self) -> None:
-        """Let the draft take in what plain rounds added, if the store is to have it."""
-        lags = self._pace.levels == 0 and self._reuse.keeps_any
+        """Let the draft take in all that rounds without it added, if the store is to have it."""
         # After Ctrl-C there may be no state left.
-        if lags and not self._state.length.is_deleted():
-            self._state = self._programs.catch_up(self._state)
-            self._reuse.caught_up()
+        if not self._reuse.keeps_any or self._state.length.is_deleted():
+            return
+        if self._pace.levels == 0:
+            self._state = self._growth.grow_if_needed(self._state)
+            self._state = self._programs.catch_up(self._state, finished=True)
+            self._is_alone = False
+        self._reuse.caught_up()
 
     def reports(self) -> Iterator[Report]:
         """Run a batch that filled() made until every row is done; yield each report."""

@@ -110,7 +110,7 @@ class Pace:
         if levels is None:
             return
         accepted, done = np.asarray(report.accepted), np.asarray(report.done)
-        # Of a draft that is looked up alone, it says nothing that `accepted` does not.
+        # Without a draft model it equals `accepted`.
         repeated = None
         if self._programs.draft is not None and report.repeated is not None:
             repeated = np.asarray(report.repeated)
@@ -123,7 +123,7 @@ class Pace:
         found = None
         # Without a draft model, a round that looks up in vain is a step of plain decoding.
         if report.repeated is not None and (self._programs.draft is None or levels == 0):
-            found = bool(report.drafted.any())
+            found = bool((report.drafted + report.forced).any())
         self._tiers.times.add(levels, seconds, found=found)
         # Rounds of other tiers differ by more than the draft's passes.
         whole = levels == self._programs.config.levels

@@ -245,13 +245,16 @@ class Programs:
             return replace(after, draft=state.draft, threshold=state.threshold), report
         return self.compiled.tiers[levels](self.leaves, state)
 
-    def catch_up(self, state: State) -> State:
-        """Run round.catch_up: let the draft take in what plain rounds added.
+    def catch_up(self, state: State, *, finished: bool = False) -> State:
+        """Run round.catch_up: let the draft take in what rounds without it added.
 
         Args:
             state: The state; donated.
+            finished: Whether that of finished rows is taken in, too.
         """
-        return state if self.draft is None else self.compiled.catch_up(self.leaves, state)
+        if self.draft is None:
+            return state
+        return self.compiled.catch_up(self.leaves, state, self._replicated(np.bool_(finished)))
 
     def tier_choice(self, rows: int) -> TierChoice:
         """Return what chooses the tiers of a new batch.
@@ -320,7 +323,7 @@ class Programs:
         specs = self.compiled.row_specs
         return jax.tree.map(lambda x, spec: placed(x, self.mesh, spec), arrays, specs)
 
-    def _replicated(self, x: np.ndarray | np.int32 | np.float32) -> jax.Array:
+    def _replicated(self, x: np.ndarray | np.int32 | np.float32 | np.bool_) -> jax.Array:
         return replicated(x, self.mesh)
 
     @cached_property

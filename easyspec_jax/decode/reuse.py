@@ -120,12 +120,12 @@ class Reuse:
 
     @property
     def keeps_any(self) -> bool:
-        """Whether the store will be handed what some row holds."""
-        return bool(self._known)
+        """Whether the store will be handed what rounds add to some row."""
+        return bool(self._known) and self._programs.keeps_exact_draft
 
     def caught_up(self) -> None:
-        """Note that the draft has taken in what plain rounds added, but for pending tokens."""
-        if self._programs.keeps_exact_draft:
+        """Note that the draft lacks no more than pending tokens of any text."""
+        if self.keeps_any:
             for text in self._known.values():
                 text.catch_up(self._programs.config.pending_size)
 

@@ -144,21 +144,28 @@ def prefill(
     return appended, report._replace(logprobs=logprobs, prompt=of_prompt)
 
 
-def catch_up(target: Decoder, draft: Decoder, state: State, config: RoundConfig) -> State:
+def catch_up(
+    target: Decoder,
+    draft: Decoder,
+    state: State,
+    finished: Bool[Array, ""],
+    config: RoundConfig,
+) -> State:
     """Run the draft over what it lacks, until a round that drafts can take in the rest.
 
-    Plain rounds of a pair leave the draft behind. Where they have not, nothing is run.
+    Rounds without the draft leave it behind. Where they have not, nothing is run.
 
     Args:
         target: The target; like the draft, given to every step and not needed here.
         draft: The draft.
         state: Rows whose prompts are in the caches.
+        finished: Whether rows that are finished catch up, too, so that what they hold can be kept.
         config: The configuration of rounds that draft.
     """
 
     def behind(draft_length: Int[Array, " batch"]) -> Bool[Array, " batch"]:
-        # Rows that are finished catch up, too: what they hold may be kept for other texts.
-        return state.length + 1 - draft_length > config.pending_size
+        lacking = state.length + 1 - draft_length
+        return (finished | (state.remaining > 0)) & (lacking > config.pending_size)
 
     def run_chunk(carry: tuple[Caches, Array]) -> tuple[Caches, Array]:
         caches, draft_length = carry

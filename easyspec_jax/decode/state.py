@@ -325,7 +325,7 @@ class Report(NamedTuple):
         lookup_drafted: Drafted levels that have a token from a lookup.
         lookup_accepted: Accepted levels whose token came from a lookup.
         forced: New tokens that a grammar left no choice about, and that were not drafted.
-        levels: Levels that a round of this kind drafts at most.
+        levels: Levels that a round of this kind drafts at most; of the lowest tier, 0.
         logprobs: Those of `tokens` under the target; None if no row asks for any.
         prompt: Those of the tokens after each token of the chunk, if some row asks for them; one
             element for each chunk of the prompt that the report is about.

@@ -136,14 +136,9 @@ class Models:
     @property
     def _split_for(self) -> int:
         """Tokens of the passes that the target's experts are split for."""
-        return self._round(SamplingParams(), ()).split_for
-
-    def _round(self, sampling: SamplingParams, stop_ids: tuple[int, ...]) -> RoundConfig:
-        speculative = self.speculative
-        # In other types passes of more tokens round differently, so that the clock would enter.
-        if speculative.adapt == "auto" and self.dtype != "float32" and not speculative.bit_stable:
-            speculative = replace(speculative, adapt=False)
-        return RoundConfig.of(speculative, sampling, stop_ids)
+        # Texts of all kinds share the weights, also those that do not adapt by themselves.
+        own = replace(self.speculative, adapt=self.speculative.always_adapts)
+        return RoundConfig.of(own, SamplingParams(), ()).split_for
 
     def baseline(self) -> Self:
         """Return plain decoding of the same target on the same mesh. The weights are shared.
@@ -251,7 +246,10 @@ class Models:
             EasySpecError: The sampling names an id that the target lacks.
         """
         sampling = self.with_ids(sampling)
-        own = self._round(sampling, self.target.config.stop_ids)
+        speculative = self.speculative
+        if speculative.adapt == "auto" and not (self._rounds_alike or speculative.bit_stable):
+            speculative = replace(speculative, adapt=False)
+        own = RoundConfig.of(speculative, sampling, self.target.config.stop_ids)
         kinds = own.kinds | kinds
         return replace(
             own,
@@ -259,6 +257,14 @@ class Models:
             grammars=self.grammars if kinds.grammar else None,
             keeps_windows=self.keeps_windows,
         )
+
+    @property
+    def _rounds_alike(self) -> bool:
+        """Whether a pass over one token rounds as one over several does, or nearly so.
+
+        Where it does not, a choice of rounds by the clock would be one of texts.
+        """
+        return self.dtype == "float32" and self.kv_dtype == "auto"
 
     @property
     def keeps_windows(self) -> bool:
@@ -410,6 +416,7 @@ class Models:
             shares=sampling.n > 1 and not self.speculative.bit_stable,
             target_stored=stored_integers(self.target.source),
             draft_stored=() if self.draft is None else stored_integers(self.draft.source),
+            split_for=self._split_for,
         )
 
 

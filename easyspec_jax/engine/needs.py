@@ -65,6 +65,8 @@ class Workload:
         shares: Whether several texts have one prompt, which is prefilled once.
         target_stored: How the target's quantized matrices are stored.
         draft_stored: Likewise the draft's.
+        split_for: Tokens of the passes that the target's experts are split for; None for those of
+            `round`.
     """
 
     target: ModelConfig
@@ -88,6 +90,7 @@ class Workload:
     shares: bool = False
     target_stored: Integers = ()
     draft_stored: Integers = ()
+    split_for: int | None = None
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ def _of_models(job: Workload) -> tuple[tuple[Decoder, Decoder | None], int, Entr
         weights=(job.target_weights, job.draft_weights),
         kv_dtype=job.kv_dtype,
         stored=(job.target_stored, job.draft_stored),
-        tokens=job.round.split_for,
+        tokens=job.split_for or job.round.split_for,
     )
     target, draft = models
     missing = (None if job.target_held else target, None if job.draft_held else draft)

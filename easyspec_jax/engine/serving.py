@@ -198,6 +198,7 @@ class Scheduler:
         self._changed = threading.Condition()  # guards everything below, and state
         self._waiting: deque[Request] = deque()
         self._running: set[Request] = set()
+        self._tiered: set[RoundConfig] = set()
         self._end = float("inf")  # when texts that still run must end, by time.perf_counter()
         self._thread: threading.Thread | None = None
 
@@ -310,10 +311,15 @@ class Scheduler:
                 for _ in batch.step():
                     pass
                 batch.leave(0)
-        if programs.config.tiers:
-            # Those rounds had the levels that adaptive rounds begin with.
+        self._compile_tiers(programs)
+
+    def _compile_tiers(self, programs: Programs) -> None:
+        """Compile the rounds between which those that adapt choose, if that is not done yet."""
+        config = programs.config
+        if config.tiers and config not in self._tiered:
             state = programs.start(SamplingParams(), [0] * self.rows, _capacity(programs))
             jax.block_until_ready(run_rounds(programs, state).length)
+            self._tiered.add(config)
 
     def _compile_restores(self, programs: Programs, most: int) -> None:
         """Compile what copies prefixes out of rows and into them, for prefixes of all sizes."""
@@ -336,6 +342,8 @@ class Scheduler:
 
     def _serve(self, programs: Programs, prefixes: PrefixStore | None) -> None:
         """Decode requests until the next one needs other programs, or there will be none."""
+        # Now rather than in the middle of an answer, if they are those of OPTIONS.
+        self._compile_tiers(programs)
         free = Batch.empty(programs, self.rows, _capacity(programs), prefixes)
         with closing(free) as batch:
             running = RunningBatch[Request](batch, self.rows)

@@ -57,8 +57,8 @@ class SpeculativeConfig:
         adapt: Choose for every round whether to draft, and how many levels, by what has been
             accepted and by the time that rounds take. Greedy and coupled texts do not depend on it.
             So with True the default verifier is the coupled one, and the others are refused. "auto"
-            adapts just those texts that stay the same: greedy and coupled ones, in float32 or
-            bit-stable.
+            adapts just those texts that stay the same: greedy and coupled ones, in float32 (caches
+            included) or bit-stable.
         confidence_threshold: Draft a level only where the best path to the level above has this
             probability under the draft, from 0 (always) to 1. The first level always is. "auto"
             learns it while decoding, and samples as `adapt` does.
@@ -185,7 +185,7 @@ class SpeculativeConfig:
 
     @property
     def always_adapts(self) -> bool:
-        """Whether rounds adapt in texts that would have been others without."""
+        """Whether rounds adapt even where the text depends on it."""
         return bool(self.adapt) and self.adapt != "auto"
 
     @property

@@ -48,13 +48,13 @@ class Metrics:
         by_tier = ["model_name", "num_speculative_tokens"]
         self._rounds = Counter(
             "easyspec:rounds",
-            "Rounds of finished texts, by the most positions that they draft.",
+            "Rounds of finished texts, by their levels; 0 for those without a draft model.",
             by_tier,
             registry=self._registry,
         )
         self._accepted_by_tier = Counter(
             "easyspec:accepted_tokens",
-            "Positions that such rounds accepted.",
+            "Positions that these rounds accepted.",
             by_tier,
             registry=self._registry,
         )

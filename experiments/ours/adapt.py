@@ -47,7 +47,7 @@ def open_ways(args: argparse.Namespace) -> dict[str, Engine]:
     With --prompt-lookup lookups alone are one of the fixed ways, too.
 
     Raises:
-        EasySpecError: As open_model, or nothing drafts besides lookups.
+        EasySpecError: As open_model, or --prompt-lookup has no draft model to join.
     """
 
     def way(levels: int, adapt: bool = False) -> SpeculativeConfig:
@@ -122,9 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--method", choices=("sd", "easyspec", "ngram"), default="sd")
     parser.add_argument("--levels", type=int, nargs="+", default=[2, 5])
     parser.add_argument("--lp-size", type=int, default=default.lp_size)
-    parser.add_argument(
-        "--prompt-lookup", action="store_true", help="look up repeats besides drafting, too"
-    )
+    parser.add_argument("--prompt-lookup", action="store_true", help="also look up repeats")
     parser.add_argument("--prompt-lookup-min", type=int, default=default.prompt_lookup_min)
     parser.add_argument(
         "--confidence-threshold",

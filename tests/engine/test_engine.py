@@ -137,6 +137,8 @@ def test_a_token_that_the_target_does_not_know(tmp_path):
     [
         ("float32", {}, True),
         ("bfloat16", {}, False),
+        ("float32", {"kv_dtype": "int8"}, False),
+        ("float32", {"kv_dtype": "int8", "bit_stable": True}, True),
         ("bfloat16", {"bit_stable": True}, True),
         ("bfloat16", {"adapt": True}, True),
         ("float32", {"adapt": False}, False),
@@ -146,8 +148,10 @@ def test_a_token_that_the_target_does_not_know(tmp_path):
 def test_rounds_adapt_by_themselves_where_passes_of_all_sizes_round_alike(
     directory, dtype, options, adapts
 ):
-    speculative = SpeculativeConfig(**{"method": "ngram", "adapt": "auto"} | options)
-    engine = open_model(directory, speculative=speculative, dtype=dtype)
+    options = {"method": "ngram", "adapt": "auto"} | options
+    caches = {"kv_dtype": options.pop("kv_dtype", "auto")}
+    speculative = SpeculativeConfig(**options)
+    engine = open_model(directory, speculative=speculative, dtype=dtype, **caches)
     assert bool(engine.config(SamplingParams()).tiers) == adapts
     other = engine.variant(replace(speculative, num_speculative_tokens=1))
     assert bool(other.config(SamplingParams()).tiers) == adapts

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from easyspec_jax import SamplingParams, SpeculativeConfig, open_model
-from easyspec_jax.decode import programs, sizes
+from easyspec_jax.decode import compiled, programs, sizes
 from easyspec_jax.decode.prefilling import prefill_all
 from easyspec_jax.decode.state import State
 from easyspec_jax.decode.tiers import TierChoice
@@ -133,10 +133,10 @@ def test_after_any_tiers_caches_equal_a_fresh_prefill(pair, options):
 def test_a_draft_that_does_not_catch_up_would_be_found(pair, monkeypatch, options):
     """A planted fault: rounds without the draft count as if it had run."""
 
-    def stale(target: Any, draft: Any, state: State, config: Any) -> State:
+    def stale(target: Any, draft: Any, state: State, finished: Any, config: Any) -> State:
         return replace(state, draft_length=jnp.where(state.remaining > 0, state.length, 0))
 
-    monkeypatch.setattr(programs, "catch_up", stale)
+    monkeypatch.setattr(compiled, "catch_up", stale)
     of_target, of_draft = differences(opened(pair, **options))
     assert of_target < 1e-4 < of_draft
 
@@ -157,7 +157,7 @@ def differences(engine: Engine) -> tuple[float, float]:
     """Run rounds of all tiers; return how far each model's caches are from a fresh prefill's."""
     run, drawn = engine.programs(GREEDY), random.Random(2)
     ids = [engine.encode(prompt) for prompt in PROMPTS]
-    state, _ = prefill_all(run, run.start(GREEDY, [80] * 4, capacity := 256, ids), ids)
+    state, _ = prefill_all(run, run.start(GREEDY, [400] * 4, capacity := 512, ids), ids)
     before, taken = 5, set()
     while int(state.remaining.min()) > 12:  # so all rows go on
         levels = drawn.choice((0, 0, 2, 5))
@@ -174,7 +174,7 @@ def differences(engine: Engine) -> tuple[float, float]:
     lengths = np.asarray(state.length)
     assert (np.asarray(state.draft_length) + run.config.pending_size > lengths).all()
     texts = [row[: n + 1].tolist() for row, n in zip(np.asarray(state.text), lengths, strict=True)]
-    fresh, _ = prefill_all(run, run.start(GREEDY, [80] * 4, capacity, texts), texts)
+    fresh, _ = prefill_all(run, run.start(GREEDY, [400] * 4, capacity, texts), texts)
     found = []
     for caches, expected, counts in (
         (state.target, fresh.target, state.length),
@@ -191,25 +191,22 @@ def differences(engine: Engine) -> tuple[float, float]:
 
 
 def test_lookups_alone_add_what_repeats_and_leave_the_draft_alone(pair):
-    run = opened(pair, **LOOKING_UP).programs(GREEDY)
-    # Whatever the target writes, it has been in this text before.
-    ids = [list(range(3, 120)) * 2]
-    state, _ = prefill_all(run, run.start(GREEDY, [60], 512, ids), ids)
-    before, counts = int(state.draft_length[0]), []
-    for _ in range(6):
+    run: Any = opened(pair, **LOOKING_UP).programs(GREEDY)
+    ids = [[5, 6, 7] * 20]
+    state, _ = prefill_all(run, run.start(GREEDY, [200], 512, ids), ids)
+    drafted, reports = int(state.draft_length[0]), []
+    for _ in range(12):
         state, report = run.round(state, levels=0)
-        assert int(report.levels) == 0
-        assert int(report.repeated[0]) == int(report.accepted[0])  # pyright: ignore[reportOptionalSubscript]
-        counts.append(int(report.lookup_drafted[0]))
-    assert max(counts) == 5
-    assert int(state.draft_length[0]) == before
+        assert int(report.repeated[0]) == int(report.accepted[0])
+        reports.append(report)
+    assert int(state.draft_length[0]) == drafted
+    assert {int(report.levels) for report in reports} == {0}
+    assert max(int(report.accepted[0]) for report in reports) == 5
     # With the draft, reports say what the lookups would have added without it.
-    repeated = []
     state = run.catch_up(state)
-    for _ in range(4):
-        state, report = run.round(state)
-        assert int(report.lookup_accepted[0]) <= int(report.repeated[0]) <= int(report.accepted[0])  # pyright: ignore[reportOptionalSubscript]
-        repeated.append(int(report.repeated[0]))  # pyright: ignore[reportOptionalSubscript]
+    _, alone = run.round(jax.tree.map(jnp.copy, state), levels=0)
+    _, beside = run.round(state)
+    assert int(beside.repeated[0]) == int(alone.repeated[0]) > 0
 
 
 @pytest.mark.exhaustive
@@ -229,17 +226,24 @@ def test_kept_prefixes_hold_what_the_draft_has(pair, forced):
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-def test_what_plain_rounds_write_is_kept_for_both_models(pair, monkeypatch, rows):
-    """The draft catches up first, whether or not a batch goes on with other texts."""
+@pytest.mark.parametrize("options", [{}, LOOKING_UP], ids=str)
+def test_what_rounds_without_the_draft_write_is_kept_for_both_models(pair, monkeypatch, options):
+    """The draft catches up first, whether its row is finished or another text goes on."""
     monkeypatch.setattr(TierChoice, "next", lambda choice: 0)
-    engine = opened(pair, prefix_cache=1 << 26)
+    engine = opened(pair, prefix_cache=1 << 26, **options)
+    run: Any = engine.programs(GREEDY)
     waiting = [engine.row(prompt, GREEDY) for prompt in PROMPTS]
-    completions = dict(engine.complete_each(waiting, rows))
+    completions = dict(engine.complete_each(waiting, 2))
+    store: Any = engine.prefixes
     for number, prompt in enumerate(PROMPTS):
         text = [*engine.encode(prompt), *completions[number].token_ids]
-        found, _ = engine.prefixes.find(text)  # pyright: ignore[reportOptionalMemberAccess]
-        assert len(text) - engine.config(GREEDY).pending_size <= found < len(text)
+        found, prefix = store.find(text)
+        assert found >= len(text) - run.config.pending_size
+        fresh, _ = prefill_all(run, run.start(GREEDY, [1], 256, [text]), [text])
+        wanted = run.copy_row(fresh, 0, 128)
+        for own, other in zip(jax.tree.leaves(prefix.caches), jax.tree.leaves(wanted), strict=True):
+            if own.ndim > 2:  # [..., entries, head_dim]; the other one has the ids
+                np.testing.assert_allclose(own[..., :found, :], other[..., :found, :], atol=1e-4)
 
 
 @pytest.mark.slow

@@ -88,8 +88,9 @@ def test_texts_are_those_of_plain_decoding(opened, way):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [{"tree_width": 2}, {"prompt_lookup": True}], ids=str)
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_rounds_of_every_tier_keep_to_the_grammar(opened, temperature, monkeypatch):
+def test_rounds_of_every_tier_keep_to_the_grammar(opened, temperature, options, monkeypatch):
     taken = []
 
     def in_turn(choice: TierChoice) -> int:
@@ -100,7 +101,7 @@ def test_rounds_of_every_tier_keep_to_the_grammar(opened, temperature, monkeypat
     sampling = replace(JSON, temperature=temperature)
     wanted = texts(opened(method="vanilla", verifier="coupled"), sampling)
     monkeypatch.setattr(TierChoice, "next", in_turn)
-    engine = opened(lp_size=2, tree_width=2, adapt=True)
+    engine = opened(lp_size=2, adapt=True, **options)
     assert texts(engine, sampling, batch_size=2) == wanted
     assert set(taken) == {0, 2, 5}
 
