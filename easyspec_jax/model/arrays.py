@@ -130,7 +130,7 @@ class ArrayLoader:
         if not all(dtypes[tensor] in INTEGERS for tensor in tensors):
             source = Dequantized(self._kept) if integers else self._kept
             dtype = jnp.dtype(jnp.bfloat16) if self.weights == "bfloat16" else self.dtype
-            return Matrix(self.load(plan, dtype, source))
+            return Matrix(self.load(plan, dtype, source), fills=self.kernels.fills_tokens)
         # Values of four bits are values of eight bits too.
         values = self.load(plan, jnp.dtype("int8" if "int8" in integers else "int4"))
         groups = {tensor: self._group_of(tensor) for tensor in tensors}

@@ -116,6 +116,22 @@ def test_a_single_token_may_be_multiplied_as_one_of_two(group, shape):
     assert ("optimization_barrier" in str(jax.make_jaxpr(paired)(x))) == (shape == (1, 1))
 
 
+@pytest.mark.parametrize(
+    ("batch", "tokens", "many"),
+    [(1, 1, 1), (1, 4, 4), (1, 6, 8), (3, 2, 8), (1, 8, 8), (1, 11, 16), (2, 7, 16), (1, 17, 17)],
+)
+def test_few_tokens_may_be_multiplied_as_eight_or_sixteen(batch, tokens, many):
+    random = np.random.default_rng(1)
+    values = jnp.asarray(random.normal(size=(24, INNER)), jnp.float32)
+    x = jnp.asarray(random.normal(size=(batch, tokens, INNER)), jnp.float32)
+    filled = Matrix(values, fills=True)
+    np.testing.assert_allclose(filled(x), Matrix(values)(x), rtol=1e-5, atol=1e-5)
+    product = next(
+        line for line in str(jax.make_jaxpr(filled)(x)).splitlines() if "dot_general" in line
+    )
+    assert f"f32[24,{batch},{many}]" in product or f"f32[24,1,{many}]" in product
+
+
 def test_a_stack_of_matrices_is_one_for_each_slot():
     plain = _case("int8", INNER)[0]
     assert plain.scale is not None

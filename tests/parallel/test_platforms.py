@@ -23,10 +23,13 @@ GROUPED = PlatformSettings(fused_groups=True)
 def test_no_kernel_is_on_before_it_is_measured():
     """Except that of matrices with groups, which GPUs need to write no sums of groups."""
     every = {*SETTINGS.values(), settings_of("unknown")}
-    others = {"sorts_by_expert": False, "reads_parts": False, "pairs_tokens": False}
+    others = dict.fromkeys(
+        ("sorts_by_expert", "reads_parts", "pairs_tokens", "fills_tokens"), False
+    )
     plain = {replace(own, **others) for own in every}
     assert plain == {PlatformSettings(), GROUPED}
     assert [name for name, own in SETTINGS.items() if own.pairs_tokens] == ["tpu"]
+    assert [name for name, own in SETTINGS.items() if own.fills_tokens] == ["cpu"]
     for platform in ("cpu", "tpu", "unknown"):
         assert not settings_of(platform).fused_groups
     assert not settings_of("gpu").reads_parts  # its host would wait for every branch
