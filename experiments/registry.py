@@ -291,6 +291,10 @@ SCRIPTS = (
                 "Rounds that adapt and end early: Qwen2.5-Coder-1.5B drafted by 0.5B",
             ),
             Result("adapt_qwen_ngram", "Rounds that adapt: Qwen2.5-Coder-1.5B with lookups"),
+            Result(
+                "adapt_qwen_lookup",
+                "Rounds that adapt, with lookups too: Qwen2.5-Coder-1.5B drafted by 0.5B",
+            ),
         ),
     ),
     Script(

@@ -40,7 +40,7 @@ class Matrix(nnx.Module):
             slot of a stack, where it supports the shapes.
         interpret: Run the kernel in Pallas' interpreter, as a CPU must.
         pairs: Multiply a single token by integers as one of two, and look its row up likewise.
-        fills: Multiply 5 to 15 tokens by floats as 8 or 16.
+        fills: Multiply 5 to 15 tokens in float32 as 8 or 16.
         slot: Which of its slots this matrix is, if the leaves are a stack; see at().
     """
 
@@ -84,7 +84,7 @@ class Matrix(nnx.Module):
         if self.scale is None:
             values = self._own(self.values).astype(x.dtype)
             product = partial(_product, values, dtype=dtype)
-            y = _as_many(product, x) if self.fills else product(x)
+            y = _as_many(product, x) if self.fills and x.dtype == jnp.float32 else product(x)
         else:
             of_integers = partial(self._of_integers, self.scale)
             y = _as_one_of_two(of_integers, x, axis=2) if self._is_paired(x) else of_integers(x)

@@ -18,8 +18,8 @@ class PlatformSettings:
             kernel, likewise, so that neither sums of groups nor floats of a stack are written.
         pairs_tokens: Multiply a single token by quantized matrices as one of two, for a compiler
             that would copy each matrix for one.
-        fills_tokens: Multiply 5 to 15 tokens by floats as 8 or 16, for a compiler whose products of
-            these numbers are the faster ones.
+        fills_tokens: Multiply 5 to 15 tokens in float32 as 8 or 16, for a compiler whose products
+            of these numbers are the faster ones.
         split_keys_from: Cache entries from which an attention splits its keys among programs; None
             for never.
         sorts_by_expert: Send the tokens of a long pass only through the experts that they use,

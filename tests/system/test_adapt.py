@@ -226,10 +226,16 @@ def test_kept_prefixes_hold_what_the_draft_has(pair, forced):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("grows", [False, True])
 @pytest.mark.parametrize("options", [{}, LOOKING_UP], ids=str)
-def test_what_rounds_without_the_draft_write_is_kept_for_both_models(pair, monkeypatch, options):
+def test_what_rounds_without_the_draft_write_is_kept_for_both_models(
+    pair, monkeypatch, options, grows
+):
     """The draft catches up first, whether its row is finished or another text goes on."""
     monkeypatch.setattr(TierChoice, "next", lambda choice: 0)
+    if grows:
+        monkeypatch.setattr(sizes, "AHEAD", 1)
+        monkeypatch.setattr(sizes, "CAPACITY_UNIT", 32)
     engine = opened(pair, prefix_cache=1 << 26, **options)
     run: Any = engine.programs(GREEDY)
     waiting = [engine.row(prompt, GREEDY) for prompt in PROMPTS]
@@ -240,7 +246,7 @@ def test_what_rounds_without_the_draft_write_is_kept_for_both_models(pair, monke
         found, prefix = store.find(text)
         assert found >= len(text) - run.config.pending_size
         fresh, _ = prefill_all(run, run.start(GREEDY, [1], 256, [text]), [text])
-        wanted = run.copy_row(fresh, 0, 128)
+        wanted = run.copy_row(fresh, 0, prefix.size)
         for own, other in zip(jax.tree.leaves(prefix.caches), jax.tree.leaves(wanted), strict=True):
             if own.ndim > 2:  # [..., entries, head_dim]; the other one has the ids
                 np.testing.assert_allclose(own[..., :found, :], other[..., :found, :], atol=1e-4)

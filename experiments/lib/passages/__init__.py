@@ -36,6 +36,7 @@ PASSAGES: dict[str, Callable[[Path], str]] = {
     "adapt_qwen_processes_sampled": tabulated("adapt_qwen_processes_sampled"),
     "bench_lookup": tabulated("bench_lookup"),
     "adapt_qwen_ngram": tabulated("adapt_qwen_ngram"),
+    "adapt_qwen_lookup": tabulated("adapt_qwen_lookup"),
     "context_length": tabulated("context_length"),
     "lookup_speeds": speeds.lookup_speeds,
     "lookup_finders": speeds.lookup_finders,
