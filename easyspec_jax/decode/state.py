@@ -134,8 +134,15 @@ class RoundConfig:
             [(0, 0), (2, 8), (5, 12)]
         """
         if levels == 0 and self.grafts:
-            alone = replace(self, calibration=False, width=1, nodes=None, learns_threshold=False)
-            return replace(alone, tiers=(), most_pending=self.pending_size)
+            return replace(
+                self,
+                calibration=False,
+                width=1,
+                nodes=None,
+                tiers=(),
+                most_pending=self.pending_size,
+                learns_threshold=False,
+            )
         width = self.width if levels else 1
         nodes = None if self.nodes is None or not levels else min(self.nodes, levels * width)
         return replace(

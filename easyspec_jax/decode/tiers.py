@@ -217,12 +217,12 @@ class RoundTimes:
 
     def _mean(self, levels: int) -> float:
         """Return what a round takes on average, with and without a draft."""
-        drafting, share = _drafting(levels), self._share[levels]
-        if not self._timed.get(0) or (share == 1.0 and self._timed[drafting]):
-            return self._cost(drafting)
-        if not self._timed[drafting]:
-            return self._cost(0)
-        return share * self._cost(drafting) + (1 - share) * self._cost(0)
+        kinds = _drafting(levels), 0
+        costs = [self._cost(kind) for kind in kinds if self._timed.get(kind)]
+        if len(costs) == 1:
+            return costs[0]
+        share = self._share[levels]
+        return share * costs[0] + (1 - share) * costs[1]
 
     def _unseen(self, levels: int) -> int:
         """Return how many rounds ago the tier was timed."""

@@ -262,7 +262,7 @@ class Models:
     def _rounds_alike(self) -> bool:
         """Whether a pass over one token rounds as one over several does, or nearly so.
 
-        Where it does not, a choice of rounds by the clock would be one of texts.
+        Where it does not, rounds that are chosen by the clock make the text depend on it.
         """
         return self.dtype == "float32" and self.kv_dtype == "auto"
 

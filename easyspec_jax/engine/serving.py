@@ -195,10 +195,10 @@ class Scheduler:
         self.rows, self.depth = rows, depth
         self.loading_seconds = self.compiling_seconds = 0.0
         self._seconds = seconds
+        self._tiered: set[RoundConfig] = set()  # whose tiers are compiled
         self._changed = threading.Condition()  # guards everything below, and state
         self._waiting: deque[Request] = deque()
         self._running: set[Request] = set()
-        self._tiered: set[RoundConfig] = set()
         self._end = float("inf")  # when texts that still run must end, by time.perf_counter()
         self._thread: threading.Thread | None = None
 

@@ -1,4 +1,4 @@
-"""What a finished text adds to the metrics."""
+"""Counters that finished texts update."""
 
 from types import SimpleNamespace
 from typing import Any
