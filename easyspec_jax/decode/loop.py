@@ -22,10 +22,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from easyspec_jax.decode.growth import CacheGrowth
-from easyspec_jax.decode.pace import Pace
-from easyspec_jax.decode.prefilling import first_tokens, prefill_all
+from easyspec_jax.decode.pace import Drafting, Pace
+from easyspec_jax.decode.prefilling import first_tokens, prefill_draft, prefill_target
 from easyspec_jax.decode.prefixes import PrefixStore, Spared
 from easyspec_jax.decode.programs import Programs
+from easyspec_jax.decode.reading import DraftReading, Prompts
 from easyspec_jax.decode.reuse import Reuse
 from easyspec_jax.decode.state import Report, State
 from easyspec_jax.options import SamplingParams
@@ -59,8 +60,8 @@ class _Unread(NamedTuple):
         levels: Levels of the round; None for a prefill.
         alone: Whether nothing else was dispatched between it and the round before it.
         seconds: How long the call of the round took, where calls wait for the devices.
-        drafted: After a prefill, an array that is there once the draft has read the prompts too;
-            None without a draft, or where the calls have waited for it.
+        drafting: The draft's reading of prompts that was dispatched after it, where calls do not
+            wait for the devices.
     """
 
     read: Callable[[], Report]
@@ -69,7 +70,7 @@ class _Unread(NamedTuple):
     levels: int | None = None
     alone: bool = False
     seconds: float | None = None
-    drafted: jax.Array | None = None
+    drafting: tuple[Drafting, ...] = ()
 
 
 class Batch:
@@ -98,6 +99,7 @@ class Batch:
         # Caches that keep only a window neither give nor take beginnings of texts.
         store = None if programs.config.keeps_windows else prefixes
         self._reuse = Reuse(programs, rows, store)
+        self._reading = DraftReading(rows)
         self._pace = Pace(programs, rows)
         self._is_alone = True  # whether nothing was dispatched since the round before
 
@@ -161,12 +163,14 @@ class Batch:
         return found
 
     def _prefill(self, prompts: Sequence[Sequence[int]], bar: Bar, starts: Sequence[int]) -> None:
-        self._state, chunks = prefill_all(self._programs, self._state, prompts, bar, starts)
+        programs = self._programs
+        self._state, chunks, parts = prefill_target(programs, self._state, prompts, bar, starts)
         self._texts = len(prompts)
         self._text = np.arange(self._texts)
         rows = np.arange(self._texts)
-        read = partial(first_tokens, chunks)
-        self._unread = [_Unread(read, rows, self._text.copy(), drafted=self._marker())]
+        tokens = sum(part.tokens.size for part in parts)
+        self._reading.add(Prompts(rows, tokens, partial(prefill_draft, programs, parts=parts)))
+        self._unread = [_Unread(partial(first_tokens, chunks), rows, self._text.copy())]
 
     def enter(self, row: int, prompt: Sequence[int], limit: int, sampling: SamplingParams) -> None:
         """Give a free row a text.
@@ -181,15 +185,20 @@ class Batch:
         self._pace.enter(row)
         self._text[row] = self._texts
         self._texts += 1
-        self._state = self._growth.grow_if_needed(self._state)
+        self._grow()
+        if self._reuse.keeps:
+            self.read_prompts()  # another row may hold the beginning of this text
         self._reuse.keep_shared(self._state, prompt, self._growth.capacity)
         found = self._restore({row: prompt}, 1)
         text = prompt, limit, sampling, found.start
-        self._state, report = self._programs.enter(self._state, row, *text)
+        programs = self._programs
+        self._state, report, parts = programs.enter_target(self._state, row, *text)
+        tokens = sum(part.tokens.size for part in parts)
+        read = partial(programs.enter_draft, row=row, parts=parts)
+        self._reading.add(Prompts(np.asarray([row]), tokens, read))
         self._reuse.began({row: prompt}, found)
-        read = partial(jax.device_get, report)
         texts = self._text[[row]]
-        self._unread.append(_Unread(read, np.asarray([row]), texts, drafted=self._marker()))
+        self._unread.append(_Unread(partial(jax.device_get, report), np.asarray([row]), texts))
 
     def leave(self, row: int) -> None:
         """Free a row. Reports still in flight for its text are dropped.
@@ -198,6 +207,7 @@ class Batch:
         """
         self._catch_up()
         self._reuse.leave(self._state, row, self._growth.capacity)
+        self._reading.leave(row)
         self.stop(row)
         self._growth.leave(row)
         self._pace.leave(row)
@@ -218,21 +228,14 @@ class Batch:
 
         Rows may be left between two reports. A text's first report is that of its prefill.
         """
-        pace, begun = self._pace, time.perf_counter()
+        pace = self._pace
+        ahead = self._dispatch()
         # Unread by now: the round before this one, and the prefills of texts that entered since.
-        ahead, is_alone = self._dispatch()
-        unread = self._unread
-        # The round's report is about the texts that rows have now: keep a copy of their numbers.
-        rows, texts = np.arange(len(self._text)), self._text.copy()
-        read = partial(jax.device_get, ahead)
-        waited = time.perf_counter() - begun if pace.calls_wait else None
-        self._unread = [_Unread(read, rows, texts, pace.levels, is_alone, waited)]
+        unread, self._unread = self._unread, [ahead]
         for one in unread:
             rows, levels = one.rows, one.levels
             if levels is not None:
-                pace.await_draft()
-            elif one.drafted is not None:
-                pace.begin_drafting(rows, one.drafted)
+                pace.await_draft(self._text)
             report = one.read()
             current = (one.texts == self._text[rows]) & (one.texts != FREE)
             # The report's rows may be few; CacheGrowth counts all: [some] -> [batch].
@@ -242,41 +245,68 @@ class Batch:
             self._reuse.read(report, rows[current], current, levels)
             is_timed = one.alone and (one.seconds is not None or len(unread) == 1)
             pace.read(report, current, levels, is_timed, one.seconds)
+            for drafting in one.drafting:
+                pace.begin_drafting(drafting)
             yield Read(report, rows, current)
 
-    def _marker(self) -> jax.Array | None:
-        """Return an array that is there once the draft has read the prompts dispatched so far."""
-        if self._programs.draft is None or self._pace.calls_wait:
-            return None
-        return self._state.draft_length + 0
-
-    def _dispatch(self) -> tuple[Report, bool]:
-        """Dispatch the round that is chosen.
-
-        Returns:
-            Its report on the devices, and whether nothing else was dispatched.
-        """
-        capacity = self._growth.capacity
-        levels, lags, threshold = self._pace.next()
+    def _grow(self) -> None:
+        """Give the caches the size that the next round needs."""
+        # What reads prompts is compiled for the size that caches have when the prompts come.
+        if self._growth.needed() > self._growth.capacity:
+            self.read_prompts()
         self._state = self._growth.grow_if_needed(self._state)
+
+    def _dispatch(self) -> _Unread:
+        """Dispatch the round that is chosen, and what has to come before it."""
+        capacity = self._growth.capacity
+        levels, lags, threshold = self._pace.next(self._reading.may_be_spared)
+        self._grow()
+        if levels:
+            self.read_prompts()
         if lags:
             self._state = self._programs.catch_up(self._state)
             self._reuse.caught_up()
+        begun = time.perf_counter()
         self._state, report = self._programs.round(self._state, levels, threshold)
+        took = time.perf_counter() - begun
         is_alone = self._is_alone and not lags and capacity == self._growth.capacity
         self._is_alone = True
-        return report, is_alone
+        # The report is about the texts that rows have now: keep a copy of their numbers.
+        rows, texts = np.arange(len(self._text)), self._text.copy()
+        read = partial(jax.device_get, report)
+        return _Unread(read, rows, texts, levels, is_alone, took if self._pace.calls_wait else None)
 
     def _catch_up(self) -> None:
-        """Let the draft take in all that rounds without it added, if the store is to have it."""
+        """Let the draft take in all that it lacks, if the store is to have it."""
+        if self._reuse.keeps:
+            self.read_prompts()
         # After Ctrl-C there may be no state left.
-        if not self._reuse.keeps_any or self._state.length.is_deleted():
+        if not self._reuse.keeps_rounds or self._state.length.is_deleted():
             return
         if self._pace.levels == 0:
-            self._state = self._growth.grow_if_needed(self._state)
+            self._grow()
             self._state = self._programs.catch_up(self._state, finished=True)
             self._is_alone = False
         self._reuse.caught_up()
+
+    def read_prompts(self) -> None:
+        """Let the draft read the prompts that it has not read yet.
+
+        A round that drafts does so by itself.
+        """
+        rows, tokens, begun = self._reading.rows, self._reading.tokens, time.perf_counter()
+        # After Ctrl-C there may be no state left.
+        if not rows.size or self._state.length.is_deleted():
+            return
+        self._state = self._reading.run(self._state)
+        if self._programs.draft is None:
+            return
+        if self._pace.calls_wait:
+            self._pace.time_drafting(tokens, time.perf_counter() - begun)
+        elif self._unread:
+            drafting = Drafting(rows, self._text[rows], tokens, self._state.draft_length + 0)
+            last = self._unread[-1]
+            self._unread[-1] = last._replace(drafting=(*last.drafting, drafting))
 
     def reports(self) -> Iterator[Report]:
         """Run a batch that filled() made until every row is done; yield each report."""

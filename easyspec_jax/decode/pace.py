@@ -26,13 +26,30 @@ class Chosen(NamedTuple):
     threshold: float | None
 
 
+class Drafting(NamedTuple):
+    """The draft's reading of prompts, while the devices work on it.
+
+    Attributes:
+        rows: Rows of the prompts.
+        texts: Numbers of their texts.
+        tokens: Tokens of the passes, padding counted.
+        done: An array that is there when it has read them.
+    """
+
+    rows: Int[np.ndarray, " some"]
+    texts: Int[np.ndarray, " some"]
+    tokens: int
+    done: jax.Array
+
+
 class Pace:
     """The tiers and thresholds of a batch, and a clock that times its rounds.
 
     Attributes:
         levels: Levels of the round that was chosen last.
         read_at: When the draft had read each row's prompt, by time.perf_counter(). It is known once
-            the report of the text's first round is read; without a draft it is 0.
+            the report of the first round after it is read; until then, and without a draft, it
+            is 0.
     """
 
     def __init__(self, programs: Programs, rows: int) -> None:
@@ -40,9 +57,7 @@ class Pace:
         self._tiers = programs.tier_choice(rows)
         self._thresholds = programs.threshold_choice(rows)
         self._clock: float | None = None  # time of the report that was read last
-        # Rows whose first tokens are out while the draft reads, and an array that is there when it
-        # has.
-        self._drafting: list[tuple[Int[np.ndarray, " some"], jax.Array]] = []
+        self._drafting: list[Drafting] = []
         self.levels = programs.config.levels
         self.read_at = np.zeros(rows)
 
@@ -54,35 +69,48 @@ class Pace:
     def enter(self, row: int) -> None:
         """Note that a text enters a row."""
         self._tiers.enter(row)
+        self.read_at[row] = 0.0
 
     def leave(self, row: int) -> None:
         """Note that a row's text leaves it."""
         self._tiers.leave(row)
 
-    def next(self) -> Chosen:
-        """Choose the next round."""
-        before, self.levels = self.levels, self._tiers.next()
+    def next(self, unread: int = 0) -> Chosen:
+        """Choose the next round; see TierChoice.next."""
+        before, self.levels = self.levels, self._tiers.next(unread)
         threshold = None
         if self._thresholds is not None and self.levels:
             threshold = self._thresholds.next()
         return Chosen(self.levels, before == 0 < self.levels, threshold)
 
-    def begin_drafting(self, rows: Int[np.ndarray, " some"], drafted: jax.Array) -> None:
-        """Note that rows have their first tokens, while the draft still reads their prompts.
+    def begin_drafting(self, drafting: Drafting) -> None:
+        """Note that all reports are out that were dispatched before the draft reads prompts."""
+        self._drafting.append(drafting)
+
+    def await_draft(self, texts: Int[np.ndarray, " rows"]) -> None:
+        """Wait until the draft has read the prompts, and note when.
 
         Args:
-            rows: The rows.
-            drafted: An array that is there once the draft has read them.
+            texts: Numbers of the texts that the rows have by now.
         """
-        self._drafting.append((rows, drafted))
-
-    def await_draft(self) -> None:
-        """Wait until the draft has read all prompts, and note when."""
-        for rows, drafted in self._drafting:
-            jax.block_until_ready(drafted)
+        for rows, of, tokens, done in self._drafting:
+            before = self._clock
+            jax.block_until_ready(done)
             # What follows is the time of a round alone.
-            self.read_at[rows] = self._clock = time.perf_counter()
+            self._clock = time.perf_counter()
+            self.read_at[rows[texts[rows] == of]] = self._clock
+            if before is not None:
+                self.time_drafting(tokens, self._clock - before)
         self._drafting = []
+
+    def time_drafting(self, tokens: int, seconds: float) -> None:
+        """Learn how long the draft takes to read prompts.
+
+        Args:
+            tokens: Tokens of its passes, padding counted.
+            seconds: The time.
+        """
+        self._tiers.times.read(tokens, seconds)
 
     def read(
         self,

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.state import Report, State
@@ -17,6 +19,18 @@ Chunk = tuple[np.ndarray, Report]
 """For a chunk of all prompts: whose prompts end with it, bool [batch], and its prefill's report."""
 
 
+class Part(NamedTuple):
+    """A chunk of all prompts, which the draft is to read.
+
+    Attributes:
+        tokens: Its tokens, padded.
+        num_tokens: How many each prompt has of it.
+    """
+
+    tokens: Int[np.ndarray, "batch chunk"]
+    num_tokens: Int[np.ndarray, " batch"]
+
+
 def prefill_all(
     programs: Programs,
     state: State,
@@ -24,9 +38,25 @@ def prefill_all(
     bar: Bar = no_bar,
     starts: Sequence[int] | None = None,
 ) -> tuple[State, list[Chunk]]:
-    """Run prefill over all prompts, chunk by chunk: the target first, and then the draft.
+    """Run prefill_target() and prefill_draft(); arguments as for the former.
 
-    So first tokens do not wait for the draft, but with several processes, whose calls wait.
+    Returns:
+        The state after all prompts, and the chunks that first_tokens() needs.
+    """
+    state, chunks, parts = prefill_target(programs, state, prompts, bar, starts)
+    return prefill_draft(programs, state, parts), chunks
+
+
+def prefill_target(
+    programs: Programs,
+    state: State,
+    prompts: Sequence[Sequence[int]],
+    bar: Bar = no_bar,
+    starts: Sequence[int] | None = None,
+) -> tuple[State, list[Chunk], list[Part]]:
+    """Run the target's prefill over all prompts, chunk by chunk.
+
+    First tokens need nothing else.
 
     Args:
         programs: Compiled steps.
@@ -37,7 +67,8 @@ def prefill_all(
             prefilled, so these must be finished from the start.
 
     Returns:
-        The state after all prompts, and the chunks that first_tokens() needs.
+        The state; the chunks that first_tokens() needs; and what the draft has to read before it
+        can draft.
     """
     # Prompts of 150 and 20 tokens may take chunks of 128 and 32, with counts [128, 20] and [22, 0],
     # and last [False, True] and [True, False].
@@ -46,7 +77,7 @@ def prefill_all(
     room = state.capacity - int(begun.max())
     sizes, done = programs.sizes.chunks(int(left.max()), room, len(prompts)), 0
     chunks: list[Chunk] = []
-    read: list[tuple[np.ndarray, np.ndarray]] = []
+    parts: list[Part] = []
     shown = bar if len(sizes) > FEW else no_bar
     with shown("Reading the prompt", sum(sizes)) as advance:
         for size in sizes:
@@ -64,11 +95,23 @@ def prefill_all(
                 jax.block_until_ready(chunks[-1][1])
                 advance(sizes[len(chunks) - 1])
             chunks.append((last, report))
-            read.append((tokens[:, :size], count))
+            parts.append(Part(tokens[:, :size], count))
             done += size
-    for tokens, count in read if programs.draft is not None else ():
-        state = programs.prefill_draft(state, tokens, count)
-    return state, chunks
+    return state, chunks, parts
+
+
+def prefill_draft(programs: Programs, state: State, parts: Sequence[Part]) -> State:
+    """Let the draft read all prompts, if there is a draft.
+
+    Args:
+        programs: Compiled steps.
+        state: The state; donated.
+        parts: What prefill_target() returned.
+    """
+    if programs.draft is not None:
+        for part in parts:
+            state = programs.prefill_draft(state, *part)
+    return state
 
 
 def first_tokens(chunks: list[Chunk]) -> Report:

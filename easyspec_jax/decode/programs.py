@@ -6,18 +6,19 @@ Their arguments are put on the mesh here; compiled.py has the steps as devices r
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from easyspec_jax.decode.compiled import Compiled
 from easyspec_jax.decode.refill import Entrance, RowCaches
 from easyspec_jax.decode.sizes import Sizes
 from easyspec_jax.decode.state import Report, RoundConfig, State
 from easyspec_jax.decode.threshold import ThresholdChoice
-from easyspec_jax.decode.tiers import RoundTimes, TierChoice
+from easyspec_jax.decode.tiers import Common, RoundTimes, TierChoice, no_common
 from easyspec_jax.draft.layer_group import LayerGroup
 from easyspec_jax.model.transformer import Decoder
 from easyspec_jax.options import SamplingParams
@@ -30,6 +31,20 @@ from easyspec_jax.verify import RowSampling
 
 AGREED = 8
 """Rounds between two times at which several processes agree on what rounds take."""
+
+
+class Part(NamedTuple):
+    """A chunk of one row's prompt, which the draft is to read.
+
+    Attributes:
+        tokens: Its tokens, padded to the chunk.
+        start: Prompt tokens before it.
+        num_tokens: How many tokens it has.
+    """
+
+    tokens: Int[np.ndarray, "1 chunk"]
+    start: Int[np.ndarray, "1"]
+    num_tokens: Int[np.ndarray, "1"]
 
 
 @dataclass(frozen=True)
@@ -142,6 +157,25 @@ class Programs:
         start: int = 0,
         end: int | None = None,
     ) -> tuple[State, Report]:
+        """Run enter_target() and enter_draft(); arguments as for the former.
+
+        Returns:
+            The new state; and a report of this one row, with the text's first token if no token of
+            the prompt was left.
+        """
+        state, report, parts = self.enter_target(state, row, prompt, limit, sampling, start, end)
+        return self.enter_draft(state, row, parts), report
+
+    def enter_target(
+        self,
+        state: State,
+        row: int,
+        prompt: Sequence[int],
+        limit: int,
+        sampling: SamplingParams,
+        start: int = 0,
+        end: int | None = None,
+    ) -> tuple[State, Report, list[Part]]:
         """Run refill.enter: give a row another text; other rows keep their state.
 
         Args:
@@ -154,12 +188,12 @@ class Programs:
             end: First token that is left to a later prefill; by default none is.
 
         Returns:
-            The new state; and a report of this one row, with the text's first token if no token of
-            the prompt was left.
+            The new state; a report of this one row, with the text's first token if no token of the
+            prompt was left; and what the draft has to read before it can draft for the row.
         """
         report, capacity, length = None, state.capacity, len(prompt[:end])
         request, adjustments = self._placed(self.row_arrays(sampling, [prompt]))
-        place, parts = self._replicated(np.int32(row)), list[tuple[np.ndarray, ...]]()
+        place, parts = self._replicated(np.int32(row)), list[Part]()
         for size in self.sizes.chunks(length - start, capacity - start):
             tokens = np.zeros((1, self.columns(size)), np.int32)
             part = prompt[start : start + tokens.shape[1]]
@@ -178,14 +212,26 @@ class Programs:
             state, report = self.compiled.enter(self.leaves, state, place, text)
             if report.prompt is not None:
                 report = report._replace(prompt=(earlier or ()) + report.prompt)
-            parts.append((tokens[:, :size], begin, count))
+            parts.append(Part(tokens[:, :size], begin, count))
             start += size
         assert report is not None, "an empty prompt"
-        # The draft reads after all of the target's chunks: the first token does not wait for it.
-        for part in parts if self.draft is not None else ():
+        return state, report, parts
+
+    def enter_draft(self, state: State, row: int, parts: Sequence[Part]) -> State:
+        """Run refill.enter_draft: let the draft read the prompt of a row, if there is a draft.
+
+        Args:
+            state: The state; donated.
+            row: The row.
+            parts: What enter_target() returned for it.
+        """
+        if self.draft is None:
+            return state
+        place = self._replicated(np.int32(row))
+        for part in parts:
             arrays = map(self._replicated, part)
             state = self.compiled.enter_draft(self.leaves, state, place, *arrays)
-        return state, report
+        return state
 
     def copy_row(self, state: State, row: int, size: int) -> RowCaches:
         """Run refill.copied: copy a row's caches; compiles once for each pair of sizes.
@@ -260,11 +306,14 @@ class Programs:
         """Return what chooses the tiers of a new batch.
 
         Args:
-            rows: Rows of the batch. Batches of as many share what is known of the rounds' times.
+            rows: Rows of the batch. Batches of as many share what is known of the rounds' times;
+                all share what texts have shown.
         """
         tiers = (*self.config.tiers, self.config.levels)
         times = self._times.setdefault(rows, RoundTimes(tiers))
-        return TierChoice(tiers, rows, times, hosts.from_first, AGREED if hosts.count() > 1 else 1)
+        every = AGREED if hosts.count() > 1 else 1
+        own = self.config.grafts, self._common
+        return TierChoice(tiers, rows, times, hosts.from_first, every, *own)
 
     def threshold_choice(self, rows: int) -> ThresholdChoice | None:
         """Return what chooses the thresholds of a new batch, if `config` learns them.
@@ -280,6 +329,11 @@ class Programs:
     def _thresholds(self) -> dict[int, ThresholdChoice]:
         """The ThresholdChoice of each number of rows."""
         return {}
+
+    @cached_property
+    def _common(self) -> Common:
+        """What texts have shown, which those of later batches begin with."""
+        return no_common(self.config.levels)
 
     @cached_property
     def _times(self) -> dict[int, RoundTimes]:

@@ -119,13 +119,18 @@ class Reuse:
                 text.spoil()
 
     @property
-    def keeps_any(self) -> bool:
-        """Whether the store will be handed what rounds add to some row."""
-        return bool(self._known) and self._programs.keeps_exact_draft
+    def keeps(self) -> bool:
+        """Whether the store will be handed some row, or its prompt alone."""
+        return bool(self._known)
+
+    @property
+    def keeps_rounds(self) -> bool:
+        """Whether it will be handed what rounds add, too."""
+        return self.keeps and self._programs.keeps_exact_draft
 
     def caught_up(self) -> None:
         """Note that the draft lacks no more than pending tokens of any text."""
-        if self.keeps_any:
+        if self.keeps_rounds:
             for text in self._known.values():
                 text.catch_up(self._programs.config.pending_size)
 

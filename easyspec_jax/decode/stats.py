@@ -43,8 +43,8 @@ class Stats:
         accepted: Positions that were accepted.
         accepted_per_position: For each position of a draft, the rounds that accepted it.
         prefill_seconds: Time of prefill, in seconds: by the target until the first token, and by
-            the draft after it.
-        decode_seconds: Time of all rounds, in seconds.
+            the draft after it, if the first round drafts.
+        decode_seconds: Time of all rounds, in seconds, and of prefill by the draft between them.
         decoded_tokens: Tokens that rounds added. The first token of a text comes from prefill and
             belongs to no round.
         lookup_drafted: Drafted positions that hold a token from a lookup in the text.

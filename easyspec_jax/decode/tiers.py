@@ -14,6 +14,10 @@ the level above it, and the first level's to FIRST, which is high. So a tier tha
 for long begins to look good, and is tried again: a failure then costs one round, and a success
 brings drafting back at once. The dearer a draft, the later it is tried.
 
+Before the draft can draft at all, it has to read the prompt. Where lookups may continue a text
+without it, it waits until drafts would have gained as much as reading takes. So what is lost is
+never more than twice the time of reading, and nothing where the text repeats to its end.
+
 Nothing here touches a device. All decisions come from reports that have been read.
 """
 
@@ -59,6 +63,15 @@ DOUBT, STALE = 0.4, 512
 """Discount on a tier's cost; it grows to DOUBT after STALE rounds without timing the tier."""
 
 
+Common = Float[np.ndarray, "2 levels"]
+"""Observations of each level, and how many of them were acceptances."""
+
+
+def no_common(levels: int) -> Common:
+    """Return what is known before any text."""
+    return np.zeros((2, levels))
+
+
 class Acceptance:
     """Running estimate, for each row, of how likely a level is accepted if the one above it is.
 
@@ -84,12 +97,19 @@ class Acceptance:
         [1.0, 1.29, 1.48, 1.54]
     """
 
-    def __init__(self, rows: int, levels: int) -> None:
+    def __init__(self, rows: int, levels: int, common: Common | None = None) -> None:
+        """Start without texts.
+
+        Args:
+            rows: Rows of the batch.
+            levels: The most levels.
+            common: The same of all texts together, those of other batches too, which new ones begin
+                with; it is kept up to date. None if there was no batch before.
+        """
         self.tried = np.zeros((rows, levels))
         self.accepted = np.zeros((rows, levels))
         self.repeated = np.zeros(rows)
-        # The same of all texts together, which new ones begin with.
-        self._common = np.zeros((2, levels))
+        self._common = no_common(levels) if common is None else common
 
     def enter(self, row: int) -> None:
         """Begin a text in a row with some of what other texts have shown."""
@@ -129,7 +149,7 @@ class Acceptance:
         fading = np.where(observed, FADING, np.where(depth < levels, 1.0, AGEING))
         self.tried[rows] = self.tried[rows] * fading + observed
         self.accepted[rows] = self.accepted[rows] * fading + (observed & (depth < accepted))
-        self._common = np.stack([self.tried[rows].mean(axis=0), self.accepted[rows].mean(axis=0)])
+        self._common[:] = self.tried[rows].mean(axis=0), self.accepted[rows].mean(axis=0)
 
     def expected(self) -> Float[np.ndarray, "rows levels+1"]:
         """Return each row's expected tokens from a round of 0, 1, 2, … levels.
@@ -176,6 +196,7 @@ class RoundTimes:
         self._share = dict.fromkeys(tiers, 1.0)  # of the rounds in which there was a draft
         self._age = dict.fromkeys(self._timed, 0)
         self._speed = deque[float](maxlen=LATEST)  # seconds of a round that costs 1
+        self._reading = deque[float](maxlen=KEPT)  # seconds for each token of a prompt
         # What kind of round ran last, and how many such rounds were timed since another one.
         self._running: int | None = None
         self._turn = 0
@@ -205,6 +226,21 @@ class RoundTimes:
             self._age[other] += 1
         self._age[kind] = 0
         self._speed.append(seconds / self._cost(kind))
+
+    def read(self, tokens: int, seconds: float) -> None:
+        """Add the time that the draft took to read prompts.
+
+        Args:
+            tokens: Tokens of its passes, at least one, padding counted.
+            seconds: The time.
+        """
+        self._reading.append(seconds / tokens)
+
+    def reading(self) -> float | None:
+        """Return the time in which the draft reads a token of a prompt; None if it is unknown."""
+        if not self._reading or not self._speed:
+            return None
+        return median(self._reading) / median(self._speed)
 
     def costs(self) -> list[float | None]:
         """Return each tier's time; None if too few of its rounds have been timed."""
@@ -257,6 +293,8 @@ class TierChoice:
         times: RoundTimes,
         agree: Callable[[Any], Any] = lambda costs: costs,
         every: int = 1,
+        waits: bool = False,
+        common: Common | None = None,
     ) -> None:
         """Start with rows that hold no text.
 
@@ -267,18 +305,24 @@ class TierChoice:
             agree: Returns the costs that all processes choose by. Each of them has its own clock,
                 and would choose differently; reports are the same everywhere.
             every: Rounds after which it is called again.
+            waits: Whether to wait for what the lowest tier shows before the draft reads prompts.
+            common: As for Acceptance.
         """
         self.tiers, self.times = tuple(tiers), times
-        self._acceptance = Acceptance(rows, self.tiers[-1])
+        self._acceptance = Acceptance(rows, self.tiers[-1], common)
         self._live = np.zeros(rows, bool)
         self._now = self.tiers[-1]
         self._agree, self._every = agree, every
         self._rounds = 0
-        self._costs: list[float | None] = []
+        self._costs: list[float | None] = []  # of the tiers, and of reading a token
+        self._waits = waits
+        self._forgone = 0.0  # time that drafts would have saved since prompts are unread
 
     def enter(self, row: int) -> None:
         """Note that a row has a new text."""
         self._acceptance.enter(row)
+        if not self._live.any():
+            self._forgone = 0.0
         self._live[row] = True
 
     def leave(self, row: int) -> None:
@@ -306,17 +350,25 @@ class TierChoice:
             self._acceptance.add(levels, accepted, current & ~done, repeated)
         self._live &= ~(current & done)
 
-    def next(self) -> int:
-        """Return the levels of the next round."""
+    def next(self, unread: int = 0) -> int:
+        """Return the levels of the next round.
+
+        Args:
+            unread: Prompt tokens that the draft would have to read first, if no round has drafted.
+        """
         if len(self.tiers) == 1:
             return self._now
         if self._rounds % self._every == 0:
-            self._costs = self._agree(self.times.costs())
+            self._costs = self._agree([*self.times.costs(), self.times.reading()])
         self._rounds += 1
-        self._now = self._chosen(dict(zip(self.tiers, self._costs, strict=True)))
+        *costs, reading = self._costs
+        if not unread:
+            self._forgone = 0.0
+        wait = unread * (reading or 0.0) if self._waits else 0.0
+        self._now = self._chosen(dict(zip(self.tiers, costs, strict=True)), wait)
         return self._now
 
-    def _chosen(self, costs: Mapping[int, float | None]) -> int:
+    def _chosen(self, costs: Mapping[int, float | None], wait: float) -> int:
         tokens = self._acceptance.expected()[self._live].sum(axis=0)
         speed = dict[int, float]()
         # The tier that runs comes first, so that each keeps its turn until it is timed.
@@ -326,4 +378,9 @@ class TierChoice:
                 return levels
             speed[levels] = tokens[levels] / cost
         best = max(self.tiers, key=speed.__getitem__)
-        return best if speed[best] > GAIN * speed[self._now] else self._now
+        best = best if speed[best] > GAIN * speed[self._now] else self._now
+        if best and self._forgone < wait:
+            lowest = self.tiers[0]
+            self._forgone += tokens[lowest] * (1 / speed[lowest] - 1 / speed[best])
+            return lowest
+        return best

@@ -308,6 +308,7 @@ class Scheduler:
             for tokens in _prompts_of_every_chunk(programs):
                 # A limit of 0: the row is finished from the start, and decodes nothing.
                 batch.enter(0, [0] * tokens, 0, SamplingParams())
+                batch.read_prompts()
                 for _ in batch.step():
                     pass
                 batch.leave(0)

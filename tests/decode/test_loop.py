@@ -267,7 +267,7 @@ def test_greedy_text_is_plain_whatever_thresholds_are_learned(
 
     monkeypatch.setattr(ThresholdChoice, "next", next_threshold)
     monkeypatch.setattr(
-        TierChoice, "next", lambda self: int(random.choice((*self.tiers, self.tiers[-1])))
+        TierChoice, "next", lambda self, unread: int(random.choice((*self.tiers, self.tiers[-1])))
     )
     run = programs(pair, replace(config, learns_threshold=True), mesh, axes=axes)
     rows: list[list[int]] = [[] for _ in PROMPTS]
@@ -552,14 +552,67 @@ def test_a_first_token_does_not_wait_for_the_draft(pair, refills):
         batch.enter(1, PROMPTS[0], LIMITS[0], SamplingParams())
     else:
         batch = Batch.filled(run, PROMPTS, LIMITS, SamplingParams())
+    assert read == ["target", "target"]
+    list(batch.step())
     batch.close()
     assert read == ["target", "target", "draft", "draft"]
 
 
 @pytest.mark.parametrize("refills", [False, True])
+def test_the_draft_reads_a_prompt_before_the_first_round_that_drafts(pair, refills, monkeypatch):
+    """Whatever rounds without it have added by then, its caches are those of a prefill."""
+    run, read, chosen = programs(pair, replace(GREEDY, tiers=(0,))), [], [0] * 3 + [4]
+    monkeypatch.setattr(TierChoice, "next", lambda choice, unread: chosen[0])
+    step = run.compiled.enter_draft if refills else run.compiled.prefill_draft
+    name = "enter_draft" if refills else "prefill_draft"
+    vars(run.compiled)[name] = lambda *args: read.append(None) or step(*args)
+    if refills:
+        batch = Batch.empty(run, 2, capacity=512)
+        for row in range(2):
+            batch.enter(row, PROMPTS[row + 1], 50, SamplingParams())
+    else:
+        batch = Batch.filled(run, PROMPTS[1:], [50, 50], SamplingParams())
+    while len(chosen) > 1:
+        list(batch.step())
+        assert not read
+        chosen.pop(0)
+    for _ in range(3):
+        list(batch.step())
+    assert len(read) == (2 if refills else 1)
+    jax.block_until_ready(state := batch._state)
+    lengths = np.asarray(state.draft_length)
+    assert (lengths >= [6, 63]).all()
+    rows = [row[: n + 1].tolist() for row, n in zip(np.asarray(state.text), lengths, strict=True)]
+    fresh, _ = prefill_all(run, run.start(SamplingParams(), [9] * 2, state.capacity), rows)
+    for found, wanted in zip(
+        jax.tree.leaves(state.draft), jax.tree.leaves(fresh.draft), strict=True
+    ):
+        x, y = (np.asarray(z).reshape(*z.shape[:-3], 2, -1, *z.shape[-2:]) for z in (found, wanted))
+        for row, length in enumerate(lengths):
+            assert_same_entries(x[..., row, :, :length, :], y[..., row, :, :length, :])
+    batch.close()
+
+
+def test_the_draft_does_not_read_prompts_of_texts_that_have_left(pair, monkeypatch):
+    run, read, levels = programs(pair, replace(GREEDY, tiers=(0,))), [], [0]
+    monkeypatch.setattr(TierChoice, "next", lambda choice, unread: levels[0])
+    step = run.compiled.enter_draft
+    vars(run.compiled)["enter_draft"] = lambda *args: read.append(args[2]) or step(*args)
+    batch = Batch.empty(run, 2, capacity=512)
+    for row in range(2):
+        batch.enter(row, PROMPTS[1], 20, SamplingParams())
+    list(batch.step())
+    batch.leave(0)
+    levels[0] = 4
+    list(batch.step())
+    batch.close()
+    assert [int(row) for row in read] == [1]
+
+
+@pytest.mark.parametrize("refills", [False, True])
 def test_rounds_are_timed_without_the_draft_reading_a_prompt(pair, refills, monkeypatch):
     """The first token is out before that, and read_at says when it was done."""
-    timed, waited, run = [], [], programs(pair, GREEDY)
+    timed, waited, reading, run = [], [], [], programs(pair, GREEDY)
     list(decode(run, PROMPTS[1:2], [20], SamplingParams()))  # compiles
     plain = jax.block_until_ready
 
@@ -570,6 +623,7 @@ def test_rounds_are_timed_without_the_draft_reading_a_prompt(pair, refills, monk
         return plain(array)
 
     monkeypatch.setattr(RoundTimes, "add", lambda *args, **_: timed.append(args[2]))
+    monkeypatch.setattr(RoundTimes, "read", lambda self, *args: reading.append(args))
     if refills:
         batch = Batch.empty(run, 1, capacity=256)
         batch.enter(0, PROMPTS[1], 20, SamplingParams())
@@ -584,6 +638,8 @@ def test_rounds_are_timed_without_the_draft_reading_a_prompt(pair, refills, monk
     assert len(waited) == 1
     assert batch.read_at[0] >= waited[0] + 1
     assert len(timed) == 2 and max(timed) < 1
+    ((tokens, seconds),) = reading
+    assert tokens >= len(PROMPTS[1]) and seconds >= 1
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from easyspec_jax.decode.prefixes import SHORTEST, PrefixStore, Spared, spared
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.refill import RowCaches
 from easyspec_jax.decode.state import RoundConfig
+from easyspec_jax.decode.tiers import TierChoice
 from easyspec_jax.draft.grouping import Layout, paper_groups
 from easyspec_jax.draft.layer_group import load_draft
 from easyspec_jax.options import SamplingParams
@@ -246,17 +247,22 @@ def check_kept_entries(pair, config, mesh, lp_size, kv_dtype="auto"):
     batch.close()
     assert len(prefixes._held) == 3
     for prefix in prefixes._held:
-        capacity = run.sizes.capacity(prefix.size)
-        fresh, _ = prefill_all(run, run.start(sampling, [9], capacity), [[*prefix.ids.tolist(), 5]])
-        expected = run.copy_row(fresh, 0, prefix.size)
-        ours, theirs = ((kept.target, kept.draft) for kept in (prefix.caches, expected))
-        for found, wanted in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-            x, y = (np.asarray(a)[..., : len(prefix.ids), :] for a in (found, wanted))
-            if x.dtype == np.int8:
-                assert np.abs(x.astype(np.int32) - y).max() <= 1
-            else:
-                np.testing.assert_allclose(x, y, atol=1e-4, rtol=0)
+        assert_kept(run, prefix)
     return [len(prefix.ids) for prefix in prefixes._held]
+
+
+def assert_kept(run, prefix):
+    """Compare what is kept with a fresh prefill."""
+    fresh = run.start(SamplingParams(), [9], run.sizes.capacity(prefix.size))
+    fresh, _ = prefill_all(run, fresh, [[*prefix.ids.tolist(), 5]])
+    expected = run.copy_row(fresh, 0, prefix.size)
+    ours, theirs = ((kept.target, kept.draft) for kept in (prefix.caches, expected))
+    for found, wanted in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        x, y = (np.asarray(a)[..., : len(prefix.ids), :] for a in (found, wanted))
+        if x.dtype == np.int8:
+            assert np.abs(x.astype(np.int32) - y).max() <= 1
+        else:
+            np.testing.assert_allclose(x, y, atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow
@@ -319,7 +325,7 @@ def test_a_prompt_that_was_interrupted_is_not_kept(pair, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Programs, "enter", interrupted)
+    monkeypatch.setattr(Programs, "enter_target", interrupted)
     with pytest.raises(KeyboardInterrupt):
         batch.enter(1, PROMPTS[0], 9, SamplingParams())
     batch.close()
@@ -369,6 +375,24 @@ def test_rows_are_kept_when_they_are_left_and_shared_while_they_run(pair):
     batch.enter(0, [*PROMPTS[2], 5, 6], 30, SamplingParams())
     assert batch.cached.tolist() == [60, 0]
     batch.close()
+
+
+def test_a_prompt_that_no_round_has_drafted_for_is_kept_for_both_models(pair, monkeypatch):
+    """The draft reads it first, when its text ends or while it goes on."""
+    run = programs(pair, replace(GREEDY, tiers=(0,)))
+    monkeypatch.setattr(TierChoice, "next", lambda choice, unread: 0)
+    prefixes = PrefixStore(1 << 30, 1)
+    batch = Batch.empty(run, 2, 256, prefixes)
+    batch.enter(0, PROMPTS[2], 30, SamplingParams())
+    list(batch.step())
+    batch.enter(1, [*PROMPTS[2][:50], 5, 6], 30, SamplingParams())  # keeps what they share
+    assert [len(prefix.ids) for prefix in prefixes._held] == [50]
+    list(batch.step())
+    batch.leave(1)
+    batch.close()
+    assert len(prefixes._held) > 1
+    for prefix in prefixes._held:
+        assert_kept(run, prefix)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from easyspec_jax.decode.state import RoundConfig
-from easyspec_jax.decode.tiers import SAMPLES, Acceptance, RoundTimes, TierChoice
+from easyspec_jax.decode.tiers import SAMPLES, Acceptance, RoundTimes, TierChoice, no_common
 from easyspec_jax.options import SamplingParams, SpeculativeConfig
 from easyspec_jax.verify import Coupled, Greedy, Rejection
 
@@ -214,6 +214,56 @@ def test_repeats_that_are_not_reported_would_cost():
     assert np.mean(speeds) < 0.85
 
 
+READING = 0.02
+"""Time in which the draft reads a token of a prompt."""
+
+
+def simulate_reading(prompt: int, size: int, repeats: bool, seed: int, waits: bool) -> float:
+    """Write a text with a draft model and lookups; return the time that it took.
+
+    prompt: tokens that the draft has to read before it drafts. size: tokens to write. repeats:
+    whether all of the text repeats the prompt, so that lookups alone are best, or nothing of it.
+    """
+    costs, looked_up, acceptance = COSTS["usual"], 1.3, 0.8
+    random, times = np.random.default_rng(seed), measured(costs)
+    times.read(prompt, prompt * READING)
+    choice = TierChoice(TIERS, 1, times, waits=waits)
+    choice.enter(0)
+
+    def accepted(levels: int, likely: float) -> int:
+        missed = np.flatnonzero(random.random(levels) >= likely)
+        return int(missed[0]) if len(missed) else levels
+
+    tokens, spent, unread = 0, 0.0, prompt
+    while tokens < size:
+        levels = choice.next(unread)
+        if levels and unread:
+            spent, unread = spent + READING * unread, 0
+        repeated = accepted(levels or TIERS[-1], COPIED) if repeats else 0
+        gained = max(repeated, accepted(levels, acceptance))
+        seconds = looked_up if repeats and levels == 0 else costs[levels]
+        tokens, spent = tokens + gained + 1, spent + seconds
+        choice.times.add(levels, seconds, found=None if levels else repeats)
+        one, none = np.ones(1, bool), np.zeros(1, bool)
+        choice.read(levels, np.array([gained]), one, none, np.array([repeated]))
+    return spent
+
+
+@pytest.mark.parametrize("prompt", [100, 800])
+@pytest.mark.parametrize("repeats", [False, True])
+def test_the_draft_reads_a_prompt_once_that_would_have_paid(prompt, repeats):
+    """Where the text repeats that is never; elsewhere the wait costs about as much."""
+    waited, read = (
+        np.mean([simulate_reading(prompt, 128, repeats, seed, waits) for seed in range(20)])
+        for waits in (True, False)
+    )
+    reading = READING * prompt
+    if repeats:
+        assert waited < read - 0.9 * reading
+    else:
+        assert read < waited < read + 1.1 * reading + COSTS["usual"][0]
+
+
 @pytest.mark.parametrize("costs", COSTS.values(), ids=list(COSTS))
 @pytest.mark.parametrize(
     ("stretches", "most"),
@@ -310,6 +360,19 @@ def test_a_new_text_begins_with_some_of_what_others_have_shown():
     seen.enter(1)
     known, new = seen.expected()[:, 2]
     assert known < new < fresh
+
+
+def test_batches_share_what_texts_have_shown():
+    common, bad = no_common(TIERS[-1]), np.array([0])
+    before, after, alone = (
+        TierChoice(TIERS, 1, measured(COSTS["dear"]), common=own) for own in (common, common, None)
+    )
+    before.enter(0)
+    for _ in range(20):
+        before.read(5, bad, np.ones(1, bool), np.zeros(1, bool))
+    for choice in (after, alone):
+        choice.enter(0)
+    assert after.next() == 0 < alone.next()
 
 
 @pytest.mark.parametrize(

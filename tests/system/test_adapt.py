@@ -72,7 +72,7 @@ def forced(monkeypatch):
     """Take tiers at random, in stretches; return the list of what is taken."""
     drawn, taken, left = random.Random(1), [], [0]
 
-    def draw(choice: TierChoice) -> int:
+    def draw(choice: TierChoice, unread: int) -> int:
         if not left[0]:
             choice._now, left[0] = drawn.choice(choice.tiers), drawn.randint(1, STRETCH)
         left[0] -= 1
@@ -232,7 +232,7 @@ def test_what_rounds_without_the_draft_write_is_kept_for_both_models(
     pair, monkeypatch, options, grows
 ):
     """The draft catches up first, whether its row is finished or another text goes on."""
-    monkeypatch.setattr(TierChoice, "next", lambda choice: 0)
+    monkeypatch.setattr(TierChoice, "next", lambda choice, unread: 0)
     if grows:
         monkeypatch.setattr(sizes, "AHEAD", 1)
         monkeypatch.setattr(sizes, "CAPACITY_UNIT", 32)
@@ -294,7 +294,7 @@ def test_one_tier_alone_is_not_counted(pair):
 def test_a_batch_runs_the_tier_that_is_chosen(pair, monkeypatch):
     """The draft catches up before it drafts again, and only then."""
     asked, order = iter([5, 0, 0, 2, 0, 5]), []
-    monkeypatch.setattr(TierChoice, "next", lambda choice: next(asked, 0))
+    monkeypatch.setattr(TierChoice, "next", lambda choice, unread: next(asked, 0))
     real = programs.Programs.catch_up
     monkeypatch.setattr(
         programs.Programs,

@@ -93,7 +93,7 @@ def test_texts_are_those_of_plain_decoding(opened, way):
 def test_rounds_of_every_tier_keep_to_the_grammar(opened, temperature, options, monkeypatch):
     taken = []
 
-    def in_turn(choice: TierChoice) -> int:
+    def in_turn(choice: TierChoice, unread: int) -> int:
         choice._now = choice.tiers[len(taken) % len(choice.tiers)]
         taken.append(choice._now)
         return choice._now
