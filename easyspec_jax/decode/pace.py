@@ -110,7 +110,7 @@ class Pace:
             tokens: Tokens of its passes, padding counted.
             seconds: The time.
         """
-        self._tiers.times.read(tokens, seconds)
+        self._tiers.times.add_reading(tokens, seconds)
 
     def read(
         self,

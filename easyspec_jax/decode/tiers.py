@@ -68,7 +68,7 @@ Common = Float[np.ndarray, "2 levels"]
 
 
 def no_common(levels: int) -> Common:
-    """Return what is known before any text."""
+    """Return what is known before any text: no observations."""
     return np.zeros((2, levels))
 
 
@@ -227,7 +227,7 @@ class RoundTimes:
         self._age[kind] = 0
         self._speed.append(seconds / self._cost(kind))
 
-    def read(self, tokens: int, seconds: float) -> None:
+    def add_reading(self, tokens: int, seconds: float) -> None:
         """Add the time that the draft took to read prompts.
 
         Args:
@@ -236,7 +236,7 @@ class RoundTimes:
         """
         self._reading.append(seconds / tokens)
 
-    def reading(self) -> float | None:
+    def reading_cost(self) -> float | None:
         """Return the time in which the draft reads a token of a prompt; None if it is unknown."""
         if not self._reading or not self._speed:
             return None
@@ -359,7 +359,7 @@ class TierChoice:
         if len(self.tiers) == 1:
             return self._now
         if self._rounds % self._every == 0:
-            self._costs = self._agree([*self.times.costs(), self.times.reading()])
+            self._costs = self._agree([*self.times.costs(), self.times.reading_cost()])
         self._rounds += 1
         *costs, reading = self._costs
         if not unread:
@@ -379,7 +379,7 @@ class TierChoice:
             speed[levels] = tokens[levels] / cost
         best = max(self.tiers, key=speed.__getitem__)
         best = best if speed[best] > GAIN * speed[self._now] else self._now
-        if best and self._forgone < wait:
+        if best and self._forgone < wait and self._live.any():
             lowest = self.tiers[0]
             self._forgone += tokens[lowest] * (1 / speed[lowest] - 1 / speed[best])
             return lowest

@@ -623,7 +623,7 @@ def test_rounds_are_timed_without_the_draft_reading_a_prompt(pair, refills, monk
         return plain(array)
 
     monkeypatch.setattr(RoundTimes, "add", lambda *args, **_: timed.append(args[2]))
-    monkeypatch.setattr(RoundTimes, "read", lambda self, *args: reading.append(args))
+    monkeypatch.setattr(RoundTimes, "add_reading", lambda self, *args: reading.append(args))
     if refills:
         batch = Batch.empty(run, 1, capacity=256)
         batch.enter(0, PROMPTS[1], 20, SamplingParams())

@@ -226,7 +226,7 @@ def simulate_reading(prompt: int, size: int, repeats: bool, seed: int, waits: bo
     """
     costs, looked_up, acceptance = COSTS["usual"], 1.3, 0.8
     random, times = np.random.default_rng(seed), measured(costs)
-    times.read(prompt, prompt * READING)
+    times.add_reading(prompt, prompt * READING)
     choice = TierChoice(TIERS, 1, times, waits=waits)
     choice.enter(0)
 
