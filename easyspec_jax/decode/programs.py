@@ -312,8 +312,15 @@ class Programs:
         tiers = (*self.config.tiers, self.config.levels)
         times = self._times.setdefault(rows, RoundTimes(tiers))
         every = AGREED if hosts.count() > 1 else 1
-        own = self.config.grafts, self._common
-        return TierChoice(tiers, rows, times, hosts.from_first, every, *own)
+        return TierChoice(
+            tiers,
+            rows,
+            times,
+            hosts.from_first,
+            every,
+            waits=self.config.grafts,
+            common=self._common,
+        )
 
     def threshold_choice(self, rows: int) -> ThresholdChoice | None:
         """Return what chooses the thresholds of a new batch, if `config` learns them.
@@ -332,7 +339,7 @@ class Programs:
 
     @cached_property
     def _common(self) -> Common:
-        """What texts have shown, which those of later batches begin with."""
+        """Observations of earlier texts; those of later batches begin with some of them."""
         return no_common(self.config.levels)
 
     @cached_property

@@ -41,7 +41,7 @@ class DraftReading:
         self._has_read[prompts.rows] = False
 
     def leave(self, row: int) -> None:
-        """Note that a row's text is finished: nobody needs its prompt any more."""
+        """Note that a row's text is finished, so that its prompt need not be read."""
         self._waiting = [one for one in self._waiting if one.rows.tolist() != [row]]
         self._has_read[row] = False
 
@@ -57,7 +57,7 @@ class DraftReading:
 
     @property
     def may_be_spared(self) -> int:
-        """Those that need never run if no round drafts; 0 once the draft has read any prompt."""
+        """Tokens of the waiting passes; 0 once the draft has read any prompt of the batch."""
         return 0 if self._has_read.any() else self.tokens
 
     def run(self, state: State) -> State:

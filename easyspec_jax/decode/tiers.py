@@ -15,8 +15,8 @@ for long begins to look good, and is tried again: a failure then costs one round
 brings drafting back at once. The dearer a draft, the later it is tried.
 
 Before the draft can draft at all, it has to read the prompt. Where lookups may continue a text
-without it, it waits until drafts would have gained as much as reading takes. So what is lost is
-never more than twice the time of reading, and nothing where the text repeats to its end.
+without it, it waits until drafts would have gained as much as reading takes, by estimate. So a
+text loses about twice the time of reading at most, and next to nothing if it goes on repeating.
 
 Nothing here touches a device. All decisions come from reports that have been read.
 """
@@ -316,7 +316,7 @@ class TierChoice:
         self._rounds = 0
         self._costs: list[float | None] = []  # of the tiers, and of reading a token
         self._waits = waits
-        self._forgone = 0.0  # time that drafts would have saved since prompts are unread
+        self._forgone = 0.0  # time that drafts would have saved while prompts were waiting
 
     def enter(self, row: int) -> None:
         """Note that a row has a new text."""

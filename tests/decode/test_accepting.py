@@ -1,4 +1,4 @@
-"""What a report says of the accepted path."""
+"""Reports count the accepted tokens that lookups had found."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -252,7 +252,7 @@ def simulate_reading(prompt: int, size: int, repeats: bool, seed: int, waits: bo
 @pytest.mark.parametrize("prompt", [100, 800])
 @pytest.mark.parametrize("repeats", [False, True])
 def test_the_draft_reads_a_prompt_once_that_would_have_paid(prompt, repeats):
-    """Where the text repeats that is never; elsewhere the wait costs about as much."""
+    """It never reads where the text repeats; elsewhere the wait costs as much as the reading."""
     waited, read = (
         np.mean([simulate_reading(prompt, 128, repeats, seed, waits) for seed in range(20)])
         for waits in (True, False)
