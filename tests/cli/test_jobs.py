@@ -132,10 +132,10 @@ def test_a_report_of_the_text_before_would_be_found(models, monkeypatch):
 
 @pytest.mark.slow
 def test_a_row_entered_with_the_noise_of_another_would_be_found(models, monkeypatch):
-    right = Programs.enter
+    right = Programs.enter_target
     monkeypatch.setattr(
         Programs,
-        "enter",
+        "enter_target",
         lambda self, state, row, prompt, limit, sampling, start: right(
             self, state, row, prompt, limit, SamplingParams(temperature=sampling.temperature), start
         ),
