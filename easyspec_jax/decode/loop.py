@@ -99,7 +99,7 @@ class Batch:
         # Caches that keep only a window neither give nor take beginnings of texts.
         store = None if programs.config.keeps_windows else prefixes
         self._reuse = Reuse(programs, rows, store)
-        self._reading = DraftReading(rows)
+        self._reading = DraftReading()
         self._pace = Pace(programs, rows)
         self._is_alone = True  # whether nothing was dispatched since the round before
 
@@ -186,9 +186,10 @@ class Batch:
         self._text[row] = self._texts
         self._texts += 1
         self._grow()
-        if self._reuse.keeps:
-            self.read_prompts()  # another row may hold the beginning of this text
-        self._reuse.keep_shared(self._state, prompt, self._growth.capacity)
+        if (shared := self._reuse.shared(prompt)) is not None:
+            running, length = shared
+            self.read_prompts()  # the store takes what both models have read
+            self._reuse.keep(self._state, running, self._growth.capacity, length)
         found = self._restore({row: prompt}, 1)
         text = prompt, limit, sampling, found.start
         programs = self._programs
@@ -259,7 +260,7 @@ class Batch:
     def _dispatch(self) -> _Unread:
         """Dispatch the round that is chosen, and what has to come before it."""
         capacity = self._growth.capacity
-        levels, lags, threshold = self._pace.next(self._reading.may_be_spared)
+        levels, lags, threshold = self._pace.next(self._reading.tokens)
         self._grow()
         if levels:
             self.read_prompts()

@@ -48,8 +48,8 @@ class Pace:
     Attributes:
         levels: Levels of the round that was chosen last.
         read_at: When the draft had read each row's prompt, by time.perf_counter(). It is known once
-            the report of the first round after it is read; until then, and without a draft, it
-            is 0.
+            the report of the first round after it is read. Until then it is 0, and so it stays
+            without a draft, or where calls wait for the devices.
     """
 
     def __init__(self, programs: Programs, rows: int) -> None:
@@ -95,12 +95,14 @@ class Pace:
         """
         for rows, of, tokens, done in self._drafting:
             before = self._clock
+            was_early = done.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
             jax.block_until_ready(done)
-            # What follows is the time of a round alone.
-            self._clock = time.perf_counter()
-            self.read_at[rows[texts[rows] == of]] = self._clock
-            if before is not None:
-                self.time_drafting(tokens, self._clock - before)
+            now = time.perf_counter()
+            self.read_at[rows[texts[rows] == of]] = now
+            if not was_early and before is not None:
+                self.time_drafting(tokens, now - before)
+            # A round after it begins now, if it did not begin before.
+            self._clock = None if was_early else now
         self._drafting = []
 
     def time_drafting(self, tokens: int, seconds: float) -> None:

@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Int
 
-from easyspec_jax.decode.programs import Programs
+from easyspec_jax.decode.programs import Part, Programs
 from easyspec_jax.decode.state import Report, State
 from easyspec_jax.progress import Bar, no_bar
 
@@ -17,18 +15,6 @@ FEW = 4
 
 Chunk = tuple[np.ndarray, Report]
 """For a chunk of all prompts: whose prompts end with it, bool [batch], and its prefill's report."""
-
-
-class Part(NamedTuple):
-    """A chunk of all prompts, which the draft is to read.
-
-    Attributes:
-        tokens: Its tokens, padded.
-        num_tokens: How many each prompt has of it.
-    """
-
-    tokens: Int[np.ndarray, "batch chunk"]
-    num_tokens: Int[np.ndarray, " batch"]
 
 
 def prefill_all(
@@ -95,7 +81,7 @@ def prefill_target(
                 jax.block_until_ready(chunks[-1][1])
                 advance(sizes[len(chunks) - 1])
             chunks.append((last, report))
-            parts.append(Part(tokens[:, :size], count))
+            parts.append(Part(tokens[:, :size], begun + done, count))
             done += size
     return state, chunks, parts
 
@@ -110,7 +96,7 @@ def prefill_draft(programs: Programs, state: State, parts: Sequence[Part]) -> St
     """
     if programs.draft is not None:
         for part in parts:
-            state = programs.prefill_draft(state, *part)
+            state = programs.prefill_draft(state, part.tokens, part.num_tokens)
     return state
 
 
@@ -118,7 +104,7 @@ def first_tokens(chunks: list[Chunk]) -> Report:
     """Merge prefill reports: take each row from the chunk its prompt ended with.
 
     Args:
-        chunks: Chunks of prefill_all().
+        chunks: Those of prefill_target().
 
     Returns:
         A Report of NumPy arrays.

@@ -34,17 +34,17 @@ AGREED = 8
 
 
 class Part(NamedTuple):
-    """A chunk of one row's prompt, which the draft is to read.
+    """A chunk of the prompts of one row or of all, which the draft is to read.
 
     Attributes:
-        tokens: Its tokens, padded to the chunk.
-        start: Prompt tokens before it.
-        num_tokens: How many tokens it has.
+        tokens: Its tokens, padded.
+        start: Tokens of each prompt before it.
+        num_tokens: How many tokens each prompt has of it.
     """
 
-    tokens: Int[np.ndarray, "1 chunk"]
-    start: Int[np.ndarray, "1"]
-    num_tokens: Int[np.ndarray, "1"]
+    tokens: Int[np.ndarray, "some chunk"]
+    start: Int[np.ndarray, " some"]
+    num_tokens: Int[np.ndarray, " some"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from easyspec_jax.decode.state import State
 
@@ -30,20 +30,17 @@ class Prompts(NamedTuple):
 class DraftReading:
     """The prompts of a batch that the draft has yet to read, in the order in which they came."""
 
-    def __init__(self, rows: int) -> None:
-        """Begin with rows that hold no text."""
+    def __init__(self) -> None:
+        """Begin without prompts."""
         self._waiting: list[Prompts] = []
-        self._has_read: Bool[np.ndarray, " rows"] = np.zeros(rows, bool)
 
     def add(self, prompts: Prompts) -> None:
         """Note prompts that the target has read."""
         self._waiting.append(prompts)
-        self._has_read[prompts.rows] = False
 
     def leave(self, row: int) -> None:
         """Note that a row's text is finished, so that its prompt need not be read."""
         self._waiting = [one for one in self._waiting if one.rows.tolist() != [row]]
-        self._has_read[row] = False
 
     @property
     def rows(self) -> Int[np.ndarray, " some"]:
@@ -55,11 +52,6 @@ class DraftReading:
         """Tokens of the passes that are waiting."""
         return sum(one.tokens for one in self._waiting)
 
-    @property
-    def may_be_spared(self) -> int:
-        """Tokens of the waiting passes; 0 once the draft has read any prompt of the batch."""
-        return 0 if self._has_read.any() else self.tokens
-
     def run(self, state: State) -> State:
         """Let the draft read all of them.
 
@@ -68,6 +60,5 @@ class DraftReading:
         """
         for prompts in self._waiting:
             state = prompts.read(state)
-            self._has_read[prompts.rows] = True
         self._waiting = []
         return state

@@ -134,35 +134,38 @@ class Reuse:
             for text in self._known.values():
                 text.catch_up(self._programs.config.pending_size)
 
-    def keep_shared(self, state: State, prompt: Sequence[int], capacity: int) -> None:
-        """Keep what a prompt shares with a running text, if that is more than the store has."""
+    def shared(self, prompt: Sequence[int]) -> tuple[int, int] | None:
+        """Find a running text that begins as a prompt does, for longer than any in the store.
+
+        Returns:
+            The row of the text and the number of tokens they share, or None.
+        """
         if self._store is None:
-            return
+            return None
         wanted, most = np.asarray(prompt[:-1], np.int32), self._store.find(prompt)[0]
         sharing = None
         for row, text in self._known.items():
             shared = shared_tokens(np.asarray(text.ids[: text.exact], np.int32), wanted)
             if shared > most:
                 most, sharing = shared, row
-        if sharing is not None:
-            self._keep(state, sharing, capacity, most)
+        return None if sharing is None else (sharing, most)
 
     def leave(self, state: State, row: int, capacity: int) -> None:
         """Hand the store what a row holds of its text, and forget the text."""
-        self._keep(state, row, capacity)
+        self.keep(state, row, capacity)
         self._known.pop(row, None)
 
     def close(self, state: State, capacity: int) -> None:
         """Hand the store what all rows still hold."""
         for row in self._known:
-            self._keep(state, row, capacity)
+            self.keep(state, row, capacity)
 
     def fail(self) -> None:
         """Forget every prefix: copies of a failed state would fail every text that reuses them."""
         if self._store is not None:
             self._store.clear()
 
-    def _keep(self, state: State, row: int, capacity: int, tokens: int | None = None) -> None:
+    def keep(self, state: State, row: int, capacity: int, tokens: int | None = None) -> None:
         """Hand the store a copy of what a row holds of its text, or of its first tokens."""
         text = self._known.get(row)
         # Ctrl-C between a call and its result leaves no state to copy from.

@@ -316,6 +316,7 @@ class TierChoice:
         self._rounds = 0
         self._costs: list[float | None] = []  # of the tiers, and of reading a token
         self._waits = waits
+        self._drafts = np.zeros(rows, bool)  # whether a round has drafted for the row's text
         self._forgone = 0.0  # time that drafts would have saved while prompts were waiting
 
     def enter(self, row: int) -> None:
@@ -323,7 +324,7 @@ class TierChoice:
         self._acceptance.enter(row)
         if not self._live.any():
             self._forgone = 0.0
-        self._live[row] = True
+        self._live[row], self._drafts[row] = True, False
 
     def leave(self, row: int) -> None:
         """Note that a row has no text any more."""
@@ -354,7 +355,7 @@ class TierChoice:
         """Return the levels of the next round.
 
         Args:
-            unread: Prompt tokens that the draft would have to read first, if no round has drafted.
+            unread: Tokens of prompts that the draft would have to read first.
         """
         if len(self.tiers) == 1:
             return self._now
@@ -362,10 +363,14 @@ class TierChoice:
             self._costs = self._agree([*self.times.costs(), self.times.reading_cost()])
         self._rounds += 1
         *costs, reading = self._costs
-        if not unread:
+        # Where a text has been drafted for, the others would only delay it.
+        may_wait = self._waits and not (self._drafts & self._live).any()
+        wait = unread * (reading or 0.0) if may_wait else 0.0
+        if not wait:
             self._forgone = 0.0
-        wait = unread * (reading or 0.0) if self._waits else 0.0
         self._now = self._chosen(dict(zip(self.tiers, costs, strict=True)), wait)
+        if self._now:
+            self._drafts |= self._live
         return self._now
 
     def _chosen(self, costs: Mapping[int, float | None], wait: float) -> int:

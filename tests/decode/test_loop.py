@@ -3,6 +3,7 @@
 import re
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import chex
@@ -15,6 +16,7 @@ from easyspec_jax.checkpoint.directory import open_checkpoint
 from easyspec_jax.decode import compiled
 from easyspec_jax.decode.lookup import Lookup
 from easyspec_jax.decode.loop import Batch, decode
+from easyspec_jax.decode.pace import Drafting
 from easyspec_jax.decode.prefilling import first_tokens, prefill_all
 from easyspec_jax.decode.programs import Programs
 from easyspec_jax.decode.state import RoundConfig
@@ -609,9 +611,53 @@ def test_the_draft_does_not_read_prompts_of_texts_that_have_left(pair, monkeypat
     assert [int(row) for row in read] == [1]
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_where_lookups_join_a_draft_rounds_without_it_come_first(pair, rows):
+    """Unless a text of the batch has been drafted for, or the draft has nothing to read."""
+    run, read = programs(pair, replace(JOINED, tiers=(0,))), []
+    step = run.compiled.enter_draft
+    vars(run.compiled)["enter_draft"] = lambda *args: read.append(args[2]) or step(*args)
+    times = run.tier_choice(rows).times
+    for levels in (4, 0):
+        for _ in range(3):
+            times.add(levels, 1.0)
+    times.add_reading(1, 1000.0)
+    batch = Batch.empty(run, rows, capacity=512)
+    for row in range(rows):
+        batch.enter(row, PROMPTS[2], 20, SamplingParams())
+        list(batch.step())
+    assert not read and batch._pace.levels == 0
+    times._reading.clear()
+    list(batch.step())
+    assert len(read) == rows and batch._pace.levels == 4
+    times.add_reading(1, 1000.0)
+    if rows == 2:
+        batch.leave(1)
+        batch.enter(1, PROMPTS[2], 20, SamplingParams())
+        list(batch.step())
+        assert len(read) == 3
+    batch.close()
+
+
+def test_batches_of_one_pair_share_what_their_texts_accept(pair):
+    run = programs(pair, replace(GREEDY, tiers=(0,)))
+    before = run.tier_choice(1)
+    before.enter(0)
+    before.read(4, np.zeros(1, int), np.ones(1, bool), np.zeros(1, bool))
+    after, fresh = run.tier_choice(2), programs(pair, run.config).tier_choice(2)
+    for choice in (after, fresh):
+        choice.enter(0)
+    known, unknown = (choice._acceptance.expected()[0, 4] for choice in (after, fresh))
+    assert known < unknown
+
+
+@pytest.mark.parametrize("is_early", [False, True])
 @pytest.mark.parametrize("refills", [False, True])
-def test_rounds_are_timed_without_the_draft_reading_a_prompt(pair, refills, monkeypatch):
-    """The first token is out before that, and read_at says when it was done."""
+def test_rounds_are_timed_without_the_draft_reading_a_prompt(pair, refills, is_early, monkeypatch):
+    """The first token is out before that, and read_at says when it was done.
+
+    What was done before anybody waited for it tells no times: neither its own nor the next round's.
+    """
     timed, waited, reading, run = [], [], [], programs(pair, GREEDY)
     list(decode(run, PROMPTS[1:2], [20], SamplingParams()))  # compiles
     plain = jax.block_until_ready
@@ -622,6 +668,11 @@ def test_rounds_are_timed_without_the_draft_reading_a_prompt(pair, refills, monk
             time.sleep(1)
         return plain(array)
 
+    def drafting(rows, texts, tokens, done):
+        late: Any = SimpleNamespace(is_ready=lambda: is_early)
+        return Drafting(rows, texts, tokens, late)
+
+    monkeypatch.setattr("easyspec_jax.decode.loop.Drafting", drafting)
     monkeypatch.setattr(RoundTimes, "add", lambda *args, **_: timed.append(args[2]))
     monkeypatch.setattr(RoundTimes, "add_reading", lambda self, *args: reading.append(args))
     if refills:
@@ -637,7 +688,10 @@ def test_rounds_are_timed_without_the_draft_reading_a_prompt(pair, refills, monk
     batch.close()
     assert len(waited) == 1
     assert batch.read_at[0] >= waited[0] + 1
-    assert len(timed) == 2 and max(timed) < 1
+    assert len(timed) == (1 if is_early else 2) and max(timed) < 1
+    if is_early:
+        assert not reading
+        return
     ((tokens, seconds),) = reading
     assert tokens >= len(PROMPTS[1]) and seconds >= 1
 

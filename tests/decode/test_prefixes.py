@@ -382,11 +382,13 @@ def test_a_prompt_that_no_round_has_drafted_for_is_kept_for_both_models(pair, mo
     run = programs(pair, replace(GREEDY, tiers=(0,)))
     monkeypatch.setattr(TierChoice, "next", lambda choice, unread: 0)
     prefixes = PrefixStore(1 << 30, 1)
-    batch = Batch.empty(run, 2, 256, prefixes)
+    batch = Batch.empty(run, 3, 256, prefixes)
     batch.enter(0, PROMPTS[2], 30, SamplingParams())
     list(batch.step())
     batch.enter(1, [*PROMPTS[2][:50], 5, 6], 30, SamplingParams())  # keeps what they share
     assert [len(prefix.ids) for prefix in prefixes._held] == [50]
+    batch.enter(2, [8, 8, 8], 30, SamplingParams())  # shares nothing
+    assert batch._reading.rows.tolist() == [1, 2]
     list(batch.step())
     batch.leave(1)
     batch.close()

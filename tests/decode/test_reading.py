@@ -18,7 +18,7 @@ def waiting(read: list[int], *rows: int) -> Prompts:
 
 
 def test_prompts_are_read_once_in_the_order_in_which_they_came():
-    reading, read = DraftReading(4), []
+    reading, read = DraftReading(), []
     reading.add(waiting(read, 2, 3))
     reading.add(waiting(read, 0))
     assert reading.rows.tolist() == [2, 3, 0] and reading.tokens == 96
@@ -30,23 +30,10 @@ def test_prompts_are_read_once_in_the_order_in_which_they_came():
 
 
 def test_a_prompt_leaves_with_its_text():
-    reading, read = DraftReading(2), []
+    reading, read = DraftReading(), []
     for row in (0, 1):
         reading.add(waiting(read, row))
     reading.leave(0)
     state: Any = 0
     reading.run(state)
     assert read == [1]
-
-
-def test_reading_can_be_spared_until_the_draft_has_read_some_prompt():
-    reading, read = DraftReading(2), []
-    state: Any = 0
-    reading.add(waiting(read, 0))
-    assert reading.may_be_spared == 32
-    reading.run(state)
-    reading.add(waiting(read, 1))
-    # Row 0 needs drafts anyway.
-    assert reading.may_be_spared == 0 < reading.tokens
-    reading.leave(0)
-    assert reading.may_be_spared == 32

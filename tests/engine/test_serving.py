@@ -174,6 +174,8 @@ def test_every_tier_is_compiled_before_the_first_request(monkeypatch):
     assert scheduler.state == "ready" and drafted
     for step in (*drafted, programs.compiled.catch_up, programs._undrafted.compiled.round):
         assert step._cache_size() == 1
+    # Nothing that was compiled meanwhile counts as the time in which the draft reads a prompt.
+    assert programs.tier_choice(1).times.reading_cost() is None
     scheduler.close(0)
 
 
