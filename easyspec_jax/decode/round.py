@@ -40,6 +40,7 @@ from easyspec_jax.verify.tree import (
     Tree,
     bare_root,
     drafted_tokens,
+    first_nodes,
     graft,
     hang,
     prune,
@@ -283,16 +284,18 @@ def _verify(
         logits, caches = _score(target, tree, found[1], state.length, config)
         return _decide(logits, tree, state.length + 1, state, config, config.depth), caches
 
-    if config.lookup is None or config.rows is not None or config.grafts:
-        return over(drafted.tree, (None, state.target))
-    shapes = jax.eval_shape(partial(over, drafted.tree), (None, state.target))[0]
+    tree = drafted.tree
+    if config.lookup is None or config.rows is not None:
+        return over(tree, (None, state.target))
+    shapes = jax.eval_shape(partial(over, tree), (None, state.target))[0]
     found = jax.tree.map(jnp.zeros_like, shapes), state.target
-    # Where no live row has a draft, a pass over the roots alone is plain decoding's, at its cost.
-    # All devices agree, so the passes may communicate.
-    some = jnp.any((drafted.forced + drafted.levels > 0) & live)
-    root = bare_root(drafted.tree.tokens[:, 0])
-    found = run_if(some, partial(over, drafted.tree), found)
-    return run_if(~some, partial(over, root), found)
+    # Where lookups add nothing for any live row, the pass is that of a round without lookups, at
+    # its cost: over the draft model's nodes, which come first, or over the roots alone. All
+    # devices agree, so the passes may communicate.
+    few = 1 + config.verified - config.levels if config.grafts else 1
+    some = jnp.any(tree.exists[:, few:] & live[:, None])
+    found = run_if(some, partial(over, tree), found)
+    return run_if(~some, partial(over, first_nodes(tree, few)), found)
 
 
 def _decide(

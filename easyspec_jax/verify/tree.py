@@ -365,6 +365,23 @@ def prune(tree: Tree, nodes: int) -> Tree:
     return jax.vmap(prune_row)(tree, kept)
 
 
+def first_nodes(tree: Tree, count: int) -> Tree:
+    """Leave out all nodes but the first ones.
+
+    Args:
+        tree: The trees.
+        count: Nodes to take, the root among them.
+
+    Examples:
+        >>> chain = sure_chain(jnp.array([5]), jnp.array([[6, 7]]), jnp.array([True]))
+        >>> first_nodes(chain, 2).tokens.tolist()
+        [[5, 6]]
+    """
+    fewer: Tree = jax.tree.map(lambda x: x[:, :count], tree)
+    width = min(tree.width, count - 1)
+    return replace(fewer, ancestors=fewer.ancestors[:, :, :count], width=width)
+
+
 def children(tree: Tree) -> Int[Array, "batch nodes width"]:
     """List each node's children in the order drawn, padded with 0.
 

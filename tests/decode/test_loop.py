@@ -611,6 +611,31 @@ def test_the_draft_does_not_read_prompts_of_texts_that_have_left(pair, monkeypat
     assert [int(row) for row in read] == [1]
 
 
+@pytest.mark.parametrize("config", [LOOKUP, JOINED], ids=["alone", "joined"])
+def test_where_nothing_repeats_lookups_lengthen_no_pass(pair, config):
+    """The target's caches show which nodes a pass was over; a finished row counts for nothing."""
+    run = programs(pair, config)
+    fresh, repeating = list(range(4, 24)), list(range(300))  # has every token that may come next
+    few = 5 if run.config.grafts else 1
+    for prompts, limits, repeats in (
+        ([fresh, fresh], [9, 9], False),
+        ([fresh, repeating], [9, 9], True),
+        ([fresh, repeating], [9, 0], False),
+    ):
+        state = run.start(SamplingParams(), limits, capacity := 512)
+        state, _ = prefill_all(run, state, prompts)
+        before = [np.asarray(x) for x in jax.tree.leaves(state.target)]
+        state, _ = run.round(state)
+        written = np.zeros(capacity, bool)
+        for old, new in zip(before, jax.tree.leaves(state.target), strict=True):
+            changed = (old != np.asarray(new)).any(axis=-1)
+            rows = changed.reshape(*changed.shape[:-2], 2, -1, capacity)
+            written |= rows[..., 0, :, :].reshape(-1, capacity).any(axis=0)
+        assert written[20 : 20 + few].all()
+        assert written[20 + few : 21 + run.config.verified].all() == repeats
+        assert written[20 + few :].any() == repeats
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_where_lookups_join_a_draft_rounds_without_it_come_first(pair, rows):
     """Unless a text of the batch has been drafted for, or the draft has nothing to read."""

@@ -16,6 +16,7 @@ from easyspec_jax.verify.tree import (
     bare_root,
     children,
     deepest,
+    first_nodes,
     graft,
     hang,
     path_to,
@@ -243,6 +244,22 @@ def test_without_a_tree_a_grafted_path_is_a_chain():
     assert not grafted.exists[1, 1:].any()
     assert grafted.candidates[0, :, 1].tolist() == [7, 8, 9, NO_TOKEN]
     assert grafted.q[0, :, 1].tolist() == [0, 1, 1, 0]
+
+
+def test_the_first_nodes_of_a_tree_are_as_they_were():
+    """Those of a tree that a path was grafted to are the tree's own, with what they may draw."""
+    tree = random_tree(0, BATCH, LEVELS, WIDTH)
+    nodes = tree.tokens.shape[1]
+    paths = jnp.full((BATCH, LEVELS), 7, jnp.int32)
+    again = first_nodes(graft(tree, paths, jnp.zeros(BATCH, bool)), nodes)
+    for name in ("tokens", "parent", "depth", "entry", "score", "ancestors", "rank"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(tree, name))
+    np.testing.assert_array_equal(again.q[:, :, :-1], tree.q)
+    np.testing.assert_array_equal(again.candidates[:, :, :-1], tree.candidates)
+    assert again.sure is not None and not again.sure.any()
+    assert not again.q[:, :, -1].any()
+    assert children(again).shape == (BATCH, nodes, WIDTH + 1)
+    assert first_nodes(tree, 1).width == 0
 
 
 def test_below_a_path_a_tree_is_what_it_was():
