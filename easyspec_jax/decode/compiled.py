@@ -48,8 +48,7 @@ class Compiled:
         draft: The draft, or None for plain decoding.
         config: The round's configuration.
         has_corpus: Whether states have a corpus.
-        settings: Whose compiler options the steps are compiled with; None for the settings of the
-            mesh's platform.
+        settings: What the steps are compiled with; None for the settings of the mesh's platform.
     """
 
     mesh: Mesh
@@ -153,9 +152,8 @@ class Compiled:
         return {n: self._round_of(self.config.tier(n)) for n in self.config.tiers}
 
     def _round_of(self, config: RoundConfig) -> Callable[..., tuple[State, Report]]:
-        body = self.mapped(
-            partial(speculative_round, config=config), (self.state_spec,), self._results
-        )
+        run = partial(speculative_round, config=config, shortens=self._settings.shortens_passes)
+        body = self.mapped(run, (self.state_spec,), self._results)
         return self._jit(body, donate_argnums=1, out_shardings=self._shardings)
 
     @cached_property
@@ -167,12 +165,15 @@ class Compiled:
 
     def _jit(self, body: Callable[..., Any], **options: Any) -> Any:
         """Jit a step with the compiler options of the platform."""
-        settings = self.settings or settings_of(self.mesh.devices.flat[0].platform)
-        compiler_options = dict(settings.compiler_options)
+        compiler_options = dict(self._settings.compiler_options)
         if self.config.rows:
             # Or XLA leaves out roundings between operations that it fuses, which differ by program.
             compiler_options["xla_allow_excess_precision"] = False
         return jax.jit(body, compiler_options=compiler_options or None, **options)
+
+    @property
+    def _settings(self) -> PlatformSettings:
+        return self.settings or settings_of(self.mesh.devices.flat[0].platform)
 
     @property
     def _results(self) -> Any:

@@ -60,8 +60,7 @@ class Programs:
         config: The round's configuration.
         max_length: Length that no text exceeds, or None.
         corpus: Tokens in which repeats are looked up besides the texts themselves, int32, or None.
-        settings: Whose compiler options the steps are compiled with; None for the settings of the
-            mesh's platform.
+        settings: What the steps are compiled with; None for the settings of the mesh's platform.
     """
 
     mesh: Mesh

@@ -184,7 +184,12 @@ def catch_up(
 
 
 def speculative_round(
-    target: Decoder, draft: Decoder | None, state: State, config: RoundConfig
+    target: Decoder,
+    draft: Decoder | None,
+    state: State,
+    config: RoundConfig,
+    *,
+    shortens: bool = False,
 ) -> tuple[State, Report]:
     """Run one round: draft, verify and commit up to config.depth + 1 tokens per row.
 
@@ -195,6 +200,7 @@ def speculative_round(
         draft: The draft, or None.
         state: Rows whose prompts are in the caches.
         config: The round's configuration.
+        shortens: Whether to verify the draft model's nodes alone where lookups add none.
 
     Returns:
         The state after the round, and what the round added to each row.
@@ -215,7 +221,7 @@ def speculative_round(
     if forced is not None:
         tree = hang(drafted.tree, state.root, forced.tokens, forced.num_tokens)
         drafted = drafted._replace(tree=tree, forced=forced.num_tokens)
-    (verdict, logprobs), target_caches = _verify(target, drafted, live, state, config)
+    (verdict, logprobs), target_caches = _verify(target, drafted, live, state, config, shortens)
     report, remaining, path = accept(verdict, drafted, state, live, config, config.depth)
     report = report._replace(logprobs=logprobs)
     verified = replace(state, target=target_caches, draft=draft_caches, remaining=remaining)
@@ -277,6 +283,7 @@ def _verify(
     live: Bool[Array, " batch"],
     state: State,
     config: RoundConfig,
+    shortens: bool,
 ) -> tuple[Verified, Caches]:
     """Run the target over all drafts, and decide how far each text follows its own."""
 
@@ -285,7 +292,8 @@ def _verify(
         return _decide(logits, tree, state.length + 1, state, config, config.depth), caches
 
     tree = drafted.tree
-    if config.lookup is None or config.rows is not None:
+    has_fewer = config.lookup is not None and (shortens or not config.grafts)
+    if not has_fewer or config.rows is not None:
         return over(tree, (None, state.target))
     shapes = jax.eval_shape(partial(over, tree), (None, state.target))[0]
     found = jax.tree.map(jnp.zeros_like, shapes), state.target

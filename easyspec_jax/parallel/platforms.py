@@ -26,6 +26,9 @@ class PlatformSettings:
             which takes less arithmetic and many more kernels.
         reads_parts: Let the length of the texts decide how large a part of a large cache is read,
             by a branch in each layer. The host of a GPU would have to wait for each.
+        shortens_passes: Verify a draft model's nodes alone where lookups add none for any text, by
+            a branch. The host of a GPU would have to wait for it, to save little: most of a pass
+            over a few tokens is the reading of the weights.
     """
 
     compiler_options: Mapping[str, bool | int | str] = field(default_factory=dict, hash=False)
@@ -37,10 +40,13 @@ class PlatformSettings:
     split_keys_from: int | None = None
     sorts_by_expert: bool = False
     reads_parts: bool = False
+    shortens_passes: bool = False
 
 
 SETTINGS: dict[str, PlatformSettings] = {
-    "cpu": PlatformSettings(fills_tokens=True, sorts_by_expert=True, reads_parts=True),
+    "cpu": PlatformSettings(
+        fills_tokens=True, sorts_by_expert=True, reads_parts=True, shortens_passes=True
+    ),
     "gpu": PlatformSettings(fused_groups=True),
     "tpu": PlatformSettings(pairs_tokens=True, reads_parts=True),
 }
