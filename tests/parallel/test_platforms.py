@@ -24,7 +24,7 @@ def test_no_kernel_is_on_before_it_is_measured():
     """Except that of matrices with groups, which GPUs need to write no sums of groups."""
     every = {*SETTINGS.values(), settings_of("unknown")}
     others = dict.fromkeys(
-        ("sorts_by_expert", "reads_parts", "pairs_tokens", "fills_tokens"), False
+        ("sorts_by_expert", "reads_parts", "pairs_tokens", "fills_tokens", "shortens_passes"), False
     )
     plain = {replace(own, **others) for own in every}
     assert plain == {PlatformSettings(), GROUPED}
