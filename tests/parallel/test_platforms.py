@@ -32,7 +32,8 @@ def test_no_kernel_is_on_before_it_is_measured():
     assert [name for name, own in SETTINGS.items() if own.fills_tokens] == ["cpu"]
     for platform in ("cpu", "tpu", "unknown"):
         assert not settings_of(platform).fused_groups
-    assert not settings_of("gpu").reads_parts  # its host would wait for every branch
+    gpu = settings_of("gpu")
+    assert not gpu.reads_parts and not gpu.shortens_passes  # its host would wait for every branch
 
 
 @pytest.mark.parametrize("from_table", [True, False])
